@@ -1,0 +1,93 @@
+"""Every error a user can cause: its code, what it means, what to do. README's troubleshooting is `python errors.py`.
+
+Raise `UserError(code, text)`; text names the file, the line, the value and the remedy at hand. `command(main)` turns it
+into one message and an exit code: 2 the user's input, 3 diverged, 75 please restart; 1 stays for our own bugs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+ERRORS = {  # code: (meaning, remedy)
+    "E001": ("no such configuration file or preset", "ls configs/ shows the presets; a path to your own YAML works too"),
+    "E002": ("a key is unknown or values do not go together", "python train.py --help lists every key with its range"),
+    "E003": ("the hardware or a package cannot do what was asked", "python plan.py env shows what this machine can do"),
+    "E101": ("a row is not a JSON object", "one JSON object a line for .jsonl, a list of objects for .json"),
+    "E102": ("a row lacks its text field, or the field has another type", "rows look like {\"text\": \"...\"}"),
+    "E103": ("text is not valid UTF-8", "convert the file to UTF-8, for instance with iconv"),
+    "E104": ("a file or a text is empty", "remove the row or the file"),
+    "E105": ("a conversation has a wrong role or order", "roles are system, user, assistant, in turn"),
+    "E106": ("a text is longer than can be stored", "split it into documents"),
+    "E107": ("a text occurred before (exact duplicate)", "nothing to do: the first one is kept"),
+    "E108": ("a file cannot be read", "check its path, permissions and format"),
+    "E109": ("too many bad rows, or nothing left", "see rejected.jsonl in the output folder; mend the rows it names"),
+    "E110": ("data not found or not finished", "make it with prepare_data.py, or add a prepare: key to the YAML"),
+    "E111": ("a shard is damaged or changed under the run", "restore the file or prepare the data again"),
+    "E112": ("a file is no token shard of ours", "shards are 1-D .npy files of uint16 or uint32; see prepare_data.py"),
+    "E113": ("data, tokenizer and model do not fit together", "use the vocab_size and tokenizer the data was made with"),
+    "E114": ("too little data for one row", "lower model.max_seq_len or bring more text"),
+    "E115": ("a tokenizer's file is not on this machine", "put the file where the message says, or use bpe:8192"),
+    "E116": ("a tokenizer.json of a kind Lumen does not read", "only byte-level BPE; the message names what differs"),
+    "E117": ("the output folder holds something else", "choose another --out, or delete that folder"),
+    "E118": ("the data is not what the checkpoint was trained on", "restore it, or set allow_data_change: true"),
+    "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
+    "E200": ("the run does not fit into memory", "lower batch_size (raise gradient_accumulation_steps) or max_seq_len"),
+    "E300": ("out_dir already holds a run", "resume: auto goes on with it; overwrite: true starts anew; or change out_dir"),
+    "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
+    "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
+    "E303": ("a checkpoint is damaged", "use another step of the run: python checkpoint.py OUT_DIR lists them"),
+    "E304": ("no checkpoint there", "python checkpoint.py OUT_DIR lists what there is"),
+    "E305": ("the checkpoint does not fit the model", "use the model: block of the run's config.yaml"),
+    "E306": ("the checkpoint is of another version", "use the Lumen version that wrote it"),
+    "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
+    "E400": ("this model has no Hugging Face architecture", "norm_order: pre, and no option the message names"),
+    "E401": ("the folder or file cannot be imported", "Llama or Qwen3 as safetensors, or a Lunaris .pt"),
+    "E402": ("exported and original model disagree", "report it with EXPORT.json: this is a bug"),
+    "E500": ("a prompt or sampling option cannot work", "python sample.py --help shows the ranges"),
+    "E501": ("no tokenizer to read and write text with", "pass --tokenizer FILE, or token ids with --ids"),
+    "E600": ("the processes disagree or lost one another", "start them with the same files, versions and command"),
+}  # fmt: skip
+EXIT_CODES = {"E301": 3}  # every other UserError exits with 2
+
+
+class UserError(Exception):
+    """A mistake of the user's or the machine's, not ours. `code` is a key of ERRORS; `text` says where, what and how."""
+
+    def __init__(self, code: str, text: str):
+        assert code in ERRORS, code
+        super().__init__(code, text)  # both, so that it survives pickling between processes
+        self.code, self.text = code, text
+        self.exit_code = EXIT_CODES.get(code, 2)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}\n  {ERRORS[self.code][0]}; {ERRORS[self.code][1]}"
+
+
+def command(main) -> None:
+    """Run `main(argv) -> exit code or None` as a program. Under torchrun only rank 0 speaks, and it speaks first."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as error:
+        code = error.exit_code
+        if rank == 0:
+            print(f"error {error}", file=sys.stderr)
+        else:
+            time.sleep(5)  # torchrun ends all ranks as soon as one has failed: rank 0 must have said why by then
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `| head` closed our output
+        code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)  # gloo's threads can abort the process in its own exit handlers although all work is done
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    print("| code | means | do |\n|---|---|---|")
+    print("\n".join(f"| {code} | {meaning} | {remedy} |" for code, (meaning, remedy) in ERRORS.items()))
