@@ -11,7 +11,7 @@ import sys
 import time
 
 ERRORS = {  # code: (meaning, remedy)
-    "E001": ("no such configuration file or preset", "ls configs/ shows the presets; a path to your own YAML works too"),
+    "E001": ("no such configuration file or preset", "ls configs/ shows the presets; your own YAML works too"),
     "E002": ("a key is unknown or values do not go together", "python train.py --help lists every key with its range"),
     "E003": ("the hardware or a package cannot do what was asked", "python plan.py env shows what this machine can do"),
     "E101": ("a row is not a JSON object", "one JSON object a line for .jsonl, a list of objects for .json"),
@@ -26,15 +26,15 @@ ERRORS = {  # code: (meaning, remedy)
     "E110": ("data not found or not finished", "make it with prepare_data.py, or add a prepare: key to the YAML"),
     "E111": ("a shard is damaged or changed under the run", "restore the file or prepare the data again"),
     "E112": ("a file is no token shard of ours", "shards are 1-D .npy files of uint16 or uint32; see prepare_data.py"),
-    "E113": ("data, tokenizer and model do not fit together", "use the vocab_size and tokenizer the data was made with"),
+    "E113": ("data, tokenizer and model do not fit together", "use the vocab_size and tokenizer of the data"),
     "E114": ("too little data for one row", "lower model.max_seq_len or bring more text"),
     "E115": ("a tokenizer's file is not on this machine", "put the file where the message says, or use bpe:8192"),
     "E116": ("a tokenizer.json of a kind Lumen does not read", "only byte-level BPE; the message names what differs"),
     "E117": ("the output folder holds something else", "choose another --out, or delete that folder"),
     "E118": ("the data is not what the checkpoint was trained on", "restore it, or set allow_data_change: true"),
     "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
-    "E200": ("the run does not fit into memory", "lower batch_size (raise gradient_accumulation_steps) or max_seq_len"),
-    "E300": ("out_dir already holds a run", "resume: auto goes on with it; overwrite: true starts anew; or change out_dir"),
+    "E200": ("the run does not fit into memory", "lower batch_size, raise gradient_accumulation_steps"),
+    "E300": ("out_dir already holds a run", "resume: auto goes on, overwrite: true starts anew; or change out_dir"),
     "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
     "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
     "E303": ("a checkpoint is damaged", "use another step of the run: python checkpoint.py OUT_DIR lists them"),
@@ -53,7 +53,7 @@ EXIT_CODES = {"E301": 3}  # every other UserError exits with 2
 
 
 class UserError(Exception):
-    """A mistake of the user's or the machine's, not ours. `code` is a key of ERRORS; `text` says where, what and how."""
+    """A mistake of the user's or the machine's, not ours. `code`: a key of ERRORS; `text`: where, what and how."""
 
     def __init__(self, code: str, text: str):
         assert code in ERRORS, code

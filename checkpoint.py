@@ -1,0 +1,277 @@
+"""Checkpoints: safetensors and JSON only, checksummed, whole or not there. `python checkpoint.py out/run` lists them.
+
+    out/run/step_00001000/rank_00000.safetensors  the pieces of tensors that this rank owns
+                          state.json              step, cursor, tokens, configuration, versions, metrics
+                          manifest.json           shape, dtype, pieces of every tensor; sha256, size of every file
+
+Saving has two halves: `write` (every rank, no collective) and `commit` (rank 0, once all ranks agreed). All of it goes
+to step_N.tmp, is synced and then renamed, so a name without suffix is complete. Loading takes overlapping slices, so
+any number of ranks reads what any other number wrote. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from errors import UserError, command
+
+FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
+STEP = re.compile(r"step_(\d{8,})")
+
+
+def step_dir(out_dir, step: int) -> Path:
+    return Path(out_dir) / f"step_{step:08d}"
+
+
+def sync(path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power loss."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path, data) -> None:
+    """Replace a JSON file atomically: readers see the old or the new one, never a part."""
+    tmp = Path(f"{path}.tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        json.dump(data, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    sync(tmp.parent)
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- saving
+
+
+def write(folder: Path, rank: int, pieces: dict[str, list]) -> str | None:
+    """Write this rank's file and its index into `folder`. Returns None, or what went wrong (disk full, ...).
+
+    pieces: {tensor name: [(global shape, offset, local tensor), ...]}, each region on exactly one rank.
+    """
+    name = f"rank_{rank:05d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file, tensors, index = folder / f"{name}.safetensors", {}, {}
+        for tensor_name, parts in pieces.items():
+            for shape, offset, local in parts:
+                key = tensor_name if not any(offset) else f"{tensor_name}@{'.'.join(map(str, offset))}"
+                tensors[key] = local.detach().contiguous().cpu()
+                dtype = str(local.dtype).removeprefix("torch.")
+                part = [list(offset), list(local.shape), file.name, key]
+                index.setdefault(tensor_name, {"shape": list(shape), "dtype": dtype, "pieces": []})["pieces"].append(
+                    part
+                )
+        files = {}
+        if tensors:
+            save_file(tensors, file, metadata={"format": "pt"})
+            sync(file)
+            files[file.name] = {"sha256": sha256(file), "size": file.stat().st_size}
+        write_json(folder / f"{name}.json", {"files": files, "tensors": index})
+    except (OSError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def commit(folder: Path, final: Path, world: int, state: dict) -> None:
+    """Rank 0, after all ranks wrote: manifest, sync, rename. OSError when the disk does not take it."""
+    manifest = {"format": FORMAT, "files": {}, "tensors": {}}
+    for rank in range(world):
+        file = folder / f"rank_{rank:05d}.json"
+        index = json.loads(file.read_text())
+        file.unlink()
+        manifest["files"] |= index["files"]
+        for name, tensor in index["tensors"].items():
+            manifest["tensors"].setdefault(name, tensor | {"pieces": []})["pieces"] += tensor["pieces"]
+    write_json(folder / "state.json", state | {"format": FORMAT})
+    size = (folder / "state.json").stat().st_size
+    manifest["files"]["state.json"] = {"sha256": sha256(folder / "state.json"), "size": size}
+    write_json(folder / "manifest.json", manifest)
+    aside = Path(f"{final}.old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    folder.rename(final)
+    sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def clean_up(out_dir) -> None:
+    """Undo what a crash left: unfinished folders go; a folder moved aside comes back if nothing took its place."""
+    for path in Path(out_dir).glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in Path(out_dir).glob("step_*.old"):
+        final = path.with_suffix("")
+        shutil.rmtree(path, ignore_errors=True) if final.exists() else path.rename(final)
+
+
+def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:
+    """Keep the newest `limit` checkpoints (0: all), the newest clean one, the best one and every keep_every-th step."""
+    steps = list_steps(out_dir)
+    clean = next((s for s in reversed(steps) if _is_clean(step_dir(out_dir, s))), None)
+    keep = {best, clean, *steps[-limit:], *(s for s in steps if keep_every and s % keep_every == 0)}
+    for step in steps:
+        if limit and step not in keep:
+            doomed = step_dir(out_dir, step).with_suffix(".tmp")  # a crash in the middle of deleting leaves no half one
+            step_dir(out_dir, step).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_clean(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "state.json").read_text()).get("clean", True)
+    except (OSError, ValueError):
+        return False
+
+
+# ---------------------------------------------------------------- loading
+
+
+def list_steps(out_dir) -> list[int]:
+    """Steps whose folder is complete (it has its final name), ascending; not verified."""
+    found = (STEP.fullmatch(p.name) for p in Path(out_dir).glob("step_*"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+class Checkpoint:
+    """One saved step, read lazily. UserError E303 when it is damaged, E306 when a newer Lumen wrote it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.manifest = json.loads((self.path / "manifest.json").read_text())
+            self.state = json.loads((self.path / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError("E303", f"{self.path}: {error}") from error
+        if self.manifest["format"] > FORMAT:
+            raise UserError("E306", f"{self.path} has format {self.manifest['format']}, this Lumen reads {FORMAT}")
+        self.step, self.tensors, self._open = self.state["step"], self.manifest["tensors"], {}
+
+    def verify(self) -> list[str]:
+        """Every file against its size and sha256; returns what is wrong."""
+        wrong = []
+        for name, want in self.manifest["files"].items():
+            file = self.path / name
+            if not file.exists():
+                wrong.append(f"{name} is missing")
+            elif file.stat().st_size != want["size"]:
+                wrong.append(f"{name} has {file.stat().st_size} bytes instead of {want['size']}")
+            elif sha256(file) != want["sha256"]:
+                wrong.append(f"{name} has another sha256")
+        return wrong
+
+    def size(self) -> int:
+        return sum(f["size"] for f in self.manifest["files"].values())
+
+    def read(self, name: str, offset=None, shape=None) -> torch.Tensor:
+        """The region of tensor `name` that starts at `offset` and has `shape` (default: all), on the CPU."""
+        tensor = self.tensors[name]
+        shape = list(tensor["shape"] if shape is None else shape)
+        offset = list(offset or [0] * len(shape))
+        out, missing = torch.empty(shape, dtype=getattr(torch, tensor["dtype"])), 1
+        for dim in shape:
+            missing *= dim
+        for p_offset, p_shape, file, key in tensor["pieces"]:
+            low = [max(a, b) for a, b in zip(offset, p_offset)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, p_offset, p_shape)]
+            if any(h <= l for l, h in zip(low, high)):
+                continue
+            try:
+                if file not in self._open:
+                    self._open[file] = safe_open(self.path / file, "pt")
+                piece = self._open[file].get_slice(key)
+                source = (
+                    piece[tuple(slice(l - b, h - b) for l, h, b in zip(low, high, p_offset))] if shape else piece[...]
+                )
+            except (OSError, SafetensorError) as error:
+                raise UserError("E303", f"{self.path / file}: {error}") from error
+            target = out[tuple(slice(l - a, h - a) for l, h, a in zip(low, high, offset))] if shape else out
+            target.copy_(source)
+            missing -= source.numel()
+        if missing:
+            raise UserError("E303", f"{self.path}: {missing} values of {name} are in none of its files")
+        return out
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """The model's tensors, whole, named as in Transformer.state_dict()."""
+        return {n.removeprefix("model."): self.read(n) for n in self.tensors if n.startswith("model.")}
+
+
+def find(path, best: bool = False, say=print) -> Checkpoint:
+    """The newest complete and verified checkpoint of a run (or its best one), or the step folder given itself.
+
+    A damaged one is named and passed over. UserError E304 when none is left, E303 when the one asked for is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError("E304", f"{path} does not exist")
+    if STEP.fullmatch(path.name):
+        steps, asked = [path], True
+    elif best and (path / "best.json").exists():
+        steps, asked = [step_dir(path, json.loads((path / "best.json").read_text())["step"])], True
+    else:
+        steps, asked = [step_dir(path, s) for s in reversed(list_steps(path))], False
+    for folder in steps:
+        try:
+            checkpoint = Checkpoint(folder)
+            wrong = checkpoint.verify()
+        except UserError as error:
+            if asked or error.code == "E306":
+                raise
+            wrong = [error.text]
+        if not wrong:
+            return checkpoint
+        if asked:
+            raise UserError("E303", f"{folder}: {'; '.join(wrong)}")
+        say(f"E303: passed over {folder}: {'; '.join(wrong)}")
+    raise UserError("E304", f"{path} holds no {'whole ' if steps else ''}checkpoint")
+
+
+def main(argv: list[str]) -> int:
+    """List a run's checkpoints with size and metrics, and verify every byte. Exit code 2 when one is damaged."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: python checkpoint.py OUT_DIR\n" + main.__doc__)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    steps = list_steps(argv[0])
+    if not steps:
+        raise UserError("E304", f"{argv[0]} holds no checkpoint")
+    best_file, damaged = Path(argv[0]) / "best.json", 0
+    best = json.loads(best_file.read_text())["step"] if best_file.exists() else None
+    print(f"{'step':>10} {'MB':>10} {'tokens':>15} {'val_loss':>9}  state")
+    for step in steps:
+        try:
+            checkpoint = Checkpoint(step_dir(argv[0], step))
+            wrong, state = checkpoint.verify(), checkpoint.state
+            size, tokens, val_loss = checkpoint.size() / 1e6, state.get("tokens", 0), state.get("val_loss")
+        except UserError as error:
+            wrong, size, tokens, val_loss, state = [error.text], 0, 0, None, {}
+        marks = ["DAMAGED: " + "; ".join(wrong) if wrong else "verified"]
+        marks += ["best"] if step == best else []
+        marks += ["not clean"] if not state.get("clean", True) else []
+        loss = "-" if val_loss is None else f"{val_loss:.4f}"
+        print(f"{step:>10} {size:>10.1f} {tokens:>15,} {loss:>9}  {', '.join(marks)}")
+        damaged += bool(wrong)
+    return 2 if damaged else 0
+
+
+if __name__ == "__main__":
+    command(main)

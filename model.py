@@ -1,0 +1,532 @@
+"""The dense transformer, top to bottom: ModelConfig, RMSNorm, RoPE, attention with its fast paths and KV cache, SwiGLU,
+Block, Transformer (init, forward, generate, counts, FLOPs).
+
+Qwen3-shaped by default: pre-norm RMSNorm, RoPE in the half-rotation convention, GQA with fused QKV, QK-norm per head
+before RoPE, SwiGLU with fused gate and up, no biases. `qk_norm: false` is Llama. No autocast: parameters are fp32, each
+layer casts its weight to the dtype of its input, and `model.compute_dtype` decides that dtype at the embedding.
+
+Names: B batch, T tokens, C = d_model, H heads, G key/value heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 0  # ids; 0: the tokenizer's
+    d_model: int = 768  # width of the residual stream
+    n_layers: int = 12  # blocks
+    n_heads: int = 12  # query heads
+    n_kv_heads: int = 0  # key/value heads (GQA); 0: n_heads; must divide n_heads
+    head_dim: int = 0  # width of a head, even; 0: d_model / n_heads
+    d_ff: int = 0  # SwiGLU's hidden width; 0: Lunaris' rule from the next two
+    ffn_hidden_multiplier: float = 4.0  # d_ff = 2/3 of this times d_model, rounded up to ...
+    multiple_of: int = 256  # ... a multiple of this
+    max_seq_len: int = 1024  # T, tokens in a training row
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: dict | None = (
+        None  # longer contexts: {type: linear|yarn|llama3, factor: 4, ...}, keys as in transformers
+    )
+    rope_first: bool = False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
+    dropout: float = 0.0  # on the embedding and on what attention and FFN add to the stream, 0 to 1
+    norm_eps: float = 1e-6  # RMSNorm's epsilon
+    init_std: float = 0.02  # standard deviation of the initial weights
+    qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
+    tie_embeddings: bool = True  # the head is the embedding, no second parameter
+    norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
+
+    def __post_init__(self):
+        """Fill in what follows from the rest. Raises ValueError naming the key, its value and what would work."""
+
+        def check(ok, text):
+            if not ok:
+                raise ValueError(text)
+
+        for key in ("d_model", "n_layers", "n_heads", "max_seq_len", "multiple_of"):
+            check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
+        if not self.head_dim:
+            even = [h for h in range(1, self.d_model + 1) if self.d_model % (2 * h) == 0]
+            near = sorted(sorted(even, key=lambda h: abs(h - self.n_heads))[:3])
+            ok = self.d_model % self.n_heads == 0
+            check(ok, f"model.n_heads: {self.n_heads} does not divide d_model {self.d_model}; near it: {near}")
+            self.head_dim = self.d_model // self.n_heads
+        check(self.head_dim % 2 == 0, f"model.head_dim: {self.head_dim} is odd; RoPE turns pairs, take an even one")
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        near = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
+        ok = self.n_heads % self.n_kv_heads == 0
+        check(ok, f"model.n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}; possible: {near}")
+        if not self.d_ff:
+            hidden = int(2 * int(self.ffn_hidden_multiplier * self.d_model) / 3)
+            self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+        check(self.d_ff >= 1, f"model.d_ff: {self.d_ff} must be at least 1")
+        check(0 <= self.dropout < 1, f"model.dropout: {self.dropout} is not in [0, 1)")
+        check(self.norm_order in ("pre", "lunaris"), f"model.norm_order: {self.norm_order!r} is not pre or lunaris")
+        check(
+            self.norm_order == "pre" or self.qk_norm,
+            "model.qk_norm: false does not go with norm_order lunaris: no norm",
+        )
+        scaling = self.rope_scaling
+        if scaling is not None:
+            kind = scaling.get("rope_type", scaling.get("type"))
+            need = {"linear": ["factor"], "yarn": ["factor"], "default": []}
+            need["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+            check(kind in need, f"model.rope_scaling: type {kind!r} is not one of {', '.join(need)}")
+            missing = [k for k in need[kind] if k not in scaling]
+            check(not missing, f"model.rope_scaling: {kind} needs {', '.join(missing)}")
+
+
+# ---------------------------------------------------------------- layers
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias; the fp32 weight is cast to x's dtype (this replaces autocast)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary angles, (..., T, 1, D/2) fp32, for positions (..., T) (Su et al. 2021).
+
+    Computed anew in each forward pass: a table kept in the model would be cast along with it. The scalings are those
+    of transformers: linear (divide by factor), llama3 (Llama 3.1's smooth cut), yarn (Peng et al. 2023).
+    """
+    D, device = cfg.head_dim, pos.device
+    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    s, gain = cfg.rope_scaling or {}, 1.0
+    kind = s.get("rope_type", s.get("type"))
+    if kind == "linear":
+        freq = freq / s["factor"]
+    elif kind == "llama3":
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the original context
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: slowed by factor
+        freq = freq * (keep + (1 - keep) / s["factor"])
+    elif kind == "yarn":
+        context = s.get("original_max_position_embeddings") or cfg.max_seq_len
+        dim = [
+            D * math.log(context / (n * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+            for n in (s.get("beta_fast", 32), s.get("beta_slow", 1))
+        ]
+        low, high = max(math.floor(dim[0]), 0), min(math.ceil(dim[1]), D - 1)
+        ramp = (torch.arange(D // 2, device=device, dtype=torch.float32) - low) / max(high - low, 1e-3)
+        keep = 1 - ramp.clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / s["factor"])
+        gain = s.get("attention_factor") or 0.1 * math.log(max(s["factor"], 1.0)) + 1.0
+    angle = pos[..., None, None].float() * freq
+    return angle.cos() * gain, angle.sin() * gain
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn the pairs (i, i + D/2) of x (B, T, H, D) by the angles of rope: transformers' half-rotation convention."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of a batch for decoding, of static shape (B, G, length, D) per layer.
+
+    Rows are ragged: `filled` (B,) counts the tokens each has. What lies beyond is masked and later overwritten.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):
+        shape = (batch, cfg.n_kv_heads, length, cfg.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
+        self.filled = torch.zeros(batch, dtype=torch.long, device=device)
+        self.length, self.rows = length, torch.arange(batch, device=device)[:, None]
+
+    def write(self, layer: int, pos: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Store k and v (B, T, G, D) at positions pos (B, T); return the whole layer's."""
+        self.k[layer][self.rows, :, pos] = k
+        self.v[layer][self.rows, :, pos] = v
+        return self.k[layer], self.v[layer]
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(q, k, v, back_end: str = "sdpa") -> torch.Tensor:
+    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; returns (B, T, H, D)."""
+    if back_end == "flash":
+        from flash_attn import flash_attn_func  # optional package, CUDA only; pick_attention has tried it
+
+        return flash_attn_func(q, k, v, causal=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if back_end == "flex":
+        y = _flex(q, k, v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+    return y.transpose(1, 2)
+
+
+def _causal(b, h, q, kv):
+    return q >= kv
+
+
+@functools.cache
+def _flex_kernel(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention  # uncompiled it holds all T x T scores
+
+
+def _flex(q, k, v):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = create_block_mask(_causal, None, None, q.shape[2], k.shape[2], device=q.device)
+    return _flex_kernel(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def pick_attention(choice: str, cfg: ModelConfig, device, dtype=torch.float32, train: bool = True) -> tuple[str, str]:
+    """The attention back end that works here and why: (sdpa | flash | flex, reason). ValueError on an unknown choice.
+
+    flash and flex are tried on a small problem against sdpa, with backward when training; what raises or disagrees
+    falls back to sdpa, and the reason says so.
+    """
+    if choice not in ("auto", "sdpa", "flash", "flex"):
+        raise ValueError(f"attention: {choice!r} is not auto, sdpa, flash or flex")
+    if choice in ("auto", "sdpa"):
+        return "sdpa", "torch picks its fastest kernel for this device"
+    gen = torch.Generator().manual_seed(0)
+    heads = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
+    qkv = [torch.randn(1, 128, h, cfg.head_dim, generator=gen).to(device, dtype).requires_grad_(train) for h in heads]
+
+    def run(back_end):
+        with torch.set_grad_enabled(train):
+            y = attend(*qkv, back_end)
+            return [y, *(torch.autograd.grad(y.float().square().sum(), qkv) if train else ())]
+
+    try:
+        pairs = list(zip(run(choice), run("sdpa")))
+        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in pairs)
+        if worst > (1e-4 if dtype == torch.float32 else 3e-2):
+            raise RuntimeError(f"differs from sdpa by {worst:.1e}")
+    except Exception as error:  # a third party's kernel can fail in any way: it must never stop a run
+        first = str(error).strip().split("\n")[0][:120]
+        return "sdpa", f"{choice} does not work here ({type(error).__name__}: {first})"
+    return choice, "as asked; agrees with sdpa"
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE and optional QK-norm; x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg, self.sizes = cfg, [h * cfg.head_dim for h in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
+        self.wqkv = Linear(cfg.d_model, sum(self.sizes))
+        self.wo = Linear(self.sizes[0], cfg.d_model)
+        if cfg.qk_norm:  # per head, or over the whole vector in Lunaris' order
+            whole = cfg.norm_order == "lunaris"
+            self.q_norm = RMSNorm(self.sizes[0] if whole else cfg.head_dim, cfg.norm_eps)
+            self.k_norm = RMSNorm(self.sizes[1] if whole else cfg.head_dim, cfg.norm_eps)
+
+    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None):
+        cfg, (B, T, _) = self.cfg, x.shape
+        q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
+        if cfg.norm_order == "lunaris":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, T, -1, cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
+        if cfg.rope_first:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cfg.qk_norm and cfg.norm_order == "pre":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if not cfg.rope_first:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is None:
+            y = attend(q, k, v, back_end)
+        else:
+            k, v = cache.write(layer, pos, k, v)  # (B, G, length, D)
+            seen = torch.arange(cache.length, device=x.device) <= pos[:, None, :, None]  # (B, 1, T, length)
+            gqa = cfg.n_kv_heads != cfg.n_heads
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=gqa).transpose(1, 2)
+        return self.wo(y.reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(gate) * up), gate and up in one matrix, gate first (Shazeer 2020); x (..., C) -> (..., C)."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.w13 = Linear(d_model, 2 * d_ff)
+        self.w2 = Linear(d_ff, d_model)
+
+    def forward(self, x):
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)); Lunaris' order has no norm before attention."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.norm_order == "pre" else nn.Identity()
+        self.attn = Attention(cfg)
+        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
+        self.dropout = cfg.dropout
+
+    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, back_end, cache, layer, pos), self.dropout, self.training)
+        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+
+
+# ---------------------------------------------------------------- head and loss
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum over tokens of cross-entropy (+ z_loss * logsumexp^2) of x W^T, without ever holding all the logits.
+
+    The gradient with respect to x and W is computed chunk by chunk in the forward pass (the loss is the last thing
+    there is, so backward only scales it): three matrix products in all, as with full logits, nothing recomputed.
+    x (N, C), weight (V, C), targets (N,), negative = ignored. Returns (total, ce, z, correct), fp32 scalars.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
+        W, V = weight.to(x.dtype), weight.shape[0]
+        rows = max(64, (1 << 27 if x.is_cuda else 1 << 22) // V)  # chunk x V fp32 logits: 512 MB on CUDA, 16 MB on CPU
+        dx = torch.empty_like(x) if need_grad else None
+        dW = torch.zeros_like(weight) if need_grad else None
+        ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
+        for a in range(0, len(x), rows):
+            xs, t = x[a : a + rows], targets[a : a + rows]
+            valid = t >= 0
+            index = t.clamp(min=0)[:, None]
+            logits = F.linear(xs, W).float()  # (n, V)
+            lse = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+            right = logits.gather(1, index)
+            ce += ((lse - right)[:, 0] * valid).sum()
+            z += z_loss * (lse[:, 0].square() * valid).sum()
+            if not need_grad:
+                correct += ((logits.argmax(-1) == t) & valid).sum()
+                continue
+            # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
+            p = logits.sub_(lse).exp_()
+            if z_loss:
+                p *= 1 + 2 * z_loss * lse
+            p.scatter_add_(1, index, torch.full_like(right, -1.0))
+            p *= valid[:, None]
+            p = p.to(x.dtype)
+            dx[a : a + rows] = p @ W
+            if x.dtype == weight.dtype:
+                dW.addmm_(p.t(), xs)
+            else:
+                dW += p.t() @ xs
+        ctx.save_for_backward(dx, dW)
+        ctx.mark_non_differentiable(ce_ := ce.clone(), z, correct)
+        return ce + z, ce_, z, correct
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        dx, dW = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dW * grad, None, None, None
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
+
+    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute (False: keep activations; True: recompute each block).
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        if cfg.vocab_size < 1:
+            raise ValueError("model.vocab_size is not set and no tokenizer says it")
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        if not cfg.tie_embeddings:
+            self.head = Linear(cfg.d_model, cfg.vocab_size)
+        self.compute_dtype, self.z_loss, self.back_end, self.recompute = torch.float32, 0.0, "sdpa", False
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter; each has a generator of its own, so any sharding starts from the same weights.
+
+        | parameter                       | initial value                        |
+        |---------------------------------|--------------------------------------|
+        | norms                           | 1                                    |
+        | embed, head, wqkv, w13          | normal(0, init_std)                  |
+        | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0)
+                continue
+            std = self.cfg.init_std
+            if name.endswith(("wo.weight", "w2.weight")):
+                std /= math.sqrt(2 * self.cfg.n_layers)
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+    def head_weight(self) -> torch.Tensor:
+        """(V, C)."""
+        return self.embed.weight if self.cfg.tie_embeddings else self.head.weight
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None):
+        """idx (B, T) long.
+
+        Without targets: logits (B, T, V) in the compute dtype.
+        With a cache: idx continues each row; -1 pads rows on the right; logits (B, V) of each row's last real token.
+        With targets (B, T), negative = ignored: (total, stats): total is what is differentiated, a sum over the valid
+        targets; stats are sums too: ce, z (z-loss), count (valid targets), and correct when gradients are off.
+        """
+        cfg, (B, T) = self.cfg, idx.shape
+        if cache is None:
+            pos = torch.arange(T, device=idx.device)
+        else:
+            real = (idx >= 0).sum(1)  # (B,)
+            idx = idx.clamp(min=0)
+            # a padded or finished row may point beyond the end: it lands on the last slot, masked until it is real
+            pos = (cache.filled[:, None] + torch.arange(T, device=idx.device)).clamp(max=cache.length - 1)
+        rope = rope_tables(cfg, pos)
+        x = F.embedding(idx, self.embed.weight).to(self.compute_dtype)
+        x = F.dropout(x, cfg.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                keep_rng = cfg.dropout > 0
+                x = checkpoint(block, x, rope, self.back_end, use_reentrant=False, preserve_rng_state=keep_rng)
+            else:
+                x = block(x, rope, self.back_end, cache, i, pos)
+        x = self.norm(x)
+        if cache is not None:
+            x = x[torch.arange(B, device=x.device), (real - 1).clamp(min=0)]
+            cache.filled += real
+        if targets is None:
+            return F.linear(x, self.head_weight().to(x.dtype))
+        grad = torch.is_grad_enabled()
+        total, ce, z, correct = HeadLoss.apply(
+            x.flatten(0, 1), self.head_weight(), targets.flatten(), self.z_loss, grad
+        )
+        stats = {"ce": ce, "z": z, "count": (targets >= 0).sum().float()}
+        return total, stats if grad else stats | {"correct": correct}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        seeds: list[int],
+        stop_ids: tuple[int, ...] = (),
+        n_vocab: int | None = None,
+        **sampling,
+    ) -> Iterator[list[int | None]]:
+        """Continue a ragged batch of prompts; yields one id per row and step, None for rows that have ended.
+
+        Each row draws from a generator of its own, so its text does not depend on its neighbours. `n_vocab` masks the
+        rows of a padded vocabulary. Sampling options: see `choose`. A row ends after one of stop_ids, all rows after
+        max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
+        """
+        was_training, device = self.training, self.embed.weight.device
+        self.eval()
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        longest = max(map(len, prompts))
+        cache = KVCache(self.cfg, len(prompts), longest + max_new_tokens, device, self.compute_dtype)
+        idx = torch.tensor([p + [-1] * (longest - len(p)) for p in prompts], device=device)
+        seen = torch.zeros(len(prompts), self.cfg.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+        alive = [True] * len(prompts)
+        for _ in range(max_new_tokens):
+            logits = self(idx, cache=cache).float().cpu()
+            logits[:, n_vocab or self.cfg.vocab_size :] = -math.inf
+            ids = choose(logits, seen, generators, **sampling)
+            seen[torch.arange(len(ids)), ids] = True
+            out = [i if a else None for i, a in zip(ids.tolist(), alive)]
+            yield out
+            alive = [a and i not in stop_ids for a, i in zip(alive, out)]
+            if not any(alive):
+                break
+            idx = torch.tensor([[i if a else -1] for i, a in zip(out, alive)], device=device)
+        self.train(was_training)
+
+    # ---- arithmetic
+
+    def n_params(self) -> dict[str, int]:
+        """Parameters: total, active per token (the same in a dense model), and without the embedding tables."""
+        total = sum(p.numel() for p in self.parameters())
+        tables = self.embed.weight.numel() * (1 if self.cfg.tie_embeddings else 2)
+        return {"total": total, "active": total, "non_embedding": total - tables}
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Training FLOPs per token, forward and backward: 6 per weight that multiplies + 12 L H D T for attention.
+
+        PaLM's convention (Chowdhery et al. 2022, appendix B): causality is not discounted, so that MFUs compare.
+        """
+        cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
+        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and name != "embed.weight")
+        weights += cfg.vocab_size * cfg.d_model if cfg.tie_embeddings else 0
+        return 6 * weights + 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * T
+
+    def kv_cache_bytes(self, tokens: int = 1, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values for `tokens` tokens of one sequence."""
+        cfg = self.cfg
+        return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * tokens * bytes_per_value
+
+
+def choose(
+    logits: torch.Tensor,  # (B, V) fp32 on the CPU
+    seen: torch.Tensor,  # (B, V) bool: ids that occurred before in each row
+    generators: list[torch.Generator],
+    temperature: float = 1.0,  # 0: the most likely token
+    top_k: int = 0,  # keep the k most likely; 0: all
+    top_p: float = 1.0,  # keep the smallest set with this much probability
+    min_p: float = 0.0,  # keep what has at least this share of the largest probability
+    repetition_penalty: float = 1.0,  # divides positive and multiplies negative logits of seen ids (Keskar et al. 2019)
+) -> torch.Tensor:
+    """The next id of each row (B,), in the order of transformers: penalty, temperature, top-k, top-p, min-p."""
+    if repetition_penalty != 1.0:
+        punished = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, punished, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -math.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of what is likelier
+        logits = logits.masked_fill(
+            torch.empty_like(before, dtype=torch.bool).scatter_(1, order, before >= top_p), -math.inf
+        )
+    p = logits.softmax(-1)
+    if min_p > 0:
+        p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0.0)
+    # argmax(p / Exp(1)) is a draw from p
+    noise = torch.stack([torch.empty(p.shape[1]).exponential_(generator=g) for g in generators])
+    return (p / noise).argmax(-1)
