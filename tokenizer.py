@@ -1,0 +1,383 @@
+"""Text to token ids and back. One kind of tokenizer: byte-level BPE (Sennrich et al. 2016; GPT-2's form of it).
+
+    train_bpe(texts, 8192)   our own vocabulary: 256 bytes, merges, then <|endoftext|> <|pad|> <|im_start|> <|im_end|>
+    load("bytes")            256 bytes and the same specials: no training, works for everything
+    load("gpt2")             also r50k_base, p50k_base, cl100k_base, o200k_base: tiktoken's, with exactly their ids
+    load("some/tokenizer.json")
+
+tokenizer.json is the only form on disk. `tokenizers.Tokenizer.from_file` reads ours and gives the same ids; we read those
+files of others whose ids tiktoken can reproduce, and refuse the rest (E116). They must have: a BPE model over all 256
+bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(Regex,
+Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored: they
+frame a text, we encode ordinary text only.
+
+Text never becomes a control token. "<|endoftext|>" in a document is encoded as the characters that it is made of;
+control ids enter a stream only as integers that our code puts there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import json
+import os
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+import regex
+import tiktoken
+
+from errors import UserError
+
+# The split patterns as they were published. tiktoken's newer spellings (`\s++$`, `{1,3}+`) mean the same to tiktoken's
+# regex engine but not to that of `tokenizers` (Oniguruma, where $ matches at every line end), so they are not used.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+COMPLETE_PATTERNS = (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)  # every character of every text is in some match
+
+# What of a foreign pattern means the same in both engines. Not among it: ^ $ \b \w \h {1,3}+ [a&&b] (?<=...).
+_SAFE_CLASS = r"\[\^?(?:\\[pP]\{\w+\}|\\[sSdrnt]|\\[^\w\s]|\w-\w|[^\\\[\]&~-])+\]"
+_SAFE_PATTERN = regex.compile(
+    rf"(?:{_SAFE_CLASS}|\\[pP]\{{\w+\}}|\\[sSdrnt]|\\[^\w\s]|\((?:\?(?:i:|:|!|=|>))?|\)"
+    r"|\{\d+(?:,\d*)?\}(?!\+)|[?*+]\+?|[|.]|[^\\\[\](){}^$.|?*+])*+"
+)
+
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
+EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")  # first that is there
+
+_FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+NAMED = {  # name: (file, pattern, special ids); gpt2 and r50k_base are one vocabulary, and r50k_base is one file
+    "gpt2": ("r50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
+    "r50k_base": ("r50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
+    "p50k_base": ("p50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
+    "cl100k_base": ("cl100k_base", CL100K_PATTERN, {"<|endoftext|>": 100257, **_FIM}),
+    "o200k_base": ("o200k_base", O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
+}
+_SHA256 = {
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+}
+
+# tokenizer.json writes a byte as a printable character: itself where it is one, else the next free one from U+0100 on
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_CHAR = {byte: chr(byte) for byte in _PLAIN}
+_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in _CHAR)}
+_BYTE = {char: byte for byte, char in _CHAR.items()}
+
+
+def _chars(token: bytes) -> str:
+    return "".join(_CHAR[byte] for byte in token)
+
+
+class Tokenizer:
+    """ranks: bytes of a token -> its id, which is also the priority of its merge. specials: control tokens -> id.
+    words: added tokens that stand for their text wherever it occurs (`<tool_call>` in Qwen's files); they are no
+    control tokens. n_vocab is the largest id + 1, specials included."""
+
+    def __init__(self, name: str, ranks: dict, specials: dict, pattern=CL100K_PATTERN, words=None, nfc=False):
+        self.name, self.ranks, self.specials, self.pattern, self.nfc = name, ranks, specials, pattern, nfc
+        self.words = words or {}
+        self.n_vocab = 1 + max((*ranks.values(), *specials.values(), *self.words.values()))
+        self.eot_id = next(specials[name] for name in EOT_NAMES if name in specials)
+        self.pad_id, self.im_start_id, self.im_end_id = (specials.get(name) for name in SPECIALS[1:])
+        # tiktoken drops what no match covers, tokenizers keeps it as a piece of its own: so does the last alternative
+        cover = "" if pattern in COMPLETE_PATTERNS else f"|(?:(?!{pattern})(?s:.))+"
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern + cover, mergeable_ranks=ranks, special_tokens={**specials, **self.words}
+        )
+        self._words = set(self.words)
+        self._bytes = [b""] * self.n_vocab  # ids that mean nothing (cl100k_base has some) decode to nothing
+        for token, i in ranks.items():
+            self._bytes[i] = token
+        for text, i in {**specials, **self.words}.items():
+            self._bytes[i] = text.encode()
+
+    def encode(self, text: str) -> np.ndarray:
+        """uint32 ids, 1-D, never one of `specials`. Lone surrogates are encoded as U+FFFD."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        try:
+            ids = self._encoding.encode_to_numpy(text, allowed_special=self._words, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode(mend_surrogates(text))
+        return ids.copy()  # tiktoken's array is read-only
+
+    def decode_bytes(self, ids) -> bytes:
+        """The bytes of the ids (any sequence or array of integers); a control token gives its name. E113: no such id."""
+        ids = np.asarray(ids).ravel()
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
+            raise UserError("E113", f"token ids {ids.min()} to {ids.max()}, but {self.name} has {self.n_vocab} ids")
+        return b"".join([self._bytes[i] for i in ids.tolist()])
+
+    def decode(self, ids) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens. Sums of it turn nats per token into bits per byte."""
+        lengths = np.array([len(token) for token in self._bytes], dtype=np.uint16)
+        lengths[list(self.specials.values())] = 0
+        return lengths
+
+    def to_json(self) -> str:
+        """tokenizer.json, the same text for the same tokenizer. The key model.name is ours; tokenizers ignores it."""
+        multi = sorted((rank, token) for token, rank in self.ranks.items() if len(token) > 1)
+        pairs = [_parts(token, self.ranks) for _, token in multi]
+        added = sorted((i, text) for text, i in {**self.specials, **self.words}.items())
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        # Added tokens stand in the vocabulary too: otherwise tokenizers numbers them anew, without cl100k_base's gaps.
+        vocab = {_chars(token): i for token, i in self.ranks.items()} | {text: i for i, text in added}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+        model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "name": self.name}
+        model["ignore_merges"] = any(len(pair) != 2 for pair in pairs)  # tokens that only a whole piece can be
+        model["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
+        model["merges"] = [" ".join(map(_chars, pair)) for pair in pairs if len(pair) == 2]
+        whole = {"version": "1.0", "truncation": None, "padding": None}
+        whole["added_tokens"] = [{"id": i, "content": t, **flags, "special": t in self.specials} for i, t in added]
+        whole["normalizer"] = {"type": "NFC"} if self.nfc else None
+        whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+        whole |= {"post_processor": None, "decoder": byte_level, "model": model}
+        return json.dumps(whole, ensure_ascii=False) + "\n"
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path) -> None:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(self.to_json())
+
+
+def mend_surrogates(text: str) -> str:
+    """Joins surrogate pairs and replaces lone surrogates with U+FFFD: then the text can be UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parts(token: bytes, ranks: dict) -> list[bytes]:
+    """What BPE makes of the token's bytes with the ranks below its own. Two parts are the pair whose merge it is; more
+    mean that no merge ever leads to it. When each merge is this pair, merging by rank (tiktoken) and by a list of pairs
+    (tokenizers) are the same: before the merge's turn, its bytes are in just this state wherever they stand."""
+    parts, own = [bytes([byte]) for byte in token], ranks[token]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= own:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_chars: int | None = None) -> Tokenizer:
+    """A vocabulary of n_vocab ids in all, specials included, from the texts (the first max_chars characters of each).
+
+    The next merge is that of the most frequent pair, of equals the one with the smallest ids, so the result depends on
+    the texts only, not on their order. Takes memory for the distinct pieces of the texts, not for the texts. Texts
+    with too few different pairs give a smaller vocabulary. E002: n_vocab below 256 + specials."""
+    lowest = 256 + len(SPECIALS)
+    if n_vocab < lowest:
+        raise UserError(
+            "E002", f"bpe:{n_vocab}: a vocabulary has at least {lowest} ids: 256 bytes, {len(SPECIALS)} specials"
+        )
+    find, pieces = regex.compile(CL100K_PATTERN).findall, Counter()
+    for text in texts:
+        pieces.update(find(text[:max_chars]))
+    words = [list(piece.encode("utf-8", "replace")) for piece in pieces]
+    counts = list(pieces.values())
+    pair_count, where = Counter(), defaultdict(set)  # where: words that hold, or once held, the pair
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_count[pair] += counts[i]
+            where[pair].add(i)
+    tokens = [bytes([byte]) for byte in range(256)]
+    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < n_vocab - len(SPECIALS):
+        count, pair = heapq.heappop(heap)
+        if -count != pair_count[pair]:  # out of date: counts fall without a word, so look again when it comes up
+            if pair_count[pair] > 0:
+                heapq.heappush(heap, (-pair_count[pair], pair))
+            continue
+        left, right = pair
+        new = len(tokens)
+        tokens.append(tokens[left] + tokens[right])
+        touched = set()
+        for i in where.pop(pair):
+            word, merged, j = words[i], [], 0
+            while j < len(word):
+                if word[j] == left and j + 1 < len(word) and word[j + 1] == right:
+                    merged.append(new)
+                    j += 2
+                else:
+                    merged.append(word[j])
+                    j += 1
+            if len(merged) == len(word):
+                continue
+            for old in zip(word, word[1:]):
+                pair_count[old] -= counts[i]
+            for now in zip(merged, merged[1:]):
+                pair_count[now] += counts[i]
+                if new in now:
+                    where[now].add(i)
+                    touched.add(now)
+            words[i] = merged
+        del pair_count[pair]
+        for now in touched:
+            heapq.heappush(heap, (-pair_count[now], now))
+    return _own(name or f"bpe:{n_vocab}", tokens)
+
+
+def _own(name: str, tokens: list[bytes]) -> Tokenizer:
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return Tokenizer(name, ranks, {special: len(tokens) + i for i, special in enumerate(SPECIALS)})
+
+
+def load(spec: str) -> Tokenizer:
+    """ "bytes", a name of NAMED, or the path of a tokenizer.json (or of a folder with one). E115: the file is not there;
+    E116: it is of a kind that we would read wrongly."""
+    if spec == "bytes":
+        return _own("bytes", [bytes([byte]) for byte in range(256)])
+    if spec in NAMED:
+        file, pattern, specials = NAMED[spec]
+        lines = [line.split() for line in _tiktoken_file(spec, file).splitlines() if line]
+        return Tokenizer(spec, {base64.b64decode(token): int(rank) for token, rank in lines}, dict(specials), pattern)
+    path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _from_json(json.load(file), path)
+    except OSError as error:
+        names = ", ".join(NAMED)
+        raise UserError("E115", f"tokenizer {spec}: {error.strerror or error}; known names: bytes, {names}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError("E116", f"{path} is no JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
+
+
+def _tiktoken_file(name: str, file: str) -> bytes:
+    """tiktoken's file, from its cache folder or else the network, checked. Not by tiktoken's own loader: that one waits
+    for the network without a limit and deletes a file whose sum is wrong. Never another vocabulary instead."""
+    url = f"https://openaipublic.blob.core.windows.net/encodings/{file}.tiktoken"
+    environ = os.environ
+    folder = environ.get("TIKTOKEN_CACHE_DIR") or environ.get("DATA_GYM_CACHE_DIR")
+    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    path = os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())
+    problem = "is not there"
+    try:
+        with open(path, "rb") as cached:
+            data = cached.read()
+        if hashlib.sha256(data).hexdigest() == _SHA256[file]:
+            return data
+        problem = "is damaged (its sha256 is wrong)"
+    except OSError:
+        pass
+    try:
+        import requests  # tiktoken's own dependency
+
+        answer = requests.get(url, timeout=(4, 15))
+        answer.raise_for_status()
+        if hashlib.sha256(answer.content).hexdigest() != _SHA256[file]:
+            raise ValueError("what came has another sha256")
+    except Exception as error:
+        remedy = f"on a machine with network fetch {url} and put it there under exactly that name ($TIKTOKEN_CACHE_DIR)"
+        text = f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__}); {remedy}"
+        raise UserError("E115", text) from None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{path}.{os.getpid()}.tmp", "wb") as target:
+            target.write(answer.content)
+        os.replace(f"{path}.{os.getpid()}.tmp", path)
+    except OSError:
+        pass  # it only saves the next download
+    return answer.content
+
+
+def _from_json(whole: dict, path: str) -> Tokenizer:
+    def need(good: bool, part: str) -> None:
+        if not good:
+            raise UserError("E116", f"{path}: {part}")
+
+    def kind(part):
+        return part and part.get("type")
+
+    model, normalizer, pre = whole["model"], whole.get("normalizer"), whole.get("pre_tokenizer")
+    need(kind(model) == "BPE", f"model is {kind(model)}, not BPE")
+    need(not model.get("dropout"), "model.dropout is set")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        need(not model.get(key), f"model.{key} is set")
+    need(kind(normalizer) in (None, "NFC"), f"normalizer is {kind(normalizer)}, not null or NFC")
+    need(kind(whole.get("decoder")) == "ByteLevel", f"decoder is {kind(whole.get('decoder'))}, not ByteLevel")
+    post = whole.get("post_processor")
+    for part in post["processors"] if kind(post) == "Sequence" else [post]:
+        need(kind(part) in (None, "ByteLevel", "TemplateProcessing"), f"post_processor is {kind(part)}")
+
+    steps = pre["pretokenizers"] if kind(pre) == "Sequence" else [pre]
+    kinds = [kind(step) for step in steps]
+    need(
+        kinds in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer is {kinds}, not ByteLevel or Split, ByteLevel"
+    )
+    need(not steps[-1].get("add_prefix_space", True), "pre_tokenizer ByteLevel has add_prefix_space")
+    use_regex = steps[-1].get("use_regex", True)
+    need(use_regex == (len(steps) == 1), f"pre_tokenizer ByteLevel has use_regex {use_regex}")
+    pattern = GPT2_PATTERN
+    if len(steps) == 2:
+        pattern, behavior = steps[0]["pattern"].get("Regex"), (steps[0].get("behavior"), steps[0].get("invert"))
+        need(behavior == ("Isolated", False), f"pre_tokenizer Split has behavior and invert {behavior}")
+        good = isinstance(pattern, str) and (pattern in COMPLETE_PATTERNS or _SAFE_PATTERN.fullmatch(pattern))
+        need(
+            good and not regex.fullmatch(pattern, ""),
+            f"pre_tokenizer Split pattern {pattern!r} may mean something else here",
+        )
+
+    specials, words = {}, {}
+    for token in whole.get("added_tokens") or []:
+        text, special = token["content"], token.get("special")
+        (specials if special else words)[text] = token["id"]
+        strips = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag) and not special]
+        need(text and not strips, f"added token {text!r} has {strips}")
+    need(any(name in specials for name in EOT_NAMES), f"no end of document: none of {EOT_NAMES} is a special token")
+    clash = [(a, b) for a in words for b in words if a != b and a in b]
+    need(not clash, f"added tokens contain one another: {clash[:1]}")
+
+    ranks, vocab = {}, {text: i for text, i in model["vocab"].items() if text not in specials and text not in words}
+    for text, i in vocab.items():
+        need(all(char in _BYTE for char in text), f"vocabulary entry {text!r} is not byte-level")
+        ranks[bytes(_BYTE[char] for char in text)] = i
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    need(not missing, f"the vocabulary lacks the bytes {missing[:5]}")
+    ids = [*ranks.values(), *specials.values(), *words.values()]
+    need(len(set(ids)) == len(ids), "two tokens have one id")
+
+    pairs, last = defaultdict(set), -1
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        need(left in vocab and right in vocab and left + right in vocab, f"merge {merge} is not in the vocabulary")
+        need(vocab[left + right] >= last, f"merge {merge} is out of order: merges and ids must have the same order")
+        last = vocab[left + right]
+        pairs[last].add((left, right))
+    for token, i in ranks.items():
+        parts = tuple(map(_chars, _parts(token, ranks))) if len(token) > 1 else ()
+        if len(parts) == 2:
+            need(
+                parts in pairs[i], f"merges make {_chars(token)!r} of {sorted(pairs[i])}, its ranks make it of {parts}"
+            )
+        elif parts:
+            need(bool(model.get("ignore_merges")), f"no merges lead to {_chars(token)!r}, and ignore_merges is false")
+    name = model.get("name") or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    return Tokenizer(str(name), ranks, specials, pattern, words, nfc=bool(normalizer))

@@ -1,0 +1,1405 @@
+"""Train a language model: `python train.py configs/quickstart.yaml`, or `torchrun --nproc_per_node=N train.py CONFIG`.
+
+Configuration, optimizer and schedule, Parallel (all that depends on the number of processes), Orchestrator, Trainer,
+main; in that order. `python train.py --help` prints every key. `Trainer("configs/x.yaml").fit()` works in a notebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from tqdm import tqdm
+
+import checkpoint
+import plan
+import tokenizer as tokenizers
+from errors import UserError, command
+from loader import Loader, Source, val_rows
+from model import ModelConfig, Transformer, pick_attention
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class Config:
+    # data
+    data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
+    data: dict | None = None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
+    prepare: dict | None = (
+        None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out: data/NAME}
+    )
+    val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
+    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
+    # length and batch
+    max_steps: int | None = None  # turns of the loop; null: one pass over the data
+    num_epochs: float | None = None  # passes over the data, instead of max_steps
+    batch_size: int = 16  # rows of max_seq_len tokens per process and micro-step
+    gradient_accumulation_steps: int = 1  # micro-steps per step
+    batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
+    # optimizer and schedule
+    learning_rate: float = 3e-4  # the peak, absolute
+    min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
+    lr_schedule: str = "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
+    decay_frac: float = 0.2  # wsd: the last part of max_steps that decays linearly
+    warmup_steps: float | None = None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
+    optimizer: str = "adamw"  # adamw
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.95  # decay of the mean of squares
+    eps: float = 1e-8  # added to the root of the mean of squares
+    weight_decay: float = 0.1  # on matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2, keeps logits small; 1e-4 is usual
+    # evaluation, saving, logging
+    eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
+    eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
+    early_stopping_patience: int = 0  # stop after so many evaluations without a new best; 0: never
+    save_interval: int = 1000  # steps; 0: only the last
+    save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
+    keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
+    log_interval: int = 20  # steps
+    wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
+    wandb_entity: str | None = None  # team or user
+    wandb_run_name: str | None = None  # null: the name of out_dir
+    tensorboard: bool = False  # write out_dir/tensorboard (pip install tensorboard)
+    sample_prompt: str | None = None  # print a continuation of this at the end of the run
+    # machine
+    seed: int = 1337  # of weights, order of data, dropout
+    device: str = "auto"  # auto | cuda | mps | cpu
+    precision: str = "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
+    compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
+    deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
+    attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
+    activation_checkpointing: str = (
+        "none"  # none | block: recompute each block in backward, less memory, a third slower
+    )
+    # where
+    out_dir: str | None = None  # null: out/NAME-of-the-yaml
+    resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
+    init_from: str | None = None  # start from the weights of a run, a step folder or a Hugging Face folder
+    overwrite: bool = False  # with resume none: delete the run that out_dir holds
+    model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys, see below
+
+
+IGNORED = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "save_latest_always", "backend")
+FLAGS = ("dry_run", "print_config", "help")  # of the command line only
+CHOICES = {
+    "lr_schedule": ("cosine", "linear", "wsd", "constant", "onecycle"),
+    "optimizer": ("adamw",),
+    "activation_checkpointing": ("none", "block"),
+    "resume": ("auto", "none"),
+}
+AT_LEAST = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 0, "batch_tokens": 1, "eval_tokens": 1}
+AT_LEAST |= dict.fromkeys(("eval_interval", "save_interval", "save_total_limit", "keep_every", "weight_decay"), 0)
+AT_LEAST |= dict.fromkeys(("grad_clip", "z_loss", "warmup_steps", "min_lr", "num_epochs", "val_fraction", "seed"), 0)
+AT_LEAST |= {"early_stopping_patience": 0, "log_interval": 1, "learning_rate": 0, "eps": 0, "beta1": 0, "beta2": 0}
+BELOW_ONE = ("beta1", "beta2", "val_fraction")
+
+
+def convert(value, kind, where: str):
+    """`value` as the annotated type `kind`; numbers in quotes count. UserError E002 says where it came from."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None or (value == "null" and str not in kinds):
+        if type(None) in kinds:
+            return None
+    elif isinstance(value, bool):
+        if bool in kinds:
+            return value
+        if str in kinds and value is False:
+            return "none"  # YAML reads off and no as false: they mean none where a word is expected
+    elif dict in kinds and isinstance(value, dict):
+        return value
+    else:
+        if bool in kinds and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        for number in (int, float):
+            if number in kinds:
+                with contextlib.suppress(ValueError, TypeError, OverflowError):
+                    as_float = float(str(value).replace("_", ""))
+                    if number is float and math.isfinite(as_float):
+                        return as_float
+                    if number is int and as_float == int(as_float):
+                        return int(value) if isinstance(value, int) else int(as_float)
+        if str in kinds and isinstance(value, (str, int, float)):
+            return str(value)
+    names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+    raise UserError("E002", f"{where}: {value!r} is not {names}")
+
+
+def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
+    """A YAML file as a dict, and the line of each key ("model.d_model": 7). Keys given twice are refused."""
+    text, lines = path.read_text(encoding="utf-8"), {}
+
+    def walk(node, prefix=""):
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = f"{prefix}{key.value}"
+            if name in lines:
+                raise UserError("E002", f"{path}:{key.start_mark.line + 1}: {name} stands here for the second time")
+            lines[name] = key.start_mark.line + 1
+            walk(value, f"{name}.")
+
+    try:
+        walk(yaml.compose(text, yaml.SafeLoader))
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError("E002", f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError("E002", f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}")
+    return tree, lines
+
+
+def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
+    """YAML file and command line -> (Config, the keys as written, notes for the user, flags of the command line)."""
+    flags, path, tree, lines, notes = {}, None, {}, {}, []
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        path = find_yaml(words.pop(0))
+        tree, lines = load_yaml(path)
+    if tree.get("model") is None:
+        tree["model"] = {}
+    if not isinstance(tree["model"], dict):
+        raise UserError("E002", f"{path}:{lines['model']}: model: a mapping of keys is expected")
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError("E002", f"command line: {word!r}: options look like --key value or --key=value")
+        key, has_value, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in FLAGS:
+            flags[key] = True
+            continue
+        if not has_value:
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        try:
+            value = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            pass  # a text that is no YAML is that text
+        target, name = (tree["model"], key[6:]) if key.startswith("model.") else (tree, key)
+        target[name] = value
+        lines[key] = None
+    cfg = build_config(tree, lambda key: f"{path}:{lines[key]}" if lines.get(key) else "command line", notes)
+    if cfg.out_dir is None:
+        cfg.out_dir = f"out/{path.stem if path else 'run'}"
+    return cfg, tree, notes, flags
+
+
+def find_yaml(name: str) -> Path:
+    """A path, or the name of a preset in configs/."""
+    presets = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(path.stem, presets, 1, 0.4)
+    hint = f"; did you mean configs/{near[0]}.yaml?" if near else f"; presets: {', '.join(presets)}"
+    raise UserError("E001", f"{name} does not exist{hint}")
+
+
+def build_config(tree: dict, where, notes: list[str]) -> Config:
+    """The written keys -> Config, all of it checked. `where(key)` names file and line."""
+    for key in [k for k in IGNORED if k in tree]:
+        tree.pop(key)
+        notes.append(f"{key} has no effect in Lumen and is ignored")
+    if tree.get("max_steps") is not None and tree.get("num_epochs") is not None:
+        if float(tree["num_epochs"]) != 1:
+            raise UserError("E002", f"{where('num_epochs')}: num_epochs and max_steps both set the length; drop one")
+        tree.pop("num_epochs")
+        notes.append("num_epochs: 1 is ignored, max_steps sets the length")
+    lunaris_keys(tree["model"], where, notes)
+
+    def build(cls, keys: dict, prefix: str):
+        kinds = {k: v for k, v in typing.get_type_hints(cls).items() if k != "model"}
+        for key in keys:
+            if key not in kinds and key != "model":
+                near = difflib.get_close_matches(str(key), kinds, 1, 0.5)
+                other = ModelConfig if cls is Config else Config
+                hint = f"did you mean {prefix}{near[0]}?" if near else "python train.py --help lists all"
+                if key in typing.get_type_hints(other):
+                    hint = f"it belongs {'under model:' if cls is Config else 'at the top level, not under model:'}"
+                raise UserError("E002", f"{where(prefix + str(key))}: unknown key {prefix}{key}; {hint}")
+        values = {k: convert(v, kinds[k], f"{where(prefix + k)}: {prefix}{k}") for k, v in keys.items() if k in kinds}
+        return cls(**values)
+
+    try:
+        model = build(ModelConfig, tree["model"], "model.")
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
+    cfg = dataclasses.replace(build(Config, tree, ""), model=model)
+
+    def refuse(key, text):
+        raise UserError("E002", f"{where(key)}: {key}: {text}")
+
+    for key, choices in CHOICES.items():
+        if getattr(cfg, key) not in choices:
+            refuse(key, f"{getattr(cfg, key)!r} is not one of {', '.join(choices)}")
+    for key, low in AT_LEAST.items():
+        value = getattr(cfg, key)
+        if value is not None and value < low:
+            refuse(key, f"{value} must be at least {low}")
+    for key in BELOW_ONE:
+        if getattr(cfg, key) >= 1:
+            refuse(key, f"{getattr(cfg, key)} must be below 1")
+    if not 0 < cfg.decay_frac <= 1:
+        refuse("decay_frac", f"{cfg.decay_frac} is not in (0, 1]")
+    if cfg.data_dir and cfg.data:
+        refuse("data", "data_dir and data both name the data; drop one")
+    if cfg.prepare is not None:
+        unknown = set(cfg.prepare) - {"sources", "val_sources", "tokenizer", "out"}
+        if unknown or not cfg.prepare.get("sources"):
+            refuse("prepare", f"needs sources: [...]; may have val_sources, tokenizer, out; unknown: {unknown or '-'}")
+        out = cfg.prepare.setdefault("out", cfg.data_dir or f"data/{Path(str(cfg.prepare['sources'][0])).stem}")
+        cfg.data_dir = cfg.data_dir or out
+    if not (cfg.data_dir or cfg.data):
+        raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
+    if cfg.data and not isinstance(cfg.data.get("sources"), dict):
+        refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
+    if cfg.batch_tokens and "gradient_accumulation_steps" in tree:
+        refuse("batch_tokens", "it sets the accumulation; drop gradient_accumulation_steps")
+    return cfg
+
+
+def lunaris_keys(model: dict, where, notes: list[str]) -> None:
+    """Keys of Lunaris Codex's `model:` block that have another name or no place here."""
+    for old, new in (("use_qk_norm", "qk_norm"), ("resid_dropout", "dropout")):
+        if model.get(old) is not None:
+            model[new] = model[old]
+            notes.append(f"model.{old} is model.{new} here")
+        model.pop(old, None)
+    if float(model.pop("attn_dropout", 0) or 0):
+        raise UserError(
+            "E002", f"{where('model.attn_dropout')}: dropout inside attention is not supported; use dropout"
+        )
+    base = float(model.pop("rope_ntk_scale_base", 0) or 0)
+    if base and float(model.get("max_seq_len", 1024)) > base:
+        theta = float(model.get("rope_theta", 10000.0)) * float(model.get("max_seq_len", 1024)) / base
+        model["rope_theta"] = theta
+        notes.append(f"model.rope_ntk_scale_base {base:g} is applied: rope_theta {theta:g}")
+    if model.get("n_experts") not in (None, 0, "0", False):
+        raise UserError("E002", f"{where('model.n_experts')}: this version trains dense models only; set n_experts: 0")
+    for key in ("n_experts", "n_experts_per_token", "aux_loss_weight", "capacity_factor", "router_z_loss_weight"):
+        if key in model:
+            model.pop(key)
+            notes.append(f"model.{key} has no effect in a dense model")
+
+
+def help_text() -> str:
+    """Every key with its default and meaning, read from the dataclasses above."""
+    rows = []
+    for cls, prefix in ((Config, ""), (ModelConfig, "model.")):
+        for line in inspect.getsource(cls).splitlines():
+            if m := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)", line):
+                rows.append(f"  --{prefix}{m[1]:<{32 - len(prefix)}} {m[3]} [{m[2]}]")
+            elif m := re.match(r"    # (.+)", line):
+                rows.append(f"\n{m[1]}")
+        rows.append("\nmodel" if cls is Config else "")
+    usage = "usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]\n"
+    return f"{usage}       --dry_run: start-up block and memory, no training; --print_config; --help\n" + "\n".join(
+        rows
+    )
+
+
+# ---------------------------------------------------------------- schedule and optimizer
+
+
+def lr_at(cfg: Config, step: int) -> float:
+    """The learning rate of turn `step` (from 0) of cfg.max_steps; needs resolved warmup_steps and min_lr."""
+    peak, low, n = cfg.learning_rate, cfg.min_lr, cfg.max_steps
+    if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
+        up = max(1, int(0.3 * n))
+        if step < up:
+            return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
+        return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
+    if step < cfg.warmup_steps:
+        return peak * (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "wsd":  # warm-up, stable, decay
+        decay = max(1, round(cfg.decay_frac * n))
+        return low + (peak - low) * min(1.0, (n - step) / decay)
+    done = (step - cfg.warmup_steps) / max(1, n - cfg.warmup_steps)
+    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.lr_schedule]
+    return peak if cfg.lr_schedule == "constant" else low + (peak - low) * share
+
+
+def build_optimizer(cfg: Config, model: Transformer) -> torch.optim.Optimizer:
+    """Fused AdamW with its state allocated at once; matrices decay, norms do not; every parameter in one group."""
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in named.values()), "groups must cover every parameter exactly once"
+    optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
+    for p in named.values():
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
+
+
+def mix(seed: int, row: int) -> int:
+    """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+# ---------------------------------------------------------------- parallel
+
+
+class Parallel:
+    """All that changes with the number of processes. This one replicates the model and reduces gradients itself.
+
+    Forward and backward hold no collective. Gradients are then summed in chunks of fixed size in parameter order, and
+    statistics in a collective of their own, so a resumed run adds in the same order as one never stopped.
+    """
+
+    CHUNK = 1 << 22  # numbers per collective
+
+    def __init__(self, cfg: Config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            # objects and flags travel over gloo, so that asking a question never waits for the GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        self.buffer = None
+
+    def rows(self) -> tuple[int, int]:
+        """(index, count): which reader of the data this rank is."""
+        return self.rank, self.world
+
+    def build(self, cfg: Config) -> Transformer:
+        """The model on this rank's device with its initial weights."""
+        with torch.device(self.device):
+            model = Transformer(cfg.model)
+        model.init_weights(cfg.seed)
+        return model
+
+    def microstep(self, model, last: bool):
+        """Context of one forward and backward pass; `last` of its step."""
+        return contextlib.nullcontext()
+
+    def reduce(self, model, stats: torch.Tensor) -> torch.Tensor:
+        """Sum gradients in place and `stats` over all ranks; returns the summed stats."""
+        for p in model.parameters():
+            if p.grad is None:  # a rank that could not read its rows still takes part
+                p.grad = torch.zeros_like(p)
+        if self.world == 1:
+            return stats
+        dist.all_reduce(stats)
+        if self.buffer is None:
+            size = min(self.CHUNK, sum(p.numel() for p in model.parameters()))
+            self.buffer = torch.empty(size, device=self.device)
+        pieces, used = [], 0
+
+        def flush():
+            for at, piece in pieces:
+                self.buffer[at : at + len(piece)] = piece
+            dist.all_reduce(self.buffer[:used])
+            for at, piece in pieces:
+                piece.copy_(self.buffer[at : at + len(piece)])
+            pieces.clear()
+
+        for p in model.parameters():
+            for piece in p.grad.view(-1).split(len(self.buffer)):
+                while len(piece):
+                    room = min(len(self.buffer) - used, len(piece))
+                    pieces.append((used, piece[:room]))
+                    used, piece = used + room, piece[room:]
+                    if used == len(self.buffer):
+                        flush()
+                        used = 0
+        if used:
+            flush()
+        return stats
+
+    def grad_norm(self, model) -> torch.Tensor:
+        """2-norm of the reduced gradient, a 0-d tensor."""
+        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+    def agree(self, flags: list[int]) -> list[int]:
+        """The maximum of each flag over all ranks."""
+        if self.world == 1:
+            return flags
+        tensor = torch.tensor(flags)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, obj) -> list:
+        """What each rank says, in order of rank."""
+        if self.world == 1:
+            return [obj]
+        rows = [None] * self.world
+        dist.all_gather_object(rows, obj)
+        return rows
+
+    def broadcast(self, obj):
+        """Rank 0's object on every rank."""
+        if self.world == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def together(self, do, *args):
+        """do(*args) on every rank; a UserError on any of them is raised on all of them."""
+        result = error = None
+        try:
+            result = do(*args)
+        except UserError as e:
+            error = e
+        for rank, e in enumerate(self.gather(error)):
+            if e is not None:
+                raise UserError(e.code, e.text if rank == 0 else f"rank {rank}: {e.text}")
+        return result
+
+    def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
+        """[(offset, global shape, local tensor, writes)]: every region of `tensor` that this rank holds."""
+        return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- orchestrator
+
+
+class Orchestrator:
+    """Looks at every step. So far it has the non-finite half of the guard, which works without waiting for the device.
+
+    A step whose loss or gradient norm is not finite (or whose norm overflows, or whose rows could not be read) is
+    dropped exactly: weights, moments and the optimizer's count stay; step, schedule and cursor go on.
+    """
+
+    LIMIT = 50  # bad steps in a row before the run counts as diverged
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.dropped, self.in_a_row = trainer, 0, 0
+
+    def guard(self, stats: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """0-d bool on the device: must this step be dropped?"""
+        return ~(torch.isfinite(stats[STAT["ce"]]) & torch.isfinite(norm)) | (stats[STAT["unread"]] > 0)
+
+    def observe(self, seen: dict) -> None:
+        """One finished step, as plain numbers, a step late. UserError E301 or E302 when nothing gets through any more."""
+        if not seen["bad"]:
+            self.in_a_row = 0
+            return
+        self.dropped, self.in_a_row = self.dropped + 1, self.in_a_row + 1
+        t, found = self.trainer, None
+        scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
+        if self.in_a_row == 1 and not scaling:
+            found = next(
+                (f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f), "transient: finite when repeated"
+            )
+        reason = found or ("fp16 overflow, the loss scale halves" if scaling else "again")
+        decision = {"step": seen["step"], "attempt": t.attempt, "trigger": "nonfinite", "action": "drop the step"}
+        t.append("decisions.jsonl", decision | {"statistic": seen["grad_norm"], "confidence": 1.0, "reason": reason})
+        t.say(f"decision   drop step {seen['step']}: loss or gradient not finite; {reason} (confidence 1.0)")
+        if self.in_a_row >= self.LIMIT:
+            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {reason}"
+            raise UserError("E302" if scaling else "E301", text)
+
+
+# ---------------------------------------------------------------- trainer
+
+STATS = ("ce", "z", "count", "unread", "stop", "save")  # what is summed over ranks in each step
+STAT = {name: i for i, name in enumerate(STATS)}
+
+
+class Trainer:
+    """One run: cfg, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()` is the loop.
+
+    `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
+    """
+
+    def __init__(self, config, parallel=Parallel, dry_run: bool = False):
+        if isinstance(config, dict):
+            self.written, notes = json.loads(json.dumps({"model": {}} | config)), []
+            self.cfg = build_config(self.written, lambda key: "config", notes)
+            self.cfg.out_dir = self.cfg.out_dir or "out/run"
+        else:
+            words = config if isinstance(config, list) else [str(config)]
+            self.cfg, self.written, notes, _ = read_config(words)
+        self.started = time.time()
+        self.bar, self.log_file, self.wandb, self.board = None, None, None, None
+        self.step = self.cursor = self.tokens = 0
+        self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
+        self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
+        self.stop_signal = self.save_signal = 0
+        self.pending, self.model, self.scale = None, None, None
+        self.out, self.attempt = Path(self.cfg.out_dir), 0
+
+        prepare_first(self.cfg, dry_run)
+        self.parallel = parallel(self.cfg)
+        self.main = self.parallel.rank == 0  # this rank speaks and writes
+        self.parallel.together(self.open_data)
+        saved = None if dry_run else self.parallel.together(self.claim_out_dir)
+        self.resolve(saved)
+        self.start_block(notes)
+        if dry_run:
+            return
+        self.build(saved)
+        self.orchestrator = Orchestrator(self)
+        if saved is not None:
+            self.orchestrator.dropped = saved.state["dropped"]
+        self.started_at = self.step
+        self.open_log()
+
+    # ---- setting up
+
+    def open_data(self) -> None:
+        """Sources, their validation splits, tokenizer and vocabulary; every mismatch is refused here."""
+        cfg, T = self.cfg, self.cfg.model.max_seq_len
+        folders = {Path(cfg.data_dir).name: {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
+        for name, spec in folders.items():
+            if not isinstance(spec, dict) or "dir" not in spec:
+                raise UserError("E002", f"data.sources.{name}: {{dir: FOLDER, weight: 1.0}} is expected")
+        self.weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
+        self.sources = {n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()}
+        val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
+        self.val_sources = {n: s for n, s in val.items() if s.windows and cfg.val_fraction > 0}
+        tokenizers_used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
+        if len(tokenizers_used) > 1:
+            raise UserError("E113", f"data.sources {' and '.join(tokenizers_used.values())} have different tokenizers")
+        made = next((s for s in self.sources.values() if s.manifest), None)
+        self.token_bytes, self.tokenizer_dir = None, Path(made.path) if made else None
+        if made:
+            cfg.model.vocab_size = cfg.model.vocab_size or made.manifest["tokenizer"]["n_vocab"]
+            self.token_bytes = np.load(Path(made.path) / "token_bytes.npy", allow_pickle=False).astype(np.int64)
+        if not cfg.model.vocab_size:
+            raise UserError("E113", "model.vocab_size must be set: bare shards do not say which tokenizer made them")
+        for source in (*self.sources.values(), *self.val_sources.values()):
+            source.check_vocab(cfg.model.vocab_size)
+        self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
+
+    def claim_out_dir(self) -> checkpoint.Checkpoint | None:
+        """Rank 0 tidies out_dir and picks the checkpoint to go on from; all ranks open it. None: a fresh start."""
+        cfg, found, text = self.cfg, None, None
+        if self.main:
+            try:
+                try:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
+                checkpoint.clean_up(self.out)
+                steps = checkpoint.list_steps(self.out)
+                if cfg.resume == "none" and (steps or (self.out / "metrics.jsonl").exists()):
+                    if not cfg.overwrite:
+                        raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
+                    for old in [*self.out.glob("step_*"), *self.out.glob("*.json*"), *self.out.glob("train.log")]:
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                elif steps:
+                    found = str(checkpoint.find(self.out, say=self.say).path)
+            except UserError as error:
+                if error.code == "E304":
+                    error = UserError("E303", f"{error.text}; resume: none with overwrite: true starts anew")
+                text = error
+        found, error = self.parallel.broadcast((found, text))
+        if error:
+            raise error
+        saved = checkpoint.Checkpoint(found) if found else None
+        if saved and "imported" in saved.state:
+            raise UserError(
+                "E300", f"{self.out} holds an imported model: set init_from: {self.out} and another out_dir"
+            )
+        if saved is None:
+            return None
+        model, now = saved.state["config"]["model"], dataclasses.asdict(cfg.model)
+        differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
+        if differ:
+            raise UserError("E305", f"{saved.path}: model keys differ: {'; '.join(differ)}")
+        if saved.state["fingerprints"] != self.fingerprints and not cfg.allow_data_change:
+            was = saved.state["fingerprints"]
+            names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
+            raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
+        return saved
+
+    def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Turn auto and null into values: from the checkpoint where the YAML still says the same, else rank 0's choice."""
+        cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
+        before = saved.state if saved else {"written": {}, "auto": {}}
+        self.changes = []
+        keys = sorted(({*self.written, *before["written"]} - {"model"}) if saved else ())
+        for key in keys:
+            then, now = before["written"].get(key), self.written.get(key)
+            if then != now and key not in ("resume", "overwrite", "init_from"):
+                self.changes.append(f"{key}: {then} in the checkpoint, {now} now")
+
+        def kept(name, *keys):
+            same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
+            return before["auto"].get(name) if same else None
+
+        # batch: rows per step stay what they were, on any world size
+        rank_count, rows = par.rows()[1], kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens")
+        if rows is None and cfg.batch_tokens:
+            unit = T * rank_count
+            if cfg.batch_tokens % unit:
+                near = max(1, round(cfg.batch_tokens / unit)) * unit
+                text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of {rank_count} x {T} (processes x max_seq_len)"
+                raise UserError("E002", f"{text}; the nearest that is: {near}")
+            rows = cfg.batch_tokens // T
+        elif rows is None:
+            rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+        micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
+        if micro is None:
+            can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
+            near = sorted(can, key=lambda w: abs(w - rank_count))[:2]
+            raise UserError(
+                "E600", f"{rows} rows per step cannot be shared by {rank_count} processes; can: {sorted(near)}"
+            )
+        if micro != cfg.batch_size and "batch_size" in self.written:
+            self.changes.append(f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}")
+        self.rows_per_step = rows
+        cfg.batch_size, cfg.gradient_accumulation_steps = micro, rows // (micro * rank_count)
+
+        # length
+        windows = sum(s.windows for s in self.sources.values())
+        cfg.max_steps = kept("max_steps", "max_steps", "num_epochs") or cfg.max_steps
+        if cfg.max_steps is None:
+            cfg.max_steps = int(windows * (cfg.num_epochs or 1.0)) // rows
+        if cfg.max_steps < 1 and "max_steps" not in self.written:
+            raise UserError(
+                "E114", f"{windows} rows of {T} tokens are less than one step of {rows} rows; lower the batch"
+            )
+        cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+        warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
+        cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
+
+        # machine: what rank 0 finds, kept on resume
+        precision = kept("precision")
+        machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
+        if precision not in (None, machine.precision) and cfg.precision == "auto":
+            with contextlib.suppress(UserError):  # the hardware of today cannot do it: today's choice, said
+                machine = plan.machine(cfg.device, precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
+            self.changes.append(f"precision: {precision} in the checkpoint, {machine.precision} now")
+        cfg.precision = par.broadcast(machine.precision)
+        self.machine = dataclasses.replace(machine, precision=cfg.precision)
+        try:
+            self.counted = plan.on_meta(cfg.model)
+        except ValueError as error:
+            raise UserError("E002", str(error)) from error
+        self.flops_per_token = self.counted.flops_per_token()
+        self.peak = par.broadcast(plan.peak_flops(self.machine))
+        compiled = kept("compile_model")
+        if compiled is None:
+            seconds = self.flops_per_token * rows * T * cfg.max_steps / (self.peak * rank_count)
+            compiled = seconds > 600 if machine.compile is None else machine.compile
+        cfg.compile_model = par.broadcast(compiled)
+        try:
+            choice = kept("attention") or cfg.attention
+            back_end, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
+        except ValueError as error:
+            raise UserError("E002", str(error)) from error
+        cfg.attention, self.attention_why = par.broadcast((back_end, why))
+        deterministic = kept("deterministic")
+        if deterministic is None:
+            deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
+        if deterministic not in (True, False):
+            raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
+        cfg.deterministic = par.broadcast(deterministic)
+        names = ("max_steps", "precision", "compile_model", "attention", "deterministic")
+        self.auto = {"rows": rows, **{k: getattr(cfg, k) for k in names}}
+        self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
+        self.versions |= {"device": self.machine.name, "world": par.world}
+        was = before.get("versions", {})
+        differ = [f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v]
+        if differ and cfg.deterministic:
+            self.changes.append(f"equal bits to the run so far cannot be promised: {', '.join(differ)}")
+
+        # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
+        weights = self.weights
+        segments = [[0, weights]]
+        start = 0
+        for i, phase in enumerate((cfg.data or {}).get("phases") or ()):
+            unknown = set(phase.get("weights", {})) - set(weights)
+            if unknown or set(phase) - {"until", "weights"} or not phase.get("weights"):
+                raise UserError(
+                    "E002", f"data.phases[{i}]: {{until, weights: {{{', '.join(weights)}: ...}}}} is expected"
+                )
+            segments = segments[: i or 0] + [[start * rows, phase["weights"]]]
+            until = phase.get("until", cfg.max_steps)
+            start = round(until * cfg.max_steps) if until <= 1 else int(until)
+        if saved and before["segments"] != segments:
+            self.cursor = before["cursor"]
+            past = [s for s in before["segments"] if s[0] < self.cursor]
+            future = [s for s in segments if s[0] > self.cursor]
+            current = next(s for s in reversed(segments) if s[0] <= self.cursor)
+            segments = past + ([[self.cursor, current[1]]] if past[-1:] != [current] else []) + future
+        self.segments = segments
+
+    def start_block(self, notes: list[str]) -> None:
+        """What will run, before it runs."""
+        cfg, m, say = self.cfg, self.cfg.model, self.say
+        n, T, rows = self.counted.n_params(), m.max_seq_len, self.rows_per_step
+        tokens = rows * T * cfg.max_steps
+        for note in (*notes, *self.machine.notes, *self.changes):
+            say(f"note       {note}")
+        shape = f"{m.n_layers} layers, d_model {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
+        say(f"model      {n['total']:,} parameters ({n['non_embedding']:,} without embeddings): {shape}")
+        for name, s in self.sources.items():
+            held = self.val_sources[name].tokens if name in self.val_sources else 0
+            tail = " (tail held out)" if s.bare and held else ""
+            unused = 100 * s.unused / max(1, s.tokens)
+            say(f"data       {name}: {s.tokens:,} train tokens, {held:,} val{tail}; {unused:.3f} % unused; {s.path}")
+        layout = f"{cfg.batch_size} rows x {T} tokens x {cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
+        say(f"batch      {rows * T:,} tokens a step: {layout}")
+        windows = sum(s.windows for s in self.sources.values())
+        per_param = f"{tokens / n['total']:.1f} per parameter"
+        say(
+            f"length     {cfg.max_steps:,} steps, {tokens:,} tokens ({per_param}), {rows * cfg.max_steps / windows:.2f} epochs"
+        )
+        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
+        flops = f"{plan.describe(self.flops_per_token, 'FLOP')} a token, {plan.describe(self.flops_per_token * tokens, 'FLOP')} in all"
+        say(f"compute    {flops}; matrix peak {plan.describe(self.peak, 'FLOP/s')}")
+        flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
+        state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
+        say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
+        say(f"attention  {cfg.attention}: {self.attention_why}")
+        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing == "block")
+        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k != "total")
+        have = plan.total_memory(self.machine.device)
+        say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
+        if need["total"] * local > have:
+            say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
+        if m.vocab_size % 64:
+            say(
+                f"advice     vocab_size {m.vocab_size} is not a multiple of 64: matrices of that width are slower on GPUs"
+            )
+        if n["total"] > tokens:
+            say("advice     fewer tokens than parameters: such a model mostly memorises")
+        if self.machine.device.type == "cuda" and cfg.deterministic:
+            say("advice     deterministic: true costs speed on CUDA; python bench.py speed measures it")
+
+    def build(self, saved) -> None:
+        """Model, optimizer, loader; then their state from a checkpoint, or the weights that init_from names."""
+        cfg, par = self.cfg, self.parallel
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+        model = self.model = par.build(cfg)
+        model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
+        model.recompute = cfg.activation_checkpointing == "block"
+        if cfg.compile_model:
+            for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
+                block.compile()
+        self.optimizer = build_optimizer(cfg, model)
+        if cfg.precision == "mixed_fp16":
+            self.scale = torch.tensor(65536.0, device=par.device)
+            self.scale_good = torch.zeros((), device=par.device)  # steps since the last change
+        if saved is not None:
+            self.parallel.together(self.load, saved)
+        elif cfg.init_from:
+            self.parallel.together(self.load_weights, cfg.init_from)
+        micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
+        self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
+        self.loader.start(self.cursor, *par.rows(), micro, accum)
+        last = self.segments[-1][1]
+        weights = {n: float(last.get(n, 0)) for n in self.val_sources}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1.0)
+        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
+        self.val_set = val_rows(self.val_sources, weights, count) if weights else []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint holds, by name."""
+        named = dict(self.model.named_parameters())
+        out = {f"model.{name}": p.detach() for name, p in named.items()}
+        for name, p in named.items():
+            out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
+        return out
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Weights, moments and every number of the run, in place."""
+        mine = self.tensors()
+        if set(mine) != set(saved.tensors):
+            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}")
+        self.copy_in(saved, {name: name for name in mine})
+        s = saved.state
+        self.step, self.cursor, self.tokens = s["step"], s["cursor"], s["tokens"]
+        self.val_loss, self.best_val_loss, self.best_step = s["val_loss"], s["best_val_loss"], s["best_step"]
+        self.evaluations_since_best, self.evaluated_at = s["evaluations_since_best"], s["evaluated_at"]
+        self.stopped_early = s["stopped_early"]
+        if self.scale is not None and s["scaler"]:
+            self.scale.fill_(s["scaler"][0])
+            self.scale_good.fill_(s["scaler"][1])
+
+    def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
+        """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
+        mine = self.tensors()
+        for ours, theirs in names.items():
+            if list(mine[ours].shape) != saved.tensors[theirs]["shape"]:
+                shapes = f"{saved.tensors[theirs]['shape']} there, {list(mine[ours].shape)} here"
+                raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
+            for offset, _, local, _ in self.parallel.pieces(ours, mine[ours]):
+                local.copy_(saved.read(theirs, offset, local.shape))
+
+    def load_weights(self, path: str) -> None:
+        """init_from: the weights only, of one of our runs or of a Hugging Face folder; schedule and data start anew."""
+        if (Path(path) / "config.json").is_file():
+            from export import read_hf  # only here: nothing else in training knows foreign formats
+
+            model, state, _, _ = read_hf(path)
+        else:
+            saved = checkpoint.find(path, say=self.say)
+            model, state = ModelConfig(**saved.state["config"]["model"]), saved.model_state()
+        free = (
+            "dropout",
+            "max_seq_len",
+            "init_std",
+            "rope_scaling",
+            "rope_theta",
+            "ffn_hidden_multiplier",
+            "multiple_of",
+        )
+        there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
+        differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
+        if differ:
+            raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
+        mine = self.tensors()
+        for name, tensor in state.items():
+            for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
+                local.copy_(tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))])
+        self.say(f"weights    from {path}")
+
+    def open_log(self) -> None:
+        """This process owns out_dir now: files, wandb, signals."""
+        cfg = self.cfg
+        if self.main:
+            status = self.read_status()
+            self.attempt = status.get("attempt", 0) + 1
+            self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
+            resolved = dataclasses.asdict(cfg)
+            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+            for name in ("tokenizer.json", "token_bytes.npy"):
+                if self.tokenizer_dir and not (self.out / name).exists():
+                    shutil.copyfile(self.tokenizer_dir / name, self.out / name)
+            self.write_status("running")
+            if cfg.wandb_project:
+                self.wandb = start_wandb(cfg, self.say)
+            if cfg.tensorboard:
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError as error:
+                    raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
+                self.board = SummaryWriter(str(self.out / "tensorboard"))
+        self.attempt = self.parallel.broadcast(self.attempt)
+        self.say(
+            f"run        {self.out}, attempt {self.attempt}, " + (f"from step {self.step}" if self.step else "new")
+        )
+        self.first_interrupt = None
+        for name in ("SIGTERM", "SIGINT") + (("SIGUSR1",) if "RANK" not in os.environ else ()):
+            with contextlib.suppress(ValueError, AttributeError):  # not the main thread; not on this system
+                signal.signal(getattr(signal, name), self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.save_signal = 1
+            return
+        if number == signal.SIGINT and self.first_interrupt and time.time() - self.first_interrupt > 2:
+            os._exit(130)
+        self.first_interrupt = self.first_interrupt or time.time()
+        self.stop_signal = 1
+
+    # ---- the loop
+
+    def fit(self) -> int:
+        """Train to max_steps, or until a signal. Returns the exit code: 0, or 4 when the last save failed."""
+        cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
+        nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
+        double = torch.float32 if par.device.type == "mps" else torch.float64
+        stop = saved = False
+        wants_save = False
+        self.restart_clock()
+        if self.main and sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        model.train()
+        while True:
+            # schedule
+            lr = lr_at(cfg, self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # evaluate, save
+            last = self.step >= cfg.max_steps or self.stopped_early
+            here = self.step != self.started_at or (last and self.evaluated_at != self.step)
+            due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
+            due_eval = due_save or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
+            new_best = here and due_eval and not stop and self.evaluate()
+            retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
+            if (here and (due_save or new_best)) or (stop or wants_save or retry) and self.step != self.started_at:
+                saved = self.save()
+            if last or self.stopped_early or stop:
+                break
+            # micro-steps
+            stats = torch.zeros(len(STATS), dtype=double)
+            sums = torch.zeros(3, dtype=double, device=par.device)
+            for micro in range(cfg.gradient_accumulation_steps):
+                waited = time.perf_counter()
+                try:
+                    row, x, y = self.loader.next()
+                except UserError as error:  # this rank cannot go on; the others learn it from the statistics
+                    self.data_error, stats[STAT["unread"]] = error, 1
+                    break
+                self.data_wait += time.perf_counter() - waited
+                x, y = self.to_device(x), self.to_device(y)
+                torch.manual_seed(mix(cfg.seed, row))
+                with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
+                    total, parts = model(x, targets=y)
+                    loss = total / nominal
+                    (loss if self.scale is None else loss * self.scale).backward()
+                sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
+            # reduce
+            stats[STAT["stop"]], stats[STAT["save"]] = self.stop_signal, self.save_signal
+            stats = stats.to(par.device)
+            stats[:3] = sums
+            stats = par.reduce(model, stats)
+            norm = par.grad_norm(model)
+            # guard
+            bad = self.orchestrator.guard(stats, norm)
+            # step: the true count of targets and fp16's scale go into the clip coefficient (exactly 1.0 without either)
+            factor = (nominal / stats[STAT["count"]]).float()
+            if self.scale is not None:
+                factor = factor / self.scale
+            norm = norm * factor
+            clip = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0) if cfg.grad_clip else torch.ones_like(norm)
+            torch._foreach_mul_([p.grad for p in model.parameters()], clip * factor)
+            optimizer.found_inf = bad.float()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if self.scale is not None:  # halve after an overflow, double after 2000 steps without
+                self.scale_good = torch.where(bad, 0.0, self.scale_good + 1)
+                grow = self.scale_good >= 2000
+                self.scale = torch.where(bad, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+                self.scale_good = torch.where(grow, 0.0, self.scale_good)
+            # observe and log the step before this one, whose numbers have arrived by now
+            seen = self.drain()
+            numbers = torch.cat([stats, torch.stack([norm.to(double), bad.to(double)])])
+            self.pending = (self.step, self.cursor, lr, numbers.to("cpu", non_blocking=True))
+            # advance
+            self.step += 1
+            self.cursor += self.rows_per_step
+            due = (cfg.save_interval and self.step % cfg.save_interval == 0) or self.step >= cfg.max_steps
+            if par.device.type == "cpu" or due or (cfg.eval_interval and self.step % cfg.eval_interval == 0):
+                seen = self.drain() or seen  # the CPU has nothing to overlap; a save must not leave a step half counted
+            stop, wants_save = bool(seen and seen["stop"]), bool(seen and seen["save"])
+            if wants_save:
+                self.save_signal = 0
+        self.drain()
+        state = "finished" if last or self.stopped_early else "stopped"
+        code = 0 if saved or not here else 4
+        self.finish(state, code)
+        return code
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.parallel.device.type == "cuda":
+            return tensor.pin_memory().to(self.parallel.device, non_blocking=True)
+        return tensor.to(self.parallel.device)
+
+    def drain(self) -> dict | None:
+        """Take the numbers of the pending step off the device: count tokens, observe, log."""
+        if self.pending is None:
+            return None
+        step, cursor, lr, numbers = self.pending
+        self.pending = None
+        if self.parallel.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        ce, z, count, unread, stop, save, norm, bad = numbers.tolist()
+        if unread:
+            self.parallel.together(self.raise_data_error)
+        self.tokens += 0 if bad else int(count)
+        seen = {"step": step, "cursor": cursor, "loss": ce / max(count, 1), "z_loss": z / max(count, 1), "lr": lr}
+        seen |= {"grad_norm": norm, "bad": bool(bad), "stop": stop > 0, "save": save > 0}
+        self.orchestrator.observe(seen | {"loss_finite": math.isfinite(ce)})
+        if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
+            self.log(seen)
+        if self.bar:
+            self.bar.update(1)
+        return seen
+
+    def raise_data_error(self) -> None:
+        if self.data_error:
+            raise self.data_error
+
+    def diagnose(self, cursor: int) -> str | None:
+        """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite."""
+        cfg, model, found = self.cfg, self.model, []
+
+        def look(name):
+            def hook(module, inputs, output):
+                first = output[0] if isinstance(output, tuple) else output
+                if not found and not torch.isfinite(first).all():
+                    found.append(f"{name or 'the loss'} is not finite on rank {self.parallel.rank}")
+
+            return hook
+
+        hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
+        index, count = self.parallel.rows()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                for micro in range(cfg.gradient_accumulation_steps):
+                    row = cursor + (micro * count + index) * cfg.batch_size
+                    x, y = self.loader.batch(row, cfg.batch_size)
+                    torch.manual_seed(mix(cfg.seed, row))
+                    model(self.to_device(x), targets=self.to_device(y))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
+
+    # ---- evaluation and saving
+
+    @torch.no_grad()
+    def evaluate(self) -> bool:
+        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
+        cfg, par, model = self.cfg, self.parallel, self.model
+        self.drain()
+        began = time.perf_counter()
+        self.evaluated_at = self.step
+        if not self.val_set:
+            return False
+        (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
+        names = list(self.val_sources)
+        sums = torch.zeros(len(names), 4, dtype=torch.float64)  # ce, targets, correct, bytes
+        model.eval()
+        for first in range(0, len(self.val_set), rows * count):
+            mine = self.val_set[first + index * rows : first + (index + 1) * rows]
+            for k, name in enumerate(names):
+                chosen = [i for n, i in mine if n == name]
+                if not chosen:
+                    continue
+                window = np.full((rows, T + 1), -1, dtype=np.int64)  # short batches are padded with ignored rows
+                for r, i in enumerate(chosen):
+                    window[r] = self.val_sources[name].window(i)
+                x, y = window[:, :-1].clip(min=0), window[:, 1:]
+                _, parts = model(
+                    self.to_device(np.ascontiguousarray(x)), targets=self.to_device(np.ascontiguousarray(y))
+                )
+                size = self.token_bytes[y[y >= 0]].sum() if self.token_bytes is not None else 0
+                sums[k] += torch.tensor([parts["ce"].item(), parts["count"].item(), parts["correct"].item(), size])
+            if par.agree([self.stop_signal])[0]:
+                model.train()
+                self.say("evaluation left: a signal came")
+                self.evaluated_at = None
+                return False
+        model.train()
+        sums = torch.stack(par.gather(sums)).sum(0)
+        ce, targets, correct, size = sums.sum(0).tolist()
+        self.val_loss = ce / targets
+        new_best = self.best_val_loss is None or self.val_loss < self.best_val_loss
+        if new_best:
+            self.best_val_loss, self.best_step, self.evaluations_since_best = self.val_loss, self.step, 0
+        else:
+            self.evaluations_since_best += 1
+        if cfg.early_stopping_patience and self.evaluations_since_best >= cfg.early_stopping_patience:
+            self.say(f"early stop: {self.evaluations_since_best} evaluations without a new best")
+            self.stopped_early = True
+        row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens, "val_loss": self.val_loss}
+        row |= {"val_accuracy": correct / targets, "val_bpb": ce / math.log(2) / size if size else None}
+        row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+        if len(names) > 1:
+            row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
+        self.record(row)
+        bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
+        best = " (best)" if new_best else f" (best {self.best_val_loss:.4f} at step {self.best_step})"
+        took = time.perf_counter() - began
+        right = f"{100 * row['val_accuracy']:.1f} % right"
+        self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
+        self.clock += took
+        return new_best
+
+    def save(self) -> bool:
+        """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on."""
+        self.drain()
+        began, par, final = time.perf_counter(), self.parallel, checkpoint.step_dir(self.out, self.step)
+        folder = Path(f"{final}.tmp")
+        if self.best_val_loss is None:
+            self.best_step = self.step  # nothing to compare by: the last is the best
+        if self.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        par.agree([0])  # nobody writes before the old one is gone
+        pieces = {}
+        for name, tensor in self.tensors().items():
+            own = [(shape, offset, local) for offset, shape, local, writes in par.pieces(name, tensor) if writes]
+            pieces |= {name: own} if own else {}
+        error = checkpoint.write(folder, par.rank, pieces)
+        failed = par.agree([error is not None])[0]
+        if not failed and self.main:
+            try:
+                checkpoint.commit(folder, final, par.world, self.state())
+                checkpoint.write_json(self.out / "best.json", {"step": self.best_step, "val_loss": self.best_val_loss})
+            except OSError as e:
+                error = f"{type(e).__name__}: {e}"
+        failed = par.agree([error is not None])[0]
+        self.unsaved = bool(failed)
+        if failed:
+            said = "; ".join(e for e in par.gather(error) if e)
+            if self.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.say(f"E307       {final} could not be written ({said}); the run goes on and tries again")
+        else:
+            if self.main:
+                checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
+            self.say(f"saved      {final}, {time.perf_counter() - began:.1f} s")
+        self.clock += time.perf_counter() - began
+        return not failed
+
+    def state(self) -> dict:
+        """state.json: every number that a resumed run needs, and what it ran with."""
+        config = dataclasses.asdict(self.cfg)
+        names = ("step", "cursor", "tokens", "val_loss", "best_val_loss", "best_step", "evaluations_since_best")
+        names += ("evaluated_at", "stopped_early", "segments", "auto", "written", "fingerprints", "versions", "attempt")
+        scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
+        extra = {"config": config, "scaler": scaler, "dropped": self.orchestrator.dropped, "clean": True}
+        return {name: getattr(self, name) for name in names} | extra
+
+    # ---- what a run leaves
+
+    def say(self, text: str) -> None:
+        """One line to the console and to train.log, from rank 0."""
+        if not getattr(self, "main", True):
+            return
+        tqdm.write(text) if self.bar else print(text, flush=True)
+        if self.log_file:
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                self.log_file.write(text + "\n")
+
+    def append(self, name: str, row: dict) -> None:
+        """One line to an append-only file in out_dir, from rank 0."""
+        if self.main:
+            with contextlib.suppress(OSError), open(self.out / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def record(self, row: dict) -> None:
+        """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
+        self.append("metrics.jsonl", row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        if self.wandb:
+            self.wandb.log(numbers, step=row["step"])
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, row["step"])
+
+    def restart_clock(self) -> None:
+        self.clock, self.data_wait, self.clock_step = time.perf_counter(), 0.0, self.step
+
+    def log(self, seen: dict) -> None:
+        """One line per log step; speeds are means since the last one, without evaluation and saving."""
+        cfg, done = self.cfg, seen["step"] + 1
+        seconds = max(1e-9, time.perf_counter() - self.clock)
+        steps = max(1, done - self.clock_step)
+        speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
+        cuda = self.parallel.device.type == "cuda"
+        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
+        row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
+        row |= {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / (self.peak * self.parallel.world)}
+        row |= {"data_wait": self.data_wait / seconds, "dropped": self.orchestrator.dropped}
+        row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
+        row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
+        row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
+        row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
+        self.record(row)
+        left = (cfg.max_steps - done) * seconds / steps
+        share = f"mfu {100 * row['mfu']:.0f} %, data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
+        numbers = f"loss {seen['loss']:.4f}  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}"
+        self.say(
+            f"step {done:>6}/{cfg.max_steps}  {numbers}  {plan.describe(speed)} tok/s  {share}  {clock(left)} left"
+        )
+        if self.bar:
+            self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
+        self.restart_clock()
+        self.clock_step = done
+
+    def read_status(self) -> dict:
+        try:
+            return json.loads((self.out / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, state: str, code: int = 0, reason: str = "") -> None:
+        if self.main and self.attempt:
+            row = {"state": state, "code": code, "step": self.step, "attempt": self.attempt, "reason": reason}
+            with contextlib.suppress(OSError):
+                checkpoint.write_json(self.out / "status.json", row)
+
+    def finish(self, state: str, code: int) -> None:
+        """The last words: a sample, the status, everything closed."""
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+        if state == "finished" and self.main and self.cfg.sample_prompt is not None:
+            self.print_sample()
+        took = clock(time.time() - self.started)
+        what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
+        self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
+        self.write_status(state, code, "" if code == 0 else "the last checkpoint could not be written")
+        self.close()
+
+    def print_sample(self) -> None:
+        """Continue sample_prompt with the trained model."""
+        if not (self.out / "tokenizer.json").exists():
+            self.say("sample     none: bare shards bring no tokenizer")
+            return
+        tok = tokenizers.load(str(self.out / "tokenizer.json"))
+        prompt = tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id]
+        new = min(120, self.cfg.model.max_seq_len - len(prompt))
+        options = {"temperature": 0.8, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
+        with torch.compiler.set_stance("force_eager"):
+            ids = [row[0] for row in self.model.generate([prompt], new, [self.cfg.seed], **options)]
+        text = tok.decode(prompt + [i for i in ids if i != tok.eot_id])
+        self.say(f"sample     of the trained model, seed {self.cfg.seed}:\n{'-' * 60}\n{text}\n{'-' * 60}")
+
+    def close(self) -> None:
+        """Threads, writers and the process group, in this order."""
+        if self.model is not None:
+            self.loader.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.board:
+            self.board.close()
+        if self.log_file:
+            self.log_file.close()
+            self.log_file = None
+        self.parallel.close()
+
+
+def start_wandb(cfg: Config, say):
+    """A wandb run; offline, with a line, when there is no key or no network."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("E003", "wandb_project is set but wandb is not installed: pip install wandb") from error
+    options = {
+        "project": cfg.wandb_project,
+        "entity": cfg.wandb_entity,
+        "dir": cfg.out_dir,
+        "config": dataclasses.asdict(cfg),
+    }
+    options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        if wandb.api.api_key:
+            try:
+                return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+            except Exception as error:  # any failure of theirs: the run matters more than its picture
+                say(f"note       wandb is not reachable ({type(error).__name__}): offline")
+        else:
+            say("note       wandb has no key (wandb login): offline; wandb sync uploads it later")
+        os.environ["WANDB_MODE"] = "offline"
+    return wandb.init(**options)
+
+
+def resident_bytes() -> int | None:
+    try:
+        with open("/proc/self/statm", encoding="utf-8") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def clock(seconds: float) -> str:
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+
+
+# ---------------------------------------------------------------- main
+
+
+def prepare_first(cfg: Config, dry_run: bool = False) -> None:
+    """The `prepare` key: rank 0 makes the data before the process group exists, the others wait for it or its error."""
+    if cfg.prepare is None or dry_run:
+        return
+    out = Path(cfg.prepare["out"])
+    failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet
+    keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
+    launch, began = "/".join(os.environ.get(k, "") for k in keys), time.time()
+    if int(os.environ.get("RANK", 0)) == 0:
+        import prepare_data  # only when asked for: training from shards does not need it
+
+        failure.unlink(missing_ok=True)
+        try:
+            spec = {
+                "tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192",
+                "val_sources": cfg.prepare.get("val_sources"),
+            }
+            prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
+        except UserError as error:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                row = {"launch": launch, "time": time.time(), "code": error.code, "text": error.text}
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_json(failure, row)
+            raise
+        return
+    told = began
+    while not (out / "manifest.json").exists():
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(failure.read_text())
+            if said["launch"] == launch and said["time"] > began - 60:
+                raise UserError(said["code"], said["text"])
+        if time.time() - told > 60:
+            told = time.time()
+            print(f"rank {os.environ['RANK']} waits for {out} ({clock(told - began)})", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def main(argv: list[str], parallel=Parallel) -> int:
+    cfg, _, _, flags = read_config(argv) if set(argv) - {"--help", "-h"} else (None, None, None, {"help": True})
+    if flags.get("help"):
+        print(help_text())
+        return 0
+    rank = int(os.environ.get("RANK", 0))
+    if flags.get("print_config"):
+        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False) if rank == 0 else "", end="")
+        return 0
+    restarts = max(int(os.environ.get(k, 0) or 0) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if restarts:  # --max-restarts and requeue restart on any failure: one that will only fail again ends here
+        with contextlib.suppress(OSError, ValueError):
+            status = json.loads((Path(cfg.out_dir) / "status.json").read_text())
+            if status["state"] in ("diverged", "input_error"):
+                print(f"not restarted: {status['reason']}" if rank == 0 else "", file=sys.stderr)
+                return status["code"]
+    trainer = Trainer(
+        [w for w in argv if w.lstrip("-").replace("-", "_") not in FLAGS], parallel, bool(flags.get("dry_run"))
+    )
+    if flags.get("dry_run"):
+        trainer.parallel.close()
+        return 0
+    if (trainer.step >= trainer.cfg.max_steps or trainer.stopped_early) and trainer.evaluated_at == trainer.step:
+        trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
+        trainer.write_status("finished")
+        trainer.close()
+        return 0
+    try:
+        return trainer.fit()
+    except UserError as error:
+        trainer.write_status("diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error))
+        raise
+    except Exception as error:
+        trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    command(main)
