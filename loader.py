@@ -7,7 +7,9 @@ else: not on the world size, the micro-batch, the accumulation, or where the run
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +17,6 @@ import time
 from bisect import bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, count, islice
 
 import numpy as np
 
@@ -23,91 +24,76 @@ from errors import UserError
 
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 DEPTH = 4  # micro-batches read ahead
-WAITS = (0.3, 1.0)  # seconds before each retry of a shard that changed or cannot be read
-MAKE = "Make it: python prepare_data.py SOURCE --out {} --tokenizer bpe:8192"
+WAITS = (0.3, 1.0)  # seconds before the second and the third try to read a shard that changed
+
+
+@functools.lru_cache(maxsize=64)  # thousands of shards would meet the limit of open files; the last user closes
+def opened(path: str, size: int, mtime: int):  # a file that changed is opened anew
+    return open(path, "rb", buffering=0)
 
 
 class Shard:
-    """One .npy file: `tokens` ids of `dtype`. Raises E111 (missing, damaged, changed), E112 (something else)."""
+    """One .npy file of token ids, held against `tokens` and `dtype` where they are known.
+    Raises E111 (missing, damaged, changed) and E112 (no shard of ours, or another dtype)."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, tokens: int | None = None, dtype: np.dtype | None = None):
+        self.path, head = path, b""
         try:
             with open(path, "rb") as f:
-                stat = os.fstat(f.fileno())
-                version = np.lib.format.read_magic(f)
-                parse = np.lib.format.read_array_header_2_0 if version[0] > 1 else np.lib.format.read_array_header_1_0
-                (shape, _, self.dtype), offset = parse(f), f.tell()
-                f.seek(0)
-                self.header = f.read(offset)
+                stat, head = os.fstat(f.fileno()), os.pread(f.fileno(), 6, 0)
+                parse = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
+                (shape, _, self.dtype), self.offset, self.stamp = parse(f), f.tell(), (stat.st_size, stat.st_mtime_ns)
         except OSError as error:
             raise UserError("E111", f"shard {path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise foreign(path) from None
-        if len(shape) != 1 or self.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-            what = "a pickle of Python objects" if self.dtype.hasobject else f"a {len(shape)}-D array of {self.dtype!r}"
-            fix = f"x = np.load({path!r}).ravel(); np.save({path!r}, x.astype(np.uint16 if x.max() < 65536 else np.uint32))"
-            raise UserError("E112", f"{path} is {what}. If it is an array of token ids: {fix}")
-        (self.tokens,), self.size, self.mtime = shape, stat.st_size, stat.st_mtime_ns
-        expected = offset + self.tokens * self.dtype.itemsize
-        if self.size != expected:
-            text = f"by its header ({self.tokens} {self.dtype} tokens) expected {expected} bytes, found {self.size}"
-            raise UserError("E111", f"shard {path} is damaged: {text}")
+        except (ValueError, AttributeError):
+            if b"\x93NUMPY".startswith(head):
+                raise UserError("E111", f"shard {path}: no complete header in {stat.st_size} bytes") from None
+            look = f"raw tokens; np.save('train_0.npy', np.fromfile({path!r}, np.uint16)) converts (llm.c: offset=1024)"
+            if head[:2] == b"PK" or head[:1] == b"\x80":
+                look = "a pickle, .npz or torch file, which are never loaded; save the array with np.save"
+            raise UserError("E112", f"{path} has no .npy header, it looks like {look}") from None
+        self.tokens = math.prod(shape) if tokens is None else tokens
+        dtype = dtype or (self.dtype if self.dtype in (np.dtype("<u2"), np.dtype("<u4")) else np.dtype("<u2"))
+        size = self.offset + self.tokens * dtype.itemsize
+        if (shape, self.dtype, stat.st_size) != ((self.tokens,), dtype, size):
+            text = f"found an array of shape {shape} and dtype {self.dtype!r} in {stat.st_size} bytes"
+            text = f"{path}: expected {self.tokens} tokens of {dtype} in {size} bytes, {text}"
+            fix = f". To convert: np.save(NEW, np.load({path!r}).ravel().astype(np.uint16 or np.uint32)); no pickles"
+            raise UserError(*(("E111", text) if len(shape) == 1 and self.dtype == dtype else ("E112", text + fix)))
 
     def read(self, first: int, n: int) -> np.ndarray:
-        """Tokens [first, first + n). Not a memory map: reading one past the end of a file that was truncated under the
-        run kills the process (SIGBUS), and no check beforehand rules that out. Opened for each read, so that thousands
-        of shards need no descriptors and a replaced file is seen. E111 if it changed and is not soon back as it was."""
-        itemsize = self.dtype.itemsize
+        """Tokens [first, first + n). E111 if the file changed under the run and is not soon back as it was.
+        Not memory-mapped: whoever reads a mapping past the end of a file that was just truncated is killed (SIGBUS)."""
+        n, at = n * self.dtype.itemsize, self.offset + first * self.dtype.itemsize
         for wait in (0, *WAITS):
-            time.sleep(wait)
             try:
-                with open(self.path, "rb", buffering=0) as f:
-                    stat = os.fstat(f.fileno())
-                    if wait and stat.st_size == self.size and f.read(len(self.header)) == self.header:
-                        self.mtime = stat.st_mtime_ns  # somebody copied it back: taken as the same file
-                    if (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime):
-                        data = os.pread(f.fileno(), n * itemsize, len(self.header) + first * itemsize)
-                        if len(data) == n * itemsize:
-                            return np.frombuffer(data, self.dtype)
+                if wait:  # somebody may be copying it back: the same size and header are taken as the same file
+                    time.sleep(wait)
+                    self.stamp = Shard(self.path, self.tokens, self.dtype).stamp
+                stat = os.stat(self.path)
                 found = f"now it has {stat.st_size}"
-            except OSError as error:
-                found = f"now: {error.strerror}"
-        raise UserError("E111", f"shard {self.path} changed under the run: it had {self.size} bytes at start, {found}")
-
-
-def foreign(path: str) -> UserError:
-    """What a file that np.save did not write looks like, and how it becomes a shard."""
-    with open(path, "rb") as f:
-        head = f.read(4)
-    if not head or head == b"\x93NUM":
-        return UserError("E111", f"shard {path} is damaged: {os.path.getsize(path)} bytes, no complete .npy header")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return UserError("E112", f"{path} looks like a pickle, .npz or torch file, which are not loaded: use np.save")
-    how = f"np.save('train_00000.npy', np.fromfile({path!r}, np.uint16)), with offset=1024 if llm.c wrote it"
-    return UserError(
-        "E112", f"{path} looks like raw tokens without a header (nanoGPT, llm.c, dolma). Convert it: {how}"
-    )
+                if (stat.st_size, stat.st_mtime_ns) == self.stamp:
+                    file = opened(self.path, *self.stamp)  # held, so that no other thread closes it
+                    if len(data := os.pread(file.fileno(), n, at)) == n:
+                        return np.frombuffer(data, self.dtype)
+            except (OSError, UserError) as error:
+                found = f"now: {getattr(error, 'text', error)}"
+                opened.cache_clear()  # a stale handle of a network disk
+        raise UserError("E111", f"shard {self.path} changed under the run: it had {self.stamp[0]} bytes, {found}")
 
 
 def bare_shards(path: str) -> list[str]:
-    """Names of the shards in a folder without a manifest, sorted. Raises E110, E112 for a folder that has none."""
-    try:
-        names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
-    except NotADirectoryError:
-        raise (
-            foreign(path) if path.endswith(".bin") else UserError("E110", f"{path}: name the folder it is in")
-        ) from None
-    except OSError as error:
-        raise UserError("E110", f"dataset {path}: {error.strerror}. {MAKE.format(path)}") from None
-    if "progress.json" in names:
-        text = f"the preparation of {path} is not finished. Start its prepare_data.py command again: it goes on"
-        raise UserError("E110", f"{text} where it was")
-    shards = [n for n in names if n.endswith(".npy") and not n.endswith((".docs.npy", ".mask.npy", "token_bytes.npy"))]
-    if not shards and (raw := [n for n in names if n.endswith(".bin")]):
-        raise foreign(os.path.join(path, raw[0]))
+    """The shards in a folder without a manifest, sorted; `path` may be one file too. Raises E110 if there are none."""
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "*")))
+    if os.path.exists(os.path.join(path, "progress.json")):
+        raise UserError(
+            "E110", f"{path} is not finished: start its prepare_data.py command again, it goes on from there"
+        )
+    shards = [f for f in files if f.endswith(".npy") and not f.endswith((".docs.npy", ".mask.npy", "token_bytes.npy"))]
+    shards = shards or [f for f in files if f.endswith(".bin")]  # Shard says what they are
     if not shards:
-        raise UserError("E110", f"{path} holds neither manifest.json nor .npy shards. {MAKE.format(path)}")
+        make = f"Make it: python prepare_data.py SOURCE --out {path} --tokenizer bpe:8192"
+        raise UserError("E110", f"no manifest.json and no .npy shards in {path}. {make}")
     return shards
 
 
@@ -123,52 +109,44 @@ class Source:
         file, held_out = os.path.join(path, "manifest.json"), False
         self.bare = not os.path.exists(file)
         if self.bare:
-            every = bare_shards(path)
-            held_out = not any(n.startswith("val_") for n in every)  # here both splits are parts of the same shards
-            names = [n for n in every if held_out or n.startswith("val_") == (split == "val")]
+            files = bare_shards(path)
+            val = [f for f in files if os.path.basename(f).startswith("val_")]
+            held_out = not val  # then both splits are parts of the same shards
+            files = files if held_out else val if split == "val" else sorted(set(files) - set(val))
+            lengths = [None] * len(files)
         else:
             try:
                 with open(file, encoding="utf-8") as f:
                     self.manifest = json.load(f)
                 self.fingerprint, self.dtype = self.manifest["fingerprint"], np.dtype(self.manifest["dtype"])
-                entries = self.manifest["splits"].get(split, {}).get("shards", [])
-                names, lengths = [e["file"] for e in entries], [e["tokens"] for e in entries]
-                self.max_id = max((e["max_id"] for e in entries), default=None)
+                shards = self.manifest["splits"].get(split, {}).get("shards", [])
+                files, lengths = [os.path.join(path, s["file"]) for s in shards], [s["tokens"] for s in shards]
+                self.max_id = max((s["max_id"] for s in shards), default=None)
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError("E111", f"{file} is damaged: {type(error).__name__} {error}") from None
-        self.shards = [Shard(os.path.join(path, name)) for name in names]
-        if self.bare:
-            lengths, self.dtype = [s.tokens for s in self.shards], self.shards[0].dtype if self.shards else None
-            facts = [[n, s.size, s.dtype.str, s.header.hex()] for n, s in zip(names, self.shards)]
-            facts.append(val_fraction if held_out else None)  # it moves the end of train, and so the whole order
-            self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        for shard, tokens in zip(self.shards, lengths):
-            if (shard.tokens, shard.dtype) != (tokens, self.dtype):
-                text = f"expected {tokens} {self.dtype} tokens (by {self.shards[0].path if self.bare else file})"
-                text = f"shard {shard.path} does not belong here: {text}, found {shard.tokens} {shard.dtype}"
-                raise UserError("E111" if shard.dtype == self.dtype else "E112", text)
-        self.starts = [0, *accumulate(lengths)]  # of each shard in the virtual array, and the end of all
-        self.first, self.tokens = 0, self.starts[-1]  # this split is tokens [first, first + tokens) of the array
+        self.shards = []
+        for f, tokens in zip(files, lengths):
+            self.shards.append(Shard(f, tokens, self.dtype))
+            self.dtype = self.shards[0].dtype  # a dataset has one
+        if self.bare:  # val_fraction moves the end of train, and so the whole order
+            facts = [[os.path.basename(s.path), s.stamp[0], s.dtype.str, s.offset] for s in self.shards]
+            self.fingerprint = hashlib.sha256(json.dumps([facts, held_out and val_fraction]).encode()).hexdigest()
+        self.starts = [0, *itertools.accumulate(s.tokens for s in self.shards)]  # of each in the virtual array; its end
+        self.first, end = 0, self.starts[-1]  # this split is tokens [first, end) of the array
         if held_out:
-            n = max(self.tokens - 1, 0) // seq_len
-            n_val = max(0, min(n - 1, max(1, round(n * val_fraction)))) if val_fraction else 0
+            n = max(end - 1, 0) // seq_len
+            n_val = min(n - 1, max(1, round(n * val_fraction))) if val_fraction and n else 0
             border = (n - n_val) * seq_len  # train's last target and val's first input: no target is in both
-            if split == "val":
-                self.first, self.tokens = border, self.tokens - border if n_val else 0
-            elif n_val:
-                self.tokens = border + 1
+            self.first, end = (border, end) if split == "val" else (0, border + 1 if n_val else end)
+        self.tokens = end - self.first
         self.windows = max(self.tokens - 1, 0) // seq_len
         self.unused = self.tokens - self.windows * seq_len - (self.windows > 0)
         if split == "train" and not self.windows:
-            text = (
-                f"{path} has {self.tokens} tokens to train on, one row needs {seq_len + 1} (max_seq_len {seq_len} + 1)"
-            )
-            raise UserError("E114", text)
+            raise UserError("E114", f"{path}: {self.tokens} tokens, a row of max_seq_len {seq_len} needs {seq_len + 1}")
 
     def window(self, i: int) -> np.ndarray:
         """Window i: int64 (T+1,); [:-1] is the input, [1:] the target. E111 if a shard changed, E113 as check_vocab."""
-        if not 0 <= i < self.windows:
-            raise IndexError(f"window {i} of {self.windows}")
+        assert 0 <= i < self.windows, (i, self.windows)
         at, parts = self.first + i * self.seq_len, []
         end, k = at + self.seq_len + 1, bisect_right(self.starts, at) - 1
         while at < end:
@@ -185,34 +163,26 @@ class Source:
         """E113 if an id is vocab_size or more: now, by the manifest; without one from now on, in each window read."""
         self.vocab_size, largest = vocab_size, self.max_id if largest is None else largest
         if largest is not None and largest >= vocab_size:
-            text = (
-                f"dataset {self.path} ({self.split}) holds token id {largest}, the model's vocab_size is {vocab_size}"
-            )
+            text = f"{self.path} holds token id {largest}, the model's vocab_size is {vocab_size}"
             raise UserError("E113", f"{text}: the tokenizer of the data and the model do not match")
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (uint64): every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def feistel(index: np.ndarray, n: int, *key) -> np.ndarray:
     """Where the permutation of [0, n) that `key` stands for sends each `index`: int64 (N,) -> int64 (N,).
-    Six Feistel rounds permute the next power of 4; what falls outside [0, n) goes through again until it is inside
-    (cycle walking; Black and Rogaway 2002). Not numpy's: its generators may change between versions."""
+    Six Feistel rounds on pairs (left, right) permute the smallest a x b rectangle that n fits in; what falls outside n
+    goes through again until it is inside (Black and Rogaway 2002). Not numpy's: it may change between versions."""
     seed = int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest(), "little")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = mix(np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(seed))
-    x = np.array(index, np.uint64)
-    todo = np.arange(len(x))
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    x, todo = np.array(index, np.uint64), np.arange(len(index))
     while len(todo):
-        left, right = x[todo] >> shift, x[todo] & mask
-        for k in keys:
-            left, right = right, left ^ (mix(right + k) & mask)
-        x[todo] = left << shift | right
+        left, right = np.divmod(x[todo], np.uint64(b))
+        for k in range(6):
+            h = right + np.uint64((seed + k * 0x9E3779B97F4A7C15) % 2**64)  # hashed by splitmix64's finaliser
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, (left + ((h ^ (h >> np.uint64(31))) >> np.uint64(1))) % np.uint64(b if k % 2 else a)
+        x[todo] = left * np.uint64(b) + right  # six swaps: left is below a again
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
 
@@ -226,6 +196,7 @@ class Loader:
         self.sources, self.seed, self.names = sources, seed, sorted(sources)
         for source in sources.values() if vocab_size else ():
             source.check_vocab(vocab_size)
+        self._plan = functools.lru_cache(maxsize=16)(self._plan)  # 1024 rows are shuffled at a time: a row costs little
         self.starts = [start for start, _ in segments]
         if self.starts[:1] != [0] or self.starts != sorted(self.starts):
             raise UserError("E002", f"the phases of the data begin at row 0 and ascend; these begin at {self.starts}")
@@ -233,8 +204,7 @@ class Loader:
         self.taken = [[0] * len(self.names)]  # [segment][source]: rows read when the segment begins
         for s, start in enumerate(self.starts[1:]):
             self.taken.append(self._count(s, start))
-        self._plan = functools.lru_cache(maxsize=16)(self._plan)  # 1024 rows are shuffled at a time: a row costs little
-        self._ahead, self._pool = deque(), None
+        self._ahead, self._pool = deque(), ThreadPoolExecutor(1)  # its thread starts with its first work
 
     def _quota(self, weights: dict[str, float]) -> list[int]:
         w = [float(weights.get(name, 0)) for name in self.names]
@@ -249,27 +219,24 @@ class Loader:
                 raise UserError("E002", f"source {name!r} has no rows to give, or less than 1/{BLOCK} of the weights")
         return quota
 
-    def _order(self, s: int, block: int) -> np.ndarray:
-        """Which source each row of a block of segment s is from: int (1024,)."""
-        order = np.repeat(np.arange(len(self.names)), self.quotas[s])
-        return order[feistel(np.arange(BLOCK), BLOCK, self.seed, "block", self.starts[s], block)]
-
     def _count(self, s: int, row: int) -> list[int]:
         """Rows of each source before `row`, a row of segment s or the first after it."""
         block, rest = divmod(row - self.starts[s], BLOCK)
-        part = np.bincount(self._order(s, block)[:rest], minlength=len(self.names)).tolist()
+        part = np.bincount(self._plan(s, block)[0][:rest], minlength=len(self.names)).tolist()
         return [t + block * q + p for t, q, p in zip(self.taken[s], self.quotas[s], part)]
 
     def _plan(self, s: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, window and epoch of each row of a block of segment s: int (1024,) each."""
-        order = self._order(s, block)
+        order = np.repeat(np.arange(len(self.names)), self.quotas[s])
+        order = order[feistel(np.arange(BLOCK), BLOCK, self.seed, "block", self.starts[s], block)]
         window, epoch = np.empty((2, BLOCK), np.int64)
-        for k, name in enumerate(self.names):
-            mine, quota, n = np.flatnonzero(order == k), self.quotas[s][k], self.sources[name].windows
-            epoch[mine], at = np.divmod(self.taken[s][k] + block * quota + np.arange(quota), max(n, 1))
-            for e in np.unique(epoch[mine]).tolist():
-                now = epoch[mine] == e
-                window[mine[now]] = feistel(at[now], n, self.seed, "epoch", name, e)
+        for k, (name, quota) in enumerate(zip(self.names, self.quotas[s])):
+            rows, n = np.flatnonzero(order == k), self.sources[name].windows
+            at = self.taken[s][k] + block * quota + np.arange(quota)  # how many rows of this source come before
+            epoch[rows] = at // max(n, 1)
+            for e in np.unique(epoch[rows]).tolist():
+                now = epoch[rows] == e
+                window[rows[now]] = feistel(at[now] - e * n, n, self.seed, "epoch", name, e)
         return order, window, epoch
 
     def locate(self, row: int) -> tuple[str, int, int]:
@@ -286,49 +253,40 @@ class Loader:
 
     def batch(self, first_row: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of rows [first_row, first_row + count): int64 (count, T) each. Any thread may call it."""
-        where = [self.locate(row) for row in range(first_row, first_row + count)]
-        rows = np.stack([self.sources[name].window(i) for name, i, _ in where])  # (count, T+1)
-        return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        x, y = np.empty((2, count, self.sources[self.names[0]].seq_len), np.int64)
+        for r in range(count):
+            name, i, _ = self.locate(first_row + r)
+            window = self.sources[name].window(i)
+            x[r], y[r] = window[:-1], window[1:]
+        return x, y
 
-    def start(self, cursor: int, index: int, readers: int, micro: int, accum: int, steps: int | None = None) -> None:
-        """Read ahead from `cursor` on as reader `index` of `readers`, dropping what was read ahead: this is seek too.
-        Micro-step a of step s reads rows cursor + s*readers*micro*accum + (a*readers + index)*micro + [0, micro)."""
+    def start(self, cursor: int, index: int, count: int, micro: int, accum: int, steps: int | None = None) -> None:
+        """Read from `cursor` on as reader `index` of `count`, dropping what was read ahead: this is seek too.
+        Micro-step a of step s reads rows cursor + s*count*micro*accum + (a*count + index)*micro + [0, micro)."""
         self.close()
-        # s*accum + a just counts micro-steps, so the formula is an arithmetic progression
-        rows = count(cursor + index * micro, readers * micro)
-        self._rows, self._micro = islice(rows, None if steps is None else steps * accum), micro
+        rows = itertools.count(cursor + index * micro, count * micro)  # s*accum + a just counts micro-steps
+        self._rows, self._micro = itertools.islice(rows, None if steps is None else steps * accum), micro
         self._pool = ThreadPoolExecutor(1, "loader")
-        self._request()
-
-    def _request(self) -> None:
-        for row in islice(self._rows, DEPTH - len(self._ahead)):
-            self._ahead.append((row, self._pool.submit(self.batch, row, self._micro)))
 
     def next(self) -> tuple[int, np.ndarray, np.ndarray]:
         """(first row, inputs, targets) of the next micro-batch. What went wrong in the thread is raised here, and again
         until start(): no row is passed over. IndexError after `steps` steps."""
+        for row in itertools.islice(self._rows, DEPTH - len(self._ahead)):
+            self._ahead.append((row, self._pool.submit(self.batch, row, self._micro)))
         row, batch = self._ahead[0]
         x, y = batch.result()
         self._ahead.popleft()
-        self._request()
         return row, x, y
 
     def close(self) -> None:
         """End the thread and drop what it read ahead. start() may follow."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
         self._ahead.clear()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def val_rows(sources: dict[str, Source], weights: dict[str, float], count: int) -> list[tuple[str, int]]:
-    """The fixed validation set as (source, window): `count` rows, or all there are, shared out by weight, each source's
-    first windows in order. Every source with weight and windows has at least one."""
-    left = [name for name in sorted(sources) if weights.get(name, 0) > 0 and sources[name].windows]
-    taken = dict.fromkeys(left, 0)
-    for _ in range(max(count, len(left))):
-        if left:  # Adams' method: the next row goes to the source with the most weight per row, a first row before all
-            name = max(left, key=lambda k: weights[k] / taken[k] if taken[k] else math.inf)
-            taken[name] += 1
-            if taken[name] == sources[name].windows:
-                left.remove(name)
-    return [(name, i) for name, n in taken.items() for i in range(n)]
+    """The fixed validation set as (source, window): `count` rows, or all there are. Row i of a source stands in line at
+    i / weight (Adams' method), so they are shared out by weight and every source with a weight has at least one."""
+    names = [name for name in sorted(sources) if weights.get(name, 0) > 0]
+    line = [(i / weights[name], name, i) for name in names for i in range(min(count, sources[name].windows))]
+    return [(name, i) for _, name, i in sorted(line)[: max(count, sum(i == 0 for _, _, i in line))]]

@@ -152,23 +152,33 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 
 
 class KVCache:
-    """Keys and values of a batch for decoding, of static shape (B, G, length, D) per layer.
+    """Keys and values of a batch for decoding, of static shape (B, G, length + 1, D) per layer.
 
-    Rows are ragged: `filled` (B,) counts the tokens each has. What lies beyond is masked and later overwritten.
+    Rows are ragged: `filled` (B,) counts the tokens each has, and the caller keeps it within `length`. The slot behind
+    takes the padding and is never read. `used`, a plain int, bounds `filled`: attention looks at no more than that.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):
-        shape = (batch, cfg.n_kv_heads, length, cfg.head_dim)
+        shape = (batch, cfg.n_kv_heads, length + 1, cfg.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.filled = torch.zeros(batch, dtype=torch.long, device=device)
-        self.length, self.rows = length, torch.arange(batch, device=device)[:, None]
+        self.length, self.used, self.rows = length, 0, torch.arange(batch, device=device)[:, None]
+
+    def place(self, idx: torch.Tensor) -> torch.Tensor:
+        """Positions (B, T) of new tokens idx (B, T), where -1 is padding on the right; makes the mask for attention."""
+        B, T = idx.shape
+        pos = self.filled[:, None] + torch.arange(T, device=idx.device)
+        pos = pos.masked_fill(idx < 0, self.length)
+        self.used = min(self.used + T, self.length)
+        self.mask = torch.arange(self.used, device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+        return pos
 
     def write(self, layer: int, pos: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Store k and v (B, T, G, D) at positions pos (B, T); return the whole layer's."""
+        """Store k and v (B, T, G, D) at positions pos (B, T); return all that the layer has, (B, G, used, D)."""
         self.k[layer][self.rows, :, pos] = k
         self.v[layer][self.rows, :, pos] = v
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, : self.used], self.v[layer][:, :, : self.used]
 
 
 # ---------------------------------------------------------------- attention
@@ -264,10 +274,9 @@ class Attention(nn.Module):
         if cache is None:
             y = attend(q, k, v, back_end)
         else:
-            k, v = cache.write(layer, pos, k, v)  # (B, G, length, D)
-            seen = torch.arange(cache.length, device=x.device) <= pos[:, None, :, None]  # (B, 1, T, length)
-            gqa = cfg.n_kv_heads != cfg.n_heads
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, enable_gqa=gqa).transpose(1, 2)
+            k, v = cache.write(layer, pos, k, v)
+            q, gqa = q.transpose(1, 2), cfg.n_kv_heads != cfg.n_heads
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=gqa).transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))
 
 
@@ -410,10 +419,8 @@ class Transformer(nn.Module):
         if cache is None:
             pos = torch.arange(T, device=idx.device)
         else:
-            real = (idx >= 0).sum(1)  # (B,)
+            pos, real = cache.place(idx), (idx >= 0).sum(1)  # (B, T), (B,)
             idx = idx.clamp(min=0)
-            # a padded or finished row may point beyond the end: it lands on the last slot, masked until it is real
-            pos = (cache.filled[:, None] + torch.arange(T, device=idx.device)).clamp(max=cache.length - 1)
         rope = rope_tables(cfg, pos)
         x = F.embedding(idx, self.embed.weight).to(self.compute_dtype)
         x = F.dropout(x, cfg.dropout, self.training)
@@ -453,7 +460,6 @@ class Transformer(nn.Module):
         max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
         """
         was_training, device = self.training, self.embed.weight.device
-        self.eval()
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         longest = max(map(len, prompts))
         cache = KVCache(self.cfg, len(prompts), longest + max_new_tokens, device, self.compute_dtype)
@@ -462,18 +468,23 @@ class Transformer(nn.Module):
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         alive = [True] * len(prompts)
-        for _ in range(max_new_tokens):
-            logits = self(idx, cache=cache).float().cpu()
-            logits[:, n_vocab or self.cfg.vocab_size :] = -math.inf
-            ids = choose(logits, seen, generators, **sampling)
-            seen[torch.arange(len(ids)), ids] = True
-            out = [i if a else None for i, a in zip(ids.tolist(), alive)]
-            yield out
-            alive = [a and i not in stop_ids for a, i in zip(alive, out)]
-            if not any(alive):
-                break
-            idx = torch.tensor([[i if a else -1] for i, a in zip(out, alive)], device=device)
-        self.train(was_training)
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                logits = self(idx, cache=cache).float().cpu()
+                if not logits.isfinite().all():
+                    raise FloatingPointError("the model's logits are NaN or infinite")
+                logits[:, n_vocab or self.cfg.vocab_size :] = -math.inf
+                ids = choose(logits, seen, generators, **sampling)
+                seen[torch.arange(len(ids)), ids] = True
+                out = [i if a else None for i, a in zip(ids.tolist(), alive)]
+                yield out
+                alive = [a and i not in stop_ids for a, i in zip(alive, out)]
+                if not any(alive):
+                    break
+                idx = torch.tensor([[i if a else -1] for i, a in zip(out, alive)], device=device)
+        finally:  # also when the caller stops listening
+            self.train(was_training)
 
     # ---- arithmetic
 
@@ -515,18 +526,17 @@ def choose(
         logits = torch.where(seen, punished, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[:, -1:], -math.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of what is likelier
-        logits = logits.masked_fill(
-            torch.empty_like(before, dtype=torch.bool).scatter_(1, order, before >= top_p), -math.inf
-        )
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature is too small
+    k, order = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
+    if k < logits.shape[-1] or top_p < 1.0:  # from here on only the candidates, most likely first
+        logits, order = logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(-1, descending=True)
     p = logits.softmax(-1)
+    if top_p < 1.0:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what is likelier suffices
     if min_p > 0:
-        p = p.masked_fill(p < min_p * p.max(-1, keepdim=True).values, 0.0)
-    # argmax(p / Exp(1)) is a draw from p
-    noise = torch.stack([torch.empty(p.shape[1]).exponential_(generator=g) for g in generators])
-    return (p / noise).argmax(-1)
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
+    # one uniform number per row, found in the cumulative distribution: a number per id would cost more than all above
+    total = p.double().cumsum(-1)
+    u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
+    pick = (total <= u * total[:, -1:]).sum(-1, keepdim=True)
+    return (pick if order is None else order.gather(-1, pick))[:, 0]

@@ -5,11 +5,11 @@
     load("gpt2")             also r50k_base, p50k_base, cl100k_base, o200k_base: tiktoken's, with exactly their ids
     load("some/tokenizer.json")
 
-tokenizer.json is the only form on disk. `tokenizers.Tokenizer.from_file` reads ours and gives the same ids; we read those
-files of others whose ids tiktoken can reproduce, and refuse the rest (E116). They must have: a BPE model over all 256
-bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(Regex,
-Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored: they
-frame a text, we encode ordinary text only.
+tokenizer.json is the only form on disk. `tokenizers.Tokenizer.from_file` reads ours and gives the same ids; of other
+people's we read those whose ids tiktoken can reproduce, and refuse the rest (E116). They must have: a BPE model over
+all 256 bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(
+Regex, Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored:
+they frame a text, and we encode ordinary text only.
 
 Text never becomes a control token. "<|endoftext|>" in a document is encoded as the characters that it is made of;
 control ids enter a stream only as integers that our code puts there.
@@ -18,6 +18,7 @@ control ids enter a stream only as integers that our code puts there.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import heapq
 import json
@@ -27,6 +28,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
+from operator import add
 
 import numpy as np
 import regex
@@ -119,7 +121,7 @@ class Tokenizer:
         return ids.copy()  # tiktoken's array is read-only
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes of the ids (any sequence or array of integers); a control token gives its name. E113: no such id."""
+        """The bytes of the ids (a sequence or array of integers); a control token gives its name. E113: no such id."""
         ids = np.asarray(ids).ravel()
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
             raise UserError("E113", f"token ids {ids.min()} to {ids.max()}, but {self.name} has {self.n_vocab} ids")
@@ -130,7 +132,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens. Sums of it turn nats per token into bits per byte."""
+        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into bits per byte."""
         lengths = np.array([len(token) for token in self._bytes], dtype=np.uint16)
         lengths[list(self.specials.values())] = 0
         return lengths
@@ -192,17 +194,15 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
     with too few different pairs give a smaller vocabulary. E002: n_vocab below 256 + specials."""
     lowest = 256 + len(SPECIALS)
     if n_vocab < lowest:
-        raise UserError(
-            "E002", f"bpe:{n_vocab}: a vocabulary has at least {lowest} ids: 256 bytes, {len(SPECIALS)} specials"
-        )
+        raise UserError("E002", f"bpe:{n_vocab} is too small: 256 bytes and {len(SPECIALS)} specials make {lowest} ids")
     find, pieces = regex.compile(CL100K_PATTERN).findall, Counter()
     for text in texts:
         pieces.update(find(text[:max_chars]))
-    words = [list(piece.encode("utf-8", "replace")) for piece in pieces]
     counts = list(pieces.values())
+    words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]  # one character per token: chr(id)
     pair_count, where = Counter(), defaultdict(set)  # where: words that hold, or once held, the pair
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in map(add, word, word[1:]):
             pair_count[pair] += counts[i]
             where[pair].add(i)
     tokens = [bytes([byte]) for byte in range(256)]
@@ -210,36 +210,27 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
     heapq.heapify(heap)
     while heap and len(tokens) < n_vocab - len(SPECIALS):
         count, pair = heapq.heappop(heap)
-        if -count != pair_count[pair]:  # out of date: counts fall without a word, so look again when it comes up
+        if -count != pair_count[pair]:  # counts fall without a word to the heap, so look again when the pair comes up
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
-        left, right = pair
-        new = len(tokens)
-        tokens.append(tokens[left] + tokens[right])
-        touched = set()
+        new, touched = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for i in where.pop(pair):
-            word, merged, j = words[i], [], 0
-            while j < len(word):
-                if word[j] == left and j + 1 < len(word) and word[j + 1] == right:
-                    merged.append(new)
-                    j += 2
-                else:
-                    merged.append(word[j])
-                    j += 1
-            if len(merged) == len(word):
+            old, word = words[i], words[i].replace(pair, new)  # from left to right, without overlap: as BPE merges
+            if len(word) == len(old):
                 continue
-            for old in zip(word, word[1:]):
-                pair_count[old] -= counts[i]
-            for now in zip(merged, merged[1:]):
-                pair_count[now] += counts[i]
-                if new in now:
-                    where[now].add(i)
-                    touched.add(now)
-            words[i] = merged
+            for gone in map(add, old, old[1:]):
+                pair_count[gone] -= counts[i]
+            for come in map(add, word, word[1:]):
+                pair_count[come] += counts[i]
+                if new in come:
+                    where[come].add(i)
+                    touched.add(come)
+            words[i] = word
         del pair_count[pair]
-        for now in touched:
-            heapq.heappush(heap, (-pair_count[now], now))
+        for come in touched:
+            heapq.heappush(heap, (-pair_count[come], come))
     return _own(name or f"bpe:{n_vocab}", tokens)
 
 
@@ -249,8 +240,9 @@ def _own(name: str, tokens: list[bytes]) -> Tokenizer:
 
 
 def load(spec: str) -> Tokenizer:
-    """ "bytes", a name of NAMED, or the path of a tokenizer.json (or of a folder with one). E115: the file is not there;
-    E116: it is of a kind that we would read wrongly."""
+    """A tokenizer by name (bytes, or one of NAMED), or from a tokenizer.json, or a folder that has one.
+
+    E115: the file is not there; E116: it is of a kind that we would read wrongly."""
     if spec == "bytes":
         return _own("bytes", [bytes([byte]) for byte in range(256)])
     if spec in NAMED:
@@ -262,11 +254,9 @@ def load(spec: str) -> Tokenizer:
         with open(path, encoding="utf-8") as file:
             return _from_json(json.load(file), path)
     except OSError as error:
-        names = ", ".join(NAMED)
-        raise UserError("E115", f"tokenizer {spec}: {error.strerror or error}; known names: bytes, {names}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError("E116", f"{path} is no JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+        names = ", ".join(("bytes", *NAMED))
+        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names that are known: {names}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
 
 
@@ -274,19 +264,16 @@ def _tiktoken_file(name: str, file: str) -> bytes:
     """tiktoken's file, from its cache folder or else the network, checked. Not by tiktoken's own loader: that one waits
     for the network without a limit and deletes a file whose sum is wrong. Never another vocabulary instead."""
     url = f"https://openaipublic.blob.core.windows.net/encodings/{file}.tiktoken"
-    environ = os.environ
-    folder = environ.get("TIKTOKEN_CACHE_DIR") or environ.get("DATA_GYM_CACHE_DIR")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     path = os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())
     problem = "is not there"
-    try:
+    if os.path.exists(path):
         with open(path, "rb") as cached:
             data = cached.read()
         if hashlib.sha256(data).hexdigest() == _SHA256[file]:
             return data
-        problem = "is damaged (its sha256 is wrong)"
-    except OSError:
-        pass
+        problem = "is damaged (another sha256)"
     try:
         import requests  # tiktoken's own dependency
 
@@ -295,16 +282,16 @@ def _tiktoken_file(name: str, file: str) -> bytes:
         if hashlib.sha256(answer.content).hexdigest() != _SHA256[file]:
             raise ValueError("what came has another sha256")
     except Exception as error:
-        remedy = f"on a machine with network fetch {url} and put it there under exactly that name ($TIKTOKEN_CACHE_DIR)"
-        text = f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__}); {remedy}"
-        raise UserError("E115", text) from None
-    try:
+        raise UserError(
+            "E115",
+            f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n"
+            f"  fetch {url} elsewhere and put it there under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder",
+        ) from None
+    with contextlib.suppress(OSError):  # keeping it only saves the next download
         os.makedirs(folder, exist_ok=True)
         with open(f"{path}.{os.getpid()}.tmp", "wb") as target:
             target.write(answer.content)
-        os.replace(f"{path}.{os.getpid()}.tmp", path)
-    except OSError:
-        pass  # it only saves the next download
+        os.replace(target.name, path)
     return answer.content
 
 
@@ -317,33 +304,29 @@ def _from_json(whole: dict, path: str) -> Tokenizer:
         return part and part.get("type")
 
     model, normalizer, pre = whole["model"], whole.get("normalizer"), whole.get("pre_tokenizer")
+    post, decoder = whole.get("post_processor"), whole.get("decoder")
     need(kind(model) == "BPE", f"model is {kind(model)}, not BPE")
-    need(not model.get("dropout"), "model.dropout is set")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         need(not model.get(key), f"model.{key} is set")
     need(kind(normalizer) in (None, "NFC"), f"normalizer is {kind(normalizer)}, not null or NFC")
-    need(kind(whole.get("decoder")) == "ByteLevel", f"decoder is {kind(whole.get('decoder'))}, not ByteLevel")
-    post = whole.get("post_processor")
+    need(kind(decoder) == "ByteLevel", f"decoder is {kind(decoder)}, not ByteLevel")
     for part in post["processors"] if kind(post) == "Sequence" else [post]:
         need(kind(part) in (None, "ByteLevel", "TemplateProcessing"), f"post_processor is {kind(part)}")
 
     steps = pre["pretokenizers"] if kind(pre) == "Sequence" else [pre]
-    kinds = [kind(step) for step in steps]
+    kinds, byte_level = [kind(step) for step in steps], steps[-1] or {}
     need(
         kinds in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer is {kinds}, not ByteLevel or Split, ByteLevel"
     )
-    need(not steps[-1].get("add_prefix_space", True), "pre_tokenizer ByteLevel has add_prefix_space")
-    use_regex = steps[-1].get("use_regex", True)
+    need(not byte_level.get("add_prefix_space", True), "pre_tokenizer ByteLevel has add_prefix_space")
+    use_regex, pattern = byte_level.get("use_regex", True), GPT2_PATTERN
     need(use_regex == (len(steps) == 1), f"pre_tokenizer ByteLevel has use_regex {use_regex}")
-    pattern = GPT2_PATTERN
     if len(steps) == 2:
         pattern, behavior = steps[0]["pattern"].get("Regex"), (steps[0].get("behavior"), steps[0].get("invert"))
         need(behavior == ("Isolated", False), f"pre_tokenizer Split has behavior and invert {behavior}")
-        good = isinstance(pattern, str) and (pattern in COMPLETE_PATTERNS or _SAFE_PATTERN.fullmatch(pattern))
-        need(
-            good and not regex.fullmatch(pattern, ""),
-            f"pre_tokenizer Split pattern {pattern!r} may mean something else here",
-        )
+        need(isinstance(pattern, str), "pre_tokenizer Split has no Regex")
+        known = pattern in COMPLETE_PATTERNS or _SAFE_PATTERN.fullmatch(pattern) and not regex.fullmatch(pattern, "")
+        need(known, f"pre_tokenizer Split: the regex {pattern} may mean something else to us")
 
     specials, words = {}, {}
     for token in whole.get("added_tokens") or []:
@@ -355,14 +338,14 @@ def _from_json(whole: dict, path: str) -> Tokenizer:
     clash = [(a, b) for a in words for b in words if a != b and a in b]
     need(not clash, f"added tokens contain one another: {clash[:1]}")
 
-    ranks, vocab = {}, {text: i for text, i in model["vocab"].items() if text not in specials and text not in words}
-    for text, i in vocab.items():
-        need(all(char in _BYTE for char in text), f"vocabulary entry {text!r} is not byte-level")
-        ranks[bytes(_BYTE[char] for char in text)] = i
+    vocab = {text: i for text, i in model["vocab"].items() if text not in specials and text not in words}
+    strange = [text for text in vocab if not all(char in _BYTE for char in text)]
+    need(not strange, f"vocabulary entry {strange[:1]} is not byte-level")
+    ranks = {bytes(_BYTE[char] for char in text): i for text, i in vocab.items()}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     need(not missing, f"the vocabulary lacks the bytes {missing[:5]}")
     ids = [*ranks.values(), *specials.values(), *words.values()]
-    need(len(set(ids)) == len(ids), "two tokens have one id")
+    need(len(set(ids)) == len(ids) and 0 <= min(ids) <= max(ids) < 1 << 24, "two tokens have one id, or it is absurd")
 
     pairs, last = defaultdict(set), -1
     for merge in model["merges"]:
@@ -374,10 +357,8 @@ def _from_json(whole: dict, path: str) -> Tokenizer:
     for token, i in ranks.items():
         parts = tuple(map(_chars, _parts(token, ranks))) if len(token) > 1 else ()
         if len(parts) == 2:
-            need(
-                parts in pairs[i], f"merges make {_chars(token)!r} of {sorted(pairs[i])}, its ranks make it of {parts}"
-            )
+            need(parts in pairs[i], f"merges make {_chars(token)} of {sorted(pairs[i])}, its ranks make it of {parts}")
         elif parts:
-            need(bool(model.get("ignore_merges")), f"no merges lead to {_chars(token)!r}, and ignore_merges is false")
+            need(bool(model.get("ignore_merges")), f"no merges lead to {_chars(token)}, and ignore_merges is false")
     name = model.get("name") or os.path.basename(os.path.dirname(os.path.abspath(path)))
     return Tokenizer(str(name), ranks, specials, pattern, words, nfc=bool(normalizer))

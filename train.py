@@ -44,9 +44,7 @@ class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
     data: dict | None = None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
-    prepare: dict | None = (
-        None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out: data/NAME}
-    )
+    prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
     val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
     # length and batch
@@ -88,9 +86,7 @@ class Config:
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
     deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
     attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
-    activation_checkpointing: str = (
-        "none"  # none | block: recompute each block in backward, less memory, a third slower
-    )
+    activation_checkpointing: str = "none"  # none | block: recompute blocks in backward; less memory, slower
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
@@ -272,8 +268,6 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
     if cfg.data and not isinstance(cfg.data.get("sources"), dict):
         refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
-    if cfg.batch_tokens and "gradient_accumulation_steps" in tree:
-        refuse("batch_tokens", "it sets the accumulation; drop gradient_accumulation_steps")
     return cfg
 
 
@@ -376,7 +370,7 @@ class Parallel:
         self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             # objects and flags travel over gloo, so that asking a question never waits for the GPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.buffer = None
@@ -493,7 +487,7 @@ class Orchestrator:
     LIMIT = 50  # bad steps in a row before the run counts as diverged
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.dropped, self.in_a_row = trainer, 0, 0
+        self.trainer, self.dropped, self.in_a_row, self.reason = trainer, 0, 0, ""
 
     def guard(self, stats: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """0-d bool on the device: must this step be dropped?"""
@@ -511,12 +505,14 @@ class Orchestrator:
             found = next(
                 (f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f), "transient: finite when repeated"
             )
-        reason = found or ("fp16 overflow, the loss scale halves" if scaling else "again")
+        self.reason = found or ("fp16 overflow, the loss scale halves" if scaling else self.reason)
         decision = {"step": seen["step"], "attempt": t.attempt, "trigger": "nonfinite", "action": "drop the step"}
-        t.append("decisions.jsonl", decision | {"statistic": seen["grad_norm"], "confidence": 1.0, "reason": reason})
-        t.say(f"decision   drop step {seen['step']}: loss or gradient not finite; {reason} (confidence 1.0)")
+        t.append(
+            "decisions.jsonl", decision | {"statistic": seen["grad_norm"], "confidence": 1.0, "reason": self.reason}
+        )
+        t.say(f"decision   drop step {seen['step']}: loss or gradient not finite; {self.reason} (confidence 1.0)")
         if self.in_a_row >= self.LIMIT:
-            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {reason}"
+            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {self.reason}"
             raise UserError("E302" if scaling else "E301", text)
 
 
@@ -558,6 +554,7 @@ class Trainer:
         self.start_block(notes)
         if dry_run:
             return
+        self.parallel.together(self.own_out_dir)
         self.build(saved)
         self.orchestrator = Orchestrator(self)
         if saved is not None:
@@ -593,21 +590,15 @@ class Trainer:
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
 
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
-        """Rank 0 tidies out_dir and picks the checkpoint to go on from; all ranks open it. None: a fresh start."""
+        """Rank 0 picks the checkpoint to go on from; all ranks open it. None: a fresh start. Makes and deletes nothing."""
         cfg, found, text = self.cfg, None, None
         if self.main:
             try:
-                try:
-                    self.out.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
                 checkpoint.clean_up(self.out)
                 steps = checkpoint.list_steps(self.out)
                 if cfg.resume == "none" and (steps or (self.out / "metrics.jsonl").exists()):
                     if not cfg.overwrite:
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
-                    for old in [*self.out.glob("step_*"), *self.out.glob("*.json*"), *self.out.glob("train.log")]:
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
                 elif steps:
                     found = str(checkpoint.find(self.out, say=self.say).path)
             except UserError as error:
@@ -658,6 +649,12 @@ class Trainer:
                 text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of {rank_count} x {T} (processes x max_seq_len)"
                 raise UserError("E002", f"{text}; the nearest that is: {near}")
             rows = cfg.batch_tokens // T
+            fixed = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+            if "gradient_accumulation_steps" in self.written and fixed != rows:
+                text = (
+                    f"batch_tokens: {rows} rows a step, but batch_size x accumulation x processes is {fixed}; drop one"
+                )
+                raise UserError("E002", text)
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
@@ -741,10 +738,14 @@ class Trainer:
             start = round(until * cfg.max_steps) if until <= 1 else int(until)
         if saved and before["segments"] != segments:
             self.cursor = before["cursor"]
-            past = [s for s in before["segments"] if s[0] < self.cursor]
+            past = [s for s in before["segments"] if s[0] < self.cursor and set(s[1]) <= set(weights)]
             future = [s for s in segments if s[0] > self.cursor]
             current = next(s for s in reversed(segments) if s[0] <= self.cursor)
-            segments = past + ([[self.cursor, current[1]]] if past[-1:] != [current] else []) + future
+            segments = (
+                [[0, current[1]]] + future
+                if not past
+                else past + ([[self.cursor, current[1]]] if past[-1:] != [current] else []) + future
+            )
         self.segments = segments
 
     def start_block(self, notes: list[str]) -> None:
@@ -790,6 +791,18 @@ class Trainer:
             say("advice     fewer tokens than parameters: such a model mostly memorises")
         if self.machine.device.type == "cuda" and cfg.deterministic:
             say("advice     deterministic: true costs speed on CUDA; python bench.py speed measures it")
+
+    def own_out_dir(self) -> None:
+        """All is checked: rank 0 makes out_dir, or empties it where overwrite says so."""
+        if not self.main:
+            return
+        if self.cfg.resume == "none":
+            for old in [*self.out.glob("step_*"), *self.out.glob("*.json*"), *self.out.glob("train.log")]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
 
     def build(self, saved) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that init_from names."""
@@ -887,10 +900,9 @@ class Trainer:
         """This process owns out_dir now: files, wandb, signals."""
         cfg = self.cfg
         if self.main:
-            status = self.read_status()
-            self.attempt = status.get("attempt", 0) + 1
+            self.attempt = self.read_status().get("attempt", 0) + 1
             self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
-            resolved = dataclasses.asdict(cfg)
+            resolved = dataclasses.asdict(cfg) | {"num_epochs": None}  # max_steps says it: this file runs as it is
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
             for name in ("tokenizer.json", "token_bytes.npy"):
                 if self.tokenizer_dir and not (self.out / name).exists():
@@ -944,12 +956,21 @@ class Trainer:
             last = self.step >= cfg.max_steps or self.stopped_early
             here = self.step != self.started_at or (last and self.evaluated_at != self.step)
             due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
-            due_eval = due_save or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
+            due_eval = due_save or wants_save or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
             new_best = here and due_eval and not stop and self.evaluate()
+            last = last or self.stopped_early
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
-            if (here and (due_save or new_best)) or (stop or wants_save or retry) and self.step != self.started_at:
+            if (
+                (here and (due_save or new_best or last))
+                or (stop or wants_save or retry)
+                and self.step != self.started_at
+            ):
                 saved = self.save()
-            if last or self.stopped_early or stop:
+            if last or stop:
+                for _ in range(3):  # a full disk may have been freed in the meantime
+                    if self.unsaved:
+                        time.sleep(1)
+                        saved = self.save()
                 break
             # micro-steps
             stats = torch.zeros(len(STATS), dtype=double)
@@ -959,7 +980,8 @@ class Trainer:
                 try:
                     row, x, y = self.loader.next()
                 except UserError as error:  # this rank cannot go on; the others learn it from the statistics
-                    self.data_error, stats[STAT["unread"]] = error, 1
+                    self.data_error = error
+                    stats[STAT["unread"]] = 1
                     break
                 self.data_wait += time.perf_counter() - waited
                 x, y = self.to_device(x), self.to_device(y)
@@ -995,7 +1017,7 @@ class Trainer:
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
             numbers = torch.cat([stats, torch.stack([norm.to(double), bad.to(double)])])
-            self.pending = (self.step, self.cursor, lr, numbers.to("cpu", non_blocking=True))
+            self.pending = (self.step, self.cursor, lr, *to_host(numbers))
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1006,7 +1028,7 @@ class Trainer:
             if wants_save:
                 self.save_signal = 0
         self.drain()
-        state = "finished" if last or self.stopped_early else "stopped"
+        state = "finished" if last else "stopped"
         code = 0 if saved or not here else 4
         self.finish(state, code)
         return code
@@ -1021,12 +1043,14 @@ class Trainer:
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
-        step, cursor, lr, numbers = self.pending
+        step, cursor, lr, numbers, arrived = self.pending
         self.pending = None
-        if self.parallel.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        if arrived is not None:
+            arrived.synchronize()
         ce, z, count, unread, stop, save, norm, bad = numbers.tolist()
-        if unread:
+        if unread:  # its step was dropped: go back to before it, save, and say what happened
+            self.step, self.cursor = step, cursor
+            self.save()
             self.parallel.together(self.raise_data_error)
         self.tokens += 0 if bad else int(count)
         seen = {"step": step, "cursor": cursor, "loss": ce / max(count, 1), "z_loss": z / max(count, 1), "lr": lr}
@@ -1081,7 +1105,9 @@ class Trainer:
             return False
         (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
         names = list(self.val_sources)
-        sums = torch.zeros(len(names), 4, dtype=torch.float64)  # ce, targets, correct, bytes
+        double = torch.float32 if par.device.type == "mps" else torch.float64
+        sums = torch.zeros(len(names), 3, dtype=double, device=par.device)  # ce, targets, correct
+        sizes = torch.zeros(len(names), 1, dtype=double)  # bytes
         model.eval()
         for first in range(0, len(self.val_set), rows * count):
             mine = self.val_set[first + index * rows : first + (index + 1) * rows]
@@ -1096,15 +1122,15 @@ class Trainer:
                 _, parts = model(
                     self.to_device(np.ascontiguousarray(x)), targets=self.to_device(np.ascontiguousarray(y))
                 )
-                size = self.token_bytes[y[y >= 0]].sum() if self.token_bytes is not None else 0
-                sums[k] += torch.tensor([parts["ce"].item(), parts["count"].item(), parts["correct"].item(), size])
+                sizes[k] += int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
+                sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"]]).to(double)
             if par.agree([self.stop_signal])[0]:
                 model.train()
                 self.say("evaluation left: a signal came")
                 self.evaluated_at = None
                 return False
         model.train()
-        sums = torch.stack(par.gather(sums)).sum(0)
+        sums = torch.stack(par.gather(torch.cat([sums.cpu(), sizes], dim=1))).sum(0)
         ce, targets, correct, size = sums.sum(0).tolist()
         self.val_loss = ce / targets
         new_best = self.best_val_loss is None or self.val_loss < self.best_val_loss
@@ -1308,6 +1334,17 @@ def start_wandb(cfg: Config, say):
             say("note       wandb has no key (wandb login): offline; wandb sync uploads it later")
         os.environ["WANDB_MODE"] = "offline"
     return wandb.init(**options)
+
+
+def to_host(numbers: torch.Tensor) -> tuple:
+    """A copy on its way to the host, and the event that says it has arrived (None: it has)."""
+    if not numbers.is_cuda:
+        return numbers, None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
 
 
 def resident_bytes() -> int | None:

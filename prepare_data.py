@@ -1,0 +1,895 @@
+"""Text to token shards: python prepare_data.py SOURCE... --out data/NAME --tokenizer bpe:8192
+
+SOURCE is a file or folder of .txt .md .py (a file is a document), .jsonl (rows {"text": ...}) and .json (a list of such
+rows, or one), or `stdlib` (the running Python's own library, 11 MB, no download), or `synthetic:N` (N generated
+documents, the same on every machine).
+
+out/ gets train_00000.npy ... val_00000.npy ... (1-D, every document ends with the end-of-text id), *.docs.npy (uint64
+starts of the documents and the end), tokenizer.json, token_bytes.npy, report.json, rejected.jsonl, and at last
+manifest.json: where it is, the folder is complete. The bytes of all this depend on the text and the settings only, not
+on the number of processes, the size of batches, or how often the preparation was killed and started again. Only the
+manifest's block `provenance` (when, where, how fast, which files) is outside that promise and its fingerprint.
+
+How: the parent cuts the inputs into batches of rows; `work` parses, cleans, hashes and encodes a batch, in a pool of
+processes or in this one; the parent takes the results in order, drops duplicates, decides the split, fills shards.
+Whenever a shard is closed at the start of a document, progress.json (replaced atomically) records where that was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sysconfig
+import threading
+import time
+import unicodedata
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from errors import ERRORS, UserError, command
+from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
+
+OPTIONS = {  # of prepare() and of the command line: (default, meaning); a default of None depends on the text
+    "val_fraction": (None, "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005"),
+    "seed": (1337, "of the split and of synthetic text"),
+    "shard_tokens": (100_000_000, "a shard is closed before it would be longer"),
+    "max_doc_chars": (200_000, "longer documents are cut into parts, all on one side of the split"),
+    "workers": (None, "processes; default min(cores, 8), but 1 below 32 MB of text"),
+    "batch_bytes": (1 << 20, "what a worker gets at a time"),
+    "max_bad": (0.01, "fail at the end when a larger share of the rows is bad"),
+    "strict": (False, "stop at the first bad row"),
+    "quiet": (False, "no lines and no progress bar"),
+}
+KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json"}
+PIECE = 8 << 20  # bytes: a longer text file is no document; it is read as several, cut at line ends
+TRAIN_BYTES = 200_000_000  # a BPE vocabulary is trained on this much, taken from all files alike, and then on the first
+TRAIN_CHARS = 10_000  # ... so many characters of a document; where there is less text, on all of it
+LISTED_DUPLICATES = 1000  # in rejected.jsonl; all are counted
+NOT_STDLIB = {"test", "tests", "idle_test", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__"}
+JOURNAL = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|.*\.tmp")
+OURS = re.compile(rf"{JOURNAL.pattern}|(train|val)_\d{{5}}(\.docs)?\.npy|token_bytes\.npy|(report|tokenizer)\.json")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources: what there is to read
+
+
+class Input(NamedTuple):
+    """One file, or one generated source."""
+
+    source: int  # index into the sources, val_sources counted on
+    split: str  # "val", "train", or "hash": decided document by document
+    kind: str  # text, jsonl, json, topics, synthetic; tokenizer: not read, but watched for changes
+    name: str  # without what differs from machine to machine
+    path: str  # as the user wrote it
+    size: int = 0  # bytes
+    mtime: int = 0  # ns
+    sha256: str = ""
+
+    def looked_at(self) -> Input:
+        """With size and time as they are; nothing for what is no file: reading it will tell."""
+        if self.kind == "synthetic" or not os.path.isfile(self.path):
+            return self
+        stat = os.stat(self.path)
+        return self._replace(size=stat.st_size, mtime=stat.st_mtime_ns)
+
+
+def builtin(spec: str) -> bool:
+    return bool(re.fullmatch(r"stdlib|synthetic(:\d+)?", spec)) and not os.path.exists(spec)
+
+
+def label(spec: str) -> str:
+    """A source's name in the fingerprinted part of the manifest: the last part of its path."""
+    return spec if builtin(spec) else os.path.basename(os.path.abspath(spec))
+
+
+def find_inputs(spec: str, source: int, split: str) -> list[Input]:
+    """The inputs of one source, in a fixed order. E108: not there, or nothing readable in it."""
+    stdlib = builtin(spec) and spec == "stdlib"
+    if builtin(spec) and not stdlib:
+        documents = int(spec.partition(":")[2] or 2000)
+        return [Input(source, split, "synthetic", spec, spec, 600 * documents, documents)]  # mtime is their number
+    root, files = sysconfig.get_path("stdlib") if stdlib else spec, [spec]
+    if not os.path.exists(root):
+        raise UserError("E108", f"source {spec}: there is no such file or folder")
+    if os.path.isdir(root):
+        files = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and not (stdlib and f in NOT_STDLIB))
+            files += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in KINDS]
+    elif os.path.splitext(spec)[1].lower() not in KINDS:
+        raise UserError("E108", f"source {spec}: only {' '.join(KINDS)} can be read; unpack or convert it first")
+    inputs = []
+    for path in sorted(files, key=lambda path: path.replace(os.sep, "/")):
+        name = label(spec) if path == spec else f"{label(spec)}/{os.path.relpath(path, root)}".replace(os.sep, "/")
+        given = Input(source, split, KINDS[os.path.splitext(path)[1].lower()], name, path).looked_at()
+        if stdlib and name.endswith("pydoc_data/topics.py"):
+            given = given._replace(kind="topics")  # a table of English prose
+        if not stdlib or path.endswith(".py") and given.size and "_sysconfigdata" not in name:
+            inputs.append(given)
+    if not inputs:
+        raise UserError("E108", f"source {spec}: no {' '.join(KINDS)} files in it")
+    return inputs
+
+
+def file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with suppress(OSError), open(path, "rb") as file:  # nothing for what cannot be read: reading it will tell
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+    return ""
+
+
+def synthetic_document(seed: int, n: int) -> str:
+    """Document n: sums, sorted lists, things to recall and small stories. Integers only, so equal everywhere."""
+    state = int.from_bytes(hashlib.blake2b(f"{seed}:{n}".encode(), digest_size=8).digest(), "little")
+
+    def pick(below: int) -> int:  # splitmix64 (Steele, Lea and Flood 2014)
+        nonlocal state
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return (z ^ z >> 31) % below
+
+    def one(words: str) -> str:
+        return words.split()[pick(words.count(" ") + 1)]
+
+    names = "Ada Ben Cleo Dan Eva Finn Gwen Hugo Iris Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tess Uma"
+    things = "apple book candle drum egg feather glove hat jar key lamp map nut orange pen ring shell spoon stone"
+    places = "garden kitchen forest market river school attic harbour station tower bakery library"
+    colours, paragraphs = "red blue green yellow black white brown silver", []
+    for _ in range(3 + pick(5)):
+        a, b, kind, who, other, thing, colour = pick(900), pick(30), pick(4), *map(one, (names, names, things, colours))
+        if kind == 0:
+            text = f"{a} + {b} = {a + b}. {a + b} - {a} = {b}. {a} * {b} = {a * b}."
+        elif kind == 1:
+            numbers = [pick(100) for _ in range(4 + pick(6))]
+            text = f"Sort: {' '.join(map(str, numbers))}\nSorted: {' '.join(map(str, sorted(numbers)))}"
+        elif kind == 2:
+            owners = {one(names): f"the {one(colours)} {one(things)}" for _ in range(2 + pick(4))} | {who: f"a {thing}"}
+            facts = ". ".join(f"{owner} has {it}" for owner, it in sorted(owners.items()))
+            text = f"{facts}.\nQuestion: What does {who} have?\nAnswer: {owners[who]}."
+        else:
+            text = f"{who} went to the {one(places)} to look for a {thing}. There {who} met {other}. "
+            text += f'"I have only a {colour} {thing}," said {other}. {who} took the {colour} {thing} home.'
+        paragraphs.append(text)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: inputs to items (what is sent to a worker), items to rows
+
+
+class Item(NamedTuple):
+    index: int  # of its input
+    kind: str  # text: a file or a piece of one; jsonl: whole lines; row: one JSON value; or a code: file rejected
+    offset: int  # of its first byte; for rows their number. A resumed run starts from there
+    line: int  # physical line there, from 1
+    data: bytes  # for a code the reason
+
+
+def read_items(index: int, given: Input, offset: int, line: int, block: int, seed: int):
+    """The input's items from (offset, line) on. A .jsonl is cut into blocks, elsewhere `block` has no influence."""
+    if given.kind in ("synthetic", "topics"):
+        if given.kind == "synthetic":
+            texts = (synthetic_document(seed, n) for n in range(offset, given.mtime))
+        else:
+            from pydoc_data.topics import topics
+
+            texts = [topics[key] for key in sorted(topics)][offset:]
+        yield from (Item(index, "row", n, n + 1, json.dumps({"text": t}).encode()) for n, t in enumerate(texts, offset))
+        return
+    try:
+        if not os.path.isfile(given.path):
+            raise OSError("not a regular file")
+        with open(given.path, "rb") as file:
+            head = file.read(4)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                yield Item(index, "E103", 0, 1, b"this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+            elif head[:2] == b"\x1f\x8b" or head in (b"PK\3\4", b"\x28\xb5\x2f\xfd"):
+                yield Item(index, "E108", 0, 1, b"this is a compressed file; unpack it first")
+            elif given.kind == "json":
+                yield from json_items(index, head + file.read(), offset)
+            else:
+                offset = offset or 3 * (head[:3] == b"\xef\xbb\xbf")  # a byte order mark is no text
+                size = block = block if given.kind == "jsonl" else PIECE
+                while True:
+                    file.seek(offset)
+                    data = file.read(size)
+                    cut = data.rfind(b"\n") + 1 or (given.kind == "text" and data.rfind(b" ") + 1)
+                    if len(data) < size:
+                        if data or not line > 1:
+                            yield Item(index, given.kind, offset, line, data)
+                        return
+                    if cut:
+                        yield Item(index, given.kind, offset, line, data[:cut])
+                        offset, line, size = offset + cut, line + data.count(b"\n", 0, cut), block
+                    else:
+                        size *= 2  # a long line
+    except OSError as error:
+        yield Item(index, "E108", offset, line, str(error.strerror or error).encode())
+
+
+def json_items(index: int, data: bytes, skip: int):
+    """The rows of a .json: a list of objects, or one object. What is wrong between the rows ends the file."""
+    space, reader, n, line, at = re.compile(r"[ \t\r\n]*"), json.JSONDecoder(), 0, 1, 0
+    try:
+        text = data.decode("utf-8-sig")
+        start = space.match(text).end()
+        many = text[start : start + 1] == "["
+        end = space.match(text, start + many).end()
+        while not (many and n == 0 and text[end : end + 1] == "]"):
+            line, at = line + text.count("\n", at, end), end
+            row, end = reader.raw_decode(text, at)
+            if n >= skip:
+                yield Item(index, "row", n, line, text[at:end].encode())
+            n, end = n + 1, space.match(text, end).end()
+            if not many or text[end : end + 1] != ",":
+                break
+            end = space.match(text, end + 1).end()
+        if text[end:].strip() != "]" * many:
+            raise ValueError("no ] after the last row" if many else "more than one value; name it .jsonl if one a line")
+    except (ValueError, RecursionError) as error:
+        code, reason = "E101", f"{getattr(error, 'msg', error)}; nothing from here on is read"
+        if isinstance(error, UnicodeDecodeError):
+            code, reason, line = "E103", f"no UTF-8 at byte {error.start}", 1 + data.count(b"\n", 0, error.start)
+        yield Item(index, code, n, line, reason.encode())
+
+
+def item_rows(item: Item):
+    """(offset, line, code, value) of each row. code None: value is its text; "blank": a number of blank lines that come
+    before; otherwise (reason, excerpt, the whole file is lost)."""
+    index, kind, offset, line, data = item
+    if kind not in ("text", "jsonl", "row"):
+        yield offset, line, kind, (data.decode(), "", True)
+        return
+    blank = 0
+    lines = data.split(b"\n") if kind == "jsonl" else [data]  # str.splitlines would also split at U+2028 and the like
+    for raw in lines if lines[-1] or kind != "jsonl" else lines[:-1]:
+        if kind == "jsonl" and not raw.strip():
+            blank += 1
+        else:
+            if blank:
+                yield offset, line, "blank", blank
+                blank = 0
+            try:
+                text = raw.decode("utf-8")
+                code, value = (None, text) if kind == "text" else text_of(text)
+                yield offset, line, code, (value, excerpt(raw), False) if code else value
+            except UnicodeDecodeError as error:
+                at, reason = error.start, f"byte {raw[error.start]:#04x} at {offset + error.start} is not UTF-8"
+                yield offset, line + raw.count(b"\n", 0, at), "E103", (reason, excerpt(raw[max(0, at - 40) :]), False)
+        offset, line = offset + len(raw) + 1, line + 1
+    if blank:
+        yield offset - 1, line - 1, "blank", blank
+
+
+def excerpt(raw: bytes) -> str:
+    return raw[:800].decode("utf-8", "replace").strip()[:200]
+
+
+def text_of(line: str):
+    """(None, text) of a row, or (code, reason)."""
+    hint = "; a file that is one JSON list should be named .json" if line.lstrip().startswith("[") else ""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if re.match(r"\s*[\[{]\s*'", line):
+            hint = "; single quotes: this is Python's notation, not JSON"
+        at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return "E101", f"{getattr(error, 'msg', error)}{at}{hint}"
+    if not isinstance(row, dict):
+        return "E101", f"a {type(row).__name__}, not an object{hint}"
+    if isinstance(row.get("text"), str):
+        return None, row["text"]
+    if chat := [key for key in ("messages", "conversation", "conversations") if key in row]:
+        return "E102", f'"{chat[0]}": chat data is not supported yet; rows need a "text" field'
+    if "text" in row:
+        return "E102", f'"text" is a {type(row["text"]).__name__}, not a string'
+    return "E102", f'no "text" field; the fields are {", ".join(row)[:200] or "none"}'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cleaning and encoding: what a worker does
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
+
+
+def clean(text: str) -> str:
+    """CR LF and lone CR to LF, other C0 controls but tab dropped, NFC, surrogates without a partner to U+FFFD."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if CONTROL.search(text):
+        text = CONTROL.sub("", text)
+    if not text.isascii():
+        if re.search("[\ud800-\udfff]", text):
+            text = mend_surrogates(text)
+        text = unicodedata.normalize("NFC", text)
+    return text
+
+
+def cut_place(text: str, low: int, high: int) -> int:
+    """Where to cut between low and high: after the last blank line, else line, else word, else at high."""
+    ends = ((text.rfind(mark, low, high), len(mark)) for mark in ("\n\n", "\n", " "))
+    return next((at + length for at, length in ends if at >= 0), high)
+
+
+def cut_text(text: str, limit: int) -> list[str]:
+    """Parts of at most `limit` characters that together are the text."""
+    parts, start = [], 0
+    while len(text) - start > limit:
+        end = cut_place(text, start + limit // 2, start + limit)
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+class Document(NamedTuple):
+    key: bytes  # blake2b-16 of the cleaned, stripped text: equal documents have equal keys
+    share: float  # in [0, 1), from key and seed: below val_fraction means val
+    ids: np.ndarray  # of all parts, each with the end-of-text id
+    ends: list  # of the parts, in ids
+    size: int  # bytes of text
+    cleaned: bool  # cleaning changed it
+
+
+def encode_parts(text: str, tokenizer: Tokenizer, limit: int, dtype) -> tuple[np.ndarray, list]:
+    """The ids of all parts of a text, and where each part ends."""
+    eot, arrays, ends, at = np.array([tokenizer.eot_id], np.uint32), [], [], 0
+    for part in cut_text(text, limit):
+        ids = tokenizer.encode(part)
+        at += len(ids) + 1
+        arrays += (ids, eot)
+        ends.append(at)
+    return np.concatenate(arrays).astype(dtype), ends
+
+
+def work(batch: list[Item]):
+    """[(index, offset, line, code, value)] of the batch's rows (value: a Document where code is None) and CPU seconds."""
+    tokenizer, settings, dtype = _worker
+    started, results = time.process_time(), []
+    salt = settings["seed"].to_bytes(8, "little", signed=True)
+    for item in batch:
+        for offset, line, code, value in item_rows(item):
+            if code is None:
+                text = clean(value)
+                if key := text.strip():
+                    key = hashlib.blake2b(key.encode(), digest_size=16).digest()
+                    share = int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little") / 2**64
+                    ids, ends = encode_parts(text, tokenizer, settings["max_doc_chars"], dtype)
+                    size = len(text) if text.isascii() else len(text.encode())
+                    value = Document(key, share, ids, ends, size, text is not value and text != value)
+                else:
+                    code, value = "E104", ("the file is empty" if item.kind == "text" else '"text" is empty', "", False)
+            results.append((item.index, offset, line, code, value))
+    return results, time.process_time() - started
+
+
+def start_worker(*given) -> None:
+    """given: (tokenizer, settings, dtype). A process of a pool ends with its parent, even if that is killed with -9."""
+    global _worker
+    _worker = given
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def in_order(batches, workers: int, given: tuple):
+    """(batch, work(batch)) in the order of the batches; at most 4 a worker are under way. E003: a process died."""
+    if workers == 1:
+        start_worker(*given)
+        yield from ((batch, work(batch)) for batch in batches)
+        return
+    waiting = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, given) as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(work, batch)))
+                if len(waiting) >= 4 * workers:
+                    yield waiting[0][0], waiting.popleft()[1].result()
+            while waiting:
+                yield waiting[0][0], waiting.popleft()[1].result()
+        except BrokenProcessPool:
+            text = "a worker process died, out of memory perhaps: the same command with fewer --workers goes on"
+            raise UserError("E003", text) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing: shards, and the journal
+
+
+@contextmanager
+def writing(path: str, length: int | None = None):
+    """A binary file that appears whole or not at all; with length, one that is continued after its first `length`
+    bytes, whatever a killed run left behind them. E119: disk full, no permission."""
+    target = path + ".tmp" if length is None else path
+    try:
+        with open(target, "wb" if length is None else "ab") as file:
+            if length is not None:
+                file.truncate(length)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(target, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise UserError("E119", f"{path}: {error.strerror or error}") from None
+
+
+def write_json(path: str, value) -> None:
+    with writing(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+class Shards:
+    """The shards of one split: those that are closed, and the one that is being filled."""
+
+    def __init__(self, out: str, split: str, target: int):
+        self.out, self.split, self.target = out, split, target
+        self.closed, self.arrays, self.starts, self.size, self.bytes_text = [], [], [], 0, 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.closed) + self.size
+
+    def full(self, length: int) -> bool:
+        return self.size > 0 and self.size + length > self.target
+
+    def add(self, ids: np.ndarray) -> None:
+        """One part of a document; it lies in one shard unless it is longer than a shard."""
+        for start in range(0, len(ids), self.target):
+            if start:
+                self.close()
+            self.starts.append(self.size)
+            self.arrays.append(ids[start : start + self.target])
+            self.size += len(self.arrays[-1])
+
+    def close(self) -> None:
+        if not self.size:
+            return
+        name = f"{self.split}_{len(self.closed):05d}"
+        path, ids, starts = os.path.join(self.out, name), np.concatenate(self.arrays), [*self.starts, self.size]
+        with writing(path + ".npy") as file:
+            np.save(file, ids)
+        with writing(path + ".docs.npy") as file:
+            np.save(file, np.array(starts, dtype="<u8"))
+        shard = {"file": name + ".npy", "docs_file": name + ".docs.npy", "tokens": self.size, "docs": len(self.starts)}
+        shard |= {"min_id": int(ids.min()), "max_id": int(ids.max())}
+        shard |= {"bytes": os.path.getsize(path + ".npy"), "sha256": file_sha256(path + ".npy")}
+        self.closed.append(shard)
+        self.arrays, self.starts, self.size = [], [], 0
+
+
+class Output:
+    """All that the parent decides, in the order of the rows, and the journal from which a killed run goes on."""
+
+    STATE = ("position", "rejected_bytes", "journals", "counts", "rows", "kept", "examples", "lost")
+
+    def __init__(self, out: str, header: dict, inputs: list[Input], strict: bool):
+        self.out, self.header, self.inputs, self.strict = out, header, inputs, strict
+        self.settings = header["settings"]
+        self.splits = {split: Shards(out, split, self.settings["shard_tokens"]) for split in ("train", "val")}
+        self.position = (0, 0, 1)  # input, offset and line of the row at hand; None: after the last
+        self.reserve = None  # the document with the smallest share so far: it waits until the end (see settle)
+        self.seen, self.new_keys, self.rejects, self.rejected_bytes, self.journals = set(), [], [], 0, 0
+        self.counts, self.rows, self.kept = Counter(), Counter(), Counter()  # by kind or code; by source
+        self.examples, self.lost = {}, []
+
+    def take(self, index: int, offset: int, line: int, code: str | None, value) -> None:
+        """One row. Nothing is counted before it is written, so that a journal made meanwhile lacks the whole row."""
+        self.position, given = (index, offset, line), self.inputs[index]
+        if code == "blank":
+            self.counts["blank_lines"] += value
+            return
+        if code is None and value.key in self.seen:
+            code, value = "E107", ("the same text as an earlier document", "", False)
+        if code:
+            self.reject(given, offset, line, code, *value)
+        else:
+            first = self.reserve is None or value.share < self.reserve.share
+            if given.split == "hash" and first:
+                if self.reserve:
+                    self.write(self.reserve)
+                self.reserve = value
+            else:
+                self.write(value, None if given.split == "hash" else given.split)
+            self.seen.add(value.key)
+            self.new_keys.append(value.key)
+            self.counts.update(kept=1, cleaned=value.cleaned, cut=len(value.ends) > 1)
+            self.kept[str(given.source)] += 1
+        self.counts["rows"] += 1
+        self.rows[str(given.source)] += 1
+
+    def reject(self, given: Input, offset: int, line: int, code: str, reason: str, text: str, lost: bool) -> None:
+        said = f"{given.path}:{line}: {reason}" + (f": {text[:100]}" if text else "")
+        harmless = code == "E107" or code == "E104" and given.kind == "text"  # an empty __init__.py is no mistake
+        if self.strict and not harmless:
+            raise UserError(code, said)
+        self.counts.update({code: 1, "bad": not harmless})
+        if len(self.examples.setdefault(code, [])) < 5:
+            self.examples[code].append(said)
+        if code != "E107" or self.counts[code] <= LISTED_DUPLICATES:
+            row = {"file": given.path, "line": line, "byte_offset": offset, "code": code, "reason": reason}
+            self.rejects.append(json.dumps(row | {"excerpt": text}, ensure_ascii=False) + "\n")
+        if lost and given.kind != "text":
+            self.lost.append(given.path)
+
+    def write(self, document: Document, split: str | None = None) -> None:
+        shards = self.splits[split or ("val" if document.share < self.settings["val_fraction"] else "train")]
+        for start, end in zip([0, *document.ends], document.ends):
+            if shards.full(end - start):
+                shards.close()
+                if start == 0 and self.position:
+                    self.journal()
+            shards.add(document.ids[start:end])
+        shards.bytes_text += document.size
+
+    def settle(self, tokenizer: Tokenizer) -> None:
+        """Writes the reserve and the last shards. When no document but the reserve can be val, it is; a large one (in
+        a corpus of few documents, or of one) gives only its tail, about as much as val_fraction asks for."""
+        self.position, reserve, train, val = None, self.reserve, self.splits["train"], self.splits["val"]
+        if reserve:
+            share = self.settings["val_fraction"] * (train.tokens + len(reserve.ids)) / len(reserve.ids)
+            if val.tokens or share > 1 / 3:
+                self.write(reserve, "val")
+            else:
+                parts = zip([0, *reserve.ends], reserve.ends)
+                text = "".join(tokenizer.decode(reserve.ids[start : end - 1]) for start, end in parts)
+                tail = max(1, round(share * len(text)))
+                cut = cut_place(text, max(0, len(text) - 2 * tail), len(text) - tail)
+                for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                    ids, ends = encode_parts(part, tokenizer, self.settings["max_doc_chars"], reserve.ids.dtype)
+                    self.write(reserve._replace(ids=ids, ends=ends, size=len(part.encode())), split)
+                self.counts["tail_held_out"] = 1
+        train.close()
+        val.close()
+        self.write_rejects()
+
+    def write_rejects(self) -> None:
+        data = "".join(self.rejects).encode("utf-8", "replace")
+        with writing(os.path.join(self.out, "rejected.jsonl"), self.rejected_bytes) as file:
+            file.write(data)
+        self.rejects, self.rejected_bytes = [], self.rejected_bytes + len(data)
+
+    def journal(self) -> None:
+        """Keys, rejects, what is in no shard yet, and then, atomically, the progress.json that refers to them."""
+        self.write_rejects()
+        with writing(os.path.join(self.out, "seen.bin"), 16 * (len(self.seen) - len(self.new_keys))) as file:
+            file.write(b"".join(self.new_keys))
+        self.new_keys, self.journals, reserve = [], self.journals + 1, self.reserve
+        arrays = {"reserve": reserve.ids} if reserve else {}
+        state = {name: getattr(self, name) for name in self.STATE} | {"seen": len(self.seen), "splits": {}}
+        for split, shards in self.splits.items():
+            arrays[split] = np.concatenate(shards.arrays) if shards.arrays else np.zeros(0)
+            state["splits"][split] = [shards.closed, shards.bytes_text, shards.starts]
+        state["reserve"] = reserve and [reserve.key.hex(), reserve.share, reserve.ends, reserve.size]
+        with writing(os.path.join(self.out, f"pending_{self.journals}.npz")) as file:
+            np.savez(file, **arrays)
+        write_json(os.path.join(self.out, "progress.json"), self.header | {"state": state})
+        with suppress(OSError):
+            os.remove(os.path.join(self.out, f"pending_{self.journals - 1}.npz"))
+
+    def resume(self, state: dict) -> None:
+        for name in self.STATE:
+            setattr(self, name, type(getattr(self, name))(state[name]))
+        with open(os.path.join(self.out, "seen.bin"), "rb") as file:
+            self.seen = {file.read(16) for _ in range(state["seen"])}
+        with np.load(os.path.join(self.out, f"pending_{self.journals}.npz"), allow_pickle=False) as pending:
+            for split, shards in self.splits.items():
+                shards.closed, shards.bytes_text, shards.starts = state["splits"][split]
+                shards.size = len(pending[split])
+                shards.arrays = [pending[split]] if shards.size else []
+            if state["reserve"]:
+                key, share, ends, size = state["reserve"]
+                self.reserve = Document(bytes.fromhex(key), share, pending["reserve"], ends, size, False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+def training_texts(inputs: list[Input], seed: int):
+    """What a vocabulary is trained on: all train text, or TRAIN_BYTES of it taken from all files alike."""
+    inputs = [given for given in inputs if given.split != "val"]
+    total, credit = sum(given.size for given in inputs), 0.0
+    for given in inputs:
+        credit += given.size * TRAIN_BYTES / total if total > TRAIN_BYTES else float("inf")
+        for item in read_items(0, given, 0, 1, 1 << 20, seed) if credit > 0 else ():
+            for *_, code, text in item_rows(item):
+                if code is None:
+                    credit -= len(text[:TRAIN_CHARS])
+                    yield clean(text)
+            if credit <= 0:
+                break
+
+
+def read_batches(inputs: list[Input], position, size: int, seed: int):
+    """Lists of items of about `size` bytes in all, from the position on."""
+    batch, weight = [], 0
+    for index in range(position[0], len(inputs)):
+        _, offset, line = position if index == position[0] else (0, 0, 1)
+        for item in read_items(index, inputs[index], offset, line, size, seed):
+            batch.append(item)
+            weight += len(item.data) + 200
+            if weight >= size:
+                yield batch
+                batch, weight = [], 0
+    if batch:
+        yield batch
+
+
+def read_json(path: str) -> dict | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError("E117", f"{path} cannot be read: {error}") from None
+
+
+def remove(out: str, pattern: re.Pattern) -> None:
+    for name in filter(pattern.fullmatch, os.listdir(out)):
+        os.remove(os.path.join(out, name))
+
+
+def changed_input(stored: list, inputs: list[Input]) -> str | None:
+    """The first input that is not what it was; size and time are looked at first, contents where those differ."""
+    old, new = ({(given.source, given.name): given for given in many} for many in (map(Input._make, stored), inputs))
+    for key in [*old, *new]:
+        if key not in old or key not in new:
+            return f"{(old.get(key) or new[key]).path} is {'new' if key in new else 'gone'}"
+        a, b = old[key], new[key]
+        if (a.size, a.mtime) != (b.size, b.mtime) and (a.kind == "synthetic" or a.sha256 != file_sha256(b.path)):
+            return f"{b.path} has changed"
+    return None
+
+
+def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dict | None, dict | None]:
+    """(manifest, None) of a finished folder, (None, progress) of an unfinished one, (None, None) of an empty one. E117:
+    it was made, or begun, by another command or from other text, or holds other things; E111: a shard is damaged."""
+    manifest, progress = (read_json(os.path.join(out, name)) for name in ("manifest.json", "progress.json"))
+    if old := manifest or progress:
+        for key, value in settings.items():
+            if value is not None and value != old["settings"].get(key):
+                raise UserError("E117", f"{out} was made with {key} {old['settings'].get(key)}, not {value}")
+        if inputs is not None and (change := changed_input(old["provenance"]["inputs"], inputs)):
+            raise UserError("E117", f"{out} was made from other text: {change}")
+    elif others := [n for n in os.listdir(out) if n != "rejected.jsonl" and not n.endswith(".tmp")]:
+        raise UserError("E117", f"{out} holds files that are no dataset of ours: {', '.join(sorted(others)[:3])}")
+    if not manifest:
+        return None, progress
+    for shard in manifest["splits"]["train"]["shards"] + manifest["splits"]["val"]["shards"]:
+        path = os.path.join(out, shard["file"])
+        if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
+            raise UserError("E111", f"{path} is not there, or has another size than manifest.json says")
+    remove(out, JOURNAL)  # killed after the manifest
+    return manifest, None
+
+
+@contextmanager
+def holding(out: str):
+    """Makes the folder and keeps a second process out (where there is flock); removes it if it stays empty."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UserError("E119", f"{out}: {error.strerror}") from None
+    try:
+        import fcntl
+
+        with suppress(NotImplementedError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError("E117", f"another process is writing to {out}") from None
+    finally:
+        with suppress(OSError):
+            os.rmdir(out)
+        os.close(handle)
+
+
+def prepare(
+    sources: list[str], out: str, tokenizer="bpe:8192", val_sources: list[str] | None = None, **options
+) -> dict:
+    """Makes the dataset `out`, goes on with one that was interrupted, or finds it finished; returns its manifest.
+    Options: OPTIONS, with its defaults.
+
+    E002 options; E003 a worker died; E101 to E104 and E108 with strict; E109 too many bad rows; E111 a finished shard
+    is damaged; E115, E116 tokenizer; E117 out holds something else; E119 disk full (the same command goes on later)."""
+    if unknown := set(options) - set(OPTIONS):
+        raise UserError("E002", f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}")
+    options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
+    val_sources, val_fraction = val_sources or [], options["val_fraction"]
+    if val_sources and val_fraction is not None:
+        raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")
+    sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [options["workers"] or 1]
+    if not 0 <= (val_fraction or 0) <= 0.5 or min(sizes) < 1:
+        raise UserError(
+            "E002", "val_fraction is 0 to 0.5; shard_tokens, max_doc_chars, batch_bytes, workers at least 1"
+        )
+    own = tokenizer.startswith("bpe:")
+    if own and not re.fullmatch(r"bpe:\d{3,7}", tokenizer):
+        raise UserError("E002", f"tokenizer {tokenizer}: bpe:8192 means a vocabulary of 8,192 ids, specials included")
+    from_file = not own and tokenizer != "bytes" and tokenizer not in NAMED
+    settings = {"version": 1, "sources": list(map(label, sources)), "val_sources": list(map(label, val_sources))}
+    settings |= {key: options[key] for key in ("val_fraction", "seed", "shard_tokens", "max_doc_chars")}
+    settings |= {"tokenizer": label(tokenizer) if from_file else tokenizer}
+    if val_sources:
+        settings["val_fraction"] = 0.0
+
+    with holding(out):
+        try:  # val first: of a text that is in both, the one in train is dropped
+            specs = [(spec, len(sources) + i, "val") for i, spec in enumerate(val_sources)]
+            split = "hash" if settings["val_fraction"] != 0 else "train"
+            specs += [(spec, i, split) for i, spec in enumerate(sources)]
+            inputs = [given for spec in specs for given in find_inputs(*spec)]
+            if from_file:
+                inputs.append(Input(-1, "val", "tokenizer", label(tokenizer), tokenizer).looked_at())
+        except UserError:
+            if not os.path.exists(os.path.join(out, "manifest.json")):
+                raise
+            inputs = None  # the text is gone since; the tokens do without
+        manifest, progress = look_into(out, settings, inputs)
+        if manifest:
+            if not options["quiet"]:
+                print(f"{out} is already there: {manifest['splits']['train']['tokens']:,} train tokens", flush=True)
+            return manifest
+        made = None if own else load(tokenizer)
+        try:
+            if not progress:
+                inputs = [given._replace(sha256=file_sha256(given.path)) for given in inputs]
+                if settings["val_fraction"] is None:
+                    settings["val_fraction"] = 0.05 if sum(given.size for given in inputs) < 100_000_000 else 0.005
+                progress = {"settings": settings, "provenance": {"inputs": inputs}}
+                write_json(os.path.join(out, "progress.json"), progress)
+            return fill(out, progress, made, options)
+        except UserError as error:
+            if error.code not in ("E119", "E003"):  # after those the same command goes on; after others it starts anew
+                remove(out, OURS)
+            raise
+
+
+def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -> dict:
+    """The work itself, from where progress says to the manifest."""
+    say = (lambda text: None) if options["quiet"] else (lambda text: print(text, flush=True))
+    settings, clock = progress["settings"], time.time()
+    every = list(map(Input._make, progress["provenance"]["inputs"]))
+    inputs = [given for given in every if given.kind != "tokenizer"]
+    total, path = sum(given.size for given in inputs), os.path.join(out, "tokenizer.json")
+    say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{', going on where it was' if 'state' in progress else ''}")
+    if os.path.exists(path):
+        tokenizer = load(path)
+    elif not tokenizer:
+        n_vocab = int(settings["tokenizer"].partition(":")[2])
+        much = sum(given.size for given in inputs if given.split != "val") > TRAIN_BYTES
+        texts = training_texts(inputs, settings["seed"])
+        tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None)
+        less = "" if tokenizer.n_vocab == n_vocab else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
+        say(f"tokenizer {tokenizer.name}: trained in {time.time() - clock:.1f} s{less}")
+    with writing(path) as file:
+        file.write(tokenizer.to_json().encode())
+    dtype = "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
+
+    output = Output(out, progress, inputs, options["strict"])
+    if "state" in progress:
+        output.resume(progress["state"])
+    workers = options["workers"] or (1 if total < 32 << 20 else min(os.cpu_count() or 1, 8))
+    batches = read_batches(inputs, output.position, options["batch_bytes"], settings["seed"])
+    clock, cpu, done = time.time(), time.process_time(), 0
+    with tqdm(total=total, unit="B", unit_scale=True, disable=True if options["quiet"] else None) as bar:
+        for batch, (rows, seconds) in in_order(batches, workers, (tokenizer, settings, dtype)):
+            for row in rows:
+                output.take(*row)
+            size = sum(len(item.data) for item in batch)
+            bar.update(size)
+            done, cpu = done + size, cpu - seconds * (workers > 1)
+    output.settle(tokenizer)
+    wall, cpu = max(time.time() - clock, 1e-6), max(time.process_time() - cpu, 1e-6)
+
+    counts, (train, val) = output.counts, output.splits.values()
+    for code, lines in sorted(output.examples.items()):
+        say(f"{code} {ERRORS[code][0]}: {counts[code]:,}" + "".join(f"\n  {line}" for line in lines))
+    bad, rows = counts["bad"], counts["rows"]
+    if bad > options["max_bad"] * rows or not train.tokens or output.lost and options["max_bad"] < 1:
+        first = next((lines[0] for code, lines in sorted(output.examples.items()) if code != "E107"), "no text at all")
+        lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
+        raise UserError(
+            "E109", f"{bad:,} of {rows:,} rows are bad{lost}; {train.tokens:,} train tokens; first: {first}"
+        )
+    tokens, text = train.tokens + val.tokens, train.bytes_text + val.bytes_text
+    say(f"{counts['kept']:,} documents; tokens: train {train.tokens:,}, val {val.tokens:,} ({val.tokens / tokens:.2%})")
+    say(f"{text / tokens:.2f} bytes per token; {done / 1e6:.1f} MB in {wall:.1f} s with {workers} process(es): "
+        f"{done / 1e6 / cpu:.1f} MB/s of CPU time, {done / 1e6 / wall:.1f} MB/s of wall time")  # fmt: skip
+    with writing(os.path.join(out, "token_bytes.npy")) as file:
+        np.save(file, tokenizer.token_bytes())
+    write_json(os.path.join(out, "report.json"), report(output))
+    manifest = fingerprinted(output, tokenizer, np.dtype(dtype).name)
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "tiktoken": tiktoken.__version__}
+    manifest["provenance"] = {"inputs": every, "versions": versions, "unicode": unicodedata.unidata_version}
+    manifest["provenance"] |= {"folder": os.path.abspath(out), "host": platform.node(), "seconds": round(wall, 2)}
+    manifest["provenance"] |= {"utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cpu_seconds": round(cpu, 2)}
+    write_json(os.path.join(out, "manifest.json"), manifest)
+    remove(out, JOURNAL)
+    say(f"{out} is ready")
+    return read_json(os.path.join(out, "manifest.json"))
+
+
+def report(output: Output) -> dict:
+    """report.json: documents, tokens and lengths of both splits, counts, the first rejects of each kind."""
+    splits, counts = {}, dict(output.counts)
+    for split, shards in output.splits.items():
+        starts = [np.load(os.path.join(output.out, s["docs_file"]), allow_pickle=False) for s in shards.closed]
+        lengths = np.concatenate([np.zeros(0), *map(np.diff, starts)])
+        made = {"documents": len(lengths), "tokens": shards.tokens, "bytes_text": shards.bytes_text}
+        if len(lengths):
+            made["bytes_per_token"] = round(shards.bytes_text / shards.tokens, 4)
+            values = lengths.mean(), lengths.std(), *np.percentile(lengths, (0, 50, 95, 100))
+            names = ("mean", "std", "min", "median", "p95", "max")
+            made["tokens_per_document"] = {name: round(float(value), 1) for name, value in zip(names, values)}
+        splits[split] = made
+    rejected = {c: {"rows": counts[c], "meaning": ERRORS[c][0], "first": lines} for c, lines in output.examples.items()}
+    return {"splits": splits, "rejected": rejected, "counts": counts, "sources": output.settings["sources"]}
+
+
+def fingerprinted(output: Output, tokenizer: Tokenizer, dtype: str) -> dict:
+    """The manifest without provenance."""
+
+    def sha256(value) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    keys = ("name", "sha256", "n_vocab", "eot_id", "pad_id", "im_start_id", "im_end_id", "specials", "pattern")
+    manifest = {"format": "npy-tokens", "version": 1, "dtype": dtype, "doc_layout": "append_eot", "splits": {}}
+    manifest["tokenizer"] = {"file": "tokenizer.json"} | {key: getattr(tokenizer, key) for key in keys}
+    for split, shards in output.splits.items():
+        made = {"tokens": shards.tokens, "docs": sum(shard["docs"] for shard in shards.closed)}
+        manifest["splits"][split] = made | {"bytes_text": shards.bytes_text, "shards": shards.closed}
+    manifest["sources"] = []
+    for i, name in enumerate(output.settings["sources"] + output.settings["val_sources"]):
+        files = [given for given in output.inputs if given.source == i]
+        entry = {"name": name, "files": len(files), "bytes": sum(given.size for given in files)}
+        entry |= {"rows": output.rows[str(i)], "docs": output.kept[str(i)], "kinds": sorted({g.kind for g in files})}
+        manifest["sources"].append(entry | {"sha256": sha256([[given.name, given.sha256] for given in files])})
+    manifest |= {"settings": output.settings, "settings_sha256": sha256(output.settings)}
+    counts = {key: output.counts[key] for key in ("rows", "kept", "blank_lines", "cleaned", "cut", "tail_held_out")}
+    manifest["counts"] = counts | {"dropped": {code: output.counts[code] for code in sorted(output.examples)}}
+    return manifest | {"fingerprint": sha256(manifest)}
+
+
+def main(argv: list[str]) -> None:
+    """The command line; an option's name may be written with - or _."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib, synthetic:N (documents)")
+    parser.add_argument("--out", required=True, help="folder of the dataset")
+    names = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, " + ", ".join(NAMED)
+    parser.add_argument("--tokenizer", default="bpe:8192", help=names)
+    parser.add_argument(
+        "--val", nargs="+", dest="val_sources", metavar="FILE", help="validation text, instead of a share"
+    )
+    for name, (default, meaning) in OPTIONS.items():
+        kind = {"type": float if name in ("val_fraction", "max_bad") else int}
+        parser.add_argument(
+            f"--{name}", default=default, help=meaning, **({"action": "store_true"} if default is False else kind)
+        )
+    heads = [arg.partition("=") for arg in argv]
+    argv = [
+        "--" + head[2:].replace("-", "_") + eq + tail if head[:2] == "--" else head + eq + tail
+        for head, eq, tail in heads
+    ]
+    prepare(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    command(main)

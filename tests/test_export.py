@@ -1,0 +1,589 @@
+"""export.py: our models are Hugging Face models, bit for bit, in both directions; what is not is refused by name."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import export
+from errors import UserError
+from model import ModelConfig, Transformer
+from tokenizer import load
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+SHAPES = {
+    "llama_tied": {"qk_norm": False},
+    "llama_untied_gqa": {"qk_norm": False, "tie_embeddings": False, "n_kv_heads": 2, "rope_theta": 5e5},
+    "llama_head_dim": {"qk_norm": False, "head_dim": 16, "n_kv_heads": 1, "norm_eps": 1e-2},
+    "llama_linear": {"qk_norm": False, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama_llama3": {"qk_norm": False, "rope_scaling": LLAMA3},
+    "qwen3_tied": {"n_kv_heads": 2, "dropout": 0.1},
+    "qwen3_untied_head_dim": {"tie_embeddings": False, "head_dim": 24, "n_heads": 3, "n_kv_heads": 3},
+    "qwen3_yarn": {"rope_scaling": YARN},
+    "qwen3_yarn_all": {"rope_scaling": YARN | {"attention_factor": 1.7, "beta_fast": 8, "beta_slow": 2}},
+    "qwen3_yarn_no_original": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+}
+
+
+def config(**keys):
+    return ModelConfig(**({"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} | keys))
+
+
+def random_state(cfg, seed=0):
+    """Weights with logits of size 1 and norms that are not 1, so that a wrong name or convention shows."""
+    model = Transformer(cfg)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 1 + 0.3 * torch.randn(t.shape, generator=generator) if t.dim() == 1 else t * 10
+        for name, t in model.state_dict().items()
+    }
+
+
+def save_run(out_dir, cfg, step=7, seed=0, tokenizer=None, **state):
+    """What train.py leaves of a run, as far as export.py looks at it; returns the weights."""
+    weights = random_state(cfg, seed)
+    pieces = {f"model.{n}": [(list(t.shape), [0] * t.dim(), t)] for n, t in weights.items()}
+    pieces["optim.norm.weight.exp_avg"] = [([1], [0], torch.zeros(1))]
+    tmp = Path(f"{checkpoint.step_dir(out_dir, step)}.tmp")
+    assert checkpoint.write(tmp, 0, pieces) is None
+    state = {"step": step, "config": {"model": dataclasses.asdict(cfg)}, "clean": True} | state
+    checkpoint.commit(tmp, checkpoint.step_dir(out_dir, step), 1, state)
+    if tokenizer:
+        tokenizer.save(out_dir / "tokenizer.json")
+    return weights
+
+
+@torch.no_grad()
+def logits(cfg, state, ids):
+    model = Transformer(cfg).eval()
+    model.load_state_dict(state)
+    return model(ids)
+
+
+def refused(code, *words):
+    """A UserError with this code whose text has every word."""
+    return pytest.raises(UserError, match="(?s)" + code + ".*" + "".join(f"(?=.*{w})" for w in words))
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+@pytest.fixture
+def hf(tmp_path):
+    """A small untied Llama folder to be spoilt."""
+    save_run(tmp_path / "made", config(qk_norm=False, tie_embeddings=False, n_layers=1))
+    export.to_hf(tmp_path / "made", tmp_path / "hf", say=str)
+    return tmp_path / "hf"
+
+
+def good_run(tmp_path):
+    save_run(tmp_path / "good", config())
+    return tmp_path / "good"
+
+
+def edit(file, **keys):
+    data = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps({k: v for k, v in data.items() if v != "REMOVE"}))
+
+
+# ---------------------------------------------------------------- to Hugging Face
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, transformers):
+    cfg = config(**SHAPES[name])
+    state = save_run(tmp_path / "run", cfg)
+    report = export.to_hf(tmp_path / "run", tmp_path / "hf", check=True, say=str)
+    assert report["max_diff"] <= 1e-4 and report["greedy_equal"] and report["source_step"] == 7
+    assert json.loads((tmp_path / "hf" / "EXPORT.json").read_text()) == report
+    # The same by hand, so that the check itself is held to account.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if cfg.qk_norm else "LlamaForCausalLM")
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    ours = logits(cfg, state, ids)
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours).abs().max() <= 1e-4
+    theirs.generation_config.eos_token_id = None
+    new = theirs.generate(ids[:1, :8], max_new_tokens=32, do_sample=False)[0, 8:].tolist()
+    model = Transformer(cfg).eval()
+    model.load_state_dict(state)
+    assert [i for [i] in model.generate([ids[0, :8].tolist()], 32, [0], temperature=0)] == new
+    if cfg.rope_scaling:  # and the scaling is not idle at this length
+        assert (logits(dataclasses.replace(cfg, rope_scaling=None), state, ids) - ours).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama_untied_gqa", "llama_llama3", "qwen3_tied", "qwen3_yarn_all"])
+def test_export_import_export_keeps_every_bit(name, dtype, tmp_path):
+    save_run(tmp_path / "run", config(**SHAPES[name]))
+    export.to_hf(tmp_path / "run", tmp_path / "a", dtype, say=str)
+    export.from_hf(tmp_path / "a", tmp_path / "again", say=str)
+    export.to_hf(tmp_path / "again", tmp_path / "b", say=str)  # default: the dtype it came in
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert a.keys() == b.keys() and {t.dtype for t in a.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) and a[n].dtype == b[n].dtype for n in a)
+    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+
+
+def test_layout_covers_exactly_the_model():
+    for keys in SHAPES.values():
+        cfg = config(**keys)
+        rows = {}
+        for ours, _, first, shape in export.layout(cfg):
+            assert rows.get(ours, [0])[0] == first
+            rows[ours] = [first + shape[0], *shape[1:]]
+        assert rows == {name: list(t.shape) for name, t in Transformer(cfg).state_dict().items()}
+        assert len({theirs for _, theirs, *_ in export.layout(cfg)}) == len(export.layout(cfg))
+
+
+def test_config_has_the_spellings_of_transformers_4_and_5(tmp_path):
+    save_run(tmp_path / "run", config(rope_scaling=YARN, rope_theta=5e5))
+    export.to_hf(tmp_path / "run", tmp_path / "hf", "bfloat16", say=str)
+    found = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e5
+    assert found["rope_scaling"] == YARN and YARN.items() <= found["rope_parameters"].items()
+    assert found["head_dim"] == 8 and found["torch_dtype"] == "bfloat16" and found["max_position_embeddings"] == 64
+    assert found["sliding_window"] is None and found["attention_bias"] is found["mlp_bias"] is False
+    assert found["eos_token_id"] is None  # a missing key would be 2 for a Llama
+    assert not (tmp_path / "hf.tmp").exists()
+
+
+def test_tokenizer_travels_both_ways(tmp_path, transformers):
+    tokenizer, lines = load("bytes"), []
+    save_run(tmp_path / "run", config(vocab_size=tokenizer.n_vocab + 4), tokenizer=tokenizer)
+    report = export.to_hf(tmp_path / "run", tmp_path / "hf", check=True, say=lines.append)
+    assert report["ids_equal"] is True and len(lines) == 1
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.eos_token_id == tokenizer.eot_id and theirs.model_max_length == 64
+    assert theirs.pad_token_id == tokenizer.pad_id != tokenizer.eot_id
+    found = [json.loads((tmp_path / "hf" / f).read_text()) for f in ("config.json", "generation_config.json")]
+    assert {f["eos_token_id"] for f in found} == {tokenizer.eot_id}
+    export.from_hf(tmp_path / "hf", tmp_path / "again", say=lines.append)
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "run/tokenizer.json").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "again/token_bytes.npy"), tokenizer.token_bytes())
+    assert report["versions"]["transformers"] == transformers.__version__
+    ends = [tokenizer.im_end_id, tokenizer.eot_id]  # ids of an imported run are kept as they came
+    edit(tmp_path / "hf" / "config.json", eos_token_id=ends)
+    export.from_hf(tmp_path / "hf", tmp_path / "two", say=str)
+    export.to_hf(tmp_path / "two", tmp_path / "two_hf", say=str)
+    assert json.loads((tmp_path / "two_hf" / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "two_hf").eos_token == "<|im_end|>"
+
+
+def test_tokenizers_that_do_not_go_along_are_said(tmp_path):
+    lines = []
+    save_run(tmp_path / "bare", config())
+    export.to_hf(tmp_path / "bare", tmp_path / "hf", say=lines.append)
+    assert "without a tokenizer: there is no tokenizer.json" in lines[0]
+    (tmp_path / "hf" / "tokenizer.json").write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
+    export.from_hf(tmp_path / "hf", tmp_path / "again", say=lines.append)
+    assert "without a tokenizer: E116" in lines[2] and not (tmp_path / "again" / "tokenizer.json").exists()
+    save_run(tmp_path / "small", config(vocab_size=100), tokenizer=load("bytes"))
+    export.to_hf(tmp_path / "small", tmp_path / "small_hf", say=lines.append)
+    assert "E113" in lines[4] and not (tmp_path / "small_hf" / "tokenizer.json").exists()
+
+
+def test_shards_with_index(tmp_path, transformers):
+    cfg = config(qk_norm=False, n_kv_heads=2)
+    state = save_run(tmp_path / "run", cfg)
+    export.to_hf(tmp_path / "run", tmp_path / "hf", check=True, say=str, shard_bytes=20_000)
+    files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in state.values())
+    _, again, _, _ = export.read_hf(tmp_path / "hf")
+    assert all(torch.equal(again[n], state[n]) for n in state)
+    (tmp_path / "hf" / files[1]).unlink()
+    with refused("E401", files[1]):
+        export.read_hf(tmp_path / "hf")
+
+
+def test_best_step_and_float16(tmp_path):
+    save_run(tmp_path / "run", config(), step=5, seed=5)
+    best = save_run(tmp_path / "run", config(), step=4, seed=4)
+    checkpoint.write_json(tmp_path / "run" / "best.json", {"step": 4})
+    export.main(["to_hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--best", "--dtype", "float16"])
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(found["model.embed_tokens.weight"], best["embed.weight"].half())
+    assert export.to_hf(tmp_path / "run", tmp_path / "newest", say=str)["source_step"] == 5
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"norm_order": "lunaris"}, ["model.norm_order: lunaris"]),
+        ({"rope_first": True}, ["model.rope_first"]),
+        ({"norm_order": "lunaris", "rope_first": True}, ["model.norm_order", "model.rope_first"]),
+        ({"qk_norm": False, "n_heads": 3, "head_dim": 16}, ["model.n_heads"]),
+        ({"rope_scaling": YARN | {"mscale": 0.7}}, ["model.rope_scaling.mscale"]),
+    ],
+)
+def test_models_without_a_class_are_refused(keys, words, tmp_path):
+    save_run(tmp_path / "run", config(**keys))
+    with refused("E400", *words):
+        export.to_hf(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.tmp").exists()
+
+
+def test_checkpoints_of_another_shape_are_refused(tmp_path):
+    cfg = config()
+    model = dataclasses.asdict(cfg)
+    save_run(tmp_path / "newer", cfg, config={"model": model | {"mod_capacity": 0.5}})
+    with refused("E400", "model.mod_capacity"):
+        export.to_hf(tmp_path / "newer", tmp_path / "hf")
+    save_run(tmp_path / "other", cfg, config={"model": model | {"tie_embeddings": False}})
+    with refused("E305", "model.head.weight"):
+        export.to_hf(tmp_path / "other", tmp_path / "hf")
+    save_run(tmp_path / "bigger", cfg, config={"model": model | {"vocab_size": 301}})
+    with refused("E30[35]"):
+        export.to_hf(tmp_path / "bigger", tmp_path / "hf")
+    with refused("E304"):
+        export.to_hf(tmp_path / "nothing", tmp_path / "hf")
+    with refused("E400", "float64"):
+        export.to_hf(good_run(tmp_path), tmp_path / "hf", "float64")
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.tmp").exists()
+
+
+def test_used_places_and_full_disks(tmp_path, monkeypatch):
+    run, target = good_run(tmp_path), tmp_path / "hf"
+    target.mkdir()
+    export.to_hf(run, target, say=str)  # an empty folder is no obstacle
+    with refused("E117", "not empty"):
+        export.to_hf(run, target, say=str)
+    with refused("E300", "not empty"):
+        export.from_hf(target, run, say=str)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with refused("E307", "No space"):
+        export.to_hf(run, tmp_path / "b", say=str)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with refused("E307", "No space"):
+        export.from_hf(target, tmp_path / "again", say=str)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "hf"]
+
+
+def test_check_fails_loudly(tmp_path, monkeypatch, transformers):
+    run, right = good_run(tmp_path), export.hf_config
+    monkeypatch.setattr(export, "hf_config", lambda cfg, *a: right(dataclasses.replace(cfg, rope_theta=500.0), *a))
+    with refused("E402", "max_diff"):
+        export.to_hf(run, tmp_path / "hf", check=True)
+    report = json.loads((tmp_path / "hf.tmp" / "EXPORT.json").read_text())
+    assert report["max_diff"] > 1e-2 and not (tmp_path / "hf").exists()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with refused("E003", "pip install transformers"):
+        export.to_hf(run, tmp_path / "other", check=True)
+
+
+# ---------------------------------------------------------------- from Hugging Face
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_folders_written_by_transformers(kind, tmp_path, transformers):
+    """Their own spelling (rope_parameters only), sharded, in bf16."""
+    torch.manual_seed(0)
+    keys = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 16}
+    keys |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    keys |= {"tie_word_embeddings": kind == "Llama", "initializer_range": 0.2}
+    rope = LLAMA3 if kind == "Llama" else YARN
+    config = getattr(transformers, f"{kind}Config")(rope_parameters=rope | {"rope_theta": 7e4}, **keys)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    cfg, state, dtype, tokenizer = export.read_hf(tmp_path / "hf")
+    assert dtype == "bfloat16" and tokenizer is None and cfg.rope_theta == 7e4
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
+        assert (theirs(ids).logits - logits(cfg, state, ids)).abs().max() <= 1e-4
+
+
+def test_an_imported_run(hf, tmp_path):
+    edit(hf / "config.json", eos_token_id=[5, 6], bos_token_id=4)
+    export.main(["from_hf", str(hf), str(tmp_path / "run")])
+    found = checkpoint.find(tmp_path / "run")
+    assert found.step == found.state["cursor"] == found.state["tokens"] == 0 and found.state["clean"] is True
+    assert found.state["imported"]["dtype"] == "float32" and found.state["imported"]["from"] == str(hf)
+    cfg = ModelConfig(**found.state["config"]["model"])
+    assert ModelConfig(**yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]) == cfg
+    original = checkpoint.find(tmp_path / "made").model_state()
+    state = found.model_state()
+    assert state.keys() == original.keys() and all(torch.equal(state[n], original[n]) for n in state)
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    export.to_hf(tmp_path / "run", tmp_path / "back", say=str)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "keys, word",
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor: 'two'"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_theta": 5e5}, "rope_theta"),  # against rope_parameters'
+        ({"model_type": "mistral"}, "'mistral'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"num_hidden_layers": "REMOVE"}, "num_hidden_layers: missing"),
+        ({"hidden_size": "32"}, "config.json"),
+        ({"num_attention_heads": 5, "head_dim": None}, "n_heads"),
+        ({"hidden_size": 64, "head_dim": 8}, "expected"),
+        ({"num_key_value_heads": 2}, "k_proj"),
+        ({"num_hidden_layers": 2}, "layers.1"),
+    ],
+)
+def test_configurations_we_cannot_follow_are_refused(keys, word, hf):
+    edit(hf / "config.json", **keys)
+    with refused("E401", word):
+        export.read_hf(hf)
+
+
+def test_every_tensor_is_used_and_none_missing(hf):
+    file = hf / "model.safetensors"
+    right = load_file(file)
+
+    def spoilt(**change):
+        tensors = {n: t for n, t in (right | change).items() if t is not None}
+        save_file(tensors, file, metadata={"format": "pt"})
+        return export.read_hf(hf)
+
+    q = "model.layers.0.self_attn.q_proj."
+    for change, word in [
+        ({q + "bias": torch.zeros(32)}, "q_proj.bias: has no place"),
+        ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, "q_norm.weight: has no place in this llama"),
+        ({"model.norm.weight": None}, "model.norm.weight: missing"),
+        ({"lm_head.weight": None}, "lm_head.weight: missing"),
+        ({q + "weight": right[q + "weight"][:16].clone()}, "q_proj.weight"),
+        ({q + "weight": right[q + "weight"].to(torch.int8)}, "int8"),
+    ]:
+        with refused("E401", word):
+            spoilt(**change)
+    # Old files carry the rotary table along; some hold a tied head twice; norms may have another dtype.
+    spoilt(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert spoilt(**{"model.norm.weight": right["model.norm.weight"].half()})[2] == "float32"
+    edit(hf / "config.json", tie_word_embeddings=True)
+    with refused("E401", "lm_head.weight: has no place"):
+        spoilt()
+    cfg, state, _, _ = spoilt(**{"lm_head.weight": right["model.embed_tokens.weight"].clone()})
+    assert cfg.tie_embeddings and "head.weight" not in state
+
+
+def test_damaged_folders(hf, tmp_path):
+    file = hf / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with refused("E401", "hf"):
+            export.from_hf(hf, tmp_path / "run", say=str)
+    file.unlink()
+    with refused("E401", "no model.safetensors"):
+        export.read_hf(hf)
+    for index in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "nowhere.safetensors"}}', '{"weight'):
+        (hf / "model.safetensors.index.json").write_text(index)
+        with refused("E401"):
+            export.read_hf(hf)
+    for text in ("", "{", "[]", "\x00"):
+        (hf / "config.json").write_text(text)
+        with refused("E401", "config.json"):
+            export.read_hf(hf)
+    with refused("E401"):
+        export.read_hf(tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "export.py", "from_hf", str(hf), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=Path(export.__file__).parent, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.startswith("error E401") and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- from Lunaris Codex
+
+# Logits of their own code (github.com/MeryylleA/lunariscodex) for the weights of `lunaris_weights` and the ids
+# (7 t^2 + 3) mod 64, t < 16: ids 0 to 7 at positions 0, 5 and 15. Made by building their LunarisCodex
+# from the keys below, in fp32 on a CPU, never cast (so that the complex RoPE table stays whole), loading the weights,
+# calling model(ids, ids)[0] in eval mode. Commits: "main" 7afa5ef model.py; "older" c2c7bd0 model.py, from before
+# QK-norm and NTK; "moe_dense" c88abf1 model_moe.py with n_experts None.
+LUNARIS = {
+    "main": (
+        {"n_kv_heads": 4, "rope_ntk_scale_base": 16, "use_qk_norm": True},  # theta 10000 * 64 / 16
+        [1.636527, 0.599047, 0.108393, -0.508045, -0.225256, 1.877856, 0.944744, 0.554781],
+        [1.557467, -0.87685, -0.261104, 0.161765, -0.249616, 3.646751, 0.412923, 0.318592],
+        [3.046053, -0.170262, 0.232854, -0.768368, 0.931656, 4.259725, 0.855834, -0.393423],
+    ),
+    "main_no_qk_norm": (
+        {"n_kv_heads": 1, "rope_ntk_scale_base": 2048, "use_qk_norm": False},
+        [1.688677, -0.787844, 1.692189, -0.311764, 0.480532, -0.118463, 0.813657, 1.934692],
+        [1.510494, 1.159691, 0.793871, -0.989065, 0.673771, -1.003749, -0.010907, 0.429955],
+        [0.539707, 0.435853, 0.857509, 0.503987, -1.404336, -2.232087, -1.044261, 1.089644],
+    ),
+    "older": (
+        {"n_kv_heads": 2, "rope_theta": 5000.0},
+        [0.238221, 2.250513, 0.320762, 1.424273, -2.821165, -1.939487, 1.439402, 2.174914],
+        [-0.204373, 1.286722, -0.479867, 1.188819, -0.674193, 0.365164, 1.071972, 1.158977],
+        [1.553176, -0.728856, 1.418705, 1.006863, 0.988106, -0.658727, 1.035736, 1.639359],
+    ),
+    "moe_dense": (
+        {"n_kv_heads": 2, "n_experts": None},
+        [-0.827424, -1.045119, -1.146747, 3.40354, -1.005219, -1.67643, 0.763214, 0.477475],
+        [0.13943, 0.159366, -1.556716, 1.181992, -0.736857, -2.873062, 0.275055, 0.936437],
+        [0.89301, 0.521884, -0.344048, 1.981662, 1.333515, -0.81205, 0.010194, 0.131615],
+    ),
+}
+LUNARIS_BASE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "multiple_of": 16, "max_seq_len": 64}
+
+
+def lunaris_weights(layout):
+    kv = 8 * LUNARIS[layout][0]["n_kv_heads"]
+    shapes = {"transformer.wte.weight": (64, 32), "transformer.ln_f.weight": (32,), "lm_head.weight": (64, 32)}
+    for i in range(2):
+        a, f = f"transformer.h.{i}.attention.", f"transformer.h.{i}.feed_forward."
+        shapes |= {
+            a + "o_proj.weight": (32, 32),
+            f + "w2.weight": (32, 96),
+            f"transformer.h.{i}.ffn_norm.weight": (32,),
+        }
+        if layout == "moe_dense":
+            shapes |= {a + "wqkv.weight": (32 + 2 * kv, 32), f + "w13.weight": (192, 32)}
+            shapes |= {a + "q_norm.weight": (32,), a + "k_norm.weight": (kv,)}
+        else:
+            shapes |= {a + "q_proj.weight": (32, 32), a + "k_proj.weight": (kv, 32), a + "v_proj.weight": (kv, 32)}
+            shapes |= {f + "w1.weight": (96, 32), f + "w3.weight": (96, 32)}
+            shapes |= {f"transformer.h.{i}.attention_norm.weight": (32,)}
+        if layout == "main":
+            shapes |= {a + "q_norm.weight": (8,), a + "k_norm.weight": (8,)}
+    weights = {}
+    for name, shape in shapes.items():  # numpy's RandomState draws the same numbers for ever
+        draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+        weights[name] = torch.from_numpy((1 + 0.2 * draw if len(shape) == 1 else 0.2 * draw).astype(np.float32))
+    weights["transformer.wte.weight"] = weights["lm_head.weight"]
+    return weights
+
+
+def save_lunaris(file, layout, prefix="", **change):
+    weights = {prefix + n: t for n, t in lunaris_weights(layout).items()}
+    config = {"learning_rate": 3e-4, "model": LUNARIS_BASE | LUNARIS[layout][0]}
+    data = {"model": weights, "optimizer": {"state": {}}, "config": config, "step": 3, "epoch": 0} | change
+    torch.save(data, file)
+    return file
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("layout", LUNARIS)
+def test_lunaris_logits(layout, prefix, tmp_path):
+    export.from_lunaris(save_lunaris(tmp_path / "ckpt.pt", layout, prefix), tmp_path / "run", say=str)
+    found = checkpoint.find(tmp_path / "run")
+    cfg = ModelConfig(**found.state["config"]["model"])
+    assert cfg.norm_order == ("lunaris" if layout == "moe_dense" else "pre") and cfg.tie_embeddings
+    assert cfg.rope_first == (layout == "main") and cfg.max_seq_len == 64
+    ids = torch.tensor([[(7 * t * t + 3) % 64 for t in range(16)]])
+    ours = logits(cfg, found.model_state(), ids)[0, [0, 5, 15], :8]
+    assert (ours - torch.tensor(LUNARIS[layout][1:])).abs().max() <= 1e-4
+    if layout in ("main_no_qk_norm", "older"):  # a plain Llama
+        export.to_hf(tmp_path / "run", tmp_path / "hf", say=str)
+    else:
+        with refused("E400", "model.norm_order" if layout == "moe_dense" else "model.rope_first"):
+            export.to_hf(tmp_path / "run", tmp_path / "hf", say=str)
+
+
+def test_lunaris_pickled_dataclass(tmp_path, monkeypatch):
+    """Their older train.py pickles the dataclass itself: a stand-in reads it, other classes stay refused."""
+    module = types.ModuleType("model_moe")
+    module.LunarisCodexConfig = type("LunarisCodexConfig", (), {"__module__": "model_moe"})
+    module.Other = type("Other", (), {"__module__": "model_moe"})
+    monkeypatch.setitem(sys.modules, "model_moe", module)
+    config = module.LunarisCodexConfig()
+    config.__dict__ |= LUNARIS_BASE | LUNARIS["moe_dense"][0]
+    save_lunaris(tmp_path / "a.pt", "moe_dense", config={"model": config})
+    save_lunaris(tmp_path / "b.pt", "moe_dense", config={"model": module.Other()})
+    monkeypatch.delitem(sys.modules, "model_moe")
+    cfg, _, _ = export.read_lunaris(tmp_path / "a.pt", say=str)
+    assert cfg.n_kv_heads == 2 and cfg.n_heads == 4
+    with refused("E401", "b.pt"):
+        export.read_lunaris(tmp_path / "b.pt", say=str)
+
+
+def test_lunaris_says_what_it_cannot_know(tmp_path):
+    lines = []
+    bare = save_lunaris(tmp_path / "bare.pt", "moe_dense", config=None)
+    with refused("E401", "n_heads, max_seq_len", "--n_heads N"):
+        export.read_lunaris(bare)
+    command = ["from_lunaris", str(bare), str(tmp_path / "run"), "--n_heads", "4", "--max_seq_len", "64"]
+    export.main(command)
+    known, state, dtype = export.read_lunaris(save_lunaris(tmp_path / "known.pt", "moe_dense"), say=lines.append)
+    assert dtype == "float32" and not lines
+    found = checkpoint.find(tmp_path / "run")
+    assert ModelConfig(**found.state["config"]["model"]) == known
+    assert all(torch.equal(t, state[n]) for n, t in found.model_state().items())
+    export.read_lunaris(bare, say=lines.append, n_heads=4, max_seq_len=64)
+    assert "destroyed RoPE" in lines[0]  # both codes of that branch write this layout
+    main = save_lunaris(tmp_path / "main.pt", "main", config=None)  # its norms say the number of heads
+    assert export.read_lunaris(main, max_seq_len=4096)[0].rope_theta == 20000.0
+    keys = LUNARIS_BASE | {"dropout": 0.1, "resid_dropout": 0.0, "attn_dropout": 0.3}
+    cfg, _, _ = export.read_lunaris(save_lunaris(tmp_path / "drop.pt", "main", config={"model": keys}), lines.append)
+    assert cfg.dropout == 0.0 and "attn_dropout 0.3" in lines[1]
+    assert found.state["imported"] == {"from": str(bare), "dtype": "float32"}
+    with refused("E401", "--n_heads 8: the file says 4"):
+        export.read_lunaris(tmp_path / "known.pt", n_heads=8)
+    save_lunaris(tmp_path / "bf16.pt", "main", model={n: t.bfloat16() for n, t in lunaris_weights("main").items()})
+    assert export.read_lunaris(tmp_path / "bf16.pt")[2] == "bfloat16"
+    untied = lunaris_weights("older")
+    untied["lm_head.weight"] = untied["lm_head.weight"] + 1
+    cfg, state, _ = export.read_lunaris(save_lunaris(tmp_path / "untied.pt", "older", model=untied))
+    assert not cfg.tie_embeddings and torch.equal(state["head.weight"], untied["lm_head.weight"])
+
+
+def test_lunaris_files_that_are_refused(tmp_path):
+    right = lunaris_weights("main")
+    h = "transformer.h.1."
+    for change, words in [
+        ({"model": right | {h + "feed_forward.experts.0.w2.weight": torch.ones(1)}}, ["MoE", "sparse layers"]),
+        ({"model": right | {h + "attention.q_proj.bias": torch.ones(32)}}, ["no place", "q_proj.bias"]),
+        ({"model": {n: t for n, t in right.items() if n != h + "attention.v_proj.weight"}}, ["v_proj.weight: missing"]),
+        ({"model": right | {h + "feed_forward.w1.weight": torch.ones(64, 32)}}, ["blocks.1.ffn.w13.weight"]),
+        ({"model": {}}, ["wte"]),
+        ({"model": {"a": 1}}, ["wte"]),
+        ({"model": right | {h + "attention.q_norm.weight": torch.ones(7)}}, ["no Lunaris"]),
+        ({"model": None}, ["no Lunaris"]),
+        ({"config": {"model": LUNARIS_BASE | {"max_seq_len": "long"}}}, ["no Lunaris"]),
+        ({"config": {"model": LUNARIS_BASE | {"n_heads": 5}}}, ["n_heads: 5"]),
+    ]:
+        with refused("E401", *words):
+            export.from_lunaris(save_lunaris(tmp_path / "x.pt", "main", **change), tmp_path / "run", say=str)
+    whole = save_lunaris(tmp_path / "x.pt", "main").read_bytes()
+    for data in (b"", b"text", whole[:100], whole[: len(whole) // 2], whole[:-30]):
+        (tmp_path / "x.pt").write_bytes(data)
+        with refused("E401", "x.pt"):
+            export.from_lunaris(tmp_path / "x.pt", tmp_path / "run", say=str)
+    with refused("E401", "none.pt"):
+        export.from_lunaris(tmp_path / "none.pt", tmp_path / "run", say=str)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
