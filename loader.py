@@ -86,9 +86,7 @@ def bare_shards(path: str) -> list[str]:
     """The shards in a folder without a manifest, sorted; `path` may be one file too. Raises E110 if there are none."""
     files = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "*")))
     if os.path.exists(os.path.join(path, "progress.json")):
-        raise UserError(
-            "E110", f"{path} is not finished: start its prepare_data.py command again, it goes on from there"
-        )
+        raise UserError("E110", f"{path} is not finished: start its prepare_data.py command again, it will go on")
     shards = [f for f in files if f.endswith(".npy") and not f.endswith((".docs.npy", ".mask.npy", "token_bytes.npy"))]
     shards = shards or [f for f in files if f.endswith(".bin")]  # Shard says what they are
     if not shards:
@@ -151,8 +149,7 @@ class Source:
         end, k = at + self.seq_len + 1, bisect_right(self.starts, at) - 1
         while at < end:
             stop = min(end, self.starts[k + 1])
-            if at < stop:  # a shard may hold no token at all
-                parts.append(self.shards[k].read(at - self.starts[k], stop - at))
+            parts.append(self.shards[k].read(at - self.starts[k], stop - at))  # a shard may hold no token at all
             at, k = stop, k + 1
         window = np.concatenate(parts, dtype=np.int64)
         if self.max_id is None and self.vocab_size:
@@ -288,5 +285,5 @@ def val_rows(sources: dict[str, Source], weights: dict[str, float], count: int) 
     """The fixed validation set as (source, window): `count` rows, or all there are. Row i of a source stands in line at
     i / weight (Adams' method), so they are shared out by weight and every source with a weight has at least one."""
     names = [name for name in sorted(sources) if weights.get(name, 0) > 0]
-    line = [(i / weights[name], name, i) for name in names for i in range(min(count, sources[name].windows))]
+    line = [(i / weights[name], name, i) for name in names for i in range(min(max(count, 1), sources[name].windows))]
     return [(name, i) for _, name, i in sorted(line)[: max(count, sum(i == 0 for _, _, i in line))]]

