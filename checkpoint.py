@@ -160,11 +160,12 @@ class Checkpoint:
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
             self.state = json.loads((self.path / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError("E303", f"{self.path}: {error}") from error
-        if self.manifest["format"] > FORMAT:
-            raise UserError("E306", f"{self.path} has format {self.manifest['format']}, this Lumen reads {FORMAT}")
-        self.step, self.tensors, self._open = self.state["step"], self.manifest["tensors"], {}
+            made_by, self.step, self.tensors = self.manifest["format"], self.state["step"], self.manifest["tensors"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError("E303", f"{self.path}: {type(error).__name__}: {error}") from error
+        if made_by > FORMAT:
+            raise UserError("E306", f"{self.path} has format {made_by}, this Lumen reads {FORMAT}")
+        self._open = {}
 
     def verify(self) -> list[str]:
         """Every file against its size and sha256; returns what is wrong."""
@@ -226,7 +227,9 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
         raise UserError("E304", f"{path} does not exist")
     if STEP.fullmatch(path.name):
         steps, asked = [path], True
-    elif best and (path / "best.json").exists():
+    elif best:
+        if not (path / "best.json").exists():
+            raise UserError("E304", f"{path} has no best.json: no evaluation has named a best step")
         steps, asked = [step_dir(path, json.loads((path / "best.json").read_text())["step"])], True
     else:
         steps, asked = [step_dir(path, s) for s in reversed(list_steps(path))], False

@@ -120,7 +120,7 @@ def new_folder(path, used: str):
         if not (isinstance(error, UserError) and error.code == "E402"):  # that one is kept, to be looked into
             shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise UserError("E307", f"{path}: {error}") from error
+            raise UserError("E403", f"{path}: {error}") from error
         raise
 
 

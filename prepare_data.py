@@ -212,7 +212,7 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
                     data = file.read(size)
                     cut = data.rfind(b"\n") + 1 or (given.kind == "text" and data.rfind(b" ") + 1)
                     if len(data) < size:
-                        if data or not line > 1:
+                        if data or offset <= 3:
                             yield Item(index, given.kind, offset, line, data)
                         return
                     if cut:
@@ -360,7 +360,7 @@ def encode_parts(text: str, tokenizer: Tokenizer, limit: int, dtype) -> tuple[np
 
 
 def work(batch: list[Item]):
-    """[(index, offset, line, code, value)] of the batch's rows (value: a Document where code is None) and CPU seconds."""
+    """[(index, offset, line, code, value)] of the batch's rows (a Document where code is None), and CPU seconds."""
     tokenizer, settings, dtype = _worker
     started, results = time.process_time(), []
     salt = settings["seed"].to_bytes(8, "little", signed=True)
@@ -685,24 +685,30 @@ def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dic
 
 @contextmanager
 def holding(out: str):
-    """Makes the folder and keeps a second process out (where there is flock); removes it if it stays empty."""
+    """Makes the folder and keeps a second process out, where there are locks; removes it if it stays empty."""
     try:
         os.makedirs(out, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise UserError("E119", f"{out}: {error.strerror}") from None
+    handle = None
     try:
-        import fcntl
+        with suppress(ImportError):  # Windows
+            import fcntl
 
-        with suppress(NotImplementedError):
+            handle = os.open(out, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise UserError("E117", f"another process is writing to {out}") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
     finally:
         with suppress(OSError):
             os.rmdir(out)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def prepare(

@@ -1,17 +1,14 @@
-"""Text to token ids and back. One kind of tokenizer: byte-level BPE (Sennrich et al. 2016; GPT-2's form of it).
+"""Text to token ids and back: byte-level BPE (Sennrich et al. 2016, in GPT-2's form).
 
-    train_bpe(texts, 8192)   our own vocabulary: 256 bytes, merges, then <|endoftext|> <|pad|> <|im_start|> <|im_end|>
-    load("bytes")            256 bytes and the same specials: no training, works for everything
-    load("gpt2")             also r50k_base, p50k_base, cl100k_base, o200k_base: tiktoken's, with exactly their ids
-    load("some/tokenizer.json")
-
-tokenizer.json is the only form on disk. `tokenizers.Tokenizer.from_file` reads ours and gives the same ids; of other
-people's we read those whose ids tiktoken can reproduce, and refuse the rest (E116). They must have: a BPE model over
-all 256 bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(
+train_bpe(texts, 8192) makes a vocabulary of our own: 256 bytes, merges, then <|endoftext|> <|pad|> <|im_start|>
+<|im_end|>. load(spec) gives "bytes" (no merges, works for everything), tiktoken's gpt2, cl100k_base, ... with exactly
+their ids, or a tokenizer.json, the only form on disk. `tokenizers.Tokenizer.from_file` reads ours, with the same ids.
+Of other people's we read those whose ids tiktoken can reproduce, and refuse the rest (E116). They have: a BPE model
+over all 256 bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(
 Regex, Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored:
 they frame a text, and we encode ordinary text only.
 
-Text never becomes a control token. "<|endoftext|>" in a document is encoded as the characters that it is made of;
+Text never becomes a control token: "<|endoftext|>" in a document is encoded as the characters that it is made of, and
 control ids enter a stream only as integers that our code puts there.
 """
 
@@ -58,23 +55,21 @@ _SAFE_PATTERN = regex.compile(
     r"|\{\d+(?:,\d*)?\}(?!\+)|[?*+]\+?|[|.]|[^\\\[\](){}^$.|?*+])*+"
 )
 
-SPECIALS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
-EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")  # first that is there
+EOT = "<|endoftext|>"
+SPECIALS = (EOT, "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")  # first that is there
 
-_FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
-NAMED = {  # name: (file, pattern, special ids); gpt2 and r50k_base are one vocabulary, and r50k_base is one file
-    "gpt2": ("r50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
-    "r50k_base": ("r50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
-    "p50k_base": ("p50k_base", GPT2_PATTERN, {"<|endoftext|>": 50256}),
-    "cl100k_base": ("cl100k_base", CL100K_PATTERN, {"<|endoftext|>": 100257, **_FIM}),
-    "o200k_base": ("o200k_base", O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
-}
-_SHA256 = {
-    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
-    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-}
+_END = "<|endofprompt|>"
+_FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, _END: 100276}
+_FILES = {  # tiktoken's: pattern, special ids, sha256
+    "r50k_base": (GPT2_PATTERN, {EOT: 50256}, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"),
+    "p50k_base": (GPT2_PATTERN, {EOT: 50256}, "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"),
+    "cl100k_base": (CL100K_PATTERN, {EOT: 100257, **_FIM},
+                    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"),
+    "o200k_base": (O200K_PATTERN, {EOT: 199999, _END: 200018},
+                   "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
+}  # fmt: skip
+NAMED = {"gpt2": "r50k_base"} | {name: name for name in _FILES}  # one vocabulary; r50k_base has it in one file, not two
 
 # tokenizer.json writes a byte as a printable character: itself where it is one, else the next free one from U+0100 on
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -256,32 +251,30 @@ def load(spec: str) -> Tokenizer:
     if spec == "bytes":
         return _own("bytes", [bytes([byte]) for byte in range(256)])
     if spec in NAMED:
-        file, pattern, specials = NAMED[spec]
-        lines = [line.split() for line in _tiktoken_file(spec, file).splitlines() if line]
-        return Tokenizer(spec, {base64.b64decode(token): int(rank) for token, rank in lines}, dict(specials), pattern)
+        pattern, specials, sha256 = _FILES[NAMED[spec]]
+        lines = [line.split() for line in _tiktoken_file(spec, sha256).splitlines()]
+        return Tokenizer(spec, {base64.b64decode(token): int(rank) for token, rank in lines}, specials, pattern)
     path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
     try:
         with open(path, encoding="utf-8") as file:
             return _from_json(json.load(file), path)
     except OSError as error:
-        names = ", ".join(("bytes", *NAMED))
-        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names that are known: {names}") from None
+        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names: {', '.join(('bytes', *NAMED))}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
 
 
-def _tiktoken_file(name: str, file: str) -> bytes:
+def _tiktoken_file(name: str, sha256: str) -> bytes:
     """tiktoken's file, from its cache folder or else the network, checked. Not by tiktoken's own loader: that one waits
     for the network without a limit and deletes a file whose sum is wrong. Never another vocabulary instead."""
-    url = f"https://openaipublic.blob.core.windows.net/encodings/{file}.tiktoken"
+    url = f"https://openaipublic.blob.core.windows.net/encodings/{NAMED[name]}.tiktoken"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    path = os.path.join(folder, hashlib.sha1(url.encode()).hexdigest())
-    problem = "is not there"
+    path, problem = os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()), "is not there"
     if os.path.exists(path):
         with open(path, "rb") as cached:
             data = cached.read()
-        if hashlib.sha256(data).hexdigest() == _SHA256[file]:
+        if hashlib.sha256(data).hexdigest() == sha256:
             return data
         problem = "is damaged (another sha256)"
     try:
@@ -289,14 +282,14 @@ def _tiktoken_file(name: str, file: str) -> bytes:
 
         answer = requests.get(url, timeout=(4, 15))
         answer.raise_for_status()
-        if hashlib.sha256(answer.content).hexdigest() != _SHA256[file]:
+        if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise ValueError("what came has another sha256")
     except Exception as error:
-        raise UserError(
-            "E115",
-            f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n"
-            f"  fetch {url} elsewhere and put it there under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder",
-        ) from None
+        text = (
+            f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n  fetch "
+        )
+        text += f"{url} elsewhere and put it there under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder"
+        raise UserError("E115", text) from None
     with contextlib.suppress(OSError):  # keeping it only saves the next download
         os.makedirs(folder, exist_ok=True)
         with open(f"{path}.{os.getpid()}.tmp", "wb") as target:

@@ -494,7 +494,7 @@ class Orchestrator:
         return ~(torch.isfinite(stats[STAT["ce"]]) & torch.isfinite(norm)) | (stats[STAT["unread"]] > 0)
 
     def observe(self, seen: dict) -> None:
-        """One finished step, as plain numbers, a step late. UserError E301 or E302 when nothing gets through any more."""
+        """One finished step, as plain numbers, a step late. UserError E301, E302 when no step gets through any more."""
         if not seen["bad"]:
             self.in_a_row = 0
             return
@@ -520,6 +520,15 @@ class Orchestrator:
 
 STATS = ("ce", "z", "count", "unread", "stop", "save")  # what is summed over ranks in each step
 STAT = {name: i for i, name in enumerate(STATS)}
+OURS = (
+    "metrics.jsonl",
+    "decisions.jsonl",
+    "best.json",
+    "status.json",
+    "train.log",
+    "tokenizer.json",
+    "token_bytes.npy",
+)
 
 
 class Trainer:
@@ -590,7 +599,7 @@ class Trainer:
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
 
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
-        """Rank 0 picks the checkpoint to go on from; all ranks open it. None: a fresh start. Makes and deletes nothing."""
+        """Rank 0 picks the checkpoint to go on from, all ranks open it; None: a fresh start. Changes no run."""
         cfg, found, text = self.cfg, None, None
         if self.main:
             try:
@@ -610,9 +619,7 @@ class Trainer:
             raise error
         saved = checkpoint.Checkpoint(found) if found else None
         if saved and "imported" in saved.state:
-            raise UserError(
-                "E300", f"{self.out} holds an imported model: set init_from: {self.out} and another out_dir"
-            )
+            raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
         if saved is None:
             return None
         model, now = saved.state["config"]["model"], dataclasses.asdict(cfg.model)
@@ -626,7 +633,7 @@ class Trainer:
         return saved
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Turn auto and null into values: from the checkpoint where the YAML still says the same, else rank 0's choice."""
+        """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
         before = saved.state if saved else {"written": {}, "auto": {}}
         self.changes = []
@@ -646,24 +653,24 @@ class Trainer:
             unit = T * rank_count
             if cfg.batch_tokens % unit:
                 near = max(1, round(cfg.batch_tokens / unit)) * unit
-                text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of {rank_count} x {T} (processes x max_seq_len)"
+                text = (
+                    f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len, {rank_count} x {T}"
+                )
                 raise UserError("E002", f"{text}; the nearest that is: {near}")
             rows = cfg.batch_tokens // T
             fixed = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
             if "gradient_accumulation_steps" in self.written and fixed != rows:
-                text = (
-                    f"batch_tokens: {rows} rows a step, but batch_size x accumulation x processes is {fixed}; drop one"
+                raise UserError(
+                    "E002", f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}: drop one"
                 )
-                raise UserError("E002", text)
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
         if micro is None:
             can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
             near = sorted(can, key=lambda w: abs(w - rank_count))[:2]
-            raise UserError(
-                "E600", f"{rows} rows per step cannot be shared by {rank_count} processes; can: {sorted(near)}"
-            )
+            text = f"{rows} rows per step cannot be shared by {rank_count} processes"
+            raise UserError("E600", f"{text}; can: {sorted(near)}")
         if micro != cfg.batch_size and "batch_size" in self.written:
             self.changes.append(f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}")
         self.rows_per_step = rows
@@ -675,9 +682,7 @@ class Trainer:
         if cfg.max_steps is None:
             cfg.max_steps = int(windows * (cfg.num_epochs or 1.0)) // rows
         if cfg.max_steps < 1 and "max_steps" not in self.written:
-            raise UserError(
-                "E114", f"{windows} rows of {T} tokens are less than one step of {rows} rows; lower the batch"
-            )
+            raise UserError("E114", f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch")
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
@@ -725,27 +730,26 @@ class Trainer:
 
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
-        segments = [[0, weights]]
-        start = 0
-        for i, phase in enumerate((cfg.data or {}).get("phases") or ()):
-            unknown = set(phase.get("weights", {})) - set(weights)
-            if unknown or set(phase) - {"until", "weights"} or not phase.get("weights"):
+        segments, start = [], 0
+        for i, phase in enumerate((cfg.data or {}).get("phases") or [{"weights": weights}]):
+            if set(phase) - {"until", "weights"} or not phase.get("weights") or set(phase["weights"]) - set(weights):
+                names = ", ".join(weights)
                 raise UserError(
-                    "E002", f"data.phases[{i}]: {{until, weights: {{{', '.join(weights)}: ...}}}} is expected"
+                    "E002", f"data.phases[{i}]: {{until: STEP, weights: {{NAME: ...}}}} with names of {names}"
                 )
-            segments = segments[: i or 0] + [[start * rows, phase["weights"]]]
+            segments.append([start * rows, phase["weights"]])
             until = phase.get("until", cfg.max_steps)
             start = round(until * cfg.max_steps) if until <= 1 else int(until)
         if saved and before["segments"] != segments:
             self.cursor = before["cursor"]
             past = [s for s in before["segments"] if s[0] < self.cursor and set(s[1]) <= set(weights)]
             future = [s for s in segments if s[0] > self.cursor]
-            current = next(s for s in reversed(segments) if s[0] <= self.cursor)
-            segments = (
-                [[0, current[1]]] + future
-                if not past
-                else past + ([[self.cursor, current[1]]] if past[-1:] != [current] else []) + future
-            )
+            current = next(s[1] for s in reversed(segments) if s[0] <= self.cursor)
+            if not past:
+                past = [[0, current]]
+            elif past[-1][1] != current:
+                past.append([self.cursor, current])
+            segments = past + future
         self.segments = segments
 
     def start_block(self, notes: list[str]) -> None:
@@ -755,23 +759,21 @@ class Trainer:
         tokens = rows * T * cfg.max_steps
         for note in (*notes, *self.machine.notes, *self.changes):
             say(f"note       {note}")
-        shape = f"{m.n_layers} layers, d_model {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
-        say(f"model      {n['total']:,} parameters ({n['non_embedding']:,} without embeddings): {shape}")
+        shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
+        say(f"model      {n['total']:,} parameters, {n['non_embedding']:,} of them no embeddings: {shape}")
         for name, s in self.sources.items():
             held = self.val_sources[name].tokens if name in self.val_sources else 0
             tail = " (tail held out)" if s.bare and held else ""
             unused = 100 * s.unused / max(1, s.tokens)
             say(f"data       {name}: {s.tokens:,} train tokens, {held:,} val{tail}; {unused:.3f} % unused; {s.path}")
-        layout = f"{cfg.batch_size} rows x {T} tokens x {cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
-        say(f"batch      {rows * T:,} tokens a step: {layout}")
+        layout = f"{cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
+        say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
         windows = sum(s.windows for s in self.sources.values())
-        per_param = f"{tokens / n['total']:.1f} per parameter"
-        say(
-            f"length     {cfg.max_steps:,} steps, {tokens:,} tokens ({per_param}), {rows * cfg.max_steps / windows:.2f} epochs"
-        )
+        ratios = f"{tokens / n['total']:.1f} per parameter, {rows * cfg.max_steps / windows:.2f} epochs"
+        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {ratios}")
         say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
-        flops = f"{plan.describe(self.flops_per_token, 'FLOP')} a token, {plan.describe(self.flops_per_token * tokens, 'FLOP')} in all"
-        say(f"compute    {flops}; matrix peak {plan.describe(self.peak, 'FLOP/s')}")
+        per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
+        say(f"compute    {per_token} a token, {in_all} in all; matrix peak {plan.describe(self.peak, 'FLOP/s')}")
         flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
         say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
@@ -784,21 +786,21 @@ class Trainer:
         if need["total"] * local > have:
             say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
         if m.vocab_size % 64:
-            say(
-                f"advice     vocab_size {m.vocab_size} is not a multiple of 64: matrices of that width are slower on GPUs"
-            )
+            say(f"advice     vocab_size {m.vocab_size} is not a multiple of 64: slower on GPUs")
         if n["total"] > tokens:
             say("advice     fewer tokens than parameters: such a model mostly memorises")
         if self.machine.device.type == "cuda" and cfg.deterministic:
-            say("advice     deterministic: true costs speed on CUDA; python bench.py speed measures it")
+            say("advice     deterministic: true costs speed on CUDA (not measured yet)")
 
     def own_out_dir(self) -> None:
         """All is checked: rank 0 makes out_dir, or empties it where overwrite says so."""
         if not self.main:
             return
-        if self.cfg.resume == "none":
-            for old in [*self.out.glob("step_*"), *self.out.glob("*.json*"), *self.out.glob("train.log")]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if self.cfg.resume == "none" and self.cfg.overwrite:
+            for step in checkpoint.list_steps(self.out):
+                shutil.rmtree(checkpoint.step_dir(self.out, step))
+            for name in OURS:
+                (self.out / name).unlink(missing_ok=True)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -877,15 +879,7 @@ class Trainer:
         else:
             saved = checkpoint.find(path, say=self.say)
             model, state = ModelConfig(**saved.state["config"]["model"]), saved.model_state()
-        free = (
-            "dropout",
-            "max_seq_len",
-            "init_std",
-            "rope_scaling",
-            "rope_theta",
-            "ffn_hidden_multiplier",
-            "multiple_of",
-        )
+        free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:

@@ -428,7 +428,7 @@ BAD_ROWS = [
 
 
 def test_every_bad_row_is_named_with_its_line(tmp_path, capsys):
-    """Line numbers are those of an editor: blank lines count, U+2028 and form feeds are no line ends, a BOM is nothing."""
+    """Line numbers are an editor's: blank lines count, U+2028 and form feeds are no line ends, a BOM is nothing."""
     head = [
         b"\xef\xbb\xbf" + json.dumps({"text": "first"}).encode(),
         b"",

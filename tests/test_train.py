@@ -43,7 +43,9 @@ def refused(words, code, *parts):
 
 
 def test_every_spelling_of_an_option_is_the_same(tmp_path, shards):
-    path = write_yaml(tmp_path / "c.yaml", {"data_dir": shards, "learning_rate": "3e-4", "model": {"d_model": "64", "n_heads": 4}})
+    path = write_yaml(
+        tmp_path / "c.yaml", {"data_dir": shards, "learning_rate": "3e-4", "model": {"d_model": "64", "n_heads": 4}}
+    )
     spellings = (
         ["--learning_rate=1e-2", "--model.n_layers=3"],
         ["--learning-rate", "0.01", "--model.n-layers", "3"],

@@ -1,0 +1,68 @@
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_python
+
+import errors
+from errors import ERRORS, UserError
+
+CODE = """
+import sys, errors
+def main(argv):
+    if argv == ["user"]: raise errors.UserError("E114", "x.npy:3: 12 tokens; 65 needed")
+    if argv == ["diverged"]: raise errors.UserError("E301", "step 7")
+    if argv == ["bug"]: raise RuntimeError("ours")
+    if argv == ["interrupt"]: raise KeyboardInterrupt
+    return int(argv[0])
+errors.command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "word, code", [("user", 2), ("diverged", 3), ("bug", 1), ("interrupt", 130), ("0", 0), ("4", 4)]
+)
+def test_exit_codes_and_who_sees_a_traceback(word, code):
+    result = run_python("-c", CODE, word)
+    assert result.returncode == code
+    assert ("Traceback" in result.stderr) == (word == "bug")
+    if word == "user":
+        assert (
+            result.stderr.startswith("error E114: x.npy:3: 12 tokens; 65 needed\n") and "max_seq_len" in result.stderr
+        )
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import errors\ndef main(argv):\n    for i in range(100000): print(i)\nerrors.command(main)"
+    words = f"{sys.executable} -c '{code}' | head -n 1"
+    result = subprocess.run(words, shell=True, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert result.stdout == "0\n" and result.stderr == ""
+
+
+def test_an_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(UserError("E301", "text")))  # multiprocessing and gather_object do this
+    assert (error.code, error.text, error.exit_code) == ("E301", "text", 3)
+
+
+def test_every_code_that_is_raised_stands_in_the_table_and_every_code_is_used():
+    used = set()
+    for path in ROOT.glob("*.py"):
+        if path.name != "errors.py":
+            used |= set(re.findall(r"\bE\d{3}\b", path.read_text()))
+    assert used <= set(ERRORS), used - set(ERRORS)
+    # codes of what later issues bring stand ready in the table
+    assert set(ERRORS) - used <= {"E105", "E106", "E200"}, set(ERRORS) - used
+
+
+def test_readme_holds_the_table_and_names_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    result = run_python("errors.py")
+    assert result.stdout.strip() in readme, "python errors.py prints it"
+    for path in re.findall(r"(?:configs|slurm)/[\w.]+\w", readme):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"python (\w+\.py)", readme):
+        assert (ROOT / path).exists(), path
+    assert errors.ERRORS

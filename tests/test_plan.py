@@ -1,0 +1,127 @@
+import re
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+import plan
+from errors import UserError
+from model import ModelConfig, Transformer
+from train import read_config
+
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def saved_bytes(cfg, rows, dtype, recompute) -> int:
+    """Bytes that autograd keeps of one forward pass, weights left out, each storage once."""
+    model = Transformer(cfg)
+    model.init_weights(0)
+    model.compute_dtype, model.recompute = dtype, recompute
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = (t.untyped_storage().nbytes(), t)
+        return t
+
+    idx = torch.zeros(rows, cfg.max_seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        total, _ = model(idx, targets=idx)
+    copies = sum(p.numel() * 2 for p in model.parameters() if p.dim() == 2) if dtype != torch.float32 else 0
+    head = (
+        cfg.vocab_size * cfg.d_model * 4 + rows * cfg.max_seq_len * cfg.d_model * dtype.itemsize
+    )  # HeadLoss' gradients
+    del total
+    return sum(n for n, _ in kept.values()) - copies - head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"n_kv_heads": 4, "d_ff": 512}, {"dropout": 0.1}])
+def test_activation_estimate_is_what_autograd_keeps(changes, dtype):
+    cfg = ModelConfig(
+        **{"vocab_size": 64, "d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64} | changes
+    )
+    precision = "fp32" if dtype == torch.float32 else "mixed_bf16"
+    estimate = plan.memory(cfg, 1, 4, precision)["activations"]
+    measured = saved_bytes(cfg, 4, dtype, False)
+    assert 0.85 < estimate / measured < 1.15, (estimate, measured)
+
+
+def test_recompute_keeps_one_tensor_a_block():
+    cfg = ModelConfig(vocab_size=64, d_model=128, n_layers=8, n_heads=4, max_seq_len=64)
+    full, little = saved_bytes(cfg, 4, torch.float32, False), saved_bytes(cfg, 4, torch.float32, True)
+    assert little < full / 8
+    estimate = plan.memory(cfg, 1, 4, "fp32", recompute=True)["activations"]
+    assert little < estimate < full / 3  # while one block is recomputed its own activations are there too
+
+
+def test_states_are_16_bytes_a_parameter():
+    cfg = ModelConfig(vocab_size=64, d_model=64, n_layers=1, n_heads=2)
+    assert plan.memory(cfg, 1000, 1, "fp32")["states"] == 16000
+    parts = plan.memory(cfg, 1000, 1, "mixed_bf16")
+    assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_preset_says_its_true_size_and_can_start(path):
+    text = path.read_text()
+    said = re.match(rf"# {path.stem}: ([\d,]+) parameters total, ([\d,]+) active", text)
+    assert said, "the first comment is the size"
+    cfg, _, notes, _ = read_config([str(path)])
+    if not cfg.model.vocab_size:  # the tokenizer's
+        cfg.model.vocab_size = int(re.match(r"bpe:(\d+)", cfg.prepare["tokenizer"])[1])
+    counts = plan.on_meta(cfg.model).n_params()
+    assert [counts["total"], counts["active"]] == [int(n.replace(",", "")) for n in said.groups()]
+    head = text.split("\n\n")[0]
+    for word in ("learning rate", "warm-up", "batch"):
+        assert word in head
+    number = re.search(r"learning rate ([\d.e-]+)", head)[1]
+    assert float(number) == cfg.learning_rate and f"warm-up {cfg.warmup_steps:g}" in head
+    assert f"batch {cfg.batch_tokens or cfg.batch_size * cfg.model.max_seq_len:,}" in head
+    assert not notes
+    keys = yaml.safe_load(text)
+    assert all(f"{k}:" in text for k in keys)
+
+
+def test_all_presets_share_one_built_in_dataset():
+    made = {str(sorted(yaml.safe_load(p.read_text())["prepare"].items())) for p in PRESETS}
+    assert len(made) == 1, "another tokenizer into the same folder would be refused"
+
+
+def test_machine_resolves_and_refuses(monkeypatch):
+    m = plan.machine("cpu", "bf16", False)
+    assert m.precision == "mixed_bf16" and m.compute_dtype == torch.bfloat16 and any("bf16 means" in n for n in m.notes)
+    for there, precision in ((True, "mixed_bf16"), (False, "fp32")):
+        monkeypatch.setattr(plan, "cpu_has_bf16", lambda there=there: there)
+        assert plan.machine("cpu").precision == precision
+    monkeypatch.setattr(plan, "find_compiler", lambda: None)
+    assert plan.machine("cpu").compile is False
+    for words, code in (
+        (("cpu", "fp32", True), "E003"),
+        (("cpu", "fp16"), "E003"),
+        (("cpu", "int8"), "E002"),
+        (("tpu",), "E002"),
+        (("cpu", "fp32", "maybe"), "E002"),
+    ):
+        with pytest.raises(UserError) as e:
+            plan.machine(*words)
+        assert e.value.code == code
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="E003.*only cpu"):
+            plan.machine("cuda")
+
+
+def test_env_reports_and_says_when_training_cannot_work(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "matrix_peak", lambda *a: 1e12)
+    assert plan.main(["env"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "torch", "precision", "fp32 1 TFLOP/s", "memory", "disk", "flash", "wandb", "ready"):
+        assert word in out
+    monkeypatch.setattr(plan.torch, "__version__", "2.5.1")
+    assert plan.main(["env"]) == 2 and "PROBLEM      torch 2.5.1" in capsys.readouterr().out
+
+
+def test_matrix_peak_is_a_speed():
+    assert 1e8 < plan.matrix_peak("cpu", torch.float32, 0.05) < 1e15
