@@ -557,7 +557,7 @@ class Trainer:
         prepare_first(self.cfg, dry_run)
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
-        self.parallel.together(self.open_data)
+        self.parallel.together(self.open_data, dry_run)
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
         self.start_block(notes)
@@ -573,10 +573,16 @@ class Trainer:
 
     # ---- setting up
 
-    def open_data(self) -> None:
+    def open_data(self, dry_run: bool) -> None:
         """Sources, their validation splits, tokenizer and vocabulary; every mismatch is refused here."""
         cfg, T = self.cfg, self.cfg.model.max_seq_len
-        folders = {Path(cfg.data_dir).name: {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
+        if dry_run and cfg.prepare and not (Path(cfg.data_dir) / "manifest.json").exists():
+            spec = cfg.prepare.get("tokenizer") or "bpe:8192"  # not prepared yet, and a dry run does not start it
+            n_vocab = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
+            cfg.model.vocab_size = cfg.model.vocab_size or n_vocab
+            self.weights, self.sources, self.val_sources, self.fingerprints = {"data": 1.0}, {}, {}, {}
+            return
+        folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
         for name, spec in folders.items():
             if not isinstance(spec, dict) or "dir" not in spec:
                 raise UserError("E002", f"data.sources.{name}: {{dir: FOLDER, weight: 1.0}} is expected")
@@ -681,7 +687,7 @@ class Trainer:
         cfg.max_steps = kept("max_steps", "max_steps", "num_epochs") or cfg.max_steps
         if cfg.max_steps is None:
             cfg.max_steps = int(windows * (cfg.num_epochs or 1.0)) // rows
-        if cfg.max_steps < 1 and "max_steps" not in self.written:
+        if cfg.max_steps < 1 and "max_steps" not in self.written and self.sources:
             raise UserError("E114", f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch")
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
@@ -761,6 +767,8 @@ class Trainer:
             say(f"note       {note}")
         shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
         say(f"model      {n['total']:,} parameters, {n['non_embedding']:,} of them no embeddings: {shape}")
+        if not self.sources:
+            say("data       not prepared yet: its size, and a length that follows from it, are unknown")
         for name, s in self.sources.items():
             held = self.val_sources[name].tokens if name in self.val_sources else 0
             tail = " (tail held out)" if s.bare and held else ""
@@ -769,11 +777,13 @@ class Trainer:
         layout = f"{cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
         say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
         windows = sum(s.windows for s in self.sources.values())
-        ratios = f"{tokens / n['total']:.1f} per parameter, {rows * cfg.max_steps / windows:.2f} epochs"
-        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {ratios}")
+        epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
+        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {tokens / n['total']:.1f} per parameter{epochs}")
         say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
         per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        say(f"compute    {per_token} a token, {in_all} in all; matrix peak {plan.describe(self.peak, 'FLOP/s')}")
+        least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = plan.describe(self.peak, "FLOP/s")
+        say(f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}")
         flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
         say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")

@@ -163,10 +163,15 @@ def test_killed_and_started_again(workers, undisturbed, tmp_path):
     assert contents(out) == undisturbed
 
 
-def test_stopped_at_every_write(tmp_path, monkeypatch):
-    """The process ends, once before and once after each file appears; every time the next one goes on from there."""
-    options = {"tokenizer": "bytes", "shard_tokens": 5000, "val_fraction": 0.3, "quiet": True}
-    P.prepare(["synthetic:40"], str(tmp_path / "whole"), **options)
+def test_stopped_at_every_write(mixed, tmp_path, monkeypatch):
+    """The process ends just before or just after a file appears; every time the next one goes on from there."""
+    options = {"tokenizer": "bytes", "shard_tokens": 12_000, "val_fraction": 0.3, "max_doc_chars": 3000, "quiet": True}
+    rows = [
+        row for n in range(150) for row in ({"text": f"row {n} " * 50}, b"", b"bad", {"text": f"row {n // 2} " * 50})
+    ]
+    write_rows(mixed / "d.jsonl", rows)
+    P.prepare([str(mixed)], str(tmp_path / "whole"), max_bad=1, **options)
+    assert len(rejected(tmp_path / "whole")) > 200
     real, left = os.replace, 0
 
     def replace(source, target):
@@ -182,14 +187,14 @@ def test_stopped_at_every_write(tmp_path, monkeypatch):
     for after_it in (False, True):
         out, stops = tmp_path / f"out{after_it}", 0
         while True:
-            left = 1 + stops % 29
+            left = 1 + stops % 11
             try:
-                P.prepare(["synthetic:40"], str(out), **options)
+                P.prepare([str(mixed)], str(out), max_bad=1, batch_bytes=3000, **options)
                 break
             except KeyboardInterrupt:
                 stops += 1
                 assert stops < 400
-        assert stops > 5
+        assert stops > 50
         assert contents(out) == contents(tmp_path / "whole")
 
 

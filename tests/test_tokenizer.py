@@ -13,7 +13,8 @@ from prepare_data import synthetic_document
 
 hf = pytest.importorskip("tokenizers")
 
-CORPUS = [synthetic_document(0, n) for n in range(150)]
+CODE = "def f(a, b):\n    if (a[0] == 10 and ((b)) > 255):\n        return self._x(a)\n\n\n    don't(we'll, 'I've')\t# ...\n"
+CORPUS = [synthetic_document(0, n) for n in range(150)] + [CODE] * 40
 BYTES = T.load("bytes")
 WEIRD = [
     "",
@@ -29,6 +30,7 @@ WEIRD = [
     "a" * 500 + "^" * 300 + "\r\n" * 50 + " " * 200 + "_",
     "<|endoftext|><|im_start|>system\nhi<|im_end|><|pad|>",
     "<|endoftext|",
+    "((a((b))(a, (((a[0][[a    (a\n\n    (b\r\n.(a 'a ''a '_a   'a\t(a",
     "\U0010ffff\U000e0001\u0378",
 ]
 TEXTS = st.text() | st.lists(st.sampled_from(["<|endoftext|>", "<|im_start|>", " ", "\n", "a", "'ll", "9", "é"])).map(
