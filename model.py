@@ -55,7 +55,7 @@ class ModelConfig:
 
         for key in ("d_model", "n_layers", "n_heads", "max_seq_len", "multiple_of"):
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
-        for key in ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "ffn_hidden_multiplier", "norm_eps", "init_std"):
+        for key in ("vocab_size", "n_kv_heads", "head_dim", "ffn_hidden_multiplier", "norm_eps", "init_std"):
             check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
         check(self.rope_theta > 0, f"model.rope_theta: {self.rope_theta} must be above 0")
         if not self.head_dim:

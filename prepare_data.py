@@ -782,15 +782,16 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -
     say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{', going on where it was' if 'state' in progress else ''}")
     if os.path.exists(path):
         tokenizer = load(path)
-    elif not tokenizer:
-        n_vocab = int(settings["tokenizer"].partition(":")[2])
-        much = sum(given.size for given in inputs if given.split != "val") > TRAIN_BYTES
-        texts = training_texts(inputs, settings["seed"])
-        tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None)
-        less = "" if tokenizer.n_vocab == n_vocab else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
-        say(f"tokenizer {tokenizer.name}: trained in {time.time() - clock:.1f} s{less}")
-    with writing(path) as file:
-        file.write(tokenizer.to_json().encode())
+    else:
+        if not tokenizer:
+            n_vocab = int(settings["tokenizer"].partition(":")[2])
+            much = sum(given.size for given in inputs if given.split != "val") > TRAIN_BYTES
+            texts = training_texts(inputs, settings["seed"])
+            tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None)
+            less = "" if tokenizer.n_vocab == n_vocab else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
+            say(f"tokenizer {tokenizer.name}: trained in {time.time() - clock:.1f} s{less}")
+        with writing(path) as file:
+            file.write(tokenizer.to_json().encode())
     dtype = "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
 
     output = Output(out, progress, inputs, options["strict"])

@@ -370,6 +370,8 @@ class Parallel:
         self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            if cfg.deterministic is True:  # must be set before the first matrix product
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.world > 1 and not dist.is_initialized():
             # objects and flags travel over gloo, so that asking a question never waits for the GPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
@@ -820,7 +822,6 @@ class Trainer:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that init_from names."""
         cfg, par = self.cfg, self.parallel
         if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         model = self.model = par.build(cfg)
@@ -900,30 +901,37 @@ class Trainer:
                 local.copy_(tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))])
         self.say(f"weights    from {path}")
 
-    def open_log(self) -> None:
-        """This process owns out_dir now: files, wandb, signals."""
+    def open_files(self) -> None:
+        """Rank 0: this process owns out_dir now."""
         cfg = self.cfg
-        if self.main:
-            self.attempt = self.read_status().get("attempt", 0) + 1
+        if not self.main:
+            return
+        self.attempt = self.read_status().get("attempt", 0) + 1
+        resolved = dataclasses.asdict(cfg) | {"num_epochs": None}  # max_steps says it: this file runs as it is
+        try:
             self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
-            resolved = dataclasses.asdict(cfg) | {"num_epochs": None}  # max_steps says it: this file runs as it is
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
             for name in ("tokenizer.json", "token_bytes.npy"):
                 if self.tokenizer_dir and not (self.out / name).exists():
                     shutil.copyfile(self.tokenizer_dir / name, self.out / name)
-            self.write_status("running")
-            if cfg.wandb_project:
-                self.wandb = start_wandb(cfg, self.say)
-            if cfg.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError as error:
-                    raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
-                self.board = SummaryWriter(str(self.out / "tensorboard"))
+        except OSError as error:
+            raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
+        self.write_status("running")
+        if cfg.wandb_project:
+            self.wandb = start_wandb(cfg, self.say)
+        if cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
+            self.board = SummaryWriter(str(self.out / "tensorboard"))
+
+    def open_log(self) -> None:
+        """Files, a number for this attempt, signals."""
+        self.parallel.together(self.open_files)
         self.attempt = self.parallel.broadcast(self.attempt)
-        self.say(
-            f"run        {self.out}, attempt {self.attempt}, " + (f"from step {self.step}" if self.step else "new")
-        )
+        begun = f"from step {self.step}" if self.step else "new"
+        self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
         self.first_interrupt = None
         for name in ("SIGTERM", "SIGINT") + (("SIGUSR1",) if "RANK" not in os.environ else ()):
             with contextlib.suppress(ValueError, AttributeError):  # not the main thread; not on this system
@@ -964,11 +972,8 @@ class Trainer:
             new_best = here and due_eval and not stop and self.evaluate()
             last = last or self.stopped_early
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
-            if (
-                (here and (due_save or new_best or last))
-                or (stop or wants_save or retry)
-                and self.step != self.started_at
-            ):
+            moved = self.step != self.started_at
+            if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)):
                 saved = self.save()
             if last or stop:
                 for _ in range(3):  # a full disk may have been freed in the meantime
@@ -1032,7 +1037,7 @@ class Trainer:
             if wants_save:
                 self.save_signal = 0
         self.drain()
-        state = "finished" if last else "stopped"
+        state = "finished" if last and self.evaluated_at == self.step else "stopped"
         code = 0 if saved or not here else 4
         self.finish(state, code)
         return code
@@ -1088,7 +1093,10 @@ class Trainer:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 for micro in range(cfg.gradient_accumulation_steps):
                     row = cursor + (micro * count + index) * cfg.batch_size
-                    x, y = self.loader.batch(row, cfg.batch_size)
+                    try:
+                        x, y = self.loader.batch(row, cfg.batch_size)
+                    except UserError as error:
+                        return error.text
                     torch.manual_seed(mix(cfg.seed, row))
                     model(self.to_device(x), targets=self.to_device(y))
         finally:
@@ -1137,7 +1145,8 @@ class Trainer:
         sums = torch.stack(par.gather(torch.cat([sums.cpu(), sizes], dim=1))).sum(0)
         ce, targets, correct, size = sums.sum(0).tolist()
         self.val_loss = ce / targets
-        new_best = self.best_val_loss is None or self.val_loss < self.best_val_loss
+        better = self.best_val_loss is None or self.val_loss < self.best_val_loss
+        new_best = better and math.isfinite(self.val_loss)
         if new_best:
             self.best_val_loss, self.best_step, self.evaluations_since_best = self.val_loss, self.step, 0
         else:
@@ -1152,7 +1161,7 @@ class Trainer:
             row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
         self.record(row)
         bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
-        best = " (best)" if new_best else f" (best {self.best_val_loss:.4f} at step {self.best_step})"
+        best = " (best)" if new_best else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
         took = time.perf_counter() - began
         right = f"{100 * row['val_accuracy']:.1f} % right"
         self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
@@ -1189,8 +1198,8 @@ class Trainer:
                 shutil.rmtree(folder, ignore_errors=True)
             self.say(f"E307       {final} could not be written ({said}); the run goes on and tries again")
         else:
-            if self.main:
-                checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
+            with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
+                self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
             self.say(f"saved      {final}, {time.perf_counter() - began:.1f} s")
         self.clock += time.perf_counter() - began
         return not failed
@@ -1218,6 +1227,9 @@ class Trainer:
     def append(self, name: str, row: dict) -> None:
         """One line to an append-only file in out_dir, from rank 0."""
         if self.main:
+            row = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+            }  # JSON has none
             with contextlib.suppress(OSError), open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
@@ -1328,16 +1340,16 @@ def start_wandb(cfg: Config, say):
         "config": dataclasses.asdict(cfg),
     }
     options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        if wandb.api.api_key:
-            try:
-                return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
-            except Exception as error:  # any failure of theirs: the run matters more than its picture
-                say(f"note       wandb is not reachable ({type(error).__name__}): offline")
-        else:
-            say("note       wandb has no key (wandb login): offline; wandb sync uploads it later")
-        os.environ["WANDB_MODE"] = "offline"
-    return wandb.init(**options)
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "online":
+        try:
+            if not wandb.api.api_key:
+                raise RuntimeError("no key: wandb login stores one")
+            return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+        except Exception as error:  # any failure of theirs: the run matters more than its picture
+            say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
+            mode = "offline"
+    return wandb.init(**options, mode=mode)
 
 
 def to_host(numbers: torch.Tensor) -> tuple:

@@ -13,7 +13,7 @@ from prepare_data import synthetic_document
 
 hf = pytest.importorskip("tokenizers")
 
-CODE = "def f(a, b):\n    if (a[0] == 10 and ((b)) > 255):\n        return self._x(a)\n\n\n    don't(we'll, 'I've')\t# ...\n"
+CODE = "def f(a, b):\n    if (a[0] == 10 and ((b)) > 255):\n        return self._x(a)\n\n\n    don't(we'll)\t# ...\n"
 CORPUS = [synthetic_document(0, n) for n in range(150)] + [CODE] * 40
 BYTES = T.load("bytes")
 WEIRD = [
