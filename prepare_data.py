@@ -722,7 +722,8 @@ def prepare(
     if unknown := set(options) - set(OPTIONS):
         raise UserError("E002", f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}")
     options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
-    val_sources, val_fraction = val_sources or [], options["val_fraction"]
+    sources, val_sources = ([s] if isinstance(s, str) else list(s or []) for s in (sources, val_sources))
+    val_fraction = options["val_fraction"]
     if val_sources and val_fraction is not None:
         raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")
     sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [options["workers"] or 1]

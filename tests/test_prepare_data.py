@@ -170,6 +170,13 @@ def test_stopped_at_every_write(mixed, tmp_path, monkeypatch):
         row for n in range(150) for row in ({"text": f"row {n} " * 50}, b"", b"bad", {"text": f"row {n // 2} " * 50})
     ]
     write_rows(mixed / "d.jsonl", rows)
+
+    def share(text):
+        key = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        return hashlib.blake2b(key, digest_size=8, salt=(1337).to_bytes(8, "little")).digest()[::-1]
+
+    falling = sorted((f"falling {n} " * 100 for n in range(99)), key=share, reverse=True)
+    write_rows(mixed / "0.jsonl", [{"text": text} for text in falling])  # each takes the place of the one in reserve
     P.prepare([str(mixed)], str(tmp_path / "whole"), max_bad=1, **options)
     assert len(rejected(tmp_path / "whole")) > 200
     real, left = os.replace, 0
