@@ -1306,8 +1306,8 @@ class Trainer:
             return
         tok = tokenizers.load(str(self.out / "tokenizer.json"))
         prompt = tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id]
-        new = min(120, self.cfg.model.max_seq_len - len(prompt))
-        options = {"temperature": 0.8, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
+        new = min(160, self.cfg.model.max_seq_len - len(prompt))
+        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
         with torch.compiler.set_stance("force_eager"):
             ids = [row[0] for row in self.model.generate([prompt], new, [self.cfg.seed], **options)]
         text = tok.decode(prompt + [i for i in ids if i != tok.eot_id])
