@@ -234,7 +234,6 @@ def test_best_step_and_float16(tmp_path):
         ({"rope_first": True}, ["model.rope_first"]),
         ({"norm_order": "lunaris", "rope_first": True}, ["model.norm_order", "model.rope_first"]),
         ({"qk_norm": False, "n_heads": 3, "head_dim": 16}, ["model.n_heads"]),
-        ({"rope_scaling": YARN | {"mscale": 0.7}}, ["model.rope_scaling.mscale"]),
     ],
 )
 def test_models_without_a_class_are_refused(keys, words, tmp_path):

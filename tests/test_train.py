@@ -808,7 +808,8 @@ def test_wandb_offline_and_tensorboard(tiny, monkeypatch):
 
 @pytest.mark.nightly
 def test_compiled_resume_equals_never_stopped(tiny):
-    whole, parts = tiny("whole", compile_model=True), tiny("parts", compile_model=True)
+    still = {"dropout": 0.0}  # compiled dropout draws other numbers than eager dropout
+    whole, parts = tiny("whole", still, compile_model=True), tiny("parts", still, compile_model=True)
     finish(whole)
     trainer = Trainer(parts)
     stop_at(trainer, 5)
@@ -816,6 +817,6 @@ def test_compiled_resume_equals_never_stopped(tiny):
     torch._dynamo.reset()
     finish(parts)
     assert same_run(whole, parts)
-    plain = finish(tiny("plain"))
+    plain = finish(tiny("plain", still))
     a, b = losses(whole["out_dir"]), losses(plain.out)
-    assert max(abs(a[s] - b[s]) for s in a) < 1e-3
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-4
