@@ -1,5 +1,5 @@
-"""The dense transformer, top to bottom: ModelConfig, RMSNorm, RoPE, attention with its fast paths and KV cache, SwiGLU,
-Block, Transformer (init, forward, generate, counts, FLOPs).
+"""The whole transformer, top to bottom: ModelConfig, RMSNorm, RoPE, attention with its fast paths and KV cache, SwiGLU,
+Block, Transformer (init, forward, generate, counts, FLOPs). The sparse layers, MoE and MoD, come from model_moe.py.
 
 Qwen3-shaped by default: pre-norm RMSNorm, RoPE in the half-rotation convention, GQA with fused QKV, QK-norm per head
 before RoPE, SwiGLU with fused gate and up, no biases. `qk_norm: false` is Llama. No autocast: parameters are fp32, each
@@ -20,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from model_moe import MoD, MoE
 
 # ---------------------------------------------------------------- configuration
 
@@ -45,6 +47,35 @@ class ModelConfig:
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
     norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
+    # Mixture of Experts (n_experts: 0 is a dense model)
+    n_experts: int = 0  # routed experts per MoE layer
+    n_experts_per_token: int = 2  # K, experts that each token visits
+    d_expert: int = 0  # hidden width of an expert; 0: d_ff
+    n_shared_experts: int = 0  # experts that every token visits, as one SwiGLU of this many times d_expert
+    n_dense_layers: int = 0  # the first layers keep the dense FFN of width d_ff
+    moe_every: int = 1  # of the layers after them, every n-th is MoE (the n-th, the 2n-th ...)
+    moe_layers: list | None = None  # or: exactly these layers, counted from 0
+    router: str = "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
+    norm_topk: bool | None = None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
+    route_scale: float = 1.0  # factor on the gates
+    aux_loss_weight: float | None = None  # load balancing loss; null: 1e-2, for sigmoid 1e-4
+    router_z_loss_weight: float | None = None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
+    bias_update_rate: float | None = None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
+    capacity_factor: float | None = None  # at most so many times the fair share per expert; null: nothing is dropped
+    routing_temperature: float = 1.0  # divides the router's logits
+    router_jitter: float = 0.0  # training noise on the router's input: times uniform(1 - x, 1 + x)
+    expert_dropout: float = 0.0  # share of experts that cannot be chosen, drawn anew each step, training only
+    n_experts_max: int = 0  # slots, for adding, splitting and pruning experts while training; 0: no surgery
+    n_null_experts: int = 0  # choices that compute nothing; n of E + n are used, so depth varies by token
+    # Mixture of Depths (mod_capacity: 1.0 is off)
+    mod_capacity: float | list = 1.0  # share of tokens that a MoD layer computes; or a list, one number per layer
+    mod_routing: str = "learned"  # learned | static (evenly spaced positions) | random
+    mod_start_layer: int = 0  # first layer, from 0
+    mod_end_layer: int | None = None  # last layer; null: the last there is
+    mod_every: int = 1  # of the layers between, every n-th is MoD (the n-th, the 2n-th ...)
+    mod_layers: list | None = None  # or: exactly these layers, counted from 0
+    mod_ffn_only: bool = False  # only the FFN skips tokens, attention sees all
+    mod_anneal_steps: int = 0  # capacity falls from 1.0 in eight equal steps over this many steps
 
     def __post_init__(self):
         """Fill in what follows from the rest. Raises ValueError naming the key, its value and what would work."""
@@ -93,6 +124,98 @@ class ModelConfig:
             )
             extra = set(scaling) & {"mscale", "mscale_all_dim", "truncate"}
             check(not extra, f"model.rope_scaling: {', '.join(sorted(extra))} of DeepSeek's yarn is not supported")
+        self.check_sparse(check)
+
+    def check_sparse(self, check) -> None:
+        """The second half of __post_init__: what concerns MoE and MoD."""
+        E, K, L, T = self.n_experts, self.n_experts_per_token, self.n_layers, self.max_seq_len
+        sigmoid = self.router == "sigmoid"
+        self.d_expert = self.d_expert or self.d_ff
+        self.norm_topk = K > 1 if self.norm_topk is None else self.norm_topk
+        for key, soft, other in (("aux_loss_weight", 1e-2, 1e-4), ("router_z_loss_weight", 1e-3, 0.0)):
+            if getattr(self, key) is None:
+                setattr(self, key, other if sigmoid else soft)
+        if self.bias_update_rate is None:
+            self.bias_update_rate = 1e-3 if sigmoid or self.n_null_experts else 0.0
+        for (
+            key
+        ) in "n_experts d_expert n_shared_experts n_dense_layers n_experts_max n_null_experts mod_anneal_steps".split():
+            check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
+        for key in ("moe_every", "mod_every"):
+            check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
+        for kind, others in (("moe", ("n_dense_layers", "moe_every")), ("mod", ("mod_start_layer", "mod_every"))):
+            layers = getattr(self, f"{kind}_layers")
+            if layers is None:
+                continue
+            ok = all(type(i) is int and 0 <= i < L for i in layers) and len(set(layers)) == len(layers)
+            check(ok, f"model.{kind}_layers: {layers} must be different whole numbers from 0 to {L - 1}")
+            both = [k for k in others if getattr(self, k) != (1 if k.endswith("every") else 0)]
+            check(not both, f"model.{kind}_layers: says which layers, and so does model.{', '.join(both)}; drop one")
+        check(self.n_dense_layers <= L, f"model.n_dense_layers: {self.n_dense_layers} is more than n_layers {L}")
+        if E:
+            check(1 <= K <= E, f"model.n_experts_per_token: {K} must be from 1 to n_experts, {E}")
+            check(self.router in ("softmax", "sigmoid"), f"model.router: {self.router!r} is not softmax or sigmoid")
+            text = "each gate would be 1 and the router could not learn; set norm_topk: false"
+            check(K > 1 or not self.norm_topk, f"model.norm_topk: true does not go with n_experts_per_token: 1: {text}")
+            for key in ("d_model", "d_expert"):  # rows of 16 bytes in every precision: what grouped GEMMs need
+                near = max(8, round(getattr(self, key) / 8) * 8)
+                ok = getattr(self, key) % 8 == 0
+                check(ok, f"model.{key}: {getattr(self, key)} must be a multiple of 8 in a MoE; near it: {near}")
+            factor, least = self.capacity_factor, 1 / E
+            text = f"model.capacity_factor: {factor} is below 1 / n_experts: experts would get no token; try 1.25"
+            check(factor is None or factor >= least, text)
+            for key in ("routing_temperature", "route_scale"):
+                check(getattr(self, key) > 0, f"model.{key}: {getattr(self, key)} must be above 0")
+            for key in ("aux_loss_weight", "router_z_loss_weight", "bias_update_rate"):
+                check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
+            for key in ("router_jitter", "expert_dropout"):
+                check(0 <= getattr(self, key) < 1, f"model.{key}: {getattr(self, key)} is not in [0, 1)")
+            text = f"model.n_experts_max: {self.n_experts_max} is below n_experts {E}; one spare slot: {E + 1}"
+            check(not self.n_experts_max or self.n_experts_max >= E, text)
+            text = (
+                "model.n_experts_max: raw softmax gates depend on the experts not chosen, so a split would change them"
+            )
+            ok = not self.n_experts_max or sigmoid or self.norm_topk
+            check(ok, f"{text}; set norm_topk: true or router: sigmoid")
+            text = "model.n_null_experts: their share is held by the selection bias; set bias_update_rate: 1e-3"
+            check(not self.n_null_experts or self.bias_update_rate > 0, text)
+        else:
+            check(not self.n_null_experts, "model.n_null_experts: needs n_experts; they are choices beside real ones")
+            check(not self.moe_layers, "model.moe_layers: needs n_experts")
+        if self.mod_end_layer is not None:
+            ok = self.mod_start_layer <= self.mod_end_layer < L
+            text = f"from mod_start_layer {self.mod_start_layer} to {L - 1}"
+            check(ok, f"model.mod_end_layer: {self.mod_end_layer} must be {text}")
+        check(0 <= self.mod_start_layer < L, f"model.mod_start_layer: {self.mod_start_layer} must be from 0 to {L - 1}")
+        routings = ("learned", "static", "random")
+        check(self.mod_routing in routings, f"model.mod_routing: {self.mod_routing!r} is not learned, static or random")
+        if isinstance(self.mod_capacity, list):
+            n, c = len(self.mod_capacity), self.mod_capacity
+            check(n == L, f"model.mod_capacity: a list needs {L} numbers, one per layer (1.0: not this one), not {n}")
+            text = "model.mod_capacity: a list says which layers (1.0: not this one); drop mod_layers, mod_every ..."
+            check(self.mod_layers is None and self.mod_every == 1 and not self.mod_start_layer, text)
+        for c in self.mod_capacity if isinstance(self.mod_capacity, list) else [self.mod_capacity]:
+            ok = isinstance(c, (int, float)) and 0 < c <= 1
+            check(ok, f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual")
+            check(c * T >= 1, f"model.mod_capacity: {c} of {T} tokens is less than one; at least {1 / T:.3g}")
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether this layer's FFN is made of experts."""
+        if not self.n_experts or self.moe_layers is not None:
+            return bool(self.n_experts) and layer in self.moe_layers
+        after = layer - self.n_dense_layers
+        return after >= 0 and (after + 1) % self.moe_every == 0
+
+    def capacity(self, layer: int) -> float:
+        """The share of tokens that this layer computes; 1.0: it has no MoD."""
+        if isinstance(self.mod_capacity, list):
+            return float(self.mod_capacity[layer])
+        last = self.n_layers - 1 if self.mod_end_layer is None else self.mod_end_layer
+        after = layer - self.mod_start_layer
+        routed = 0 <= after <= last - self.mod_start_layer and (after + 1) % self.mod_every == 0
+        if self.mod_layers is not None:
+            routed = layer in self.mod_layers
+        return float(self.mod_capacity) if routed else 1.0
 
 
 # ---------------------------------------------------------------- layers
@@ -163,6 +286,7 @@ class KVCache:
 
     Rows are ragged: `filled` (B,) counts the tokens each has, and the caller keeps it within `length`. The slot behind
     takes the padding and is never read. `used`, a plain int, bounds `filled`: attention looks at no more than that.
+    Layers that MoD routes around store only the tokens they compute; `kept` says which.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):
@@ -170,6 +294,8 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.filled = torch.zeros(batch, dtype=torch.long, device=device)
+        routed = () if cfg.mod_ffn_only else [i for i in range(cfg.n_layers) if cfg.capacity(i) < 1]
+        self.kept = {i: torch.zeros(batch, length + 1, dtype=torch.bool, device=device) for i in routed}
         self.length, self.used, self.rows = length, 0, torch.arange(batch, device=device)[:, None]
 
     def place(self, idx: torch.Tensor) -> torch.Tensor:
@@ -185,7 +311,16 @@ class KVCache:
         """Store k and v (B, T, G, D) at positions pos (B, T); return all that the layer has, (B, G, used, D)."""
         self.k[layer][self.rows, :, pos] = k
         self.v[layer][self.rows, :, pos] = v
+        if layer in self.kept:
+            self.kept[layer][self.rows, pos] = True
         return self.k[layer][:, :, : self.used], self.v[layer][:, :, : self.used]
+
+    def visible(self, layer: int, pos: torch.Tensor) -> torch.Tensor:
+        """Which of the used slots queries at pos (B, T) may look at, (B, 1, T, used)."""
+        if layer not in self.kept:
+            return self.mask
+        before = torch.arange(self.used, device=pos.device) <= pos[:, None, :, None]
+        return before & self.kept[layer][:, None, None, : self.used]
 
 
 # ---------------------------------------------------------------- attention
@@ -282,8 +417,8 @@ class Attention(nn.Module):
             y = attend(q, k, v, back_end)
         else:
             k, v = cache.write(layer, pos, k, v)
-            q, gqa = q.transpose(1, 2), cfg.n_kv_heads != cfg.n_heads
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=gqa).transpose(1, 2)
+            q, gqa, mask = q.transpose(1, 2), cfg.n_kv_heads != cfg.n_heads, cache.visible(layer, pos)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))
 
 
@@ -301,19 +436,44 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)); Lunaris' order has no norm before attention."""
+    """What attention and FFN add to the residual stream: x (B, T, C) -> (change (B, T, C), stats of sparse layers).
 
-    def __init__(self, cfg: ModelConfig):
+    h = attention(norm(x)); change = h + FFN(norm(x + h)). Lunaris' order has no norm before attention. The FFN is
+    SwiGLU or MoE; with MoD the block, or only its FFN, computes a share of the tokens.
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.norm_order == "pre" else nn.Identity()
         self.attn = Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
-        self.dropout = cfg.dropout
+        if cfg.is_moe(layer):
+            n = cfg.n_shared_experts
+            self.ffn = MoE(cfg, SwiGLU(cfg.d_model, n * cfg.d_expert) if n else None)
+        else:
+            self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
+        self.mod = MoD(cfg, layer) if cfg.capacity(layer) < 1 else None
+        self.dropout, self.ffn_only = cfg.dropout, cfg.mod_ffn_only
 
-    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, back_end, cache, layer, pos), self.dropout, self.training)
-        return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+    def feed(self, x, rope=None, pos=None):
+        """The FFN's change to x."""
+        y = self.ffn(self.ffn_norm(x))
+        y, stats = y if isinstance(y, tuple) else (y, {})
+        return F.dropout(y, self.dropout, self.training), stats
+
+    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True):
+        def whole(x, rope, pos):
+            h = self.attn(self.attn_norm(x), rope, back_end, cache, layer, pos)
+            h = F.dropout(h, self.dropout, self.training)
+            if self.mod is not None and self.ffn_only:
+                y, stats = self.mod(x + h, self.feed, None, pos, cache, causal)
+            else:
+                y, stats = self.feed(x + h)
+            return h + y, stats
+
+        if self.mod is not None and not self.ffn_only:
+            return self.mod(x, whole, rope, pos, cache, causal)
+        return whole(x, rope, pos)
 
 
 # ---------------------------------------------------------------- head and loss
@@ -374,7 +534,8 @@ class HeadLoss(torch.autograd.Function):
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute (False: keep activations; True: recompute each block).
+    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute (False: keep activations; True: recompute each block),
+    causal (True: without training MoD chooses by its causal rule, False: as in training).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -383,11 +544,12 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is not set and no tokenizer says it")
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         if not cfg.tie_embeddings:
             self.head = Linear(cfg.d_model, cfg.vocab_size)
-        self.compute_dtype, self.z_loss, self.back_end, self.recompute = torch.float32, 0.0, "sdpa", False
+        self.compute_dtype, self.z_loss, self.back_end = torch.float32, 0.0, "sdpa"
+        self.recompute, self.causal = False, True
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -396,19 +558,23 @@ class Transformer(nn.Module):
         | parameter                       | initial value                        |
         |---------------------------------|--------------------------------------|
         | norms                           | 1                                    |
-        | embed, head, wqkv, w13          | normal(0, init_std)                  |
+        | embed, head, wqkv, w13, routers | normal(0, init_std)                  |
         | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
+        | MoD's predictor                 | 0: at first it is the router         |
+
+        Each expert has a generator of its own too, so spare slots change no other expert.
         """
         for name, p in self.named_parameters():
-            if p.dim() < 2:
-                p.fill_(1.0)
+            if p.dim() < 2 or "mod.predictor" in name:
+                p.fill_(0.0 if "mod.predictor" in name else 1.0)
                 continue
             std = self.cfg.init_std
-            if name.endswith(("wo.weight", "w2.weight")):
+            if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
                 std /= math.sqrt(2 * self.cfg.n_layers)
-            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            for e, part in enumerate(p if p.dim() == 3 else [p]):
+                digest = hashlib.blake2b(f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+                part.copy_(torch.randn(part.shape, generator=generator) * std)
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""
@@ -431,24 +597,51 @@ class Transformer(nn.Module):
         rope = rope_tables(cfg, pos)
         x = F.embedding(idx, self.embed.weight).to(self.compute_dtype)
         x = F.dropout(x, cfg.dropout, self.training)
+        found = []  # statistics of the sparse layers, block by block
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                keep_rng = cfg.dropout > 0
-                x = checkpoint(block, x, rope, self.back_end, use_reentrant=False, preserve_rng_state=keep_rng)
+                rng = cfg.dropout > 0 or cfg.router_jitter > 0 or cfg.mod_routing == "random"
+                options = {"use_reentrant": False, "preserve_rng_state": rng}
+                change, stats = checkpoint(block, x, rope, self.back_end, **options)
             else:
-                x = block(x, rope, self.back_end, cache, i, pos)
+                change, stats = block(x, rope, self.back_end, cache, i, pos, self.causal)
+            x = x + change
+            found.append(stats)
         x = self.norm(x)
         if cache is not None:
             x = x[torch.arange(B, device=x.device), (real - 1).clamp(min=0)]
             cache.filled += real
         if targets is None:
             return F.linear(x, self.head_weight().to(x.dtype))
-        grad = torch.is_grad_enabled()
+        grad, valid = torch.is_grad_enabled(), targets >= 0
         total, ce, z, correct = HeadLoss.apply(
             x.flatten(0, 1), self.head_weight(), targets.flatten(), self.z_loss, grad
         )
-        stats = {"ce": ce, "z": z, "count": (targets >= 0).sum().float()}
-        return total, stats if grad else stats | {"correct": correct}
+        stats = {"ce": ce, "z": z, "count": valid.sum().float()}
+        if not grad:
+            stats["correct"] = correct
+        losses = [s["loss"] for s in found if "loss" in s]
+        if losses and self.training:
+            total = total + torch.stack(losses).sum()
+        if self.training:
+            for kind in ("moe", "mod"):  # (layers, numbers): see SUMS and MOD_SUMS in model_moe.py
+                if rows := [s[kind] for s in found if kind in s]:
+                    stats[kind] = torch.stack(rows)
+        elif kept := [s for s in found if "kept" in s]:  # (layers, 2): kept and agreeing among the valid tokens
+            stats["depth"] = torch.stack([torch.stack([(s[k] & valid).sum() for k in ("kept", "agree")]) for s in kept])
+        return total, stats
+
+    def sparse_layers(self, kind: str) -> dict[int, nn.Module]:
+        """The MoE (kind moe) or MoD (kind mod) modules by layer."""
+        picked = {i: block.ffn if kind == "moe" else block.mod for i, block in enumerate(self.blocks)}
+        return {i: m for i, m in picked.items() if isinstance(m, (MoE, MoD))}
+
+    def set_step(self, step: int) -> None:
+        """Anneal MoD's capacity: from 1.0 to its target in eight equal steps over cfg.mod_anneal_steps."""
+        for mod in self.sparse_layers("mod").values():
+            done = min(1.0, 8 * step // self.cfg.mod_anneal_steps / 8) if self.cfg.mod_anneal_steps else 1.0
+            if (capacity := 1 - (1 - mod.target) * done) != mod.capacity:
+                mod.set_capacity(capacity)
 
     @torch.no_grad()
     def generate(
@@ -496,20 +689,38 @@ class Transformer(nn.Module):
     # ---- arithmetic
 
     def n_params(self) -> dict[str, int]:
-        """Parameters: total, active per token (the same in a dense model), and without the embedding tables."""
-        total = sum(p.numel() for p in self.parameters())
-        tables = self.embed.weight.numel() * (1 if self.cfg.tie_embeddings else 2)
-        return {"total": total, "active": total, "non_embedding": total - tables}
+        """Parameters: total, active per token (K of the experts; null experts save their share), without embeddings."""
+        cfg, total = self.cfg, sum(p.numel() for p in self.parameters())
+        tables = self.embed.weight.numel() * (1 if cfg.tie_embeddings else 2)
+        idle = 0
+        for moe in self.sparse_layers("moe").values():
+            each = 3 * cfg.d_model * cfg.d_expert
+            idle += moe.router.slots * each - round(self.experts_used() * each)
+        return {"total": total, "active": total - idle, "non_embedding": total - tables}
+
+    def experts_used(self) -> float:
+        """Experts that compute something for a token, on average when loads are balanced."""
+        cfg = self.cfg
+        return cfg.n_experts_per_token * cfg.n_experts / max(1, cfg.n_experts + cfg.n_null_experts)
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
         """Training FLOPs per token, forward and backward: 6 per weight that multiplies + 12 L H D T for attention.
 
-        PaLM's convention (Chowdhery et al. 2022, appendix B): causality is not discounted, so that MFUs compare.
+        PaLM's convention (Chowdhery et al. 2022, appendix B): causality is not discounted, so that MFUs compare. Of the
+        experts those that are used count; in a MoD layer of capacity c weights count c times, attention c^2 times.
         """
         cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and name != "embed.weight")
-        weights += cfg.vocab_size * cfg.d_model if cfg.tie_embeddings else 0
-        return 6 * weights + 12 * cfg.n_layers * cfg.n_heads * cfg.head_dim * T
+        flops = 6 * cfg.vocab_size * cfg.d_model
+        for i, block in enumerate(self.blocks):
+            c = cfg.capacity(i)
+            attn = sum(p.numel() for p in block.attn.parameters() if p.dim() >= 2)
+            ffn = sum(p.numel() for p in block.ffn.parameters() if p.dim() == 2)
+            if cfg.is_moe(i):
+                ffn += self.experts_used() * 3 * cfg.d_model * cfg.d_expert
+            mod = sum(p.numel() for p in block.mod.parameters() if p.dim() == 2) if block.mod is not None else 0
+            deep = 1.0 if cfg.mod_ffn_only else c  # the share of tokens that attention computes
+            flops += 6 * (deep * attn + c * ffn + mod) + 12 * cfg.n_heads * cfg.head_dim * T * deep**2
+        return round(flops)
 
     def kv_cache_bytes(self, tokens: int = 1, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values for `tokens` tokens of one sequence."""
