@@ -42,6 +42,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E305": ("the checkpoint does not fit the model", "use the model: block of the run's config.yaml"),
     "E306": ("the checkpoint is of another version", "use the Lumen version that wrote it"),
     "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
+    "E308": ("experts or depth cannot be changed so", "see model.n_experts_max and the message; nothing was changed"),
     "E400": ("this model has no Hugging Face architecture", "norm_order: pre, and no option the message names"),
     "E401": ("the folder or file cannot be imported", "Llama or Qwen3 as safetensors, or a Lunaris .pt"),
     "E402": ("exported and original model disagree", "report it with EXPORT.json: this is a bug"),

@@ -173,6 +173,7 @@ def load(path, best=False, step: int | None = None, tokenizer=None, device="auto
         model.load_state_dict(found.model_state(), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("E305", f"{found.path}: {error}") from error
+    model.set_step(found.step)  # where MoD's capacity was
     # a layer would cast its weight in every forward pass; here nobody needs the fp32 ones, so it is done once
     model = model.to(here.device, here.compute_dtype).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype

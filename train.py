@@ -35,6 +35,22 @@ import tokenizer as tokenizers
 from errors import UserError, command
 from loader import Loader, Source, val_rows
 from model import ModelConfig, Transformer, pick_attention
+from model_moe import (
+    MOD_SUMS,
+    SUMS,
+    MoD,
+    add_expert,
+    draw_dropout,
+    expert_numbers,
+    expert_statistics,
+    mod_statistics,
+    pick_back_end,
+    prune_expert,
+    recycle_expert,
+    release_twins,
+    restore_expert,
+    update_balance,
+)
 
 # ---------------------------------------------------------------- configuration
 
@@ -66,6 +82,7 @@ class Config:
     weight_decay: float = 0.1  # on matrices only
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     z_loss: float = 0.0  # weight of logsumexp(logits)^2, keeps logits small; 1e-4 is usual
+    router_lr_factor: float = 1.0  # routers of MoE and MoD learn at this times the learning rate
     # evaluation, saving, logging
     eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
     eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
@@ -74,6 +91,7 @@ class Config:
     save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
     log_interval: int = 20  # steps
+    expert_log_interval: int = 0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
     wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
     wandb_entity: str | None = None  # team or user
     wandb_run_name: str | None = None  # null: the name of out_dir
@@ -86,6 +104,7 @@ class Config:
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
     deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
     attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
+    expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
     activation_checkpointing: str = "none"  # none | block: recompute blocks in backward; less memory, slower
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
@@ -102,11 +121,21 @@ CHOICES = {
     "optimizer": ("adamw",),
     "activation_checkpointing": ("none", "block"),
     "resume": ("auto", "none"),
+    "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
 }
 AT_LEAST = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 0, "batch_tokens": 1, "eval_tokens": 1}
 AT_LEAST |= dict.fromkeys(("eval_interval", "save_interval", "save_total_limit", "keep_every", "weight_decay"), 0)
 AT_LEAST |= dict.fromkeys(("grad_clip", "z_loss", "warmup_steps", "min_lr", "num_epochs", "val_fraction", "seed"), 0)
-AT_LEAST |= {"early_stopping_patience": 0, "log_interval": 1, "learning_rate": 0, "eps": 0, "beta1": 0, "beta2": 0}
+AT_LEAST |= {
+    "expert_log_interval": 0,
+    "router_lr_factor": 0,
+    "early_stopping_patience": 0,
+    "log_interval": 1,
+    "learning_rate": 0,
+    "eps": 0,
+    "beta1": 0,
+    "beta2": 0,
+}
 BELOW_ONE = ("beta1", "beta2", "val_fraction")
 
 
@@ -121,7 +150,7 @@ def convert(value, kind, where: str):
             return value
         if str in kinds and value is False:
             return "none"  # YAML reads off and no as false: they mean none where a word is expected
-    elif dict in kinds and isinstance(value, dict):
+    elif (dict in kinds and isinstance(value, dict)) or (list in kinds and isinstance(value, list)):
         return value
     else:
         if bool in kinds and str(value).lower() in ("true", "false"):
@@ -268,6 +297,8 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
     if cfg.data and not isinstance(cfg.data.get("sources"), dict):
         refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
+    if cfg.expert_log_interval % cfg.log_interval:
+        refuse("expert_log_interval", f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}")
     return cfg
 
 
@@ -287,12 +318,10 @@ def lunaris_keys(model: dict, where, notes: list[str]) -> None:
         theta = float(model.get("rope_theta", 10000.0)) * float(model.get("max_seq_len", 1024)) / base
         model["rope_theta"] = theta
         notes.append(f"model.rope_ntk_scale_base {base:g} is applied: rope_theta {theta:g}")
-    if model.get("n_experts") not in (None, 0, "0", False):
-        raise UserError("E002", f"{where('model.n_experts')}: this version trains dense models only; set n_experts: 0")
-    for key in ("n_experts", "n_experts_per_token", "aux_loss_weight", "capacity_factor", "router_z_loss_weight"):
-        if key in model:
-            model.pop(key)
-            notes.append(f"model.{key} has no effect in a dense model")
+    if "n_experts" in model and not model["n_experts"]:
+        model["n_experts"] = 0  # null is a dense model there
+    if model.get("n_experts") and "n_experts_per_token" not in model:
+        notes.append("model.n_experts_per_token is not given: 2 here (Lunaris Codex: 1)")
 
 
 def help_text() -> str:
@@ -333,12 +362,20 @@ def lr_at(cfg: Config, step: int) -> float:
 
 
 def build_optimizer(cfg: Config, model: Transformer) -> torch.optim.Optimizer:
-    """Fused AdamW with its state allocated at once; matrices decay, norms do not; every parameter in one group."""
+    """Fused AdamW with its state allocated at once; matrices decay, norms do not; every parameter in one group.
+
+    Routers are a group of their own; `lr_factor` is what each group multiplies the schedule by.
+    """
     named = dict(model.named_parameters())
+    routing = [p for name, p in named.items() if ".router." in name or ".predictor." in name]
+    routers = {id(p) for p in routing}
+    others = [p for p in named.values() if id(p) not in routers]
     groups = [
-        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
+        {"params": routing, "weight_decay": cfg.weight_decay, "lr_factor": cfg.router_lr_factor},
     ]
+    groups = [{"lr_factor": 1.0} | g for g in groups if g["params"]]
     ids = [id(p) for g in groups for p in g["params"]]
     assert sorted(ids) == sorted(id(p) for p in named.values()), "groups must cover every parameter exactly once"
     optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
@@ -465,6 +502,10 @@ class Parallel:
             if e is not None:
                 raise UserError(e.code, e.text if rank == 0 else f"rank {rank}: {e.text}")
         return result
+
+    def move_row(self, tensor: torch.Tensor, source: int, target: int) -> None:
+        """Row `source` of a tensor over row `target` (expert slots); here every rank holds both."""
+        tensor[target].copy_(tensor[source])
 
     def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
         """[(offset, global shape, local tensor, writes)]: every region of `tensor` that this rank holds."""
@@ -630,7 +671,11 @@ class Trainer:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
         if saved is None:
             return None
-        model, now = saved.state["config"]["model"], dataclasses.asdict(cfg.model)
+        now = dataclasses.asdict(cfg.model)
+        try:  # keys that are newer than the checkpoint have their defaults
+            model = dataclasses.asdict(ModelConfig(**saved.state["config"]["model"]))
+        except (TypeError, ValueError) as error:
+            raise UserError("E306", f"{saved.path}: {error}") from error
         differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
         if differ:
             raise UserError("E305", f"{saved.path}: model keys differ: {'; '.join(differ)}")
@@ -721,13 +766,15 @@ class Trainer:
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         cfg.attention, self.attention_why = par.broadcast((back_end, why))
+        if cfg.model.n_experts:
+            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept("expert_back_end")))
         deterministic = kept("deterministic")
         if deterministic is None:
             deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
         if deterministic not in (True, False):
             raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
         cfg.deterministic = par.broadcast(deterministic)
-        names = ("max_steps", "precision", "compile_model", "attention", "deterministic")
+        names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
         self.auto = {"rows": rows, **{k: getattr(cfg, k) for k in names}}
         self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
         self.versions |= {"device": self.machine.name, "world": par.world}
@@ -760,6 +807,18 @@ class Trainer:
             segments = past + future
         self.segments = segments
 
+    def pick_experts(self, kept: str | None) -> tuple[str, str]:
+        """The back end of the expert layer and why it is that one."""
+        cfg, m = self.cfg, self.cfg.model
+        shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
+        try:
+            name, why = pick_back_end(
+                kept or cfg.expert_back_end, self.parallel.device, self.machine.compute_dtype, *shape
+            )
+        except ValueError as error:
+            raise UserError("E003", f"expert_back_end: {error}") from error
+        return name, "as in the checkpoint" if kept else why
+
     def start_block(self, notes: list[str]) -> None:
         """What will run, before it runs."""
         cfg, m, say = self.cfg, self.cfg.model, self.say
@@ -768,7 +827,10 @@ class Trainer:
         for note in (*notes, *self.machine.notes, *self.changes):
             say(f"note       {note}")
         shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
-        say(f"model      {n['total']:,} parameters, {n['non_embedding']:,} of them no embeddings: {shape}")
+        active = f", {n['active']:,} active" if n["active"] != n["total"] else ""
+        say(f"model      {n['total']:,} parameters{active}, {n['non_embedding']:,} of them no embeddings: {shape}")
+        for line in self.sparse_lines():
+            say(line)
         if not self.sources:
             say("data       not prepared yet: its size, and a length that follows from it, are unknown")
         for name, s in self.sources.items():
@@ -804,6 +866,32 @@ class Trainer:
         if self.machine.device.type == "cuda" and cfg.deterministic:
             say("advice     deterministic: true costs speed on CUDA (not measured yet)")
 
+    def sparse_lines(self) -> list[str]:
+        """The start block's lines on MoE and MoD."""
+        m, lines = self.cfg.model, []
+        moe = [i for i in range(m.n_layers) if m.is_moe(i)]
+        mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
+        if moe:
+            more = f", {m.n_shared_experts} shared" if m.n_shared_experts else ""
+            more += f", {m.n_null_experts} null" if m.n_null_experts else ""
+            more += f", {m.n_experts_max} slots" if m.n_experts_max else ""
+            gates = f"{m.router}{', renormalised' if m.norm_topk else ''}"
+            text = f"{m.n_experts_per_token} of {m.n_experts} x {m.d_expert}{more} in {len(moe)} layers; {gates}"
+            text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
+            drop = f"capacity {m.capacity_factor:g}" if m.capacity_factor else "dropless"
+            lines.append(f"experts    {text}; {drop}; {self.cfg.expert_back_end}: {self.experts_why}")
+        if mod:
+            what = "FFN" if m.mod_ffn_only else "block"
+            mean = sum(m.capacity(i) for i in mod) / len(mod)
+            text = f"{m.mod_routing} routing, capacity {mean:.3g}, {what} of {len(mod)} layers"
+            anneal = f", from 1.0 over {m.mod_anneal_steps} steps" if m.mod_anneal_steps else ""
+            lines.append(f"depth      {text}{anneal}")
+        if moe or mod:
+            from export import refusals  # only here: a run that cannot be exported should know it before it starts
+
+            lines += [f"advice     will not export to Hugging Face: {why}" for why in refusals(m)[:3]]
+        return lines
+
     def own_out_dir(self) -> None:
         """All is checked: rank 0 makes out_dir, or empties it where overwrite says so."""
         if not self.main:
@@ -827,7 +915,14 @@ class Trainer:
         model = self.model = par.build(cfg)
         model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
         model.recompute = cfg.activation_checkpointing == "block"
+        self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
+        for moe in self.moe.values():
+            moe.back_end = cfg.expert_back_end
+        n = next(iter(self.moe.values())).router.n if self.moe else 0
+        self.sparse_shapes = [(len(self.moe), len(SUMS) + n), (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len)]
+        self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
         if cfg.compile_model:
+            torch._dynamo.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
             for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
                 block.compile()
         self.optimizer = build_optimizer(cfg, model)
@@ -849,9 +944,9 @@ class Trainer:
         self.val_set = val_rows(self.val_sources, weights, count) if weights else []
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds, by name."""
+        """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
         named = dict(self.model.named_parameters())
-        out = {f"model.{name}": p.detach() for name, p in named.items()}
+        out = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, p in named.items():
             out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         return out
@@ -891,6 +986,8 @@ class Trainer:
             saved = checkpoint.find(path, say=self.say)
             model, state = ModelConfig(**saved.state["config"]["model"]), saved.model_state()
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
+        if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
+            free.append("n_experts_max")
         there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:
@@ -898,7 +995,8 @@ class Trainer:
         mine = self.tensors()
         for name, tensor in state.items():
             for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
-                local.copy_(tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))])
+                part = tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))]
+                local[tuple(map(slice, part.shape))].copy_(part)
         self.say(f"weights    from {path}")
 
     def open_files(self) -> None:
@@ -963,7 +1061,8 @@ class Trainer:
             # schedule
             lr = lr_at(cfg, self.step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
+            model.set_step(self.step)
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
             here = self.step != self.started_at or (last and self.evaluated_at != self.step)
@@ -984,6 +1083,9 @@ class Trainer:
             # micro-steps
             stats = torch.zeros(len(STATS), dtype=double)
             sums = torch.zeros(3, dtype=double, device=par.device)
+            sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
+            if cfg.model.expert_dropout:
+                draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
             for micro in range(cfg.gradient_accumulation_steps):
                 waited = time.perf_counter()
                 try:
@@ -1000,11 +1102,13 @@ class Trainer:
                     loss = total / nominal
                     (loss if self.scale is None else loss * self.scale).backward()
                 sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
+                if self.n_sparse:
+                    sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
             # reduce
             stats[STAT["stop"]], stats[STAT["save"]] = self.stop_signal, self.save_signal
             stats = stats.to(par.device)
             stats[:3] = sums
-            stats = par.reduce(model, stats)
+            stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split([len(STATS), self.n_sparse])
             norm = par.grad_norm(model)
             # guard
             bad = self.orchestrator.guard(stats, norm)
@@ -1018,6 +1122,8 @@ class Trainer:
             optimizer.found_inf = bad.float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            moe_sums, mod_sums = self.unpack(sparse)
+            update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
                 self.scale_good = torch.where(bad, 0.0, self.scale_good + 1)
                 grow = self.scale_good >= 2000
@@ -1026,6 +1132,11 @@ class Trainer:
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
             numbers = torch.cat([stats, torch.stack([norm.to(double), bad.to(double)])])
+            if self.n_sparse and (self.step + 1) % (cfg.expert_log_interval or cfg.log_interval) == 0:
+                if self.moe:
+                    moe_sums = expert_numbers(self.moe, moe_sums)
+                numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
+            self.sparse = sparse
             self.pending = (self.step, self.cursor, lr, *to_host(numbers))
             # advance
             self.step += 1
@@ -1056,7 +1167,7 @@ class Trainer:
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        ce, z, count, unread, stop, save, norm, bad = numbers.tolist()
+        (ce, z, count, unread, stop, save, norm, bad), sparse = numbers[:8].tolist(), numbers[8:]
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
@@ -1065,6 +1176,11 @@ class Trainer:
         seen = {"step": step, "cursor": cursor, "loss": ce / max(count, 1), "z_loss": z / max(count, 1), "lr": lr}
         seen |= {"grad_norm": norm, "bad": bool(bad), "stop": stop > 0, "save": save > 0}
         self.orchestrator.observe(seen | {"loss_finite": math.isfinite(ce)})
+        if len(sparse):
+            seen |= self.routing(sparse)
+            for layer, moe in self.moe.items() if self.cfg.model.n_experts_max else ():
+                for pair in release_twins(moe):
+                    self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
         if self.bar:
@@ -1118,7 +1234,9 @@ class Trainer:
         (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
         names = list(self.val_sources)
         double = torch.float32 if par.device.type == "mps" else torch.float64
-        sums = torch.zeros(len(names), 3, dtype=double, device=par.device)  # ce, targets, correct
+        sums = torch.zeros(len(names), 4, dtype=double, device=par.device)  # ce, targets, correct; ce as MoD trains
+        depth = torch.zeros(len(self.mod), 2, dtype=double, device=par.device)  # tokens kept; agreeing with training
+        learned = any(mod.routing == "learned" for mod in self.mod.values())
         sizes = torch.zeros(len(names), 1, dtype=double)  # bytes
         model.eval()
         for first in range(0, len(self.val_set), rows * count):
@@ -1131,19 +1249,26 @@ class Trainer:
                 for r, i in enumerate(chosen):
                     window[r] = self.val_sources[name].window(i)
                 x, y = window[:, :-1].clip(min=0), window[:, 1:]
-                _, parts = model(
-                    self.to_device(np.ascontiguousarray(x)), targets=self.to_device(np.ascontiguousarray(y))
-                )
                 sizes[k] += int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
-                sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"]]).to(double)
+                x, y = self.to_device(np.ascontiguousarray(x)), self.to_device(np.ascontiguousarray(y))
+                _, parts = model(x, targets=y)
+                as_trained = parts["ce"]
+                if self.mod:
+                    depth += parts["depth"].to(double)
+                if learned:  # once more by the rule of training, which may look ahead
+                    model.causal = False
+                    as_trained = model(x, targets=y)[1]["ce"]
+                    model.causal = True
+                sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"], as_trained]).to(double)
             if par.agree([self.stop_signal])[0]:
                 model.train()
                 self.say("evaluation left: a signal came")
                 self.evaluated_at = None
                 return False
         model.train()
-        sums = torch.stack(par.gather(torch.cat([sums.cpu(), sizes], dim=1))).sum(0)
-        ce, targets, correct, size = sums.sum(0).tolist()
+        parts = par.gather((torch.cat([sums.cpu(), sizes], dim=1), depth.cpu()))
+        sums, depth = (torch.stack(part).sum(0) for part in zip(*parts))
+        ce, targets, correct, as_trained, size = sums.sum(0).tolist()
         self.val_loss = ce / targets
         better = self.best_val_loss is None or self.val_loss < self.best_val_loss
         new_best = better and math.isfinite(self.val_loss)
@@ -1157,6 +1282,11 @@ class Trainer:
         row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens, "val_loss": self.val_loss}
         row |= {"val_accuracy": correct / targets, "val_bpb": ce / math.log(2) / size if size else None}
         row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+        if self.mod:  # a model makes text by the causal rule, so that is val_loss
+            usage, agree = (depth / targets).T.tolist()
+            row |= {"val_loss_as_trained": as_trained / targets, "mod_gap": (ce - as_trained) / targets}
+            row |= {"mod_agreement": sum(agree) / len(agree)}
+            row |= {"mod_depth": cfg.model.n_layers - sum(1 - u for u in usage)}
         if len(names) > 1:
             row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
         self.record(row)
@@ -1165,6 +1295,10 @@ class Trainer:
         took = time.perf_counter() - began
         right = f"{100 * row['val_accuracy']:.1f} % right"
         self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
+        if self.mod:
+            text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}, the rules agree on "
+            text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
+            self.say(f"           causal rule above; {text}")
         self.clock += took
         return new_best
 
@@ -1243,6 +1377,161 @@ class Trainer:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, row["step"])
 
+    # ---- sparse layers
+
+    def unpack(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One flat vector of sums -> those of the MoE layers and of the MoD layers, a row each."""
+        parts = sparse.split([a * b for a, b in self.sparse_shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.sparse_shapes))
+
+    def routing(self, numbers: torch.Tensor) -> dict:
+        """Statistics of the sparse layers from one host copy: {"experts": ..., "depth": ...}."""
+        cfg, found = self.cfg.model, {}
+        kept = self.sparse_shapes[1][0] * self.sparse_shapes[1][1]
+        moe, mod = numbers.split([len(numbers) - kept, kept])
+        if self.moe:
+            rows = moe.view(len(self.moe), -1)
+            found["experts"] = expert_statistics(list(self.moe), rows, cfg.n_null_experts)
+        if self.mod:
+            dense = plan.on_meta(dataclasses.replace(cfg, mod_capacity=1.0)).flops_per_token()
+            saved = 1 - self.flops_per_token / dense
+            rows = mod.view(self.sparse_shapes[1])
+            found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
+        return found
+
+    def routing_row(self, seen: dict) -> dict:
+        """What metrics.jsonl says of the sparse layers; and their charts, to wandb and TensorBoard."""
+        cfg, row = self.cfg.model, {}
+        if "experts" in seen:
+            e, layers = seen["experts"], seen["experts"]["layers"]
+            row |= {"aux_loss": cfg.aux_loss_weight * sum(x["load_balance_loss"] for x in layers.values())}
+            row |= {"router_z_loss": cfg.router_z_loss_weight * sum(x["router_z"] for x in layers.values())}
+            names = ("routing_entropy", "max_entropy", "max_violation", "tokens_dropped", "dead", "confidence")
+            row |= {f"experts/{k}": e[k] for k in (*names, "token_entropy", "null_share")}
+            row |= {"experts/bias_min": e["bias_range"][0], "experts/bias_max": e["bias_range"][1]}
+            row |= {f"experts/share/{i}": x["per_expert_utilization"] for i, x in layers.items()}
+            for i, x in layers.items():
+                self.chart(f"experts/share/{i}", x["per_expert_utilization"], seen["step"] + 1)
+        if "depth" in seen:
+            d = seen["depth"]
+            row |= {"mod_loss": MoD.BCE_WEIGHT * d["predictor_loss"] * len(self.mod)}
+            row |= {f"depth/{k}": d[k] for k in ("capacity_factor", "average_depth", "predictor_agreement")}
+            row |= {f"depth/usage/{i}": u for i, u in d["per_layer_usage"].items()}
+            self.chart("depth/position", d["position_usage"], seen["step"] + 1)
+        return row
+
+    def routing_lines(self, seen: dict) -> list[str]:
+        """The compact form for the console."""
+        lines = []
+        if "experts" in seen:
+            e = seen["experts"]
+            worst = max(e["layers"], key=lambda i: e["layers"][i]["max_violation"])
+            text = (
+                f"hottest {1 + e['max_violation']:.2f} x fair (layer {worst}), entropy {e['routing_entropy']:.3f} of "
+            )
+            text += f"{e['max_entropy']:.3f} nats, dead {e['dead']}, dropped {e['tokens_dropped']}, bias "
+            text += "{:+.3f} to {:+.3f}, ".format(*e["bias_range"]) + f"confidence {e['confidence']:.2f}"
+            lines.append(f"experts    {text}")
+        if "depth" in seen:
+            d = seen["depth"]
+            text = f"{d['average_depth']:.2f} of {self.cfg.model.n_layers} layers a token, capacity "
+            text += f"{d['capacity_factor']:.3f}, predictor agrees {100 * d['predictor_agreement']:.1f} %"
+            lines.append(f"depth      {text}")
+        return lines
+
+    def chart(self, name: str, values: list, step: int) -> None:
+        """A bar per value, to wandb and TensorBoard."""
+        values = np.array([v or 0.0 for v in values])
+        edges = np.arange(len(values) + 1) - 0.5
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges))}, step=step)
+        if self.board:
+            centres = np.arange(len(values))
+            total, squares = float((values * centres).sum()), float((values * centres**2).sum())
+            self.board.add_histogram_raw(
+                name,
+                0.0,
+                len(values) - 1.0,
+                float(values.sum()),
+                total,
+                squares,
+                edges[1:].tolist(),
+                values.tolist(),
+                step,
+            )
+
+    def last_routing(self, kind: str) -> dict:
+        if not (self.moe if kind == "experts" else self.mod):
+            what = "MoE: set model.n_experts" if kind == "experts" else "MoD: set model.mod_capacity"
+            return {"refused": "E308", "reason": f"this model has no layer of {what}"}
+        if self.sparse is None:
+            return {"refused": "E308", "reason": "no step has been made yet"}
+        moe, mod = self.unpack(self.sparse)
+        moe = expert_numbers(self.moe, moe) if self.moe else moe
+        return self.routing(torch.cat([moe.flatten(), mod.flatten()]).cpu())[kind]
+
+    def get_expert_statistics(self) -> dict:
+        """Of the last step, over all ranks: per_expert_utilization, routing_entropy, load_balance_loss, tokens_dropped
+        and more, per layer under "layers" and over all; see model_moe.expert_statistics."""
+        return self.last_routing("experts")
+
+    def get_mod_statistics(self) -> dict:
+        """Of the last step, over all ranks; see model_moe.mod_statistics."""
+        return self.last_routing("depth")
+
+    def surgery(self, action: str, layer: int, do, **said) -> dict:
+        """Change the experts of a layer on every rank alike; a decision, or a refused one with its reason."""
+        decision = {"step": self.step, "attempt": self.attempt, "action": action, "layer": layer, **said}
+        if layer not in self.moe:
+            reason = f"layer {layer} has no experts; layers that have: {list(self.moe) or 'none'}"
+            decision |= {"refused": "E308", "reason": reason}
+        else:
+            try:  # the same bits on every rank, so the same choice, and the same refusal
+                decision |= do(self.moe[layer])
+            except ValueError as error:
+                decision |= {"refused": "E308", "reason": f"layer {layer}: {error}"}
+        self.append("decisions.jsonl", decision)
+        what = " ".join(f"{k} {v}" for k, v in decision.items() if k not in ("attempt", "refused"))
+        self.say(f"decision   {'E308 refused: ' if 'refused' in decision else ''}{what}")
+        return decision
+
+    def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
+        """Split an expert, by default the hottest, into a free slot of layer `layer_idx`. Call it on all ranks."""
+
+        def do(moe):
+            seed = mix(self.cfg.seed, -1 - self.cursor) + layer_idx
+            return dict(zip(("parent", "expert"), add_expert(moe, self.optimizer, self.step, parent, seed >> 8, move)))
+
+        move = self.parallel.move_row
+        return self.surgery("add_expert", layer_idx, do)
+
+    def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
+        """Take an expert out of the choice; restore_expert undoes it while its window is open."""
+        return self.surgery(
+            "prune_expert",
+            layer_idx,
+            lambda moe: prune_expert(moe, self.step, expert_idx, force) or {},
+            expert=expert_idx,
+        )
+
+    def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
+        """Undo prune_expert."""
+        return self.surgery(
+            "restore_expert", layer_idx, lambda moe: restore_expert(moe, self.step, expert_idx) or {}, expert=expert_idx
+        )
+
+    def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
+        """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
+
+        def do(moe):
+            seed = mix(self.cfg.seed, -1 - self.cursor) + layer_idx
+            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, seed >> 8, self.parallel.move_row)
+            return dict(zip(("parent", "expert"), pair))
+
+        return self.surgery("recycle_expert", layer_idx, do)
+
     def restart_clock(self) -> None:
         self.clock, self.data_wait, self.clock_step = time.perf_counter(), 0.0, self.step
 
@@ -1261,6 +1550,7 @@ class Trainer:
         row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
         row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
         row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
+        row |= self.routing_row(seen)
         row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
         self.record(row)
         left = (cfg.max_steps - done) * seconds / steps
@@ -1269,6 +1559,8 @@ class Trainer:
         self.say(
             f"step {done:>6}/{cfg.max_steps}  {numbers}  {plan.describe(speed)} tok/s  {share}  {clock(left)} left"
         )
+        for line in self.routing_lines(seen):
+            self.say(line)
         if self.bar:
             self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
         self.restart_clock()
