@@ -1,12 +1,13 @@
-"""To and from Hugging Face folders, with a check; import of dense Lunaris Codex checkpoints.
+"""To and from Hugging Face folders, with a check; import of Lunaris Codex checkpoints.
 
     python export.py to_hf out/run DIR [--dtype float32|bfloat16|float16] [--best] [--check]
     python export.py from_hf DIR out/run
     python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...: only what the file does not say]
 
-A model without QK-norm IS a Llama, one with QK-norm IS a Qwen3: our fused matrices are theirs on top of one another,
-so both directions only slice and rename, and every bit survives. Nothing is unpickled except a Lunaris .pt, and that
-with weights_only. Every folder is written under another name and then renamed.
+A model without QK-norm IS a Llama, one with QK-norm IS a Qwen3; with experts they are a Mixtral and a Qwen3Moe, with a
+sigmoid router a Dots1. Our fused matrices are theirs on top of one another, so both directions only slice and rename,
+and every bit survives. Nothing is unpickled except a Lunaris .pt, and that with weights_only. Every folder is written
+under another name and then renamed.
 """
 
 from __future__ import annotations
@@ -40,18 +41,52 @@ ROPE_KEYS = {  # what rope_tables() in model.py reads of rope_scaling; transform
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
 }
+CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "dots1": "Dots1"}
+DENSE = {  # our keys in the words of config.json
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "d_ff": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range", "tie_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+MOE = DENSE | {"n_experts_per_token": "num_experts_per_tok", "d_expert": "moe_intermediate_size"}
+KEYS = {
+    "llama": DENSE, "qwen3": DENSE, "mixtral": MOE | {"n_experts": "num_local_experts", "d_expert": "intermediate_size"},
+    "qwen3_moe": MOE | {"n_experts": "num_experts", "norm_topk": "norm_topk_prob"},
+    "dots1": MOE | {"n_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
+                    "norm_topk": "norm_topk_prob", "n_dense_layers": "first_k_dense_replace",
+                    "route_scale": "routed_scaling_factor"},
+}  # fmt: skip
+MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+DOTS1_MUST = {"n_group": 1, "topk_group": 1}  # and, for vLLM, which scales the shared expert too (as of 2025):
+DOTS1_MUST |= {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+DEAD = -1e9  # Dots1's selection bias of an empty slot: no score, which is below 1, can make up for it
 
 
-def layout(cfg: ModelConfig) -> list[tuple[str, str, int, list[int]]]:
-    """(our tensor, Hugging Face's tensor, its first row in ours, its shape) for every one of theirs."""
-    d, f, q, kv = cfg.d_model, cfg.d_ff, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    table = []
+def model_type(cfg: ModelConfig) -> str:
+    """Hugging Face's name for this kind of model, provided that `refusals` finds nothing."""
+    if not any(map(cfg.is_moe, range(cfg.n_layers))):
+        return "qwen3" if cfg.qk_norm else "llama"
+    return "dots1" if cfg.router == "sigmoid" else "qwen3_moe" if cfg.qk_norm else "mixtral"
+
+
+def layout(cfg: ModelConfig, kept: dict | None = None, fused=False) -> list[tuple[str, str, list[int], list[int]]]:
+    """(our tensor, Hugging Face's tensor, where it starts in ours, its shape) for every one of theirs.
+
+    kept: {layer: slots whose experts there are}, by default all. fused: transformers 5 can write a layer's experts as
+    two 3-D tensors, as we do; everybody reads a tensor per expert.
+    """
+    d, q, kv, I = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_expert
+    kind, table = model_type(cfg), []
 
     def add(ours, *parts):
         first = 0
         for theirs, *shape in parts:
-            table.append((f"{ours}.weight", f"{theirs}.weight", first, shape))
+            table.append((f"{ours}.weight", f"{theirs}.weight", [first, 0][: len(shape)], shape))
             first += shape[0]
+
+    def swiglu(ours, theirs, width):
+        add(f"{ours}.w13", (f"{theirs}.gate_proj", width, d), (f"{theirs}.up_proj", width, d))
+        add(f"{ours}.w2", (f"{theirs}.down_proj", d, width))
 
     add("embed", ("model.embed_tokens", cfg.vocab_size, d))
     for i in range(cfg.n_layers):
@@ -64,8 +99,23 @@ def layout(cfg: ModelConfig) -> list[tuple[str, str, int, list[int]]]:
             add(f"{b}.attn.q_norm", (f"{a}.q_norm", cfg.head_dim))
             add(f"{b}.attn.k_norm", (f"{a}.k_norm", cfg.head_dim))
         add(f"{b}.ffn_norm", (f"{h}.post_attention_layernorm", d))
-        add(f"{b}.ffn.w13", (f"{m}.gate_proj", f, d), (f"{m}.up_proj", f, d))
-        add(f"{b}.ffn.w2", (f"{m}.down_proj", d, f))
+        if not cfg.is_moe(i):
+            swiglu(f"{b}.ffn", m, cfg.d_ff)
+            continue
+        slots = kept[i] if kept else range(cfg.n_experts_max or cfg.n_experts)
+        names = ("gate_proj", "up_proj", "down_proj")
+        if kind == "mixtral" and not fused:
+            m, names = f"{h}.block_sparse_moe", ("w1", "w3", "w2")
+        add(f"{b}.ffn.router", (f"{m}.gate", len(slots), d))
+        if kind == "dots1":
+            table.append((f"{b}.ffn.router.bias", f"{m}.gate.e_score_correction_bias", [0], [len(slots)]))
+            swiglu(f"{b}.ffn.shared", f"{m}.shared_experts", cfg.n_shared_experts * I)  # of width 0 without any
+        parts = [("w13", names[0], 0, [I, d]), ("w13", names[1], I, [I, d]), ("w2", names[2], 0, [d, I])]
+        for j, slot in enumerate(slots if not fused else ()):
+            for w, name, first, shape in parts:
+                table.append((f"{b}.ffn.experts.{w}", f"{m}.experts.{j}.{name}.weight", [slot, first, 0], shape))
+        for w, name, *shape in (("w13", "gate_up_proj", 2 * I, d), ("w2", "down_proj", d, I)) if fused else ():
+            table.append((f"{b}.ffn.experts.{w}", f"{m}.experts.{name}", [0, 0, 0], [len(slots), *shape]))
     add("norm", ("model.norm", d))
     if not cfg.tie_embeddings:
         add("head", ("lm_head", cfg.vocab_size, d))
@@ -133,34 +183,77 @@ def versions() -> dict:
 
 def refusals(cfg: ModelConfig) -> list[str]:
     """Why this model has no Hugging Face architecture, key by key; empty when it has one."""
-    why = []
-    if cfg.norm_order != "pre":
-        why.append(f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention) has no class")
-    if cfg.rope_first:
-        why.append("rope_first: true (QK-norm after RoPE) has no class, Qwen3 norms before RoPE")
-    if not cfg.qk_norm and cfg.d_model % cfg.n_heads:
-        why.append(f"n_heads: {cfg.n_heads} does not divide d_model {cfg.d_model}, which Llama's class refuses")
+    kind, layers = model_type(cfg), range(cfg.n_layers)
+    moe, soft = [i for i in layers if cfg.is_moe(i)], model_type(cfg) in ("mixtral", "qwen3_moe")
+    dense = [i for i in layers if i not in moe]
+    why = [text for wrong, text in (
+        (cfg.norm_order != "pre",
+         f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention) has no class"),
+        (cfg.rope_first, "rope_first: true (QK-norm after RoPE) has no class, Qwen3 norms before RoPE"),
+        (kind == "llama" and cfg.d_model % cfg.n_heads,
+         f"n_heads: {cfg.n_heads} does not divide d_model {cfg.d_model}, which Llama's class refuses"),
+        (any(cfg.capacity(i) < 1 for i in layers),
+         f"mod_capacity: {cfg.mod_capacity}: no class routes tokens around blocks"),
+        (moe and cfg.n_null_experts, f"n_null_experts: {cfg.n_null_experts}: no class has such choices"),
+        (kind == "dots1" and not cfg.qk_norm, "router: sigmoid with qk_norm: false has no class, Dots1 has QK-norm"),
+        (kind == "dots1" and moe != [*layers][len(dense):],
+         f"moe_layers: layers {dense} are dense: with router sigmoid (Dots1) dense layers can only come first"),
+        (kind == "dots1" and cfg.n_experts < 2, "n_experts: 1: Dots1's class needs two"),
+        (kind == "mixtral" and dense, f"moe_layers: layers {dense} are dense: without qk_norm (Mixtral) none can be"),
+        (kind == "mixtral" and not cfg.norm_topk, "norm_topk: false without qk_norm: Mixtral makes gates sum to 1"),
+        (soft and cfg.n_shared_experts,
+         f"n_shared_experts: {cfg.n_shared_experts} with router softmax has no class, only with sigmoid (Dots1)"),
+        (soft and cfg.route_scale != 1, f"route_scale: {cfg.route_scale} with router softmax has no class"),
+    ) if wrong]  # fmt: skip
     return [f"model.{reason}" for reason in why + odd_rope(cfg.rope_scaling or {})]
 
 
-def hf_config(cfg: ModelConfig, dtype: str, ids: dict) -> dict:
+def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict, list[str]]:
+    """({layer: slots to export}, {our router tensor: its values as exported}, why a layer has no architecture).
+
+    Empty slots are left out where all layers have as many; Dots1 can also keep them, never to be chosen.
+    """
+    kind, S, kept, ready, why = model_type(cfg), cfg.n_experts_max or cfg.n_experts, {}, {}, []
+    own, layers = torch.arange(S), [i for i in range(cfg.n_layers) if cfg.is_moe(i)]
+
+    def read(i, name):
+        return source.read(f"model.blocks.{i}.ffn.router.{name}")
+
+    alive = {i: read(i, "alive") if cfg.n_experts_max else own >= 0 for i in layers}
+    counts = {i: int(a.sum()) for i, a in alive.items()}
+    every = kind == "dots1" and len({*counts.values()}) > 1
+    if len({*counts.values()}) > 1 and not every:
+        why.append(f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ")
+    for i, a in alive.items():
+        bias, twins = read(i, "bias")[:S], a & (read(i, "sibling") != own) if cfg.n_experts_max else ~a
+        if kind != "dots1" and bias[a].any():
+            why.append(f"layer {i}: its router has a selection bias, and {CLASSES[kind]}'s has none")
+        if twins.any():
+            text = "only one can be chosen, which no class knows: train on until they have parted"
+            why.append(f"layer {i}: of the twins {own[twins].tolist()} {text}")
+        kept[i] = own[a | every].tolist()
+        ready[f"blocks.{i}.ffn.router.weight"] = read(i, "weight")[kept[i]] / cfg.routing_temperature
+        ready[f"blocks.{i}.ffn.router.bias"] = bias.masked_fill(~a, DEAD)[kept[i]]
+    return kept, ready, why
+
+
+def hf_config(cfg: ModelConfig, dtype: str, ids: dict, n_experts: int = 0) -> dict:
     """config.json, with RoPE in the spelling of transformers 4 and in that of 5: each ignores the other's without a
     word and falls back to theta 10000. Keys with dangerous defaults (head_dim, the ids, windows) are always there."""
     scaling = {k: v for k, v in (cfg.rope_scaling or {}).items() if v is not None}
     scaling = {"rope_type": scaling.pop("rope_type", scaling.pop("type", "default")), **scaling}
-    return {
-        "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if cfg.qk_norm else "llama",
-        "vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tie_embeddings,
-        "max_position_embeddings": cfg.max_seq_len,
-        "hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layers, "intermediate_size": cfg.d_ff,
-        "num_attention_heads": cfg.n_heads, "num_key_value_heads": cfg.n_kv_heads, "head_dim": cfg.head_dim,
+    kind, dense = model_type(cfg), [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
+    config = {
+        "architectures": [f"{CLASSES[kind]}ForCausalLM"], "model_type": kind,
+        **{theirs: getattr(cfg, ours) for ours, theirs in KEYS[kind].items()}, **MUST,
         "rope_theta": cfg.rope_theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-        "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling},
-        "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "use_sliding_window": False, "sliding_window": None, "attention_dropout": 0.0,
-        "initializer_range": cfg.init_std, "use_cache": True, "torch_dtype": dtype, **ids,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling}, "sliding_window": None,
+        "attention_dropout": 0.0, "use_cache": True, "torch_dtype": dtype, **ids,
     }  # fmt: skip
+    config |= {KEYS[kind]["n_experts"]: n_experts} if n_experts else {}
+    extra = {"qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": dense}}
+    extra["dots1"] = DOTS1_MUST | {"first_k_dense_replace": len(dense)}
+    return config | extra.get(kind, {})
 
 
 def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=print, shard_bytes=5 * 10**9) -> dict:
@@ -174,12 +267,14 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     if unknown := sorted(set(keys) - {f.name for f in dataclasses.fields(ModelConfig)}):
         raise UserError("E400", f"{source.path}: model.{', model.'.join(unknown)}: not known to this version")
     cfg, dtype = ModelConfig(**keys), dtype or imported.get("dtype", "float32")
-    why = refusals(cfg) + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
+    with torch.device("meta"):
+        names = {f"model.{name}" for name in Transformer(cfg).state_dict()}
+    wrong = sorted(names ^ {n for n in source.tensors if n.startswith("model.")})
+    kept, ready, why = routers(source, cfg) if not wrong else ({}, {}, [])
+    why = refusals(cfg) + why + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
     if why:
         raise UserError("E400", f"{source.path}: {'; '.join(why)}")
-    table = layout(cfg)
-    names = {f"model.{ours}" for ours, *_ in table}
-    if wrong := sorted(names ^ {n for n in source.tensors if n.startswith("model.")}):
+    if wrong:
         raise UserError("E305", f"{source.path}: not both in its weights and its config: {', '.join(wrong[:8])}")
     transformers = import_transformers() if check else None
 
@@ -189,11 +284,11 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     if tokenizer and "eos_token_id" not in imported:
         # A pad id that can occur in a prompt makes generate() mask it there: a real pad token or none.
         ids = dict(zip(TOKEN_IDS, (tokenizer.eot_id, tokenizer.eot_id, tokenizer.pad_id)))
-    config = hf_config(cfg, dtype, ids)
+    config = hf_config(cfg, dtype, ids, max(map(len, kept.values()), default=0))
     report = {"architecture": config["architectures"][0], "dtype": dtype, "source": str(source.path)}
     report |= {"source_step": source.step, "versions": versions()}
     with new_folder(folder, "E117") as tmp:
-        write_shards(source, table, DTYPES[dtype], tmp, shard_bytes)
+        write_shards(source, layout(cfg, kept), ready, DTYPES[dtype], tmp, shard_bytes)
         checkpoint.write_json(tmp / "config.json", config)
         checkpoint.write_json(tmp / "generation_config.json", ids)
         if tokenizer:
@@ -213,9 +308,13 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     return report
 
 
-def write_shards(source: checkpoint.Checkpoint, table, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
+def write_shards(source, table, ready: dict, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
     """model.safetensors, or numbered shards and their index; holds one shard in memory."""
-    sizes = [dtype.itemsize * math.prod(shape) for *_, shape in table]
+
+    def to(ours):  # a bias decides between near-equal scores
+        return torch.float32 if ours.endswith(".bias") else dtype
+
+    sizes = [to(ours).itemsize * math.prod(shape) for ours, *_, shape in table]
     shards, room = [], 0
     for row, size in zip(table, sizes):
         if size > room and (not shards or shards[-1]):
@@ -227,7 +326,11 @@ def write_shards(source: checkpoint.Checkpoint, table, dtype: torch.dtype, folde
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for ours, theirs, first, shape in shard:
-            tensors[theirs] = source.read(f"model.{ours}", [first, 0][: len(shape)], shape).to(dtype)
+            tensor = ready.get(ours, torch.empty(shape) if 0 in shape else None)
+            if tensor is None:  # an expert is a matrix of a 3-D tensor
+                region = [1] * (len(first) - len(shape)) + shape
+                tensor = source.read(f"model.{ours}", first, region).view(shape)
+            tensors[theirs] = tensor.to(to(ours))
         save_file(tensors, folder / file, metadata={"format": "pt"})
         checkpoint.sync(folder / file)
         weight_map |= dict.fromkeys(tensors, file)
@@ -272,8 +375,11 @@ def compare(transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokeni
 
     Ours are the checkpoint's weights rounded to `dtype`, so what rounding costs is not part of the difference.
     """
-    ours = Transformer(cfg).eval()
-    ours.load_state_dict({name: t.to(DTYPES[dtype]).float() for name, t in source.model_state().items()})
+    ours, state = Transformer(cfg).eval(), source.model_state()
+    for name in {name for name, _ in ours.named_parameters()}:
+        heat = cfg.routing_temperature if name.endswith("router.weight") else 1.0  # folded in before the rounding
+        state[name] = (state[name] / heat).to(DTYPES[dtype]).float() * heat
+    ours.load_state_dict(state)
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
         other = transformers.AutoTokenizer.from_pretrained(folder) if tokenizer else None
@@ -293,33 +399,50 @@ def compare(transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokeni
 
 # ---------------------------------------------------------------- from Hugging Face
 
-# Keys of config.json that we read or that do not change the function; any other must be off (false, null, 0, empty).
+# Keys of config.json, beside KEYS and MUST, that we read or that do not change the function; any other must be off
+# (false, null, 0, empty). OWN and DEFAULTS are what transformers takes for a key that is not there.
 HARMLESS = {
-    "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "rope_parameters", "tie_word_embeddings", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "pretraining_tp", "attention_dropout", "max_window_layers", "is_llama_config", "return_dict", "id2label",
-    "label2id", *TOKEN_IDS,
+    "architectures", "model_type", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "torch_dtype", "dtype", "use_cache", "pretraining_tp", "attention_dropout", "max_window_layers",
+    "is_llama_config", "return_dict", "id2label", "label2id", "router_aux_loss_coef", "router_jitter_noise",
+    "output_router_logits", *TOKEN_IDS,
 }  # fmt: skip
-MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-MUST |= {"partial_rotary_factor": 1.0}
+DEFAULTS = {
+    "num_key_value_heads": 0, "head_dim": 0, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02, "tie_word_embeddings": False, "norm_topk_prob": False, "n_shared_experts": 0,
+    "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": None}  # has use_sliding_window
+OWN = {
+    "llama": {},
+    "qwen3": QWEN | {"head_dim": 128},
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
+    "qwen3_moe": QWEN | {"num_key_value_heads": 4, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+    "dots1": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 62},
+}
 
 
 def model_config(config: dict, where) -> ModelConfig:
-    """Our configuration of a Llama's or Qwen3's config.json. UserError E401 naming every key that we cannot follow.
+    """Our configuration of a config.json. UserError E401 naming every key that we cannot follow.
 
-    Defaults are those of transformers' two classes; of two spellings of RoPE the one that transformers 5 prefers.
+    Of two spellings of RoPE the one that transformers 5 prefers.
     """
     kind = config.get("model_type")
-    why = [] if kind in ("llama", "qwen3") else [f"model_type: {kind!r} is not llama or qwen3"]
+    if kind not in CLASSES:
+        raise UserError("E401", f"{where}: model_type: {kind!r} is not one of {', '.join(CLASSES)}")
+    config, known, why = OWN[kind] | config, HARMLESS | {*KEYS[kind].values(), *OWN[kind]}, []
+    must, experts = MUST | (DOTS1_MUST if kind == "dots1" else {}), config.get("num_local_experts")
+    if kind == "qwen3_moe" and config.setdefault("num_experts", experts) == experts:
+        known.add("num_local_experts")  # what transformers 5 calls it
+    if kind == "dots1" and not config.get("layer_types") and config["num_hidden_layers"] > config["max_window_layers"]:
+        known.remove("sliding_window")
     for key, value in config.items():
         if key == "layer_types":
             off = all(v == "full_attention" for v in value or [])
-        elif key in MUST:
-            off = value in (None, MUST[key])
+        elif key in must:
+            off = value in (None, must[key]) or (key, value) == ("scoring_func", "noaux_tc")  # a name for the same
         else:
-            off = not value or key in HARMLESS or key.startswith(("_", "transformers"))
-            off = off or (key == "sliding_window" and kind == "qwen3")  # there use_sliding_window decides
+            off = not value or key in known or key.startswith(("_", "transformers"))
         why += [] if off else [f"{key}: {value!r} cannot be imported"]
     places = [config, *(config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))]
     if not all(isinstance(place, dict) for place in places):
@@ -327,21 +450,22 @@ def model_config(config: dict, where) -> ModelConfig:
     thetas = {float(place["rope_theta"]) for place in places if place.get("rope_theta") is not None}
     rope = dict(places[1] or places[2])
     why += [f"rope_theta: {sorted(thetas)} contradict one another"] if len(thetas) > 1 else []
-    if rope.pop("partial_rotary_factor", None) not in (None, 1.0):
-        why.append("rope_parameters.partial_rotary_factor: only 1.0 can be imported")
+    if any(place.get("partial_rotary_factor") not in (None, 1.0) for place in places):
+        why.append("partial_rotary_factor: only 1.0 can be imported")
+    rope.pop("partial_rotary_factor", None)
     if why := why + odd_rope(rope):
         raise UserError("E401", f"{where}: {'; '.join(why)}")
     rope = {k: v for k, v in rope.items() if v is not None and k not in ("rope_theta", "truncate")}
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    return ModelConfig(
-        vocab_size=config["vocab_size"], d_model=config["hidden_size"], n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"], n_kv_heads=config.get("num_key_value_heads") or 0,
-        head_dim=config.get("head_dim", 128 if kind == "qwen3" else 0) or 0, d_ff=config["intermediate_size"],
-        max_seq_len=config.get("max_position_embeddings", 32768 if kind == "qwen3" else 2048),
-        rope_theta=max(thetas, default=10000.0), rope_scaling=None if plain else rope, qk_norm=kind == "qwen3",
-        norm_eps=config.get("rms_norm_eps", 1e-6), init_std=config.get("initializer_range", 0.02),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-    )  # fmt: skip
+    config = DEFAULTS | config
+    ours = {ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()}
+    ours |= {"mixtral": {"norm_topk": True}, "dots1": {"router": "sigmoid"}}.get(kind, {})
+    if kind == "qwen3_moe" and ours["n_experts"]:
+        step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or ()
+        sparse = [i for i in range(ours["n_layers"]) if i not in dense and (i + 1) % step == 0]
+        ours["moe_layers"] = sparse if len(sparse) < ours["n_layers"] else None
+    ours |= {"rope_theta": max(thetas, default=1e6 if kind == "mixtral" else 1e4)}
+    return ModelConfig(rope_scaling=None if plain else rope, qk_norm=kind not in ("llama", "mixtral"), **ours)
 
 
 def read_json(path: Path) -> dict:
@@ -355,7 +479,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | None]:
-    """A Llama's or Qwen3's (configuration, fp32 state dict, dtype of the files, path of tokenizer.json or None).
+    """(Our configuration, fp32 state dict, dtype of the files, path of tokenizer.json or None) of a folder.
 
     UserError E401 when a key of the configuration or a tensor is too many, missing, or of another shape.
     """
@@ -377,10 +501,12 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
         raise UserError(
             "E401", f"{folder}: no model.safetensors and no index of shards; pickled .bin files are not read"
         )
-    table, where, parts, dtypes = layout(cfg), {}, {}, set()
+    where, parts, dtypes = {}, {}, set()
     try:
         for file in files:
             where |= dict.fromkeys((handle := safe_open(file, "pt")).keys(), handle)
+        table = layout(cfg, fused=any(n.endswith("experts.gate_up_proj") for n in where))
+        table = [row for row in table if 0 not in row[-1]]  # shared experts of width 0: there or not
         wanted = {theirs for _, theirs, *_ in table}
         extra = {n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")}  # a table of old files
         if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(where):
@@ -392,15 +518,33 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
             tensor = where[theirs].get_tensor(theirs)
             if list(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
                 why.append(f"{theirs}: {tensor.dtype} {list(tensor.shape)}, expected {shape} of {', '.join(DTYPES)}")
-            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+            dtypes |= {str(tensor.dtype).removeprefix("torch.")} if not ours.endswith(".bias") else set()
             parts.setdefault(ours, []).append(tensor.float())
     except (OSError, SafetensorError) as error:
         raise UserError("E401", f"{folder}: {error}") from error
     if why:
         raise UserError("E401", f"{folder}: {'; '.join(why[:8])}{f'; {len(why) - 8} more' if len(why) > 8 else ''}")
     state = {ours: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for ours, tensors in parts.items()}
+    for name in [n for n in state if ".experts." in n]:
+        state[name] = state[name].view(cfg.n_experts, -1, state[name].shape[-1])
+    cfg = add_buffers(cfg, state)
     tokenizer_file = folder / "tokenizer.json"
     return cfg, state, one_dtype(dtypes), tokenizer_file if tokenizer_file.exists() else None
+
+
+def add_buffers(cfg: ModelConfig, state: dict) -> ModelConfig:
+    """Put the routers' buffers that only training needs into `state`; experts that are never chosen are empty slots."""
+    E, n = cfg.n_experts, [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)]
+    alive = [state.setdefault(name + "bias", torch.zeros(E)) > DEAD / 2 for name in n]
+    counts = [int(a.sum()) for a in alive]
+    if counts and cfg.n_experts_per_token <= min(counts) < E:
+        cfg = dataclasses.replace(cfg, n_experts=max(counts), n_experts_max=E)
+    for name, a in zip(n, alive):
+        if cfg.n_experts_max:
+            state[name + "bias"] = state[name + "bias"].masked_fill(~a, 0.0)
+            state |= {name + "alive": a, name + "sibling": torch.arange(E), name + "retired": torch.full((E,), -1)}
+        state[name + "load"] = a / a.sum()
+    return cfg
 
 
 def one_dtype(names: set[str]) -> str:
@@ -419,7 +563,8 @@ def from_hf(folder, out_dir, say=print) -> None:
 def write_run(out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_file: Path | None, say) -> None:
     """out_dir with step_00000000, config.yaml and, where we can read it, the tokenizer. UserError E300 when used."""
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in Transformer(cfg).state_dict().items()}
+        model = Transformer(cfg)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
     if wrong := [n for n in sorted({*shapes, *state}) if n not in state or state[n].shape != shapes.get(n)]:
         raise UserError("E401", f"{imported['from']}: do not fit the configuration: {', '.join(wrong[:8])}")
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
@@ -439,20 +584,29 @@ def write_run(out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_
             np.save(tmp / "token_bytes.npy", tokenizer.token_bytes())
     if not tokenizer:
         say(f"imported without a tokenizer: {why_not}")
-    say(f"{sum(t.numel() for t in state.values()):,} parameters, {imported['dtype']} made fp32: {out_dir}")
+    say(f"{model.n_params()['total']:,} parameters, {imported['dtype']} made fp32: {out_dir}")
 
 
 # ---------------------------------------------------------------- from Lunaris Codex
+
+
+LUNARIS_MOE = (
+    "--moe scaled is its older code, imported exactly: outputs times the router's probability. --moe unscaled is its "
+    "newer code, which has no exact equivalent and is imported only if you say so: outputs times 1, done by a routing "
+    "temperature near 0 (set it to 1 to train on); it drops tokens of full experts in evaluation too, Lumen does not; "
+    "and it was trained with a destroyed RoPE (cosines only), Lumen's is whole"
+)
 
 
 class LunarisConfig:
     """Stands in for the dataclass that some of their files pickle: it takes attributes and runs nothing."""
 
 
-def read_lunaris(file, say=print, **given) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
-    """(configuration, fp32 state dict, dtype) of a dense Lunaris Codex .pt.
+def read_lunaris(file, say=print, moe=None, **given) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
+    """(configuration, fp32 state dict, dtype) of a Lunaris Codex .pt.
 
     given: n_heads, max_seq_len, rope_theta, rope_ntk_scale_base, dropout, where the file does not say them.
+    moe: see `main`'s help.
     """
     theirs = [(LunarisConfig, f"{module}.LunarisCodexConfig") for module in ("model", "model_moe", "__main__")]
     try:
@@ -465,7 +619,7 @@ def read_lunaris(file, say=print, **given) -> tuple[ModelConfig, dict[str, torch
         for key, value in given.items():
             if value is not None and said.setdefault(key, value) != value:
                 raise UserError("E401", f"{file}: --{key} {value}: the file says {said[key]}")
-        return convert_lunaris(weights, said, file, say)
+        return convert_lunaris(weights, said, file, say, moe)
     except UserError:
         raise
     except Exception as error:  # damaged bytes make torch.load raise anything, and a .pt can hold anything
@@ -473,11 +627,10 @@ def read_lunaris(file, say=print, **given) -> tuple[ModelConfig, dict[str, torch
         raise UserError("E401", f"{file}: no Lunaris checkpoint: {type(error).__name__}: {first}") from error
 
 
-def convert_lunaris(weights: dict, said: dict, file, say) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
-    """Three layouts: the MoE branch without experts (fused wqkv and w13, QK-norm over whole vectors, no norm before
-    attention); main (one norm per head, after RoPE); main before it had QK-norm, which is a Llama."""
-    if moe := [n for n in weights if ".experts." in n or ".feed_forward.gate." in n]:
-        raise UserError("E401", f"{file}: {moe[0]}: a MoE model; sparse import comes with the sparse layers")
+def convert_lunaris(weights: dict, said: dict, file, say, moe) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
+    """Three layouts: the MoE branch (fused wqkv and w13, QK-norm over whole vectors, no norm before attention), with or
+    without experts; main (one norm per head, after RoPE); main before it had QK-norm, which is a Llama, and the MoE
+    branch's first days, the same with experts."""
     dtypes = set()
 
     def take(name):
@@ -499,26 +652,41 @@ def convert_lunaris(weights: dict, said: dict, file, say) -> tuple[ModelConfig, 
         said.setdefault("n_heads", d // len(weights["transformer.h.0.attention.q_norm.weight"]))
     if lacking := [key for key in ("n_heads", "max_seq_len") if not said.get(key)]:
         raise UserError("E401", f"{file}: does not say {', '.join(lacking)}: give --{' N --'.join(lacking)} N")
+    gate = weights.get("transformer.h.0.feed_forward.gate.weight")
+    E = 0 if gate is None else len(gate)
+    code = "unscaled" if "capacity_factor" in said else "scaled" if "n_experts" in said else moe
+    if E and (moe or "scaled") != code:
+        raise UserError("E401", f"{file}: a MoE model of the {code or 'older or the newer'} code: {LUNARIS_MOE}")
     n_heads, T, theta = int(said["n_heads"]), int(said["max_seq_len"]), float(said.get("rope_theta", 10000.0))
     if d % (2 * n_heads):
         raise UserError("E401", f"{file}: n_heads: {n_heads} heads of even width do not fit into d_model {d}")
     head_dim, state = d // n_heads, {"embed.weight": embed}
+
+    def swiglu(name):
+        w13 = [take(f"{name}.{w}.weight") for w in (("w13",) if fused else ("w1", "w3"))]
+        return torch.cat(w13), take(f"{name}.w2.weight")
+
     for i in range(n_layers):
         h, b = f"transformer.h.{i}.", f"blocks.{i}."
         if fused:
-            wqkv, w13 = take(h + "attention.wqkv.weight"), take(h + "feed_forward.w13.weight")
+            wqkv = take(h + "attention.wqkv.weight")
             kv = (len(wqkv) - d) // 2
             q, k, v = wqkv.split([d, kv, kv])
         else:
             q, k, v = (take(h + f"attention.{x}_proj.weight") for x in "qkv")
-            w13 = torch.cat([take(h + f"feed_forward.{w}.weight") for w in ("w1", "w3")])
             state[b + "attn_norm.weight"] = take(h + "attention_norm.weight")
         state[b + "attn.wqkv.weight"] = torch.cat([unpair(q), unpair(k), v])
         for x in "qk" if qk_norm else "":
             state[b + f"attn.{x}_norm.weight"] = unpair(take(h + f"attention.{x}_norm.weight"))
         state[b + "attn.wo.weight"] = take(h + "attention.o_proj.weight")
         state[b + "ffn_norm.weight"] = take(h + "ffn_norm.weight")
-        state[b + "ffn.w13.weight"], state[b + "ffn.w2.weight"] = w13, take(h + "feed_forward.w2.weight")
+        f = h + "feed_forward"
+        if E:
+            experts = zip(*(swiglu(f"{f}.experts.{e}") for e in range(E)))
+            state[b + "ffn.experts.w13"], state[b + "ffn.experts.w2"] = map(torch.stack, experts)
+            state[b + "ffn.router.weight"] = take(f + ".gate.weight")
+        else:
+            state[b + "ffn.w13.weight"], state[b + "ffn.w2.weight"] = swiglu(f)
     state["norm.weight"] = take("transformer.ln_f.weight")
     if not (tied := torch.equal(embed, head)):
         state["head.weight"] = head
@@ -526,7 +694,7 @@ def convert_lunaris(weights: dict, said: dict, file, say) -> tuple[ModelConfig, 
         raise UserError("E401", f"{file}: no place for {', '.join(sorted(weights)[:8])}")
     if not fused:  # main stretches theta by the ratio of contexts; before it had QK-norm it did not
         theta *= max(1.0, T / max(1, int(said.get("rope_ntk_scale_base", 2048 if qk_norm else T))))
-    elif "capacity_factor" in said or "n_layers" not in said:
+    elif code != "scaled":
         say(
             f"note: {file} may come from the newer code of Lunaris' MoE branch, which trained with a destroyed RoPE "
             "(cast to real numbers: cosines only). Lumen computes RoPE right, so its logits differ from those there"
@@ -534,18 +702,22 @@ def convert_lunaris(weights: dict, said: dict, file, say) -> tuple[ModelConfig, 
     dropout = said.get("dropout", 0.0) if said.get("resid_dropout") is None else said["resid_dropout"]
     if said.get("attn_dropout"):
         say(f"note: attn_dropout {said['attn_dropout']} is left out: Lumen has no dropout on attention weights")
+    sparse = {"n_experts": E, "n_experts_per_token": 1, "router_z_loss_weight": 0.0} if E else {}
+    if E and code == "unscaled":  # so cold that the best expert's probability is 1.0
+        sparse |= {"routing_temperature": 1e-6, "capacity_factor": said.get("capacity_factor")}
+    w2 = state["blocks.0.ffn.experts.w2" if E else "blocks.0.ffn.w2.weight"]
     cfg = ModelConfig(
         vocab_size=len(embed), d_model=d, n_layers=n_layers, n_heads=n_heads, n_kv_heads=len(k) // head_dim,
-        d_ff=state["blocks.0.ffn.w2.weight"].shape[1], max_seq_len=T, rope_theta=theta, norm_eps=1e-5,
+        d_ff=w2.shape[-1], max_seq_len=T, rope_theta=theta, norm_eps=1e-5,
         dropout=dropout, tie_embeddings=tied, qk_norm=qk_norm,
-        rope_first=qk_norm and not fused, norm_order="lunaris" if fused else "pre",
+        rope_first=qk_norm and not fused, norm_order="lunaris" if fused else "pre", **sparse,
     )  # fmt: skip
-    return cfg, state, one_dtype(dtypes)
+    return add_buffers(cfg, state), state, one_dtype(dtypes)
 
 
-def from_lunaris(file, out_dir, say=print, **given) -> None:
+def from_lunaris(file, out_dir, say=print, moe=None, **given) -> None:
     """Make a run out of a Lunaris Codex .pt: step 0, without an optimizer or (it has none) a tokenizer."""
-    cfg, state, dtype = read_lunaris(file, say, **given)
+    cfg, state, dtype = read_lunaris(file, say, moe, **given)
     write_run(out_dir, cfg, state, {"from": str(Path(file).resolve()), "dtype": dtype}, None, say)
 
 
@@ -563,12 +735,13 @@ def main(argv: list[str]) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="default: float32; for an imported run the dtype it came in")
     p.add_argument("--best", action="store_true", help="the best step instead of the newest")
     p.add_argument("--check", action="store_true", help="compare logits, greedy tokens and token ids with transformers")
-    p = commands.add_parser("from_hf", help="a Llama or Qwen3 folder to a run")
+    p = commands.add_parser("from_hf", help="a folder of Llama, Qwen3, Mixtral, Qwen3Moe or Dots1 to a run")
     p.add_argument("folder")
     p.add_argument("out_dir")
-    p = commands.add_parser("from_lunaris", help="a dense Lunaris Codex .pt to a run")
+    p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
     p.add_argument("file")
     p.add_argument("out_dir")
+    p.add_argument("--moe", choices=("scaled", "unscaled"), help=LUNARIS_MOE)
     for key in ("n_heads", "max_seq_len", "rope_ntk_scale_base", "rope_theta", "dropout"):
         p.add_argument(f"--{key}", type=float if key in ("rope_theta", "dropout") else int)
     args = vars(parser.parse_args(argv))

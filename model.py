@@ -712,7 +712,7 @@ class Transformer(nn.Module):
         cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
         flops = 6 * cfg.vocab_size * cfg.d_model
         for i, block in enumerate(self.blocks):
-            c = cfg.capacity(i)
+            c = block.mod.capacity if block.mod is not None else 1.0
             attn = sum(p.numel() for p in block.attn.parameters() if p.dim() >= 2)
             ffn = sum(p.numel() for p in block.ffn.parameters() if p.dim() == 2)
             if cfg.is_moe(i):

@@ -165,24 +165,39 @@ def total_memory(device) -> int:
 def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute: bool = False) -> dict[str, int]:
     """Estimated bytes of a training step on one device: the parts and their total.
 
-    states: weights, gradients and both moments in fp32, 16 per parameter (and 2 more for the 16-bit copies of weights
-    that backward needs). activations: what `rows` rows of T tokens keep for backward. head: one chunk of logits.
+    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
+    for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
+    what `rows` rows of T tokens keep for backward. work: one chunk of logits, or one layer of experts.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
-    N, f32 = rows * cfg.max_seq_len, 4 + (b if b == 2 else 0)  # a norm's fp32 input; in 16 bits its cast copy too
-    norm = C * (f32 + 2 * b)  # input, normalized, times weight
+    K, width, slots = cfg.n_experts_per_token, cfg.d_expert, cfg.n_experts_max or cfg.n_experts
+    N, norm = rows * cfg.max_seq_len, C * (4 + 2 * b)  # the norm's fp32 input; normalized; times weight
     qk = (q + kv) * (b + (4 if b == 2 else 0)) if cfg.qk_norm else 0
-    attn = norm * (cfg.norm_order == "pre") + qk + b * ((q + 2 * kv) + (q + kv) + 2 * q)  # qkv; rotated; output twice
-    ffn = norm + b * 4 * F  # gate and up; silu; product
-    dropout = 2 * C if cfg.dropout else 0
-    layer = N * (attn + ffn + dropout)
-    kept = cfg.n_layers * N * C * b + layer if recompute else cfg.n_layers * layer
+    attn = norm * (cfg.norm_order == "pre") + qk + b * ((q + 2 * kv) + (q + kv) + q)  # qkv; rotated; output
+    dropout = C if cfg.dropout else 0
+    # probabilities in fp32 (sigmoid: and normalised; with a z-loss the logits too); gates, choices and their order;
+    # the experts keep their pre-activation alone; a shared one is a SwiGLU
+    scores = (slots + cfg.n_null_experts) * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
+    experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width + b * 4 * cfg.n_shared_experts * width
+    layers = []  # bytes a token
+    for i in range(cfg.n_layers):
+        c, first = cfg.capacity(i), attn + dropout
+        second = norm + (experts if cfg.is_moe(i) else b * 4 * F) + dropout  # gate and up; silu; product
+        if c < 1:  # MoD: of every token its router's fp32 input before and after the norm; of the chosen the ungated change
+            learned = cfg.mod_routing == "learned"
+            second = c * (second + b * C * learned) + 8 * C * learned
+            first *= 1 if cfg.mod_ffn_only else c
+        layers.append(round(N * (first + second)))
+    kept = N * norm + (cfg.n_layers * N * C * b + max(layers) if recompute else sum(layers))
     chunk = (1 << 27 if precision != "fp32" else 1 << 22) * 4
+    one = slots * 3 * C * width  # numbers in the experts of a layer
+    moe = sum(map(cfg.is_moe, range(cfg.n_layers)))
+    head = 2 * min(chunk, N * cfg.vocab_size * 4) + cfg.vocab_size * C * 4 + N * C * b
     parts = {
-        "states": n_params * (16 + (2 if b == 2 else 0)),
+        "states": n_params * 16 + (2 * (n_params - moe * one) if b == 2 else 0),
         "activations": kept,
-        "head": 2 * min(chunk, N * cfg.vocab_size * 4) + cfg.vocab_size * C * 4 + N * C * b,
+        "head": head,
     }
     return parts | {"total": sum(parts.values())}
 

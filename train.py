@@ -267,7 +267,9 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
     try:
         model = build(ModelConfig, tree["model"], "model.")
     except ValueError as error:
-        raise UserError("E002", str(error)) from error
+        key = str(error).partition(":")[0]
+        place = f"{where(key)}: " if key.removeprefix("model.") in tree["model"] else ""
+        raise UserError("E002", f"{place}{error}") from error
     cfg = dataclasses.replace(build(Config, tree, ""), model=model)
 
     def refuse(key, text):
@@ -754,6 +756,8 @@ class Trainer:
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         self.flops_per_token = self.counted.flops_per_token()
+        whole = dataclasses.replace(cfg.model, mod_capacity=1.0, mod_layers=None)
+        self.flops_undiminished = plan.on_meta(whole).flops_per_token()  # without MoD
         self.peak = par.broadcast(plan.peak_flops(self.machine))
         compiled = kept("compile_model")
         if compiled is None:
@@ -1393,8 +1397,7 @@ class Trainer:
             rows = moe.view(len(self.moe), -1)
             found["experts"] = expert_statistics(list(self.moe), rows, cfg.n_null_experts)
         if self.mod:
-            dense = plan.on_meta(dataclasses.replace(cfg, mod_capacity=1.0)).flops_per_token()
-            saved = 1 - self.flops_per_token / dense
+            saved = 1 - self.model.flops_per_token() / self.flops_undiminished
             rows = mod.view(self.sparse_shapes[1])
             found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
         return found
@@ -1545,7 +1548,8 @@ class Trainer:
         epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
         row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
         row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
-        row |= {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / (self.peak * self.parallel.world)}
+        flops = self.model.flops_per_token() if self.mod else self.flops_per_token  # MoD's capacity may be annealed
+        row |= {"tokens_per_second": speed, "mfu": speed * flops / (self.peak * self.parallel.world)}
         row |= {"data_wait": self.data_wait / seconds, "dropped": self.orchestrator.dropped}
         row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
         row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}

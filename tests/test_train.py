@@ -87,7 +87,10 @@ def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shar
     refused([path, "--model.n_kv_heads", "5"], "E002", "n_kv_heads")
     refused([path, "--lr_schedule", "cosin"], "E002", "cosine")
     refused([path, "--batch_size", "0"], "E002", "at least 1")
-    refused([path, "--model.n_experts", "8"], "E002", "dense models only")
+    path.write_text(f"data_dir: {shards}\nmodel:\n  n_experts: 4\n  n_experts_per_token: 5\n")
+    refused([path], "E002", f"{path}:4: model.n_experts_per_token: 5", "1 to n_experts, 4")
+    path.write_text(f"data_dir: {shards}\n")
+    refused([path, "--model.mod_capacity", "[0.5, 0.5]"], "E002", "command line: model.mod_capacity", "12 numbers")
     refused([path, "stray"], "E002", "stray")
     refused([tmp_path / "no.yaml"], "E001", "does not exist")
     refused(["gpt2_142m"], "E001", "gpt2_124m.yaml?")
@@ -111,7 +114,7 @@ def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
     model |= {"multiple_of": 32, "use_qk_norm": True, "attn_dropout": 0.0, "rope_ntk_scale_base": 8, "n_experts": None}
     cfg, _, notes, _ = read_config([str(write_yaml(tmp_path / "l.yaml", keys | {"model": model}))])
     assert cfg.model.rope_theta == 20000 and cfg.model.qk_norm and cfg.learning_rate == 2e-4
-    for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1", "n_experts"):
+    for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1"):
         assert any(word in note for note in notes), word
     assert finish([str(tmp_path / "l.yaml")]).step == 3
 
