@@ -50,7 +50,8 @@ DENSE = {  # our keys in the words of config.json
 }  # fmt: skip
 MOE = DENSE | {"n_experts_per_token": "num_experts_per_tok", "d_expert": "moe_intermediate_size"}
 KEYS = {
-    "llama": DENSE, "qwen3": DENSE, "mixtral": MOE | {"n_experts": "num_local_experts", "d_expert": "intermediate_size"},
+    "llama": DENSE, "qwen3": DENSE,
+    "mixtral": MOE | {"n_experts": "num_local_experts", "d_expert": "intermediate_size"},
     "qwen3_moe": MOE | {"n_experts": "num_experts", "norm_topk": "norm_topk_prob"},
     "dots1": MOE | {"n_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
                     "norm_topk": "norm_topk_prob", "n_dense_layers": "first_k_dense_replace",
@@ -198,7 +199,7 @@ def refusals(cfg: ModelConfig) -> list[str]:
         (kind == "dots1" and not cfg.qk_norm, "router: sigmoid with qk_norm: false has no class, Dots1 has QK-norm"),
         (kind == "dots1" and moe != [*layers][len(dense):],
          f"moe_layers: layers {dense} are dense: with router sigmoid (Dots1) dense layers can only come first"),
-        (kind == "dots1" and cfg.n_experts < 2, "n_experts: 1: Dots1's class needs two"),
+        (kind == "dots1" and max(cfg.n_experts, cfg.n_experts_max) < 2, "n_experts: 1: Dots1's class needs two"),
         (kind == "mixtral" and dense, f"moe_layers: layers {dense} are dense: without qk_norm (Mixtral) none can be"),
         (kind == "mixtral" and not cfg.norm_topk, "norm_topk: false without qk_norm: Mixtral makes gates sum to 1"),
         (soft and cfg.n_shared_experts,
@@ -221,7 +222,7 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
 
     alive = {i: read(i, "alive") if cfg.n_experts_max else own >= 0 for i in layers}
     counts = {i: int(a.sum()) for i, a in alive.items()}
-    every = kind == "dots1" and len({*counts.values()}) > 1
+    every = kind == "dots1" and (len({*counts.values()}) > 1 or 1 in counts.values())  # its class needs two
     if len({*counts.values()}) > 1 and not every:
         why.append(f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ")
     for i, a in alive.items():
@@ -506,9 +507,10 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
         for file in files:
             where |= dict.fromkeys((handle := safe_open(file, "pt")).keys(), handle)
         table = layout(cfg, fused=any(n.endswith("experts.gate_up_proj") for n in where))
-        table = [row for row in table if 0 not in row[-1]]  # shared experts of width 0: there or not
+        empty = {theirs for _, theirs, _, shape in table if 0 in shape}  # shared experts of width 0: there or not
+        table = [row for row in table if row[1] not in empty]
         wanted = {theirs for _, theirs, *_ in table}
-        extra = {n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")}  # a table of old files
+        extra = {n for n in where if n not in wanted | empty and not n.endswith(".inv_freq")}  # a table of old files
         if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(where):
             head, embed = (where[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
             extra -= {"lm_head.weight"} if torch.equal(head, embed) else set()  # some files hold a tied head twice

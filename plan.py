@@ -184,8 +184,8 @@ def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute
     for i in range(cfg.n_layers):
         c, first = cfg.capacity(i), attn + dropout
         second = norm + (experts if cfg.is_moe(i) else b * 4 * F) + dropout  # gate and up; silu; product
-        if c < 1:  # MoD: of every token its router's fp32 input before and after the norm; of the chosen the ungated change
-            learned = cfg.mod_routing == "learned"
+        if c < 1:  # MoD
+            learned = cfg.mod_routing == "learned"  # its fp32 input and that normalized, of every token; ungated change
             second = c * (second + b * C * learned) + 8 * C * learned
             first *= 1 if cfg.mod_ffn_only else c
         layers.append(round(N * (first + second)))

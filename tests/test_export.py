@@ -36,27 +36,68 @@ SHAPES = {
     "qwen3_yarn_all": {"rope_scaling": YARN | {"attention_factor": 1.7, "beta_fast": 8, "beta_slow": 2}},
     "qwen3_yarn_no_original": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
+SMALL = {"vocab_size": 96, "n_layers": 3, "n_experts": 5, "d_expert": 16, "d_ff": 48}
+LLAMA = SMALL | {"qk_norm": False}
+DOTS1 = SMALL | {"router": "sigmoid", "n_shared_experts": 1}
+IDLE = {"capacity_factor": 0.5, "router_jitter": 0.3, "expert_dropout": 0.3}  # act in training only
+SPARSE = {
+    "mixtral_tied": LLAMA | IDLE,
+    "mixtral_untied_gqa": LLAMA | {"tie_embeddings": False, "n_kv_heads": 2, "n_experts_per_token": 3},
+    "mixtral_head_dim_hot": LLAMA | {"head_dim": 16, "n_kv_heads": 1, "n_heads": 3, "routing_temperature": 1.7},
+    "mixtral_slots": LLAMA | {"n_experts_max": 6},
+    "qwen3moe_tied": SMALL | {"n_experts_per_token": 3, "n_kv_heads": 2, "rope_scaling": YARN},
+    "qwen3moe_raw": SMALL | IDLE | {"norm_topk": False, "n_dense_layers": 1, "tie_embeddings": False},
+    "qwen3moe_top1_cold": SMALL | {"n_experts_per_token": 1, "moe_layers": [2, 0], "routing_temperature": 0.6},
+    "qwen3moe_every": SMALL | {"moe_every": 2, "n_layers": 4},
+    "qwen3moe_slots": SMALL | {"n_experts_max": 6, "norm_topk": True},
+    "dots1_tied": DOTS1 | IDLE,
+    "dots1_scale": DOTS1 | {"n_shared_experts": 2, "n_dense_layers": 1, "route_scale": 2.5, "tie_embeddings": False},
+    "dots1_top1_bare": DOTS1 | {"n_shared_experts": 0, "n_experts_per_token": 1, "routing_temperature": 1.7},
+    "dots1_raw": DOTS1 | {"norm_topk": False, "moe_every": 2, "n_layers": 2, "n_experts_per_token": 3},
+    "dots1_slots": DOTS1 | {"n_experts_max": 6},
+    "dots1_slots_differ": DOTS1 | {"n_experts_max": 6, "n_dense_layers": 1},
+    "dots1_slots_one": DOTS1 | {"n_experts_max": 6, "n_experts_per_token": 1},
+}
+# Empty slots by layer; every other model with slots has 1 and 4 empty in one layer, 0 and 2 in the next.
+DEAD = {
+    "dots1_slots_differ": [[], [1], [0, 3, 5]],
+    "dots1_slots_one": [[1, 2, 3, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4]],
+}
+MODELS = SHAPES | SPARSE
 
 
 def config(**keys):
     return ModelConfig(**({"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} | keys))
 
 
-def random_state(cfg, seed=0):
-    """Weights with logits of size 1 and norms that are not 1, so that a wrong name or convention shows."""
+def random_state(cfg, seed=0, dead=None):
+    """Weights with logits of size 1 and norms that are not 1, so that a wrong name or convention shows. Routers decide
+    clearly, so that rounding turns no choice; a sigmoid's have a bias that matters, on empty slots too."""
     model = Transformer(cfg)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: 1 + 0.3 * torch.randn(t.shape, generator=generator) if t.dim() == 1 else t * 10
-        for name, t in model.state_dict().items()
-    }
+    state = model.state_dict()
+    for name, t in model.named_parameters():
+        one, size = 1 + 0.3 * torch.randn(t.shape, generator=generator), 30 if "router" in name else 10
+        state[name] = one if t.dim() == 1 else t.detach() * size
+    for i in filter(cfg.is_moe, range(cfg.n_layers)):
+        r = f"blocks.{i}.ffn.router."
+        if cfg.router == "sigmoid":
+            state[r + "bias"] = 0.5 * torch.randn(len(state[r + "bias"]), generator=generator)
+        if cfg.n_experts_max:
+            state[r + "alive"] = torch.ones(cfg.n_experts_max, dtype=torch.bool)
+            state[r + "alive"][dead[i] if dead else [[1, 4], [0, 2]][i % 2]] = False
+    return state
 
 
-def save_run(out_dir, cfg, step=7, seed=0, tokenizer=None, **state):
+def save_run(out_dir, cfg, step=7, seed=0, tokenizer=None, dead=None, change=(), **state):
     """What train.py leaves of a run, as far as export.py looks at it; returns the weights."""
-    weights = random_state(cfg, seed)
+    weights = random_state(cfg, seed, dead) | dict(change)
     pieces = {f"model.{n}": [(list(t.shape), [0] * t.dim(), t)] for n, t in weights.items()}
+    for name in [n for n in pieces if ".experts." in n]:  # as expert parallelism leaves them, and cut once more
+        (shape, _, t), cut = pieces[name][0], pieces[name][0][0][1] // 3
+        offsets = [(0, 0, t[:2]), (2, 0, t[2:, :cut]), (2, cut, t[2:, cut:])]
+        pieces[name] = [(shape, [e, row, 0], part) for e, row, part in offsets]
     pieces["optim.norm.weight.exp_avg"] = [([1], [0], torch.zeros(1))]
     tmp = Path(f"{checkpoint.step_dir(out_dir, step)}.tmp")
     assert checkpoint.write(tmp, 0, pieces) is None
@@ -108,17 +149,19 @@ def edit(file, **keys):
 # ---------------------------------------------------------------- to Hugging Face
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, transformers):
-    cfg = config(**SHAPES[name])
-    state = save_run(tmp_path / "run", cfg)
+    cfg = config(**MODELS[name])
+    state = save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
     report = export.to_hf(tmp_path / "run", tmp_path / "hf", check=True, say=str)
     assert report["max_diff"] <= 1e-4 and report["greedy_equal"] and report["source_step"] == 7
     assert json.loads((tmp_path / "hf" / "EXPORT.json").read_text()) == report
     # The same by hand, so that the check itself is held to account.
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if cfg.qk_norm else "LlamaForCausalLM")
-    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, loading = load(tmp_path / "hf", output_loading_info=True)
+    assert not any(loading.values())  # no missing, unexpected or mismatched key
+    assert type(theirs).__name__.lower() == name.split("_")[0] + "forcausallm"
+    ids = torch.randint(cfg.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
     ours = logits(cfg, state, ids)
     with torch.no_grad():
         assert (theirs(ids).logits - ours).abs().max() <= 1e-4
@@ -127,32 +170,54 @@ def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, transformer
     model = Transformer(cfg).eval()
     model.load_state_dict(state)
     assert [i for [i] in model.generate([ids[0, :8].tolist()], 32, [0], temperature=0)] == new
-    if cfg.rope_scaling:  # and the scaling is not idle at this length
-        assert (logits(dataclasses.replace(cfg, rope_scaling=None), state, ids) - ours).abs().max() > 1e-2
+    for key, other in (("rope_scaling", None), ("routing_temperature", 1.0), ("route_scale", 1.0)):
+        if getattr(cfg, key) != other:  # it is not idle here
+            assert (logits(dataclasses.replace(cfg, **{key: other}), state, ids) - ours).abs().max() > 1e-2
+    for what in ("bias", "alive") if name in SPARSE else ():
+        idle = {n: t * 0 + (what == "alive") if n.endswith("router." + what) else t for n, t in state.items()}
+        if any(not torch.equal(idle[n], state[n]) for n in state):
+            assert (logits(cfg, idle, ids) - ours).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama_untied_gqa", "llama_llama3", "qwen3_tied", "qwen3_yarn_all"])
+@pytest.mark.parametrize("name", ["llama_untied_gqa", "llama_llama3", "qwen3_tied", "qwen3_yarn_all", *SPARSE])
 def test_export_import_export_keeps_every_bit(name, dtype, tmp_path):
-    save_run(tmp_path / "run", config(**SHAPES[name]))
+    cfg = config(**MODELS[name])
+    state = save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
     export.to_hf(tmp_path / "run", tmp_path / "a", dtype, say=str)
     export.from_hf(tmp_path / "a", tmp_path / "again", say=str)
     export.to_hf(tmp_path / "again", tmp_path / "b", say=str)  # default: the dtype it came in
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
-    assert a.keys() == b.keys() and {t.dtype for t in a.values()} == {getattr(torch, dtype)}
+    assert {t.dtype for n, t in a.items() if not n.endswith("_bias")} == {getattr(torch, dtype)}
+    assert a.keys() == b.keys() and all(t.dtype == torch.float32 for n, t in a.items() if n.endswith("_bias"))
     assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) and a[n].dtype == b[n].dtype for n in a)
     assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+    found = checkpoint.find(tmp_path / "again")
+    again, new = ModelConfig(**found.state["config"]["model"]), found.model_state()
+    assert new.keys() == Transformer(again).state_dict().keys()
+    dropped = cfg.n_experts_max and not again.n_experts_max
+    assert bool(dropped) == (name in ("mixtral_slots", "qwen3moe_slots", "dots1_slots"))
+    if dtype == "float32" and not dropped and cfg.routing_temperature == 1:
+        alive = {n: new.get(n.removesuffix("bias") + "alive", True) for n in new if n.endswith("router.bias")}
+        buffers = [n for n in new if n.endswith(("load", "retired"))]
+        assert all(torch.equal(new[n] * alive.get(n, 1), state[n] * alive.get(n, 1)) for n in new if n not in buffers)
+        assert all(new[n].sum().isclose(torch.ones(())) for n in new if n.endswith("load"))
 
 
-def test_layout_covers_exactly_the_model():
-    for keys in SHAPES.values():
-        cfg = config(**keys)
-        rows = {}
-        for ours, _, first, shape in export.layout(cfg):
-            assert rows.get(ours, [0])[0] == first
-            rows[ours] = [first + shape[0], *shape[1:]]
-        assert rows == {name: list(t.shape) for name, t in Transformer(cfg).state_dict().items()}
-        assert len({theirs for _, theirs, *_ in export.layout(cfg)}) == len(export.layout(cfg))
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_layout_covers_exactly_the_model(fused, name):
+    cfg = config(**MODELS[name])
+    state = Transformer(cfg).state_dict()
+    seen = {n: torch.zeros(t.shape) for n, t in state.items() if n in dict(Transformer(cfg).named_parameters())}
+    seen |= {n: torch.zeros(t.shape) for n, t in state.items() if n.endswith("router.bias") and cfg.router == "sigmoid"}
+    table = export.layout(cfg, fused=fused)
+    for ours, _, first, shape in table:
+        region = [1] * (len(first) - len(shape)) + shape
+        if 0 not in shape:
+            seen[ours][tuple(slice(a, a + n) for a, n in zip(first, region))] += 1
+    assert all((t == 1).all() for t in seen.values())
+    assert len({theirs for _, theirs, *_ in table}) == len(table)
 
 
 def test_config_has_the_spellings_of_transformers_4_and_5(tmp_path):
@@ -217,6 +282,27 @@ def test_shards_with_index(tmp_path, transformers):
         export.read_hf(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("name", ["mixtral_slots", "dots1_slots_differ"])
+def test_experts_stream(name, tmp_path, monkeypatch):
+    """No more than one of their tensors is read at a time, of a file as expert parallelism leaves it."""
+    cfg, read, sizes = config(**MODELS[name]), checkpoint.Checkpoint.read, []
+
+    def spy(self, *args):
+        sizes.append((tensor := read(self, *args)).numel())
+        return tensor
+
+    save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", spy)
+    export.to_hf(tmp_path / "run", tmp_path / "one", say=str)
+    assert max(sizes) == 96 * 32  # the embedding; an expert's matrix has 16 * 32, all of them 6 * 2 * 16 * 32
+    export.to_hf(tmp_path / "run", tmp_path / "many", say=str, shard_bytes=9000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    many = {n: t for f in {*index["weight_map"].values()} for n, t in load_file(tmp_path / "many" / f).items()}
+    assert one.keys() == many.keys() == index["weight_map"].keys() and all(torch.equal(one[n], many[n]) for n in one)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in one.values())
+
+
 def test_best_step_and_float16(tmp_path):
     save_run(tmp_path / "run", config(), step=5, seed=5)
     best = save_run(tmp_path / "run", config(), step=4, seed=4)
@@ -234,8 +320,21 @@ def test_best_step_and_float16(tmp_path):
         ({"rope_first": True}, ["model.rope_first"]),
         ({"norm_order": "lunaris", "rope_first": True}, ["model.norm_order", "model.rope_first"]),
         ({"qk_norm": False, "n_heads": 3, "head_dim": 16}, ["model.n_heads"]),
+        ({"mod_capacity": 0.5, "mod_layers": [1]}, ["model.mod_capacity: 0.5: no class routes tokens around blocks"]),
+        (SMALL | {"mod_capacity": [1.0, 0.5, 1.0]}, ["model.mod_capacity"]),
+        (SMALL | {"n_null_experts": 1}, ["model.n_null_experts: 1"]),
+        (SMALL | {"n_shared_experts": 1}, ["model.n_shared_experts: 1"]),
+        (SMALL | {"route_scale": 2.0}, ["model.route_scale: 2.0"]),
+        (SMALL | {"norm_order": "lunaris"}, ["model.norm_order"]),
+        (LLAMA | {"n_dense_layers": 1}, [r"model.moe_layers: layers \[0\] are dense"]),
+        (LLAMA | {"norm_topk": False}, ["model.norm_topk: false"]),
+        (DOTS1 | {"qk_norm": False}, ["model.router: sigmoid with qk_norm: false"]),
+        (DOTS1 | {"moe_layers": [0, 1]}, [r"model.moe_layers: layers \[2\] are dense"]),
+        (DOTS1 | {"n_experts": 1, "n_experts_per_token": 1}, ["model.n_experts: 1"]),
+        (LLAMA | {"n_experts_per_token": 1, "route_scale": 2.0, "n_null_experts": 2, "moe_every": 3}
+         | {"mod_capacity": 0.5, "n_shared_experts": 1}, ["norm_topk", "route_scale", "n_null", "moe_layers", "mod_capacity", "n_shared"]),
     ],
-)
+)  # fmt: skip
 def test_models_without_a_class_are_refused(keys, words, tmp_path):
     save_run(tmp_path / "run", config(**keys))
     with refused("E400", *words):
@@ -243,12 +342,41 @@ def test_models_without_a_class_are_refused(keys, words, tmp_path):
     assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.tmp").exists()
 
 
+@pytest.mark.parametrize(
+    "keys, dead, buffer, value, words",
+    [
+        (LLAMA, [], "bias", [0, 0.1, 0, 0, 0], ["layer 1: its router has a selection bias, and Mixtral's"]),
+        (SMALL, [], "bias", [0, 0, 0, 0, -0.1], ["layer 1: its router has a selection bias, and Qwen3Moe's"]),
+        (SMALL | {"n_experts_max": 5}, [[1], [1, 2], [1]], "", [], ["experts alive by layer: {0: 4, 1: 3, 2: 4}"]),
+        (LLAMA | {"n_experts_max": 5}, [[], [], [2]], "", [], ["experts alive by layer: {0: 5, 1: 5, 2: 4}"]),
+        (DOTS1 | {"n_experts_max": 5}, [[0], [0], [2]], "sibling", [0, 3, 2, 1, 4], [r"twins \[1, 3\]", "parted"]),
+        (SMALL | {"n_experts_max": 5}, [[0], [0], [0]], "sibling", [0, 3, 2, 1, 4], [r"layer 1: of .* \[1, 3\]"]),
+        (LLAMA | {"n_experts_max": 5}, [[0], [4], []], "bias", [9, 0, 0, 0, 1e-9], ["experts alive", "bias"]),
+    ],
+)
+def test_routers_without_a_class_are_refused(keys, dead, buffer, value, words, tmp_path):
+    name = f"blocks.1.ffn.router.{buffer}"
+    change = {name: torch.tensor(value, dtype=torch.float32 if buffer == "bias" else torch.int64)} if buffer else {}
+    save_run(tmp_path / "run", config(**keys), dead=dead, change=change)
+    with refused("E400", *(word.replace("{", r"\{") for word in words)):
+        export.to_hf(tmp_path / "run", tmp_path / "hf")
+    # What empty slots hold does not matter: twins of which none is alive, a bias.
+    slots = {"n_experts_max": 5, "router": "softmax", "norm_topk": True}
+    change = {name: torch.tensor(value).to(torch.float32 if buffer == "bias" else torch.int64)} if buffer else {}
+    save_run(tmp_path / "dead", config(**keys | slots | {"n_shared_experts": 0}), dead=[[1, 3, 4]] * 3, change=change)
+    if buffer == "sibling" or value == [0, 0.1, 0, 0, 0] or value == [0, 0, 0, 0, -0.1]:
+        export.to_hf(tmp_path / "dead", tmp_path / "hf", say=str)
+
+
 def test_checkpoints_of_another_shape_are_refused(tmp_path):
     cfg = config()
     model = dataclasses.asdict(cfg)
-    save_run(tmp_path / "newer", cfg, config={"model": model | {"mod_capacity": 0.5}})
-    with refused("E400", "model.mod_capacity"):
+    save_run(tmp_path / "newer", cfg, config={"model": model | {"mod_future": 0.5}})
+    with refused("E400", "model.mod_future"):
         export.to_hf(tmp_path / "newer", tmp_path / "hf")
+    save_run(tmp_path / "dense", cfg, config={"model": model | {"n_experts": 4}})
+    with refused("E305", "model.blocks.0.ffn.experts.w13"):
+        export.to_hf(tmp_path / "dense", tmp_path / "hf")
     save_run(tmp_path / "other", cfg, config={"model": model | {"tie_embeddings": False}})
     with refused("E305", "model.head.weight"):
         export.to_hf(tmp_path / "other", tmp_path / "hf")
@@ -283,6 +411,21 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "hf"]
 
 
+@pytest.mark.parametrize("name", ["mixtral_slots", "qwen3moe_raw", "dots1_scale", "dots1_slots_differ"])
+def test_check_sees_what_is_wrong_with_experts(name, tmp_path, monkeypatch, transformers):
+    """The check of a command line that goes wrong in one small thing."""
+    right, cfg = export.routers, config(**MODELS[name])
+
+    def swapped(*args):
+        kept, ready, why = right(*args)
+        return {i: slots[::-1] for i, slots in kept.items()}, ready, why
+
+    save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
+    monkeypatch.setattr(export, "routers", swapped)
+    with refused("E402", "max_diff"):
+        export.to_hf(tmp_path / "run", tmp_path / "hf", check=True)
+
+
 def test_check_fails_loudly(tmp_path, monkeypatch, transformers):
     run, right = good_run(tmp_path), export.hf_config
     monkeypatch.setattr(export, "hf_config", lambda cfg, *a: right(dataclasses.replace(cfg, rope_theta=500.0), *a))
@@ -298,24 +441,88 @@ def test_check_fails_loudly(tmp_path, monkeypatch, transformers):
 # ---------------------------------------------------------------- from Hugging Face
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
-def test_folders_written_by_transformers(kind, tmp_path, transformers):
-    """Their own spelling (rope_parameters only), sharded, in bf16."""
+MOE_KEYS = {
+    "Llama": {},
+    "Qwen3": {},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "Dots1": {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2}
+    | {"first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", MOE_KEYS)
+def test_folders_written_by_transformers(kind, fused, tmp_path, transformers):
+    """Their own spelling (rope_parameters only), sharded, in bf16; experts one by one or, as version 5 can, fused."""
     torch.manual_seed(0)
     keys = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 16}
     keys |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
-    keys |= {"tie_word_embeddings": kind == "Llama", "initializer_range": 0.2}
+    keys |= {"tie_word_embeddings": kind == "Llama", "initializer_range": 0.2} | MOE_KEYS[kind]
     rope = LLAMA3 if kind == "Llama" else YARN
     config = getattr(transformers, f"{kind}Config")(rope_parameters=rope | {"rope_theta": 7e4}, **keys)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    for name, bias in theirs.named_buffers():
+        bias.normal_(std=0.3) if name.endswith("e_score_correction_bias") else None
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB", save_original_format=not fused)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert any("experts.gate_up_proj" in n for n in index["weight_map"]) == (fused and kind not in ("Llama", "Qwen3"))
     cfg, state, dtype, tokenizer = export.read_hf(tmp_path / "hf")
     assert dtype == "bfloat16" and tokenizer is None and cfg.rope_theta == 7e4
+    assert [*filter(cfg.is_moe, range(cfg.n_layers))] == {"Mixtral": [0, 1], "Qwen3Moe": [1], "Dots1": [1, 2]}.get(
+        kind, []
+    )
     ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
         assert (theirs(ids).logits - logits(cfg, state, ids)).abs().max() <= 1e-4
+
+
+PUBLISHED = {  # config.json of the published models, and their parameters
+    "Mixtral-8x7B-v0.1": (46_702_792_704, {
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_theta": 1e6, "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+    }),
+    "Qwen3-30B-A3B": (30_532_122_624, {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+        "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1e6,
+        "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "dots.llm1": (142_774_381_696, {  # it has neither head_dim nor the default sliding_window of 4096
+        "attention_bias": False, "eos_token_id": 151645, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 32768, "model_type": "dots1",
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 128, "n_shared_experts": 2,
+        "n_group": None, "topk_group": None, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32, "rms_norm_eps": 1e-05,
+        "rope_theta": 1e7, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "tie_word_embeddings": False,
+        "topk_method": "noaux_tc", "vocab_size": 152064,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_of_published_models(name):
+    n_params, keys = PUBLISHED[name]
+    cfg = export.model_config(keys, name)
+    with torch.device("meta"):
+        assert Transformer(cfg).n_params()["total"] == n_params
+    back = export.hf_config(cfg, "bfloat16", {}, cfg.n_experts)
+    same = {
+        k: v for k, v in keys.items() if v is not None and not k.startswith(("transformers", "max_window", "router"))
+    }
+    same = {k: v for k, v in same.items() if k not in (*export.TOKEN_IDS, "output_router_logits", "scoring_func")}
+    assert same.items() <= back.items()
+    assert back["rope_parameters"]["rope_theta"] == cfg.rope_theta == keys["rope_theta"]
 
 
 def test_an_imported_run(hf, tmp_path):

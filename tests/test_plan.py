@@ -11,6 +11,19 @@ from model import ModelConfig, Transformer
 from train import read_config
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+# what a name promises: parameters active, in all (None: nothing), and how far off they may be
+PROMISES = {f"b{n}": (n * 1e9, n * 8e9, 0.02) for n in (1, 7, 14, 30, 50, 100, 200, 300)}
+PROMISES |= {"b3_inference": (3e9, 3e9, 0.02), "b6_quality": (6e9, 6e9, 0.02), "b1_8x2": (1e9, None, 0.02)}
+PROMISES |= {"moe3": (None, 3e9, 0.02), "moe6": (None, 6e9, 0.02), "debug": (0.5e6, 4e6, 0.03)}
+PROMISES |= {"debug_200m": (200e6, 200e6, 0.02), "m70_memory": (70e6, 70e6, 0.02), "m120_speed": (120e6, 120e6, 0.02)}
+PROMISES |= {name: (124e6, None, 0.02) for name in ("gpt2_124m", "moe_124m", "hybrid_124m")}
+NEVER_RUN = {name for name in PROMISES if re.match(r"(b|moe)\d", name)} | {"lunaris_moe"}
+
+
+MOE = {"n_experts": 16, "n_experts_per_token": 4, "d_expert": 64}
+SIGMOID = MOE | {"router": "sigmoid", "n_shared_experts": 1, "n_dense_layers": 1, "n_experts_max": 18}
+SPARSE = [MOE, SIGMOID, {"mod_capacity": 0.25}, {"mod_capacity": 0.5, "mod_routing": "static", "mod_every": 2}]
+SPARSE += [SIGMOID | {"mod_capacity": 0.5, "mod_ffn_only": True}]
 
 
 def saved_bytes(cfg, rows, dtype, recompute) -> int:
@@ -38,7 +51,7 @@ def saved_bytes(cfg, rows, dtype, recompute) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"n_kv_heads": 4, "d_ff": 512}, {"dropout": 0.1}])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"n_kv_heads": 4, "d_ff": 512}, {"dropout": 0.1}, *SPARSE])
 def test_activation_estimate_is_what_autograd_keeps(changes, dtype):
     cfg = ModelConfig(
         **{"vocab_size": 64, "d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64} | changes
@@ -70,24 +83,57 @@ def test_preset_says_its_true_size_and_can_start(path):
     said = re.match(rf"# {path.stem}: ([\d,]+) parameters total, ([\d,]+) active", text)
     assert said, "the first comment is the size"
     cfg, _, notes, _ = read_config([str(path)])
-    if not cfg.model.vocab_size:  # the tokenizer's
-        cfg.model.vocab_size = int(re.match(r"bpe:(\d+)", cfg.prepare["tokenizer"])[1])
+    ids = int(re.match(r"bpe:(\d+)", cfg.prepare["tokenizer"])[1])
+    cfg.model.vocab_size = cfg.model.vocab_size or ids
+    assert cfg.model.vocab_size >= ids
     counts = plan.on_meta(cfg.model).n_params()
     assert [counts["total"], counts["active"]] == [int(n.replace(",", "")) for n in said.groups()]
+    active, total, off = PROMISES.get(path.stem, (None, None, 0))
+    for promised, count in ((active, counts["active"]), (total, counts["total"])):
+        assert promised is None or abs(count / promised - 1) <= off
     head = text.split("\n\n")[0]
     for word in ("learning rate", "warm-up", "batch"):
         assert word in head
     number = re.search(r"learning rate ([\d.e-]+)", head)[1]
     assert float(number) == cfg.learning_rate and f"warm-up {cfg.warmup_steps:g}" in head
-    assert f"batch {cfg.batch_tokens or cfg.batch_size * cfg.model.max_seq_len:,}" in head
+    row = cfg.batch_size * cfg.model.max_seq_len
+    assert f"batch {cfg.batch_tokens or row * cfg.gradient_accumulation_steps:,}" in head
+    assert not (cfg.batch_tokens or 0) % row, "one process can take it"
+    assert ("never run" in head) == (path.stem in NEVER_RUN)
     assert not notes
     keys = yaml.safe_load(text)
     assert all(f"{k}:" in text for k in keys)
+    if cfg.model.n_experts:
+        assert {"aux_loss_weight", "router_z_loss_weight", "max_seq_len"} <= set(keys["model"])
+    if counts["total"] > 2e9 and counts["total"] > counts["active"]:
+        assert cfg.activation_checkpointing == "block"
+    spare = cfg.model.n_experts_max - cfg.model.n_experts
+    assert (spare > 0) == (path.stem in ("debug", "hybrid_124m")), "dynamic experts need an empty slot"
 
 
-def test_all_presets_share_one_built_in_dataset():
-    made = {str(sorted(yaml.safe_load(p.read_text())["prepare"].items())) for p in PRESETS}
-    assert len(made) == 1, "another tokenizer into the same folder would be refused"
+def test_every_promised_preset_is_there():
+    assert not set(PROMISES) - {p.stem for p in PRESETS}
+
+
+def test_lunaris_yaml_is_as_its_readme_has_it():
+    keys = yaml.safe_load((ROOT / "configs/lunaris_moe.yaml").read_text())
+    assert keys.pop("prepare")  # instead of its data_dir
+    model = {"vocab_size": 50304, "d_model": 1024, "n_layers": 20, "n_heads": 16, "n_kv_heads": 4, "max_seq_len": 1024}
+    model |= {"dropout": 0.0, "n_experts": 8, "n_experts_per_token": 1, "aux_loss_weight": 0.01}
+    model |= {"capacity_factor": 1.25, "router_z_loss_weight": 0.001}
+    run = {"learning_rate": 2e-4, "weight_decay": 0.1, "warmup_steps": 2000, "max_steps": 200000, "batch_size": 32}
+    run |= {"gradient_accumulation_steps": 4, "grad_clip": 1.0, "compile_model": True, "save_interval": 1000}
+    run |= {"out_dir": "checkpoints/lunaris-moe", "log_interval": 20, "wandb_project": "lunaris-codex-moe"}
+    assert keys == run | {"wandb_run_name": "moe-8ex-gqa-20L", "model": model}
+    cfg = read_config([str(ROOT / "configs/lunaris_moe.yaml")])[0].model
+    assert cfg.router == "softmax" and not cfg.norm_topk, "with one expert per token the gate is its probability"
+
+
+def test_presets_share_the_built_in_datasets():
+    made = [yaml.safe_load(p.read_text())["prepare"] for p in PRESETS]
+    unlike = {str(sorted(spec.items())) for spec in made}
+    assert len(unlike) == len({spec["out"] for spec in made}), "another tokenizer into the same folder would be refused"
+    assert len(unlike) == 2, "all but debug"
 
 
 def test_machine_resolves_and_refuses(monkeypatch):
