@@ -4,8 +4,8 @@
 This file imports nothing of ours, so it can be copied out together with model.py; errors are plain ValueError.
 
 The expert layer is one operator: out[t] = sum over k of p[t, k] * w2[e] @ (silu(gate) * up) with e = ids[t, k] < E and
-(gate, up) = w13[e] @ x[t]. Everything has a static shape (T * K rows, sorted by expert), nothing is dropped, and nothing but the
-back end "slices" waits for the device, so a CUDA graph and torch.compile(fullgraph=True) can hold it. Kept for
+(gate, up) = w13[e] @ x[t]. Everything has a static shape (T * K rows, sorted by expert), nothing is dropped, and only
+the back end "slices" waits for the device, so a CUDA graph and torch.compile(fullgraph=True) can hold it. Kept for
 backward: x, p, the sort, and z = the rows' gate and up before the activation; the experts' outputs y are never kept,
 since the gates' gradient <dout, w2 @ a> = <w2^T @ dout, a> does not need them (SonicMoE, arXiv 2512.14080). No atomics:
 the same inputs give the same bits. No GPU has run it yet: the self-test is the proof on yours.
