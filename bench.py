@@ -1,29 +1,114 @@
-"""The README's numbers: `python bench.py speed CONFIG`, `python bench.py decode [RUN]`.
+"""The README's numbers. Every command prints the machine it ran on; times are ratios of interleaved rounds in one run.
 
-speed: steps of a configuration without evaluation or saving: tokens per second, share of the matrix peak, data wait.
-decode: cached decoding against recomputing the whole sequence for each token, same model, same ids.
+speed CONFIG [--key value]: steps of a configuration without evaluation or saving: tokens/s, MFU, data wait.
+decode [RUN]: cached decoding against recomputing the whole sequence for each token, same model, same ids.
+kernels [--rounds N]: the expert layer's back ends against a dense SwiGLU of equal active width, and bytes kept.
+step [--rounds N] [--no-peer] [--limit S]: one training step of whole models: our MoE, our dense model of equal active
+    size, and transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one, 0: do not.
+learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE, MoD and hybrid at equal active
+    parameters and tokens, from configs/quickstart.yaml. A run that --out holds already is not repeated.
+gpu [PART ...]: all that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models, speed.
+    `--device cpu` runs its logic at toy sizes. Written without a GPU at hand: the CUDA paths were never run.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import gc
+import json
 import math
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
+import model_moe
 import plan
 from errors import UserError, command
 from model import KVCache, ModelConfig, Transformer
-from train import Trainer
+from train import Config, Parallel, Trainer, build_optimizer, find_yaml, load_yaml
+
+# ---------------------------------------------------------------- what is measured
+
+KERNELS = {  # tokens, d_model, an expert's width, experts, experts per token
+    "toy": [(64, 32, 16, 4, 2)],
+    "cpu": [(4096, 384, 512, 8, 2), (4096, 384, 64, 64, 8)],
+    "cuda": [(32768, 1536, 512, 128, 10), (32768, 2048, 768, 128, 8)],
+}
+STEP = {"vocab_size": 8192, "d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "max_seq_len": 512}
+GRAINS = {  # name: the MoE, and d_ff of the dense model with the same active width
+    "8 experts of 512, top-2": ({"n_experts": 8, "n_experts_per_token": 2, "d_expert": 512}, 1024),
+    "64 experts of 64, top-8": ({"n_experts": 64, "n_experts_per_token": 8, "d_expert": 64}, 512),
+}
+PAIRS = (("our MoE", "our dense"), ("peer MoE", "peer dense"), ("peer MoE", "our MoE"), ("peer dense", "our dense"))
+MOE = {"n_experts": 8, "n_experts_per_token": 2, "d_expert": 176}  # 2 x 176 is quickstart's d_ff
+HALF = {"mod_capacity": 0.5, "mod_every": 2}
+LEARN = {  # what each changes of quickstart's model
+    "dense": {},
+    "moe": MOE,
+    "mod-ffn": {**HALF, "mod_ffn_only": True},
+    "mod-block": HALF,
+    "hybrid": {**MOE, **HALF, "mod_ffn_only": True},
+}
+TOY = {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": 32}
+SMALL = {"vocab_size": 1024, "d_model": 256, "n_layers": 2, "n_heads": 4, "d_ff": 512, "max_seq_len": 256}
+SYNC = {  # no step of these may wait for the GPU
+    "dense": {},
+    "softmax": {"n_experts": 8, "d_expert": 64},
+    "sigmoid, shared": {"n_experts": 8, "d_expert": 64, "router": "sigmoid", "n_shared_experts": 1},
+    "slots, null": {"n_experts": 6, "d_expert": 64, "n_experts_max": 8, "n_null_experts": 2},
+    "capacity": {"n_experts": 8, "d_expert": 64, "capacity_factor": 1.25},
+    "MoD block": HALF,
+    "MoE + MoD": {"n_experts": 8, "d_expert": 64, **HALF, "mod_ffn_only": True},
+}
+# four layers of the preset b1: 128 experts of 512, top-10, one shared
+B1 = {"vocab_size": 50304, "d_model": 1536, "n_layers": 4, "n_heads": 12, "n_kv_heads": 4, "head_dim": 128}
+B1 |= {"d_ff": 5632, "max_seq_len": 2048, "n_experts": 128, "n_experts_per_token": 10, "d_expert": 512}
+B1 |= {"n_shared_experts": 1, "router": "sigmoid", "tie_embeddings": False}
+WIDE = {"vocab_size": 50304, "d_model": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4, "d_ff": 2816}
+MODELS = {  # equal active width; step times on a GPU
+    "dense": {},
+    "MoE 64 x 352, top-8": {"n_experts": 64, "n_experts_per_token": 8, "d_expert": 352},
+    "MoD FFN, half of every 2nd layer": {**HALF, "mod_ffn_only": True},
+    "MoD block, half of every 2nd layer": HALF,
+}
+# parts of the gpu command: seconds that each may take, and all together
+PARTS = {"tests": 90, "selftest": 90, "kernels": 100, "sync": 60, "slice": 110, "models": 120, "speed": 150}
+GPU_SECONDS = 570
+
+# ---------------------------------------------------------------- common parts
 
 
-def machine_line() -> str:
+class Words(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError("E002", f"command line: {message}; python bench.py lists the options")
+
+
+def options(words: list[str], **known) -> argparse.Namespace:
+    """`--name value` of the default's type; False: a flag; None: the words without `--`, a list."""
+    parser = Words(add_help=False, allow_abbrev=False)
+    for name, default in known.items():
+        flags = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        if default is None:
+            parser.add_argument(name, nargs="*", default=[])
+        elif default is False:
+            parser.add_argument(*flags, action="store_true")
+        else:
+            parser.add_argument(*flags, type=type(default), default=default)
+    return parser.parse_intermixed_args(words)
+
+
+def machine_line(m: plan.Machine | None = None) -> str:
     """Hardware, flags, measured peak, versions, commit and date: what every number is printed with."""
-    m = plan.machine()
+    m = m or plan.machine()
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -38,6 +123,188 @@ def machine_line() -> str:
 
 def spread(values: list[float]) -> str:
     return f"median {statistics.median(values):.4g} (n {len(values)}, {min(values):.4g} to {max(values):.4g})"
+
+
+def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each run in each round; the runs take turns, so that a busy machine is slow for all of them."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    times = {name: [] for name in runs}
+    for i in range(warm_up + rounds):
+        for name, run in runs.items():
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            if i >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """How many times as long a takes as b: in each round, and best against best."""
+    return f"{spread([x / y for x, y in zip(a, b)])}, best against best {min(a) / min(b):.3f}"
+
+
+def said(error: BaseException) -> str:
+    """An error of somebody's code on one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.compiler.reset()  # compiled graphs hold on to models
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """TimeoutError after so many seconds (in the main thread, where signals are)."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Ours:
+    """One optimizer step of our model on random ids, a call; the lines of Trainer.fit with one micro-step.
+
+    The learning rate is 0: the same work, and the routing of the first step in all rounds.
+    """
+
+    def __init__(self, model: ModelConfig, machine: plan.Machine, rows: int, compiled=False, back_end="auto"):
+        cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
+        self.cfg, self.machine, self.parallel = cfg, machine, Parallel(cfg)
+        with torch.device(machine.device):
+            self.model = Transformer(model)
+        with torch.no_grad():  # init_weights draws on the CPU, which takes long for a billion numbers
+            for name, p in self.model.named_parameters():
+                p.fill_(1.0) if p.dim() < 2 else p.zero_() if "predictor" in name else p.normal_(0, model.init_std)
+        self.model.compute_dtype = machine.compute_dtype
+        self.moe = list(self.model.sparse_layers("moe").values())
+        shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token, rows * model.max_seq_len)
+        if self.moe:
+            picked = model_moe.pick_back_end(back_end, machine.device, machine.compute_dtype, *shape)[0]
+            for moe in self.moe:
+                moe.back_end = picked
+        self.name = (self.moe[0].back_end + ", " if self.moe else "") + ("compiled" if compiled else "eager")
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizer, self.tokens = build_optimizer(cfg, self.model), rows * model.max_seq_len
+        self.x, self.y = batch(model, rows, machine.device)
+        self.model.train()
+
+    def __call__(self) -> torch.Tensor:
+        torch.use_deterministic_algorithms(self.machine.device.type == "cpu")  # what `deterministic: auto` means
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        model, optimizer, par = self.model, self.optimizer, self.parallel
+        total, parts = model(self.x, targets=self.y)
+        (total / self.tokens).backward()
+        stats = par.reduce(model, torch.stack([parts["ce"], parts["z"], parts["count"]]).double())
+        norm = par.grad_norm(model)
+        bad = ~(torch.isfinite(stats[0]) & torch.isfinite(norm))
+        factor = (self.tokens / stats[2]).float()
+        clip = (self.cfg.grad_clip / (norm * factor + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in model.parameters()], clip * factor)
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.moe:
+            model_moe.update_balance(self.moe, list(parts["moe"][:, len(model_moe.SUMS) :]), bad)
+        return stats[0] / stats[2]
+
+
+class Peer:
+    """The same step of transformers' Qwen3Moe or Qwen3: fused AdamW, fp32 masters, clipping, no router losses.
+
+    precision: fp32; autocast (bf16 by torch.autocast); masters (a bf16 model beside fp32 weights in the optimizer).
+    """
+
+    def __init__(self, model: ModelConfig, machine, rows: int, compiled=False, experts="eager", precision="fp32"):
+        import transformers
+
+        keys = {"vocab_size": model.vocab_size, "hidden_size": model.d_model, "num_hidden_layers": model.n_layers}
+        keys |= {"num_attention_heads": model.n_heads, "num_key_value_heads": model.n_kv_heads}
+        keys |= {"head_dim": model.head_dim, "intermediate_size": model.d_ff, "use_cache": False}
+        keys |= {"max_position_embeddings": model.max_seq_len, "tie_word_embeddings": model.tie_embeddings}
+        kind, sparse = "Qwen3", {}
+        if model.n_experts:
+            kind, sparse = "Qwen3Moe", {"num_experts": model.n_experts, "moe_intermediate_size": model.d_expert}
+            sparse |= {"num_experts_per_tok": model.n_experts_per_token, "norm_topk_prob": model.norm_topk}
+            sparse |= {"output_router_logits": False}
+        config = getattr(transformers, f"{kind}Config")(**keys, **sparse)
+        with torch.device(machine.device):
+            self.model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+        if model.n_experts:
+            self.model.set_experts_implementation(experts)
+        self.masters = [p.detach().clone() for p in self.model.parameters()]
+        if precision == "masters":
+            self.model.bfloat16()
+        else:
+            self.masters = list(self.model.parameters())
+        self.params, self.precision, self.device = list(self.model.parameters()), precision, machine.device
+        if compiled:
+            self.model.compile()
+        names = [experts] if model.n_experts else []
+        self.name = ", ".join([*names, precision, "compiled" if compiled else "eager"])
+        self.optimizer = torch.optim.AdamW(self.masters, 0.0, (0.9, 0.95), weight_decay=0.1, fused=True)
+        self.x, self.y = batch(model, rows, machine.device)
+        self.tokens = rows * model.max_seq_len
+
+    def __call__(self) -> torch.Tensor:
+        torch.use_deterministic_algorithms(False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
+            loss = self.model(input_ids=self.x, labels=self.y, shift_labels=self.y).loss
+        loss.backward()
+        if self.precision == "masters":
+            for master, p in zip(self.masters, self.params):
+                master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.precision == "masters":
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, self.masters)
+        return loss.detach()
+
+
+def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(model.vocab_size, (rows, model.max_seq_len + 1), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
+def fastest(name: str, variants: list, limit: float, device):
+    """Build each variant (a function) and time two of its steps; returns the fastest, still built, or None."""
+    best, best_time = None, math.inf
+    for label, make, compiled in variants:
+        if compiled and (not limit or not plan.find_compiler()):
+            continue
+        made = None
+        try:
+            with time_limit(limit if compiled else 600):
+                made = make()
+                loss = made().item()  # compiles, warms up
+                seconds = min(interleaved({"": made}, 2, device, warm_up=0)[""])
+            print(f"  {name}, {label}: {1e3 * seconds:.0f} ms, loss {loss:.4f}", flush=True)
+            if seconds < best_time:
+                best, best_time = made, seconds
+        except Exception as error:  # a variant of somebody's code that does not work here is said, not fatal
+            print(f"  {name}, {label}: left out: {said(error)}", flush=True)
+        made = None
+        gc.collect()
+    return best
+
+
+# ---------------------------------------------------------------- the trainer's speed, and decoding
 
 
 def speed(words: list[str]) -> int:
@@ -114,13 +381,369 @@ def decode(words: list[str]) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- expert layer
+
+
+def kept_bytes(run, leave_out: list[torch.Tensor]) -> int:
+    """Bytes that the graph of run() keeps for backward, each storage once, without those of `leave_out`."""
+    seen, out = {t.untyped_storage().data_ptr() for t in leave_out}, []
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            out.append(storage.nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = run()
+    del y
+    return sum(out)
+
+
+def kernels(words: list[str]) -> int:
+    """Forward, and forward + backward, of one expert layer with given routing; weights as the trainer has them, in
+    fp32 and cast by the layer, and where that differs once more in the compute dtype, as others measure."""
+    o = options(words, rounds=10, device="auto", size="")
+    m = plan.machine(o.device)
+    print(machine_line(m))
+    for shape in KERNELS[o.size or ("cuda" if m.device.type == "cuda" else "cpu")]:
+        for weights in dict.fromkeys((torch.float32, m.compute_dtype)):
+            print(
+                "T {}, d {}, I {}, E {}, K {}".format(*shape) + f", x {m.compute_dtype}, weights {weights}", flush=True
+            )
+            try:
+                kernel_shape(m, shape, weights, o.rounds)
+            except Exception as error:  # the next shape may work
+                print(f"  left out: {said(error)}")
+            free_memory()
+    return 0
+
+
+def kernel_shape(m: plan.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
+    (T, C, I, _, K), dtype = shape, m.compute_dtype
+    (x, p, ids, w13, w2), dout = model_moe.sample(m.device, dtype, *shape)
+    w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
+    one, two = (torch.randn(n, device=m.device, dtype=weights) * n[1] ** -0.5 for n in ((2 * K * I, C), (C, K * I)))
+    one, two = one.requires_grad_(), two.requires_grad_()
+
+    def dense():
+        gate, up = F.linear(x, one.to(dtype)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, two.to(dtype))
+
+    layers, wrt, first = {"dense": dense}, {"dense": [x, one, two]}, None
+    for name, why in reversed(model_moe.back_ends(m.device, dtype, C, I).items()):
+        try:
+            if why:
+                raise ValueError(why)
+            layer = lambda name=name: model_moe.run_experts(x, p, ids, w13, w2, name)  # noqa: E731
+            y = layer()
+            found = [y.detach(), *torch.autograd.grad(y, [x, p, w13, w2], dout)]
+        except Exception as error:
+            print(f"  {name}: left out: {said(error)}")
+            continue
+        layers[name], wrt[name], first = layer, [x, p, w13, w2], first or (name, found)
+        errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, first[1])]
+        print(f"  {name}: differs from {first[0]} by {max(errors):.1e} (output and all gradients)", flush=True)
+    y = found = first = None  # free their memory
+    whole = {name: lambda name=name: torch.autograd.grad(layers[name](), wrt[name], dout) for name in layers}
+    forward, whole = interleaved(layers, rounds, m.device, 2), interleaved(whole, rounds, m.device, 2)
+    flops, formula = 6 * T * C * K * I, dout.element_size() * (T * C + 2 * T * K * I)
+    for name in layers:
+        a, b, kept = forward[name], whole[name], kept_bytes(layers[name], [w13, w2, one, two])
+        text = f"forward {plan.describe(flops / min(a), 'FLOP/s')}, {1e3 * min(a):.2f} ms; with backward "
+        text += f"{plan.describe(3 * flops / min(b), 'FLOP/s')}, {1e3 * min(b):.2f} ms; keeps {kept / 2**20:.1f} MiB"
+        print(f"  {name:<10} {text}")
+        if name != "dense":
+            print(f"    time against dense: forward {ratio(a, forward['dense'])}")
+            print(f"    with backward {ratio(b, whole['dense'])}; kept is {kept / formula:.3f} of 2Td + 4TKI")
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def step(words: list[str]) -> int:
+    """Our MoE and dense model and, in its fastest variant, transformers' of the same shapes: one training step."""
+    import torch._inductor.config as inductor
+
+    o = options(words, rounds=7, no_peer=False, limit=120.0, device="auto", size="")
+    inductor.compile_threads = 1  # a compilation that is given up must not go on beside the measurement
+    m, rows = plan.machine(o.device), 2 if o.size == "toy" else 8
+    print(machine_line(m))
+    peer = not o.no_peer
+    if peer:
+        try:
+            import transformers
+
+            print(f"peer: transformers {transformers.__version__}")
+        except ImportError:
+            peer = print("no peer: transformers is not installed")
+    for grain, (moe, d_ff) in GRAINS.items():
+        shape = TOY if o.size == "toy" else STEP
+        print(f"{grain}; {shape['n_layers']} x {shape['d_model']}, {rows} rows x {shape['max_seq_len']} tokens")
+        configs = {"MoE": ModelConfig(**shape | moe | {"d_ff": d_ff}), "dense": ModelConfig(**shape | {"d_ff": d_ff})}
+        built = {}
+        for kind, cfg in configs.items():
+            tries = [(w, lambda cfg=cfg, c=c: Ours(cfg, m, rows, c), c) for c, w in enumerate(("eager", "compiled"))]
+            built[f"our {kind}"] = fastest(f"our {kind}", tries, o.limit, m.device)
+            if peer:
+                tries = peer_variants(cfg, m, rows)
+                built[f"peer {kind}"] = fastest(f"peer {kind}", tries, o.limit, m.device)
+        built = {name: made for name, made in built.items() if made is not None}
+        times = interleaved(built, o.rounds, m.device)
+        for name, made in built.items():
+            n, t = sum(p.numel() for p in made.model.parameters()), times[name]
+            text = f"{1e3 * min(t):.0f} ms, {plan.describe(made.tokens / min(t))} tokens/s at best; s {spread(t)}"
+            print(f"  {name:<10} {text}; {n:,} parameters; {made.name}")
+        for a, b in PAIRS:
+            if a in times and b in times:
+                print(f"  {a} / {b}: time {ratio(times[a], times[b])}")
+        built = made = None
+        free_memory()
+    return 0
+
+
+def peer_variants(cfg: ModelConfig, m: plan.Machine, rows: int) -> list:
+    """(label, function, compiled?) of every way to run transformers' model here that fits into memory."""
+    experts, found = [""], []
+    if cfg.n_experts:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        experts = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    bf16 = m.device.type == "cuda" or plan.cpu_has_bf16()
+    for name in experts:
+        # batched_mm copies the weights of its expert for every choice of every token, and keeps them for backward
+        need = 4 * rows * cfg.max_seq_len * cfg.n_experts_per_token * 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
+        if name == "batched_mm" and need > plan.total_memory(m.device) / 2:
+            print(f"  peer MoE, {name}: left out: it would keep {need / 2**30:.0f} GiB of copied weights")
+            continue
+        for precision in ("fp32", "autocast", "masters") if bf16 else ("fp32",):
+            for c in (False, True):
+                make = lambda a=name, c=c, p=precision: Peer(cfg, m, rows, c, a, p)  # noqa: E731
+                found.append((", ".join(w for w in (name, precision, "compiled" if c else "eager") if w), make, c))
+    return found
+
+
+# ---------------------------------------------------------------- learning
+
+
+def learn(words: list[str]) -> int:
+    """One file per run in --out (two processes may share it, --only says who does what); then the table."""
+    o = options(words, steps=0, seeds=3, threads=1, only="", out="out/learn")
+    out, only = Path(o.out), o.only.split(",") if o.only else list(LEARN)
+    if unknown := [name for name in only if name not in LEARN]:
+        raise UserError("E002", f"--only: no {', '.join(unknown)}; there are: {', '.join(LEARN)}")
+    torch.set_num_threads(o.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    line = machine_line()
+    for seed in range(o.seeds):
+        for name in only:
+            tree = load_yaml(find_yaml("quickstart"))[0]
+            tree |= {"seed": 1337 + seed, "max_steps": o.steps or tree["max_steps"], "save_interval": 0}
+            tree |= {"sample_prompt": None, "compile_model": False, "resume": "none"}
+            tree["model"] |= LEARN[name]
+            path, keys = out / f"{name}-{1337 + seed}.json", json.loads(json.dumps(tree))
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads(path.read_text())["keys"] == keys:
+                    continue
+            row = train_once(tree, path.with_suffix(".log")) | {"variant": name, "seed": 1337 + seed, "keys": keys}
+            checkpoint.write_json(path, row | {"threads": o.threads, "machine": line})
+            print(f"{time.strftime('%T')} {path}: val_loss {row['val_loss']:.4f}", flush=True)
+    print(line)
+    print("\n".join(learn_table([json.loads(p.read_text()) for p in sorted(out.glob("*.json"))])))
+    return 0
+
+
+def train_once(tree: dict, log: Path) -> dict:
+    """Train the configuration into a temporary folder; the numbers of its end."""
+    rows, began = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, open(log, "w", encoding="utf-8") as f:
+        with contextlib.redirect_stdout(f):
+            trainer = Trainer(tree | {"out_dir": folder})
+            trainer.record = rows.append
+            trainer.fit()
+        if trainer.step < trainer.cfg.max_steps:  # a signal: what it asked to stop is all of it
+            raise KeyboardInterrupt
+    last = next(r for r in reversed(rows) if "val_loss" in r)
+    names = ("val_loss", "val_bpb", "val_loss_as_trained", "mod_gap", "mod_agreement", "mod_depth")
+    found = {k: last.get(k) for k in names}
+    n, speeds = trainer.model.n_params(), [r["tokens_per_second"] for r in rows if "tokens_per_second" in r]
+    found |= {"total": n["total"], "active": n["active"], "flops_per_token": trainer.flops_per_token}
+    found |= {"router": sum(p.numel() for k, p in trainer.model.named_parameters() if ".router." in k)}
+    found |= {"steps": trainer.step, "tokens": trainer.tokens, "tokens_per_second": statistics.median(speeds)}
+    return found | {"seconds": time.perf_counter() - began}
+
+
+def learn_table(rows: list[dict]) -> list[str]:
+    """A markdown table, a line per variant; runs of another length than most are left out and said."""
+    if not rows:
+        return ["no runs"]
+    steps = statistics.mode(r["steps"] for r in rows)
+    titles = "variant, n, val loss, bits per byte, gap, total, active, of it routers, FLOP a token, tokens/s".split(
+        ", "
+    )
+    tokens = next(r["tokens"] for r in rows if r["steps"] == steps)
+    text = (
+        f"{steps} steps, {tokens:,} tokens each. Val loss: mean (lowest to highest) over seeds, for MoD by the causal"
+    )
+    text += " rule; gap: what the rule of training, which looks ahead, would gain."
+    lines = [text, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+    def mean(key, form):
+        return "-" if mine[0][key] is None else format(statistics.mean(r[key] for r in mine), form)
+
+    for name in dict.fromkeys([*LEARN, *(r["variant"] for r in rows)]):
+        mine = [r for r in rows if r["variant"] == name and r["steps"] == steps]
+        if not mine:
+            continue
+        loss = [r["val_loss"] for r in mine]
+        cells = [name, len(mine), f"{mean('val_loss', '.4f')} ({min(loss):.4f} to {max(loss):.4f})"]
+        cells += [mean("val_bpb", ".4f"), mean("mod_gap", "+.4f")]
+        cells += [f"{mine[0][key]:,}" for key in ("total", "active", "router")]
+        cells += [plan.describe(mine[0]["flops_per_token"])]
+        cells += [plan.describe(statistics.median(r["tokens_per_second"] for r in mine))]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    threads = " or ".join(map(str, sorted({r["threads"] for r in rows})))
+    lines += [
+        "",
+        f"tokens/s with {threads} threads, one run after another on a shared machine: no comparison of speed.",
+    ]
+    others = [f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps]
+    return lines + ([f"left out: {', '.join(others)}"] if others else [])
+
+
+# ---------------------------------------------------------------- a GPU in ten minutes
+
+
+def gpu(words: list[str]) -> int:
+    """Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context, not the command."""
+    o = options(words, parts=None, device="cuda", inside=False)
+    if unknown := [p for p in o.parts if p not in PARTS]:
+        raise UserError("E002", f"gpu: no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    m = plan.machine(o.device)  # E003 without such a device
+    toy = m.device.type == "cpu"
+    if o.inside:
+        return {"sync": sync_check, "slice": slice_step, "models": model_steps}[o.parts[0]](m, toy)
+    print(machine_line(m), flush=True)
+    here = [sys.executable, str(Path(__file__).resolve())]
+    run = {name: [*here, "gpu", name, "--device", o.device, "--inside"] for name in ("sync", "slice", "models")}
+    run["tests"] = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
+    run["selftest"] = [sys.executable, "model_moe.py", "--selftest"]
+    run["kernels"] = [*here, "kernels", "--device", o.device, *(("--size", "toy") if toy else ())]
+    run["speed"] = [*here, "speed", *(("quickstart", "--device", "cpu") if toy else ("gpt2_124m",))]
+    until, failed = time.perf_counter() + GPU_SECONDS, []
+    for name in o.parts or PARTS:
+        began = time.perf_counter()
+        left = min(PARTS[name], until - began)
+        print(f"\n== {name}", flush=True)
+        try:
+            code = subprocess.run(run[name], cwd=Path(__file__).resolve().parent, timeout=max(1, left)).returncode
+            text = {0: "done", 5: "no tests" if name == "tests" else "failed (5)"}.get(code, f"FAILED ({code})")
+        except subprocess.TimeoutExpired:
+            text = f"FAILED (not done after {left:.0f} s)"
+        failed += [name] * text.startswith("FAILED")
+        print(f"== {name}: {text}, {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"\nfailed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+def sync_check(m: plan.Machine, toy: bool) -> int:
+    """Steps under set_sync_debug_mode("error"), which makes every wait for the GPU an error."""
+    failed, cuda = 0, m.device.type == "cuda"
+    for name, keys in SYNC.items():
+        cfg, tries = ModelConfig(**(TOY if toy else SMALL) | keys), [("auto", False)]
+        if cfg.n_experts:  # slices ask how long each slice is: they must wait, and are left out on a GPU
+            there = model_moe.back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
+            tries = [(b, False) for b, why in there.items() if why is None and not (cuda and b == "slices")]
+        if name in ("softmax", "MoE + MoD"):  # compiling takes long
+            tries += [(b, True) for b, _ in tries] if cuda else []
+        for back_end, compiled in tries:
+            try:
+                run = Ours(cfg, m, 2, compiled, back_end)
+                for _ in range(3):
+                    run()
+                if cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.set_sync_debug_mode("error")
+                run()
+                print(f"  {name}: {run.name}: no sync", flush=True)
+            except Exception as error:
+                failed = 1
+                print(f"  {name}: {back_end}{', compiled' * compiled}: FAILED: {said(error)}", flush=True)
+            finally:
+                if cuda:
+                    torch.cuda.set_sync_debug_mode("default")
+    return failed
+
+
+def fitting(cfg: ModelConfig, m: plan.Machine, rows: list[int]) -> Ours:
+    """The model with the first of these batches that fits, after three steps; compiled on a GPU."""
+    for n in rows:
+        try:
+            run = Ours(cfg, m, n, m.device.type == "cuda")
+            for _ in range(3):
+                run()
+            return run
+        except torch.OutOfMemoryError as error:
+            print(f"  {n} rows: {said(error)}", flush=True)
+        run = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise UserError("E200", f"not even {rows[-1]} rows fit")
+
+
+def tell(run: Ours, times: list[float], peak: float) -> str:
+    """Step time, speed, and MFU by the data sheet's and by the measured matrix peak."""
+    n, speed = run.model.n_params(), run.tokens / min(times)
+    rate = speed * run.model.flops_per_token()
+    text = f"{1e3 * min(times):.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}), "
+    text += f"{plan.describe(speed)} tokens/s, MFU {100 * rate / plan.peak_flops(run.machine):.1f} % (of the measured "
+    text += f"peak {100 * rate / peak:.1f} %); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
+    return text
+
+
+def slice_step(m: plan.Machine, toy: bool) -> int:
+    """Four layers of b1: step time, MFU, memory."""
+    cfg = ModelConfig(**TOY | {"n_experts": 8, "n_shared_experts": 1, "router": "sigmoid"} if toy else B1)
+    peak = plan.matrix_peak(m.device, m.compute_dtype, 1.0)
+    run = fitting(cfg, m, [2] if toy else [16, 8, 4, 2, 1])
+    if m.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = interleaved({"": run}, 3 if toy else 15, m.device)[""]
+    print("  " + tell(run, times, peak))
+    if m.device.type == "cuda":
+        print(f"  memory at the peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return 0
+
+
+def model_steps(m: plan.Machine, toy: bool) -> int:
+    """Dense, MoE and MoD of equal active width, interleaved."""
+    runs, peak = {}, plan.matrix_peak(m.device, m.compute_dtype, 1.0)
+    for name, keys in MODELS.items():
+        try:
+            runs[name] = fitting(
+                ModelConfig(**TOY | keys | {"d_expert": 8} if toy else WIDE | keys), m, [2 if toy else 16]
+            )
+        except Exception as error:
+            print(f"  {name}: {said(error)}", flush=True)
+    times = interleaved(runs, 3 if toy else 10, m.device)
+    for name, run in runs.items():
+        print(f"  {name}: {tell(run, times[name], peak)}")
+        if name != "dense" and "dense" in times:
+            print(f"    time against dense {ratio(times[name], times['dense'])}")
+    return 0 if len(runs) == len(MODELS) else 1
+
+
+COMMANDS = {"speed": speed, "decode": decode, "kernels": kernels, "step": step, "learn": learn, "gpu": gpu}
+
+
 def main(argv: list[str]) -> int:
-    if argv and argv[0] in ("speed", "decode"):
-        return {"speed": speed, "decode": decode}[argv[0]](argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     print(__doc__)
     if not argv or argv[0] in ("-h", "--help"):
         return 0
-    raise UserError("E002", f"{argv[0]!r} is not speed or decode")
+    raise UserError("E002", f"{argv[0]!r} is not one of {', '.join(COMMANDS)}")
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def versions() -> dict:
 def refusals(cfg: ModelConfig) -> list[str]:
     """Why this model has no Hugging Face architecture, key by key; empty when it has one."""
     kind, layers = model_type(cfg), range(cfg.n_layers)
-    moe, soft = [i for i in layers if cfg.is_moe(i)], model_type(cfg) in ("mixtral", "qwen3_moe")
+    soft, moe = kind in ("mixtral", "qwen3_moe"), [i for i in layers if cfg.is_moe(i)]
     dense = [i for i in layers if i not in moe]
     why = [text for wrong, text in (
         (cfg.norm_order != "pre",
@@ -269,14 +269,15 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
         raise UserError("E400", f"{source.path}: model.{', model.'.join(unknown)}: not known to this version")
     cfg, dtype = ModelConfig(**keys), dtype or imported.get("dtype", "float32")
     with torch.device("meta"):
-        names = {f"model.{name}" for name in Transformer(cfg).state_dict()}
-    wrong = sorted(names ^ {n for n in source.tensors if n.startswith("model.")})
+        shapes = {f"model.{name}": list(t.shape) for name, t in Transformer(cfg).state_dict().items()}
+    saved = {name: t["shape"] for name, t in source.tensors.items() if name.startswith("model.")}
+    wrong = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
     kept, ready, why = routers(source, cfg) if not wrong else ({}, {}, [])
     why = refusals(cfg) + why + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
     if why:
         raise UserError("E400", f"{source.path}: {'; '.join(why)}")
     if wrong:
-        raise UserError("E305", f"{source.path}: not both in its weights and its config: {', '.join(wrong[:8])}")
+        raise UserError("E305", f"{source.path}: not the same in its weights and its config: {', '.join(wrong[:8])}")
     transformers = import_transformers() if check else None
 
     tokenizer_file = source.path.parent / "tokenizer.json"
@@ -462,7 +463,7 @@ def model_config(config: dict, where) -> ModelConfig:
     ours = {ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()}
     ours |= {"mixtral": {"norm_topk": True}, "dots1": {"router": "sigmoid"}}.get(kind, {})
     if kind == "qwen3_moe" and ours["n_experts"]:
-        step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or ()
+        step, dense = config["decoder_sparse_step"] or 1, config["mlp_only_layers"] or ()
         sparse = [i for i in range(ours["n_layers"]) if i not in dense and (i + 1) % step == 0]
         ours["moe_layers"] = sparse if len(sparse) < ours["n_layers"] else None
     ours |= {"rope_theta": max(thetas, default=1e6 if kind == "mixtral" else 1e4)}
@@ -507,21 +508,21 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
         for file in files:
             where |= dict.fromkeys((handle := safe_open(file, "pt")).keys(), handle)
         table = layout(cfg, fused=any(n.endswith("experts.gate_up_proj") for n in where))
-        empty = {theirs for _, theirs, _, shape in table if 0 in shape}  # shared experts of width 0: there or not
-        table = [row for row in table if row[1] not in empty]
         wanted = {theirs for _, theirs, *_ in table}
-        extra = {n for n in where if n not in wanted | empty and not n.endswith(".inv_freq")}  # a table of old files
+        extra = {n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")}  # a table of old files
         if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(where):
             head, embed = (where[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
             extra -= {"lm_head.weight"} if torch.equal(head, embed) else set()  # some files hold a tied head twice
         why = [f"{n}: has no place in this {config['model_type']}" for n in sorted(extra)]
-        why += [f"{n}: missing" for n in sorted(wanted - set(where))]
+        table = [row for row in table if row[1] in where or 0 not in row[3]]  # shared experts of width 0: there or not
+        why += [f"{n}: missing" for n in sorted({theirs for _, theirs, *_ in table} - set(where))]
         for ours, theirs, _, shape in table if not why else []:
             tensor = where[theirs].get_tensor(theirs)
             if list(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
                 why.append(f"{theirs}: {tensor.dtype} {list(tensor.shape)}, expected {shape} of {', '.join(DTYPES)}")
-            dtypes |= {str(tensor.dtype).removeprefix("torch.")} if not ours.endswith(".bias") else set()
-            parts.setdefault(ours, []).append(tensor.float())
+            if 0 not in shape:
+                dtypes |= {str(tensor.dtype).removeprefix("torch.")} if not ours.endswith(".bias") else set()
+                parts.setdefault(ours, []).append(tensor.float())
     except (OSError, SafetensorError) as error:
         raise UserError("E401", f"{folder}: {error}") from error
     if why:
@@ -536,17 +537,16 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
 
 def add_buffers(cfg: ModelConfig, state: dict) -> ModelConfig:
     """Put the routers' buffers that only training needs into `state`; experts that are never chosen are empty slots."""
-    E, n = cfg.n_experts, [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)]
-    alive = [state.setdefault(name + "bias", torch.zeros(E)) > DEAD / 2 for name in n]
+    E, names = cfg.n_experts, [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)]
+    alive = [state.setdefault(r + "bias", torch.zeros(E)) > DEAD / 2 for r in names]
     counts = [int(a.sum()) for a in alive]
-    if counts and cfg.n_experts_per_token <= min(counts) < E:
-        cfg = dataclasses.replace(cfg, n_experts=max(counts), n_experts_max=E)
-    for name, a in zip(n, alive):
-        if cfg.n_experts_max:
-            state[name + "bias"] = state[name + "bias"].masked_fill(~a, 0.0)
-            state |= {name + "alive": a, name + "sibling": torch.arange(E), name + "retired": torch.full((E,), -1)}
-        state[name + "load"] = a / a.sum()
-    return cfg
+    slots = names and cfg.n_experts_per_token <= min(counts) < E
+    for r, a in zip(names, alive):
+        state[r + "load"] = a / a.sum() if slots else torch.full((E,), 1 / E)
+        if slots:
+            state[r + "bias"] = state[r + "bias"].masked_fill(~a, 0.0)
+            state |= {r + "alive": a, r + "sibling": torch.arange(E), r + "retired": torch.full((E,), -1)}
+    return dataclasses.replace(cfg, n_experts=max(counts), n_experts_max=E) if slots else cfg
 
 
 def one_dtype(names: set[str]) -> str:
@@ -705,6 +705,7 @@ def convert_lunaris(weights: dict, said: dict, file, say, moe) -> tuple[ModelCon
     if said.get("attn_dropout"):
         say(f"note: attn_dropout {said['attn_dropout']} is left out: Lumen has no dropout on attention weights")
     sparse = {"n_experts": E, "n_experts_per_token": 1, "router_z_loss_weight": 0.0} if E else {}
+    sparse |= {"aux_loss_weight": float(said.get("aux_loss_weight", 1e-2))} if E else {}
     if E and code == "unscaled":  # so cold that the best expert's probability is 1.0
         sparse |= {"routing_temperature": 1e-6, "capacity_factor": said.get("capacity_factor")}
     w2 = state["blocks.0.ffn.experts.w2" if E else "blocks.0.ffn.w2.weight"]

@@ -86,7 +86,8 @@ if triton is not None:
     @tuned((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 32, 4, 4))
     @triton.jit
     def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk, E: tl.constexpr, EP: tl.constexpr,
-                   GATHER: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip  # noqa: E501
+                   GATHER: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip  # noqa: E501
         """y[r] = w[e] @ x[tok[r]] (or x[r]): x (., K), w (E, N, K) by strides, y (R, N)."""
         pid, n_tiles = tl.program_id(0), tl.cdiv(N, BN)
         tile, e = pid // n_tiles, tl.arange(0, EP)
@@ -116,7 +117,8 @@ if triton is not None:
     @tuned((64, 128, 128, 8, 3), (64, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 128, 256, 8, 3))
     @triton.jit
     def dw_kernel(dy, x, dw, dy_tok, x_tok, offs, N, K, bucket, E: tl.constexpr, DY_GATHER: tl.constexpr,
-                  X_GATHER: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip  # noqa: E501
+                  X_GATHER: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip  # noqa: E501
         """dw[e] = sum over e's rows r of dy[r] x[r]^T, (N, K); an expert without rows gets zeros."""
         pid, e = tl.program_id(0), tl.program_id(1)
         n = (pid // tl.cdiv(K, BK)) * BN + tl.arange(0, BN)
@@ -276,49 +278,63 @@ def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end):
 
 
 # ---------------------------------------------------------------- slices: expert after expert
-# On CPU fresh memory costs more than arithmetic on it (page faults, 0.2 ms per MB), so one expert's rows live in
-# buffers that the next expert uses again and that mostly stay in the cache; no (R, d) tensor ever exists.
+# On CPU fresh memory costs more than arithmetic on it (page faults, 0.2 ms per MB), so a few experts' rows live in
+# buffers that the next ones use again and that mostly stay in the cache; no (R, d) tensor ever exists.
 
 
-def slices(offs, tok, widths, like):
-    """Yield (expert, its slice of the sorted rows, their tokens, a buffer of each width with as many rows)."""
-    ends = offs.tolist()
-    begins = [0, *ends[:-1]]
-    most = max(e - b for b, e in zip(begins, ends))
-    buffers = [like.new_empty(most, width) for width in widths]
-    for i, (begin, end) in enumerate(zip(begins, ends)):
-        yield i, slice(begin, end), tok[begin:end], *[b[: end - begin] for b in buffers]
+GROUP = 2048  # rows at a time; at E 64 1 and 1024 took 10 to 19% longer (1 thread, 2 noisy runs), 4096 the same
+
+
+def groups(x, p, z, order, offs, widths):
+    """Yield for some experts at a time: tokens, gates and z of their rows, [(expert, its rows)], a buffer per width."""
+    tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
+    begin, parts, sizes, ends = 0, [[]], [0], offs.tolist()
+    for e, end in enumerate(ends):  # on CUDA one at a time: a token twice in one index_add would need atomics
+        if sizes[-1] and (sizes[-1] + end - begin > GROUP or x.is_cuda):
+            parts, sizes = [*parts, []], [*sizes, 0]
+        parts[-1].append((e, slice(sizes[-1], sizes[-1] + end - begin)))
+        sizes[-1] += end - begin
+        begin = end
+    buffers = [x.new_empty(max(sizes), width) for width in widths]
+    split = (t[:begin].split(sizes) for t in (tok, s, z))
+    for experts, size, *rows in zip(parts, sizes, *split):
+        yield *rows, experts, *[b[:size] for b in buffers]
 
 
 def forward_slices(x, p, w13, w2, order, offs):
-    (T, d), I = x.shape, w2.shape[2]
-    tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    z, out = x.new_empty(len(tok), 2 * I), torch.zeros(T, d, dtype=p.dtype, device=x.device)
-    for e, own, t, rows, a in slices(offs, tok, (d, I), x):
-        torch.index_select(x, 0, t, out=rows)
-        gate, up = torch.mm(rows, w13[e].to(x.dtype).t(), out=z[own]).chunk(2, 1)
-        aten.silu.out(gate, out=a).mul_(up).mul_(s[own])
-        torch.mm(a, w2[e].to(x.dtype).t(), out=rows)
-        out.index_add_(0, t, rows.to(out.dtype))
+    I, out = w2.shape[2], torch.zeros(x.shape, dtype=p.dtype, device=x.device)
+    z = x.new_empty(p.numel(), 2 * I)
+    for tok, s, zs, experts, rows, a in groups(x, p, z, order, offs, (x.shape[1], I)):
+        torch.index_select(x, 0, tok, out=rows)
+        for e, own in experts:
+            torch.mm(rows[own], w13[e].to(x.dtype).t(), out=zs[own])
+        gate, up = zs.chunk(2, 1)
+        aten.silu.out(gate, out=a).mul_(up).mul_(s)
+        for e, own in experts:
+            torch.mm(a[own], w2[e].to(x.dtype).t(), out=rows[own])
+        out.index_add_(0, tok, rows.to(out.dtype))
     return out.to(x.dtype), z
 
 
-def backward_slices(dout, x, p, w13, w2, order, offs, z):
-    (T, d), I = x.shape, w2.shape[2]
-    tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    ds, dx = p.new_zeros(p.shape), torch.zeros(T, d, dtype=p.dtype, device=x.device)
-    dw13, dw2 = torch.empty_like(w13), torch.empty_like(w2)
-    same = w13.dtype == x.dtype
-    for e, own, t, rows, da, a, dz in slices(offs, tok, (d, I, I, 2 * I), x):
-        torch.index_select(dout, 0, t, out=rows)
-        torch.mm(rows, w2[e].to(x.dtype), out=da)
-        ds.view(-1)[order[own]] = swiglu_grad(z[own], s[own], da, a, dz)
-        torch.mm(rows.t(), a, out=dw2[e]) if same else dw2[e].copy_(rows.t() @ a)
-        torch.index_select(x, 0, t, out=rows)
-        torch.mm(dz.t(), rows, out=dw13[e]) if same else dw13[e].copy_(dz.t() @ rows)
-        torch.mm(dz, w13[e].to(x.dtype), out=rows)
-        dx.index_add_(0, t, rows.to(dx.dtype))
-    return dx.to(x.dtype), ds, dw13, dw2
+def backward_slices(dout, x, p, w13, w2, order, inv, offs, z):
+    I, dx = w2.shape[2], torch.zeros(x.shape, dtype=p.dtype, device=x.device)
+    ds, dw13, dw2, same = p.new_zeros(p.numel()), torch.empty_like(w13), torch.empty_like(w2), w13.dtype == x.dtype
+    begin = 0
+    for tok, s, zs, experts, rows, da, a, dz in groups(x, p, z, order, offs, (x.shape[1], I, I, 2 * I)):
+        torch.index_select(dout, 0, tok, out=rows)
+        for e, own in experts:
+            torch.mm(rows[own], w2[e].to(x.dtype), out=da[own])
+        ds[begin : begin + len(tok)] = swiglu_grad(zs, s, da, a, dz)
+        begin += len(tok)
+        for e, own in experts:
+            torch.mm(rows[own].t(), a[own], out=dw2[e]) if same else dw2[e].copy_(rows[own].t() @ a[own])
+        torch.index_select(x, 0, tok, out=rows)
+        for e, own in experts:
+            torch.mm(dz[own].t(), rows[own], out=dw13[e]) if same else dw13[e].copy_(dz[own].t() @ rows[own])
+        for e, own in experts:
+            torch.mm(dz[own], w13[e].to(x.dtype), out=rows[own])
+        dx.index_add_(0, tok, rows.to(dx.dtype))
+    return dx.to(x.dtype), ds[inv.view(p.shape)], dw13, dw2
 
 
 # ---------------------------------------------------------------- the operator
@@ -345,7 +361,7 @@ def register():
     )
     def experts_backward(dout, x, p, w13, w2, order, inv, offs, z, back_end):
         if back_end == "slices":
-            return backward_slices(dout, x, p, w13, w2, order, offs, z)
+            return backward_slices(dout, x, p, w13, w2, order, inv, offs, z)
         return backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end)
 
     @experts_backward.register_fake
@@ -358,6 +374,8 @@ def register():
         ctx.save_for_backward(*tensors, output[1])
 
     def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 8
         grads = torch.ops.lumen.experts_backward(dout.contiguous(), *ctx.saved_tensors, ctx.back_end)
         return *grads, None, None, None, None
 
@@ -979,13 +997,13 @@ def best_time(f, device, times=5, limit=0.3):
     return best
 
 
-def selftest(device, dtype, T, d, I, E, K, timed=True, ids=None) -> dict[str, tuple[float, float]]:
+def selftest(device, dtype, T, d, I, E, K, timed=True, ids=None, names=None) -> dict[str, tuple[float, float]]:
     """Back end -> (largest error of out and the four gradients, relative to each one's maximum, in fp32; seconds)."""
     inputs, dout = sample(device, dtype, T, d, I, E, K, ids)
     wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_() for t in inputs[:2]]
     want = fwd_bwd(reference_experts, [*wide, *inputs[2:]], dout.to(wide[0].dtype))
     results = {}
-    for name in [name for name, reason in back_ends(device, dtype, d, I).items() if reason is None]:
+    for name in names or [name for name, reason in back_ends(device, dtype, d, I).items() if reason is None]:
         try:
             got = fwd_bwd(lambda *a, name=name: run_experts(*a, name), inputs, dout)
             errors = [(g.to(w.dtype) - w).abs().max() / w.abs().max().clamp(min=1e-30) for g, w in zip(got, want)]
@@ -1018,16 +1036,14 @@ def pick_back_end(choice: str, device, dtype, d: int, I: int, E: int, K: int, T:
         if known[choice]:
             raise ValueError(f"experts: back end {choice} cannot work here: {known[choice]}; or let auto choose")
         return choice, "as asked"
-    candidates = [name for name, reason in known.items() if reason is None]
-    if INTERPRET:
-        candidates.remove("triton") if "triton" in candidates else None
+    candidates = [name for name, reason in known.items() if reason is None and not (INTERPRET and name == "triton")]
     if len(candidates) == 1:
         return candidates[0], "the only one that can work here"
     if torch.device(device).type == "cpu":  # fewer experts with as many rows each, at most 3 GFLOP
         few = max(K, min(E, 8))
         T = max(1, min(T, 2048, int(3e9 / (18 * d * I * K))) * few // E)
         E = few
-    results = {k: v for k, v in selftest(device, dtype, min(T, 8192), d, I, E, K).items() if k in candidates}
+    results = selftest(device, dtype, min(T, 8192), d, I, E, K, names=candidates)
     passed = {k: seconds for k, (error, seconds) in results.items() if error < TOLERANCE[dtype]}
     best = min(passed, key=passed.get, default="slices")
     return best, ", ".join(f"{k} {v[1] * 1e3:.1f} ms error {v[0]:.0e}" for k, v in results.items())

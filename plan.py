@@ -167,7 +167,7 @@ def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute
 
     states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
     for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
-    what `rows` rows of T tokens keep for backward. work: one chunk of logits, or one layer of experts.
+    what `rows` rows of T tokens keep for backward. work: a chunk of logits, or the backward pass of a layer of experts.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -191,13 +191,13 @@ def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute
         layers.append(round(N * (first + second)))
     kept = N * norm + (cfg.n_layers * N * C * b + max(layers) if recompute else sum(layers))
     chunk = (1 << 27 if precision != "fp32" else 1 << 22) * 4
-    one = slots * 3 * C * width  # numbers in the experts of a layer
-    moe = sum(map(cfg.is_moe, range(cfg.n_layers)))
     head = 2 * min(chunk, N * cfg.vocab_size * 4) + cfg.vocab_size * C * 4 + N * C * b
+    layer, moe = slots * 3 * C * width, sum(map(cfg.is_moe, range(cfg.n_layers)))  # numbers in the experts of a layer
+    work = layer * (4 + (b if b == 2 else 0)) + N * K * b * (4 * width + C)  # gradients and 16-bit copies; rows
     parts = {
-        "states": n_params * 16 + (2 * (n_params - moe * one) if b == 2 else 0),
+        "states": n_params * 16 + (2 * (n_params - moe * layer) if b == 2 else 0),
         "activations": kept,
-        "head": head,
+        "work": max(head, work if moe else 0),
     }
     return parts | {"total": sum(parts.values())}
 
