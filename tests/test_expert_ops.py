@@ -1,9 +1,5 @@
 """The expert operator: every back end equals one plain loop, in every odd shape; no wasted memory, no host sync."""
 
-import os
-
-os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")  # before anything imports triton
-
 import importlib.util
 import inspect
 import sys
@@ -13,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import expert_ops as ops
+import model_moe as ops
 
 warnings.filterwarnings("ignore", message=".*overflow encountered.*|.*invalid value.*")
 no_triton = pytest.mark.skipif(ops.triton is None, reason="triton is not installed")
