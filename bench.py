@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -436,7 +437,7 @@ def kernel_shape(m: plan.Machine, shape: tuple, weights: torch.dtype, rounds: in
         try:
             if why:
                 raise ValueError(why)
-            layer = lambda name=name: model_moe.run_experts(x, p, ids, w13, w2, name)  # noqa: E731
+            layer = functools.partial(model_moe.run_experts, x, p, ids, w13, w2, name)
             y = layer()
             found = [y.detach(), *torch.autograd.grad(y, [x, p, w13, w2], dout)]
         except Exception as error:
@@ -519,7 +520,7 @@ def peer_variants(cfg: ModelConfig, m: plan.Machine, rows: int) -> list:
             continue
         for precision in ("fp32", "autocast", "masters") if bf16 else ("fp32",):
             for c in (False, True):
-                make = lambda a=name, c=c, p=precision: Peer(cfg, m, rows, c, a, p)  # noqa: E731
+                make = functools.partial(Peer, cfg, m, rows, c, name, precision)
                 found.append((", ".join(w for w in (name, precision, "compiled" if c else "eager") if w), make, c))
     return found
 

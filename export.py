@@ -204,7 +204,6 @@ def refusals(cfg: ModelConfig) -> list[str]:
         (kind == "mixtral" and not cfg.norm_topk, "norm_topk: false without qk_norm: Mixtral makes gates sum to 1"),
         (soft and cfg.n_shared_experts,
          f"n_shared_experts: {cfg.n_shared_experts} with router softmax has no class, only with sigmoid (Dots1)"),
-        (soft and cfg.route_scale != 1, f"route_scale: {cfg.route_scale} with router softmax has no class"),
     ) if wrong]  # fmt: skip
     return [f"model.{reason}" for reason in why + odd_rope(cfg.rope_scaling or {})]
 
@@ -290,7 +289,7 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     report = {"architecture": config["architectures"][0], "dtype": dtype, "source": str(source.path)}
     report |= {"source_step": source.step, "versions": versions()}
     with new_folder(folder, "E117") as tmp:
-        write_shards(source, layout(cfg, kept), ready, DTYPES[dtype], tmp, shard_bytes)
+        write_shards(source, layout(cfg, kept), ready, folded(cfg), DTYPES[dtype], tmp, shard_bytes)
         checkpoint.write_json(tmp / "config.json", config)
         checkpoint.write_json(tmp / "generation_config.json", ids)
         if tokenizer:
@@ -310,7 +309,12 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     return report
 
 
-def write_shards(source, table, ready: dict, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
+def folded(cfg: ModelConfig) -> float:
+    """What their experts' last matrices are multiplied by, since of these classes only Dots1 scales gates."""
+    return 1.0 if model_type(cfg) == "dots1" else cfg.route_scale
+
+
+def write_shards(source, table, ready: dict, scale: float, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
     """model.safetensors, or numbered shards and their index; holds one shard in memory."""
 
     def to(ours):  # a bias decides between near-equal scores
@@ -332,6 +336,7 @@ def write_shards(source, table, ready: dict, dtype: torch.dtype, folder: Path, s
             if tensor is None:  # an expert is a matrix of a 3-D tensor
                 region = [1] * (len(first) - len(shape)) + shape
                 tensor = source.read(f"model.{ours}", first, region).view(shape)
+                tensor *= scale if ours.endswith("experts.w2") else 1.0
             tensors[theirs] = tensor.to(to(ours))
         save_file(tensors, folder / file, metadata={"format": "pt"})
         checkpoint.sync(folder / file)
@@ -380,6 +385,7 @@ def compare(transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokeni
     ours, state = Transformer(cfg).eval(), source.model_state()
     for name in {name for name, _ in ours.named_parameters()}:
         heat = cfg.routing_temperature if name.endswith("router.weight") else 1.0  # folded in before the rounding
+        heat = 1 / folded(cfg) if name.endswith("experts.w2") else heat
         state[name] = (state[name] / heat).to(DTYPES[dtype]).float() * heat
     ours.load_state_dict(state)
     try:
@@ -461,6 +467,7 @@ def model_config(config: dict, where) -> ModelConfig:
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     config = DEFAULTS | config
     ours = {ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()}
+    ours = {"route_scale": 1.0} | ours
     ours |= {"mixtral": {"norm_topk": True}, "dots1": {"router": "sigmoid"}}.get(kind, {})
     if kind == "qwen3_moe" and ours["n_experts"]:
         step, dense = config["decoder_sparse_step"] or 1, config["mlp_only_layers"] or ()

@@ -57,7 +57,7 @@ class ModelConfig:
     moe_layers: list | None = None  # or: exactly these layers, counted from 0
     router: str = "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
     norm_topk: bool | None = None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
-    route_scale: float = 1.0  # factor on the gates
+    route_scale: float | None = None  # factor on the gates; null: K where they sum to 1, else 1.0
     aux_loss_weight: float | None = None  # load balancing loss; null: 1e-2, for sigmoid 1e-4
     router_z_loss_weight: float | None = None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
     bias_update_rate: float | None = None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
@@ -132,14 +132,15 @@ class ModelConfig:
         sigmoid = self.router == "sigmoid"
         self.d_expert = self.d_expert or self.d_ff
         self.norm_topk = K > 1 if self.norm_topk is None else self.norm_topk
+        if self.route_scale is None:  # K experts add up to what a dense FFN of K times their width starts and learns as
+            self.route_scale = float(K) if E and self.norm_topk else 1.0
         for key, soft, other in (("aux_loss_weight", 1e-2, 1e-4), ("router_z_loss_weight", 1e-3, 0.0)):
             if getattr(self, key) is None:
                 setattr(self, key, other if sigmoid else soft)
         if self.bias_update_rate is None:
             self.bias_update_rate = 1e-3 if sigmoid or self.n_null_experts else 0.0
-        for (
-            key
-        ) in "n_experts d_expert n_shared_experts n_dense_layers n_experts_max n_null_experts mod_anneal_steps".split():
+        counts = "n_experts d_expert n_shared_experts n_dense_layers n_experts_max n_null_experts mod_anneal_steps"
+        for key in counts.split():
             check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
         for key in ("moe_every", "mod_every"):
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
@@ -151,6 +152,8 @@ class ModelConfig:
             check(ok, f"model.{kind}_layers: {layers} must be different whole numbers from 0 to {L - 1}")
             both = [k for k in others if getattr(self, k) != (1 if k.endswith("every") else 0)]
             check(not both, f"model.{kind}_layers: says which layers, and so does model.{', '.join(both)}; drop one")
+        text = "model.mod_layers: says which layers, and so does model.mod_end_layer; drop one"
+        check(self.mod_layers is None or self.mod_end_layer is None, text)
         check(self.n_dense_layers <= L, f"model.n_dense_layers: {self.n_dense_layers} is more than n_layers {L}")
         if E:
             check(1 <= K <= E, f"model.n_experts_per_token: {K} must be from 1 to n_experts, {E}")
@@ -198,6 +201,14 @@ class ModelConfig:
             ok = isinstance(c, (int, float)) and 0 < c <= 1
             check(ok, f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual")
             check(c * T >= 1, f"model.mod_capacity: {c} of {T} tokens is less than one; at least {1 / T:.3g}")
+        # asked for, and no layer would be so: a mistake that would train without a word
+        moe = not E or any(map(self.is_moe, range(L)))
+        mod = isinstance(self.mod_capacity, list) or self.mod_capacity == 1
+        mod = mod or any(self.capacity(i) < 1 for i in range(L))
+        for name in "moe_layers moe_every n_dense_layers mod_layers mod_every".split():
+            value, some = getattr(self, name), mod if name.startswith("mod") else moe
+            text = f"model.{name}: {value} leaves none of the {L} layers to "
+            check(some or value == getattr(ModelConfig, name), text + ("n_experts" if mod else "mod_capacity"))
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's FFN is made of experts."""

@@ -442,8 +442,7 @@ class Router(nn.Module):
             self.register_buffer("alive", live[: self.slots].clone())
             self.register_buffer("sibling", torch.arange(self.slots))
             self.register_buffer("retired", torch.full((self.slots,), -1))
-        if cfg.expert_dropout:  # drawn by whoever trains, once a step and for all ranks: see draw_dropout
-            self.register_buffer("muted", torch.zeros(self.n, dtype=torch.bool), persistent=False)
+        self.muted = None  # (n,) bool for one step of training with expert_dropout: see draw_dropout
 
     def forward(self, x):
         cfg, K = self.cfg, self.cfg.n_experts_per_token
@@ -485,16 +484,18 @@ class Router(nn.Module):
 
     def select(self, choice):
         """Scores to choose by, (T, n), with what cannot be chosen at -inf."""
-        cfg = self.cfg
-        if cfg.n_experts_max:
-            own = torch.arange(self.slots, device=choice.device)
-            mine, twin = choice[:, : self.slots], choice[:, self.sibling]
-            # of two twins only the better one: else both would take the same tokens and push out a third
-            worse = (mine < twin) | ((mine == twin) & (own > self.sibling))
-            bar = (worse & (self.sibling != own)) | ~self.alive
-            choice = choice.masked_fill(F.pad(bar, (0, cfg.n_null_experts)), -math.inf)
-        if self.training and cfg.expert_dropout:
+        if self.training and self.muted is not None:
             choice = choice.masked_fill(self.muted, -math.inf)
+        if self.cfg.n_experts_max:
+            own = torch.arange(self.slots, device=choice.device)
+            mine = choice[:, : self.slots].masked_fill(~self.alive, -math.inf)
+            twin = mine[:, self.sibling]
+            # of two twins only the better one, else both would take the same tokens and push out a third; it competes
+            # with the others by the mean of both, which right after a split is the parent's score
+            worse = (mine < twin) | ((mine == twin) & (own > self.sibling))
+            mean = torch.where(twin == -math.inf, mine, (mine + twin) / 2)
+            mine = torch.where(self.sibling == own, mine, mean.masked_fill(worse, -math.inf))
+            choice = torch.cat([mine, choice[:, self.slots :]], 1)
         return choice
 
     def drop(self, ids, live):
@@ -543,10 +544,14 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
     for i, moe in enumerate(layers):
         router, cfg = moe.router, moe.router.cfg
         draw = torch.rand(router.slots, generator=torch.Generator().manual_seed(seed + i)).to(router.bias.device)
-        alive = router.alive if cfg.n_experts_max else torch.ones_like(draw, dtype=torch.bool)
-        draw = draw.masked_fill(~alive, math.inf)
-        keep = torch.zeros_like(alive).scatter(0, draw.topk(cfg.n_experts_per_token, largest=False).indices, True)
-        router.muted[: router.slots] = (draw >= 1 - cfg.expert_dropout) & ~keep
+        can = torch.ones_like(draw, dtype=torch.bool)
+        if cfg.n_experts_max:  # of two twins only one can be chosen, so only the first counts
+            first = router.sibling >= torch.arange(router.slots, device=draw.device)
+            can = router.alive & (first | ~router.alive[router.sibling])
+        keep = draw.masked_fill(~can, math.inf).topk(cfg.n_experts_per_token, largest=False).indices
+        if router.muted is None:
+            router.muted = torch.zeros_like(router.bias, dtype=torch.bool)
+        router.muted[: router.slots] = (draw >= 1 - cfg.expert_dropout).scatter(0, keep, False)
 
 
 @torch.no_grad()
@@ -612,7 +617,7 @@ class MoD(nn.Module):
             return self.causal_forward(x, change, rope, pos, cache, score, logit)
         if self.routing == "learned":
             n = math.ceil(self.tokens * T / self.full)
-            idx = score.detach().topk(n, dim=1).indices.sort(dim=1).values  # (B, n), in order
+            idx = highest(score, n).sort(dim=1).values  # (B, n), in order
         elif self.routing == "random" and self.training:
             n = math.ceil(self.tokens * T / self.full)
             idx = torch.rand(B, T, device=x.device).topk(n, dim=1).indices.sort(dim=1).values
@@ -656,7 +661,7 @@ class MoD(nn.Module):
         stats = {"kept": keep, "agree": torch.ones_like(keep)}
         if self.routing == "learned":
             n = math.ceil(self.tokens * T / self.full)
-            best = torch.zeros_like(keep).scatter(1, score.topk(n, dim=1).indices, True)
+            best = torch.zeros_like(keep).scatter(1, highest(score, n), True)
             stats["agree"] = keep == best
         n = int(keep.sum(1).max())
         if n == 0:
@@ -684,6 +689,12 @@ class MoD(nn.Module):
 
 
 MOD_SUMS = ("bce", "agree", "tokens")  # of a MoD layer's statistics, before the counts per position
+
+
+def highest(score: torch.Tensor, n: int) -> torch.Tensor:
+    """Where the n highest scores of each row are, (B, n), of equal ones the earlier. In the first layer equal tokens
+    score equally but for rounding, which depends on the batch: so scores count as equal in steps of 2^-12."""
+    return (score.detach() * 4096).round().sort(dim=1, descending=True, stable=True).indices[:, :n]
 
 
 def hashed(pos: torch.Tensor, layer: int) -> torch.Tensor:
@@ -822,6 +833,13 @@ def slots_of(moe: MoE) -> tuple[list[bool], list[int], list[int], list[float]]:
     return r.alive.tolist(), r.sibling.tolist(), r.retired.tolist(), r.load.tolist()
 
 
+def splittable(moe: MoE, step: int) -> list[int]:
+    """Experts that can be split: alive, without a twin or one that could come back (see restore_expert)."""
+    alive, sibling, retired, _ = slots_of(moe)
+    gone = [not a and (retired[e] < 0 or step - retired[e] >= WINDOW) for e, a in enumerate(alive)]
+    return [e for e, a in enumerate(alive) if a and (sibling[e] == e or gone[sibling[e]])]
+
+
 def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: int = 0, move=None) -> tuple[int, int]:
     """Split an expert, by default the one with the most load, into a free slot; returns (parent, slot).
 
@@ -836,7 +854,7 @@ def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: 
         soon = [retired[e] + WINDOW for e, a in enumerate(alive) if not a]
         text = f"no free slot of {len(alive)}" + (f"; the next is free at step {min(soon)}" if soon else "")
         raise ValueError(f"{text}; a run with more has model.n_experts_max: {len(alive) + 1}")
-    single = [e for e, a in enumerate(alive) if a and sibling[e] == e]
+    single = splittable(moe, step)
     if parent is None:
         if not single:
             raise ValueError("every expert has a twin that it has not parted from; train on before the next split")
@@ -861,6 +879,8 @@ def _split(moe: MoE, optimizer, parent: int, slot: int, seed: int, move) -> None
                 move(t, parent, slot)
                 if not name.endswith("_sq"):  # momentum belongs to where the parent was going
                     t[slot].zero_()
+    for e in (parent, slot):  # what was pruned cannot come back as a twin
+        r.sibling[r.sibling[e]] = r.sibling[e].clone()
     w = r.weight[parent].clone()
     n = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(w)
     n -= (n @ w) / (w @ w).clamp(min=1e-30) * w
@@ -886,15 +906,14 @@ def prune_expert(moe: MoE, step: int, expert: int, force: bool = False) -> None:
     if not (0 <= expert < len(alive) and alive[expert]):
         raise ValueError(f"expert {expert} is not alive; alive: {[e for e, a in enumerate(alive) if a]}")
     left = [e for e, a in enumerate(alive) if a and e != expert]
-    if len(left) - sum(sibling[e] != e and sibling[e] != expert for e in left) // 2 < K:
+    if len(left) - sum(sibling[e] != e and sibling[e] in left for e in left) // 2 < K:
         raise ValueError(f"expert {expert} is needed: every token chooses {K}, and {len(left)} would be left")
     share = load[expert] * (sum(alive) + r.cfg.n_null_experts)
     if share >= DEAD and not force:
         raise ValueError(f"expert {expert} carries {share:.2f} of a fair share; below {DEAD} it counts as dead (force)")
     r.alive[expert], r.retired[expert] = False, step
-    r.sibling[sibling[expert]], r.sibling[expert] = sibling[expert], expert
-    r.load[expert] = 0
-    r.load /= r.load.sum()
+    r.load[expert] = 0  # and if it had all of it, nobody has any until the next step counts
+    r.load /= r.load.sum().clamp(min=1e-9)
 
 
 @torch.no_grad()
@@ -909,11 +928,10 @@ def restore_expert(moe: MoE, step: int, expert: int) -> None:
 def recycle_expert(moe: MoE, optimizer, step: int, expert: int | None = None, seed: int = 0, move=None):
     """Prune a dead expert (default: the one with the least load) and split the hottest into its slot; no tensor changes
     its shape. Cannot be undone. Returns (parent, slot). ValueError when no expert is dead or none can be split."""
-    alive, sibling, _, load = slots_of(moe)
-    single = [e for e, a in enumerate(alive) if a and sibling[e] == e]
+    alive, _, _, load = slots_of(moe)
     if expert is None:
         expert = min((e for e, a in enumerate(alive) if a), key=lambda e: load[e])
-    single = [e for e in single if e != expert]
+    single = [e for e in splittable(moe, step) if e != expert]
     if not single:
         raise ValueError("no expert without a twin is left to split; train on before")
     prune_expert(moe, step, expert)

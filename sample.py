@@ -174,8 +174,12 @@ def load(path, best=False, step: int | None = None, tokenizer=None, device="auto
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("E305", f"{found.path}: {error}") from error
     model.set_step(found.step)  # where MoD's capacity was
-    # a layer would cast its weight in every forward pass; here nobody needs the fp32 ones, so it is done once
-    model = model.to(here.device, here.compute_dtype).eval().requires_grad_(False)
+    # a layer would cast its weight in every forward pass; here nobody needs the fp32 ones, so it is done once; but
+    # routers choose in fp32
+    for name, p in model.named_parameters():
+        routes = ".router." in name or ".predictor." in name
+        p.data = p.data.to(here.device, torch.float32 if routes else here.compute_dtype)
+    model = model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
     return model, tok.load(str(spec)) if tokenizer or spec.exists() else None, found.step
 

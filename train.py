@@ -370,12 +370,13 @@ def build_optimizer(cfg: Config, model: Transformer) -> torch.optim.Optimizer:
     """
     named = dict(model.named_parameters())
     routing = [p for name, p in named.items() if ".router." in name or ".predictor." in name]
-    routers = {id(p) for p in routing}
+    routers, factor = {id(p) for p in routing}, cfg.router_lr_factor
     others = [p for p in named.values() if id(p) not in routers]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        {"params": routing, "weight_decay": cfg.weight_decay, "lr_factor": cfg.router_lr_factor},
+        {"params": [p for p in routing if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_factor": factor},
+        {"params": [p for p in routing if p.dim() < 2], "weight_decay": 0.0, "lr_factor": factor},
     ]
     groups = [{"lr_factor": 1.0} | g for g in groups if g["params"]]
     ids = [id(p) for g in groups for p in g["params"]]
@@ -565,6 +566,7 @@ class Orchestrator:
 
 STATS = ("ce", "z", "count", "unread", "stop", "save")  # what is summed over ranks in each step
 STAT = {name: i for i, name in enumerate(STATS)}
+RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl",
     "decisions.jsonl",
@@ -996,8 +998,11 @@ class Trainer:
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:
             raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
-        mine = self.tensors()
+        mine, new = self.tensors(), self.cfg.model.n_experts_max - model.n_experts_max
         for name, tensor in state.items():
+            if new and model.n_null_experts and name.endswith(("router.weight", "router.bias", "router.load")):
+                slots, null = tensor[: -model.n_null_experts], tensor[-model.n_null_experts :]  # nulls come last
+                tensor = torch.cat([slots, tensor.new_zeros(new, *tensor.shape[1:]), null])
             for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
                 part = tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))]
                 local[tuple(map(slice, part.shape))].copy_(part)
@@ -1067,6 +1072,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)
+            for layer, moe in self.moe.items() if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0 else ():
+                for pair in release_twins(moe):
+                    self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
             here = self.step != self.started_at or (last and self.evaluated_at != self.step)
@@ -1182,9 +1190,6 @@ class Trainer:
         self.orchestrator.observe(seen | {"loss_finite": math.isfinite(ce)})
         if len(sparse):
             seen |= self.routing(sparse)
-            for layer, moe in self.moe.items() if self.cfg.model.n_experts_max else ():
-                for pair in release_twins(moe):
-                    self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
         if self.bar:

@@ -16,7 +16,9 @@ MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No second of matrix products per command; and the flag that steps set is taken back."""
+    """No second of matrix products per command, no Triton, whose interpreter takes minutes; and the flag that steps set
+    is taken back."""
+    monkeypatch.setattr(bench.model_moe, "triton", None)
     monkeypatch.setattr(bench, "machine_line", lambda m=None: "this machine")
     before = torch.are_deterministic_algorithms_enabled()
     yield
