@@ -541,7 +541,7 @@ def learn(words: list[str]) -> int:
         for name in only:
             tree = load_yaml(find_yaml("quickstart"))[0]
             tree |= {"seed": 1337 + seed, "max_steps": o.steps or tree["max_steps"], "save_interval": 0}
-            tree |= {"sample_prompt": None, "compile_model": False, "resume": "none"}
+            tree |= {"sample_prompt": None, "compile_model": False, "resume": "none", "expert_back_end": "slices"}
             tree["model"] |= LEARN[name]
             path, keys = out / f"{name}-{1337 + seed}.json", json.loads(json.dumps(tree))
             with contextlib.suppress(OSError, ValueError):
