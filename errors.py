@@ -44,7 +44,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
     "E308": ("experts or depth cannot be changed so", "see model.n_experts_max and the message; nothing was changed"),
     "E400": ("this model has no Hugging Face architecture", "norm_order: pre, and no option the message names"),
-    "E401": ("the folder or file cannot be imported", "Llama or Qwen3 as safetensors, or a Lunaris .pt"),
+    "E401": ("the folder or file cannot be imported", "Llama, Qwen3, Mixtral, Qwen3Moe, Dots1 folders; a Lunaris .pt"),
     "E402": ("exported and original model disagree", "report it with EXPORT.json: this is a bug"),
     "E403": ("an export or import could not be written", "free some disk space and start it again"),
     "E500": ("a prompt or sampling option cannot work", "python sample.py --help shows the ranges"),
