@@ -529,8 +529,9 @@ def peer_variants(cfg: ModelConfig, m: plan.Machine, rows: int) -> list:
 
 
 def learn(words: list[str]) -> int:
-    """One file per run in --out (two processes may share it, --only says who does what); then the table."""
-    o = options(words, steps=0, seeds=3, threads=1, only="", out="out/learn")
+    """One file per run in --out (two processes may share it, --only says who does what); then the table, with the
+    time of a step measured for all variants in turns."""
+    o = options(words, steps=0, seeds=3, threads=1, rounds=9, only="", out="out/learn")
     out, only = Path(o.out), o.only.split(",") if o.only else list(LEARN)
     if unknown := [name for name in only if name not in LEARN]:
         raise UserError("E002", f"--only: no {', '.join(unknown)}; there are: {', '.join(LEARN)}")
@@ -550,8 +551,18 @@ def learn(words: list[str]) -> int:
             row = train_once(tree, path.with_suffix(".log")) | {"variant": name, "seed": 1337 + seed, "keys": keys}
             checkpoint.write_json(path, row | {"threads": o.threads, "machine": line})
             print(f"{time.strftime('%T')} {path}: val_loss {row['val_loss']:.4f}", flush=True)
+    rows = [json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]
+    if set(LEARN) <= {r["variant"] for r in rows}:
+        built, m = {}, plan.machine("cpu", tree.get("precision", "auto"))
+        for name, changes in LEARN.items():
+            model = ModelConfig(**{"vocab_size": 2048} | load_yaml(find_yaml("quickstart"))[0]["model"] | changes)
+            built[name] = Ours(model, m, tree["batch_size"], back_end="slices")
+        times = interleaved(built, o.rounds, "cpu")
+        print("\n".join(f"step of {name}, time against dense: {ratio(t, times['dense'])}" for name, t in times.items()))
+        for r in (r for r in rows if r["variant"] in times):
+            r["tokens_per_second"] = built["dense"].tokens / min(times[r["variant"]])
     print(line)
-    print("\n".join(learn_table([json.loads(p.read_text()) for p in sorted(out.glob("*.json"))])))
+    print("\n".join(learn_table(rows)))
     return 0
 
 
@@ -604,11 +615,6 @@ def learn_table(rows: list[dict]) -> list[str]:
         cells += [plan.describe(mine[0]["flops_per_token"])]
         cells += [plan.describe(statistics.median(r["tokens_per_second"] for r in mine))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    threads = " or ".join(map(str, sorted({r["threads"] for r in rows})))
-    lines += [
-        "",
-        f"tokens/s with {threads} threads, one run after another on a shared machine: no comparison of speed.",
-    ]
     others = [f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps]
     return lines + ([f"left out: {', '.join(others)}"] if others else [])
 

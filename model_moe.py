@@ -285,11 +285,13 @@ def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end):
 GROUP = 2048  # rows at a time; at E 64 1 and 1024 took 10 to 19% longer (1 thread, 2 noisy runs), 4096 the same
 
 
-def groups(x, p, z, order, offs, widths):
+def groups(x, p, z, order, ends, widths):
     """Yield for some experts at a time: tokens, gates and z of their rows, [(expert, its rows)], a buffer per width."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    begin, parts, sizes, ends = 0, [[]], [0], offs.tolist()
+    begin, parts, sizes = 0, [[]], [0]
     for e, end in enumerate(ends):  # on CUDA one at a time: a token twice in one index_add would need atomics
+        if end == begin:  # in decoding most
+            continue
         if sizes[-1] and (sizes[-1] + end - begin > GROUP or x.is_cuda):
             parts, sizes = [*parts, []], [*sizes, 0]
         parts[-1].append((e, slice(sizes[-1], sizes[-1] + end - begin)))
@@ -304,7 +306,7 @@ def groups(x, p, z, order, offs, widths):
 def forward_slices(x, p, w13, w2, order, offs):
     I, out = w2.shape[2], torch.zeros(x.shape, dtype=p.dtype, device=x.device)
     z = x.new_empty(p.numel(), 2 * I)
-    for tok, s, zs, experts, rows, a in groups(x, p, z, order, offs, (x.shape[1], I)):
+    for tok, s, zs, experts, rows, a in groups(x, p, z, order, offs.tolist(), (x.shape[1], I)):
         torch.index_select(x, 0, tok, out=rows)
         for e, own in experts:
             torch.mm(rows[own], w13[e].to(x.dtype).t(), out=zs[own])
@@ -317,10 +319,11 @@ def forward_slices(x, p, w13, w2, order, offs):
 
 
 def backward_slices(dout, x, p, w13, w2, order, inv, offs, z):
-    I, dx = w2.shape[2], torch.zeros(x.shape, dtype=p.dtype, device=x.device)
-    ds, dw13, dw2, same = p.new_zeros(p.numel()), torch.empty_like(w13), torch.empty_like(w2), w13.dtype == x.dtype
+    I, dx, ends = w2.shape[2], torch.zeros(x.shape, dtype=p.dtype, device=x.device), offs.tolist()
+    new = torch.empty_like if len({0, *ends}) > len(ends) else torch.zeros_like  # zeros for experts without rows
+    ds, dw13, dw2, same = p.new_zeros(p.numel()), new(w13), new(w2), w13.dtype == x.dtype
     begin = 0
-    for tok, s, zs, experts, rows, da, a, dz in groups(x, p, z, order, offs, (x.shape[1], I, I, 2 * I)):
+    for tok, s, zs, experts, rows, da, a, dz in groups(x, p, z, order, ends, (x.shape[1], I, I, 2 * I)):
         torch.index_select(dout, 0, tok, out=rows)
         for e, own in experts:
             torch.mm(rows[own], w2[e].to(x.dtype), out=da[own])

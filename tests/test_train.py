@@ -803,10 +803,20 @@ def test_wandb_offline_and_tensorboard(tiny, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", "/nonexistent")
-    trainer = finish(tiny(max_steps=3, wandb_project="lumen-test", tensorboard=True))
+    sparse = {"n_experts": 4, "d_expert": 16, "mod_capacity": 0.5}
+    trainer = finish(tiny("run", sparse, max_steps=3, wandb_project="lumen-test", tensorboard=True))
     assert list((trainer.out / "wandb").glob("offline-run-*"))
-    assert list((trainer.out / "tensorboard").glob("events*"))
     assert "offline" in (trainer.out / "train.log").read_text()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(trainer.out / "tensorboard")).Reload()
+    assert "loss" in board.Tags()["scalars"]
+    row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r][-1]
+    for layer in (0, 1):  # a bar per expert
+        last = board.Histograms(f"experts/share/{layer}")[-1]
+        assert last.step == 3 and sum(last.histogram_value.bucket) == pytest.approx(1)
+        assert last.histogram_value.bucket == pytest.approx(row[f"experts/share/{layer}"])
+    assert len(board.Histograms("depth/position")[-1].histogram_value.bucket) == 32  # a bar per position
 
 
 @pytest.mark.nightly
