@@ -182,9 +182,13 @@ class ModelConfig:
             check(ok, f"{text}; set norm_topk: true or router: sigmoid")
             text = "model.n_null_experts: their share is held by the selection bias; set bias_update_rate: 1e-3"
             check(not self.n_null_experts or self.bias_update_rate > 0, text)
+            text = f"model.expert_dropout: {self.expert_dropout} can mute none where every token needs all {E}"
+            check(not self.expert_dropout or K < E, text)
         else:
             check(not self.n_null_experts, "model.n_null_experts: needs n_experts; they are choices beside real ones")
             check(not self.moe_layers, "model.moe_layers: needs n_experts")
+        if self.mod_capacity == 1:
+            check(not self.mod_layers, "model.mod_layers: needs mod_capacity below 1, 0.5 for example")
         if self.mod_end_layer is not None:
             ok = self.mod_start_layer <= self.mod_end_layer < L
             text = f"from mod_start_layer {self.mod_start_layer} to {L - 1}"
@@ -196,7 +200,8 @@ class ModelConfig:
             n, c = len(self.mod_capacity), self.mod_capacity
             check(n == L, f"model.mod_capacity: a list needs {L} numbers, one per layer (1.0: not this one), not {n}")
             text = "model.mod_capacity: a list says which layers (1.0: not this one); drop mod_layers, mod_every ..."
-            check(self.mod_layers is None and self.mod_every == 1 and not self.mod_start_layer, text)
+            ok = self.mod_layers is None and self.mod_end_layer is None and self.mod_every == 1
+            check(ok and not self.mod_start_layer, text)
         for c in self.mod_capacity if isinstance(self.mod_capacity, list) else [self.mod_capacity]:
             ok = isinstance(c, (int, float)) and 0 < c <= 1
             check(ok, f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual")
@@ -209,6 +214,15 @@ class ModelConfig:
             value, some = getattr(self, name), mod if name.startswith("mod") else moe
             text = f"model.{name}: {value} leaves none of the {L} layers to "
             check(some or value == getattr(ModelConfig, name), text + ("n_experts" if mod else "mod_capacity"))
+
+    def idle(self) -> list[str]:
+        """Keys that were given and have no effect, since what they belong to is off."""
+        experts = "d_expert n_shared_experts n_dense_layers moe_every n_experts_max router capacity_factor "
+        experts += "routing_temperature router_jitter expert_dropout"
+        depth = "mod_routing mod_start_layer mod_end_layer mod_every mod_ffn_only mod_anneal_steps"
+        off = (experts.split() if not self.n_experts else []) + (depth.split() if self.mod_capacity == 1 else [])
+        defaults = vars(ModelConfig) | {"d_expert": self.d_ff}
+        return [key for key in off if getattr(self, key) != defaults[key]]
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's FFN is made of experts."""
@@ -510,19 +524,19 @@ class HeadLoss(torch.autograd.Function):
             valid = t >= 0
             index = t.clamp(min=0)[:, None]
             logits = F.linear(xs, W).float()  # (n, V)
-            lse = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-            right = logits.gather(1, index)
-            ce += ((lse - right)[:, 0] * valid).sum()
-            z += z_loss * (lse[:, 0].square() * valid).sum()
+            right, valid = logits.gather(1, index), valid[:, None].float()
             if not need_grad:
-                correct += ((logits.argmax(-1) == t) & valid).sum()
+                correct += ((logits.argmax(-1) == t) & (t >= 0)).sum()
+            top = logits.amax(-1, keepdim=True)  # (n, 1)
+            p = logits.sub_(top).exp_()  # in place and once: on CPU this costs as much as a fifth of the products
+            total = p.sum(-1, keepdim=True)
+            lse = top + total.log()
+            ce += ((lse - right) * valid).sum()
+            z += z_loss * (lse.square() * valid).sum()
+            if not need_grad:
                 continue
             # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
-            p = logits.sub_(lse).exp_()
-            if z_loss:
-                p *= 1 + 2 * z_loss * lse
-            p.scatter_add_(1, index, torch.full_like(right, -1.0))
-            p *= valid[:, None]
+            p.mul_((1 + 2 * z_loss * lse) * valid / total).scatter_add_(1, index, -valid)
             p = p.to(x.dtype)
             dx[a : a + rows] = p @ W
             if x.dtype == weight.dtype:
@@ -573,7 +587,7 @@ class Transformer(nn.Module):
         | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
         | MoD's predictor                 | 0: at first it is the router         |
 
-        Each expert has a generator of its own too, so spare slots change no other expert.
+        Each expert has a generator of its own too, so spare slots change no other expert (routers they do).
         """
         for name, p in self.named_parameters():
             if p.dim() < 2 or "mod.predictor" in name:

@@ -474,7 +474,7 @@ class Router(nn.Module):
         # sums over tokens; balance is 1.0 a token when loads are equal: Switch (Fedus et al. 2021), with the loads of
         # the previous optimizer step over the whole batch (Qiu et al. 2025), so that no split changes the gradient
         balance = live * (share @ self.load).sum()
-        z = logits.logsumexp(-1).square().sum() if cfg.router_z_loss_weight else logits.new_zeros(())
+        z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square().sum()
         loss = cfg.aux_loss_weight * balance + cfg.router_z_loss_weight * z
         with torch.no_grad():
             counts = logits.new_zeros(self.n).scatter_add_(0, ids.flatten(), logits.new_ones(ids.numel()))
@@ -506,7 +506,8 @@ class Router(nn.Module):
         sid, order = ids.flatten().sort(stable=True)
         first = torch.searchsorted(sid, torch.arange(self.n, device=ids.device))  # (n,)
         place = torch.arange(ids.numel(), device=ids.device) - first[sid]
-        limit = torch.ceil(torch.as_tensor(self.capacity_factor * ids.numel(), device=ids.device) / live)
+        fair = torch.full((), self.capacity_factor * ids.numel(), device=ids.device)
+        limit = torch.ceil(fair / live)
         over = torch.empty_like(place, dtype=torch.bool).scatter_(0, order, (place >= limit) & (sid < self.slots))
         return ids.masked_fill(over.view_as(ids), self.n), over.sum().float()
 
@@ -544,9 +545,11 @@ class MoE(nn.Module):
 
 def draw_dropout(layers: list[MoE], seed: int) -> None:
     """Mute experts for one step: each layer draws its own, at least K stay."""
-    for i, moe in enumerate(layers):
+    device, n = layers[0].router.bias.device, layers[0].router.slots
+    draws = torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(layers))])
+    draws = draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
+    for moe, draw in zip(layers, draws):
         router, cfg = moe.router, moe.router.cfg
-        draw = torch.rand(router.slots, generator=torch.Generator().manual_seed(seed + i)).to(router.bias.device)
         can = torch.ones_like(draw, dtype=torch.bool)
         if cfg.n_experts_max:  # of two twins only one can be chosen, so only the first counts
             first = router.sibling >= torch.arange(router.slots, device=draw.device)
@@ -569,7 +572,10 @@ def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Ten
         live = torch.ones_like(router.bias)
         if cfg.n_experts_max:
             live[: router.slots] = router.alive.float()
-        router.load.copy_(torch.where(bad, router.load, count / count.sum().clamp(min=1)))
+        load = count / count.sum().clamp(min=1)
+        if router.muted is not None:  # they had no chance: what they had before
+            load = torch.where(router.muted, router.load, load * (router.load * ~router.muted).sum())
+        router.load.copy_(torch.where(bad, router.load, load))
         if cfg.bias_update_rate:
             mean = count.sum() / live.sum()
             bias = router.bias + cfg.bias_update_rate * torch.sign(mean - count) * live
@@ -742,6 +748,8 @@ def expert_numbers(layers: dict[int, MoE], sums: torch.Tensor) -> torch.Tensor:
         alive = torch.ones_like(r.bias)
         if r.cfg.n_experts_max:
             alive[: r.slots] = r.alive.float()
+        if r.muted is not None:
+            alive = alive * ~r.muted
         rows.append(torch.cat([row, r.bias.to(row.dtype), alive.to(row.dtype)]))
     return torch.stack(rows)
 
@@ -749,10 +757,11 @@ def expert_numbers(layers: dict[int, MoE], sums: torch.Tensor) -> torch.Tensor:
 def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -> dict:
     """Plain numbers from expert_numbers: {"layers": {layer: {...}}, and the same keys over all layers}.
 
-    per_expert_utilization: share of the choices (None for a dead slot); routing_entropy: of these shares, nats, at most
-    max_entropy; load_balance_loss: unweighted, 1.0 when balanced; tokens_dropped: choices beyond the capacity;
-    max_violation: largest load / mean load - 1; dead: experts below a tenth of their fair share; bias_range;
-    confidence: mean of the largest probability; token_entropy: mean entropy of a token's probabilities, nats.
+    per_expert_utilization: share of the choices (None for an empty slot, and for one muted by expert_dropout);
+    routing_entropy: of these shares, nats, at most max_entropy; load_balance_loss: unweighted, 1.0 when balanced;
+    tokens: how many were routed; tokens_dropped: choices beyond the capacity; max_violation: largest load / mean load
+    - 1; dead: experts below a tenth of their fair share; bias_range; confidence: mean of the largest probability;
+    token_entropy: mean entropy of a token's probabilities, nats; router_z: mean of logsumexp(logits)^2.
     """
     out, n = {}, (numbers.shape[1] - len(SUMS)) // 3
     for layer, row in zip(layers, numbers.double().tolist()):
@@ -766,6 +775,7 @@ def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -
             "routing_entropy": -sum(s * math.log(s) for s in real if s > 0),
             "max_entropy": math.log(len(real)),
             "load_balance_loss": sums["balance"] / tokens,
+            "tokens": int(sums["tokens"]),
             "tokens_dropped": int(sums["dropped"]),
             "max_violation": max(real) * len(real) - 1,
             "dead": sum(s is not None and s < 0.1 / len(real) for s in share[: n - null]),
@@ -901,9 +911,10 @@ def copy_row(tensor: torch.Tensor, source: int, target: int) -> None:
 
 
 @torch.no_grad()
-def prune_expert(moe: MoE, step: int, expert: int, force: bool = False) -> None:
-    """Take an expert out of the choice. Its weights stay for WINDOW steps (weight decay goes on), so restore_expert can
-    bring it back. ValueError when it is not alive, is needed for K choices, or carries load and `force` is false."""
+def prune_expert(moe: MoE, step: int, expert: int, force: bool = False, optimizer=None) -> None:
+    """Take an expert out of the choice. Its weights stay for WINDOW steps (weight decay goes on, its momentum ends with
+    `optimizer`), so restore_expert can bring it back. ValueError when it is not alive, is needed for K choices, or
+    carries load and `force` is false."""
     alive, sibling, _, load = slots_of(moe)
     r, K = moe.router, moe.router.cfg.n_experts_per_token
     if not (0 <= expert < len(alive) and alive[expert]):
@@ -915,6 +926,10 @@ def prune_expert(moe: MoE, step: int, expert: int, force: bool = False) -> None:
     if share >= DEAD and not force:
         raise ValueError(f"expert {expert} carries {share:.2f} of a fair share; below {DEAD} it counts as dead (force)")
     r.alive[expert], r.retired[expert] = False, step
+    for p in (r.weight, moe.experts.w13, moe.experts.w2) if optimizer else ():
+        for name, t in optimizer.state.get(p, {}).items():
+            if torch.is_tensor(t) and t.shape == p.shape and not name.endswith("_sq"):
+                t[expert].zero_()
     r.load[expert] = 0  # and if it had all of it, nobody has any until the next step counts
     r.load /= r.load.sum().clamp(min=1e-9)
 
@@ -943,18 +958,22 @@ def recycle_expert(moe: MoE, optimizer, step: int, expert: int | None = None, se
 
 
 @torch.no_grad()
-def release_twins(moe: MoE) -> list[tuple[int, int]]:
-    """End the exclusion between twins whose weights have parted; returns those pairs."""
+def release_twins(moe: MoE, agree=lambda pairs: pairs) -> list[tuple[int, int]]:
+    """End the exclusion between twins whose weights have parted; returns those pairs. agree: what one rank found ->
+    what all do, for sums on unlike machines differ."""
     alive, sibling, _, _ = slots_of(moe)
-    done = []
-    for a, b in ((a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]):
+    twins = [(a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]]
+    parted = []
+    for a, b in twins:
         dots = torch.zeros(3, device=moe.router.bias.device)
         for w in (moe.experts.w13, moe.experts.w2):
             dots += torch.stack([(w[a] * w[b]).sum(), w[a].square().sum(), w[b].square().sum()])
         if dots[0] < APART * (dots[1] * dots[2]).sqrt():
-            moe.router.sibling[a], moe.router.sibling[b] = a, b
-            done.append((a, b))
-    return done
+            parted.append((a, b))
+    parted = agree(parted) if twins else []
+    for a, b in parted:
+        moe.router.sibling[a], moe.router.sibling[b] = a, b
+    return parted
 
 
 # ---------------------------------------------------------------- which back end: refuse, check, time

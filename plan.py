@@ -182,7 +182,7 @@ def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute
     experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width + b * 4 * cfg.n_shared_experts * width
     layers = []  # bytes a token
     for i in range(cfg.n_layers):
-        c, first = cfg.capacity(i), attn + dropout
+        c, first = 1.0 if cfg.mod_anneal_steps else cfg.capacity(i), attn + dropout  # annealed: it begins whole
         second = norm + (experts if cfg.is_moe(i) else b * 4 * F) + dropout  # gate and up; silu; product
         if c < 1:  # MoD
             learned = cfg.mod_routing == "learned"  # its fp32 input and that normalized, of every token; ungated change

@@ -817,13 +817,16 @@ class Trainer:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
         shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
+        where = (self.parallel.device, self.machine.compute_dtype, *shape)
+        if kept:
+            try:
+                return pick_back_end(kept, *where)[0], "as in the checkpoint"
+            except ValueError as error:  # another machine
+                self.changes.append(f"expert_back_end: {error}")
         try:
-            name, why = pick_back_end(
-                kept or cfg.expert_back_end, self.parallel.device, self.machine.compute_dtype, *shape
-            )
+            return pick_back_end(cfg.expert_back_end, *where)
         except ValueError as error:
             raise UserError("E003", f"expert_back_end: {error}") from error
-        return name, "as in the checkpoint" if kept else why
 
     def start_block(self, notes: list[str]) -> None:
         """What will run, before it runs."""
@@ -892,6 +895,10 @@ class Trainer:
             text = f"{m.mod_routing} routing, capacity {mean:.3g}, {what} of {len(mod)} layers"
             anneal = f", from 1.0 over {m.mod_anneal_steps} steps" if m.mod_anneal_steps else ""
             lines.append(f"depth      {text}{anneal}")
+        if m.mod_anneal_steps > self.cfg.max_steps and mod:
+            lines.append(f"advice     mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen")
+        if idle := m.idle():
+            lines.append(f"advice     without effect, for n_experts or mod_capacity is not set: {', '.join(idle)}")
         if moe or mod:
             from export import refusals  # only here: a run that cannot be exported should know it before it starts
 
@@ -998,14 +1005,17 @@ class Trainer:
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:
             raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
-        mine, new = self.tensors(), self.cfg.model.n_experts_max - model.n_experts_max
+        slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
+        mine, new = self.tensors(), slots - before
         for name, tensor in state.items():
             if new and model.n_null_experts and name.endswith(("router.weight", "router.bias", "router.load")):
-                slots, null = tensor[: -model.n_null_experts], tensor[-model.n_null_experts :]  # nulls come last
-                tensor = torch.cat([slots, tensor.new_zeros(new, *tensor.shape[1:]), null])
+                real, null = tensor[:before], tensor[before:]
+                tensor = torch.cat([real, tensor.new_zeros(new, *tensor.shape[1:]), null])
             for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
                 part = tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))]
                 local[tuple(map(slice, part.shape))].copy_(part)
+        for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
+            moe.router.retired.fill_(-1)  # the steps of another run
         self.say(f"weights    from {path}")
 
     def open_files(self) -> None:
@@ -1073,7 +1083,7 @@ class Trainer:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)
             for layer, moe in self.moe.items() if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0 else ():
-                for pair in release_twins(moe):
+                for pair in release_twins(moe, par.broadcast):
                     self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
@@ -1093,7 +1103,7 @@ class Trainer:
                         saved = self.save()
                 break
             # micro-steps
-            stats = torch.zeros(len(STATS), dtype=double)
+            stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
             sums = torch.zeros(3, dtype=double, device=par.device)
             sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
             if cfg.model.expert_dropout:
@@ -1117,9 +1127,10 @@ class Trainer:
                 if self.n_sparse:
                     sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
             # reduce
-            stats[STAT["stop"]], stats[STAT["save"]] = self.stop_signal, self.save_signal
-            stats = stats.to(par.device)
             stats[:3] = sums
+            for name, flag in (("stop", self.stop_signal), ("save", self.save_signal)):
+                if flag:
+                    stats[STAT[name]] = flag
             stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split([len(STATS), self.n_sparse])
             norm = par.grad_norm(model)
             # guard
@@ -1412,8 +1423,12 @@ class Trainer:
         cfg, row = self.cfg.model, {}
         if "experts" in seen:
             e, layers = seen["experts"], seen["experts"]["layers"]
-            row |= {"aux_loss": cfg.aux_loss_weight * sum(x["load_balance_loss"] for x in layers.values())}
-            row |= {"router_z_loss": cfg.router_z_loss_weight * sum(x["router_z"] for x in layers.values())}
+            nominal = self.rows_per_step * cfg.max_seq_len  # of which a router inside MoD sees a part
+            for key, weight, name in (
+                ("aux_loss", cfg.aux_loss_weight, "load_balance_loss"),
+                ("router_z_loss", cfg.router_z_loss_weight, "router_z"),
+            ):
+                row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / nominal
             names = ("routing_entropy", "max_entropy", "max_violation", "tokens_dropped", "dead", "confidence")
             row |= {f"experts/{k}": e[k] for k in (*names, "token_entropy", "null_share")}
             row |= {"experts/bias_min": e["bias_range"][0], "experts/bias_max": e["bias_range"][1]}
@@ -1509,8 +1524,8 @@ class Trainer:
         """Split an expert, by default the hottest, into a free slot of layer `layer_idx`. Call it on all ranks."""
 
         def do(moe):
-            seed = mix(self.cfg.seed, -1 - self.cursor) + layer_idx
-            return dict(zip(("parent", "expert"), add_expert(moe, self.optimizer, self.step, parent, seed >> 8, move)))
+            seed = (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer_idx
+            return dict(zip(("parent", "expert"), add_expert(moe, self.optimizer, self.step, parent, seed, move)))
 
         move = self.parallel.move_row
         return self.surgery("add_expert", layer_idx, do)
@@ -1520,7 +1535,7 @@ class Trainer:
         return self.surgery(
             "prune_expert",
             layer_idx,
-            lambda moe: prune_expert(moe, self.step, expert_idx, force) or {},
+            lambda moe: prune_expert(moe, self.step, expert_idx, force, self.optimizer) or {},
             expert=expert_idx,
         )
 
@@ -1534,8 +1549,8 @@ class Trainer:
         """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
 
         def do(moe):
-            seed = mix(self.cfg.seed, -1 - self.cursor) + layer_idx
-            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, seed >> 8, self.parallel.move_row)
+            seed = (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer_idx
+            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, seed, self.parallel.move_row)
             return dict(zip(("parent", "expert"), pair))
 
         return self.surgery("recycle_expert", layer_idx, do)

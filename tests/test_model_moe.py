@@ -301,6 +301,29 @@ def test_expert_dropout_beside_twins_leaves_every_token_k_experts():
         assert can[found].all(), f"seed {seed}: a muted or empty slot was chosen"
 
 
+@torch.no_grad()
+def test_what_dropout_mutes_is_not_dead():
+    moe, x = layer(E=8, n_experts_max=8, expert_dropout=0.5), normal(400, 32)
+    for seed in range(4):
+        draw_dropout([moe], seed)
+        counts = moe.router(x)[3]
+        update_balance([moe], [counts[len(SUMS) :]], torch.tensor(False))
+        assert moe.router.load.sum().item() == pytest.approx(1) and (moe.router.load > 0).all()
+        found = expert_statistics([0], expert_numbers({0: moe}, counts[None]))
+        share = found["per_expert_utilization"]
+        assert [s is None for s in share] == moe.router.muted.tolist() and found["dead"] == 0
+    with pytest.raises(ValueError, match="fair share"):
+        recycle_expert(moe, torch.optim.AdamW(moe.parameters()), 9)
+
+
+def test_keys_without_their_switch_are_told(tiny, capsys):
+    keys = {"router": "sigmoid", "moe_every": 2, "mod_every": 2, "mod_ffn_only": True, "d_expert": 16}
+    assert sorted(config(**keys).idle()) == sorted(keys) and not config(**FINE).idle()
+    finish(tiny("run", keys, max_steps=1))
+    said = capsys.readouterr().out
+    assert "without effect" in said and "mod_ffn_only" in said
+
+
 def test_expert_dropout_is_drawn_once_a_step_from_the_cursor(tiny, monkeypatch):
     seeds, masks, real = [], [], train.draw_dropout
 
@@ -655,8 +678,9 @@ def test_losses_are_logged_apart(tiny, kind):
     trainer.fit()
     row = next(r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r)
     assert row["loss"] == pytest.approx(np.mean([c.item() for c in ce]), abs=1e-5), "the language model's alone"
-    assert row["aux_loss"] == pytest.approx(0.5 * 2, rel=1e-4), "weight x layers x 1.0"
-    z = sum(p["moe"][:, SUMS.index("z")].sum().item() for p in parts) / sum(p["moe"][0, 2].item() for p in parts)
+    part = 0.5 if kind == "hybrid" else 1.0  # of the tokens, which a router inside MoD sees
+    assert row["aux_loss"] == pytest.approx(0.5 * 2 * part, rel=1e-4), "weight x layers x 1.0"
+    z = sum(p["moe"][:, SUMS.index("z")].sum().item() for p in parts) / (4 * 32)
     assert row["router_z_loss"] == pytest.approx(0.01 * z, rel=1e-4) and row["router_z_loss"] > 0
     if kind == "hybrid":
         bce = sum(p["mod"][:, 0].sum().item() for p in parts) / (4 * 32)
@@ -1269,6 +1293,23 @@ def test_a_restored_twin_is_a_twin_again():
 
 
 @torch.no_grad()
+def test_a_pruned_expert_stands_still():
+    """Adam would go on moving it by its momentum."""
+    moe, optimizer = surgery_layer()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for p in moe.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    prune_expert(moe, 0, 1, True, optimizer)
+    before = [p[1].clone() for p in moe.parameters()]
+    for p in moe.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p[1], old) and not torch.equal(p[2], old) for p, old in zip(moe.parameters(), before))
+
+
+@torch.no_grad()
 def test_pruning_what_had_all_the_load_leaves_numbers():
     moe, _ = surgery_layer()
     moe.router.load.zero_()[1] = 1.0
@@ -1334,14 +1375,15 @@ def test_no_recompilation_after_surgery():
 
 def test_more_slots_for_a_run_that_goes_on(tiny):
     """init_from with a larger n_experts_max: the same experts, the same null experts, the same text."""
-    for i, kind in enumerate(("slots", "null")):
-        model = KINDS[kind] | {"n_experts_max": 6}
+    for i, (kind, slots) in enumerate((("slots", 6), ("null", 6), ("null", 0))):
+        model = KINDS[kind] | {"n_experts_max": slots}
         first = finish(tiny(f"a{i}", model, max_steps=3))
         moved = model | {"n_experts_max": 9}
         second = Trainer(tiny(f"b{i}", moved, max_steps=3, init_from=str(first.out)))
         x = ids(2, 32)
         with torch.no_grad():
-            assert torch.allclose(second.model.eval()(x), first.model.eval()(x), atol=1e-6), kind
+            assert torch.allclose(second.model.eval()(x), first.model.eval()(x), atol=1e-6), (kind, slots)
+        assert (second.model.blocks[0].ffn.router.retired == -1).all(), "steps of another run"
         assert "refused" not in second.add_expert(0)
         second.close()
 
@@ -1471,6 +1513,9 @@ REFUSALS = [
     (dict(mod_capacity=[0.5, 0.0]), "model.mod_capacity", ("0.0", "(0, 1]")),
     (dict(mod_capacity=[0.5, "x"]), "model.mod_capacity", ("'x'", "(0, 1]")),
     (dict(mod_capacity=[0.5, 1.0], mod_every=2), "model.mod_capacity", ("drop",)),
+    (dict(mod_capacity=[0.5, 1.0], mod_end_layer=0), "model.mod_capacity", ("drop",)),
+    (dict(mod_layers=[1]), "model.mod_layers", ("mod_capacity", "0.5")),
+    (dict(n_experts=2, expert_dropout=0.5), "model.expert_dropout", ("0.5", "2")),
     (dict(mod_capacity=0.5, mod_layers=[2]), "model.mod_layers", ("[2]", "0 to 1")),
     (dict(mod_capacity=0.5, mod_layers=[1], mod_every=2), "model.mod_layers", ("mod_every", "drop one")),
     (dict(mod_capacity=0.5, mod_end_layer=2), "model.mod_end_layer", ("2", "0 to 1")),
