@@ -467,7 +467,6 @@ def model_config(config: dict, where) -> ModelConfig:
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     config = DEFAULTS | config
     ours = {ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()}
-    ours = {"route_scale": 1.0} | ours
     ours |= {"mixtral": {"norm_topk": True}, "dots1": {"router": "sigmoid"}}.get(kind, {})
     if kind == "qwen3_moe" and ours["n_experts"]:
         step, dense = config["decoder_sparse_step"] or 1, config["mlp_only_layers"] or ()

@@ -57,7 +57,7 @@ class ModelConfig:
     moe_layers: list | None = None  # or: exactly these layers, counted from 0
     router: str = "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
     norm_topk: bool | None = None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
-    route_scale: float | None = None  # factor on the gates; null: K where they sum to 1, else 1.0
+    route_scale: float = 1.0  # factor on the gates
     aux_loss_weight: float | None = None  # load balancing loss; null: 1e-2, for sigmoid 1e-4
     router_z_loss_weight: float | None = None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
     bias_update_rate: float | None = None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
@@ -132,8 +132,6 @@ class ModelConfig:
         sigmoid = self.router == "sigmoid"
         self.d_expert = self.d_expert or self.d_ff
         self.norm_topk = K > 1 if self.norm_topk is None else self.norm_topk
-        if self.route_scale is None:  # K experts add up to what a dense FFN of K times their width starts and learns as
-            self.route_scale = float(K) if E and self.norm_topk else 1.0
         for key, soft, other in (("aux_loss_weight", 1e-2, 1e-4), ("router_z_loss_weight", 1e-3, 0.0)):
             if getattr(self, key) is None:
                 setattr(self, key, other if sigmoid else soft)
