@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two processes share two cores here
 os.environ["WANDB_MODE"] = "offline"
-os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on the CPU: must be set before model_moe is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on the CPU: before model_moe is imported; GPU: 0
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np

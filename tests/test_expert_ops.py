@@ -12,7 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model_moe as ops
 
 warnings.filterwarnings("ignore", message=".*overflow encountered.*|.*invalid value.*")
-no_triton = pytest.mark.skipif(ops.triton is None, reason="triton is not installed")
+OLD = ops.triton is not None and tuple(map(int, ops.triton.__version__.split(".")[:2])) < (3, 9)
+no_triton = pytest.mark.skipif(
+    ops.triton is None or (OLD and ops.INTERPRET),
+    reason="no triton, or one below 3.9, whose interpreter fails with today's NumPy (3.6 does)",
+)
 BACK_ENDS = ["slices", "grouped_mm", pytest.param("triton", marks=no_triton)]
 SYNC_FREE = BACK_ENDS[1:]
 every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS)
@@ -285,6 +289,7 @@ def test_auto_refuses_a_wrong_back_end(monkeypatch):
     assert ops.pick_back_end("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
 
 
+@pytest.mark.skipif(OLD and ops.INTERPRET, reason="the interpreter of this triton fails")
 def test_main(capsys, monkeypatch):
     cases = ops.edge_cases()[4:5]
     monkeypatch.setattr(ops, "edge_cases", lambda: cases)
