@@ -2,7 +2,8 @@
 
     out/run/step_00001000/rank_00000.safetensors  the pieces of tensors that this rank owns
                           state.json              step, cursor, tokens, configuration, versions, metrics
-                          manifest.json           shape, dtype, pieces of every tensor; sha256, size of every file
+                          manifest.json           shape, dtype, pieces of every tensor; sha256, size of every file,
+                                                  and its own sha256
 
 Saving has two halves: `write` (every rank, no collective) and `commit` (rank 0, once all ranks agreed). All of it goes
 to step_N.tmp, is synced and then renamed, so a name without suffix is complete. Loading takes overlapping slices, so
@@ -60,6 +61,12 @@ def sha256(path) -> str:
     return digest.hexdigest()
 
 
+def digest(manifest: dict) -> str:
+    """sha256 of a manifest without its own: one flipped bit in an offset would fill a tensor with what is not its."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -105,7 +112,7 @@ def commit(folder: Path, final: Path, world: int, state: dict) -> None:
     write_json(folder / "state.json", state | {"format": FORMAT})
     size = (folder / "state.json").stat().st_size
     manifest["files"]["state.json"] = {"sha256": sha256(folder / "state.json"), "size": size}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest | {"sha256": digest(manifest)})
     aside = Path(f"{final}.old")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -134,6 +141,17 @@ def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:
             doomed = step_dir(out_dir, step).with_suffix(".tmp")  # a crash in the middle of deleting leaves no half one
             step_dir(out_dir, step).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+    aside = sorted(Path(out_dir).glob("step_*.rolled_back"))
+    for path in aside[:-limit] if limit else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(out_dir, step: int) -> None:
+    """After a rollback to `step`: what was saved beyond it gets a name under which nothing takes it for newest."""
+    for beyond in [s for s in list_steps(out_dir) if s > step]:
+        aside = Path(f"{step_dir(out_dir, beyond)}.rolled_back")
+        shutil.rmtree(aside, ignore_errors=True)
+        step_dir(out_dir, beyond).rename(aside)
 
 
 def _is_clean(folder: Path) -> bool:
@@ -161,8 +179,11 @@ class Checkpoint:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
             self.state = json.loads((self.path / "state.json").read_text())
             made_by, self.step, self.tensors = self.manifest["format"], self.state["step"], self.manifest["tensors"]
-        except (OSError, ValueError, KeyError) as error:
+            whole = self.manifest.get("sha256", "") in ("", digest(self.manifest))  # older ones have none
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError("E303", f"{self.path}: {type(error).__name__}: {error}") from error
+        if not whole:
+            raise UserError("E303", f"{self.path}: manifest.json has another sha256")
         if made_by > FORMAT:
             raise UserError("E306", f"{self.path} has format {made_by}, this Lumen reads {FORMAT}")
         self._open = {}
@@ -217,6 +238,14 @@ class Checkpoint:
         return {n.removeprefix("model."): self.read(n) for n in self.tensors if n.startswith("model.")}
 
 
+def best_step(out_dir) -> int | None:
+    """The step that best.json names; None where there is no such file, or a damaged one."""
+    try:
+        return int(json.loads((Path(out_dir) / "best.json").read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def find(path, best: bool = False, say=print) -> Checkpoint:
     """The newest complete and verified checkpoint of a run (or its best one), or the step folder given itself.
 
@@ -228,9 +257,9 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
     if STEP.fullmatch(path.name):
         steps, asked = [path], True
     elif best:
-        if not (path / "best.json").exists():
-            raise UserError("E304", f"{path} has no best.json: no evaluation has named a best step")
-        steps, asked = [step_dir(path, json.loads((path / "best.json").read_text())["step"])], True
+        if (step := best_step(path)) is None:
+            raise UserError("E304", f"{path} has no readable best.json: no evaluation has named a best step")
+        steps, asked = [step_dir(path, step)], True
     else:
         steps, asked = [step_dir(path, s) for s in reversed(list_steps(path))], False
     for folder in steps:
@@ -257,8 +286,7 @@ def main(argv: list[str]) -> int:
     steps = list_steps(argv[0])
     if not steps:
         raise UserError("E304", f"{argv[0]} holds no checkpoint")
-    best_file, damaged = Path(argv[0]) / "best.json", 0
-    best = json.loads(best_file.read_text())["step"] if best_file.exists() else None
+    best, damaged = best_step(argv[0]), 0
     print(f"{'step':>10} {'MB':>10} {'tokens':>15} {'val_loss':>9}  state")
     for step in steps:
         try:

@@ -34,6 +34,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E118": ("the data is not what the checkpoint was trained on", "restore it, or set allow_data_change: true"),
     "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
     "E200": ("the run does not fit into memory", "lower batch_size, raise gradient_accumulation_steps"),
+    "E201": ("memory ran out inside a collective or the optimizer", "start again: it goes on with smaller ones"),
     "E300": ("out_dir already holds a run", "resume: auto goes on, overwrite: true starts anew; or change out_dir"),
     "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
     "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
@@ -43,6 +44,8 @@ ERRORS = {  # code: (meaning, remedy)
     "E306": ("the checkpoint is of another version", "use the Lumen version that wrote it"),
     "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
     "E308": ("experts or depth cannot be changed so", "see model.n_experts_max and the message; nothing was changed"),
+    "E309": ("a command cannot be carried out", "see the message; nothing was changed, the run goes on"),
+    "E310": ("decisions.jsonl cannot be replayed", "take the file of a run with this seed, model, data and batch"),
     "E400": ("this model has no Hugging Face architecture", "norm_order: pre, and no option the message names"),
     "E401": ("the folder or file cannot be imported", "Llama, Qwen3, Mixtral, Qwen3Moe, Dots1 folders; a Lunaris .pt"),
     "E402": ("exported and original model disagree", "report it with EXPORT.json: this is a bug"),
@@ -51,7 +54,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E501": ("no tokenizer to read and write text with", "pass --tokenizer FILE, or token ids with --ids"),
     "E600": ("the processes disagree or lost one another", "start them with the same files, versions and command"),
 }  # fmt: skip
-EXIT_CODES = {"E301": 3}  # every other UserError exits with 2
+EXIT_CODES = {"E301": 3, "E201": 75}  # every other UserError exits with 2
 
 
 class UserError(Exception):

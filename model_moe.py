@@ -436,7 +436,13 @@ class Router(nn.Module):
         self.cfg, self.slots = cfg, cfg.n_experts_max or cfg.n_experts
         self.n = self.slots + cfg.n_null_experts
         self.weight = nn.Parameter(torch.empty(self.n, cfg.d_model))
+        # what may be changed on the way, each a plain number
         self.temperature, self.capacity_factor = cfg.routing_temperature, cfg.capacity_factor
+        self.expert_dropout, self.bias_rate, self.aux_weight = (
+            cfg.expert_dropout,
+            cfg.bias_update_rate,
+            cfg.aux_loss_weight,
+        )
         self.register_buffer("bias", torch.zeros(self.n))
         live = torch.arange(self.n) < cfg.n_experts
         live[self.slots :] = True
@@ -475,7 +481,7 @@ class Router(nn.Module):
         # the previous optimizer step over the whole batch (Qiu et al. 2025), so that no split changes the gradient
         balance = live * (share @ self.load).sum()
         z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square().sum()
-        loss = cfg.aux_loss_weight * balance + cfg.router_z_loss_weight * z
+        loss = self.aux_weight * balance + cfg.router_z_loss_weight * z
         with torch.no_grad():
             counts = logits.new_zeros(self.n).scatter_add_(0, ids.flatten(), logits.new_ones(ids.numel()))
             dropped = logits.new_zeros(())
@@ -557,7 +563,7 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
         keep = draw.masked_fill(~can, math.inf).topk(cfg.n_experts_per_token, largest=False).indices
         if router.muted is None:
             router.muted = torch.zeros_like(router.bias, dtype=torch.bool)
-        router.muted[: router.slots] = (draw >= 1 - cfg.expert_dropout).scatter(0, keep, False)
+        router.muted[: router.slots] = (draw >= 1 - router.expert_dropout).scatter(0, keep, False)
 
 
 @torch.no_grad()
@@ -576,9 +582,9 @@ def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Ten
         if router.muted is not None:  # they had no chance: what they had before
             load = torch.where(router.muted, router.load, load * (router.load * ~router.muted).sum())
         router.load.copy_(torch.where(bad, router.load, load))
-        if cfg.bias_update_rate:
+        if router.bias_rate:
             mean = count.sum() / live.sum()
-            bias = router.bias + cfg.bias_update_rate * torch.sign(mean - count) * live
+            bias = router.bias + router.bias_rate * torch.sign(mean - count) * live
             bias = bias - (bias * live).sum() / live.sum() * live  # without it the sum drifts (torchtitan issue 1506)
             router.bias.copy_(torch.where(bad, router.bias, bias))
 
@@ -943,16 +949,22 @@ def restore_expert(moe: MoE, step: int, expert: int) -> None:
     moe.router.alive[expert], moe.router.retired[expert] = True, -1
 
 
-def recycle_expert(moe: MoE, optimizer, step: int, expert: int | None = None, seed: int = 0, move=None):
-    """Prune a dead expert (default: the one with the least load) and split the hottest into its slot; no tensor changes
-    its shape. Cannot be undone. Returns (parent, slot). ValueError when no expert is dead or none can be split."""
-    alive, _, _, load = slots_of(moe)
+def recycle_expert(moe, optimizer, step: int, expert: int | None = None, seed: int = 0, move=None, parents=None):
+    """Prune a dead expert (default: the one with the least load) and split the hottest (of `parents`) into its slot; no
+    tensor changes its shape. Cannot be undone. `expert` may be a free slot too. Returns (parent, slot). ValueError when
+    no expert is dead or none can be split."""
+    alive, _, retired, load = slots_of(moe)
     if expert is None:
         expert = min((e for e, a in enumerate(alive) if a), key=lambda e: load[e])
-    single = [e for e in splittable(moe, step) if e != expert]
+    single = [e for e in splittable(moe, step) if e != expert and (parents is None or e in parents)]
     if not single:
         raise ValueError("no expert without a twin is left to split; train on before")
-    prune_expert(moe, step, expert)
+    if not 0 <= expert < len(alive):
+        raise ValueError(f"there is no slot {expert}, only 0 to {len(alive) - 1}")
+    if alive[expert]:
+        prune_expert(moe, step, expert)
+    elif retired[expert] >= 0 and step - retired[expert] < WINDOW:
+        raise ValueError(f"slot {expert} can still be restored, until step {retired[expert] + WINDOW}")
     _split(moe, optimizer, max(single, key=lambda e: load[e]), expert, seed, move or copy_row)
     return moe.router.sibling[expert].item(), expert
 

@@ -1,7 +1,7 @@
 """Train a language model: `python train.py configs/quickstart.yaml`, or `torchrun --nproc_per_node=N train.py CONFIG`.
 
-Configuration, optimizer and schedule, Parallel (all that depends on the number of processes), Orchestrator, Trainer,
-main; in that order. `python train.py --help` prints every key. `Trainer("configs/x.yaml").fit()` works in a notebook.
+Configuration, optimizer and schedule, Parallel (all that depends on the number of processes), Trainer, main; in that
+order. `python train.py --help` prints every key. `Trainer("configs/x.yaml").fit()` works in a notebook.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -51,6 +52,7 @@ from model_moe import (
     restore_expert,
     update_balance,
 )
+from orchestrator import MODES, Orchestrator, OrchestratorConfig
 
 # ---------------------------------------------------------------- configuration
 
@@ -66,9 +68,10 @@ class Config:
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
-    batch_size: int = 16  # rows of max_seq_len tokens per process and micro-step
+    batch_size: int | str = 16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
     gradient_accumulation_steps: int = 1  # micro-steps per step
     batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
+    target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
     # optimizer and schedule
     learning_rate: float = 3e-4  # the peak, absolute
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
@@ -111,6 +114,8 @@ class Config:
     resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
     init_from: str | None = None  # start from the weights of a run, a step folder or a Hugging Face folder
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
+    use_adaptive_training: bool = True  # false: orchestrator.mode off
+    orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys, see below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys, see below
 
 
@@ -137,6 +142,7 @@ AT_LEAST |= {
     "beta2": 0,
 }
 BELOW_ONE = ("beta1", "beta2", "val_fraction")
+BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that are mappings of keys
 
 
 def convert(value, kind, where: str):
@@ -198,10 +204,11 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
     if words and not words[0].startswith("-"):
         path = find_yaml(words.pop(0))
         tree, lines = load_yaml(path)
-    if tree.get("model") is None:
-        tree["model"] = {}
-    if not isinstance(tree["model"], dict):
-        raise UserError("E002", f"{path}:{lines['model']}: model: a mapping of keys is expected")
+    for block in BLOCKS:
+        if tree.get(block) is None:
+            tree[block] = {}
+        if not isinstance(tree[block], dict):
+            raise UserError("E002", f"{path}:{lines[block]}: {block}: a mapping of keys is expected")
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -217,7 +224,8 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
             value = yaml.safe_load(value) if value else None
         except yaml.YAMLError:
             pass  # a text that is no YAML is that text
-        target, name = (tree["model"], key[6:]) if key.startswith("model.") else (tree, key)
+        block, _, name = key.partition(".")
+        target, name = (tree[block], name) if name and block in BLOCKS else (tree, key)
         target[name] = value
         lines[key] = None
     cfg = build_config(tree, lambda key: f"{path}:{lines[key]}" if lines.get(key) else "command line", notes)
@@ -252,14 +260,15 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
     lunaris_keys(tree["model"], where, notes)
 
     def build(cls, keys: dict, prefix: str):
-        kinds = {k: v for k, v in typing.get_type_hints(cls).items() if k != "model"}
+        kinds = {k: v for k, v in typing.get_type_hints(cls).items() if k not in BLOCKS}
         for key in keys:
-            if key not in kinds and key != "model":
+            if key not in kinds and key not in BLOCKS:
                 near = difflib.get_close_matches(str(key), kinds, 1, 0.5)
-                other = ModelConfig if cls is Config else Config
                 hint = f"did you mean {prefix}{near[0]}?" if near else "python train.py --help lists all"
-                if key in typing.get_type_hints(other):
-                    hint = f"it belongs {'under model:' if cls is Config else 'at the top level, not under model:'}"
+                for block, other in (*BLOCKS.items(), ("", Config)):
+                    if other is not cls and key in typing.get_type_hints(other):
+                        there = f"under {block}:" if block else f"at the top level, not under {prefix[:-1]}:"
+                        hint = f"it belongs {there}"
                 raise UserError("E002", f"{where(prefix + str(key))}: unknown key {prefix}{key}; {hint}")
         values = {k: convert(v, kinds[k], f"{where(prefix + k)}: {prefix}{k}") for k, v in keys.items() if k in kinds}
         return cls(**values)
@@ -270,7 +279,8 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         key = str(error).partition(":")[0]
         place = f"{where(key)}: " if key.removeprefix("model.") in tree["model"] else ""
         raise UserError("E002", f"{place}{error}") from error
-    cfg = dataclasses.replace(build(Config, tree, ""), model=model)
+    orchestrator = build(OrchestratorConfig, tree.get("orchestrator") or {}, "orchestrator.")
+    cfg = dataclasses.replace(build(Config, tree, ""), model=model, orchestrator=orchestrator)
 
     def refuse(key, text):
         raise UserError("E002", f"{where(key)}: {key}: {text}")
@@ -278,13 +288,34 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
     for key, choices in CHOICES.items():
         if getattr(cfg, key) not in choices:
             refuse(key, f"{getattr(cfg, key)!r} is not one of {', '.join(choices)}")
+    if isinstance(cfg.batch_size, str) and (cfg.batch_size != "auto" or not cfg.batch_tokens):
+        auto = cfg.batch_size == "auto"
+        text = "needs batch_tokens, the size of the whole batch" if auto else "is not int or auto"
+        refuse("batch_size", f"{cfg.batch_size!r} {text}")
     for key, low in AT_LEAST.items():
         value = getattr(cfg, key)
-        if value is not None and value < low:
+        if isinstance(value, (int, float)) and value < low:
             refuse(key, f"{value} must be at least {low}")
     for key in BELOW_ONE:
         if getattr(cfg, key) >= 1:
             refuse(key, f"{getattr(cfg, key)} must be below 1")
+    o = cfg.orchestrator
+    o.mode = "off" if o.mode == "none" else o.mode  # YAML reads off as false
+    if o.mode not in MODES:
+        refuse("orchestrator.mode", f"{o.mode!r} is not one of {', '.join(MODES)}")
+    if not cfg.use_adaptive_training:
+        if o.mode in ("act", "replay") and "mode" in (tree.get("orchestrator") or {}):
+            refuse("orchestrator.mode", f"{o.mode} does not go with use_adaptive_training: false; drop one")
+        o.mode = "off" if o.mode == "act" else o.mode
+    if not 0.5 <= o.intervention_threshold <= 0.99:
+        refuse("orchestrator.intervention_threshold", f"{o.intervention_threshold} is not from 0.5 to 0.99")
+    for key, low in (("check_interval", 1), ("snapshot_interval", 0)):
+        if getattr(o, key) < low:
+            refuse(f"orchestrator.{key}", f"{getattr(o, key)} must be at least {low}")
+    if (o.mode == "replay") != bool(o.replay):
+        refuse("orchestrator.replay", "mode: replay and replay: FILE (decisions.jsonl of a run) go together")
+    if not 0 < cfg.target_memory <= 1:
+        refuse("target_memory", f"{cfg.target_memory} is not in (0, 1]")
     if not 0 < cfg.decay_frac <= 1:
         refuse("decay_frac", f"{cfg.decay_frac} is not in (0, 1]")
     if cfg.data_dir and cfg.data:
@@ -329,13 +360,13 @@ def lunaris_keys(model: dict, where, notes: list[str]) -> None:
 def help_text() -> str:
     """Every key with its default and meaning, read from the dataclasses above."""
     rows = []
-    for cls, prefix in ((Config, ""), (ModelConfig, "model.")):
+    for cls, prefix in ((Config, ""), *((block, f"{name}.") for name, block in BLOCKS.items())):
         for line in inspect.getsource(cls).splitlines():
             if m := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)", line):
                 rows.append(f"  --{prefix}{m[1]:<{32 - len(prefix)}} {m[3]} [{m[2]}]")
             elif m := re.match(r"    # (.+)", line):
                 rows.append(f"\n{m[1]}")
-        rows.append("\nmodel" if cls is Config else "")
+        rows.append({Config: "\nmodel", ModelConfig: "\norchestrator"}.get(cls, ""))
     usage = "usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]\n"
     return f"{usage}       --dry_run: start-up block and memory, no training; --print_config; --help\n" + "\n".join(
         rows
@@ -520,56 +551,26 @@ class Parallel:
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- orchestrator
-
-
-class Orchestrator:
-    """Looks at every step. So far it has the non-finite half of the guard, which works without waiting for the device.
-
-    A step whose loss or gradient norm is not finite (or whose norm overflows, or whose rows could not be read) is
-    dropped exactly: weights, moments and the optimizer's count stay; step, schedule and cursor go on.
-    """
-
-    LIMIT = 50  # bad steps in a row before the run counts as diverged
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.dropped, self.in_a_row, self.reason = trainer, 0, 0, ""
-
-    def guard(self, stats: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """0-d bool on the device: must this step be dropped?"""
-        return ~(torch.isfinite(stats[STAT["ce"]]) & torch.isfinite(norm)) | (stats[STAT["unread"]] > 0)
-
-    def observe(self, seen: dict) -> None:
-        """One finished step, as plain numbers, a step late. UserError E301, E302 when no step gets through any more."""
-        if not seen["bad"]:
-            self.in_a_row = 0
-            return
-        self.dropped, self.in_a_row = self.dropped + 1, self.in_a_row + 1
-        t, found = self.trainer, None
-        scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
-        if self.in_a_row == 1 and not scaling:
-            found = next(
-                (f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f), "transient: finite when repeated"
-            )
-        self.reason = found or ("fp16 overflow, the loss scale halves" if scaling else self.reason)
-        decision = {"step": seen["step"], "attempt": t.attempt, "trigger": "nonfinite", "action": "drop the step"}
-        t.append(
-            "decisions.jsonl", decision | {"statistic": seen["grad_norm"], "confidence": 1.0, "reason": self.reason}
-        )
-        t.say(f"decision   drop step {seen['step']}: loss or gradient not finite; {self.reason} (confidence 1.0)")
-        if self.in_a_row >= self.LIMIT:
-            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {self.reason}"
-            raise UserError("E302" if scaling else "E301", text)
-
-
 # ---------------------------------------------------------------- trainer
 
-STATS = ("ce", "z", "count", "unread", "stop", "save")  # what is summed over ranks in each step
+STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control")  # what is summed over ranks in each step
 STAT = {name: i for i, name in enumerate(STATS)}
+NUMBERS = (
+    "tokens",
+    "val_loss",
+    "best_val_loss",
+    "best_step",
+    "evaluations_since_best",
+    "evaluated_at",
+    "stopped_early",
+)
+NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl",
     "decisions.jsonl",
+    "control.jsonl",
+    "oom_hint.json",
     "best.json",
     "status.json",
     "train.log",
@@ -586,7 +587,7 @@ class Trainer:
 
     def __init__(self, config, parallel=Parallel, dry_run: bool = False):
         if isinstance(config, dict):
-            self.written, notes = json.loads(json.dumps({"model": {}} | config)), []
+            self.written, notes = json.loads(json.dumps({"model": {}, "orchestrator": {}} | config)), []
             self.cfg = build_config(self.written, lambda key: "config", notes)
             self.cfg.out_dir = self.cfg.out_dir or "out/run"
         else:
@@ -598,7 +599,7 @@ class Trainer:
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
         self.stop_signal = self.save_signal = 0
-        self.pending, self.model, self.scale = None, None, None
+        self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         prepare_first(self.cfg, dry_run)
@@ -612,10 +613,10 @@ class Trainer:
             return
         self.parallel.together(self.own_out_dir)
         self.build(saved)
-        self.orchestrator = Orchestrator(self)
-        if saved is not None:
-            self.orchestrator.dropped = saved.state["dropped"]
         self.started_at = self.step
+        self.orchestrator = Orchestrator(self)
+        if saved is not None and "orchestrator" in saved.state:
+            self.orchestrator.load(saved.state["orchestrator"])
         self.open_log()
 
     # ---- setting up
@@ -654,6 +655,7 @@ class Trainer:
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
         """Rank 0 picks the checkpoint to go on from, all ranks open it; None: a fresh start. Changes no run."""
         cfg, found, text = self.cfg, None, None
+        self.model_written = dataclasses.asdict(cfg.model)
         if self.main:
             try:
                 checkpoint.clean_up(self.out)
@@ -675,9 +677,10 @@ class Trainer:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
         if saved is None:
             return None
-        now = dataclasses.asdict(cfg.model)
+        now = self.model_written
         try:  # keys that are newer than the checkpoint have their defaults
-            model = dataclasses.asdict(ModelConfig(**saved.state["config"]["model"]))
+            written = saved.state.get("model_written") or saved.state["config"]["model"]
+            model = dataclasses.asdict(ModelConfig(**written))
         except (TypeError, ValueError) as error:
             raise UserError("E306", f"{saved.path}: {error}") from error
         differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
@@ -693,7 +696,7 @@ class Trainer:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
         before = saved.state if saved else {"written": {}, "auto": {}}
-        self.changes = []
+        self.changes, self.hint = [], None
         keys = sorted(({*self.written, *before["written"]} - {"model"}) if saved else ())
         for key in keys:
             then, now = before["written"].get(key), self.written.get(key)
@@ -715,20 +718,23 @@ class Trainer:
                 )
                 raise UserError("E002", f"{text}; the nearest that is: {near}")
             rows = cfg.batch_tokens // T
-            fixed = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+            fixed = rows if cfg.batch_size == "auto" else cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
             if "gradient_accumulation_steps" in self.written and fixed != rows:
                 raise UserError(
                     "E002", f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}: drop one"
                 )
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+        cfg.batch_size = par.broadcast(
+            self.micro_batch(rows // rank_count, kept("micro_batch", "batch_size", "batch_tokens"))
+        )
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
         if micro is None:
             can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
             near = sorted(can, key=lambda w: abs(w - rank_count))[:2]
             text = f"{rows} rows per step cannot be shared by {rank_count} processes"
             raise UserError("E600", f"{text}; can: {sorted(near)}")
-        if micro != cfg.batch_size and "batch_size" in self.written:
+        if micro != cfg.batch_size and self.written.get("batch_size", "auto") != "auto":
             self.changes.append(f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}")
         self.rows_per_step = rows
         cfg.batch_size, cfg.gradient_accumulation_steps = micro, rows // (micro * rank_count)
@@ -781,7 +787,7 @@ class Trainer:
             raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
         cfg.deterministic = par.broadcast(deterministic)
         names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
-        self.auto = {"rows": rows, **{k: getattr(cfg, k) for k in names}}
+        self.auto = {"rows": rows, "micro_batch": micro, **{k: getattr(cfg, k) for k in names}}
         self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
         self.versions |= {"device": self.machine.name, "world": par.world}
         was = before.get("versions", {})
@@ -813,6 +819,36 @@ class Trainer:
             segments = past + future
         self.segments = segments
 
+    def micro_batch(self, rows: int, kept: int | None) -> int:
+        """Rows a micro-step, of `rows` a rank and step: as written, or as much as was found to fit, or for auto what
+        the estimate says (on CUDA a probe has the last word; a CPU kills where CUDA raises, so there it decides)."""
+        cfg, m = self.cfg, self.cfg.model
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            hint = json.loads((self.out / "oom_hint.json").read_text())
+            if hint["written"] == self.written.get("batch_size"):
+                kept = min(hint["micro_batch"], kept or hint["micro_batch"])
+                self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({self.out / 'oom_hint.json'})"
+        if cfg.batch_size != "auto":
+            return min(cfg.batch_size, kept or cfg.batch_size)
+        if kept:
+            return kept
+        machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
+        n = plan.on_meta(m).n_params()["total"]
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
+        room = cfg.target_memory * plan.total_memory(machine.device) / local
+        fits = [r for r in range(1, rows + 1) if rows % r == 0]
+        need = {
+            r: plan.memory(m, n, r, machine.precision, cfg.activation_checkpointing == "block")["total"] for r in fits
+        }
+        best = max((r for r in fits if need[r] <= room), default=None)
+        if best is None:
+            text = f"one row needs about {need[1] / 2**30:.2f} GiB, target_memory leaves {room / 2**30:.2f}"
+            raise UserError(
+                "E200", f"batch_size: auto: {text}; set activation_checkpointing: block, or shorten max_seq_len"
+            )
+        self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        return best
+
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
@@ -833,7 +869,7 @@ class Trainer:
         cfg, m, say = self.cfg, self.cfg.model, self.say
         n, T, rows = self.counted.n_params(), m.max_seq_len, self.rows_per_step
         tokens = rows * T * cfg.max_steps
-        for note in (*notes, *self.machine.notes, *self.changes):
+        for note in (*notes, *self.machine.notes, *([self.hint] if self.hint else []), *self.changes):
             say(f"note       {note}")
         shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
         active = f", {n['active']:,} active" if n["active"] != n["total"] else ""
@@ -966,18 +1002,10 @@ class Trainer:
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Weights, moments and every number of the run, in place."""
-        mine = self.tensors()
-        if set(mine) != set(saved.tensors):
-            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}")
-        self.copy_in(saved, {name: name for name in mine})
-        s = saved.state
-        self.step, self.cursor, self.tokens = s["step"], s["cursor"], s["tokens"]
-        self.val_loss, self.best_val_loss, self.best_step = s["val_loss"], s["best_val_loss"], s["best_step"]
-        self.evaluations_since_best, self.evaluated_at = s["evaluations_since_best"], s["evaluated_at"]
-        self.stopped_early = s["stopped_early"]
-        if self.scale is not None and s["scaler"]:
-            self.scale.fill_(s["scaler"][0])
-            self.scale_good.fill_(s["scaler"][1])
+        self.restore(saved)
+        self.step, self.cursor = saved.state["step"], saved.state["cursor"]
+        for name in NUMBERS:
+            setattr(self, name, saved.state[name])
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -1070,15 +1098,16 @@ class Trainer:
         cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
         nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
         double = torch.float32 if par.device.type == "mps" else torch.float64
-        stop = saved = False
-        wants_save = False
+        stop = saved = wants_save = False
+        watch = self.orchestrator
         self.restart_clock()
         if self.main and sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
         model.train()
         while True:
+            rolled = watch.act()  # what was decided a turn ago: a rollback, commands, a snapshot
             # schedule
-            lr = lr_at(cfg, self.step)
+            lr = lr_at(cfg, self.step) * watch.lr_factor()
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)
@@ -1089,12 +1118,12 @@ class Trainer:
             last = self.step >= cfg.max_steps or self.stopped_early
             here = self.step != self.started_at or (last and self.evaluated_at != self.step)
             due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
-            due_eval = due_save or wants_save or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
-            new_best = here and due_eval and not stop and self.evaluate()
+            due_eval = due_save or wants_save or rolled or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
+            new_best = (here or rolled) and due_eval and not stop and self.evaluate()
             last = last or self.stopped_early
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
             moved = self.step != self.started_at
-            if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)):
+            if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)) or rolled:
                 saved = self.save()
             if last or stop:
                 for _ in range(3):  # a full disk may have been freed in the meantime
@@ -1106,40 +1135,55 @@ class Trainer:
             stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
             sums = torch.zeros(3, dtype=double, device=par.device)
             sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
-            if cfg.model.expert_dropout:
+            if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
-            for micro in range(cfg.gradient_accumulation_steps):
-                waited = time.perf_counter()
-                try:
-                    row, x, y = self.loader.next()
-                except UserError as error:  # this rank cannot go on; the others learn it from the statistics
-                    self.data_error = error
-                    stats[STAT["unread"]] = 1
-                    break
-                self.data_wait += time.perf_counter() - waited
-                x, y = self.to_device(x), self.to_device(y)
-                torch.manual_seed(mix(cfg.seed, row))
-                with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
-                    total, parts = model(x, targets=y)
-                    loss = total / nominal
-                    (loss if self.scale is None else loss * self.scale).backward()
-                sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
-                if self.n_sparse:
-                    sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
+            void = False
+            try:
+                for micro in range(cfg.gradient_accumulation_steps):
+                    waited = time.perf_counter()
+                    try:
+                        row, x, y = self.loader.next()
+                    except UserError as error:  # this rank cannot go on; the others learn it from the statistics
+                        self.data_error = error
+                        stats[STAT["unread"]] = 1
+                        break
+                    self.data_wait += time.perf_counter() - waited
+                    x, y = self.to_device(x), self.to_device(y)
+                    torch.manual_seed(mix(cfg.seed, row))
+                    with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
+                        total, parts = model(x, targets=y)
+                        loss = total / nominal
+                        (loss if self.scale is None else loss * self.scale).backward()
+                    sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
+                    if self.n_sparse:
+                        sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
+            except torch.OutOfMemoryError:  # this rank's step is void, so everybody's is; drain() begins it again
+                void = True
+            if void:  # out here, where no traceback holds on to tensors any more
+                total = parts = loss = None
+                optimizer.zero_grad(set_to_none=True)
+                sums, sparse = torch.zeros_like(sums), torch.zeros_like(sparse)
+                stats[STAT["oom"]] = 1
+                free_memory(par.device)
             # reduce
             stats[:3] = sums
-            for name, flag in (("stop", self.stop_signal), ("save", self.save_signal)):
+            for name, flag in (
+                ("stop", self.stop_signal),
+                ("save", self.save_signal),
+                ("control", watch.new_commands()),
+            ):
                 if flag:
-                    stats[STAT[name]] = flag
+                    stats[STAT[name]] = 1
             stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split([len(STATS), self.n_sparse])
-            norm = par.grad_norm(model)
-            # guard
-            bad = self.orchestrator.guard(stats, norm)
-            # step: the true count of targets and fp16's scale go into the clip coefficient (exactly 1.0 without either)
+            # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
+            # goes into the clip coefficient (exactly 1.0 without either)
             factor = (nominal / stats[STAT["count"]]).float()
             if self.scale is not None:
                 factor = factor / self.scale
-            norm = norm * factor
+            norm = par.grad_norm(model) * factor
+            # guard
+            bad, exploded = watch.guard(stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]])
+            # step
             clip = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0) if cfg.grad_clip else torch.ones_like(norm)
             torch._foreach_mul_([p.grad for p in model.parameters()], clip * factor)
             optimizer.found_inf = bad.float()
@@ -1148,19 +1192,23 @@ class Trainer:
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
-                self.scale_good = torch.where(bad, 0.0, self.scale_good + 1)
+                overflow = ~torch.isfinite(norm)
+                self.scale_good = torch.where(overflow, 0.0, self.scale_good + 1)
                 grow = self.scale_good >= 2000
-                self.scale = torch.where(bad, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+                self.scale = torch.where(overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
                 self.scale_good = torch.where(grow, 0.0, self.scale_good)
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
-            numbers = torch.cat([stats, torch.stack([norm.to(double), bad.to(double)])])
-            if self.n_sparse and (self.step + 1) % (cfg.expert_log_interval or cfg.log_interval) == 0:
+            if seen and seen["oom"]:  # the step before was void, and so was this one: it waits for that to be made good
+                continue
+            numbers = torch.cat([stats, torch.stack([x.to(double) for x in (norm, bad, exploded)])])
+            every = (cfg.expert_log_interval or cfg.log_interval, cfg.orchestrator.check_interval)
+            if self.n_sparse and any((self.step + 1) % n == 0 for n in every):
                 if self.moe:
                     moe_sums = expert_numbers(self.moe, moe_sums)
                 numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
             self.sparse = sparse
-            self.pending = (self.step, self.cursor, lr, *to_host(numbers))
+            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers))
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1186,26 +1234,112 @@ class Trainer:
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
-        step, cursor, lr, numbers, arrived = self.pending
+        step, cursor, turn, lr, numbers, arrived = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        (ce, z, count, unread, stop, save, norm, bad), sparse = numbers[:8].tolist(), numbers[8:]
+        n = len(STATS)
+        (ce, z, count, unread, oom, stop, save, control, norm, bad, exploded), sparse = (
+            numbers[: n + 3].tolist(),
+            numbers[n + 3 :],
+        )
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
             self.parallel.together(self.raise_data_error)
+        seen = {
+            "step": step,
+            "cursor": cursor,
+            "turn": turn,
+            "lr": lr,
+            "oom": oom > 0,
+            "stop": stop > 0,
+            "save": save > 0,
+        }
+        if control:
+            self.orchestrator.take_commands()
+        if oom:
+            self.out_of_memory(step, cursor)
+            return seen
         self.tokens += 0 if bad else int(count)
-        seen = {"step": step, "cursor": cursor, "loss": ce / max(count, 1), "z_loss": z / max(count, 1), "lr": lr}
-        seen |= {"grad_norm": norm, "bad": bool(bad), "stop": stop > 0, "save": save > 0}
-        self.orchestrator.observe(seen | {"loss_finite": math.isfinite(ce)})
+        seen |= {"loss": ce / max(count, 1), "z_loss": z / max(count, 1), "loss_finite": math.isfinite(ce)}
+        seen |= {"grad_norm": norm, "bad": bool(bad), "exploded": bool(exploded)}
         if len(sparse):
             seen |= self.routing(sparse)
+        self.seen = seen
+        self.orchestrator.observe(seen)
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
         if self.bar:
             self.bar.update(1)
         return seen
+
+    def out_of_memory(self, step: int, cursor: int) -> None:
+        """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
+        the same rows in smaller micro-batches. E200 where they cannot be smaller."""
+        self.step, self.cursor = step, cursor
+        rows, micro = self.rows_per_step // self.parallel.rows()[1], self.cfg.batch_size
+        smaller = max((m for m in range(1, micro // 2 + 1) if rows % m == 0), default=None)
+        said = f"a rank ran out of memory with {micro} rows a micro-step"
+        if smaller is None:
+            self.save()
+            advice = "activation_checkpointing: block, a shorter max_seq_len, or a smaller model"
+            raise UserError("E200", f"{said} at step {step}, and there are none smaller; try {advice}")
+        self.orchestrator.halted.zero_()
+        self.set_micro_batch(smaller)
+        args = {"new_size": smaller}
+        at = {"step": step, "cursor": cursor, "turn": self.orchestrator.turn}
+        self.orchestrator.decide("oom", "adjust_batch_size", f"{said}: same rows again", 1, at, always=True, args=args)
+
+    def set_micro_batch(self, size: int) -> None:
+        """Rows a micro-step from the next step on; accumulation follows, the batch of a step stays."""
+        cfg, (index, count) = self.cfg, self.parallel.rows()
+        rows = self.rows_per_step // count
+        if not 0 < size <= rows or rows % size:
+            near = sorted((m for m in range(1, rows + 1) if rows % m == 0), key=lambda m: abs(m - size))[:2]
+            raise ValueError(f"batch_size: {size} does not divide the {rows} rows of a rank and step; near it: {near}")
+        cfg.batch_size, cfg.gradient_accumulation_steps = size, rows // size
+        self.auto["micro_batch"] = self.versions["micro_batch"] = size
+        self.loader.start(self.cursor, index, count, size, cfg.gradient_accumulation_steps)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Tensors and loss scale of a checkpoint, in place."""
+        mine = self.tensors()
+        if set(mine) != set(saved.tensors):
+            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}")
+        self.copy_in(saved, {name: name for name in mine})
+        if self.scale is not None and saved.state["scaler"]:
+            self.scale.fill_(saved.state["scaler"][0])
+            self.scale_good.fill_(saved.state["scaler"][1])
+
+    def numbers(self) -> dict:
+        """What goes back with the weights in a rollback, besides the step."""
+        return {name: getattr(self, name) for name in NUMBERS}
+
+    def rewind(self, note: dict) -> None:
+        """Back to the step of `note`, whose tensors are there already; the cursor stays beyond what was read. The
+        checkpoints after it are set aside."""
+        self.pending, self.step = None, note["step"]
+        for name in NUMBERS:
+            setattr(self, name, note[name])
+        if self.main:
+            with contextlib.suppress(OSError):
+                checkpoint.set_aside(self.out, self.step)
+            steps = checkpoint.list_steps(self.out)
+            if self.best_step is not None and self.best_step not in steps:  # it is gone: the best of those still there
+                found = []
+                for step in steps:
+                    with contextlib.suppress(UserError):
+                        state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
+                        found += (
+                            [(state["val_loss"], step)] if state["evaluated_at"] == step and state["val_loss"] else []
+                        )
+                self.best_val_loss, self.best_step = min(found, default=(None, None))
+        self.best_val_loss, self.best_step = self.parallel.broadcast((self.best_val_loss, self.best_step))
+        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
+        self.restart_clock()
+        if self.bar:
+            self.bar.n = self.step
 
     def raise_data_error(self) -> None:
         if self.data_error:
@@ -1361,10 +1495,16 @@ class Trainer:
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = dataclasses.asdict(self.cfg)
-        names = ("step", "cursor", "tokens", "val_loss", "best_val_loss", "best_step", "evaluations_since_best")
-        names += ("evaluated_at", "stopped_early", "segments", "auto", "written", "fingerprints", "versions", "attempt")
+        names = ("step", "cursor", *NUMBERS, "segments", "auto", "written", "model_written", "fingerprints", "versions")
+        names += ("attempt",)
+        knobs, model = self.orchestrator.knobs, config["model"]  # what was changed on the way and matters to samplers
+        model["routing_temperature"] = knobs.get("routing_temperature", model["routing_temperature"])
+        if (c := knobs.get("mod_capacity")) is not None:
+            was = model["mod_capacity"]
+            model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
         scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
-        extra = {"config": config, "scaler": scaler, "dropped": self.orchestrator.dropped, "clean": True}
+        extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
+        extra |= {"clean": self.orchestrator.clean}
         return {name: getattr(self, name) for name in names} | extra
 
     # ---- what a run leaves
@@ -1504,66 +1644,213 @@ class Trainer:
         """Of the last step, over all ranks; see model_moe.mod_statistics."""
         return self.last_routing("depth")
 
-    def surgery(self, action: str, layer: int, do, **said) -> dict:
-        """Change the experts of a layer on every rank alike; a decision, or a refused one with its reason."""
-        decision = {"step": self.step, "attempt": self.attempt, "action": action, "layer": layer, **said}
-        if layer not in self.moe:
-            reason = f"layer {layer} has no experts; layers that have: {list(self.moe) or 'none'}"
-            decision |= {"refused": "E308", "reason": reason}
-        else:
+    # ---- by hand: the methods that LuminaAI's users know. They return a decision, refused with its reason where they
+    # cannot apply; call them on all ranks, or write a line to control.jsonl, which does
+
+    def surgery(self, action: str, layer_idx: int, do, **args) -> dict:
+        def change():
+            if layer_idx not in self.moe:
+                has = list(self.moe) or "none"
+                raise UserError("E308", f"layer {layer_idx} has no experts; layers that have: {has}")
             try:  # the same bits on every rank, so the same choice, and the same refusal
-                decision |= do(self.moe[layer])
+                return do(self.moe[layer_idx]) or {}
             except ValueError as error:
-                decision |= {"refused": "E308", "reason": f"layer {layer}: {error}"}
-        self.append("decisions.jsonl", decision)
-        what = " ".join(f"{k} {v}" for k, v in decision.items() if k not in ("attempt", "refused"))
-        self.say(f"decision   {'E308 refused: ' if 'refused' in decision else ''}{what}")
-        return decision
+                raise UserError("E308", f"layer {layer_idx}: {error}") from error
+
+        return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
+
+    def split_seed(self, layer: int) -> int:
+        return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
     def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
-        """Split an expert, by default the hottest, into a free slot of layer `layer_idx`. Call it on all ranks."""
+        """Split an expert, by default the hottest, into a free slot of the layer."""
 
         def do(moe):
-            seed = (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer_idx
-            return dict(zip(("parent", "expert"), add_expert(moe, self.optimizer, self.step, parent, seed, move)))
+            pair = add_expert(
+                moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel.move_row
+            )
+            return dict(zip(("parent", "expert"), pair))
 
-        move = self.parallel.move_row
-        return self.surgery("add_expert", layer_idx, do)
+        return self.surgery("add_expert", layer_idx, do, parent=parent)
 
     def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
         """Take an expert out of the choice; restore_expert undoes it while its window is open."""
-        return self.surgery(
-            "prune_expert",
-            layer_idx,
-            lambda moe: prune_expert(moe, self.step, expert_idx, force, self.optimizer) or {},
-            expert=expert_idx,
-        )
+
+        def do(moe):
+            prune_expert(moe, self.step, expert_idx, force, self.optimizer)
+
+        return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
 
     def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
         """Undo prune_expert."""
-        return self.surgery(
-            "restore_expert", layer_idx, lambda moe: restore_expert(moe, self.step, expert_idx) or {}, expert=expert_idx
-        )
+
+        def do(moe):
+            restore_expert(moe, self.step, expert_idx)
+
+        return self.surgery("restore_expert", layer_idx, do, expert_idx=expert_idx)
 
     def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
         """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
 
         def do(moe):
-            seed = (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer_idx
-            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, seed, self.parallel.move_row)
+            move = self.parallel.move_row
+            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, self.split_seed(layer_idx), move)
             return dict(zip(("parent", "expert"), pair))
 
-        return self.surgery("recycle_expert", layer_idx, do)
+        return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
+
+    def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
+        """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
+        free or its expert dead: one that works is not overwritten."""
+        layer, slot = new_expert
+
+        def do(moe):
+            options = (self.split_seed(layer), self.parallel.move_row, existing_experts)
+            return dict(zip(("parent", "expert"), recycle_expert(moe, self.optimizer, self.step, slot, *options)))
+
+        named = {"new_expert": new_expert, "existing_experts": existing_experts}
+        return self.surgery("_initialize_new_expert", layer, do, **named)
+
+    def knob(self, action: str, name: str, value, low: float, high: float, has=True, needs: str = "", **args) -> dict:
+        def do():
+            if not has:
+                raise UserError("E308", f"this model has no {needs}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError("E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}")
+            self.orchestrator.set_knob(name, value)
+
+        return self.orchestrator.by_hand(action, do, **args)
+
+    def adjust_capacity_factor(self, factor: float) -> dict:
+        """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
+        m = self.cfg.model
+        low = 1 / max(1, m.n_experts)
+        return self.knob("adjust_capacity_factor", "capacity_factor", factor, low, 1e6, self.moe, NO_MOE, factor=factor)
+
+    def adjust_routing_temperature(self, temp: float) -> dict:
+        """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
+        return self.knob(
+            "adjust_routing_temperature", "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE, temp=temp
+        )
+
+    def enable_expert_dropout(self, prob: float) -> dict:
+        """Mute experts with this probability, drawn anew each step, while training."""
+        m, most = self.cfg.model, 0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0
+        has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
+        return self.knob("enable_expert_dropout", "expert_dropout", prob, 0.0, most, has, NO_MOE, prob=prob)
+
+    def adjust_mod_capacity(self, factor: float) -> dict:
+        """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
+        low = 1 / self.cfg.model.max_seq_len
+        return self.knob("adjust_mod_capacity", "mod_capacity", factor, low, 1.0, self.mod, NO_MOD, factor=factor)
+
+    def adjust_batch_size(self, new_size: int) -> dict:
+        """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
+        return self.orchestrator.by_hand(
+            "adjust_batch_size", lambda: self.set_micro_batch(int(new_size)), new_size=new_size
+        )
+
+    def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
+        """Close the reader and open another at the same row: what it read ahead is read again. `dataset`, a dict of
+        loader.Source by name, takes the place of the sources it had."""
+
+        def do():
+            if dataset is not None:
+                if set(dataset) != set(self.sources):
+                    raise UserError("E309", f"dataset: sources named {list(self.sources)} are expected")
+                self.loader.close()
+                self.sources = dataset
+                self.loader = Loader(self.sources, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
+            self.set_micro_batch(self.cfg.batch_size)
+
+        return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
+
+    def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
+        """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
+        scale = self.orchestrator.knobs.get("lr_scale", 1.0)
+        ok = isinstance(factor, (int, float)) and factor > 0
+        value = scale / factor if ok else None
+        return self.knob("emergency_lr_reduction", "lr_scale", value, 1e-6, 1e6, factor=factor)
+
+    def rollback_steps(self, num_steps: int = 100) -> dict:
+        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where it is."""
+        self.drain()
+        watch = self.orchestrator
+
+        def do():
+            source = watch.source(step=self.step - int(num_steps)) if int(num_steps) > 0 else None
+            if source is None:
+                raise UserError(
+                    "E309", f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before"
+                )
+            return watch.go_back(source, None)
+
+        return watch.by_hand("rollback_steps", do, num_steps=num_steps)
+
+    def adjust_weight_decay(self, value: float) -> dict:
+        """Weight decay of all matrices from the next step on."""
+        return self.knob("adjust_weight_decay", "weight_decay", value, 0.0, 10.0, value=value)
+
+    def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
+        """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
+        action, named = "_update_optimizer_param_groups", {"param": param, "value": value}
+        limits = {"lr": (0.0, 1e3), "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.99999), "beta2": (0.0, 0.999999)}
+        limits["eps"] = (0.0, 1.0)
+        low, high = limits.get(param, (1, 0))
+        has = f"parameter {param!r}; there are {', '.join(limits)}"
+        if param == "lr" and isinstance(value, (int, float)):
+            value, param = value / max(lr_at(self.cfg, self.step), 1e-30), "lr_scale"
+            low, high = 0.0, 1e6
+        return self.knob(action, param, value, low, high, high > low, has, **named)
+
+    def get_current_metrics(self) -> dict:
+        """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
+        memory_usage (share of what this process may use), epoch, step."""
+        self.drain()
+        seen, cuda = self.seen, self.parallel.device.type == "cuda"
+        if not seen:
+            return {"refused": "E308", "reason": "no step has been made yet"}
+        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
+        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        return {
+            "loss": seen["loss"],
+            "learning_rate": seen["lr"],
+            "grad_norm": seen["grad_norm"],
+            "throughput": self._calculate_throughput(),
+            "memory_usage": used / plan.total_memory(self.parallel.device),
+            "epoch": max(epochs.values()),
+            "step": seen["step"] + 1,
+        }
+
+    def _calculate_throughput(self) -> float:
+        """Tokens a second over all ranks since the last log line, without evaluation and saving."""
+        steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
+        if steps <= 0:
+            return self.speed
+        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
+
+    def _extract_moe_routing_stats(self) -> dict:
+        """get_expert_statistics, by the name it has in LuminaAI."""
+        return self.get_expert_statistics()
+
+    def request_save(self) -> None:
+        """A checkpoint at the next step."""
+        self.save_signal = 1
+
+    def request_stop(self) -> None:
+        """Finish the step, save, end in order."""
+        self.stop_signal = 1
 
     def restart_clock(self) -> None:
         self.clock, self.data_wait, self.clock_step = time.perf_counter(), 0.0, self.step
+        self.speed = getattr(self, "speed", 0.0)  # tokens/s of the last log line
 
     def log(self, seen: dict) -> None:
         """One line per log step; speeds are means since the last one, without evaluation and saving."""
         cfg, done = self.cfg, seen["step"] + 1
         seconds = max(1e-9, time.perf_counter() - self.clock)
         steps = max(1, done - self.clock_step)
-        speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
+        speed = self.speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
         cuda = self.parallel.device.type == "cuda"
         epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
         row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
@@ -1679,6 +1966,12 @@ def to_host(numbers: torch.Tensor) -> tuple:
     return host, arrived
 
 
+def free_memory(device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def resident_bytes() -> int | None:
     try:
         with open("/proc/self/statm", encoding="utf-8") as f:
@@ -1765,6 +2058,14 @@ def main(argv: list[str], parallel=Parallel) -> int:
     except UserError as error:
         trainer.write_status("diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error))
         raise
+    except torch.OutOfMemoryError as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
+        smaller = max(1, trainer.cfg.batch_size // 2)
+        hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
+        checkpoint.write_json(trainer.out / "oom_hint.json", hint)  # whichever rank it was
+        first = (str(error).splitlines() or ["?"])[0]
+        text = f"step {trainer.step}: {first}; a restart goes on with {smaller} rows a micro-step (oom_hint.json)"
+        trainer.write_status("restart", 75, text)
+        raise UserError("E201", text) from error
     except Exception as error:
         trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
         raise

@@ -58,7 +58,7 @@ def fingerprint(out_dir, step: int) -> dict:
     folder = Path(out_dir) / f"step_{step:08d}"
     files = json.loads((folder / "manifest.json").read_text())["files"]
     state = json.loads((folder / "state.json").read_text())
-    names = ("step", "cursor", "tokens", "segments", "val_loss", "best_val_loss", "best_step", "scaler", "dropped")
+    names = ("step", "cursor", "tokens", "segments", "val_loss", "best_val_loss", "best_step", "scaler", "orchestrator")
     return {k: v["sha256"] for k, v in files.items() if k != "state.json"} | {k: state[k] for k in names}
 
 

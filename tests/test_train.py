@@ -18,6 +18,7 @@ import checkpoint
 import train
 from errors import UserError
 from model import ModelConfig, Transformer
+from orchestrator import OrchestratorConfig
 from train import Config, Parallel, Trainer, build_optimizer, lr_at, read_config
 
 
@@ -73,9 +74,9 @@ def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shar
     path.write_text(f"data_dir: {shards}\nmodel:\n  seed: 60\n")
     refused([path], "E002", f"{path}:3", "top level")
     path.write_text(f"data_dir: {shards}\nbatch_size: many\n")
-    refused([path], "E002", f"{path}:2", "'many' is not int")
+    refused([path], "E002", f"{path}:2", "'many' is not int or auto")
     path.write_text(f"data_dir: {shards}\nbatch_size: 2.5\n")
-    refused([path], "E002", "2.5 is not int")
+    refused([path], "E002", "'2.5' is not int")
     path.write_text(f"data_dir: {shards}\nseed: 1\nseed: 2\n")
     refused([path], "E002", f"{path}:3", "second time")
     path.write_text(f"data_dir: {shards}\nmax_steps: 5\nnum_epochs: 2\n")
@@ -121,9 +122,9 @@ def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
 
 def test_help_lists_every_key():
     text = train.help_text()
-    for cls, prefix in ((Config, "--"), (ModelConfig, "--model.")):
+    for cls, prefix in ((Config, "--"), (ModelConfig, "--model."), (OrchestratorConfig, "--orchestrator.")):
         for f in dataclasses.fields(cls):
-            assert f.name == "model" or f"{prefix}{f.name} " in text, f.name
+            assert f.name in ("model", "orchestrator") or f"{prefix}{f.name} " in text, f.name
 
 
 def test_printed_configuration_runs_as_it_is(tiny, tmp_path):

@@ -1,0 +1,881 @@
+"""The orchestrator: looks at every step, acts on failures, leaves a healthy run untouched to the bit, writes down why.
+
+Detectors first (plain numbers in, plain numbers out), then snapshots, then `Orchestrator`, which train.py calls at
+three places of its loop: act() at the top of a turn, guard() before the optimizer's step, observe() when a step's
+numbers have arrived. A *turn* is one pass through the loop and never comes back; a *step* does, after a rollback.
+
+Every rank sees the same reduced numbers and so decides the same; only what one rank alone can know (files, commands,
+the other ranks' clocks) travels, and only on turns where something is to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+from errors import UserError
+
+
+@dataclass
+class OrchestratorConfig:
+    mode: str = "act"  # act | shadow (decides and writes down, does nothing) | off | replay (repeats the file below)
+    intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 1
+    check_interval: int = 100  # steps between the slow health checks; the guards look at every step
+    enable_emergency_recovery: bool = True  # roll back, and stop a run that cannot be saved
+    enable_architecture_adaptation: bool = False  # re-seed dead experts by itself (adding and pruning are yours)
+    snapshot_interval: int = 50  # steps between copies in memory to roll back to; 0: none, checkpoints only
+    replay: str | None = None  # mode replay: decisions.jsonl of the run to repeat
+
+
+MODES = ("act", "shadow", "off", "replay")
+SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
+
+
+# ---------------------------------------------------------------- detectors
+
+
+def centre(values: list[float]) -> tuple[float, float]:
+    """Median, and median absolute deviation scaled to the standard deviation of a normal distribution. Plain Python:
+    sorting a hundred floats takes less time than numpy's median needs to begin."""
+    middle = statistics.median(values)
+    return middle, 1.4826 * statistics.median([abs(x - middle) for x in values])
+
+
+class NormLimit:
+    """How large a gradient norm may be: log G <= median + max(12 robust deviations, ln 4) over 128 accepted steps.
+
+    The logarithm makes norms nearly normal: 12 deviations is never noise. Starts at 32 accepted steps; ends two turns
+    before the one it is asked about, so that no answer waits for the device.
+    """
+
+    WINDOW, START, SIGMAS, FACTOR = 128, 32, 12.0, 4.0
+
+    def __init__(self):
+        self.seen: deque = deque(maxlen=self.WINDOW + 2)  # (turn, log G)
+
+    def add(self, turn: int, norm: float) -> None:
+        if norm > 0 and math.isfinite(norm):
+            self.seen.append((turn, math.log(norm)))
+
+    def limit(self, turn: int) -> float | None:
+        """The largest log G that passes at `turn`; None: too little seen."""
+        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
+        if len(logs) < self.START:
+            return None
+        middle, spread = centre(logs)
+        return middle + max(self.SIGMAS * spread, math.log(self.FACTOR))
+
+    def confidence(self, turn: int, norm: float) -> float:
+        """That this norm is no noise: Sellke's bound on the normal tail, prior 1 in 1000, and never above 0.99."""
+        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
+        middle, spread = centre(logs)
+        z = (math.log(norm) - middle) / max(spread, math.log(self.FACTOR) / self.SIGMAS)
+        return p_confidence(0.5 * math.erfc(z / math.sqrt(2)))
+
+
+def p_confidence(p: float, prior: float = 1e-3) -> float:
+    """Confidence from a p-value: the upper bound -1 / (e p ln p) on its Bayes factor (Sellke et al. 2001)."""
+    p = max(p, 1e-300)
+    if p >= 1 / math.e:
+        return prior
+    odds = -1 / (math.e * p * math.log(p)) * prior
+    return min(0.99, odds / (odds + 1 - prior))
+
+
+class Divergence:
+    """Whether the loss has left its course: a conformal e-CUSUM with an effect floor (research/stability.md 2).
+
+    Residual r = loss - median of the last 32 accepted losses. Its rank among up to 256 accepted residuals is a p-value,
+    0.5 / sqrt(p) a bet against "this run is healthy" that no healthy run can win on average; E multiplies the bets and
+    restarts at 1, where `onset` is. confidence = E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64
+    nothing is accepted. An alarm also needs the median of the last 7 residuals above the floor: 6 deviations, 0.1 nats,
+    2 % of the loss. So one outlier is no alarm, and a healthy run's luck is too small to be one.
+    """
+
+    TREND, WINDOW, START, PRIOR, FREEZE = 32, 256, 32, 1e-5, 64.0
+
+    def __init__(self):
+        self.losses: deque = deque(maxlen=self.TREND)  # (turn, loss), accepted
+        self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
+        self.last: deque = deque(maxlen=7)  # the newest residuals, accepted or not
+        self.E, self.onset, self.residual = 1.0, 0, 0.0
+
+    def add(self, turn: int, loss: float) -> None:
+        if len(self.losses) < self.TREND:
+            self.losses.append((turn, loss))
+            return
+        self.residual = loss - statistics.median(x for _, x in self.losses)
+        if len(self.residuals) < self.START:
+            self.losses.append((turn, loss))
+            self.residuals.append((turn, self.residual))
+            return
+        self.last.append(self.residual)
+        n = sum(r >= self.residual for _, r in self.residuals)
+        if self.E <= 1.0:
+            self.onset = turn
+        self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
+        if self.E <= self.FREEZE and not self.too_low():
+            self.losses.append((turn, loss))
+            self.residuals.append((turn, self.residual))
+
+    def too_low(self) -> bool:
+        """A loss far below its course: data without content (or a leak of the targets), no sign of health."""
+        return self.residual < -0.1 and self.residual < -12 * self.spread()
+
+    def spread(self) -> float:
+        return centre([r for _, r in self.residuals])[1] if len(self.residuals) >= self.START else math.inf
+
+    def floor(self) -> float:
+        """Nats by which the loss must have risen to matter."""
+        level = statistics.median(x for _, x in self.losses) if self.losses else 0.0
+        return max(6 * self.spread(), 0.1, 0.02 * abs(level))
+
+    @property
+    def confidence(self) -> float:
+        odds = self.E * self.PRIOR
+        return odds / (odds + 1 - self.PRIOR)
+
+    @property
+    def suspicious(self) -> bool:
+        """Something may be building up: nothing saved now is called clean."""
+        return self.E > self.FREEZE and self.excess(3) > self.floor() / 2
+
+    def excess(self, n: int) -> float:
+        """Median of the last n residuals."""
+        return statistics.median(list(self.last)[-n:]) if len(self.last) >= n else 0.0
+
+    def correlation(self) -> float:
+        """Lag-1 autocorrelation of the accepted residuals: far from 0 the ranks are no fair bets."""
+        r = np.array([r for _, r in self.residuals])
+        r = r - r.mean() if len(r) else r
+        return float((r[1:] * r[:-1]).sum() / max((r * r).sum(), 1e-30)) if len(r) > 8 else 0.0
+
+    def restart(self, before: int | None = None) -> None:
+        """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
+        self.E, self.residual = 1.0, 0.0
+        self.last.clear()
+        if before is not None:
+            self.losses = deque(((t, x) for t, x in self.losses if t < before), maxlen=self.TREND)
+            self.residuals = deque(((t, x) for t, x in self.residuals if t < before), maxlen=self.WINDOW)
+
+    def forget(self) -> None:
+        """A planned change of the data: another course begins."""
+        self.__init__()
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+class Snapshots:
+    """Copies of all tensors of a run in the host's memory: one candidate and the two newest certified ones.
+
+    Each rank copies the regions that it holds. Memory is kept and used again; on CUDA the copies are queued on the
+    step's own stream, so they see the weights between two steps and the host does not wait.
+    """
+
+    def __init__(self, trainer, allowed: bool):
+        self.trainer, self.allowed, self.free = trainer, allowed, []
+        self.certified, self.candidate, self.pinned = [], None, {}
+
+    def regions(self) -> dict[str, torch.Tensor]:
+        """Every local region of every tensor, and the loss scale."""
+        t = self.trainer
+        out = {f"{n}@{at}": local for n, x in t.tensors().items() for at, _, local, _ in t.parallel.pieces(n, x)}
+        return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
+
+    def size(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.regions().values())
+
+    def copy(self, note: dict) -> dict:
+        mine = self.regions()
+        if self.free:
+            data = self.free.pop()
+        else:
+            data = {k: torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for k, x in mine.items()}
+        for name, x in mine.items():
+            data[name].copy_(x, non_blocking=True)
+        return note | {"data": data}
+
+    def take(self, note: dict, certified: bool = False) -> None:
+        """`note`: the numbers that belong to the copy (step, turn, tokens ...)."""
+        if self.candidate:
+            self.free.append(self.candidate.pop("data"))
+        self.candidate = self.copy(note)
+        if certified:
+            self.certify()
+
+    def certify(self) -> None:
+        if len(self.certified) == 2:
+            self.free.append(self.certified.pop(0).pop("data"))
+        self.certified.append(self.candidate)
+        self.candidate = None
+
+    def discard(self, since: int) -> None:
+        """Those taken at turn `since` or later are not to be trusted."""
+        if self.candidate:
+            self.free.append(self.candidate.pop("data"))
+            self.candidate = None
+        for bad in [s for s in self.certified if s["turn"] >= since]:
+            self.free.append(bad.pop("data"))
+            self.certified.remove(bad)
+
+    def restore(self, snapshot: dict) -> None:
+        """Copy it back, in place: pointers of the optimizer and of compiled graphs stay valid."""
+        with torch.no_grad():
+            for name, x in self.regions().items():
+                x.copy_(snapshot["data"][name], non_blocking=True)
+
+
+# ---------------------------------------------------------------- orchestrator
+
+
+METHODS = (  # what a line of control.jsonl may name: the methods that LuminaAI's users know, and a few of ours
+    "add_expert prune_expert _initialize_new_expert adjust_capacity_factor adjust_routing_temperature "
+    "enable_expert_dropout get_expert_statistics adjust_mod_capacity get_mod_statistics adjust_batch_size "
+    "_recreate_dataloader get_current_metrics _extract_moe_routing_stats _calculate_throughput "
+    "emergency_lr_reduction rollback_steps adjust_weight_decay _update_optimizer_param_groups "
+    "restore_expert recycle_expert save stop"
+).split()
+
+
+class Orchestrator:
+    """Guards every step, follows the loss, rolls back, takes commands; see DESIGN 6 and README "The orchestrator".
+
+    Levels: 0 a note; 1 a step is dropped; 2 back to the newest certified snapshot from before the onset, past the data
+    since; 3 an older one and a lower rate for a while; 4 stop with a diagnosis (E301).
+    """
+
+    LIMIT = 50  # bad steps in a row before the run counts as diverged, where nothing may be rolled back
+    IN_A_ROW, OFTEN, AMONG = 3, 5, 200  # not finite so many times in a row, or in so many turns: level 2
+    STREAK = 3  # explosions dropped in a row; what explodes more often is for the other detector to judge
+    WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
+    AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
+    CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
+    OUTCOME = 100  # turns after which a rollback is judged
+
+    def __init__(self, trainer):
+        self.trainer, self.cfg = trainer, trainer.cfg.orchestrator
+        t, self.mode = trainer, trainer.cfg.orchestrator.mode
+        self.turn, self.norms, self.course = 0, NormLimit(), Divergence()
+        self.streak = torch.zeros((), dtype=torch.int32, device=t.parallel.device)
+        self.halted = torch.zeros((), dtype=torch.bool, device=t.parallel.device)
+        self.dropped, self.in_a_row, self.reason, self.bad_turns = 0, 0, "", deque(maxlen=self.OFTEN)
+        self.alarm, self.todo, self.warned = None, [], -self.AGAIN
+        self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
+        self.knobs, self.due, self.next_id, self.read_to = {}, [], 1, 0
+        self.unbalanced, self.failures = {}, {}
+        self.seconds, self.health = 0.0, "healthy"
+        words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
+        self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
+        self.commands = t.out / "control.jsonl"
+        self.snapshots = Snapshots(t, False)
+        self.script = self.read_script() if self.mode == "replay" else {}
+
+    @property
+    def acting(self) -> bool:
+        return self.mode == "act"
+
+    @property
+    def watching(self) -> bool:
+        return self.mode in ("act", "shadow")
+
+    @property
+    def clean(self) -> bool:
+        """Whether what is saved now may be trusted."""
+        return self.alarm is None and self.in_a_row == 0 and not self.course.suspicious
+
+    # ---- the three places in the loop
+
+    def act(self) -> bool:
+        """At the top of a turn: what was decided, commands, a snapshot. Returns whether the run went back."""
+        began, t = time.perf_counter(), self.trainer
+        self.turn += 1
+        before, todo, self.todo = len(self.rollbacks), self.todo, []
+        for do in todo:
+            do()
+        for row in self.script.get(t.cursor, ()):
+            self.repeat(row)
+        rolled = len(self.rollbacks) > before
+        if self.watching or self.mode == "replay":
+            self.keep_snapshot(first=self.turn == 1 or t.step == t.started_at and not self.snapshots.certified)
+        self.seconds += time.perf_counter() - began
+        return rolled
+
+    def guard(self, ce: torch.Tensor, norm: torch.Tensor, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(drop this step?, did its gradient explode?), 0-d bools on the device, without waiting for it.
+
+        ce: the summed loss; norm: of the true gradient; lost: ranks that have no gradient to give (data, memory).
+        """
+        began = time.perf_counter()
+        bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (lost > 0) | self.halted
+        exploded = torch.zeros_like(bad)
+        if self.mode == "replay":
+            if any(row["action"] == "drop" and row["trigger"] == "explosion" for row in self.at_cursor()):
+                exploded, bad = torch.ones_like(bad), torch.ones_like(bad)
+        elif self.watching and (limit := self.norms.limit(self.turn)) is not None:
+            exploded = ~bad & (norm.log() > limit)
+            drop = exploded & (self.streak < self.STREAK)
+            self.streak = torch.where(exploded, self.streak + 1, torch.zeros_like(self.streak))
+            if self.acting:
+                bad = bad | drop
+        self.seconds += time.perf_counter() - began
+        return bad, exploded
+
+    def observe(self, seen: dict) -> None:
+        """The plain numbers of a finished turn. UserError E301, E302 when the run cannot be saved."""
+        began, turn = time.perf_counter(), seen["turn"]
+        self.dropped += seen["bad"]
+        finite = math.isfinite(seen["loss"]) and math.isfinite(seen["grad_norm"])
+        if not finite:
+            self.not_finite(seen)
+        else:
+            self.in_a_row = 0
+            if seen["exploded"] and self.watching:
+                self.explosion(seen)
+            if self.watching and not seen["bad"]:
+                self.norms.add(turn, seen["grad_norm"])
+                if seen["step"] >= self.trainer.cfg.warmup_steps:
+                    self.follow(seen)
+        if not seen["bad"]:
+            self.mature(turn)
+        if self.watching and "experts" in seen and (seen["step"] + 1) % self.cfg.check_interval == 0:
+            self.check_experts(seen)
+        self.settle(turn)
+        self.seconds += time.perf_counter() - began
+
+    # ---- what goes wrong
+
+    def not_finite(self, seen: dict) -> None:
+        t, turn = self.trainer, seen["turn"]
+        self.in_a_row += 1
+        scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
+        if self.in_a_row == 1 and not scaling:
+            found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]
+            self.reason = found[0] if found else "transient: finite when repeated"
+        elif scaling:
+            self.reason = "fp16 overflow, the loss scale halves"
+        stat = {"loss": seen["loss"], "grad_norm": seen["grad_norm"], "in_a_row": self.in_a_row}
+        said = f"loss or gradient not finite; {self.reason}"
+        self.decide("nonfinite", "drop", said, 1, seen, stat=stat, always=True)
+        if not scaling and self.watching:
+            self.bad_turns.append(turn)
+            often = len(self.bad_turns) == self.OFTEN and turn - self.bad_turns[0] < self.AMONG
+            if self.in_a_row >= self.IN_A_ROW or often:
+                n, onset = self.in_a_row, self.bad_turns[0] if often else turn - self.in_a_row + 1
+                said = f"{n} steps in a row not finite" if not often else f"{self.OFTEN} in {self.AMONG} not finite"
+                self.bad_turns.clear()
+                self.in_a_row = 0
+                self.todo.append(lambda: self.recover("nonfinite", onset, 1.0, "observed", f"{said}; {self.reason}"))
+                if self.acting and self.cfg.enable_emergency_recovery:
+                    return
+        if self.in_a_row >= self.LIMIT:
+            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {self.reason}"
+            raise UserError("E302" if scaling else "E301", text)
+
+    def explosion(self, seen: dict) -> None:
+        limit, norm = self.norms.limit(seen["turn"]), seen["grad_norm"]
+        stat = {"grad_norm": norm, "limit": math.exp(limit)}
+        said = f"gradient norm {norm:.3g}, at most {math.exp(limit):.3g} was to be expected"
+        confidence = self.norms.confidence(seen["turn"], norm)
+        if seen["bad"] or not self.acting:
+            self.decide("explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue")
+        else:
+            said += f"; {self.STREAK} were dropped in a row, so it is let through"
+            self.decide("explosion", "accept", said, 0, seen, stat=stat, confidence=confidence, basis="pvalue")
+
+    def follow(self, seen: dict) -> None:
+        """The divergence detector, and the patience that most spikes deserve."""
+        c, turn, a = self.course, seen["turn"], self.alarm
+        c.add(turn, seen["loss"])
+        if a is None:
+            if c.too_low() and turn - self.warned >= 100:
+                self.warned = turn
+                said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen['cursor']}"
+                self.decide("low_loss", "warn", said, 0, seen, stat={"residual": c.residual}, basis="rule")
+            sure = c.confidence >= self.cfg.intervention_threshold and len(c.last) == 7
+            if sure and c.excess(7) > (floor := c.floor()):
+                stat = {"E": c.E, "onset": c.onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation()}
+                self.alarm = {
+                    "turn": turn,
+                    "onset": c.onset,
+                    "peak": c.excess(7),
+                    "until": turn + self.WAIT,
+                    "waits": 0,
+                }
+                said = f"the loss is {c.excess(7):.3f} nats above its course, floor {floor:.3f}; most spikes heal"
+                more = {"stat": stat, "confidence": c.confidence, "basis": "evalue"}
+                self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
+            return
+        if a.get("acting"):
+            return
+        now, floor = c.excess(5), c.floor()
+        a["peak"] = max(a["peak"], now)
+        if now <= floor:
+            self.outcome(a["id"], "healed", seen, excess=now, turns=turn - a["turn"])
+            self.alarm = None
+            c.restart()
+        elif turn >= a["until"]:
+            if now < a["peak"] / 2 and a["waits"] < self.PATIENCE:
+                a |= {"until": turn + self.WAIT, "waits": a["waits"] + 1}
+                return
+            a["acting"] = True
+            said = f"{now:.3f} nats above its course {turn - a['turn']} steps after the alarm (floor {floor:.3f})"
+            stat = {"E": c.E, "onset": a["onset"], "excess": now, "floor": floor, "rho1": c.correlation()}
+            self.todo.append(lambda: self.recover("divergence", a["onset"], c.confidence, "evalue", said, stat))
+
+    def recover(self, trigger: str, onset: int, confidence: float, basis: str, reason: str, stat=None) -> None:
+        """Levels 2 to 4. `onset`: the turn from which on the run is not to be trusted."""
+        t, more = self.trainer, {"stat": stat, "confidence": confidence, "basis": basis}
+        level = 2 + sum(self.turn - r < self.AGAIN for r in self.rollbacks)
+        spent = sum(self.turn - r < self.BUDGET[1] for r in self.rollbacks) >= self.BUDGET[0]
+        spent = spent or len(self.rollbacks) >= self.MOST
+        blocked = None if self.cfg.enable_emergency_recovery else "enable_emergency_recovery: false"
+        if stat and abs(stat["rho1"]) > 0.5:
+            blocked = f"losses are correlated ({stat['rho1']:.2f}): shuffle the data"
+        source = None if level > 3 or spent else self.source(onset, older=level == 3)
+        if source is None:
+            why = "rolling back did not help" if self.rollbacks else "there is nothing to go back to"
+            why = f"{why}; {self.worst()}"
+            text = f"{reason}; {why}; step {t.step}"
+            row = self.decide(trigger, "stop", f"{reason}; {why}", 4, blocked=blocked, **more)
+            if row["executed"]:
+                raise UserError("E301", f"{text}; the newest clean checkpoint in {t.out} is not touched")
+        else:
+            lr = self.CUT if level == 3 else 1.0
+            reason += f"; {self.worst()}"
+            row = self.decide(
+                trigger,
+                "rollback",
+                reason,
+                level,
+                do=lambda: self.go_back(source, onset, lr),
+                blocked=blocked,
+                **more,
+            )
+            if row["executed"]:
+                self.due.append({"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": "rollback"})
+        if not row["executed"]:  # shadow: say it once, then follow the new course
+            self.course.forget()
+        self.alarm = None
+
+    def source(self, before: int | None = None, step: int | None = None, older: bool = False):
+        """The newest certified snapshot from before turn `before` (or of at most `step`), else a clean checkpoint's
+        path; `older`: older than what the last rollback took, if there is such a one."""
+        snaps = self.snapshots.certified if step is None else [*self.snapshots.certified, self.snapshots.candidate]
+        snaps = [
+            s for s in snaps if s and (before is None or s["turn"] < before) and (step is None or s["step"] <= step)
+        ]
+        last = self.last_source if older else None
+        fresh = [s for s in snaps if last is None or s["step"] < last]
+        if fresh:
+            return fresh[-1]
+        t = self.trainer
+        most = min(t.step if step is None else step, math.inf if last is None else last - 1)
+        found = None
+        if t.main:
+            for s in reversed([s for s in checkpoint.list_steps(t.out) if s <= most]):
+                with contextlib.suppress(UserError):
+                    saved = checkpoint.Checkpoint(checkpoint.step_dir(t.out, s))
+                    turn = saved.state.get("orchestrator", {}).get("turn", 0)
+                    if saved.state.get("clean", True) and (before is None or turn < before) and not saved.verify():
+                        found = str(saved.path)
+                        break
+        return t.parallel.broadcast(found) or (snaps[-1] if snaps else None)
+
+    def worst(self) -> str:
+        """The parameter that has moved furthest since the last certified snapshot: where to look."""
+        if not self.snapshots.certified:
+            return "no snapshot to compare with"
+        data, most, name = self.snapshots.certified[-1]["data"], -1.0, ""
+        for key, x in self.snapshots.regions().items():
+            if key.startswith("model.") and x.is_floating_point() and x.numel() > 1:
+                was = data[key].to(x.device)
+                moved = ((x - was).norm() / was.norm().clamp(min=1e-12)).item()
+                if not moved <= most:
+                    most, name = moved, key
+                if math.isnan(moved):  # furthest of all
+                    break
+        name = name.removeprefix("model.").partition("@")[0]
+        return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
+
+    def go_back(self, source, onset: int | None, lr: float = 1.0) -> dict:
+        """Weights, moments and the step return to `source`, a snapshot or a checkpoint's path; the cursor does not."""
+        t, before = self.trainer, {"step": self.trainer.step, "tokens": self.trainer.tokens}
+        if isinstance(source, dict):
+            self.snapshots.restore(source)
+            t.rewind(source)
+            turn = source["turn"]
+        else:
+            saved = checkpoint.Checkpoint(source)
+            t.parallel.together(t.restore, saved)
+            t.rewind(saved.state)
+            turn = saved.state.get("orchestrator", {}).get("turn", 0)
+        self.snapshots.discard(turn + 1)
+        self.course.restart(before=turn + 1 if onset is None else onset)
+        self.norms.seen = deque(
+            ((at, x) for at, x in self.norms.seen if onset is None or at < onset), self.norms.seen.maxlen
+        )
+        self.rollbacks.append(self.turn)
+        self.last_source, self.alarm, self.in_a_row = t.step, None, 0
+        if lr != 1.0:
+            self.cut = [self.turn, lr]
+        skipped = [before["step"] - t.step, t.cursor]
+        args = {"to_step": t.step, "next_row": t.cursor, "lr_mult": lr, "onset": onset}
+        from_memory = isinstance(source, dict)
+        args |= {
+            "to_cursor": source["cursor"] if from_memory else None,
+            "from": "memory" if from_memory else str(source),
+        }
+        return {
+            "args": args,
+            "before": before,
+            "after": {"step": t.step, "tokens": t.tokens},
+            "cost": {"steps": skipped[0]},
+        }
+
+    def lr_factor(self) -> float:
+        """What the schedule is multiplied by: exactly 1.0 in a run nobody touched."""
+        factor = self.knobs.get("lr_scale", 1.0)
+        if self.cut and self.turn - self.cut[0] < self.CUT_TURNS:
+            done = (self.turn - self.cut[0]) / self.CUT_TURNS
+            factor *= 1 - (1 - self.cut[1]) * (1 + math.cos(math.pi * done)) / 2
+        return factor
+
+    # ---- snapshots
+
+    def keep_snapshot(self, first: bool) -> None:
+        t, every = self.trainer, self.cfg.snapshot_interval
+        note = {"step": t.step, "cursor": t.cursor, "turn": self.turn, "healthy": 0, "late": t.pending is not None}
+        if self.mode == "replay":
+            if t.cursor in self.targets:
+                self.snapshots.candidate = None
+                self.targets[t.cursor] = self.snapshots.copy(note | t.numbers())
+            return
+        if first:
+            size = 3 * self.snapshots.size() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            room = every > 0 and size < available_memory() / 4
+            self.snapshots.allowed = not t.parallel.agree([not room])[0]
+            if every and not self.snapshots.allowed:
+                t.say("note       no room for snapshots in memory: a rollback takes the newest clean checkpoint")
+        if not self.snapshots.allowed or not self.clean:
+            return
+        if first or (self.snapshots.candidate is None and t.step % every == 0):
+            self.snapshots.take(note | t.numbers(), certified=first)
+
+    def mature(self, turn: int) -> None:
+        """A healthy step more for the candidate."""
+        s = self.snapshots.candidate
+        for c in (s, *self.snapshots.certified):
+            if c and c["late"] and turn == c["turn"] - 1:  # its tokens were still on their way
+                c.update(tokens=self.trainer.tokens, late=False)
+        if s and turn >= s["turn"] and self.clean:
+            s["healthy"] += 1
+            if s["healthy"] >= SAFE:
+                self.snapshots.certify()
+
+    # ---- experts
+
+    def check_experts(self, seen: dict) -> None:
+        """The selection bias is the standing response; what stays unbalanced for five checks gets more of it."""
+        m, e = self.trainer.cfg.model, seen["experts"]
+        most = min(4.0, 0.75 * (m.n_experts / m.n_experts_per_token - 1))  # of the largest violation there can be
+        for i, x in e["layers"].items():
+            wrong = x["dead"] > 0 or x["max_violation"] > most
+            self.unbalanced[i] = self.unbalanced.get(i, 0) + 1 if wrong else 0
+        if seen["step"] + 1 < 10 * self.cfg.check_interval or any(d["kind"] == "experts" for d in self.due):
+            return
+        layers = [i for i, n in self.unbalanced.items() if n >= 5]
+        if layers:
+            dead = {i: e["layers"][i]["dead"] for i in layers}
+            worst = max(e["layers"][i]["max_violation"] for i in layers)
+            reason = f"layers {layers} unbalanced for 5 checks: {sum(dead.values())} dead experts, "
+            stat = {"layers": layers, "dead": dead, "max_violation": worst}
+            self.todo.append(lambda: self.rebalance(f"{reason}max violation {worst:.2f}", stat))
+
+    def rebalance(self, reason: str, stat: dict) -> None:
+        """Twice the pull for ten checks: of the bias, then of the loss; then, where allowed, dead ones are re-made."""
+        for knob in ("bias_update_rate", "aux_loss_weight"):
+            if (now := self.get_knob(knob)) and self.failures.get(knob, 0) < 1:
+                row = self.change(knob, 2 * now, "experts", f"{reason}; twice the pull for 10 checks", 2, stat=stat)
+                if row["executed"]:
+                    due = {"kind": "experts", "turn": self.turn + 10 * self.cfg.check_interval, "stat": stat}
+                    self.due.append(due | {"id": row["id"], "knob": knob, "was": now})
+                return
+        blocked = None if self.cfg.enable_architecture_adaptation else "enable_architecture_adaptation: false"
+        layer = next((i for i, dead in stat["dead"].items() if dead), None)
+        if layer is None or self.failures.get("recycle", 0) >= 2:
+            return
+        for i in stat["layers"]:
+            self.unbalanced[i] = 0
+        row = self.decide("experts", "re-seed a dead expert", reason, 3, stat=stat, blocked=blocked)
+        if row["executed"]:
+            self.failures["recycle"] = self.failures.get("recycle", 0) + 1
+            self.trainer.save()  # it cannot be undone
+            self.trainer.recycle_expert(layer)
+
+    def change(self, knob: str, value, trigger: str, reason: str, level: int, **more) -> dict:
+        """A decision to set a knob."""
+        was = self.get_knob(knob)
+
+        def do():
+            self.set_knob(knob, value)
+
+        return self.decide(trigger, f"set {knob}", reason, level, do=do, value=value, before=was, **more)
+
+    def get_knob(self, name: str):
+        router = next(iter(self.trainer.moe.values())).router
+        return getattr(router, {"bias_update_rate": "bias_rate", "aux_loss_weight": "aux_weight"}[name])
+
+    def set_knob(self, name: str, value) -> None:
+        """Change a number of the run: it is in checkpoints and comes back on resume."""
+        t = self.trainer
+        if name in ROUTER_KNOBS:
+            for moe in t.moe.values():
+                setattr(moe.router, ROUTER_KNOBS[name], value)
+        elif name == "mod_capacity":
+            for mod in t.mod.values():
+                mod.target = value
+        elif name == "weight_decay":
+            for group in t.optimizer.param_groups:
+                group["weight_decay"] = value if group["params"][0].dim() >= 2 else 0.0
+        elif name in ("beta1", "beta2", "eps"):
+            for group in t.optimizer.param_groups:
+                b1, b2 = group["betas"]
+                group |= {"eps": value} if name == "eps" else {"betas": (value, b2) if name == "beta1" else (b1, value)}
+        self.knobs[name] = value
+
+    # ---- decisions
+
+    def decide(
+        self, trigger, action, reason, level, seen=None, do=None, confidence=1.0, basis="observed", **more
+    ) -> dict:
+        """Write a decision down and, unless something stands against it, do it. `always`: not a matter of the mode."""
+        t, blocked, always = self.trainer, more.pop("blocked", None), more.pop("always", False)
+        if level and not always and trigger != "user":
+            if not self.acting:
+                blocked = f"mode: {self.mode}"
+            elif confidence < self.cfg.intervention_threshold:
+                blocked = f"confidence below {self.cfg.intervention_threshold}"
+        at = seen or {"step": t.step, "cursor": t.cursor, "turn": self.turn}
+        row = {"v": 1, "id": self.next_id, "run": self.run, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        row |= {
+            "step": at["step"],
+            "cursor": at["cursor"],
+            "turn": at["turn"],
+            "tokens": t.tokens,
+            "attempt": t.attempt,
+        }
+        row |= {"mode": self.mode, "level": level, "trigger": trigger, "action": action, "reason": reason}
+        row |= {"confidence": round(confidence, 4), "basis": basis, "threshold": self.cfg.intervention_threshold}
+        row |= {"executed": blocked is None, "blocked_by": blocked, "ranks": t.parallel.world, **more}
+        self.next_id += 1
+        if do and blocked is None:
+            try:
+                row |= do() or {}
+            except UserError as error:
+                row |= {"executed": False, "refused": error.code, "reason": error.text}
+        if "refused" in row:
+            row["executed"] = False
+        t.append("decisions.jsonl", row)
+        state = f"{row['refused']} refused: " if "refused" in row else "" if row["executed"] else "not done: "
+        args = row.get("args") or ""
+        t.say(f"decision   #{row['id']} step {row['step']}, {trigger}: {state}{action} {args}".rstrip())
+        t.say(f"reasoning  {row['reason']}" + (f" [{blocked}]" if blocked else ""))
+        t.say(f"confidence {confidence:.2f} ({basis}), level {level}")
+        return row
+
+    def outcome(self, decision: int, verdict: str, seen: dict | None = None, **more) -> None:
+        step = seen["step"] if seen else self.trainer.step
+        self.trainer.append(
+            "decisions.jsonl", {"id": decision, "kind": "outcome", "step": step, "verdict": verdict, **more}
+        )
+        self.trainer.say(f"outcome    of #{decision}: {verdict}")
+
+    def settle(self, turn: int) -> None:
+        """Judge what was done a while ago; what did not help and can be undone is undone."""
+        for d in [d for d in self.due if turn >= d["turn"]]:
+            self.due.remove(d)
+            if d["kind"] == "rollback":
+                again = any(r > d["turn"] - self.OUTCOME for r in self.rollbacks)
+                verdict = "did not hold" if again or self.alarm else "helped"
+                self.outcome(d["id"], verdict, excess=self.course.excess(7), floor=self.course.floor())
+            else:
+                now = max(self.unbalanced.get(i, 0) for i in d["stat"]["layers"])
+                helped = now == 0
+                self.failures[d["knob"]] = self.failures.get(d["knob"], 0) + (not helped)
+                self.outcome(d["id"], "helped" if helped else "did not help", reverted=True)
+                said = f"the time of #{d['id']} is over"
+                self.todo.append(lambda d=d, s=said: self.change(d["knob"], d["was"], "experts", s, 2))
+
+    # ---- commands and replay
+
+    def new_commands(self) -> bool:
+        """Rank 0: has control.jsonl grown?"""
+        try:
+            return self.trainer.main and os.stat(self.commands).st_size > self.read_to
+        except OSError:
+            return False
+
+    def take_commands(self) -> None:
+        """Read the new lines of control.jsonl, on rank 0; carry them out on all ranks at the top of the next turn."""
+        lines, end = [], self.read_to
+        if self.trainer.main:
+            with contextlib.suppress(OSError), open(self.commands, "rb") as f:
+                f.seek(end)
+                data = f.read()
+                whole = data[: data.rfind(b"\n") + 1]  # half a line is still being written
+                end += len(whole)
+                lines = [line for line in whole.decode("utf-8", "replace").split("\n") if line.strip()]
+        lines, self.read_to = self.trainer.parallel.broadcast((lines, end))
+        for line in lines:
+            self.todo.append(lambda line=line: self.command(line))
+
+    def command(self, line: str) -> None:
+        """One line {"method": NAME, "args": [...] or {...}}; what cannot be is refused (E309), and the run goes on."""
+        t, name, args = self.trainer, "?", []
+        try:
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError("E309", f"not valid JSON ({error}): {line[:200]}") from error
+            if not isinstance(row, dict) or set(row) - {"method", "args"} or "method" not in row:
+                raise UserError("E309", f"{{'method': NAME, 'args': [...]}} is expected, not {line[:200]}")
+            name, args = row["method"], row.get("args", [])
+            if name not in METHODS:
+                raise UserError("E309", f"no method {name!r}; there are: {', '.join(METHODS)}")
+            args, kwargs = ([], args) if isinstance(args, dict) else (args if isinstance(args, list) else [args], {})
+            method = getattr(t, {"save": "request_save", "stop": "request_stop"}.get(name, name))
+            try:
+                inspect.signature(method).bind(*args, **kwargs)
+            except TypeError as error:
+                raise UserError("E309", f"{name}{inspect.signature(method)}: {error}") from error
+        except UserError as error:
+            self.decide("user", str(name), error.text, 1, refused=error.code, stat={"line": line[:500]})
+            return
+        answer = method(*args, **kwargs)
+        if not isinstance(answer, dict) or "action" not in answer:  # a question, or save: nothing else wrote it down
+            said = {"answer": answer} if answer is not None else {}
+            self.decide("user", name, "asked for in control.jsonl", 0, args=row.get("args", []), **said)
+
+    def by_hand(self, action: str, do, reason: str = "asked for", **args) -> dict:
+        """A decision of the user's; `do` raises UserError or ValueError where it cannot be, and nothing is changed."""
+
+        def careful():
+            try:
+                return do()
+            except ValueError as error:
+                raise UserError("E309", str(error)) from error
+
+        return self.decide("user", action, reason, 1, do=careful, args=args)
+
+    def read_script(self) -> dict[int, list[dict]]:
+        """Mode replay: what to do at which cursor, of what the surviving attempts did. E310 when it is another run."""
+        path, rows = Path(self.cfg.replay), []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            raise UserError("E310", f"orchestrator.replay: {path}: {error}") from error
+        others = {r["run"] for r in rows if isinstance(r, dict) and r.get("run", self.run) != self.run}
+        if others or not all(isinstance(r, dict) for r in rows):
+            text = f"orchestrator.replay: {path} was written by another run ({', '.join(others)}, this is {self.run})"
+            raise UserError("E310", f"{text}: seed, model, data and rows a step must be the same")
+        script: dict[int, list[dict]] = {}
+        for row in rows:
+            if row.get("kind") == "start":  # what came after this point in an attempt before did not survive
+                script = {c: [r for r in done if r["turn"] < row["turn"]] for c, done in script.items()}
+            elif row.get("executed") and row.get("kind") != "outcome":
+                script.setdefault(row["cursor"], []).append(row)
+        back = [r["args"]["to_cursor"] for done in script.values() for r in done if r["action"].startswith("rollback")]
+        self.targets = dict.fromkeys(back)
+        return script
+
+    def at_cursor(self) -> list[dict]:
+        return self.script.get(self.trainer.cursor, [])
+
+    def repeat(self, row: dict) -> None:
+        """Carry out a decision of the run that is repeated."""
+        action, args = row["action"], row.get("args") or {}
+        if action.startswith("rollback"):
+            source = self.targets[args["to_cursor"]] or args["from"]
+
+            def do():
+                return self.go_back(source, args["onset"], args["lr_mult"])
+
+            self.decide(row["trigger"], action, row["reason"], row["level"], do=do, always=True)
+        elif action == "stop":
+            self.decide(row["trigger"], action, row["reason"], 4, always=True)
+            raise UserError("E301", row["reason"])
+        elif action.startswith("set "):
+            self.set_knob(action[4:], row["value"])
+        elif row["trigger"] == "user" and action in METHODS:
+            getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(self.trainer, action)(*args)
+
+    # ---- state
+
+    def state(self) -> dict:
+        """For state.json. A save happens within a turn, which a resumed run begins again."""
+        c = self.course
+        course = {"losses": list(c.losses), "residuals": list(c.residuals), "last": list(c.last), "E": c.E}
+        names = "dropped in_a_row rollbacks last_source cut knobs due next_id read_to unbalanced failures warned"
+        out = {name: getattr(self, name) for name in names.split()} | {"turn": self.turn - 1, "run": self.run}
+        out |= {"norms": list(self.norms.seen), "course": course | {"onset": c.onset, "residual": c.residual}}
+        out |= {
+            "streak": int(self.streak),
+            "bad_turns": list(self.bad_turns),
+            "alarm": self.alarm,
+            "reason": self.reason,
+        }
+        return out
+
+    def load(self, s: dict) -> None:
+        """Detectors go on where they were: a resumed run is not blind."""
+        names = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned turn alarm reason"
+        for name in names.split():
+            setattr(self, name, s[name])
+        c, course = self.course, s["course"]
+        c.losses.extend(map(tuple, course["losses"]))
+        c.residuals.extend(map(tuple, course["residuals"]))
+        c.last.extend(course["last"])
+        c.E, c.onset, c.residual = course["E"], course["onset"], course["residual"]
+        self.norms.seen.extend(map(tuple, s["norms"]))
+        self.bad_turns.extend(s["bad_turns"])
+        self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys
+        self.streak.fill_(s["streak"])
+        for name, value in s["knobs"].items():
+            self.set_knob(name, value)
+
+
+ROUTER_KNOBS = {
+    "capacity_factor": "capacity_factor",
+    "routing_temperature": "temperature",
+    "expert_dropout": "expert_dropout",
+    "bias_update_rate": "bias_rate",
+    "aux_loss_weight": "aux_weight",
+}
+
+
+def available_memory() -> int:
+    """Bytes of RAM that nobody uses, within this process's cgroup."""
+    free = 0
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, int(limit) - used) if limit.isdigit() else free
+    return free
