@@ -12,6 +12,7 @@ any number of ranks reads what any other number wrote. Nothing is ever unpickled
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,10 @@ STEP = re.compile(r"step_(\d{8,})")
 
 def step_dir(out_dir, step: int) -> Path:
     return Path(out_dir) / f"step_{step:08d}"
+
+
+def step_of(folder) -> int:
+    return int(STEP.fullmatch(Path(folder).name)[1])
 
 
 def sync(path) -> None:
@@ -123,12 +128,19 @@ def commit(folder: Path, final: Path, world: int, state: dict) -> None:
 
 
 def clean_up(out_dir) -> None:
-    """Undo what a crash left: unfinished folders go; a folder moved aside comes back if nothing took its place."""
+    """Undo what a crash left: unfinished folders go; a folder moved aside comes back if nothing took its place; half a
+    line at the end of a diary, all that a full disk took, goes."""
     for path in Path(out_dir).glob("step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     for path in Path(out_dir).glob("step_*.old"):
         final = path.with_suffix("")
         shutil.rmtree(path, ignore_errors=True) if final.exists() else path.rename(final)
+    for name in ("metrics.jsonl", "decisions.jsonl"):
+        with contextlib.suppress(OSError), open(Path(out_dir) / name, "rb+") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - (1 << 20)))
+            tail = f.read()
+            f.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:

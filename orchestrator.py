@@ -98,38 +98,48 @@ def p_confidence(p: float, prior: float = 1e-3) -> float:
 class Divergence:
     """Whether the loss has left its course: a conformal e-CUSUM with an effect floor (research/stability.md 2).
 
-    Residual r = loss - median of the last 32 accepted losses. Its rank among up to 256 accepted residuals is a p-value,
-    0.5 / sqrt(p) a bet against "this run is healthy" that no healthy run can win on average; E multiplies the bets and
-    restarts at 1, where `onset` is. confidence = E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64
-    nothing is accepted. An alarm also needs the median of the last 7 residuals above the floor: 6 deviations, 0.1 nats,
-    2 % of the loss. So one outlier is no alarm, and a healthy run's luck is too small to be one.
+    Residual r = loss - where the last 64 accepted losses lead (the medians of their halves, and the slope between them
+    where it falls). Its rank among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against "this run is
+    healthy" that no healthy run can win on average; E multiplies the bets and restarts at 1. confidence =
+    E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64 nothing is accepted (128 turns of that without an
+    alarm: a new level that does not matter, and all begins anew), nor is a single r above the floor: 6 deviations, 0.1
+    nats, 2 % of the loss. An alarm also needs the median of the last 7 residuals above it. So one outlier is no alarm,
+    and a healthy run's luck is too small to be one.
     """
 
-    TREND, WINDOW, START, PRIOR, FREEZE = 32, 256, 32, 1e-5, 64.0
+    TREND, WINDOW, START, PRIOR, FREEZE, PATIENCE = 64, 256, 32, 1e-5, 64.0, 128
 
     def __init__(self):
-        self.losses: deque = deque(maxlen=self.TREND)  # (turn, loss), accepted
+        self.losses: deque = deque(maxlen=self.TREND)  # accepted
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
-        self.last: deque = deque(maxlen=7)  # the newest residuals, accepted or not
-        self.E, self.onset, self.residual = 1.0, 0, 0.0
+        self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
+        self.E, self.began, self.frozen, self.residual = 1.0, 0, 0, 0.0
 
     def add(self, turn: int, loss: float) -> None:
-        if len(self.losses) < self.TREND:
-            self.losses.append((turn, loss))
+        if len(self.losses) < self.TREND // 2:
+            self.losses.append(loss)
             return
-        self.residual = loss - statistics.median(x for _, x in self.losses)
+        self.residual = loss - self.expected()
         if len(self.residuals) < self.START:
-            self.losses.append((turn, loss))
+            self.losses.append(loss)
             self.residuals.append((turn, self.residual))
             return
-        self.last.append(self.residual)
+        self.last.append((turn, self.residual))
         n = sum(r >= self.residual for _, r in self.residuals)
         if self.E <= 1.0:
-            self.onset = turn
+            self.began = turn
         self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
-        if self.E <= self.FREEZE and not self.too_low():
-            self.losses.append((turn, loss))
+        self.frozen = self.frozen + 1 if self.E > self.FREEZE else 0
+        high = self.residual > 0.1 and self.residual > self.floor()
+        if not self.frozen and not high and not self.too_low():
+            self.losses.append(loss)
             self.residuals.append((turn, self.residual))
+
+    def expected(self) -> float:
+        """Where the accepted losses lead. A rise is not extrapolated: it is what is looked for."""
+        values, half = list(self.losses), len(self.losses) // 2
+        late, early = statistics.median(values[-half:]), statistics.median(values[:half])
+        return late + min(0.0, late - early) * (half + 1) / (2 * half)
 
     def too_low(self) -> bool:
         """A loss far below its course: data without content (or a leak of the targets), no sign of health."""
@@ -140,7 +150,7 @@ class Divergence:
 
     def floor(self) -> float:
         """Nats by which the loss must have risen to matter."""
-        level = statistics.median(x for _, x in self.losses) if self.losses else 0.0
+        level = statistics.median(self.losses) if self.losses else 0.0
         return max(6 * self.spread(), 0.1, 0.02 * abs(level))
 
     @property
@@ -153,27 +163,49 @@ class Divergence:
         """Something may be building up: nothing saved now is called clean."""
         return self.E > self.FREEZE and self.excess(3) > self.floor() / 2
 
+    def alarm(self, threshold: float) -> bool:
+        return self.confidence >= threshold and len(self.last) >= 7 and self.excess(7) > self.floor()
+
+    def onset(self) -> int:
+        """The turn at which it began: where E did, but no earlier than ten turns before the last rise out of what does
+        not matter (E may have been carried upwards by a trifle before)."""
+        small = [t for t, r in self.last if r < self.floor() / 2]
+        return max(self.began, (small[-1] if small else self.began) - 10)
+
     def excess(self, n: int) -> float:
         """Median of the last n residuals."""
-        return statistics.median(list(self.last)[-n:]) if len(self.last) >= n else 0.0
+        return statistics.median(r for _, r in list(self.last)[-n:]) if len(self.last) >= n else 0.0
 
-    def correlation(self) -> float:
-        """Lag-1 autocorrelation of the accepted residuals: far from 0 the ranks are no fair bets."""
-        r = np.array([r for _, r in self.residuals])
-        r = r - r.mean() if len(r) else r
-        return float((r[1:] * r[:-1]).sum() / max((r * r).sum(), 1e-30)) if len(r) > 8 else 0.0
+    def correlation(self, before: float = math.inf) -> float:
+        """Lag-1 autocorrelation of the loss's noise before a turn: far from 0 the ranks are no fair bets. From
+        differences, which do not know a trend: theirs is -(1 - rho) / 2."""
+        d = np.diff([r for t, r in self.residuals if t < before])
+        d = d - d.mean() if len(d) else d
+        return 1 + 2 * float((d[1:] * d[:-1]).sum() / max((d * d).sum(), 1e-30)) if len(d) > 8 else 0.0
 
     def restart(self, before: int | None = None) -> None:
         """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
-        self.E, self.residual = 1.0, 0.0
+        self.E, self.residual, self.frozen = 1.0, 0.0, 0
         self.last.clear()
         if before is not None:
-            self.losses = deque(((t, x) for t, x in self.losses if t < before), maxlen=self.TREND)
-            self.residuals = deque(((t, x) for t, x in self.residuals if t < before), maxlen=self.WINDOW)
+            keep = [(t, r) for t, r in self.residuals if t < before]
+            for _ in range(min(len(self.residuals) - len(keep), len(self.losses))):
+                self.losses.pop()
+            self.residuals = deque(keep, maxlen=self.WINDOW)
 
     def forget(self) -> None:
-        """A planned change of the data: another course begins."""
+        """A planned change of the data, or a level that the loss has settled at: another course begins."""
         self.__init__()
+
+    def state(self) -> dict:
+        names = ("losses", "residuals", "last", "E", "began", "frozen", "residual")
+        return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
+
+    def load(self, s: dict) -> None:
+        self.losses.extend(s["losses"])
+        self.residuals.extend(map(tuple, s["residuals"]))
+        self.last.extend(map(tuple, s["last"]))
+        self.E, self.began, self.frozen, self.residual = s["E"], s["began"], s["frozen"], s["residual"]
 
 
 # ---------------------------------------------------------------- snapshots
@@ -276,7 +308,8 @@ class Orchestrator:
         self.alarm, self.todo, self.warned = None, [], -self.AGAIN
         self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
         self.knobs, self.due, self.next_id, self.read_to = {}, [], 1, 0
-        self.unbalanced, self.failures = {}, {}
+        self.unbalanced, self.failures, self.letting = {}, {}, False
+        self.at, self.together, self.gaps = t.cursor, 0, 0
         self.seconds, self.health = 0.0, "healthy"
         words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
         self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
@@ -303,6 +336,9 @@ class Orchestrator:
         """At the top of a turn: what was decided, commands, a snapshot. Returns whether the run went back."""
         began, t = time.perf_counter(), self.trainer
         self.turn += 1
+        if any(self.at < start <= t.cursor for start, _ in t.segments[1:]) and self.watching:
+            self.course.forget()  # another mixture of data begins: the loss may be another
+        self.at = t.cursor
         before, todo, self.todo = len(self.rollbacks), self.todo, []
         for do in todo:
             do()
@@ -339,12 +375,18 @@ class Orchestrator:
         began, turn = time.perf_counter(), seen["turn"]
         self.dropped += seen["bad"]
         finite = math.isfinite(seen["loss"]) and math.isfinite(seen["grad_norm"])
+        if seen["apart"]:
+            self.out_of_step(seen)
+        elif seen["step"] % self.cfg.check_interval == 0:
+            self.together = turn
         if not finite:
             self.not_finite(seen)
         else:
             self.in_a_row = 0
             if seen["exploded"] and self.watching:
                 self.explosion(seen)
+            elif not seen["exploded"]:
+                self.letting = False
             if self.watching and not seen["bad"]:
                 self.norms.add(turn, seen["grad_norm"])
                 if seen["step"] >= self.trainer.cfg.warmup_steps:
@@ -357,6 +399,24 @@ class Orchestrator:
         self.seconds += time.perf_counter() - began
 
     # ---- what goes wrong
+
+    def out_of_step(self, seen: dict) -> None:
+        """The ranks hold different weights (a flipped bit, a faulty part): back to before the last check they passed."""
+        t = self.trainer
+        sums = t.parallel.gather(int(t.parallel.checksum(t.model)))
+        odd = [rank for rank, x in enumerate(sums) if sums.count(x) < (len(sums) + 1) // 2]
+        who = f"rank {', '.join(map(str, odd))} differs from most" if odd else "there is no majority"
+        said = f"the ranks' weights differ at step {seen['step']} ({who}): a memory or transfer error of that machine"
+        self.todo.append(lambda: self.recover("desync", self.together + 1, 1.0, "observed", said))
+
+    def evaluated(self, row: dict) -> None:
+        """What an evaluation shows that training does not."""
+        gap = row.get("mod_gap") or 0.0
+        self.gaps = self.gaps + 1 if gap > 0.02 else 0
+        if self.gaps == 2 and self.watching:
+            said = f"text is made by a rule that costs {gap:.3f} nats against the rule of training (agreement "
+            said += f"{100 * row['mod_agreement']:.1f} %): anneal more slowly (mod_anneal_steps), or raise mod_capacity"
+            self.decide("mod_gap", "advise", said, 0, stat={"gap": gap}, basis="rule")
 
     def not_finite(self, seen: dict) -> None:
         t, turn = self.trainer, seen["turn"]
@@ -392,8 +452,9 @@ class Orchestrator:
         confidence = self.norms.confidence(seen["turn"], norm)
         if seen["bad"] or not self.acting:
             self.decide("explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue")
-        else:
-            said += f"; {self.STREAK} were dropped in a row, so it is let through"
+        elif not self.letting:
+            self.letting = True  # said once
+            said += f"; {self.STREAK} were dropped in a row, so it is let through, and so are the next"
             self.decide("explosion", "accept", said, 0, seen, stat=stat, confidence=confidence, basis="pvalue")
 
     def follow(self, seen: dict) -> None:
@@ -401,16 +462,18 @@ class Orchestrator:
         c, turn, a = self.course, seen["turn"], self.alarm
         c.add(turn, seen["loss"])
         if a is None:
+            if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
+                c.forget()
             if c.too_low() and turn - self.warned >= 100:
                 self.warned = turn
                 said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen['cursor']}"
                 self.decide("low_loss", "warn", said, 0, seen, stat={"residual": c.residual}, basis="rule")
-            sure = c.confidence >= self.cfg.intervention_threshold and len(c.last) == 7
-            if sure and c.excess(7) > (floor := c.floor()):
-                stat = {"E": c.E, "onset": c.onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation()}
+            if c.alarm(self.cfg.intervention_threshold):
+                floor, onset = c.floor(), c.onset()
+                stat = {"E": c.E, "onset": onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation(onset)}
                 self.alarm = {
                     "turn": turn,
-                    "onset": c.onset,
+                    "onset": onset,
                     "peak": c.excess(7),
                     "until": turn + self.WAIT,
                     "waits": 0,
@@ -433,7 +496,7 @@ class Orchestrator:
                 return
             a["acting"] = True
             said = f"{now:.3f} nats above its course {turn - a['turn']} steps after the alarm (floor {floor:.3f})"
-            stat = {"E": c.E, "onset": a["onset"], "excess": now, "floor": floor, "rho1": c.correlation()}
+            stat = {"E": c.E, "onset": a["onset"], "excess": now, "floor": floor, "rho1": c.correlation(a["onset"])}
             self.todo.append(lambda: self.recover("divergence", a["onset"], c.confidence, "evalue", said, stat))
 
     def recover(self, trigger: str, onset: int, confidence: float, basis: str, reason: str, stat=None) -> None:
@@ -480,7 +543,7 @@ class Orchestrator:
         ]
         last = self.last_source if older else None
         fresh = [s for s in snaps if last is None or s["step"] < last]
-        if fresh:
+        if fresh and step is None:
             return fresh[-1]
         t = self.trainer
         most = min(t.step if step is None else step, math.inf if last is None else last - 1)
@@ -493,7 +556,10 @@ class Orchestrator:
                     if saved.state.get("clean", True) and (before is None or turn < before) and not saved.verify():
                         found = str(saved.path)
                         break
-        return t.parallel.broadcast(found) or (snaps[-1] if snaps else None)
+        found = t.parallel.broadcast(found)
+        if fresh and (found is None or fresh[-1]["step"] >= checkpoint.step_of(found)):  # by hand: the newer of the two
+            return fresh[-1]
+        return found or (snaps[-1] if snaps else None)
 
     def worst(self) -> str:
         """The parameter that has moved furthest since the last certified snapshot: where to look."""
@@ -828,11 +894,9 @@ class Orchestrator:
 
     def state(self) -> dict:
         """For state.json. A save happens within a turn, which a resumed run begins again."""
-        c = self.course
-        course = {"losses": list(c.losses), "residuals": list(c.residuals), "last": list(c.last), "E": c.E}
-        names = "dropped in_a_row rollbacks last_source cut knobs due next_id read_to unbalanced failures warned"
+        names = "dropped in_a_row rollbacks last_source cut knobs due next_id read_to unbalanced failures warned letting together gaps"
         out = {name: getattr(self, name) for name in names.split()} | {"turn": self.turn - 1, "run": self.run}
-        out |= {"norms": list(self.norms.seen), "course": course | {"onset": c.onset, "residual": c.residual}}
+        out |= {"norms": list(self.norms.seen), "course": self.course.state()}
         out |= {
             "streak": int(self.streak),
             "bad_turns": list(self.bad_turns),
@@ -843,14 +907,10 @@ class Orchestrator:
 
     def load(self, s: dict) -> None:
         """Detectors go on where they were: a resumed run is not blind."""
-        names = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned turn alarm reason"
+        names = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps turn alarm reason"
         for name in names.split():
             setattr(self, name, s[name])
-        c, course = self.course, s["course"]
-        c.losses.extend(map(tuple, course["losses"]))
-        c.residuals.extend(map(tuple, course["residuals"]))
-        c.last.extend(course["last"])
-        c.E, c.onset, c.residual = course["E"], course["onset"], course["residual"]
+        self.course.load(s["course"])
         self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
         self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys

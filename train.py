@@ -501,6 +501,11 @@ class Parallel:
         """2-norm of the reduced gradient, a 0-d tensor."""
         return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
 
+    def checksum(self, model) -> torch.Tensor:
+        """Of the bits of the weights that every rank should hold alike: 0-d, a whole number below 2^20, no host sync."""
+        words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
+        return words.sum() & 0xFFFFF
+
     def agree(self, flags: list[int]) -> list[int]:
         """The maximum of each flag over all ranks."""
         if self.world == 1:
@@ -553,7 +558,18 @@ class Parallel:
 
 # ---------------------------------------------------------------- trainer
 
-STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control")  # what is summed over ranks in each step
+STATS = (
+    "ce",
+    "z",
+    "count",
+    "unread",
+    "oom",
+    "stop",
+    "save",
+    "control",
+    "sum",
+    "square",
+)  # what is summed over ranks in each step
 STAT = {name: i for i, name in enumerate(STATS)}
 NUMBERS = (
     "tokens",
@@ -1174,6 +1190,9 @@ class Trainer:
             ):
                 if flag:
                     stats[STAT[name]] = 1
+            if par.world > 1 and watch.watching and self.step % cfg.orchestrator.check_interval == 0:
+                stats[STAT["sum"]] = check = par.checksum(model).to(double)  # do all ranks hold the same weights?
+                stats[STAT["square"]] = check * check
             stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split([len(STATS), self.n_sparse])
             # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
             # goes into the clip coefficient (exactly 1.0 without either)
@@ -1238,11 +1257,8 @@ class Trainer:
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        n = len(STATS)
-        (ce, z, count, unread, oom, stop, save, control, norm, bad, exploded), sparse = (
-            numbers[: n + 3].tolist(),
-            numbers[n + 3 :],
-        )
+        numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
+        ce, z, count, unread, oom, stop, save, control, check, square, norm, bad, exploded = numbers
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
@@ -1264,6 +1280,7 @@ class Trainer:
         self.tokens += 0 if bad else int(count)
         seen |= {"loss": ce / max(count, 1), "z_loss": z / max(count, 1), "loss_finite": math.isfinite(ce)}
         seen |= {"grad_norm": norm, "bad": bool(bad), "exploded": bool(exploded)}
+        seen["apart"] = self.parallel.world * square != check * check  # sums over ranks: equal where all are equal
         if len(sparse):
             seen |= self.routing(sparse)
         self.seen = seen
@@ -1444,6 +1461,7 @@ class Trainer:
         if len(names) > 1:
             row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
         self.record(row)
+        self.orchestrator.evaluated(row)
         bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
         best = " (best)" if new_best else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
         took = time.perf_counter() - began
@@ -1711,7 +1729,7 @@ class Trainer:
         named = {"new_expert": new_expert, "existing_experts": existing_experts}
         return self.surgery("_initialize_new_expert", layer, do, **named)
 
-    def knob(self, action: str, name: str, value, low: float, high: float, has=True, needs: str = "", **args) -> dict:
+    def knob(self, action: str, args: dict, name: str, value, low: float, high: float, has=True, needs="") -> dict:
         def do():
             if not has:
                 raise UserError("E308", f"this model has no {needs}")
@@ -1725,24 +1743,24 @@ class Trainer:
         """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
         m = self.cfg.model
         low = 1 / max(1, m.n_experts)
-        return self.knob("adjust_capacity_factor", "capacity_factor", factor, low, 1e6, self.moe, NO_MOE, factor=factor)
+        args = {"factor": factor}
+        return self.knob("adjust_capacity_factor", args, "capacity_factor", factor, low, 1e6, self.moe, NO_MOE)
 
     def adjust_routing_temperature(self, temp: float) -> dict:
         """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
-        return self.knob(
-            "adjust_routing_temperature", "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE, temp=temp
-        )
+        args = {"temp": temp}
+        return self.knob("adjust_routing_temperature", args, "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE)
 
     def enable_expert_dropout(self, prob: float) -> dict:
         """Mute experts with this probability, drawn anew each step, while training."""
         m, most = self.cfg.model, 0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0
         has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
-        return self.knob("enable_expert_dropout", "expert_dropout", prob, 0.0, most, has, NO_MOE, prob=prob)
+        return self.knob("enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, 0.0, most, has, NO_MOE)
 
     def adjust_mod_capacity(self, factor: float) -> dict:
         """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
         low = 1 / self.cfg.model.max_seq_len
-        return self.knob("adjust_mod_capacity", "mod_capacity", factor, low, 1.0, self.mod, NO_MOD, factor=factor)
+        return self.knob("adjust_mod_capacity", {"factor": factor}, "mod_capacity", factor, low, 1.0, self.mod, NO_MOD)
 
     def adjust_batch_size(self, new_size: int) -> dict:
         """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
@@ -1770,7 +1788,7 @@ class Trainer:
         scale = self.orchestrator.knobs.get("lr_scale", 1.0)
         ok = isinstance(factor, (int, float)) and factor > 0
         value = scale / factor if ok else None
-        return self.knob("emergency_lr_reduction", "lr_scale", value, 1e-6, 1e6, factor=factor)
+        return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
 
     def rollback_steps(self, num_steps: int = 100) -> dict:
         """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where it is."""
@@ -1789,7 +1807,7 @@ class Trainer:
 
     def adjust_weight_decay(self, value: float) -> dict:
         """Weight decay of all matrices from the next step on."""
-        return self.knob("adjust_weight_decay", "weight_decay", value, 0.0, 10.0, value=value)
+        return self.knob("adjust_weight_decay", {"value": value}, "weight_decay", value, 0.0, 10.0)
 
     def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
         """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
@@ -1801,7 +1819,7 @@ class Trainer:
         if param == "lr" and isinstance(value, (int, float)):
             value, param = value / max(lr_at(self.cfg, self.step), 1e-30), "lr_scale"
             low, high = 0.0, 1e6
-        return self.knob(action, param, value, low, high, high > low, has, **named)
+        return self.knob(action, named, param, value, low, high, high > low, has)
 
     def get_current_metrics(self) -> dict:
         """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),

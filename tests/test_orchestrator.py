@@ -1,0 +1,733 @@
+"""Detectors on numbers, then the orchestrator on runs: idle is identical, what fails is undone, people can steer."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+
+import checkpoint
+import orchestrator
+import train
+from errors import UserError
+from orchestrator import Divergence, NormLimit
+from train import Parallel, Trainer
+
+LONG = {"max_steps": 240, "batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 10, "save_interval": 0}
+LONG |= {"log_interval": 20}
+MOE = {"n_experts": 4, "d_expert": 24, "router": "sigmoid", "n_experts_max": 5}
+KINDS = {"dense": {}, "moe": MOE, "mod": {"mod_capacity": 0.5, "mod_every": 2}}
+KINDS["hybrid"] = MOE | {"mod_capacity": 0.5, "mod_layers": [1], "mod_ffn_only": True}
+
+
+def run(keys, parallel=Parallel, at=None) -> Trainer:
+    """Train to the end; at: {turn: function of the trainer}, called where that turn begins."""
+    trainer = Trainer(keys, parallel)
+    act = trainer.orchestrator.act
+
+    def first_that():
+        turn = trainer.orchestrator.turn + 1
+        if at and turn in at:
+            at[turn](trainer)
+        return act()
+
+    trainer.orchestrator.act = first_that
+    assert trainer.fit() == 0
+    return trainer
+
+
+def decisions(trainer) -> list[dict]:
+    path = trainer.out / "decisions.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def actions(trainer, kind="decision") -> list[tuple]:
+    rows = [d for d in decisions(trainer) if d.get("kind", "decision") == kind]
+    return [(d["trigger"], d["action"], d["executed"]) for d in rows]
+
+
+def tensors(trainer) -> dict:
+    return {k: v.clone() for k, v in trainer.tensors().items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- detectors
+
+
+def noise(n, df=5, rho=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    e, x = rng.standard_t(df, n) / math.sqrt(df / (df - 2)), np.zeros(n)
+    for i in range(1, n):
+        x[i] = rho * x[i - 1] + math.sqrt(1 - rho * rho) * e[i]
+    return x
+
+
+def watch(values, threshold=0.75):
+    """[(index, onset)] of the alarms that follow() would raise."""
+    c, found = Divergence(), []
+    for i, v in enumerate(values):
+        c.add(i, v)
+        if c.alarm(threshold):
+            found.append((i, c.onset()))
+            c.restart()
+    return found
+
+
+def course(n):
+    t = np.arange(n)
+    return 2.5 + 3 * (t / 500.0 + 1) ** -0.3
+
+
+@pytest.mark.parametrize("df, rho", [(1000, 0.0), (5, 0.0), (5, 0.3), (3.5, 0.0)])
+def test_a_healthy_loss_raises_no_alarm(df, rho):
+    n = 20_000
+    assert watch(course(n) + 0.03 * noise(n, df, rho)) == []
+    assert watch(course(n) + 0.1 * noise(n, df, rho, seed=1)) == [], "noise three times as large"
+
+
+@pytest.mark.parametrize("rise", [0.3, 0.5, 1.0, 5.0])
+def test_a_loss_that_jumps_is_found_with_its_onset(rise):
+    for seed in range(5):
+        y = course(1200) + 0.03 * noise(1200, seed=seed)
+        y[800:] += rise
+        at, onset = watch(y)[0]
+        assert 800 <= at <= 812 and abs(onset - 800) <= 20
+
+
+def test_a_slow_drift_is_found_and_a_curve_that_flattens_is_none():
+    for seed in range(5):
+        y = course(1200) + 0.03 * noise(1200, seed=seed)
+        y[800:] += 0.004 * np.arange(400)
+        assert 800 <= watch(y)[0][0] <= 880
+    for steep in (0.02, 0.1):  # a young run: it falls fast, and ever slower
+        t = np.arange(1500)
+        assert watch(1.5 + 3 * np.exp(-steep * t) + 0.02 * noise(1500)) == []
+
+
+def test_one_outlier_is_no_alarm_and_neither_is_what_cannot_matter():
+    y = course(2000) + 0.03 * noise(2000)
+    y[900] += 5.0
+    assert watch(y) == []
+    y = course(2000) + 0.002 * noise(2000)
+    y[900:] += 0.05  # 25 deviations, but less than 0.1 nats
+    assert watch(y) == []
+
+
+def test_a_norm_must_leave_its_own_past_to_be_an_explosion():
+    rng, found = np.random.default_rng(0), 0
+    for spread in (0.05, 0.3):
+        guard = NormLimit()
+        for turn, norm in enumerate(np.exp(spread * rng.standard_t(5, 5000))):
+            limit = guard.limit(turn)
+            assert (limit is None) == (turn < NormLimit.START + 1), "two turns are still on their way"
+            found += limit is not None and math.log(norm) > limit
+            guard.add(turn, norm)
+    assert found == 0
+    assert math.exp(guard.limit(6000)) >= 4.0 and guard.confidence(6000, 100.0) > 0.9
+    before = guard.limit(5001)
+    guard.add(5000, 1e9)
+    assert guard.limit(5001) == before and guard.limit(5002) >= before, "the answer never waits for the last turn"
+
+
+def test_detectors_go_on_where_they_were():
+    """Through JSON, as in a checkpoint, at any point."""
+    y = course(400) + 0.03 * noise(400)
+    y[300:] += 1.0
+    for cut in (10, 50, 200, 304):
+        one, other = Divergence(), Divergence()
+        for i, v in enumerate(y):
+            one.add(i, v)
+            if i == cut:
+                other.load(json.loads(json.dumps(one.state())))
+            elif i > cut:
+                other.add(i, v)
+        assert one.E > 1e6 and (one.E, one.onset(), one.floor()) == (other.E, other.onset(), other.floor())
+
+
+# ---------------------------------------------------------------- idle is identical
+
+IDLE = [  # pairwise over kind, schedule, accumulation, dropout; compiled ones are nightly
+    ("dense", "cosine", 1, 0.0),
+    ("dense", "wsd", 2, 0.1),
+    ("moe", "wsd", 1, 0.1),
+    ("moe", "cosine", 2, 0.0),
+    ("mod", "cosine", 2, 0.1),
+    ("mod", "wsd", 1, 0.0),
+    ("hybrid", "wsd", 2, 0.0),
+    ("hybrid", "cosine", 1, 0.1),
+]
+
+
+def same_in_all_modes(tiny, kind, schedule, accumulate, dropout, **changes):
+    found = {}
+    changes = {"max_steps": 130, "batch_size": 4 // accumulate, "save_interval": 50} | changes
+    for name, more in (("off", {"use_adaptive_training": False}), ("act", {}), ("shadow", {"mode": "shadow"})):
+        block = {"check_interval": 20, "snapshot_interval": 10} | ({"mode": "shadow"} if more.get("mode") else {})
+        more = {k: v for k, v in more.items() if k != "mode"} | {"orchestrator": block}
+        keys = tiny(name, KINDS[kind] | {"dropout": dropout}, gradient_accumulation_steps=accumulate)
+        trainer = run(keys | changes | {"lr_schedule": schedule} | more)
+        assert trainer.orchestrator.mode == name and decisions(trainer) == []
+        found[name] = tensors(trainer)
+    assert equal(found["off"], found["act"]) and equal(found["off"], found["shadow"])
+
+
+@pytest.mark.parametrize("kind, schedule, accumulate, dropout", IDLE)
+def test_idle_is_identical(tiny, kind, schedule, accumulate, dropout):
+    same_in_all_modes(tiny, kind, schedule, accumulate, dropout)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_idle_is_identical_everywhere(tiny, kind, schedule, accumulate, dropout, compiled):
+    same_in_all_modes(tiny, kind, schedule, accumulate, dropout, compile_model=compiled, max_steps=100)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_idle_is_identical_on_several_ranks(tiny, ranks):
+    jobs = []
+    for kind in ("dense", "hybrid"):
+        for name, more in (("off", {"use_adaptive_training": False}), ("act", {}), ("shadow", {"mode": "shadow"})):
+            keys = tiny(f"{kind}-{name}", KINDS[kind], max_steps=70, batch_size=1, save_interval=0)
+            keys["use_adaptive_training"] = more.get("use_adaptive_training", True)
+            keys["orchestrator"] = {"snapshot_interval": 10} | ({"mode": "shadow"} if "mode" in more else {})
+            jobs.append({"config": keys})
+    result = run_python(ROOT / "tests" / "ranks.py", json.dumps(jobs), ranks=ranks)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for i in (0, 3):
+        prints = [fingerprint(job["config"]["out_dir"], 70) for job in jobs[i : i + 3]]
+        files = [{k: v for k, v in p.items() if k.endswith(".safetensors")} for p in prints]
+        assert files[0] and files[0] == files[1] == files[2]
+
+
+# ---------------------------------------------------------------- the guard
+
+
+class Faulty(Parallel):
+    """Multiplies the reduced gradient by `times` at the turns `at`."""
+
+    at, times = (), 1e4
+    trainer = None
+
+    def reduce(self, model, stats):
+        stats = super().reduce(model, stats)
+        if self.trainer and self.trainer.orchestrator.turn in self.at:
+            for p in model.parameters():
+                p.grad.mul_(self.times)
+        return stats
+
+
+def faulty(keys, at, times=1e4, mode="act") -> Trainer:
+    trainer = Trainer(keys | {"orchestrator": {"mode": mode}}, Faulty)
+    trainer.parallel.trainer, trainer.parallel.at, trainer.parallel.times = trainer, at, times
+    assert trainer.fit() == 0
+    return trainer
+
+
+@pytest.mark.parametrize("name", train.CHOICES["optimizer"])
+@pytest.mark.parametrize("times", [1e4, float("nan"), 1e30])
+def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
+    """Every optimizer must pass: weights, moments and counts equal a run whose step was never made at that turn."""
+    keys = tiny("guarded", optimizer=name, **LONG | {"max_steps": 80})
+    guarded = faulty(keys, (50,), times)
+    trigger = "explosion" if times == 1e4 else "nonfinite"
+    assert actions(guarded) == [(trigger, "drop", True)] and guarded.orchestrator.dropped == 1
+
+    reference = Trainer(keys | {"out_dir": keys["out_dir"] + "-ref", "orchestrator": {"mode": "off"}})
+    step = reference.optimizer.step
+    reference.optimizer.step = lambda: step() if reference.orchestrator.turn != 50 else None
+    assert reference.fit() == 0
+    assert equal(tensors(guarded), tensors(reference))
+    assert guarded.tokens == reference.tokens - guarded.rows_per_step * 32, (
+        "the reference believed it had trained on it"
+    )
+
+
+def test_three_explosions_in_a_row_are_dropped_the_fourth_is_let_through(tiny):
+    trainer = faulty(tiny(**LONG | {"max_steps": 90}), (50, 51, 52, 53, 54, 60), 100.0)
+    seen = [(d["turn"], d["action"]) for d in decisions(trainer) if d["trigger"] == "explosion"]
+    assert seen == [(50, "drop"), (51, "drop"), (52, "drop"), (53, "accept"), (60, "drop")]
+
+
+def test_shadow_and_off_leave_an_explosion_alone(tiny):
+    shadow, off = (faulty(tiny(m, **LONG | {"max_steps": 80}), (50,), mode=m) for m in ("shadow", "off"))
+    assert equal(tensors(shadow), tensors(off)) and decisions(off) == []
+    assert actions(shadow) == [("explosion", "drop", False)]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_in_one_microstep(tiny):
+    """Rank 1's second micro-step alone: both ranks drop that step, and the same module is named."""
+    script = """
+import json, os, sys, torch, torch.distributed as dist
+from conftest import ROOT
+from train import Parallel, Trainer
+torch.set_num_threads(1)
+trainer = Trainer(json.loads(sys.argv[1]))
+calls = [0]
+def poison(module, inputs, output):
+    if module.training and trainer.parallel.rank == 1 and trainer.step in (20, 21):
+        calls[0] += 1
+        if calls[0] in (2, 4):  # the step itself, and the repetition of its rows for the diagnosis
+            return output * float("inf")
+trainer.model.blocks[1].ffn.w2.register_forward_hook(poison)
+assert trainer.fit() == 0
+sys.stdout.flush()
+os._exit(0)
+"""
+    keys = tiny(max_steps=30, batch_size=1)
+    path = ROOT / "tests"
+    (file := checkpoint.Path(keys["out_dir"]).parent / "poison.py").write_text(script)
+    result = run_python(file, json.dumps(keys), ranks=2, PYTHONPATH=f"{ROOT}:{path}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_lines(keys["out_dir"] + "/decisions.jsonl")
+    assert [(r["step"], r["trigger"]) for r in rows] == [(20, "nonfinite")] and "blocks.1.ffn.w2" in rows[0]["reason"]
+    found = checkpoint.find(keys["out_dir"])
+    assert all(torch.isfinite(found.read(n)).all() for n in found.tensors)
+    assert found.read("optim.embed.weight.step").item() == 29
+
+
+# ---------------------------------------------------------------- rollback
+
+
+def glitch(trainer):
+    """Weights that somebody has shaken: the loss jumps and does not come back by itself soon."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for p in trainer.model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.6)
+
+
+def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
+    keys = tiny(**LONG | {"save_interval": 40, "min_lr": 1e-5}) | {"orchestrator": {"snapshot_interval": 20}}
+    kept, went = {}, {}
+
+    def watch_act(trainer):
+        act = trainer.orchestrator.act
+
+        def watched():
+            if trainer.step % 20 == 0:
+                kept.setdefault(trainer.step, tensors(trainer))
+            before = trainer.step
+            rolled = act()
+            if rolled:
+                went.update(now=tensors(trainer), step=trainer.step, before=before, cursor=trainer.cursor)
+            return rolled
+
+        trainer.orchestrator.act = watched
+
+    trainer = run(keys, at={1: watch_act, 150: glitch})
+    assert [a for a in actions(trainer) if a[0] != "explosion"] == [
+        ("divergence", "wait", True),
+        ("divergence", "rollback", True),
+    ]
+    row = next(d for d in decisions(trainer) if d["action"] == "rollback")
+    assert row["level"] == 2 and row["confidence"] >= 0.75 and abs(row["args"]["onset"] - 150) <= 10
+    assert went["step"] < 150 and went["before"] <= 190 and equal(went["now"], kept[went["step"]]), "moments too"
+    assert went["cursor"] == went["before"] * trainer.rows_per_step, "the data goes on where it was"
+    assert trainer.step == 240 and trainer.cursor == (240 + went["before"] - went["step"]) * trainer.rows_per_step
+    assert trainer.tokens == 240 * trainer.rows_per_step * 32, "those dropped came before, and were taken back too"
+    aside = sorted(p.name for p in trainer.out.glob("*.rolled_back"))
+    assert aside and went["step"] in checkpoint.list_steps(trainer.out), (
+        "what was saved beyond is not the newest any more"
+    )
+    assert all(checkpoint.Checkpoint(checkpoint.step_dir(trainer.out, s)).state["clean"] for s in (went["step"], 240))
+    assert not json.loads((trainer.out / aside[-1] / "state.json").read_text())["clean"], "saved during the alarm"
+    healthy = run(tiny("healthy", **LONG | {"min_lr": 1e-5}))
+    assert abs(trainer.val_loss - healthy.val_loss) < 0.05
+    outcome = [d for d in decisions(trainer) if d.get("kind") == "outcome"]
+    assert not outcome or outcome[-1]["verdict"] in ("helped", "healed")
+
+
+def test_a_spike_that_heals_is_left_alone(tiny):
+    def spike(trainer):
+        saved = tensors(trainer)
+        glitch(trainer)
+        trainer.healing = saved
+
+    def heal(trainer):
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                p.copy_(trainer.healing[f"model.{name}"])
+
+    trainer = run(tiny(**LONG), at={150: spike, 165: heal})
+    assert ("divergence", "rollback", True) not in actions(trainer)
+    verdicts = [d["verdict"] for d in decisions(trainer) if d.get("kind") == "outcome"]
+    assert ("divergence", "wait", True) in actions(trainer) and verdicts == ["healed"]
+
+
+def test_what_is_never_finite_ends_soon_with_a_good_checkpoint(tiny):
+    def poison(trainer):
+        trainer.model.blocks[1].ffn.w2.register_forward_hook(lambda m, i, o: o * float("nan") if m.training else o)
+
+    keys = tiny(**LONG | {"save_interval": 50})
+    trainer = Trainer(keys)
+    following = trainer.loader.next
+    trainer.loader.next = lambda: (poison(trainer) if trainer.orchestrator.turn == 100 else None, following())[1]
+    with pytest.raises(UserError) as e:
+        trainer.fit()
+    trainer.loader.close()
+    assert e.value.code == "E301" and e.value.exit_code == 3 and "blocks.1.ffn.w2" in e.value.text
+    assert trainer.orchestrator.turn <= 120
+    levels = [d["level"] for d in decisions(trainer) if d["action"] != "drop"]
+    assert levels == [2, 3, 4]
+    found = checkpoint.find(trainer.out)
+    assert found.state["clean"] and all(torch.isfinite(found.read(n)).all() for n in found.tensors)
+
+
+def test_without_memory_the_newest_clean_checkpoint_serves(tiny, monkeypatch):
+    monkeypatch.setattr(orchestrator, "available_memory", lambda: 1000)
+    trainer = run(tiny(**LONG | {"save_interval": 40}), at={150: glitch})
+    row = next(d for d in decisions(trainer) if d["action"] == "rollback")
+    assert row["args"]["from"].endswith("step_00000120") and row["args"]["to_step"] == 120
+
+
+def test_recovery_can_be_forbidden(tiny):
+    trainer = run(tiny(**LONG) | {"orchestrator": {"enable_emergency_recovery": False}}, at={150: glitch})
+    row = next(d for d in decisions(trainer) if d["action"] == "rollback")
+    assert not row["executed"] and "enable_emergency_recovery" in row["blocked_by"] and trainer.cursor == 240 * 4
+
+
+def test_rollback_by_hand_restores_the_moments(tiny):
+    kept = {}
+
+    def back(trainer):
+        kept["answer"] = trainer.rollback_steps(15)
+        kept["step"], kept["now"] = trainer.step, tensors(trainer)
+        kept["refused"] = trainer.rollback_steps(10_000)
+
+    keys = tiny(**LONG | {"max_steps": 80, "save_interval": 20})
+    trainer = Trainer(keys)
+    states, act = {}, trainer.orchestrator.act
+
+    def watched():
+        states.setdefault(trainer.step, tensors(trainer))
+        if trainer.orchestrator.turn == 60 and not kept:
+            back(trainer)
+        return act()
+
+    trainer.orchestrator.act = watched
+    assert trainer.fit() == 0
+    assert kept["answer"]["executed"] and kept["step"] == 40 and equal(kept["now"], states[40])
+    assert kept["refused"]["refused"] == "E309" and not kept["refused"]["executed"]
+
+
+# ---------------------------------------------------------------- replay
+
+
+def test_replay_gives_the_same_bytes(tiny):
+    """A run with an explosion, a rollback, a command and a stop in between; the surviving attempt is repeated."""
+
+    class Exploding(Parallel):
+        def reduce(self, model, stats):
+            stats = super().reduce(model, stats)
+            if trainer_of.get(id(self)) and trainer_of[id(self)].cursor == 4 * 60:
+                for p in model.parameters():
+                    p.grad.mul_(1e4)
+            return stats
+
+    trainer_of = {}
+
+    def go(name, stop_at=None, **block):
+        keys = tiny(name, MOE, **LONG | {"save_interval": 50})
+        trainer = Trainer(keys | {"orchestrator": {"snapshot_interval": 20} | block}, Exploding)
+        trainer_of[id(trainer.parallel)] = trainer
+        following = trainer.loader.next
+
+        def next_rows():
+            if trainer.cursor == 4 * 100 and not getattr(trainer, "asked", False):
+                trainer.asked = True
+                if not block:
+                    with open(trainer.out / "control.jsonl", "a") as f:
+                        f.write('{"method": "adjust_weight_decay", "args": [0.05]}\n')
+            if trainer.cursor == 4 * 150:
+                glitch(trainer)
+            if stop_at == trainer.step:
+                trainer.stop_signal = 1
+            return following()
+
+        trainer.loader.next = next_rows
+        assert trainer.fit() == 0
+        return trainer
+
+    go("run", stop_at=120)
+    first = go("run")
+    assert first.attempt == 2
+    done = [(d["trigger"], d["action"]) for d in decisions(first) if d.get("executed") and d.get("level")]
+    assert [d[1] for d in done if d[1] != "drop"] == ["adjust_weight_decay", "rollback"] and done[0][1] == "drop"
+    again = go("again", mode="replay", replay=str(first.out / "decisions.jsonl"))
+    assert again.step == first.step == 240 and equal(tensors(first), tensors(again))
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.05
+    with pytest.raises(UserError) as e:
+        Trainer(
+            tiny("other", MOE, seed=7, **LONG)
+            | {"orchestrator": {"mode": "replay", "replay": str(first.out / "decisions.jsonl")}}
+        )
+    assert e.value.code == "E310" and "another run" in e.value.text
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def short_of_memory(trainer, limit, rank=0, calls=None, at=20):
+    """From step `at` on, more than `limit` rows at once do not fit: the second micro-step fails, half accumulated."""
+    calls = [0] if calls is None else calls
+
+    def hook(module, inputs):
+        rows = inputs[0].shape[0]
+        if module.training and trainer.parallel.rank == rank and trainer.step >= at and rows > limit:
+            calls[0] += 1
+            if calls[0] % 2 == 0 or trainer.cfg.gradient_accumulation_steps == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
+
+    trainer.model.blocks[1].register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+def test_out_of_memory_halves_the_microbatch_and_loses_nothing(tiny, kind):
+    keys = tiny("short", KINDS[kind] | {"dropout": 0.0}, max_steps=40, batch_size=8, gradient_accumulation_steps=2)
+    if kind == "hybrid":  # static routing: a token on the edge must not fall to the other side for a rounding
+        keys["model"]["mod_routing"] = "static"
+    trainer = Trainer(keys)
+    short_of_memory(trainer, 2)
+    assert trainer.fit() == 0
+    whole = run(keys | {"out_dir": keys["out_dir"] + "-whole"})
+    assert (trainer.cfg.batch_size, trainer.cfg.gradient_accumulation_steps) == (2, 8)
+    assert [d["args"]["new_size"] for d in decisions(trainer)] == [4, 2]
+    assert (trainer.step, trainer.cursor, trainer.tokens) == (whole.step, whole.cursor, whole.tokens)
+    a, b = losses(trainer.out), losses(whole.out)
+    assert a.keys() == b.keys() and len(a) == 40
+    assert all(a[s] == b[s] for s in range(1, 21)), "until then bit for bit"
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-5 and abs(a[21] - b[21]) < 1e-6
+    again = Trainer(keys | {"max_steps": 44})
+    assert again.cfg.batch_size == 2, "a resumed run remembers"
+    again.loader.close()
+
+
+def test_out_of_memory_at_one_row_says_what_to_do(tiny):
+    trainer = Trainer(tiny(max_steps=30, batch_size=2))
+    short_of_memory(trainer, 0)
+    with pytest.raises(UserError) as e:
+        trainer.fit()
+    trainer.loader.close()
+    assert e.value.code == "E200" and "activation_checkpointing" in e.value.text
+    assert checkpoint.find(trainer.out).step == 20, "and nothing is lost"
+
+
+def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
+    """In the optimizer half of the weights may be new: the process ends with 75, and the next goes on smaller."""
+    keys = tiny(max_steps=20, batch_size=4, save_interval=5)
+    path = write_yaml(checkpoint.Path(keys["out_dir"] + ".yaml"), keys)
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == 13:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    with pytest.raises(UserError) as e:
+        train.main([str(path)])
+    assert (
+        e.value.exit_code == 75
+        and json.loads((checkpoint.Path(keys["out_dir"]) / "status.json").read_text())["state"] == "restart"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.main([str(path)]) == 0
+    found = checkpoint.find(keys["out_dir"])
+    assert found.step == 20 and found.state["config"]["batch_size"] == 2
+    assert found.state["cursor"] == 20 * 8, "the same rows a step"
+
+
+def test_batch_size_auto_is_what_fits(tiny, monkeypatch):
+    keys = tiny(batch_size="auto", gradient_accumulation_steps=..., batch_tokens=16 * 32, max_steps=1)
+    plenty = Trainer(keys)
+    assert (plenty.cfg.batch_size, plenty.cfg.gradient_accumulation_steps) == (16, 1)
+    plenty.loader.close()
+    cfg, n = plenty.cfg.model, plenty.counted.n_params()["total"]
+    need = {r: train.plan.memory(cfg, n, r, "fp32")["total"] for r in (4, 8)}
+    monkeypatch.setattr(train.plan, "total_memory", lambda device: (need[4] + need[8]) / 2 / 0.92)
+    small = Trainer(keys | {"out_dir": keys["out_dir"] + "-small"})
+    assert (small.cfg.batch_size, small.cfg.gradient_accumulation_steps) == (4, 4)
+    assert equal(tensors(small), tensors(plenty)), "finding out changes nothing"
+    small.loader.close()
+    monkeypatch.setattr(train.plan, "total_memory", lambda device: 1000)
+    with pytest.raises(UserError) as e:
+        Trainer(keys | {"out_dir": keys["out_dir"] + "-none"})
+    assert e.value.code == "E200"
+    with pytest.raises(UserError) as e:
+        Trainer(tiny("x", batch_size="auto"))
+    assert e.value.code == "E002" and "batch_tokens" in e.value.text
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_commands_in_control_jsonl(tiny):
+    """Valid ones take effect at the next step and are written down; what cannot be is refused, and the run goes on."""
+    lines = [
+        '{"method": "adjust_weight_decay", "args": [0.03]}',
+        "not json",
+        '{"method": "format_disk"}',
+        '{"method": "adjust_weight_decay", "args": {"valeu": 1}}',
+        '{"method": "adjust_weight_decay", "args": [-1]}',
+        '["adjust_weight_decay"]',
+        '{"method": "save"}',
+        '{"method": "get_current_metrics"}',
+        '{"method": "add_expert", "args": {"layer_idx": 0}}',
+    ]
+
+    def write(trainer):
+        with open(trainer.out / "control.jsonl", "a") as f:
+            f.write("\n".join(lines) + '\n{"method": "half a line')
+
+    trainer = run(tiny(max_steps=20, save_interval=0), at={5: write})
+    rows = decisions(trainer)
+    assert [(r["action"], r.get("refused")) for r in rows] == [
+        ("adjust_weight_decay", None),
+        ("?", "E309"),
+        ("format_disk", "E309"),
+        ("adjust_weight_decay", "E309"),
+        ("adjust_weight_decay", "E309"),
+        ("?", "E309"),
+        ("save", None),
+        ("get_current_metrics", None),
+        ("add_expert", "E308"),
+    ]
+    assert {r["trigger"] for r in rows} == {"user"} and {r["turn"] for r in rows} == {6}
+    assert rows[7]["answer"]["step"] == 5 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.03
+    assert 6 in checkpoint.list_steps(trainer.out), "save: at the next step"
+    again = Trainer(tiny(max_steps=22, save_interval=0))
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.03, "and a resumed run remembers"
+    assert again.fit() == 0 and len(decisions(again)) == len(rows), "no command is carried out twice"
+
+
+def weights_after(tiny, name, do, model=None, **changes):
+    """(answer, weights after three more steps, weights of the same run left alone)."""
+    found = {}
+    both = []
+    for which in ("left", name):
+        keys = tiny(
+            f"{name}-{which}", model, max_steps=9, save_interval=0, warmup_steps=0, lr_schedule="constant", **changes
+        )
+        trainer = run(keys, at={6: lambda t: found.update(answer=do(t))} if which == name else None)
+        both.append(trainer)
+    return found["answer"], both[1], both[0]
+
+
+def test_methods_on_the_optimizer_change_the_next_steps(tiny):
+    answer, t, left = weights_after(tiny, "lr", lambda t: t.emergency_lr_reduction(10.0))
+    assert answer["executed"] and not equal(tensors(t), tensors(left))
+    rows = {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r}
+    assert rows[7] == pytest.approx(rows[5] / 10) and rows[9] == pytest.approx(rows[5] / 10)
+    answer, t, left = weights_after(tiny, "wd", lambda t: t.adjust_weight_decay(0.5))
+    assert answer["executed"] and not equal(tensors(t), tensors(left))
+    assert [g["weight_decay"] for g in t.optimizer.param_groups] == [0.5, 0.0]
+    answer, t, left = weights_after(tiny, "lr2", lambda t: t._update_optimizer_param_groups("lr", 1e-4))
+    rows = {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r}
+    assert rows[7] == pytest.approx(1e-4)
+    for param, value in (("beta1", 0.5), ("beta2", 0.5), ("eps", 1e-3), ("weight_decay", 0.7)):
+        answer, t, left = weights_after(tiny, param, lambda t, p=param, v=value: t._update_optimizer_param_groups(p, v))
+        assert answer["executed"] and not equal(tensors(t), tensors(left)), param
+    refused = t._update_optimizer_param_groups("momentum", 1.0)
+    assert refused["refused"] and "beta1" in refused["reason"]
+    assert t.adjust_weight_decay("much")["refused"] == t.emergency_lr_reduction(-1)["refused"] == "E309"
+
+
+def test_methods_on_routing_change_the_next_steps(tiny):
+    moe, mod = KINDS["moe"], {"mod_capacity": 0.5}
+    for name, value in (
+        ("adjust_capacity_factor", 0.5),
+        ("adjust_routing_temperature", 2.0),
+        ("enable_expert_dropout", 0.4),
+    ):
+        answer, t, left = weights_after(tiny, name, lambda t, n=name, v=value: getattr(t, n)(v), moe)
+        assert answer["executed"] and not equal(tensors(t), tensors(left)), name
+        if name == "adjust_capacity_factor":
+            assert t.get_expert_statistics()["tokens_dropped"] > 0 == left.get_expert_statistics()["tokens_dropped"]
+        if name == "enable_expert_dropout":
+            assert any(m.router.muted.any() for m in t.moe.values()) and left.moe[0].router.muted is None
+    answer, t, left = weights_after(tiny, "mod", lambda t: t.adjust_mod_capacity(0.25), mod)
+    assert t.get_mod_statistics()["capacity_factor"] == 0.25 and left.get_mod_statistics()["capacity_factor"] == 0.5
+    state = checkpoint.find(t.out).state
+    assert state["config"]["model"]["mod_capacity"] == 0.25 and state["model_written"]["mod_capacity"] == 0.5
+    again = Trainer(t.written | {"max_steps": 10})
+    assert again.fit() == 0 and again.get_mod_statistics()["capacity_factor"] == 0.25
+    answer, t, left = weights_after(tiny, "new", lambda t: t._initialize_new_expert([0, 4], [1, 2]), moe)
+    assert answer["executed"] and answer["parent"] in (1, 2) and t.model.blocks[0].ffn.router.alive[4]
+    dense = run(tiny("dense", max_steps=2))
+    for call in (
+        "adjust_capacity_factor",
+        "adjust_routing_temperature",
+        "enable_expert_dropout",
+        "adjust_mod_capacity",
+    ):
+        assert getattr(dense, call)(0.5)["refused"] == "E308", call
+
+
+def test_batch_and_reader_by_hand_change_no_row(tiny):
+    found = {}
+
+    def change(trainer):
+        found["refused"] = trainer.adjust_batch_size(3)
+        found["done"] = trainer.adjust_batch_size(1)
+
+    keys = tiny("left", max_steps=12)
+    rows = {}
+    for name, at in (
+        ("left", None),
+        ("smaller", {6: change}),
+        ("reader", {6: lambda t: t._recreate_dataloader(t.sources)}),
+    ):
+        trainer = run(keys | {"out_dir": keys["out_dir"] + name, "model": keys["model"] | {"dropout": 0.0}}, at=at)
+        rows[name] = losses(trainer.out)
+        assert trainer.cursor == 12 * 4
+    assert rows["reader"] == rows["left"] and found["refused"]["refused"] == "E309" and found["done"]["executed"]
+    assert max(abs(rows["smaller"][s] - rows["left"][s]) for s in rows["left"]) < 1e-5
+
+
+def test_current_metrics_are_plain_numbers(tiny):
+    trainer = run(tiny(KINDS["moe"] and "run", KINDS["moe"], max_steps=5))
+    found = trainer.get_current_metrics()
+    assert list(found) == ["loss", "learning_rate", "grad_norm", "throughput", "memory_usage", "epoch", "step"]
+    assert all(type(v) in (int, float) and math.isfinite(v) for v in found.values())
+    row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r][-1]
+    assert found["step"] == 5 and found["loss"] == row["loss"] and found["grad_norm"] == row["grad_norm"] > 0
+    assert found["throughput"] == pytest.approx(row["tokens_per_second"]) and 0 < found["memory_usage"] < 1
+    assert trainer._extract_moe_routing_stats() == trainer.get_expert_statistics()
+
+
+@pytest.mark.parametrize(
+    "block, key",
+    [
+        ({"mode": "on"}, "mode"),
+        ({"intervention_threshold": 0.2}, "intervention_threshold"),
+        ({"intervention_threshold": 1.5}, "intervention_threshold"),
+        ({"check_interval": 0}, "check_interval"),
+        ({"mode": "replay"}, "replay"),
+        ({"replay": "x.jsonl"}, "replay"),
+        ({"treshold": 1}, "treshold"),
+    ],
+)
+def test_bad_orchestrator_keys_are_refused(tiny, block, key):
+    with pytest.raises(UserError) as e:
+        Trainer(tiny() | {"orchestrator": block})
+    assert e.value.code == "E002" and key in e.value.text
+
+
+def test_off_is_a_word_in_yaml(tiny, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(tiny())[:-1] + ', "orchestrator": {"mode": false}}')
+    assert train.read_config([str(path)])[0].orchestrator.mode == "off"
+    assert train.read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
+    assert sys.modules["orchestrator"] is orchestrator
