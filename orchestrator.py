@@ -296,6 +296,10 @@ class Orchestrator:
     WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
     AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
+    SAVED = (
+        "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps alarm "
+    )
+    SAVED = (SAVED + "reason").split()
     OUTCOME = 100  # turns after which a rollback is judged
 
     def __init__(self, trainer):
@@ -310,7 +314,12 @@ class Orchestrator:
         self.knobs, self.due, self.next_id, self.read_to = {}, [], 1, 0
         self.unbalanced, self.failures, self.letting = {}, {}, False
         self.at, self.together, self.gaps = t.cursor, 0, 0
-        self.seconds, self.health = 0.0, "healthy"
+        self.seconds, self.health, self.causes = 0.0, "healthy", []
+        self.checked, self.paces, self.slow = (
+            None,
+            [],
+            0,
+        )  # what was counted at the last check; steps/s of the first ones
         words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
         self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
         self.commands = t.out / "control.jsonl"
@@ -395,13 +404,15 @@ class Orchestrator:
             self.mature(turn)
         if self.watching and "experts" in seen and (seen["step"] + 1) % self.cfg.check_interval == 0:
             self.check_experts(seen)
+        if self.watching and (seen["step"] + 1) % self.cfg.check_interval == 0:
+            self.examine(seen)
         self.settle(turn)
         self.seconds += time.perf_counter() - began
 
     # ---- what goes wrong
 
     def out_of_step(self, seen: dict) -> None:
-        """The ranks hold different weights (a flipped bit, a faulty part): back to before the last check they passed."""
+        """The ranks hold different weights (a flipped bit, a faulty part): back to the last check that they passed."""
         t = self.trainer
         sums = t.parallel.gather(int(t.parallel.checksum(t.model)))
         odd = [rank for rank, x in enumerate(sums) if sums.count(x) < (len(sums) + 1) // 2]
@@ -652,6 +663,66 @@ class Orchestrator:
             if s["healthy"] >= SAFE:
                 self.snapshots.certify()
 
+    # ---- health
+
+    def examine(self, seen: dict) -> None:
+        """Every check_interval steps: healthy | warning | critical, the causes, and advice on the first of them."""
+        t, now, found = self.trainer, self.counters(), []
+        before, self.checked = self.checked or now, now
+        mine = {k: v - before[k] for k, v in now.items()}
+        rows = t.parallel.gather(mine)  # over gloo, once in check_interval steps: waits for no GPU
+        steps, work = mine["turns"], max(1e-9, mine["seconds"] - mine["checkpoint"])
+        if self.alarm or self.in_a_row or self.course.suspicious:
+            found.append((2, "the loss or gradients have left their course", "see decisions.jsonl"))
+        if t.unsaved:
+            found.append((2, "the last checkpoint could not be written", "free disk space"))
+        if steps:
+            if (wait := max(r["data"] for r in rows) / work) > 0.2:
+                found.append(
+                    (1, f"{100 * wait:.0f} % of the time is waiting for data", "use a faster disk, or copy the data")
+                )
+            for rank, r in enumerate(rows):
+                others = [o["compute"] for i, o in enumerate(rows) if i != rank]
+                if others and r["compute"] > 1.2 * statistics.median(others) and r["compute"] > 0.02 * work:
+                    ratio = r["compute"] / max(1e-9, statistics.median(others))
+                    found.append(
+                        (1, f"rank {rank} computes {ratio:.1f} times as long as the others", "look at its machine")
+                    )
+            if any(r["retries"] for r in rows):
+                found.append(
+                    (1, "the allocator ran out of memory and tried again", "lower batch_size (adjust_batch_size)")
+                )
+            if any(r["graphs"] for r in rows) and self.paces:
+                found.append((1, f"{mine['graphs']} graphs were compiled anew", "keep shapes and capacities constant"))
+            pace = steps / work
+            self.paces = [*self.paces, pace] if len(self.paces) < 5 else self.paces
+            usual = statistics.median(self.paces)
+            self.slow = self.slow + 1 if pace < usual / 1.25 else 0
+            if self.slow >= 3:
+                found.append(
+                    (1, f"{pace:.3g} steps/s, at first it was {usual:.3g}", "is something else on this machine?")
+                )
+        if self.unbalanced and max(self.unbalanced.values()) >= 5:
+            layers = [i for i, n in self.unbalanced.items() if n >= 5]
+            found.append(
+                (1, f"experts of layers {layers} stay unbalanced", "raise bias_update_rate or aux_loss_weight")
+            )
+        found.sort(key=lambda f: -f[0])
+        status = ("healthy", "warning", "critical")[found[0][0] if found else 0]
+        causes = [text for _, text, _ in found]
+        kinds = [text.split(" ")[:3] for text in causes]
+        if status != self.health or kinds != [text.split(" ")[:3] for text in self.causes]:
+            t.say(f"health     {status}" + (f": {'; '.join(causes)}; advice: {found[0][2]}" if found else ""))
+        self.health, self.causes = status, causes
+
+    def counters(self) -> dict:
+        """What grows on this rank."""
+        t, cuda = self.trainer, self.trainer.parallel.device.type == "cuda"
+        out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.spent
+        if t.cfg.compile_model:
+            out["graphs"] = sum(torch._dynamo.utils.counters["stats"].values())
+        return out | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0}
+
     # ---- experts
 
     def check_experts(self, seen: dict) -> None:
@@ -894,8 +965,8 @@ class Orchestrator:
 
     def state(self) -> dict:
         """For state.json. A save happens within a turn, which a resumed run begins again."""
-        names = "dropped in_a_row rollbacks last_source cut knobs due next_id read_to unbalanced failures warned letting together gaps"
-        out = {name: getattr(self, name) for name in names.split()} | {"turn": self.turn - 1, "run": self.run}
+        names = (*self.SAVED, "knobs", "unbalanced")
+        out = {name: getattr(self, name) for name in names} | {"turn": self.turn - 1, "run": self.run}
         out |= {"norms": list(self.norms.seen), "course": self.course.state()}
         out |= {
             "streak": int(self.streak),
@@ -907,8 +978,7 @@ class Orchestrator:
 
     def load(self, s: dict) -> None:
         """Detectors go on where they were: a resumed run is not blind."""
-        names = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps turn alarm reason"
-        for name in names.split():
+        for name in (*self.SAVED, "turn"):
             setattr(self, name, s[name])
         self.course.load(s["course"])
         self.norms.seen.extend(map(tuple, s["norms"]))

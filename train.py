@@ -502,7 +502,7 @@ class Parallel:
         return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
 
     def checksum(self, model) -> torch.Tensor:
-        """Of the bits of the weights that every rank should hold alike: 0-d, a whole number below 2^20, no host sync."""
+        """Of the bits of the weights, which every rank should hold alike: 0-d, a whole number below 2^20; no sync."""
         words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
         return words.sum() & 0xFFFFF
 
@@ -571,6 +571,7 @@ STATS = (
     "square",
 )  # what is summed over ranks in each step
 STAT = {name: i for i, name in enumerate(STATS)}
+LAPS = ("data", "compute", "communication", "update", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = (
     "tokens",
     "val_loss",
@@ -616,6 +617,7 @@ class Trainer:
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
         self.stop_signal = self.save_signal = 0
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
+        self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         prepare_first(self.cfg, dry_run)
@@ -1156,14 +1158,14 @@ class Trainer:
             void = False
             try:
                 for micro in range(cfg.gradient_accumulation_steps):
-                    waited = time.perf_counter()
+                    self.lap("compute" if micro else "other")
                     try:
                         row, x, y = self.loader.next()
                     except UserError as error:  # this rank cannot go on; the others learn it from the statistics
                         self.data_error = error
                         stats[STAT["unread"]] = 1
                         break
-                    self.data_wait += time.perf_counter() - waited
+                    self.lap("data")
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
@@ -1181,6 +1183,7 @@ class Trainer:
                 sums, sparse = torch.zeros_like(sums), torch.zeros_like(sparse)
                 stats[STAT["oom"]] = 1
                 free_memory(par.device)
+            self.lap("compute")
             # reduce
             stats[:3] = sums
             for name, flag in (
@@ -1200,6 +1203,7 @@ class Trainer:
             if self.scale is not None:
                 factor = factor / self.scale
             norm = par.grad_norm(model) * factor
+            self.lap("communication")
             # guard
             bad, exploded = watch.guard(stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]])
             # step
@@ -1208,6 +1212,7 @@ class Trainer:
             optimizer.found_inf = bad.float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            self.lap("update")
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
@@ -1398,6 +1403,7 @@ class Trainer:
         """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
         cfg, par, model = self.cfg, self.parallel, self.model
         self.drain()
+        self.lap("other")
         began = time.perf_counter()
         self.evaluated_at = self.step
         if not self.val_set:
@@ -1472,11 +1478,13 @@ class Trainer:
             text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
             self.say(f"           causal rule above; {text}")
         self.clock += took
+        self.lap("checkpoint")
         return new_best
 
     def save(self) -> bool:
         """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on."""
         self.drain()
+        self.lap("other")
         began, par, final = time.perf_counter(), self.parallel, checkpoint.step_dir(self.out, self.step)
         folder = Path(f"{final}.tmp")
         if self.best_val_loss is None:
@@ -1508,6 +1516,7 @@ class Trainer:
                 self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
             self.say(f"saved      {final}, {time.perf_counter() - began:.1f} s")
         self.clock += time.perf_counter() - began
+        self.lap("checkpoint")
         return not failed
 
     def state(self) -> dict:
@@ -1859,8 +1868,14 @@ class Trainer:
         """Finish the step, save, end in order."""
         self.stop_signal = 1
 
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited for.)"""
+        now = time.perf_counter()
+        self.spent[name] += now - self.lapped
+        self.lapped = now
+
     def restart_clock(self) -> None:
-        self.clock, self.data_wait, self.clock_step = time.perf_counter(), 0.0, self.step
+        self.clock, self.clock_step, self.logged = time.perf_counter(), self.step, dict(self.spent)
         self.speed = getattr(self, "speed", 0.0)  # tokens/s of the last log line
 
     def log(self, seen: dict) -> None:
@@ -1875,7 +1890,10 @@ class Trainer:
         row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
         flops = self.model.flops_per_token() if self.mod else self.flops_per_token  # MoD's capacity may be annealed
         row |= {"tokens_per_second": speed, "mfu": speed * flops / (self.peak * self.parallel.world)}
-        row |= {"data_wait": self.data_wait / seconds, "dropped": self.orchestrator.dropped}
+        times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
+        row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
+        row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
+        row |= {"health": self.orchestrator.health}
         row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
         row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
         row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
