@@ -1,8 +1,8 @@
 """The orchestrator: looks at every step, acts on failures, leaves a healthy run untouched to the bit, writes down why.
 
-Detectors first (plain numbers in, plain numbers out), then snapshots, then `Orchestrator`, which train.py calls at
-three places of its loop: act() at the top of a turn, guard() before the optimizer's step, observe() when a step's
-numbers have arrived. A *turn* is one pass through the loop and never comes back; a *step* does, after a rollback.
+Snapshots first, then `Orchestrator`, which train.py calls at three places of its loop: act() at the top of a turn,
+guard() before the optimizer's step, observe() when a step's numbers have arrived; then `ByHand`, the methods by which
+people drive a run. A *turn* is one pass through the loop and never comes back; a *step* does, after a rollback.
 
 Every rank sees the same reduced numbers and so decides the same; only what one rank alone can know (files, commands,
 the other ranks' clocks) travels, and only on turns where something is to be done.
@@ -22,11 +22,14 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import checkpoint
+import plan
+from detectors import Divergence, NormLimit
 from errors import UserError
+from loader import Loader
+from model_moe import add_expert, prune_expert, recycle_expert, restore_expert
 
 
 @dataclass
@@ -41,171 +44,8 @@ class OrchestratorConfig:
 
 
 MODES = ("act", "shadow", "off", "replay")
+NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
 SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
-
-
-# ---------------------------------------------------------------- detectors
-
-
-def centre(values: list[float]) -> tuple[float, float]:
-    """Median, and median absolute deviation scaled to the standard deviation of a normal distribution. Plain Python:
-    sorting a hundred floats takes less time than numpy's median needs to begin."""
-    middle = statistics.median(values)
-    return middle, 1.4826 * statistics.median([abs(x - middle) for x in values])
-
-
-class NormLimit:
-    """How large a gradient norm may be: log G <= median + max(12 robust deviations, ln 4) over 128 accepted steps.
-
-    The logarithm makes norms nearly normal: 12 deviations is never noise. Starts at 32 accepted steps; ends two turns
-    before the one it is asked about, so that no answer waits for the device.
-    """
-
-    WINDOW, START, SIGMAS, FACTOR = 128, 32, 12.0, 4.0
-
-    def __init__(self):
-        self.seen: deque = deque(maxlen=self.WINDOW + 2)  # (turn, log G)
-
-    def add(self, turn: int, norm: float) -> None:
-        if norm > 0 and math.isfinite(norm):
-            self.seen.append((turn, math.log(norm)))
-
-    def limit(self, turn: int) -> float | None:
-        """The largest log G that passes at `turn`; None: too little seen."""
-        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
-        if len(logs) < self.START:
-            return None
-        middle, spread = centre(logs)
-        return middle + max(self.SIGMAS * spread, math.log(self.FACTOR))
-
-    def confidence(self, turn: int, norm: float) -> float:
-        """That this norm is no noise: Sellke's bound on the normal tail, prior 1 in 1000, and never above 0.99."""
-        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
-        middle, spread = centre(logs)
-        z = (math.log(norm) - middle) / max(spread, math.log(self.FACTOR) / self.SIGMAS)
-        return p_confidence(0.5 * math.erfc(z / math.sqrt(2)))
-
-
-def p_confidence(p: float, prior: float = 1e-3) -> float:
-    """Confidence from a p-value: the upper bound -1 / (e p ln p) on its Bayes factor (Sellke et al. 2001)."""
-    p = max(p, 1e-300)
-    if p >= 1 / math.e:
-        return prior
-    odds = -1 / (math.e * p * math.log(p)) * prior
-    return min(0.99, odds / (odds + 1 - prior))
-
-
-class Divergence:
-    """Whether the loss has left its course: a conformal e-CUSUM with an effect floor (research/stability.md 2).
-
-    Residual r = loss - where the last 64 accepted losses lead (the medians of their halves, and the slope between them
-    where it falls). Its rank among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against "this run is
-    healthy" that no healthy run can win on average; E multiplies the bets and restarts at 1. confidence =
-    E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64 nothing is accepted (128 turns of that without an
-    alarm: a new level that does not matter, and all begins anew), nor is a single r above the floor: 6 deviations, 0.1
-    nats, 2 % of the loss. An alarm also needs the median of the last 7 residuals above it. So one outlier is no alarm,
-    and a healthy run's luck is too small to be one.
-    """
-
-    TREND, WINDOW, START, PRIOR, FREEZE, PATIENCE = 64, 256, 32, 1e-5, 64.0, 128
-
-    def __init__(self):
-        self.losses: deque = deque(maxlen=self.TREND)  # accepted
-        self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
-        self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
-        self.E, self.began, self.frozen, self.residual = 1.0, 0, 0, 0.0
-
-    def add(self, turn: int, loss: float) -> None:
-        if len(self.losses) < self.TREND // 2:
-            self.losses.append(loss)
-            return
-        self.residual = loss - self.expected()
-        if len(self.residuals) < self.START:
-            self.losses.append(loss)
-            self.residuals.append((turn, self.residual))
-            return
-        self.last.append((turn, self.residual))
-        n = sum(r >= self.residual for _, r in self.residuals)
-        if self.E <= 1.0:
-            self.began = turn
-        self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
-        self.frozen = self.frozen + 1 if self.E > self.FREEZE else 0
-        high = self.residual > 0.1 and self.residual > self.floor()
-        if not self.frozen and not high and not self.too_low():
-            self.losses.append(loss)
-            self.residuals.append((turn, self.residual))
-
-    def expected(self) -> float:
-        """Where the accepted losses lead. A rise is not extrapolated: it is what is looked for."""
-        values, half = list(self.losses), len(self.losses) // 2
-        late, early = statistics.median(values[-half:]), statistics.median(values[:half])
-        return late + min(0.0, late - early) * (half + 1) / (2 * half)
-
-    def too_low(self) -> bool:
-        """A loss far below its course: data without content (or a leak of the targets), no sign of health."""
-        return self.residual < -0.1 and self.residual < -12 * self.spread()
-
-    def spread(self) -> float:
-        return centre([r for _, r in self.residuals])[1] if len(self.residuals) >= self.START else math.inf
-
-    def floor(self) -> float:
-        """Nats by which the loss must have risen to matter."""
-        level = statistics.median(self.losses) if self.losses else 0.0
-        return max(6 * self.spread(), 0.1, 0.02 * abs(level))
-
-    @property
-    def confidence(self) -> float:
-        odds = self.E * self.PRIOR
-        return odds / (odds + 1 - self.PRIOR)
-
-    @property
-    def suspicious(self) -> bool:
-        """Something may be building up: nothing saved now is called clean."""
-        return self.E > self.FREEZE and self.excess(3) > self.floor() / 2
-
-    def alarm(self, threshold: float) -> bool:
-        return self.confidence >= threshold and len(self.last) >= 7 and self.excess(7) > self.floor()
-
-    def onset(self) -> int:
-        """The turn at which it began: where E did, but no earlier than ten turns before the last rise out of what does
-        not matter (E may have been carried upwards by a trifle before)."""
-        small = [t for t, r in self.last if r < self.floor() / 2]
-        return max(self.began, (small[-1] if small else self.began) - 10)
-
-    def excess(self, n: int) -> float:
-        """Median of the last n residuals."""
-        return statistics.median(r for _, r in list(self.last)[-n:]) if len(self.last) >= n else 0.0
-
-    def correlation(self, before: float = math.inf) -> float:
-        """Lag-1 autocorrelation of the loss's noise before a turn: far from 0 the ranks are no fair bets. From
-        differences, which do not know a trend: theirs is -(1 - rho) / 2."""
-        d = np.diff([r for t, r in self.residuals if t < before])
-        d = d - d.mean() if len(d) else d
-        return 1 + 2 * float((d[1:] * d[:-1]).sum() / max((d * d).sum(), 1e-30)) if len(d) > 8 else 0.0
-
-    def restart(self, before: int | None = None) -> None:
-        """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
-        self.E, self.residual, self.frozen = 1.0, 0.0, 0
-        self.last.clear()
-        if before is not None:
-            keep = [(t, r) for t, r in self.residuals if t < before]
-            for _ in range(min(len(self.residuals) - len(keep), len(self.losses))):
-                self.losses.pop()
-            self.residuals = deque(keep, maxlen=self.WINDOW)
-
-    def forget(self) -> None:
-        """A planned change of the data, or a level that the loss has settled at: another course begins."""
-        self.__init__()
-
-    def state(self) -> dict:
-        names = ("losses", "residuals", "last", "E", "began", "frozen", "residual")
-        return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
-
-    def load(self, s: dict) -> None:
-        self.losses.extend(s["losses"])
-        self.residuals.extend(map(tuple, s["residuals"]))
-        self.last.extend(map(tuple, s["last"]))
-        self.E, self.began, self.frozen, self.residual = s["E"], s["began"], s["frozen"], s["residual"]
 
 
 # ---------------------------------------------------------------- snapshots
@@ -998,6 +838,14 @@ ROUTER_KNOBS = {
 }
 
 
+def resident_bytes() -> int | None:
+    try:
+        with open("/proc/self/statm", encoding="utf-8") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
 def available_memory() -> int:
     """Bytes of RAM that nobody uses, within this process's cgroup."""
     free = 0
@@ -1009,3 +857,202 @@ def available_memory() -> int:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, int(limit) - used) if limit.isdigit() else free
     return free
+
+
+# ---------------------------------------------------------------- by hand
+
+
+class ByHand:
+    """The methods that LuminaAI's users know, for Trainer: each returns a decision, refused with its reason where it
+    cannot apply. Call them on all ranks between two turns, or write a line to control.jsonl, which does."""
+
+    def surgery(self, action: str, layer_idx: int, do, **args) -> dict:
+        def change():
+            if layer_idx not in self.moe:
+                has = list(self.moe) or "none"
+                raise UserError("E308", f"layer {layer_idx} has no experts; layers that have: {has}")
+            try:  # the same bits on every rank, so the same choice, and the same refusal
+                return do(self.moe[layer_idx]) or {}
+            except ValueError as error:
+                raise UserError("E308", f"layer {layer_idx}: {error}") from error
+
+        return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
+
+    def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
+        """Split an expert, by default the hottest, into a free slot of the layer."""
+
+        def do(moe):
+            pair = add_expert(
+                moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel.move_row
+            )
+            return dict(zip(("parent", "expert"), pair))
+
+        return self.surgery("add_expert", layer_idx, do, parent=parent)
+
+    def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
+        """Take an expert out of the choice; restore_expert undoes it while its window is open."""
+
+        def do(moe):
+            prune_expert(moe, self.step, expert_idx, force, self.optimizer)
+
+        return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
+
+    def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
+        """Undo prune_expert."""
+
+        def do(moe):
+            restore_expert(moe, self.step, expert_idx)
+
+        return self.surgery("restore_expert", layer_idx, do, expert_idx=expert_idx)
+
+    def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
+        """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
+
+        def do(moe):
+            move = self.parallel.move_row
+            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, self.split_seed(layer_idx), move)
+            return dict(zip(("parent", "expert"), pair))
+
+        return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
+
+    def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
+        """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
+        free or its expert dead: one that works is not overwritten."""
+        layer, slot = new_expert
+
+        def do(moe):
+            options = (self.split_seed(layer), self.parallel.move_row, existing_experts)
+            return dict(zip(("parent", "expert"), recycle_expert(moe, self.optimizer, self.step, slot, *options)))
+
+        named = {"new_expert": new_expert, "existing_experts": existing_experts}
+        return self.surgery("_initialize_new_expert", layer, do, **named)
+
+    def knob(self, action: str, args: dict, name: str, value, low: float, high: float, has=True, needs="") -> dict:
+        def do():
+            if not has:
+                raise UserError("E308", f"this model has no {needs}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError("E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}")
+            self.orchestrator.set_knob(name, value)
+
+        return self.orchestrator.by_hand(action, do, **args)
+
+    def adjust_capacity_factor(self, factor: float) -> dict:
+        """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
+        m = self.cfg.model
+        low = 1 / max(1, m.n_experts)
+        args = {"factor": factor}
+        return self.knob("adjust_capacity_factor", args, "capacity_factor", factor, low, 1e6, self.moe, NO_MOE)
+
+    def adjust_routing_temperature(self, temp: float) -> dict:
+        """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
+        args = {"temp": temp}
+        return self.knob("adjust_routing_temperature", args, "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE)
+
+    def enable_expert_dropout(self, prob: float) -> dict:
+        """Mute experts with this probability, drawn anew each step, while training."""
+        m, most = self.cfg.model, 0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0
+        has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
+        return self.knob("enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, 0.0, most, has, NO_MOE)
+
+    def adjust_mod_capacity(self, factor: float) -> dict:
+        """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
+        low = 1 / self.cfg.model.max_seq_len
+        return self.knob("adjust_mod_capacity", {"factor": factor}, "mod_capacity", factor, low, 1.0, self.mod, NO_MOD)
+
+    def adjust_batch_size(self, new_size: int) -> dict:
+        """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
+        return self.orchestrator.by_hand(
+            "adjust_batch_size", lambda: self.set_micro_batch(int(new_size)), new_size=new_size
+        )
+
+    def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
+        """Close the reader and open another at the same row: what it read ahead is read again. `dataset`, a dict of
+        loader.Source by name, takes the place of the sources it had."""
+
+        def do():
+            if dataset is not None:
+                if set(dataset) != set(self.sources):
+                    raise UserError("E309", f"dataset: sources named {list(self.sources)} are expected")
+                self.loader.close()
+                self.sources = dataset
+                self.loader = Loader(self.sources, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
+            self.set_micro_batch(self.cfg.batch_size)
+
+        return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
+
+    def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
+        """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
+        scale = self.orchestrator.knobs.get("lr_scale", 1.0)
+        ok = isinstance(factor, (int, float)) and factor > 0
+        value = scale / factor if ok else None
+        return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
+
+    def rollback_steps(self, num_steps: int = 100) -> dict:
+        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where it is."""
+        self.drain()
+        watch = self.orchestrator
+
+        def do():
+            source = watch.source(step=self.step - int(num_steps)) if int(num_steps) > 0 else None
+            if source is None:
+                raise UserError(
+                    "E309", f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before"
+                )
+            return watch.go_back(source, None)
+
+        return watch.by_hand("rollback_steps", do, num_steps=num_steps)
+
+    def adjust_weight_decay(self, value: float) -> dict:
+        """Weight decay of all matrices from the next step on."""
+        return self.knob("adjust_weight_decay", {"value": value}, "weight_decay", value, 0.0, 10.0)
+
+    def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
+        """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
+        action, named = "_update_optimizer_param_groups", {"param": param, "value": value}
+        limits = {"lr": (0.0, 1e3), "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.99999), "beta2": (0.0, 0.999999)}
+        limits["eps"] = (0.0, 1.0)
+        low, high = limits.get(param, (1, 0))
+        has = f"parameter {param!r}; there are {', '.join(limits)}"
+        if param == "lr" and isinstance(value, (int, float)):
+            value, param = value / max(self.scheduled_lr(), 1e-30), "lr_scale"
+            low, high = 0.0, 1e6
+        return self.knob(action, named, param, value, low, high, high > low, has)
+
+    def get_current_metrics(self) -> dict:
+        """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
+        memory_usage (share of what this process may use), epoch, step."""
+        self.drain()
+        seen, cuda = self.seen, self.parallel.device.type == "cuda"
+        if not seen:
+            return {"refused": "E308", "reason": "no step has been made yet"}
+        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
+        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        return {
+            "loss": seen["loss"],
+            "learning_rate": seen["lr"],
+            "grad_norm": seen["grad_norm"],
+            "throughput": self._calculate_throughput(),
+            "memory_usage": used / plan.total_memory(self.parallel.device),
+            "epoch": max(epochs.values()),
+            "step": seen["step"] + 1,
+        }
+
+    def _calculate_throughput(self) -> float:
+        """Tokens a second over all ranks since the last log line, without evaluation and saving."""
+        steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
+        if steps <= 0:
+            return self.speed
+        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
+
+    def _extract_moe_routing_stats(self) -> dict:
+        """get_expert_statistics, by the name it has in LuminaAI."""
+        return self.get_expert_statistics()
+
+    def request_save(self) -> None:
+        """A checkpoint at the next step."""
+        self.save_signal = 1
+
+    def request_stop(self) -> None:
+        """Finish the step, save, end in order."""
+        self.stop_signal = 1

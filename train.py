@@ -40,19 +40,15 @@ from model_moe import (
     MOD_SUMS,
     SUMS,
     MoD,
-    add_expert,
     draw_dropout,
     expert_numbers,
     expert_statistics,
     mod_statistics,
     pick_back_end,
-    prune_expert,
-    recycle_expert,
     release_twins,
-    restore_expert,
     update_balance,
 )
-from orchestrator import MODES, Orchestrator, OrchestratorConfig
+from orchestrator import MODES, ByHand, Orchestrator, OrchestratorConfig, resident_bytes
 
 # ---------------------------------------------------------------- configuration
 
@@ -581,7 +577,6 @@ NUMBERS = (
     "evaluated_at",
     "stopped_early",
 )
-NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl",
@@ -596,7 +591,7 @@ OURS = (
 )
 
 
-class Trainer:
+class Trainer(ByHand):
     """One run: cfg, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()` is the loop.
 
     `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
@@ -714,7 +709,7 @@ class Trainer:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
         before = saved.state if saved else {"written": {}, "auto": {}}
-        self.changes, self.hint = [], None
+        self.changes, self.hint, self.measure_memory = [], None, False
         keys = sorted(({*self.written, *before["written"]} - {"model"}) if saved else ())
         for key in keys:
             then, now = before["written"].get(key), self.written.get(key)
@@ -864,6 +859,7 @@ class Trainer:
             raise UserError(
                 "E200", f"batch_size: auto: {text}; set activation_checkpointing: block, or shorten max_seq_len"
             )
+        self.measure_memory = machine.device.type == "cuda"
         self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
         return best
 
@@ -1000,6 +996,8 @@ class Trainer:
             self.parallel.together(self.load, saved)
         elif cfg.init_from:
             self.parallel.together(self.load_weights, cfg.init_from)
+        if self.measure_memory:
+            self.probe()
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
         self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
@@ -1009,6 +1007,22 @@ class Trainer:
             weights = dict.fromkeys(weights, 1.0)
         count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
         self.val_set = val_rows(self.val_sources, weights, count) if weights else []
+
+    def probe(self) -> None:
+        """batch_size: auto on CUDA: what rows need grows in a straight line, so after a look at one and at two the most
+        that fit are known (less an eighth for what else may come; with experts a third, as routing is uneven).
+        Weights, moments and seeds stay as they are. Never run on a GPU yet; its arithmetic is tested."""
+        cfg, device = self.cfg, self.parallel.device
+        rows = self.rows_per_step // self.parallel.rows()[1]
+        one, two = (peak_bytes(self.model, n, device) for n in (1, 2))
+        each = max(1, two - one) * (1.3 if self.moe else 1.125)
+        room = cfg.target_memory * plan.total_memory(device) - (one - (two - one))
+        fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * each <= room]
+        best = -self.parallel.agree([-max(fits, default=1)])[0]  # the least of all ranks
+        cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
+        self.auto["micro_batch"] = self.versions["micro_batch"] = best
+        room, need = (x / 2**30 for x in (room, best * each))
+        self.say(f"batch_size {best} rows a micro-step, by a probe: about {need:.2f} of {room:.2f} GiB")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
@@ -1671,202 +1685,13 @@ class Trainer:
         """Of the last step, over all ranks; see model_moe.mod_statistics."""
         return self.last_routing("depth")
 
-    # ---- by hand: the methods that LuminaAI's users know. They return a decision, refused with its reason where they
-    # cannot apply; call them on all ranks, or write a line to control.jsonl, which does
-
-    def surgery(self, action: str, layer_idx: int, do, **args) -> dict:
-        def change():
-            if layer_idx not in self.moe:
-                has = list(self.moe) or "none"
-                raise UserError("E308", f"layer {layer_idx} has no experts; layers that have: {has}")
-            try:  # the same bits on every rank, so the same choice, and the same refusal
-                return do(self.moe[layer_idx]) or {}
-            except ValueError as error:
-                raise UserError("E308", f"layer {layer_idx}: {error}") from error
-
-        return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
-
     def split_seed(self, layer: int) -> int:
+        """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""
         return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
-    def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
-        """Split an expert, by default the hottest, into a free slot of the layer."""
-
-        def do(moe):
-            pair = add_expert(
-                moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel.move_row
-            )
-            return dict(zip(("parent", "expert"), pair))
-
-        return self.surgery("add_expert", layer_idx, do, parent=parent)
-
-    def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
-        """Take an expert out of the choice; restore_expert undoes it while its window is open."""
-
-        def do(moe):
-            prune_expert(moe, self.step, expert_idx, force, self.optimizer)
-
-        return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
-
-    def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
-        """Undo prune_expert."""
-
-        def do(moe):
-            restore_expert(moe, self.step, expert_idx)
-
-        return self.surgery("restore_expert", layer_idx, do, expert_idx=expert_idx)
-
-    def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
-        """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
-
-        def do(moe):
-            move = self.parallel.move_row
-            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, self.split_seed(layer_idx), move)
-            return dict(zip(("parent", "expert"), pair))
-
-        return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
-
-    def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
-        """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
-        free or its expert dead: one that works is not overwritten."""
-        layer, slot = new_expert
-
-        def do(moe):
-            options = (self.split_seed(layer), self.parallel.move_row, existing_experts)
-            return dict(zip(("parent", "expert"), recycle_expert(moe, self.optimizer, self.step, slot, *options)))
-
-        named = {"new_expert": new_expert, "existing_experts": existing_experts}
-        return self.surgery("_initialize_new_expert", layer, do, **named)
-
-    def knob(self, action: str, args: dict, name: str, value, low: float, high: float, has=True, needs="") -> dict:
-        def do():
-            if not has:
-                raise UserError("E308", f"this model has no {needs}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-                raise UserError("E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}")
-            self.orchestrator.set_knob(name, value)
-
-        return self.orchestrator.by_hand(action, do, **args)
-
-    def adjust_capacity_factor(self, factor: float) -> dict:
-        """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
-        m = self.cfg.model
-        low = 1 / max(1, m.n_experts)
-        args = {"factor": factor}
-        return self.knob("adjust_capacity_factor", args, "capacity_factor", factor, low, 1e6, self.moe, NO_MOE)
-
-    def adjust_routing_temperature(self, temp: float) -> dict:
-        """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
-        args = {"temp": temp}
-        return self.knob("adjust_routing_temperature", args, "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE)
-
-    def enable_expert_dropout(self, prob: float) -> dict:
-        """Mute experts with this probability, drawn anew each step, while training."""
-        m, most = self.cfg.model, 0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0
-        has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
-        return self.knob("enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, 0.0, most, has, NO_MOE)
-
-    def adjust_mod_capacity(self, factor: float) -> dict:
-        """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
-        low = 1 / self.cfg.model.max_seq_len
-        return self.knob("adjust_mod_capacity", {"factor": factor}, "mod_capacity", factor, low, 1.0, self.mod, NO_MOD)
-
-    def adjust_batch_size(self, new_size: int) -> dict:
-        """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
-        return self.orchestrator.by_hand(
-            "adjust_batch_size", lambda: self.set_micro_batch(int(new_size)), new_size=new_size
-        )
-
-    def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
-        """Close the reader and open another at the same row: what it read ahead is read again. `dataset`, a dict of
-        loader.Source by name, takes the place of the sources it had."""
-
-        def do():
-            if dataset is not None:
-                if set(dataset) != set(self.sources):
-                    raise UserError("E309", f"dataset: sources named {list(self.sources)} are expected")
-                self.loader.close()
-                self.sources = dataset
-                self.loader = Loader(self.sources, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
-            self.set_micro_batch(self.cfg.batch_size)
-
-        return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
-
-    def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
-        """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
-        scale = self.orchestrator.knobs.get("lr_scale", 1.0)
-        ok = isinstance(factor, (int, float)) and factor > 0
-        value = scale / factor if ok else None
-        return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
-
-    def rollback_steps(self, num_steps: int = 100) -> dict:
-        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where it is."""
-        self.drain()
-        watch = self.orchestrator
-
-        def do():
-            source = watch.source(step=self.step - int(num_steps)) if int(num_steps) > 0 else None
-            if source is None:
-                raise UserError(
-                    "E309", f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before"
-                )
-            return watch.go_back(source, None)
-
-        return watch.by_hand("rollback_steps", do, num_steps=num_steps)
-
-    def adjust_weight_decay(self, value: float) -> dict:
-        """Weight decay of all matrices from the next step on."""
-        return self.knob("adjust_weight_decay", {"value": value}, "weight_decay", value, 0.0, 10.0)
-
-    def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
-        """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
-        action, named = "_update_optimizer_param_groups", {"param": param, "value": value}
-        limits = {"lr": (0.0, 1e3), "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.99999), "beta2": (0.0, 0.999999)}
-        limits["eps"] = (0.0, 1.0)
-        low, high = limits.get(param, (1, 0))
-        has = f"parameter {param!r}; there are {', '.join(limits)}"
-        if param == "lr" and isinstance(value, (int, float)):
-            value, param = value / max(lr_at(self.cfg, self.step), 1e-30), "lr_scale"
-            low, high = 0.0, 1e6
-        return self.knob(action, named, param, value, low, high, high > low, has)
-
-    def get_current_metrics(self) -> dict:
-        """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
-        memory_usage (share of what this process may use), epoch, step."""
-        self.drain()
-        seen, cuda = self.seen, self.parallel.device.type == "cuda"
-        if not seen:
-            return {"refused": "E308", "reason": "no step has been made yet"}
-        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
-        return {
-            "loss": seen["loss"],
-            "learning_rate": seen["lr"],
-            "grad_norm": seen["grad_norm"],
-            "throughput": self._calculate_throughput(),
-            "memory_usage": used / plan.total_memory(self.parallel.device),
-            "epoch": max(epochs.values()),
-            "step": seen["step"] + 1,
-        }
-
-    def _calculate_throughput(self) -> float:
-        """Tokens a second over all ranks since the last log line, without evaluation and saving."""
-        steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
-        if steps <= 0:
-            return self.speed
-        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
-
-    def _extract_moe_routing_stats(self) -> dict:
-        """get_expert_statistics, by the name it has in LuminaAI."""
-        return self.get_expert_statistics()
-
-    def request_save(self) -> None:
-        """A checkpoint at the next step."""
-        self.save_signal = 1
-
-    def request_stop(self) -> None:
-        """Finish the step, save, end in order."""
-        self.stop_signal = 1
+    def scheduled_lr(self) -> float:
+        """The learning rate of this step, before the orchestrator's factor."""
+        return lr_at(self.cfg, self.step)
 
     def lap(self, name: str) -> None:
         """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited for.)"""
@@ -2002,18 +1827,23 @@ def to_host(numbers: torch.Tensor) -> tuple:
     return host, arrived
 
 
+def peak_bytes(model: Transformer, rows: int, device) -> int:
+    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less."""
+    ids = torch.zeros(rows, model.cfg.max_seq_len, dtype=torch.long, device=device)
+    free_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.compiler.set_stance("force_eager"):
+        model(ids, targets=ids)[0].backward()
+    model.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_reserved(device)
+    free_memory(device)
+    return peak
+
+
 def free_memory(device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def resident_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm", encoding="utf-8") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
 
 
 def clock(seconds: float) -> str:
