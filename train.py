@@ -1131,7 +1131,7 @@ class Trainer(ByHand):
         nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
         double = torch.float32 if par.device.type == "mps" else torch.float64
         stop = saved = wants_save = False
-        watch = self.orchestrator
+        watch, self.lapped = self.orchestrator, time.perf_counter()
         self.restart_clock()
         if self.main and sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
