@@ -139,7 +139,7 @@ class Orchestrator:
     SAVED = (
         "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps alarm "
     )
-    SAVED = (SAVED + "reason").split()
+    SAVED = (SAVED + "advised reason").split()
     OUTCOME = 100  # turns after which a rollback is judged
 
     def __init__(self, trainer):
@@ -153,7 +153,7 @@ class Orchestrator:
         self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
         self.knobs, self.due, self.next_id, self.read_to = {}, [], 1, 0
         self.unbalanced, self.failures, self.letting = {}, {}, False
-        self.at, self.together, self.gaps = t.cursor, 0, 0
+        self.at, self.together, self.gaps, self.advised = t.cursor, 0, 0, []
         self.seconds, self.health, self.causes = 0.0, "healthy", []
         self.checked, self.paces, self.slow = (
             None,
@@ -259,6 +259,26 @@ class Orchestrator:
         who = f"rank {', '.join(map(str, odd))} differs from most" if odd else "there is no majority"
         said = f"the ranks' weights differ at step {seen['step']} ({who}): a memory or transfer error of that machine"
         self.todo.append(lambda: self.recover("desync", self.together + 1, 1.0, "observed", said))
+
+    def shorten(self, advice: str) -> None:
+        """What plan.justified_stop advises, done where enable_early_stopping allows it."""
+        t = self.trainer
+        kind = advice.partition(":")[0]
+        if kind in self.advised:
+            return
+        self.advised.append(kind)
+
+        def do():
+            if kind == "stop":
+                t.stopped_early = True
+                return {}
+            steps = max(t.step + 1, round(t.step / (1 - t.cfg.decay_frac)))  # of which the decay is that share
+            before, t.cfg.max_steps = t.cfg.max_steps, min(steps, t.cfg.max_steps)
+            t.auto["max_steps"] = t.cfg.max_steps
+            return {"args": {"max_steps": t.cfg.max_steps}, "before": {"max_steps": before}}
+
+        blocked = None if t.cfg.enable_early_stopping else "enable_early_stopping: false"
+        self.todo.append(lambda: self.decide("length", kind, advice, 2, do=do, basis="rule", blocked=blocked))
 
     def evaluated(self, row: dict) -> None:
         """What an evaluation shows that training does not."""
@@ -798,6 +818,9 @@ class Orchestrator:
             raise UserError("E301", row["reason"])
         elif action.startswith("set "):
             self.set_knob(action[4:], row["value"])
+        elif row["trigger"] == "length":
+            self.trainer.stopped_early |= action == "stop"
+            self.trainer.cfg.max_steps = args.get("max_steps", self.trainer.cfg.max_steps)
         elif row["trigger"] == "user" and action in METHODS:
             getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(self.trainer, action)(*args)
 

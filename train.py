@@ -64,6 +64,12 @@ class Config:
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
+    auto_epoch_scaling: bool = (
+        False  # max_steps from the model's size: chinchilla_multiplier tokens an active parameter
+    )
+    chinchilla_multiplier: float = 20.0  # tokens an active parameter; the optimum is flat from 10 to 40
+    min_auto_epochs: float = 0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
+    max_auto_epochs: float = 50.0  # ... and at most so often
     batch_size: int | str = 16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
     gradient_accumulation_steps: int = 1  # micro-steps per step
     batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
@@ -86,6 +92,9 @@ class Config:
     eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
     eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
     early_stopping_patience: int = 0  # stop after so many evaluations without a new best; 0: never
+    enable_early_stopping: bool = False  # stop, or begin wsd's decay, where that is justified; false: only say so
+    enable_loss_landscape: bool = True  # forecast: phase, predicted final loss, every orchestrator.check_interval
+    enable_compute_efficiency: bool = True  # in it: nats gained per doubling of compute
     save_interval: int = 1000  # steps; 0: only the last
     save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
@@ -310,6 +319,10 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
             refuse(f"orchestrator.{key}", f"{getattr(o, key)} must be at least {low}")
     if (o.mode == "replay") != bool(o.replay):
         refuse("orchestrator.replay", "mode: replay and replay: FILE (decisions.jsonl of a run) go together")
+    if cfg.auto_epoch_scaling and (cfg.max_steps is not None or cfg.num_epochs is not None):
+        refuse("auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one")
+    if not 0 <= cfg.min_auto_epochs <= cfg.max_auto_epochs or not cfg.max_auto_epochs or cfg.chinchilla_multiplier <= 0:
+        refuse("min_auto_epochs", "0 <= min_auto_epochs <= max_auto_epochs and chinchilla_multiplier > 0 are expected")
     if not 0 < cfg.target_memory <= 1:
         refuse("target_memory", f"{cfg.target_memory} is not in (0, 1]")
     if not 0 < cfg.decay_frac <= 1:
@@ -583,6 +596,7 @@ OURS = (
     "decisions.jsonl",
     "control.jsonl",
     "oom_hint.json",
+    "suggested.yaml",
     "best.json",
     "status.json",
     "train.log",
@@ -612,6 +626,8 @@ class Trainer(ByHand):
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
         self.stop_signal = self.save_signal = 0
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
+        self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
+        self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
@@ -627,6 +643,8 @@ class Trainer(ByHand):
         self.parallel.together(self.own_out_dir)
         self.build(saved)
         self.started_at = self.step
+        if saved is not None and "forecast" in saved.state:
+            self.forecast.load_state_dict(saved.state["forecast"])
         self.orchestrator = Orchestrator(self)
         if saved is not None and "orchestrator" in saved.state:
             self.orchestrator.load(saved.state["orchestrator"])
@@ -754,7 +772,21 @@ class Trainer(ByHand):
 
         # length
         windows = sum(s.windows for s in self.sources.values())
-        cfg.max_steps = kept("max_steps", "max_steps", "num_epochs") or cfg.max_steps
+        try:
+            self.counted = plan.on_meta(cfg.model)
+        except ValueError as error:
+            raise UserError("E002", str(error)) from error
+        self.flops_per_token = self.counted.flops_per_token()
+        whole = dataclasses.replace(cfg.model, mod_capacity=1.0, mod_layers=None)
+        self.flops_undiminished = plan.on_meta(whole).flops_per_token()  # without MoD
+        # what works on a token: MoE's active parameters, MoD's weighted by its FLOPs
+        self.n_working = round(self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished)
+        keys = ("auto_epoch_scaling", "chinchilla_multiplier", "min_auto_epochs", "max_auto_epochs")
+        cfg.max_steps = kept("max_steps", "max_steps", "num_epochs", *keys) or cfg.max_steps
+        if cfg.max_steps is None and cfg.auto_epoch_scaling and windows:
+            limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
+            cfg.max_steps, why = plan.auto_steps(self.n_working, windows * T, rows * T, *limits)
+            self.changes.append(why)
         if cfg.max_steps is None:
             cfg.max_steps = int(windows * (cfg.num_epochs or 1.0)) // rows
         if cfg.max_steps < 1 and "max_steps" not in self.written and self.sources:
@@ -772,13 +804,6 @@ class Trainer(ByHand):
             self.changes.append(f"precision: {precision} in the checkpoint, {machine.precision} now")
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
-        try:
-            self.counted = plan.on_meta(cfg.model)
-        except ValueError as error:
-            raise UserError("E002", str(error)) from error
-        self.flops_per_token = self.counted.flops_per_token()
-        whole = dataclasses.replace(cfg.model, mod_capacity=1.0, mod_layers=None)
-        self.flops_undiminished = plan.on_meta(whole).flops_per_token()  # without MoD
         self.peak = par.broadcast(plan.peak_flops(self.machine))
         compiled = kept("compile_model")
         if compiled is None:
@@ -902,6 +927,10 @@ class Trainer(ByHand):
         windows = sum(s.windows for s in self.sources.values())
         epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
         say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {tokens / n['total']:.1f} per parameter{epochs}")
+        if windows:
+            counts = (self.n_working, windows * T, tokens, self.flops_per_token, cfg.chinchilla_multiplier)
+            for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
+                say(line)
         say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
         per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
         least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
@@ -1303,12 +1332,44 @@ class Trainer(ByHand):
         if len(sparse):
             seen |= self.routing(sparse)
         self.seen = seen
+        if not bad:
+            self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen["loss"], lr)
         self.orchestrator.observe(seen)
+        due = (step + 1) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
+        if due and self.cfg.enable_loss_landscape:
+            self.look_ahead()
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
         if self.bar:
             self.bar.update(1)
         return seen
+
+    def look_ahead(self) -> None:
+        """Where the run stands and where it will end; what is justified to do about its length."""
+        cfg, T, efficient = self.cfg, self.cfg.model.max_seq_len, self.cfg.enable_compute_efficiency
+        planned = self.rows_per_step * T * cfg.max_steps
+        unique = sum(s.windows for s in self.sources.values()) * T
+        found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
+        if not found:
+            return
+        text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
+        if "final" in found:
+            text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} ({found['final_low']:.3f} to "
+            text += f"{found['final_high']:.3f}), {100 * found['gained']:.0f} % of the way there"
+            self.gains = [*self.gains[-2:], found["stable_gain_high"]]
+            if efficient:
+                slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
+                text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
+        self.say(f"forecast   {text}; {found['recommendation']}")
+        self.outlook = {f"forecast/{k}": v for k, v in found.items() if efficient or not k.startswith("slope")}
+        rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
+        epochs = found["share"] * planned / max(1, unique)
+        gain = found.get("anneal_gain", 0.0)
+        advice = plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
+        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
+            advice = self.parallel.broadcast(advice)
+        if advice:
+            self.orchestrator.shorten(advice)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
@@ -1428,7 +1489,7 @@ class Trainer(ByHand):
         sums = torch.zeros(len(names), 4, dtype=double, device=par.device)  # ce, targets, correct; ce as MoD trains
         depth = torch.zeros(len(self.mod), 2, dtype=double, device=par.device)  # tokens kept; agreeing with training
         learned = any(mod.routing == "learned" for mod in self.mod.values())
-        sizes = torch.zeros(len(names), 1, dtype=double)  # bytes
+        sizes, means = torch.zeros(len(names), 1, dtype=double), []  # bytes; loss of each batch
         model.eval()
         for first in range(0, len(self.val_set), rows * count):
             mine = self.val_set[first + index * rows : first + (index + 1) * rows]
@@ -1451,22 +1512,29 @@ class Trainer(ByHand):
                     as_trained = model(x, targets=y)[1]["ce"]
                     model.causal = True
                 sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"], as_trained]).to(double)
+                means.append(parts["ce"] / parts["count"])
             if par.agree([self.stop_signal])[0]:
                 model.train()
                 self.say("evaluation left: a signal came")
                 self.evaluated_at = None
                 return False
         model.train()
-        parts = par.gather((torch.cat([sums.cpu(), sizes], dim=1), depth.cpu()))
-        sums, depth = (torch.stack(part).sum(0) for part in zip(*parts))
+        mine = torch.stack(means).tolist() if means else []
+        parts = par.gather((torch.cat([sums.cpu(), sizes], dim=1), depth.cpu(), mine))
+        *parts, means = zip(*parts)
+        sums, depth = (torch.stack(part).sum(0) for part in parts)
+        means = [x for mine in means for x in mine]
         ce, targets, correct, as_trained, size = sums.sum(0).tolist()
         self.val_loss = ce / targets
         better = self.best_val_loss is None or self.val_loss < self.best_val_loss
         new_best = better and math.isfinite(self.val_loss)
         if new_best:
             self.best_val_loss, self.best_step, self.evaluations_since_best = self.val_loss, self.step, 0
+            self.best_parts, self.rises = means, []
         else:
             self.evaluations_since_best += 1
+            if len(means) == len(self.best_parts):  # the same batches as at the best
+                self.rises = [*self.rises[-1:], plan.paired_rise(np.array(self.best_parts), np.array(means))]
         if cfg.early_stopping_patience and self.evaluations_since_best >= cfg.early_stopping_patience:
             self.say(f"early stop: {self.evaluations_since_best} evaluations without a new best")
             self.stopped_early = True
@@ -1545,7 +1613,7 @@ class Trainer(ByHand):
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
         scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
-        extra |= {"clean": self.orchestrator.clean}
+        extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
 
     # ---- what a run leaves
@@ -1718,7 +1786,8 @@ class Trainer(ByHand):
         times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
         row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
         row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
-        row |= {"health": self.orchestrator.health}
+        row |= {"health": self.orchestrator.health, **self.outlook}
+        self.outlook = {}
         row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
         row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
         row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
@@ -1760,8 +1829,41 @@ class Trainer(ByHand):
         took = clock(time.time() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
+        if state == "finished" and self.main:
+            self.suggest()
         self.write_status(state, code, "" if code == 0 else "the last checkpoint could not be written")
         self.close()
+
+    def suggest(self) -> None:
+        """suggested.yaml: this run's configuration for next time, with what was found on the way and why."""
+        cfg, n = self.cfg, self.counted.n_params()
+        T, cuda = cfg.model.max_seq_len, self.parallel.device.type == "cuda"
+        keys = {
+            k: v for k, v in self.written.items() if k not in ("batch_size", "gradient_accumulation_steps", "max_steps")
+        }
+        keys = {
+            k: v for k, v in keys.items() if k not in ("batch_tokens", "num_epochs", "auto_epoch_scaling", "resume")
+        }
+        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
+        share = used / plan.total_memory(self.parallel.device)
+        unique = sum(s.windows for s in self.sources.values()) * T
+        limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
+        steps, why = plan.auto_steps(self.n_working, unique, self.rows_per_step * T, *limits)
+        asked = self.written.get("batch_size")
+        found = f"as run, {100 * share:.0f} % of the memory used"
+        if asked not in (None, cfg.batch_size):
+            found = f"{asked} was asked for; " + (self.hint or found)
+        lines = [f"# made at the end of {self.out}, {n['total']:,} parameters; the comments say why"]
+        lines += [f"batch_size: {cfg.batch_size}  # {found}"]
+        lines += [f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it"]
+        lines += [f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {cfg.max_steps}"]
+        rolled = len(self.orchestrator.rollbacks)
+        if rolled:
+            keys["learning_rate"] = cfg.learning_rate * Orchestrator.CUT
+            lines += [f"# learning_rate: x {Orchestrator.CUT}, for this run was rolled back {rolled} times"]
+        with contextlib.suppress(OSError):
+            text = "\n".join(lines) + "\n" + yaml.safe_dump(keys, sort_keys=False)
+            (self.out / "suggested.yaml").write_text(text, encoding="utf-8")
 
     def print_sample(self) -> None:
         """Continue sample_prompt with the trained model."""

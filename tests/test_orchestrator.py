@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -770,6 +771,89 @@ def test_current_metrics_are_plain_numbers(tiny):
     assert found["step"] == 5 and found["loss"] == row["loss"] and found["grad_norm"] == row["grad_norm"] > 0
     assert found["throughput"] == pytest.approx(row["tokens_per_second"]) and 0 < found["memory_usage"] < 1
     assert trainer._extract_moe_routing_stats() == trainer.get_expert_statistics()
+
+
+# ---------------------------------------------------------------- length, health
+
+
+def test_auto_epoch_scaling_sets_the_length(tiny):
+    keys = tiny(max_steps=..., auto_epoch_scaling=True, chinchilla_multiplier=0.5)
+    trainer = Trainer(keys)
+    tokens, n = trainer.rows_per_step * 32, trainer.counted.n_params()["active"]
+    assert trainer.cfg.max_steps == round(0.5 * n / tokens)
+    trainer.loader.close()
+    moe = Trainer(keys | {"out_dir": keys["out_dir"] + "2", "model": keys["model"] | MOE})
+    assert moe.cfg.max_steps == round(0.5 * moe.counted.n_params()["active"] / tokens) > trainer.cfg.max_steps
+    moe.loader.close()
+    least = Trainer(keys | {"out_dir": keys["out_dir"] + "3", "min_auto_epochs": 1})
+    assert least.cfg.max_steps == round(sum(s.windows for s in least.sources.values()) * 32 / tokens)
+    least.loader.close()
+    for more in ({"max_steps": 5}, {"min_auto_epochs": 3, "max_auto_epochs": 2}):
+        with pytest.raises(UserError) as e:
+            Trainer(keys | more)
+        assert e.value.code == "E002"
+
+
+def test_the_forecast_is_recorded_and_survives_a_resume(tiny):
+    keys = tiny(**LONG | {"save_interval": 100})
+    keys["orchestrator"] = {"check_interval": 20}
+    whole = run(keys | {"out_dir": keys["out_dir"] + "-whole"})
+    run(keys, at={131: lambda t: t.request_stop()})
+    run(keys)
+    rows = [
+        {r["step"]: r for r in read_lines(f"{out}/metrics.jsonl") if "forecast/final" in r}
+        for out in (keys["out_dir"], whole.out)
+    ]
+    assert len(rows[0]) >= 8 and rows[0].keys() == rows[1].keys()
+    assert all(rows[0][s]["forecast/final"] == rows[1][s]["forecast/final"] for s in rows[0])
+    last = rows[0][max(rows[0])]
+    assert last["forecast/final_low"] < last["forecast/final"] < last["forecast/final_high"]
+    off = run(keys | {"out_dir": keys["out_dir"] + "-off", "enable_loss_landscape": False, "max_steps": 60})
+    assert not [r for r in read_lines(off.out / "metrics.jsonl") if "forecast/final" in r]
+    lean = run(keys | {"out_dir": keys["out_dir"] + "-lean", "enable_compute_efficiency": False, "max_steps": 60})
+    found = [r for r in read_lines(lean.out / "metrics.jsonl") if "forecast/final" in r]
+    assert found and not any(k.startswith("forecast/slope") for r in found for k in r)
+
+
+@pytest.mark.parametrize("act", [False, True])
+def test_a_run_is_cut_short_only_where_that_is_justified_and_allowed(tiny, monkeypatch, act):
+    """The reasons are plan.py's and tested there; here: what is done about them, and that it is done once."""
+    monkeypatch.setattr(train.plan, "justified_stop", lambda *args: "start the decay: for the test")
+    keys = tiny(**LONG | {"lr_schedule": "wsd", "enable_early_stopping": act, "decay_frac": 0.25})
+    keys["orchestrator"] = {"check_interval": 60}
+    trainer = run(keys)
+    assert actions(trainer) == [("length", "start the decay", act)]
+    assert trainer.step == (80 if act else 240)
+    rows = {r["step"]: r["lr"] for r in read_lines(trainer.out / "metrics.jsonl") if "lr" in r}
+    assert rows[60] == 3e-3 and (rows[80] < 6e-4 if act else rows[80] == 3e-3)
+
+
+def test_suggested_yaml_runs_as_it_is(tiny):
+    trainer = run(tiny(max_steps=8))
+    path = trainer.out / "suggested.yaml"
+    cfg, *_ = train.read_config([str(path)])
+    assert cfg.batch_size == trainer.cfg.batch_size and cfg.batch_tokens == trainer.rows_per_step * 32
+    assert cfg.max_steps > 8 and path.read_text().count("#") >= 4
+    again = Trainer([str(path), "--max_steps", "2", "--out_dir", str(trainer.out) + "-again"])
+    assert again.rows_per_step == trainer.rows_per_step and again.fit() == 0
+
+
+def test_health_names_the_cause(tiny):
+    def slow(trainer):
+        following = trainer.loader.next
+
+        def late():
+            time.sleep(0.02)
+            return following()
+
+        trainer.loader.next = late
+
+    keys = tiny(max_steps=40) | {"orchestrator": {"check_interval": 10}}
+    trainer = run(keys, at={1: slow})
+    rows = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r]
+    assert rows[-1]["health"] == "warning" and "waiting for data" in (trainer.out / "train.log").read_text()
+    assert sum(v for k, v in rows[-1].items() if k.startswith("time/")) == pytest.approx(1)
+    assert rows[-1]["time/data"] > 0.3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
+import json
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -179,3 +182,198 @@ def test_env_reports_and_says_when_training_cannot_work(capsys, monkeypatch):
 
 def test_matrix_peak_is_a_speed():
     assert 1e8 < plan.matrix_peak("cpu", torch.float32, 0.05) < 1e15
+
+
+# ---- how long to train
+
+TABLE = {1e17: (24.7e6, 27), 1e18: (80e6, 26), 1e19: (262e6, 24), 1e20: (853e6, 23), 1e21: (2.8e9, 22)}
+TABLE |= {1e22: (9.0e9, 20), 5.76e23: (72e9, 18)}  # FLOPs: parameters, tokens a parameter (research/stability.md 6)
+FLAT = {1e18: (1.75, 1.27, 1.08, 1.02, 1.18, 1.45, 2.13), 1e20: (1.67, 1.23, 1.06, 1.03, 1.21, 1.51, 2.25)}
+EPOCHS = {1: (1, 1), 2: (1.97, 0.94), 4: (3.73, 0.82), 8: (6.6, 0.63), 16: (10.6, 0.38), 32: (14.3, 0.13)}
+
+
+def test_optimum_is_the_refitted_chinchilla():
+    sizes = []
+    for flops, (n, ratio) in TABLE.items():
+        params, tokens = plan.optimum(flops)
+        assert params == pytest.approx(n, rel=0.01) and tokens / params == pytest.approx(ratio, abs=0.5)
+        assert 6 * params * tokens == pytest.approx(flops)
+        assert plan.extra_compute(params, tokens) == pytest.approx(0, abs=1e-9)
+        for off in (0.5, 0.9, 1.1, 2):  # no other shape is as good
+            assert plan.extra_compute(params * off, tokens / off) > 1e-4
+        sizes.append((params, tokens))
+    assert sizes == sorted(sizes) and [d for _, d in sizes] == sorted(d for _, d in sizes)
+
+
+@pytest.mark.parametrize("flops", FLAT)
+def test_the_flat_band_costs_what_the_table_says(flops):
+    for ratio, times in zip((2, 5, 10, 40, 100, 200, 500), FLAT[flops]):
+        c = flops
+        for _ in range(40):  # the compute at this ratio that has the loss of the optimum at `flops`
+            c = flops * (1 + plan.extra_compute((c / 6 / ratio) ** 0.5, (c / 6 * ratio) ** 0.5))
+        assert c / flops == pytest.approx(times, abs=0.0051)
+
+
+def test_repeated_tokens_are_worth_what_muennighoff_says():
+    for epochs, (worth, last) in EPOCHS.items():
+        assert plan.effective_tokens(1e9, epochs * 1e9) / 1e9 == pytest.approx(worth, rel=0.006)
+        assert plan.chinchilla(10**8, 10**9, epochs * 10**9, 6e8)["last_epoch_value"] == pytest.approx(last, abs=0.006)
+    worth = [plan.effective_tokens(100, d) for d in range(1, 10000, 50)]
+    assert worth == sorted(worth) and worth[0] == 1 and worth[-1] < 100 * (1 + plan.REPEAT)
+
+
+def test_plan_of_a_sound_run_and_of_one_without_data():
+    sound = plan.chinchilla(124_000_000, 2_600_000_000, 2_480_000_000, 8.5e8)
+    assert sound["coverage"] == 1 and sound["band"] == "inside" and sound["extra_compute"] < 0.01
+    assert sound["epochs"] == pytest.approx(0.954, abs=1e-3) and not sound["extrapolated"] and not sound["data_limited"]
+    assert len(plan.plan_lines(sound)) == 3 and all(line.startswith("plan  ") for line in plan.plan_lines(sound))
+    # LuminaAI's notebook: a billion parameters on 2.5 million tokens
+    starved = plan.chinchilla(10**9, 2_500_000, 125_000_000, 6e9, moe=True)
+    assert starved["effective_tokens"] == pytest.approx(40e6, rel=0.02) and starved["band"] == "below"
+    assert starved["data_limited"] and 2e6 < starved["fitting_params"][1] < 5e6
+    assert starved["extrapolated"] == ["tokens", "FLOPs"]
+    text = "\n".join(plan.plan_lines(starved))
+    for words in ("50.00 epochs", "extrapolated", "MoE", "beyond 4 epochs", "data-limited", "3.11M parameters"):
+        assert words in text
+    assert "nats" not in text and "loss 2" not in text, "no absolute loss: it would be another text's"
+    assert plan.chinchilla(10**6, 0, 0, 6e6)["epochs"] == 1  # nothing known yet: no division by zero
+
+
+def test_auto_steps_aims_and_clamps():
+    steps, line = plan.auto_steps(1_000_000, 40_000_000, 2048)  # half an epoch, never rounded up to one
+    assert steps == round(20e6 / 2048) and "0.5 epochs" in line and "clamped" not in line
+    steps, line = plan.auto_steps(1_000_000_000, 2_500_000, 2048)
+    assert steps == round(50 * 2.5e6 / 2048) and "clamped to max_epochs 50" in line and "worth 15.8 fresh" in line
+    steps, line = plan.auto_steps(1_000, 2_500_000, 2048, min_epochs=1)
+    assert steps == round(2.5e6 / 2048) and "clamped to min_epochs 1" in line
+    assert plan.auto_steps(1, 10, 2048)[0] == 1
+    assert plan.auto_steps(10**6, 10**8, 2048, 40)[0] == pytest.approx(2 * plan.auto_steps(10**6, 10**8, 2048)[0], abs=1)
+
+
+# ---- the forecast
+
+
+def lr_of(kind):
+    """share of the run -> rate: 3 % warm-up, then the schedule, down to a tenth."""
+
+    def rate(x):
+        if x < 0.03:
+            return max(x, 1e-4) / 0.03
+        if kind == "cosine":
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * (x - 0.03) / 0.97))
+        return {"wsd": min(1, 0.1 + 0.9 * (1 - x) / 0.2), "linear": 1 - 0.9 * (x - 0.03) / 0.97, "constant": 1}[kind]
+
+    return rate
+
+
+def feed(forecast, curve, kind="constant", upto=1.0, steps=1000, noise=0.05, seed=0, start=0):
+    rng = np.random.default_rng(seed)
+    for i in range(start + 1, int(upto * steps) + 1):
+        forecast.add(i * 1e4, i * 1e12, curve(i / steps) + noise * rng.normal(), 1e-3 * lr_of(kind)(i / steps))
+    return forecast.status(steps * 1e4, lambda x: 1e-3 * lr_of(kind)(x))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+def test_forecast_finds_a_power_law_in_noise(kind):
+    def curve(x):
+        return 1.8 + 0.9 * x**-0.3 + 0.15 * lr_of(kind)(x)
+
+    truth = np.mean([curve(x) for x in np.linspace(0.95, 1, 50)])
+    inside, errors = [], {0.25: [], 0.5: [], 0.75: []}
+    for seed in range(5):
+        forecast = plan.Forecast()
+        for begin, upto in ((0, 0.25), (250, 0.5), (500, 0.75)):
+            s = feed(forecast, curve, kind, upto, seed=7 * seed + begin, start=begin)
+            inside.append(s["final_low"] < truth < s["final_high"])
+            errors[upto].append(abs(s["final"] - truth))
+            assert s["share"] == upto and 0 <= s["gained"] <= 1 and s["slope_low"] < s["slope"] < s["slope_high"]
+            assert s["slope_low"] > 0 and s["recommendation"] == "continue"
+    assert sum(inside) >= 14, inside  # of 15, at 90 %
+    assert np.mean(errors[0.25]) < 0.1 and np.mean(errors[0.75]) < 0.04
+    assert s["phase"] == ("annealing" if kind in ("cosine", "linear") else "learning")
+    assert (s["stable_gain"] is None) == (kind in ("cosine", "linear"))
+
+
+def test_forecast_survives_what_a_run_can_bring():
+    forecast = plan.Forecast()
+    assert feed(forecast, lambda x: 5.0, upto=0.003) is None, "3 points"
+    for loss, lr in ((math.nan, 1e-3), (math.inf, 1e-3), (3.0, math.nan)):
+        forecast.add(10**9, 1e15, loss, lr)
+    assert len(forecast.windows) == 3, "what is not finite is left out"
+    forecast.add(3e4, 3e12, 9.0, 1e-3)
+    assert len(forecast.windows) == 3, "a dropped step adds no tokens"
+    with np.errstate(all="raise", under="ignore"):
+        for level in (0.0, 3.0, 1e6):
+            s = feed(plan.Forecast(), lambda x: level, noise=0)
+            assert s["final_low"] <= s["now"] + 1e-3 * level and s["final_high"] >= s["final"]
+            json.dumps(s, allow_nan=False)
+        wild = feed(plan.Forecast(), lambda x: 3.0, noise=100.0)
+        assert wild["final_high"] - wild["final_low"] > 10
+    assert feed(plan.Forecast(), lambda x: 3.0, upto=1.2) is not None, "beyond the plan"
+    forecast = plan.Forecast()
+    feed(forecast, lambda x: 3.0)
+    for planned, rate in ((0, 1.0), (math.nan, 1.0), (1e7, math.nan), (1e7, math.inf)):
+        assert forecast.status(planned, lambda x: rate) is None  # noqa: B023
+    still = plan.Forecast()
+    for i in range(50):
+        still.add(i + 1, 0.0, 3.0, 0.0)
+    assert still.status(100, lambda x: 0.0) is None, "no rate, no forecast"
+
+
+def test_forecast_says_the_phase_and_never_to_stop_under_a_falling_rate():
+    assert feed(plan.Forecast(), lambda x: 3.0, upto=0.025)["phase"] == "warm-up"
+    flat = feed(plan.Forecast(), lambda x: 3.0, upto=0.6, noise=0.002)
+    assert flat["phase"] == "converged?" and "start the decay" in flat["recommendation"]
+    assert feed(plan.Forecast(), lambda x: 3 - 0.02 * math.log(x), upto=0.6, noise=0.002)["phase"] == "flattening"
+    assert feed(plan.Forecast(), lambda x: 3 + x, upto=0.6, noise=0.002)["phase"] == "rising"
+    for upto in (0.3, 0.45, 0.6, 0.99):
+        assert feed(plan.Forecast(), lambda x: 3.0, "cosine", upto, noise=0.002)["recommendation"] == "continue"
+    forecast = plan.Forecast()
+    feed(forecast, lambda x: 3 + x**-0.3)
+    assert "data repeats (epoch 5.0)" in forecast.status(1e7, lr_of("constant"), 2e6)["recommendation"]
+
+
+def test_forecast_state_is_small_json_and_gives_the_same_bits():
+    whole, first, second = plan.Forecast(), plan.Forecast(), plan.Forecast()
+    for i in range(1, 5001):
+        if i == 2222:
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for f in (whole, first if i < 2222 else second):
+            f.add(i * 512, i * 1e9, 3 + 20 / (i + 99) + math.sin(i * i) / 20, 1e-3)
+    assert second.state_dict() == whole.state_dict()
+    assert second.status(4e6, lr_of("constant")) == whole.status(4e6, lr_of("constant"))
+    assert len(whole.windows) < 256 and len(json.dumps(whole.state_dict())) < 30_000
+    assert sum(w[2] for w in whole.windows) / len(whole.windows) == pytest.approx(
+        np.mean([3 + 20 / (i + 99) + math.sin(i * i) / 20 for i in range(1, len(whole.windows) * whole.per + 1)])
+    )
+    whole.add(1000 * 512, 1e12, 3.0, 1e-3)  # rolled back: what lay beyond is forgotten
+    assert whole.windows[-1][0] < 1000 * 512 and whole.status(4e6, lr_of("constant"))["share"] < 0.13
+
+
+# ---- stopping
+
+
+def test_paired_rise_is_calibrated_and_finds_a_small_rise():
+    rng = np.random.default_rng(0)
+    for rows in (8, 40, 400):
+        p = np.array([plan.paired_rise(np.zeros(rows), d) for d in rng.normal(size=(5000, rows))])
+        for level in (0.5, 0.05, 0.01):
+            assert abs((p < level).mean() - level) < 4 * (level / 5000) ** 0.5  # 4 sd of a binomial
+        assert (p < 1e-3).sum() <= 14
+    hard = rng.normal(3, 1, 400)  # rows differ by much more than the rise: pairing is what finds it
+    assert plan.paired_rise(hard, hard + 0.02 + rng.normal(0, 0.05, 400)) < 1e-6
+    assert plan.paired_rise(hard, hard - 0.02 + rng.normal(0, 0.05, 400)) > 0.99
+    for best, now in ((hard, hard), (hard[:5], hard[:5] + 1), (hard, hard * np.nan), ([], [])):
+        assert plan.paired_rise(best, now) == 1.0
+
+
+def test_a_stop_is_justified_only_by_these_two():
+    assert plan.justified_stop("wsd", [0.1, 0.004, 0.004, 0.004]).startswith("start the decay")
+    for gains in ([], [0.004] * 2, [0.004, 0.006, 0.004], [0.004, None, 0.004]):
+        assert plan.justified_stop("wsd", gains) is None
+    for schedule in ("cosine", "linear", "constant", "onecycle"):
+        assert plan.justified_stop(schedule, [0.0] * 9) is None
+    over = {"rise_ps": [0.5, 1e-4, 1e-5], "epochs": 3, "rise": 0.05, "anneal_gain": 0.02}
+    assert plan.justified_stop("cosine", **over).startswith("stop: the validation loss rises")
+    for change in ({"rise_ps": [1e-5]}, {"rise_ps": [1e-5, 0.01]}, {"epochs": 0.9}, {"anneal_gain": 0.06}):
+        assert plan.justified_stop("cosine", **(over | change)) is None
