@@ -65,8 +65,8 @@ class Divergence:
     """Whether the loss has left its course: a conformal e-CUSUM with an effect floor (research/stability.md 2).
 
     Residual r = loss - where the last 64 accepted losses lead (the medians of their halves, and the slope between them
-    where it falls). Its rank among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against "this run is
-    healthy" that no healthy run can win on average; E multiplies the bets and restarts at 1. confidence =
+    where it falls). The rank of r - sigma among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against
+    "this run is healthy" that no healthy run can win on average; E multiplies the bets and restarts at 1. confidence =
     E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64 nothing is accepted (128 turns of that without an
     alarm: a new level that does not matter, and all begins anew), nor is a single r above the floor: 6 deviations, 0.1
     nats, 2 % of the loss. An alarm also needs the median of the last 7 residuals above it. So one outlier is no alarm,
@@ -79,7 +79,7 @@ class Divergence:
         self.losses: deque = deque(maxlen=self.TREND)  # accepted
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
         self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
-        self.E, self.began, self.frozen, self.residual = 1.0, 0, 0, 0.0
+        self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
 
     def add(self, turn: int, loss: float) -> None:
         if len(self.losses) < self.TREND // 2:
@@ -91,7 +91,10 @@ class Divergence:
             self.residuals.append((turn, self.residual))
             return
         self.last.append((turn, self.residual))
-        n = sum(r >= self.residual for _, r in self.residuals)
+        if self.sigma is None or turn % 16 == 0:
+            self.sigma = self.spread()
+        low = self.residual - self.sigma  # the allowance of a CUSUM: less than that is curvature, not a fault
+        n = sum(r >= low for _, r in self.residuals)
         if self.E <= 1.0:
             self.began = turn
         self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
@@ -164,11 +167,12 @@ class Divergence:
         self.__init__()
 
     def state(self) -> dict:
-        names = ("losses", "residuals", "last", "E", "began", "frozen", "residual")
+        names = ("losses", "residuals", "last", "E", "began", "frozen", "residual", "sigma")
         return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
 
     def load(self, s: dict) -> None:
         self.losses.extend(s["losses"])
         self.residuals.extend(map(tuple, s["residuals"]))
         self.last.extend(map(tuple, s["last"]))
-        self.E, self.began, self.frozen, self.residual = s["E"], s["began"], s["frozen"], s["residual"]
+        for name in ("E", "began", "frozen", "residual", "sigma"):
+            setattr(self, name, s[name])

@@ -64,9 +64,7 @@ class Config:
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
-    auto_epoch_scaling: bool = (
-        False  # max_steps from the model's size: chinchilla_multiplier tokens an active parameter
-    )
+    auto_epoch_scaling: bool = False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
     chinchilla_multiplier: float = 20.0  # tokens an active parameter; the optimum is flat from 10 to 40
     min_auto_epochs: float = 0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
     max_auto_epochs: float = 50.0  # ... and at most so often
