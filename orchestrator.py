@@ -136,10 +136,8 @@ class Orchestrator:
     WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
     AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
-    SAVED = (
-        "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps alarm "
-    )
-    SAVED = (SAVED + "advised reason").split()
+    SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
+    SAVED = f"{SAVED} alarm advised reason".split()
     OUTCOME = 100  # turns after which a rollback is judged
 
     def __init__(self, trainer):
@@ -155,11 +153,7 @@ class Orchestrator:
         self.unbalanced, self.failures, self.letting = {}, {}, False
         self.at, self.together, self.gaps, self.advised = t.cursor, 0, 0, []
         self.seconds, self.health, self.causes = 0.0, "healthy", []
-        self.checked, self.paces, self.slow = (
-            None,
-            [],
-            0,
-        )  # what was counted at the last check; steps/s of the first ones
+        self.checked, self.slow, self.paces = None, 0, []  # counters at the last check; steps/s at the first ones
         words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
         self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
         self.commands = t.out / "control.jsonl"
@@ -206,6 +200,7 @@ class Orchestrator:
         """
         began = time.perf_counter()
         bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (lost > 0) | self.halted
+        self.halted = self.halted | (lost > 0)  # on CUDA the host learns of it a turn late: that turn is void too
         exploded = torch.zeros_like(bad)
         if self.mode == "replay":
             if any(row["action"] == "drop" and row["trigger"] == "explosion" for row in self.at_cursor()):
@@ -304,13 +299,13 @@ class Orchestrator:
         if not scaling and self.watching:
             self.bad_turns.append(turn)
             often = len(self.bad_turns) == self.OFTEN and turn - self.bad_turns[0] < self.AMONG
-            if self.in_a_row >= self.IN_A_ROW or often:
+            if self.in_a_row % self.IN_A_ROW == 0 or often:
                 n, onset = self.in_a_row, self.bad_turns[0] if often else turn - self.in_a_row + 1
                 said = f"{n} steps in a row not finite" if not often else f"{self.OFTEN} in {self.AMONG} not finite"
                 self.bad_turns.clear()
-                self.in_a_row = 0
                 self.todo.append(lambda: self.recover("nonfinite", onset, 1.0, "observed", f"{said}; {self.reason}"))
                 if self.acting and self.cfg.enable_emergency_recovery:
+                    self.in_a_row = 0
                     return
         if self.in_a_row >= self.LIMIT:
             text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {self.reason}"
@@ -342,13 +337,7 @@ class Orchestrator:
             if c.alarm(self.cfg.intervention_threshold):
                 floor, onset = c.floor(), c.onset()
                 stat = {"E": c.E, "onset": onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation(onset)}
-                self.alarm = {
-                    "turn": turn,
-                    "onset": onset,
-                    "peak": c.excess(7),
-                    "until": turn + self.WAIT,
-                    "waits": 0,
-                }
+                self.alarm = {"turn": turn, "onset": onset, "until": turn + self.WAIT, "peak": c.excess(7), "waits": 0}
                 said = f"the loss is {c.excess(7):.3f} nats above its course, floor {floor:.3f}; most spikes heal"
                 more = {"stat": stat, "confidence": c.confidence, "basis": "evalue"}
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
@@ -390,15 +379,8 @@ class Orchestrator:
         else:
             lr = self.CUT if level == 3 else 1.0
             reason += f"; {self.worst()}"
-            row = self.decide(
-                trigger,
-                "rollback",
-                reason,
-                level,
-                do=lambda: self.go_back(source, onset, lr),
-                blocked=blocked,
-                **more,
-            )
+            more |= {"do": lambda: self.go_back(source, onset, lr), "blocked": blocked}
+            row = self.decide(trigger, "rollback", reason, level, **more)
             if row["executed"]:
                 self.due.append({"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": "rollback"})
         if not row["executed"]:  # shadow: say it once, then follow the new course
@@ -469,19 +451,11 @@ class Orchestrator:
         self.last_source, self.alarm, self.in_a_row = t.step, None, 0
         if lr != 1.0:
             self.cut = [self.turn, lr]
-        skipped = [before["step"] - t.step, t.cursor]
         args = {"to_step": t.step, "next_row": t.cursor, "lr_mult": lr, "onset": onset}
-        from_memory = isinstance(source, dict)
-        args |= {
-            "to_cursor": source["cursor"] if from_memory else None,
-            "from": "memory" if from_memory else str(source),
-        }
-        return {
-            "args": args,
-            "before": before,
-            "after": {"step": t.step, "tokens": t.tokens},
-            "cost": {"steps": skipped[0]},
-        }
+        memory = isinstance(source, dict)
+        args |= {"from": "memory" if memory else str(source), "to_cursor": source["cursor"] if memory else None}
+        after = {"step": t.step, "tokens": t.tokens}
+        return {"args": args, "before": before, "after": after, "cost": {"steps": before["step"] - t.step}}
 
     def lr_factor(self) -> float:
         """What the schedule is multiplied by: exactly 1.0 in a run nobody touched."""
@@ -807,7 +781,8 @@ class Orchestrator:
         """Carry out a decision of the run that is repeated."""
         action, args = row["action"], row.get("args") or {}
         if action.startswith("rollback"):
-            source = self.targets[args["to_cursor"]] or args["from"]
+            own = self.trainer.out / Path(args["from"]).name  # this run's own checkpoint of that step, if it has one
+            source = self.targets.get(args["to_cursor"]) or (str(own) if own.exists() else args["from"])
 
             def do():
                 return self.go_back(source, args["onset"], args["lr_mult"])
@@ -821,6 +796,8 @@ class Orchestrator:
         elif row["trigger"] == "length":
             self.trainer.stopped_early |= action == "stop"
             self.trainer.cfg.max_steps = args.get("max_steps", self.trainer.cfg.max_steps)
+        elif row["trigger"] == "oom":
+            self.trainer.set_micro_batch(args["new_size"])
         elif row["trigger"] == "user" and action in METHODS:
             getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(self.trainer, action)(*args)
 
@@ -844,6 +821,8 @@ class Orchestrator:
         for name in (*self.SAVED, "turn"):
             setattr(self, name, s[name])
         self.course.load(s["course"])
+        if self.alarm:
+            self.alarm.pop("acting", None)  # it had been decided and not done yet
         self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
         self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys

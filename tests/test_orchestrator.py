@@ -183,6 +183,15 @@ def test_idle_is_identical(tiny, kind, schedule, accumulate, dropout):
     same_in_all_modes(tiny, kind, schedule, accumulate, dropout)
 
 
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+def test_idle_is_identical_when_compiled(tiny, kind):
+    found = []
+    for mode in ("off", "act"):
+        keys = tiny(mode, KINDS[kind], compile_model=True, max_steps=50, save_interval=0)
+        found.append(tensors(run(keys | {"orchestrator": {"mode": mode, "snapshot_interval": 10}})))
+    assert equal(*found)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
