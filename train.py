@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import typing
@@ -101,6 +103,7 @@ class Config:
     wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
     wandb_entity: str | None = None  # team or user
     wandb_run_name: str | None = None  # null: the name of out_dir
+    picture: bool = False  # draw out_dir/training.png at checkpoints, in a process of its own (pip install matplotlib)
     tensorboard: bool = False  # write out_dir/tensorboard (pip install tensorboard)
     sample_prompt: str | None = None  # print a continuation of this at the end of the run
     # machine
@@ -618,7 +621,7 @@ class Trainer(ByHand):
             words = config if isinstance(config, list) else [str(config)]
             self.cfg, self.written, notes, _ = read_config(words)
         self.started = time.time()
-        self.bar, self.log_file, self.wandb, self.board = None, None, None, None
+        self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
@@ -1123,6 +1126,8 @@ class Trainer(ByHand):
         self.write_status("running")
         if cfg.wandb_project:
             self.wandb = start_wandb(cfg, self.say)
+        if cfg.picture and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("E003", "picture: true needs its package: pip install matplotlib")
         if cfg.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1595,9 +1600,21 @@ class Trainer(ByHand):
             with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
                 self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
             self.say(f"saved      {final}, {time.perf_counter() - began:.1f} s")
+            if self.cfg.picture and self.main:
+                self.draw()
         self.clock += time.perf_counter() - began
         self.lap("checkpoint")
         return not failed
+
+    def draw(self) -> None:
+        """out_dir/training.png, by a process of its own with the lowest priority: no step waits for it."""
+        if self.drawing is None or self.drawing.poll() is not None:  # else the last one is still at it
+            words = [sys.executable, str(Path(__file__).parent / "bench.py"), "picture", str(self.out)]
+            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+            env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            with contextlib.suppress(OSError):
+                self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
 
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
