@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from test_train import Halves, fake_fp16
 
 import checkpoint
 import orchestrator
@@ -272,6 +273,19 @@ def test_shadow_and_off_leave_an_explosion_alone(tiny):
     assert actions(shadow) == [("explosion", "drop", False)]
 
 
+def test_an_explosion_is_no_overflow_to_the_scaler_of_fp16(tiny, monkeypatch):
+    """fp16's arithmetic on the CPU: an explosion is dropped and the scale stays; an overflow halves it, and is none."""
+    monkeypatch.setattr(train.plan, "machine", fake_fp16(train.plan.machine))
+    keys = tiny(precision="mixed_fp16", **LONG | {"max_steps": 80})
+    for times, trigger in ((300.0, "explosion"), (float("inf"), "nonfinite")):
+        trainer = Trainer(keys | {"out_dir": keys["out_dir"] + trigger}, Faulty)
+        trainer.scale.fill_(1024.0)
+        trainer.parallel.trainer, trainer.parallel.at, trainer.parallel.times = trainer, (60,), times
+        assert trainer.fit() == 0
+        assert (trigger, "drop", True) in actions(trainer) and trainer.orchestrator.dropped == 1
+        assert trainer.scale.item() == (1024.0 if trigger == "explosion" else 512.0)
+
+
 ONE_OF_TWO = """
 import json, os, sys, time, torch, torch.distributed as dist
 from conftest import ROOT
@@ -310,6 +324,10 @@ for fault, keys in json.loads(sys.argv[1]).items():
         trainer.model.blocks[1].register_forward_pre_hook(too_large)
     if fault == "flip":
         trainer.orchestrator.act = flip
+    if fault == "commands" and not mine:
+        lines = json.loads(sys.argv[2])
+        with open(trainer.out / "control.jsonl", "w") as f:
+            f.write("".join(json.dumps({"method": m, "args": a}) + chr(10) for m, a in lines))
     if fault == "slow" and mine:
         trainer.model.blocks[1].register_forward_pre_hook(lambda m, i: time.sleep(0.02))
     assert trainer.fit() == 0
@@ -318,16 +336,38 @@ os._exit(0)
 """
 
 
+COMMANDS = [["add_expert", [0]], ["prune_expert", [0, 1, True]], ["_initialize_new_expert", [[0, 4], [2, 3]]]]
+COMMANDS += [["adjust_capacity_factor", [1.0]], ["adjust_routing_temperature", [1.5]], ["enable_expert_dropout", [0.2]]]
+COMMANDS += [["get_expert_statistics", []], ["adjust_mod_capacity", [0.25]], ["get_mod_statistics", []]]
+COMMANDS += [["adjust_batch_size", [1]], ["_recreate_dataloader", [None]], ["get_current_metrics", []]]
+COMMANDS += [["_extract_moe_routing_stats", []], ["_calculate_throughput", []], ["emergency_lr_reduction", [2.0]]]
+COMMANDS += [
+    ["adjust_weight_decay", [0.05]],
+    ["_update_optimizer_param_groups", ["eps", 1e-6]],
+    ["rollback_steps", [1]],
+]
+
+
 def test_what_befalls_one_rank_of_two(tiny, tmp_path):
     """A gradient that is not finite in one micro-step, memory that runs out half-way, a weight that changed: the other
     rank follows, and nothing is lost."""
     base = tiny("whole", {"dropout": 0.0}, max_steps=60, batch_size=2, save_interval=0, warmup_steps=5)
     base["orchestrator"] = {"check_interval": 10, "snapshot_interval": 10}
     jobs = {name: base | {"out_dir": str(tmp_path / name)} for name in ("whole", "infinite", "memory", "flip", "slow")}
+    jobs["commands"] = tiny("commands", KINDS["hybrid"], max_steps=14, batch_size=2) | {
+        "orchestrator": {"check_interval": 1}
+    }
     (tmp_path / "one_of_two.py").write_text(ONE_OF_TWO)
     path = f"{ROOT}:{ROOT}/tests"
-    result = run_python(tmp_path / "one_of_two.py", json.dumps(jobs), ranks=2, PYTHONPATH=path, timeout=300)
+    result = run_python(
+        tmp_path / "one_of_two.py", json.dumps(jobs), json.dumps(COMMANDS), ranks=2, PYTHONPATH=path, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-2000:]
+    done = read_lines(tmp_path / "commands" / "decisions.jsonl")
+    assert not [r for r in done if r.get("trigger") == "desync"], "the weights of both ranks were compared at each step"
+    assert [r["action"] for r in done if r["trigger"] == "user"] == [name for name, _ in COMMANDS]
+    assert {r["action"]: r["reason"] for r in done if not r["executed"]}.keys() <= {"_initialize_new_expert"}
+    assert {r["turn"] for r in done} == {2} and done[-1]["args"]["to_step"] == 0
     rows = {name: read_lines(tmp_path / name / "decisions.jsonl") for name in list(jobs)[1:4]}
     (row,) = rows["infinite"]
     assert (row["step"], row["trigger"]) == (20, "nonfinite") and "blocks.1.ffn.w2 is not finite on rank 1" in row[
@@ -473,6 +513,57 @@ def test_rollback_by_hand_restores_the_moments(tiny):
     assert trainer.fit() == 0
     assert kept["answer"]["executed"] and kept["step"] == 40 and equal(kept["now"], states[40])
     assert kept["refused"]["refused"] == "E309" and not kept["refused"]["executed"]
+
+
+def test_rollback_where_a_tensor_lives_in_pieces(tiny):
+    """The seam that sharding uses: the same run, every tensor snapshot in two regions."""
+    keys = tiny(**LONG | {"min_lr": 1e-5}) | {"orchestrator": {"snapshot_interval": 20}}
+    plain, halves = (
+        run(keys | {"out_dir": keys["out_dir"] + p.__name__}, p, {150: glitch}) for p in (Parallel, Halves)
+    )
+    assert ("divergence", "rollback", True) in actions(halves) and equal(tensors(plain), tensors(halves))
+
+
+# ---------------------------------------------------------------- experts
+
+
+def kill_expert(trainer):
+    """Nothing goes to expert 1 of the first layer any more, whatever the bias does."""
+    router = trainer.moe[0].router
+    forward = router.select
+
+    def without(choice):
+        choice = forward(choice).clone()
+        choice[:, 1] = -1e9
+        return choice
+
+    router.select = without
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_experts_that_stay_unbalanced(tiny, allowed):
+    """The bias gets twice its rate, then the loss its weight, each for ten checks and back; then a dead one is re-made,
+    where that is allowed, and the run is saved before."""
+    block = {"check_interval": 5, "enable_architecture_adaptation": allowed}
+    keys = tiny(model=MOE, **LONG | {"max_steps": 230, "batch_size": 2}) | {"orchestrator": block}
+    trainer = run(keys, at={1: kill_expert})
+    rows = [d for d in decisions(trainer) if d.get("trigger") == "experts"]
+    seen = [(d["action"], d["executed"], d.get("value")) for d in rows]
+    rate, weight = trainer.cfg.model.bias_update_rate, trainer.cfg.model.aux_loss_weight
+    assert seen[:4] == [
+        ("set bias_update_rate", True, 2 * rate),
+        ("set bias_update_rate", True, rate),
+        ("set aux_loss_weight", True, 2 * weight),
+        ("set aux_loss_weight", True, weight),
+    ]
+    assert rows[1]["turn"] - rows[0]["turn"] == 10 * 5 + 1 or rows[1]["turn"] - rows[0]["turn"] == 10 * 5
+    verdicts = [d["verdict"] for d in decisions(trainer) if d.get("kind") == "outcome"]
+    assert verdicts[:2] == ["did not help"] * 2
+    assert seen[4][:2] == ("re-seed a dead expert", allowed)
+    done = [d for d in decisions(trainer) if d.get("action") == "recycle_expert"]
+    assert bool(done) == allowed and (not done or done[0]["step"] in checkpoint.list_steps(trainer.out))
+    healthy = run(keys | {"out_dir": keys["out_dir"] + "-healthy"})
+    assert decisions(healthy) == []
 
 
 # ---------------------------------------------------------------- replay
