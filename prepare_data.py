@@ -696,7 +696,8 @@ def holding(out: str):
             import fcntl
 
             handle = os.open(out, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finished = os.path.exists(os.path.join(out, "manifest.json"))  # then it is only read, by any number
+            fcntl.flock(handle, (fcntl.LOCK_SH if finished else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise UserError("E117", f"another process is writing to {out}") from None

@@ -292,6 +292,9 @@ def test_foreign_folders(tmp_path):
     with P.holding(str(tmp_path / "held")):
         with pytest.raises(UserError, match="E117.*another process"):
             P.prepare(["synthetic:10"], str(tmp_path / "held"), "bytes", quiet=True)
+    made = P.prepare(["synthetic:10"], str(tmp_path / "done"), "bytes", quiet=True)
+    with P.holding(str(tmp_path / "done")):  # two runs that start at once on finished data
+        assert P.prepare(["synthetic:10"], str(tmp_path / "done"), "bytes", quiet=True) == made
 
 
 # --- shards and splits ------------------------------------------------------------------------------------------------
