@@ -24,7 +24,8 @@ from errors import UserError
 
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 DEPTH = 4  # micro-batches read ahead
-WAITS = (0.3, 1.0)  # seconds before the second and the third try to read a shard that changed
+WAITS = (0.3, 1.0)  # seconds before the second and the third try to read a shard
+PATIENCE = (3.0, 5.0)  # and before two more where the disk itself fails (EIO, ESTALE, ...): network disks come back
 
 
 @functools.lru_cache(maxsize=64)  # thousands of shards would meet the limit of open files; the last user closes
@@ -62,23 +63,32 @@ class Shard:
             raise UserError(*(("E111", text) if len(shape) == 1 and self.dtype == dtype else ("E112", text + fix)))
 
     def read(self, first: int, n: int) -> np.ndarray:
-        """Tokens [first, first + n). E111 if the file changed under the run and is not soon back as it was.
+        """Tokens [first, first + n). E111 if the file changed under the run and is not soon back as it was, or if the
+        disk goes on failing.
         Not memory-mapped: whoever reads a mapping past the end of a file that was just truncated is killed (SIGBUS)."""
         n, at = n * self.dtype.itemsize, self.offset + first * self.dtype.itemsize
-        for wait in (0, *WAITS):
+        disk = None  # what it said, if it was the disk that failed and not the file that is another one
+        for wait in (0, *WAITS, *PATIENCE):
+            if wait in PATIENCE and not disk:
+                break
             try:
                 if wait:  # somebody may be copying it back: the same size and header are taken as the same file
                     time.sleep(wait)
                     self.stamp = Shard(self.path, self.tokens, self.dtype).stamp
                 stat = os.stat(self.path)
-                found = f"now it has {stat.st_size}"
+                found, disk = f"now it has {stat.st_size}", None
                 if (stat.st_size, stat.st_mtime_ns) == self.stamp:
                     file = opened(self.path, *self.stamp)  # held, so that no other thread closes it
                     if len(data := os.pread(file.fileno(), n, at)) == n:
                         return np.frombuffer(data, self.dtype)
             except (OSError, UserError) as error:
                 found = f"now: {getattr(error, 'text', error)}"
+                cause = error if isinstance(error, OSError) else error.__context__  # Shard's may come from the disk's
+                disk = cause if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else None
                 opened.cache_clear()  # a stale handle of a network disk
+        if disk:
+            tried = f"tried again for {sum(WAITS + PATIENCE):g} s"
+            raise UserError("E111", f"shard {self.path} cannot be read, {tried}: {disk}")
         raise UserError("E111", f"shard {self.path} changed under the run: it had {self.stamp[0]} bytes, {found}")
 
 

@@ -625,7 +625,7 @@ class Trainer(ByHand):
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
-        self.stop_signal = self.save_signal = 0
+        self.stop_signal = self.save_signal = self.left = 0
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
         self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
@@ -1123,6 +1123,9 @@ class Trainer(ByHand):
                     shutil.copyfile(self.tokenizer_dir / name, self.out / name)
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
+        if self.step and self.best_step is not None:  # a process that was killed may have saved and not yet said so
+            with contextlib.suppress(OSError):
+                checkpoint.write_json(self.out / "best.json", {"step": self.best_step, "val_loss": self.best_val_loss})
         self.write_status("running")
         if cfg.wandb_project:
             self.wandb = start_wandb(cfg, self.say)
@@ -1180,10 +1183,12 @@ class Trainer(ByHand):
                     self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
-            here = self.step != self.started_at or (last and self.evaluated_at != self.step)
+            owed = self.evaluated_at != self.step and (last or self.step > 0)  # left for a signal, before this start
+            here = self.step != self.started_at or owed
             due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
             due_eval = due_save or wants_save or rolled or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
             new_best = (here or rolled) and due_eval and not stop and self.evaluate()
+            stop = stop or self.left
             last = last or self.stopped_early
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
             moved = self.step != self.started_at
@@ -1501,8 +1506,12 @@ class Trainer(ByHand):
                 if not chosen:
                     continue
                 window = np.full((rows, T + 1), -1, dtype=np.int64)  # short batches are padded with ignored rows
-                for r, i in enumerate(chosen):
-                    window[r] = self.val_sources[name].window(i)
+                try:
+                    for r, i in enumerate(chosen):
+                        window[r] = self.val_sources[name].window(i)
+                except UserError as error:  # the other ranks are about to agree: they learn it there
+                    self.data_error = error
+                    break
                 x, y = window[:, :-1].clip(min=0), window[:, 1:]
                 sizes[k] += int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
                 x, y = self.to_device(np.ascontiguousarray(x)), self.to_device(np.ascontiguousarray(y))
@@ -1516,10 +1525,14 @@ class Trainer(ByHand):
                     model.causal = True
                 sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"], as_trained]).to(double)
                 means.append(parts["ce"] / parts["count"])
-            if par.agree([self.stop_signal])[0]:
+            self.left, failed = par.agree([self.stop_signal, int(self.data_error is not None)])
+            if self.left or failed:
                 model.train()
-                self.say("evaluation left: a signal came")
                 self.evaluated_at = None
+                if failed:
+                    self.save()
+                    par.together(self.raise_data_error)
+                self.say("evaluation left: a signal came")
                 return False
         model.train()
         mine = torch.stack(means).tolist() if means else []
@@ -1903,7 +1916,8 @@ class Trainer(ByHand):
         if self.board:
             self.board.close()
         if self.log_file:
-            self.log_file.close()
+            with contextlib.suppress(OSError):  # what was still to be written may not fit on the disk
+                self.log_file.close()
             self.log_file = None
         self.parallel.close()
 

@@ -95,10 +95,40 @@ def test_damage_is_found_and_named(tmp_path):
         damaged(lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}, "tensors": {}}'))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank_00000.safetensors", "rank_00001.safetensors"])
+def test_no_flipped_bit_and_no_cut_is_believed(tmp_path, name):
+    """At each 5th byte of each file: the damaged one is named and passed over, or what it says is what was saved."""
+    want = {1: tensors(), 2: {k: t + 1 for k, t in tensors().items()}}
+    for step, named in want.items():
+        save(tmp_path, step, named, 2, tokens=1000 * step)
+    file = checkpoint.step_dir(tmp_path, 2) / name
+    whole, passed = file.read_bytes(), 0
+    for at in range(0, len(whole), 5):
+        for damaged in (whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :], whole[:at]):
+            file.write_bytes(damaged)
+            said = []
+            found = checkpoint.find(tmp_path, say=said.append)
+            assert (found.step == 1) == ("E303: passed over" in "".join(said)), (at, said)
+            passed += found.step == 1
+            assert found.state == {"step": found.step, "tokens": 1000 * found.step, "format": 1}, at
+            for key, t in want[found.step].items():
+                assert torch.equal(found.read(key), t), (at, key)
+    assert passed > 0.3 * len(whole)
+
+
+def test_a_manifest_of_before_it_had_a_checksum_is_read(tmp_path):
+    folder = save(tmp_path, 5, tensors(), 2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert torch.equal(checkpoint.find(tmp_path).read("model.a"), tensors()["model.a"])
+
+
 def test_a_missing_piece_is_not_made_up(tmp_path):
     folder = save(tmp_path, 5, tensors(), 2)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tensors"]["model.a"]["pieces"].pop()
+    manifest["sha256"] = checkpoint.digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="E303.*model.a"):
         checkpoint.Checkpoint(folder).read("model.a")
@@ -120,9 +150,10 @@ def test_find_takes_newest_best_or_the_one_named(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="E304"):
             checkpoint.find(missing)
-    (tmp_path / "best.json").unlink()
-    with pytest.raises(UserError, match="E304.*best.json"):
-        checkpoint.find(tmp_path, best=True)
+    for damaged in ("", '{"step"', "[]", '{"step": null}', None):
+        (tmp_path / "best.json").unlink() if damaged is None else (tmp_path / "best.json").write_text(damaged)
+        with pytest.raises(UserError, match="E304.*best.json"):
+            checkpoint.find(tmp_path, best=True)
 
 
 def test_clean_up_after_a_crash(tmp_path):
@@ -135,6 +166,16 @@ def test_clean_up_after_a_crash(tmp_path):
     checkpoint.clean_up(tmp_path)
     assert checkpoint.list_steps(tmp_path) == [1, 2] and len(list(tmp_path.iterdir())) == 2
     assert checkpoint.find(tmp_path).step == 2
+
+
+def test_half_a_line_is_cut_off(tmp_path):
+    save(tmp_path, 1, tensors())
+    many = "{}\n" * 400_000  # more than is looked at
+    for whole, half in (("", ""), ("", '{"a"'), ("{}\n{}\n", ""), ("{}\n", '{"a": 1'), (many, '{"a": 1')):
+        (tmp_path / "metrics.jsonl").write_text(whole + half)
+        checkpoint.clean_up(tmp_path)
+        assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert not (tmp_path / "decisions.jsonl").exists()
 
 
 def test_saving_over_a_name_replaces_it(tmp_path):

@@ -1,6 +1,7 @@
 """The loader: no token lost or padded, an order that depends on the cursor only, and every broken file named."""
 
 import collections
+import errno
 import json
 import os
 import pickle
@@ -67,6 +68,7 @@ def fails(code, f, *args, **kwargs):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(loader, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(loader, "PATIENCE", (0.03, 0.04))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,6 +472,40 @@ def test_stale_handle(tmp_path, quick, monkeypatch):
 
     monkeypatch.setattr(os, "pread", pread)
     assert source.window(3)[0] == 30
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(tmp_path, quick, monkeypatch, number):
+    path = write(tmp_path / "d", [50])
+    source, tries, waits = Source(path, "train", 10), [], []
+
+    def failing(times, real):
+        def call(*args):
+            tries.append(args)
+            if len(tries) <= times:
+                raise OSError(number, os.strerror(number), *args[:1] if real is os.stat else ())
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(loader.time, "sleep", waits.append)
+    for name in ("pread", "stat"):
+        for times in (2, 4):  # of five tries
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, failing(times, getattr(os, name)))
+                assert source.window(3)[0] == 30
+            assert len(tries) > times and waits == [*loader.WAITS, *loader.PATIENCE][:times]
+            tries.clear()
+            waits.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, failing(99, getattr(os, name)))
+            text = fails("E111", source.window, 3)
+        assert "cannot be read" in text and os.strerror(number) in text and "train_00000.npy" in text
+        assert waits == [*loader.WAITS, *loader.PATIENCE]
+        tries.clear()
+        waits.clear()
+    os.truncate(os.path.join(path, "train_00000.npy"), 200)  # nothing comes back from this: it is named at once
+    assert "changed" in fails("E111", source.window, 3) and waits == [*loader.WAITS]
 
 
 def test_shard_comes_back_in_time(tmp_path, monkeypatch):

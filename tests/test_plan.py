@@ -247,7 +247,7 @@ def test_auto_steps_aims_and_clamps():
     steps, line = plan.auto_steps(1_000, 2_500_000, 2048, min_epochs=1)
     assert steps == round(2.5e6 / 2048) and "clamped to min_epochs 1" in line
     assert plan.auto_steps(1, 10, 2048)[0] == 1
-    assert plan.auto_steps(10**6, 10**8, 2048, 40)[0] == pytest.approx(2 * plan.auto_steps(10**6, 10**8, 2048)[0], abs=1)
+    assert plan.auto_steps(10**6, 10**8, 2000, 40)[0] == 2 * plan.auto_steps(10**6, 10**8, 2000)[0] == 20_000
 
 
 # ---- the forecast
@@ -304,7 +304,7 @@ def test_forecast_survives_what_a_run_can_bring():
     assert len(forecast.windows) == 3, "a dropped step adds no tokens"
     with np.errstate(all="raise", under="ignore"):
         for level in (0.0, 3.0, 1e6):
-            s = feed(plan.Forecast(), lambda x: level, noise=0)
+            s = feed(plan.Forecast(), lambda x, level=level: level, noise=0)
             assert s["final_low"] <= s["now"] + 1e-3 * level and s["final_high"] >= s["final"]
             json.dumps(s, allow_nan=False)
         wild = feed(plan.Forecast(), lambda x: 3.0, noise=100.0)
@@ -313,7 +313,7 @@ def test_forecast_survives_what_a_run_can_bring():
     forecast = plan.Forecast()
     feed(forecast, lambda x: 3.0)
     for planned, rate in ((0, 1.0), (math.nan, 1.0), (1e7, math.nan), (1e7, math.inf)):
-        assert forecast.status(planned, lambda x: rate) is None  # noqa: B023
+        assert forecast.status(planned, lambda x, rate=rate: rate) is None
     still = plan.Forecast()
     for i in range(50):
         still.add(i + 1, 0.0, 3.0, 0.0)
@@ -322,15 +322,15 @@ def test_forecast_survives_what_a_run_can_bring():
 
 def test_forecast_says_the_phase_and_never_to_stop_under_a_falling_rate():
     assert feed(plan.Forecast(), lambda x: 3.0, upto=0.025)["phase"] == "warm-up"
-    flat = feed(plan.Forecast(), lambda x: 3.0, upto=0.6, noise=0.002)
+    flat = feed(plan.Forecast(), lambda x: 3.0, upto=0.6, noise=5e-4)
     assert flat["phase"] == "converged?" and "start the decay" in flat["recommendation"]
-    assert feed(plan.Forecast(), lambda x: 3 - 0.02 * math.log(x), upto=0.6, noise=0.002)["phase"] == "flattening"
-    assert feed(plan.Forecast(), lambda x: 3 + x, upto=0.6, noise=0.002)["phase"] == "rising"
+    assert feed(plan.Forecast(), lambda x: 3 - 0.02 * math.log(x), upto=0.6, noise=5e-4)["phase"] == "flattening"
+    assert feed(plan.Forecast(), lambda x: 3 + x, upto=0.6, noise=5e-4)["phase"] == "rising"
     for upto in (0.3, 0.45, 0.6, 0.99):
-        assert feed(plan.Forecast(), lambda x: 3.0, "cosine", upto, noise=0.002)["recommendation"] == "continue"
+        assert feed(plan.Forecast(), lambda x: 3.0, "cosine", upto, noise=5e-4)["recommendation"] == "continue"
     forecast = plan.Forecast()
     feed(forecast, lambda x: 3 + x**-0.3)
-    assert "data repeats (epoch 5.0)" in forecast.status(1e7, lr_of("constant"), 2e6)["recommendation"]
+    assert "data repeats (epoch 5.0)" in forecast.status(1e7, lambda x: 1e-3, 2e6)["recommendation"]
 
 
 def test_forecast_state_is_small_json_and_gives_the_same_bits():
@@ -341,13 +341,14 @@ def test_forecast_state_is_small_json_and_gives_the_same_bits():
         for f in (whole, first if i < 2222 else second):
             f.add(i * 512, i * 1e9, 3 + 20 / (i + 99) + math.sin(i * i) / 20, 1e-3)
     assert second.state_dict() == whole.state_dict()
-    assert second.status(4e6, lr_of("constant")) == whole.status(4e6, lr_of("constant"))
+    status = whole.status(4e6, lambda x: 1e-3)
+    assert status["final_low"] < 3 < status["final_high"] and second.status(4e6, lambda x: 1e-3) == status
     assert len(whole.windows) < 256 and len(json.dumps(whole.state_dict())) < 30_000
     assert sum(w[2] for w in whole.windows) / len(whole.windows) == pytest.approx(
         np.mean([3 + 20 / (i + 99) + math.sin(i * i) / 20 for i in range(1, len(whole.windows) * whole.per + 1)])
     )
     whole.add(1000 * 512, 1e12, 3.0, 1e-3)  # rolled back: what lay beyond is forgotten
-    assert whole.windows[-1][0] < 1000 * 512 and whole.status(4e6, lr_of("constant"))["share"] < 0.13
+    assert whole.windows[-1][0] < 1000 * 512 and whole.status(4e6, lambda x: 1e-3)["share"] < 0.13
 
 
 # ---- stopping
@@ -355,11 +356,10 @@ def test_forecast_state_is_small_json_and_gives_the_same_bits():
 
 def test_paired_rise_is_calibrated_and_finds_a_small_rise():
     rng = np.random.default_rng(0)
-    for rows in (8, 40, 400):
-        p = np.array([plan.paired_rise(np.zeros(rows), d) for d in rng.normal(size=(5000, rows))])
-        for level in (0.5, 0.05, 0.01):
-            assert abs((p < level).mean() - level) < 4 * (level / 5000) ** 0.5  # 4 sd of a binomial
-        assert (p < 1e-3).sum() <= 14
+    for rows in (8, 100):
+        p = np.array([plan.paired_rise(np.zeros(rows), d) for d in rng.normal(size=(2000, rows))])
+        for level in (0.5, 0.05, 0.01, 1e-3):
+            assert abs((p < level).mean() - level) < 4 * (level / 2000) ** 0.5  # 4 sd of a binomial
     hard = rng.normal(3, 1, 400)  # rows differ by much more than the rise: pairing is what finds it
     assert plan.paired_rise(hard, hard + 0.02 + rng.normal(0, 0.05, 400)) < 1e-6
     assert plan.paired_rise(hard, hard - 0.02 + rng.normal(0, 0.05, 400)) > 0.99
