@@ -310,7 +310,7 @@ def auto_steps(
 ) -> tuple[int, str]:
     """auto_epoch_scaling: steps for `multiplier` tokens an active parameter, in epochs never rounded up; and why."""
     target = multiplier * n_params_active
-    wanted = target / unique_tokens
+    wanted = target / max(1, unique_tokens)
     epochs = min(max(wanted, min_epochs), max_epochs)
     steps = max(1, round(epochs * unique_tokens / tokens_per_step))
     why = f"{multiplier:g} x {describe(n_params_active)} = {describe(target)} tokens are {describe(wanted)} epochs"
@@ -350,7 +350,9 @@ class Forecast:
     L = L0 + A S^-a + C M: S is the integral of (lr/peak)^q over tokens, M the mean of lr/peak over about the last 3 %
     of the run. At q 1 it is the law of Tissue et al. 2024 (2408.11029), whose S2 is 1 - M. Bayesian: evidence weighs
     a grid of a and q, Gaussian priors on L0, A, C (before a decay the data do not hold C), on the last 60 % of at most
-    256 windows of equal length.
+    256 windows of equal length. Back-test on our own CPU runs (42 k to 1.1 M parameters, 300 to 3200 steps, four
+    schedules, an add a step): at 25, 50, 75 % of the run the 90 % interval held the truth in 17, 18, 18 of the 18 runs
+    that set priors and WIDTH and in 13, 13, 10 of 13 others. With an add in 50 steps it is too narrow.
     """
 
     LIMIT, LEAST, CUT = 256, 6, 0.4  # windows, at most and at least; share of them left out of the fit
