@@ -80,6 +80,7 @@ class Divergence:
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
         self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
         self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
+        self.levels: deque = deque(maxlen=32)  # medians of 32 accepted losses, one in 8 turns
 
     def add(self, turn: int, loss: float) -> None:
         if len(self.losses) < self.TREND // 2:
@@ -99,10 +100,22 @@ class Divergence:
             self.began = turn
         self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
         self.frozen = self.frozen + 1 if self.E > self.FREEZE else 0
+        if not self.frozen and turn % 8 == 0:
+            self.crept()
         high = self.residual > 0.1 and self.residual > self.floor()
         if not self.frozen and not high and not self.too_low():
             self.losses.append(loss)
             self.residuals.append((turn, self.residual))
+
+    def crept(self) -> None:
+        """A rise so slow that the trend goes with it: the median of 32 losses above the lowest of the last 256 turns by
+        the floor. The baseline goes back to where it began. A rule, no bet: it counts as a confidence of 0.91."""
+        self.levels.append(statistics.median(list(self.losses)[-32:]))
+        low = min(self.levels)
+        if self.levels[-1] > low + self.floor():
+            self.losses = deque([low] * self.TREND, maxlen=self.TREND)
+            self.E, self.frozen = 1e6, 1
+            self.levels.clear()
 
     def expected(self) -> float:
         """Where the accepted losses lead. A rise is not extrapolated: it is what is looked for."""
@@ -156,6 +169,7 @@ class Divergence:
         """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
         self.E, self.residual, self.frozen = 1.0, 0.0, 0
         self.last.clear()
+        self.levels.clear()
         if before is not None:
             keep = [(t, r) for t, r in self.residuals if t < before]
             for _ in range(min(len(self.residuals) - len(keep), len(self.losses))):
@@ -167,11 +181,12 @@ class Divergence:
         self.__init__()
 
     def state(self) -> dict:
-        names = ("losses", "residuals", "last", "E", "began", "frozen", "residual", "sigma")
+        names = ("losses", "residuals", "last", "levels", "E", "began", "frozen", "residual", "sigma")
         return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
 
     def load(self, s: dict) -> None:
         self.losses.extend(s["losses"])
+        self.levels.extend(s["levels"])
         self.residuals.extend(map(tuple, s["residuals"]))
         self.last.extend(map(tuple, s["last"]))
         for name in ("E", "began", "frozen", "residual", "sigma"):

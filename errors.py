@@ -7,6 +7,7 @@ into one message and an exit code: 2 the user's input, 3 diverged, 75 please res
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -80,6 +81,7 @@ def command(main) -> None:
         if rank == 0:
             print(f"error {error}", file=sys.stderr)
         else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
             time.sleep(5)  # torchrun ends all ranks as soon as one has failed: rank 0 must have said why by then
     except KeyboardInterrupt:
         code = 130

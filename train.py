@@ -455,7 +455,11 @@ class Parallel:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.world > 1 and not dist.is_initialized():
             # objects and flags travel over gloo, so that asking a question never waits for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            back_end, store = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", None
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps its store when it restarts all ranks here:
+                store, *_ = next(dist.rendezvous("env://"))  # they would call the dead at their addresses, and hang
+                store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(back_end, store=store, rank=self.rank, world_size=self.world)
         self.buffer = None
 
     def rows(self) -> tuple[int, int]:
@@ -626,6 +630,7 @@ class Trainer(ByHand):
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
         self.stop_signal = self.save_signal = self.left = 0
+        self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
         self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
@@ -1165,7 +1170,7 @@ class Trainer(ByHand):
         cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
         nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
         double = torch.float32 if par.device.type == "mps" else torch.float64
-        stop = saved = wants_save = False
+        stop = wants_save = False
         watch, self.lapped = self.orchestrator, time.perf_counter()
         self.restart_clock()
         if self.main and sys.stderr.isatty():
@@ -1193,12 +1198,12 @@ class Trainer(ByHand):
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
             moved = self.step != self.started_at
             if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)) or rolled:
-                saved = self.save()
+                self.save()
             if last or stop:
                 for _ in range(3):  # a full disk may have been freed in the meantime
                     if self.unsaved:
                         time.sleep(1)
-                        saved = self.save()
+                        self.save()
                 break
             # micro-steps
             stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
@@ -1295,7 +1300,7 @@ class Trainer(ByHand):
                 self.save_signal = 0
         self.drain()
         state = "finished" if last and self.evaluated_at == self.step else "stopped"
-        code = 0 if saved or not here else 4
+        code = 4 if self.unsaved else 0
         self.finish(state, code)
         return code
 
@@ -1661,8 +1666,10 @@ class Trainer(ByHand):
             row = {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
             }  # JSON has none
-            with contextlib.suppress(OSError), open(self.out / name, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            lines = self.unwritten.get(name, b"") + json.dumps(row).encode() + b"\n"
+            with contextlib.suppress(OSError), open(self.out / name, "ab", buffering=0) as f:
+                lines = lines[f.write(lines) :]  # a full disk takes a part of them, or none: the rest comes later
+            self.unwritten[name] = lines
 
     def record(self, row: dict) -> None:
         """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
@@ -2037,7 +2044,10 @@ def main(argv: list[str], parallel=Parallel) -> int:
         with contextlib.suppress(OSError, ValueError):
             status = json.loads((Path(cfg.out_dir) / "status.json").read_text())
             if status["state"] in ("diverged", "input_error"):
-                print(f"not restarted: {status['reason']}" if rank == 0 else "", file=sys.stderr)
+                if rank == 0:
+                    print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
+                else:
+                    time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
                 return status["code"]
     trainer = Trainer(
         [w for w in argv if w.lstrip("-").replace("-", "_") not in FLAGS], parallel, bool(flags.get("dry_run"))
