@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,158 @@ def test_gpu_parts_run_on_the_cpu(capsys):
         with pytest.raises(UserError) as error:
             bench.main(["gpu"])
         assert error.value.code == "E003"
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """faults WORDS at sizes that take seconds; returns the file of its runs."""
+    for name, keys in (
+        ("FAULT_RUN", {"max_steps": 70, "batch_size": 4, "eval_tokens": 512, "save_interval": 20}),
+        ("FAULT_MODEL", {"d_model": 32, "d_ff": 32, "max_seq_len": 32}),
+        ("SMALLER_RUN", {"max_steps": 30, "eval_tokens": 128}),
+        ("WHEN", {"late": 50}),
+    ):
+        monkeypatch.setattr(bench, name, getattr(bench, name) | keys)
+    corpus = bench.corpus
+    monkeypatch.setattr(bench, "corpus", lambda folder, n=0, seed=0: corpus(folder, 20_000, 128, seed))
+    monkeypatch.setattr(bench, "SEEDS", 2)
+
+    def go(*words):
+        assert bench.main(["faults", "--out", str(tmp_path / "faults.json"), *words]) == 0
+        return json.loads((tmp_path / "faults.json").read_text())
+
+    return go
+
+
+def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
+    words = ("--quick", "--only", "5,8,7,24")
+    runs = small(*words)["runs"]
+    table = capsys.readouterr().out
+    rows = {tuple(c.strip() for c in line.split("|")[1:6]): line for line in table.splitlines() if line[:2] == "| "}
+    for row, what in (("5", "gradient NaN once"), ("8", "gradient x10,000 once")):
+        line = rows[row, what, "dense", "late", "act"]
+        assert "| recover | recover |" in line and "| 1 | 0 | 1 drop | 0 | yes |" in line, line
+        assert runs[f"{row}/dense/act/late/1337"]["digest"] == runs["0/dense/act/late/1337"]["digest"]
+    line = rows["7", "activation NaN for ever", "dense", "late", "act"]
+    assert "| stop in order | stop in order |" in line and line.endswith("| 0 | yes |"), line
+    assert rows["24", "healthy", "dense", "late", "act"].endswith("| +0.0000 | 0 | - | - | 0 | yes |")
+    assert "late, act: 4 of 4 as expected, 0 false actions" in table and "sigma" in table
+    monkeypatch.setattr(bench, "start", None)  # nothing is run again
+    assert small(*words)["runs"] == runs
+    assert small("--table")["runs"] == runs
+    monkeypatch.setattr(bench, "FAULT_RUN", bench.FAULT_RUN | {"max_steps": 71})
+    with pytest.raises(UserError) as error:
+        small("--table")
+    assert error.value.code == "E117"
+    for words in (["--only", "99"], ["--arms", "on"], ["--kinds", "sparse"]):
+        with pytest.raises(UserError) as error:
+            bench.main(["faults", *words])
+        assert error.value.code == "E002"
+
+
+def test_a_fault_does_harm(small, monkeypatch):
+    """Where nothing is done about it: or the table would prove nothing."""
+    monkeypatch.setattr(bench, "SEEDS", 1)
+    runs = small("--only", "1,10", "--kinds", "moe", "--arms", "off")["runs"]
+    for row in ("1", "10"):
+        assert runs[f"{row}/moe/off/late/1337"]["val_loss"] > runs["24/moe/off/late/1337"]["val_loss"] + 0.02
+
+
+def test_healthy_steps_add_up(small, capsys):
+    first = small("--healthy", "30")["healthy"]
+    both = small("--healthy", "31")["healthy"]
+    assert len(first) == 1 and len(both) == 2 and {k: both[k] for k in first} == first
+    assert all(r["steps"] == 30 and r["same"] for r in both.values())
+    said = capsys.readouterr().out
+    assert "60 healthy steps" in said and "0 interventions, below 0.05 a step" in said
+    assert "bits of mode off in 2 of 2" in said
+
+
+@pytest.mark.parametrize("row", ["18", "20"])
+def test_scenes_of_files(small, row, capsys):
+    small("--only", row)
+    assert "as expected, 0 false" in capsys.readouterr().out and not os.getenv("RANK")
+
+
+def test_failures_are_said_as_such():
+    fault = bench.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
+    base, row = {"val_loss": 1.0, "digest": "a"}, {"level": 2, "executed": True, "action": "rollback", "trigger": "t"}
+    run = {"code": 0, "step": bench.FAULT_RUN["max_steps"], "turns": 700, "dropped": 2, "val_loss": 1.02, "digest": "b"}
+    run |= {"decisions": [row | {"turn": 300, "reason": ""}, row | {"turn": 330, "reason": ""}], "reference": 0}
+    j = bench.judge(fault, "late", "act", run, base, 0.01, None)
+    assert j["came"] == "not recovered" and j["gap"] == pytest.approx(0.02) and not j["good"]
+    assert (j["lost"], j["found"], j["false"]) == (102, 10, 1)
+    assert j["wrong"] == ["nothing said of divergence", "2 x rollback", "1 false actions"]
+    good = bench.judge(bench.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
+    assert good["good"] and good["came"] == "recover"
+    assert bench.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)["came"] == "code 3"
+    j = bench.judge(bench.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None)
+    assert j["wrong"] == ["not the bits of mode off"]
+
+
+def test_the_reference_rules(tiny):
+    trainer = bench.Trainer(tiny("ref", max_steps=80, save_interval=0))
+    losses = iter([3.0] * 60 + [9.0, 3.0] * 80)
+    trainer.drain = lambda: {"loss": next(losses), "grad_norm": 1e4 if trainer.n == 115 else 1.0, "turn": trainer.n}
+    done = bench.reference(trainer, True)
+    for trainer.n in range(1, 120):
+        trainer.drain()
+    assert done == [50, 115] and trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
+    trainer.close()
+
+
+# ---------------------------------------------------------------- what a run decided
+
+
+def decided(folder, rows) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text("")
+    (folder / "decisions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder)
+
+
+ROW = {"time": "2026-01-01T00:00:00Z", "attempt": 1, "mode": "act", "confidence": 1.0, "basis": "observed"}
+ROW |= {"executed": True, "blocked_by": None, "trigger": "explosion", "action": "drop", "level": 1, "reason": "large"}
+
+
+def test_decisions_tell_a_story(tmp_path, capsys):
+    rows = [ROW | {"id": i + 1, "turn": t, "step": t - 1} for i, t in enumerate((10, 11, 12))]
+    more = {"trigger": "divergence", "action": "rollback", "level": 2, "reason": "it rose", "args": {"to_step": 5}}
+    rows += [ROW | more | {"id": 4, "turn": 300, "step": 299}]
+    rows += [{"id": 4, "kind": "outcome", "step": 310, "verdict": "helped"}]
+    rows += [ROW | more | {"id": 5, "turn": 301, "step": 300, "executed": False, "blocked_by": "mode: shadow"}]
+    assert bench.main(["decisions", decided(tmp_path / "run", rows)]) == 0
+    said = capsys.readouterr().out
+    assert "5 decisions" in said and said.count("2026-01-01") == 2
+    assert "step 9 to 11: explosion: drop (#1, level 1, done)" in said and "#2" not in said
+    assert "why     it rose; confidence 1.00 (observed)\n    how     to_step 5\n    outcome helped, seen at" in said
+    assert "NOT done: mode: shadow" in said
+    for words, code in (([], "E002"), ([str(tmp_path / "none")], "E108"), ([decided(tmp_path / "e", [])], "E104")):
+        with pytest.raises(UserError) as error:
+            bench.main(["decisions", *words])
+        assert error.value.code == code
+    (tmp_path / "e/decisions.jsonl").unlink()
+    with pytest.raises(UserError, match="nothing had to be decided"):
+        bench.main(["decisions", str(tmp_path / "e")])
+
+
+def test_a_picture_needs_matplotlib_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib") as error:
+        bench.main(["picture", str(tmp_path)])
+    assert error.value.code == "E003"
+
+
+def test_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"step": s, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "experts/share/0": [0.5, None]} for s in (1, 2, 2, 3)
+    ]
+    folder = tmp_path / "run"
+    decided(folder, [ROW | {"id": 1, "turn": 2, "step": 2, "level": 2}])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"step": 3, "val_loss": 3.1}]))
+    assert bench.main(["picture", str(folder)]) == 0
+    assert (folder / "training.png").stat().st_size > 10_000 and "training.png" in capsys.readouterr().out
