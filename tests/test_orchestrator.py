@@ -184,7 +184,7 @@ def test_idle_is_identical(tiny, kind, schedule, accumulate, dropout):
     same_in_all_modes(tiny, kind, schedule, accumulate, dropout)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.nightly)])  # compiling is slow
 def test_idle_is_identical_when_compiled(tiny, kind):
     found = []
     for mode in ("off", "act"):
