@@ -771,11 +771,8 @@ FAULT_MODEL = {"vocab_size": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "d
 FAULT_MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 64}
 FAULT_MOD = {"mod_capacity": 0.5, "mod_layers": [1], "mod_ffn_only": True}
 KINDS = {"dense": {}, "moe": FAULT_MOE, "mod": FAULT_MOD, "hybrid": FAULT_MOE | FAULT_MOD}
-WHEN = {
-    "late": 320,
-    "early": 40,
-    "scene": 30,
-}  # the turn of a fault: all detectors are awake; the guard is; of 60 steps
+# the turn of a fault: all detectors are awake; only the guard is; the middle of 60 steps
+WHEN = {"late": 320, "early": 40, "scene": 30}
 SEEDS = 3  # fault-free runs of each kind of model, whose spread says what a difference means
 SCENE = {"max_steps": 60, "save_interval": 20, "log_interval": 1, "save_total_limit": 0, "eval_tokens": 4096}
 MIX = {"sources": {"one": {"dir": "@one"}, "two": {"dir": "@two"}}}
@@ -1154,12 +1151,13 @@ def scene(row: str, data_at: str, top: str) -> dict:
         demand(code == 0 and found[row, 0]["step"] == at, f"code {code}, {[r['step'] for r in found.values()]}")
         last = start(run)
     elif row == "18":
-        start(run, hurt, at)
+        unhurt = start(run, hurt, at)
         for folder in (folders := sorted(Path(top).glob("run-*"))):
             checkpoint.clean_up(folder)
         ends = [checkpoint.find(folder, say=lambda text: None).step for folder in folders]
         demand(len(ends) == 20 and set(ends) <= {20, 40} and ends[:12] == [20] * 12, f"checkpoints {ends}")
-        out = folders[5]
+        demand(not unhurt["code"], f"the run that was not killed: {unhurt['reason']}")
+        out = folders[5] if len(folders) > 5 else out
         last = start(run | {"out_dir": str(out)})
     elif row == "19":
         for name in ("cut", "run"):
