@@ -1204,7 +1204,7 @@ NOTES = """
 recover: completed, with a validation loss at most max(2 sigma of fault-free seeds, 0.01 nats) above the fault-free run
 of the same seed. stop in order: E301, and a clean, whole and finite checkpoint is there. Lost: turns whose work did not
 stay. Found after: turns to the first line of decisions.jsonl. False: actions before the fault or over 100 turns after.
-early: turn 40, where the loss has no course to leave yet (64 accepted steps, end of warm-up): only the guard can help.
+early: turn 40, where the loss has no course to leave yet (64 accepted steps): only the guard can help.
 The same outcome is expected all the same; that the loss's detector says something is not.
 off: steps that are not finite are dropped in every mode, and 50 of them in a row stop it. reference: LuminaAI's rules,
 where they would have done something.
@@ -1358,14 +1358,15 @@ def fault_table(runs: dict) -> list[str]:
 # ---------------------------------------------------------------- healthy steps
 
 SMALLER = {"vocab_size": 128, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": 16}
-SMALLER_RUN = {"max_steps": 2000, "batch_size": 8, "eval_tokens": 1024, "save_interval": 0, "log_interval": 1000}
-HARD = {"plain": {}, "mix": FAULTS["25a"].keys, "tiny batch": {"batch_size": 1}}
+SMALLER_RUN = {"max_steps": 1300, "batch_size": 8, "eval_tokens": 1024, "save_interval": 0, "log_interval": 1000}
+HARD = {"plain": {}, "mix": FAULTS["25a"].keys, "tiny batch": {"batch_size": 1}, "warm-up": {"warmup_steps": 800}}
 
 
 def healthy(book: Book, top: str, n: int) -> None:
-    """Fault-free runs in turn over seeds, kinds of model, schedules and data until there are n steps; of seed 0 each
-    once more with mode off, to compare the bits."""
-    for seed, kind, schedule, hard in itertools.product(range(10**6), KINDS, ("cosine", "wsd"), HARD):
+    """Fault-free runs in turn over seeds, kinds of model and schedules until there are n steps, the easy and the hard
+    kinds of run (HARD) taking turns; of seed 0 each once more with mode off, to compare the bits."""
+    for i, (seed, kind, schedule) in enumerate(itertools.product(range(10**6), KINDS, ("cosine", "wsd"))):
+        hard = list(HARD)[(seed + i) % len(HARD)]
         if sum(r["steps"] for r in book.data["healthy"].values()) >= n:
             return
         more = {"seed": seed, "lr_schedule": schedule, "model": SMALLER | KINDS[kind]}

@@ -81,8 +81,11 @@ class Divergence:
         self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
         self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
         self.levels: deque = deque(maxlen=32)  # medians of 32 accepted losses, one in 8 turns
+        self.first: list = []  # the first 8 losses
 
     def add(self, turn: int, loss: float) -> None:
+        if len(self.first) < 8:
+            self.first.append(loss)
         if len(self.losses) < self.TREND // 2:
             self.losses.append(loss)
             return
@@ -93,7 +96,7 @@ class Divergence:
             return
         self.last.append((turn, self.residual))
         if self.sigma is None or turn % 16 == 0:
-            self.sigma = self.spread()
+            self.sigma = self.scale()
         low = self.residual - self.sigma  # the allowance of a CUSUM: less than that is curvature, not a fault
         n = sum(r >= low for _, r in self.residuals)
         if self.E <= 1.0:
@@ -106,6 +109,13 @@ class Divergence:
         if not self.frozen and not high and not self.too_low():
             self.losses.append(loss)
             self.residuals.append((turn, self.residual))
+
+    def above_start(self) -> float:
+        """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost. It
+        is the only sign of a fault in the first 64 steps, before there is a course to leave."""
+        if len(self.losses) < 16 or len(self.first) < 8:
+            return 0.0
+        return statistics.median(list(self.losses)[-8:]) - statistics.median(self.first)
 
     def crept(self) -> None:
         """A rise so slow that the trend goes with it: the median of 32 losses above the lowest of the last 256 turns by
@@ -125,15 +135,24 @@ class Divergence:
 
     def too_low(self) -> bool:
         """A loss far below its course: data without content (or a leak of the targets), no sign of health."""
-        return self.residual < -0.1 and self.residual < -12 * self.spread()
+        return self.residual < -0.1 and self.residual < -12 * self.scale()
 
     def spread(self) -> float:
         return centre([r for _, r in self.residuals])[1] if len(self.residuals) >= self.START else math.inf
 
+    def scale(self) -> float:
+        """The noise of now: that of what was accepted, or of the last 64 turns if larger, up to three times. A young
+        run's noise grows with what it has learned; from differences, so that a rise of the loss does not count."""
+        accepted, last = self.spread(), [r for _, r in self.last][-64:]
+        if len(last) < 16:
+            return accepted
+        recent = centre([b - a for a, b in zip(last, last[1:])])[1] / math.sqrt(2)
+        return min(3 * accepted, max(accepted, recent))
+
     def floor(self) -> float:
         """Nats by which the loss must have risen to matter."""
         level = statistics.median(self.losses) if self.losses else 0.0
-        return max(6 * self.spread(), 0.1, 0.02 * abs(level))
+        return max(6 * self.scale(), 0.1, 0.02 * abs(level))
 
     @property
     def confidence(self) -> float:
@@ -181,10 +200,11 @@ class Divergence:
         self.__init__()
 
     def state(self) -> dict:
-        names = ("losses", "residuals", "last", "levels", "E", "began", "frozen", "residual", "sigma")
+        names = ("first", "losses", "residuals", "last", "levels", "E", "began", "frozen", "residual", "sigma")
         return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
 
     def load(self, s: dict) -> None:
+        self.first = list(s.get("first", ()))
         self.losses.extend(s["losses"])
         self.levels.extend(s["levels"])
         self.residuals.extend(map(tuple, s["residuals"]))

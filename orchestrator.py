@@ -233,8 +233,7 @@ class Orchestrator:
                 self.letting = False
             if self.watching and not seen["bad"]:
                 self.norms.add(turn, seen["grad_norm"])
-                if seen["step"] >= self.trainer.cfg.warmup_steps:
-                    self.follow(seen)
+                self.follow(seen)
         if not seen["bad"]:
             self.mature(turn)
         if self.watching and "experts" in seen and (seen["step"] + 1) % self.cfg.check_interval == 0:
@@ -508,6 +507,9 @@ class Orchestrator:
         steps, work = mine["turns"], max(1e-9, mine["seconds"] - mine["checkpoint"])
         if self.alarm or self.in_a_row or self.course.suspicious:
             found.append((2, "the loss or gradients have left their course", "see decisions.jsonl"))
+        if (above := self.course.above_start()) > 0.1:
+            said = f"the loss is {above:.2f} nats above where this run began"
+            found.append((2, said, "lower learning_rate, lengthen warmup_steps, or look at the data"))
         if t.unsaved:
             found.append((2, "the last checkpoint could not be written", "free disk space"))
         if steps:

@@ -112,6 +112,17 @@ def test_a_slow_drift_is_found_and_a_curve_that_flattens_is_none():
         assert watch(1.5 + 3 * np.exp(-steep * t) + 0.02 * noise(1500)) == []
 
 
+def test_a_young_run_is_watched_and_its_growing_noise_is_no_alarm():
+    """A long warm-up: the loss leaves ln V ever faster, and its noise grows from 0.001 to 0.15 nats."""
+    t = np.arange(1500)
+    level = 4.85 - 1.2 / (1 + np.exp((500 - t) / 100))
+    for seed in range(5):
+        y = level + (0.001 + 0.15 / (1 + np.exp((500 - t) / 60))) * noise(1500, seed=seed)
+        assert watch(y) == []
+        y[300:] += 0.5
+        assert 300 <= watch(y)[0][0] <= 312
+
+
 def test_one_outlier_is_no_alarm_and_neither_is_what_cannot_matter():
     y = course(2000) + 0.03 * noise(2000)
     y[900] += 5.0
@@ -954,6 +965,20 @@ def test_health_names_the_cause(tiny):
     assert rows[-1]["health"] == "warning" and "waiting for data" in (trainer.out / "train.log").read_text()
     assert sum(v for k, v in rows[-1].items() if k.startswith("time/")) == pytest.approx(1)
     assert rows[-1]["time/data"] > 0.3
+
+
+def test_health_says_that_all_is_lost_before_there_is_a_course(tiny):
+    def lose(trainer):
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+
+    keys = tiny(max_steps=30, warmup_steps=25, save_interval=0) | {"orchestrator": {"check_interval": 10}}
+    for at, critical in (({}, False), ({12: lose}, True)):
+        trainer = run(keys | {"out_dir": f"{keys['out_dir']}{critical}"}, at=at)
+        health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if "health" in r][-1]
+        said = "above where this run began" in (trainer.out / "train.log").read_text()
+        assert (health == "critical") == said == critical
 
 
 @pytest.mark.parametrize(
