@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -209,6 +210,15 @@ def on_meta(cfg: ModelConfig) -> Transformer:
     """The model without memory: for counting."""
     with torch.device("meta"):
         return Transformer(cfg)
+
+
+def commit() -> str:
+    """Of this checkout; with a + where its files differ."""
+    try:
+        words = ("describe", "--always", "--exclude=*", "--dirty=+")
+        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip() or "?"
+    except OSError:
+        return "?"
 
 
 def describe(n: float, unit: str = "") -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import faults
 import plan
 from errors import UserError
 from model import ModelConfig
@@ -134,10 +135,10 @@ def small(monkeypatch, tmp_path):
         ("SMALLER_RUN", {"max_steps": 30, "eval_tokens": 128}),
         ("WHEN", {"late": 50}),
     ):
-        monkeypatch.setattr(bench, name, getattr(bench, name) | keys)
-    corpus = bench.corpus
-    monkeypatch.setattr(bench, "corpus", lambda folder, n=0, seed=0: corpus(folder, 20_000, 128, seed))
-    monkeypatch.setattr(bench, "SEEDS", 2)
+        monkeypatch.setattr(faults, name, getattr(faults, name) | keys)
+    corpus = faults.corpus
+    monkeypatch.setattr(faults, "corpus", lambda folder, n=0, seed=0: corpus(folder, 20_000, 128, seed))
+    monkeypatch.setattr(faults, "SEEDS", 2)
 
     def go(*words):
         assert bench.main(["faults", "--out", str(tmp_path / "faults.json"), *words]) == 0
@@ -159,10 +160,10 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
     assert "| stop in order | stop in order |" in line and line.endswith("| 0 | yes |"), line
     assert rows["24", "healthy", "dense", "late", "act"].endswith("| +0.0000 | 0 | - | - | 0 | yes |")
     assert "late, act: 4 of 4 as expected, 0 false actions" in table and "sigma" in table
-    monkeypatch.setattr(bench, "start", None)  # nothing is run again
+    monkeypatch.setattr(faults, "start", None)  # nothing is run again
     assert small(*words)["runs"] == runs
     assert small("--table")["runs"] == runs
-    monkeypatch.setattr(bench, "FAULT_RUN", bench.FAULT_RUN | {"max_steps": 71})
+    monkeypatch.setattr(faults, "FAULT_RUN", faults.FAULT_RUN | {"max_steps": 71})
     with pytest.raises(UserError) as error:
         small("--table")
     assert error.value.code == "E117"
@@ -172,9 +173,27 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
         assert error.value.code == "E002"
 
 
+def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
+    """Each in its process, from what the file holds and back into it; a part that fails is said."""
+    out, run = tmp_path / "faults.json", {"val_loss": 1.0, "seconds": 1, "cpu_seconds": 1, "commit": "c", "date": "d"}
+    run |= {"code": 0, "step": 600, "turns": 600, "dropped": 0, "digest": "a", "reference": 0, "decisions": []}
+    book = faults.Book(out)
+    for kind in ("dense", "moe"):
+        book.data["runs"] |= {f"24/{kind}/off/late/{1337 + i}": run for i in range(faults.SEEDS)}
+        book.data["runs"][f"24/{kind}/act/late/1337"] = run
+    faults.checkpoint.write_json(out, book.data)
+    words = ["faults", "--only", "24", "--arms", "act", "--out", str(out)]
+    assert bench.main(words) == 0 and sorted(tmp_path.iterdir()) == [out]
+    assert "late, act: 2 of 2 as expected" in capsys.readouterr().out
+    assert json.loads(out.read_text()) == book.data
+    (tmp_path / "faults.json.moe").write_text('{"plan": 0, "runs": {}}')
+    with pytest.raises(UserError, match="a part of it failed"):
+        bench.main(words)
+
+
 def test_a_fault_does_harm(small, monkeypatch):
     """Where nothing is done about it: or the table would prove nothing."""
-    monkeypatch.setattr(bench, "SEEDS", 1)
+    monkeypatch.setattr(faults, "SEEDS", 1)
     runs = small("--only", "1,10", "--kinds", "moe", "--arms", "off")["runs"]
     for row in ("1", "10"):
         assert runs[f"{row}/moe/off/late/1337"]["val_loss"] > runs["24/moe/off/late/1337"]["val_loss"] + 0.02
@@ -192,31 +211,38 @@ def test_healthy_steps_add_up(small, capsys):
 
 @pytest.mark.parametrize("row", ["18", "20"])
 def test_scenes_of_files(small, row, capsys):
-    small("--only", row)
+    small("--only", row, "--kinds", "dense")
     assert "as expected, 0 false" in capsys.readouterr().out and not os.getenv("RANK")
 
 
 def test_failures_are_said_as_such():
-    fault = bench.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
+    fault = faults.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
     base, row = {"val_loss": 1.0, "digest": "a"}, {"level": 2, "executed": True, "action": "rollback", "trigger": "t"}
-    run = {"code": 0, "step": bench.FAULT_RUN["max_steps"], "turns": 700, "dropped": 2, "val_loss": 1.02, "digest": "b"}
+    run = {
+        "code": 0,
+        "step": faults.FAULT_RUN["max_steps"],
+        "turns": 700,
+        "dropped": 2,
+        "val_loss": 1.02,
+        "digest": "b",
+    }
     run |= {"decisions": [row | {"turn": 300, "reason": ""}, row | {"turn": 330, "reason": ""}], "reference": 0}
-    j = bench.judge(fault, "late", "act", run, base, 0.01, None)
+    j = faults.judge(fault, "late", "act", run, base, 0.01, None)
     assert j["came"] == "not recovered" and j["gap"] == pytest.approx(0.02) and not j["good"]
     assert (j["lost"], j["found"], j["false"]) == (102, 10, 1)
     assert j["wrong"] == ["nothing said of divergence", "2 x rollback", "1 false actions"]
-    good = bench.judge(bench.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
+    good = faults.judge(faults.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
     assert good["good"] and good["came"] == "recover"
-    assert bench.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)["came"] == "code 3"
-    j = bench.judge(bench.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None)
+    assert faults.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)["came"] == "code 3"
+    j = faults.judge(faults.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None)
     assert j["wrong"] == ["not the bits of mode off"]
 
 
 def test_the_reference_rules(tiny):
-    trainer = bench.Trainer(tiny("ref", max_steps=80, save_interval=0))
+    trainer = faults.Trainer(tiny("ref", max_steps=80, save_interval=0))
     losses = iter([3.0] * 60 + [9.0, 3.0] * 80)
     trainer.drain = lambda: {"loss": next(losses), "grad_norm": 1e4 if trainer.n == 115 else 1.0, "turn": trainer.n}
-    done = bench.reference(trainer, True)
+    done = faults.reference(trainer, True)
     for trainer.n in range(1, 120):
         trainer.drain()
     assert done == [50, 115] and trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
