@@ -39,10 +39,11 @@ import checkpoint
 import faults
 import model_moe
 import plan
+from config import Config, find_yaml, load_yaml
 from errors import UserError, command
 from faults import read_lines
 from model import KVCache, ModelConfig, Transformer
-from train import Config, Parallel, Trainer, build_optimizer, find_yaml, load_yaml
+from train import Parallel, Trainer, build_optimizer
 
 # ---------------------------------------------------------------- what is measured
 

@@ -1,29 +1,24 @@
 """Train a language model: `python train.py configs/quickstart.yaml`, or `torchrun --nproc_per_node=N train.py CONFIG`.
 
-Configuration, optimizer and schedule, Parallel (all that depends on the number of processes), Trainer, main; in that
-order. `python train.py --help` prints every key. `Trainer("configs/x.yaml").fit()` works in a notebook.
+Optimizer and schedule, Parallel (all that depends on the number of processes), Trainer, main; in that order. The knobs
+are in config.py, what a run says in report.py, what happens when something breaks in orchestrator.py.
+`Trainer("configs/x.yaml").fit()` works in a notebook; `python train.py --help` prints every key.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import gc
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,353 +30,21 @@ from tqdm import tqdm
 import checkpoint
 import plan
 import tokenizer as tokenizers
+from config import FLAGS, Config, build_config, help_text, read_config
 from errors import UserError, command
 from loader import Loader, Source, val_rows
 from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
     MOD_SUMS,
     SUMS,
-    MoD,
     draw_dropout,
     expert_numbers,
-    expert_statistics,
-    mod_statistics,
     pick_back_end,
     release_twins,
     update_balance,
 )
-from orchestrator import MODES, ByHand, Orchestrator, OrchestratorConfig, resident_bytes
-
-# ---------------------------------------------------------------- configuration
-
-
-@dataclass
-class Config:
-    # data
-    data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
-    data: dict | None = None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
-    prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
-    val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
-    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
-    # length and batch
-    max_steps: int | None = None  # turns of the loop; null: one pass over the data
-    num_epochs: float | None = None  # passes over the data, instead of max_steps
-    auto_epoch_scaling: bool = False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
-    chinchilla_multiplier: float = 20.0  # tokens an active parameter; the optimum is flat from 10 to 40
-    min_auto_epochs: float = 0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
-    max_auto_epochs: float = 50.0  # ... and at most so often
-    batch_size: int | str = 16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
-    gradient_accumulation_steps: int = 1  # micro-steps per step
-    batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
-    target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
-    # optimizer and schedule
-    learning_rate: float = 3e-4  # the peak, absolute
-    min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
-    lr_schedule: str = "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
-    decay_frac: float = 0.2  # wsd: the last part of max_steps that decays linearly
-    warmup_steps: float | None = None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
-    optimizer: str = "adamw"  # adamw
-    beta1: float = 0.9  # decay of the mean of gradients
-    beta2: float = 0.95  # decay of the mean of squares
-    eps: float = 1e-8  # added to the root of the mean of squares
-    weight_decay: float = 0.1  # on matrices only
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    z_loss: float = 0.0  # weight of logsumexp(logits)^2, keeps logits small; 1e-4 is usual
-    router_lr_factor: float = 1.0  # routers of MoE and MoD learn at this times the learning rate
-    # evaluation, saving, logging
-    eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
-    eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
-    early_stopping_patience: int = 0  # stop after so many evaluations without a new best; 0: never
-    enable_early_stopping: bool = False  # stop, or begin wsd's decay, where that is justified; false: only say so
-    enable_loss_landscape: bool = True  # forecast: phase, predicted final loss, every orchestrator.check_interval
-    enable_compute_efficiency: bool = True  # in it: nats gained per doubling of compute
-    save_interval: int = 1000  # steps; 0: only the last
-    save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
-    keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
-    log_interval: int = 20  # steps
-    expert_log_interval: int = 0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
-    wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
-    wandb_entity: str | None = None  # team or user
-    wandb_run_name: str | None = None  # null: the name of out_dir
-    picture: bool = False  # draw out_dir/training.png at checkpoints, in a process of its own (pip install matplotlib)
-    tensorboard: bool = False  # write out_dir/tensorboard (pip install tensorboard)
-    sample_prompt: str | None = None  # print a continuation of this at the end of the run
-    # machine
-    seed: int = 1337  # of weights, order of data, dropout
-    device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
-    compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
-    deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
-    attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
-    expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
-    activation_checkpointing: str = "none"  # none | block: recompute blocks in backward; less memory, slower
-    # where
-    out_dir: str | None = None  # null: out/NAME-of-the-yaml
-    resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
-    init_from: str | None = None  # start from the weights of a run, a step folder or a Hugging Face folder
-    overwrite: bool = False  # with resume none: delete the run that out_dir holds
-    use_adaptive_training: bool = True  # false: orchestrator.mode off
-    orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys, see below
-    model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys, see below
-
-
-IGNORED = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "save_latest_always", "backend")
-FLAGS = ("dry_run", "print_config", "help")  # of the command line only
-CHOICES = {
-    "lr_schedule": ("cosine", "linear", "wsd", "constant", "onecycle"),
-    "optimizer": ("adamw",),
-    "activation_checkpointing": ("none", "block"),
-    "resume": ("auto", "none"),
-    "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
-}
-AT_LEAST = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 0, "batch_tokens": 1, "eval_tokens": 1}
-AT_LEAST |= dict.fromkeys(("eval_interval", "save_interval", "save_total_limit", "keep_every", "weight_decay"), 0)
-AT_LEAST |= dict.fromkeys(("grad_clip", "z_loss", "warmup_steps", "min_lr", "num_epochs", "val_fraction", "seed"), 0)
-AT_LEAST |= {
-    "expert_log_interval": 0,
-    "router_lr_factor": 0,
-    "early_stopping_patience": 0,
-    "log_interval": 1,
-    "learning_rate": 0,
-    "eps": 0,
-    "beta1": 0,
-    "beta2": 0,
-}
-BELOW_ONE = ("beta1", "beta2", "val_fraction")
-BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that are mappings of keys
-
-
-def convert(value, kind, where: str):
-    """`value` as the annotated type `kind`; numbers in quotes count. UserError E002 says where it came from."""
-    kinds = typing.get_args(kind) or (kind,)
-    if value is None or (value == "null" and str not in kinds):
-        if type(None) in kinds:
-            return None
-    elif isinstance(value, bool):
-        if bool in kinds:
-            return value
-        if str in kinds and value is False:
-            return "none"  # YAML reads off and no as false: they mean none where a word is expected
-    elif (dict in kinds and isinstance(value, dict)) or (list in kinds and isinstance(value, list)):
-        return value
-    else:
-        if bool in kinds and str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-        for number in (int, float):
-            if number in kinds:
-                with contextlib.suppress(ValueError, TypeError, OverflowError):
-                    as_float = float(str(value).replace("_", ""))
-                    if number is float and math.isfinite(as_float):
-                        return as_float
-                    if number is int and as_float == int(as_float):
-                        return int(value) if isinstance(value, int) else int(as_float)
-        if str in kinds and isinstance(value, (str, int, float)):
-            return str(value)
-    names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-    raise UserError("E002", f"{where}: {value!r} is not {names}")
-
-
-def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
-    """A YAML file as a dict, and the line of each key ("model.d_model": 7). Keys given twice are refused."""
-    text, lines = path.read_text(encoding="utf-8"), {}
-
-    def walk(node, prefix=""):
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            name = f"{prefix}{key.value}"
-            if name in lines:
-                raise UserError("E002", f"{path}:{key.start_mark.line + 1}: {name} stands here for the second time")
-            lines[name] = key.start_mark.line + 1
-            walk(value, f"{name}.")
-
-    try:
-        walk(yaml.compose(text, yaml.SafeLoader))
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError("E002", f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError("E002", f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}")
-    return tree, lines
-
-
-def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
-    """YAML file and command line -> (Config, the keys as written, notes for the user, flags of the command line)."""
-    flags, path, tree, lines, notes = {}, None, {}, {}, []
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        path = find_yaml(words.pop(0))
-        tree, lines = load_yaml(path)
-    for block in BLOCKS:
-        if tree.get(block) is None:
-            tree[block] = {}
-        if not isinstance(tree[block], dict):
-            raise UserError("E002", f"{path}:{lines[block]}: {block}: a mapping of keys is expected")
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError("E002", f"command line: {word!r}: options look like --key value or --key=value")
-        key, has_value, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if key in FLAGS:
-            flags[key] = True
-            continue
-        if not has_value:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        try:
-            value = yaml.safe_load(value) if value else None
-        except yaml.YAMLError:
-            pass  # a text that is no YAML is that text
-        block, _, name = key.partition(".")
-        target, name = (tree[block], name) if name and block in BLOCKS else (tree, key)
-        target[name] = value
-        lines[key] = None
-    cfg = build_config(tree, lambda key: f"{path}:{lines[key]}" if lines.get(key) else "command line", notes)
-    if cfg.out_dir is None:
-        cfg.out_dir = f"out/{path.stem if path else 'run'}"
-    return cfg, tree, notes, flags
-
-
-def find_yaml(name: str) -> Path:
-    """A path, or the name of a preset in configs/."""
-    presets = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-    path = Path(name)
-    if path.is_file():
-        return path
-    if name in presets:
-        return presets[name]
-    near = difflib.get_close_matches(path.stem, presets, 1, 0.4)
-    hint = f"; did you mean configs/{near[0]}.yaml?" if near else f"; presets: {', '.join(presets)}"
-    raise UserError("E001", f"{name} does not exist{hint}")
-
-
-def build_config(tree: dict, where, notes: list[str]) -> Config:
-    """The written keys -> Config, all of it checked. `where(key)` names file and line."""
-    for key in [k for k in IGNORED if k in tree]:
-        tree.pop(key)
-        notes.append(f"{key} has no effect in Lumen and is ignored")
-    if tree.get("max_steps") is not None and tree.get("num_epochs") is not None:
-        if float(tree["num_epochs"]) != 1:
-            raise UserError("E002", f"{where('num_epochs')}: num_epochs and max_steps both set the length; drop one")
-        tree.pop("num_epochs")
-        notes.append("num_epochs: 1 is ignored, max_steps sets the length")
-    lunaris_keys(tree["model"], where, notes)
-
-    def build(cls, keys: dict, prefix: str):
-        kinds = {k: v for k, v in typing.get_type_hints(cls).items() if k not in BLOCKS}
-        for key in keys:
-            if key not in kinds and key not in BLOCKS:
-                near = difflib.get_close_matches(str(key), kinds, 1, 0.5)
-                hint = f"did you mean {prefix}{near[0]}?" if near else "python train.py --help lists all"
-                for block, other in (*BLOCKS.items(), ("", Config)):
-                    if other is not cls and key in typing.get_type_hints(other):
-                        there = f"under {block}:" if block else f"at the top level, not under {prefix[:-1]}:"
-                        hint = f"it belongs {there}"
-                raise UserError("E002", f"{where(prefix + str(key))}: unknown key {prefix}{key}; {hint}")
-        values = {k: convert(v, kinds[k], f"{where(prefix + k)}: {prefix}{k}") for k, v in keys.items() if k in kinds}
-        return cls(**values)
-
-    try:
-        model = build(ModelConfig, tree["model"], "model.")
-    except ValueError as error:
-        key = str(error).partition(":")[0]
-        place = f"{where(key)}: " if key.removeprefix("model.") in tree["model"] else ""
-        raise UserError("E002", f"{place}{error}") from error
-    orchestrator = build(OrchestratorConfig, tree.get("orchestrator") or {}, "orchestrator.")
-    cfg = dataclasses.replace(build(Config, tree, ""), model=model, orchestrator=orchestrator)
-
-    def refuse(key, text):
-        raise UserError("E002", f"{where(key)}: {key}: {text}")
-
-    for key, choices in CHOICES.items():
-        if getattr(cfg, key) not in choices:
-            refuse(key, f"{getattr(cfg, key)!r} is not one of {', '.join(choices)}")
-    if isinstance(cfg.batch_size, str) and (cfg.batch_size != "auto" or not cfg.batch_tokens):
-        auto = cfg.batch_size == "auto"
-        text = "needs batch_tokens, the size of the whole batch" if auto else "is not int or auto"
-        refuse("batch_size", f"{cfg.batch_size!r} {text}")
-    for key, low in AT_LEAST.items():
-        value = getattr(cfg, key)
-        if isinstance(value, (int, float)) and value < low:
-            refuse(key, f"{value} must be at least {low}")
-    for key in BELOW_ONE:
-        if getattr(cfg, key) >= 1:
-            refuse(key, f"{getattr(cfg, key)} must be below 1")
-    o = cfg.orchestrator
-    o.mode = "off" if o.mode == "none" else o.mode  # YAML reads off as false
-    if o.mode not in MODES:
-        refuse("orchestrator.mode", f"{o.mode!r} is not one of {', '.join(MODES)}")
-    if not cfg.use_adaptive_training:
-        if o.mode in ("act", "replay") and "mode" in (tree.get("orchestrator") or {}):
-            refuse("orchestrator.mode", f"{o.mode} does not go with use_adaptive_training: false; drop one")
-        o.mode = "off" if o.mode == "act" else o.mode
-    if not 0.5 <= o.intervention_threshold <= 0.99:
-        refuse("orchestrator.intervention_threshold", f"{o.intervention_threshold} is not from 0.5 to 0.99")
-    for key, low in (("check_interval", 1), ("snapshot_interval", 0)):
-        if getattr(o, key) < low:
-            refuse(f"orchestrator.{key}", f"{getattr(o, key)} must be at least {low}")
-    if (o.mode == "replay") != bool(o.replay):
-        refuse("orchestrator.replay", "mode: replay and replay: FILE (decisions.jsonl of a run) go together")
-    if cfg.auto_epoch_scaling and (cfg.max_steps is not None or cfg.num_epochs is not None):
-        refuse("auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one")
-    if not 0 <= cfg.min_auto_epochs <= cfg.max_auto_epochs or not cfg.max_auto_epochs or cfg.chinchilla_multiplier <= 0:
-        refuse("min_auto_epochs", "0 <= min_auto_epochs <= max_auto_epochs and chinchilla_multiplier > 0 are expected")
-    if not 0 < cfg.target_memory <= 1:
-        refuse("target_memory", f"{cfg.target_memory} is not in (0, 1]")
-    if not 0 < cfg.decay_frac <= 1:
-        refuse("decay_frac", f"{cfg.decay_frac} is not in (0, 1]")
-    if cfg.data_dir and cfg.data:
-        refuse("data", "data_dir and data both name the data; drop one")
-    if cfg.prepare is not None:
-        unknown = set(cfg.prepare) - {"sources", "val_sources", "tokenizer", "out"}
-        if unknown or not cfg.prepare.get("sources"):
-            refuse("prepare", f"needs sources: [...]; may have val_sources, tokenizer, out; unknown: {unknown or '-'}")
-        out = cfg.prepare.setdefault("out", cfg.data_dir or f"data/{Path(str(cfg.prepare['sources'][0])).stem}")
-        cfg.data_dir = cfg.data_dir or out
-    if not (cfg.data_dir or cfg.data):
-        raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
-    if cfg.data and not isinstance(cfg.data.get("sources"), dict):
-        refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
-    if cfg.expert_log_interval % cfg.log_interval:
-        refuse("expert_log_interval", f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}")
-    return cfg
-
-
-def lunaris_keys(model: dict, where, notes: list[str]) -> None:
-    """Keys of Lunaris Codex's `model:` block that have another name or no place here."""
-    for old, new in (("use_qk_norm", "qk_norm"), ("resid_dropout", "dropout")):
-        if model.get(old) is not None:
-            model[new] = model[old]
-            notes.append(f"model.{old} is model.{new} here")
-        model.pop(old, None)
-    if float(model.pop("attn_dropout", 0) or 0):
-        raise UserError(
-            "E002", f"{where('model.attn_dropout')}: dropout inside attention is not supported; use dropout"
-        )
-    base = float(model.pop("rope_ntk_scale_base", 0) or 0)
-    if base and float(model.get("max_seq_len", 1024)) > base:
-        theta = float(model.get("rope_theta", 10000.0)) * float(model.get("max_seq_len", 1024)) / base
-        model["rope_theta"] = theta
-        notes.append(f"model.rope_ntk_scale_base {base:g} is applied: rope_theta {theta:g}")
-    if "n_experts" in model and not model["n_experts"]:
-        model["n_experts"] = 0  # null is a dense model there
-    if model.get("n_experts") and "n_experts_per_token" not in model:
-        notes.append("model.n_experts_per_token is not given: 2 here (Lunaris Codex: 1)")
-
-
-def help_text() -> str:
-    """Every key with its default and meaning, read from the dataclasses above."""
-    rows = []
-    for cls, prefix in ((Config, ""), *((block, f"{name}.") for name, block in BLOCKS.items())):
-        for line in inspect.getsource(cls).splitlines():
-            if m := re.match(r"    (\w+): [^=]+ = (.+?)  # (.+)", line):
-                rows.append(f"  --{prefix}{m[1]:<{32 - len(prefix)}} {m[3]} [{m[2]}]")
-            elif m := re.match(r"    # (.+)", line):
-                rows.append(f"\n{m[1]}")
-        rows.append({Config: "\nmodel", ModelConfig: "\norchestrator"}.get(cls, ""))
-    usage = "usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]\n"
-    return f"{usage}       --dry_run: start-up block and memory, no training; --print_config; --help\n" + "\n".join(
-        rows
-    )
-
+from orchestrator import ByHand, Orchestrator
+from report import Report, clock, start_wandb
 
 # ---------------------------------------------------------------- schedule and optimizer
 
@@ -572,45 +235,19 @@ class Parallel:
 
 # ---------------------------------------------------------------- trainer
 
-STATS = (
-    "ce",
-    "z",
-    "count",
-    "unread",
-    "oom",
-    "stop",
-    "save",
-    "control",
-    "sum",
-    "square",
-)  # what is summed over ranks in each step
+# what is summed over ranks in each step
+STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square")
 STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "checkpoint", "other")  # what a run's time goes to
-NUMBERS = (
-    "tokens",
-    "val_loss",
-    "best_val_loss",
-    "best_step",
-    "evaluations_since_best",
-    "evaluated_at",
-    "stopped_early",
-)
+NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early".split()
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
-    "metrics.jsonl",
-    "decisions.jsonl",
-    "control.jsonl",
-    "oom_hint.json",
-    "suggested.yaml",
-    "best.json",
-    "status.json",
-    "train.log",
-    "tokenizer.json",
-    "token_bytes.npy",
+    "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
+OURS += ["tokenizer.json", "token_bytes.npy"]
 
 
-class Trainer(ByHand):
+class Trainer(ByHand, Report):
     """One run: cfg, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()` is the loop.
 
     `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
@@ -908,87 +545,6 @@ class Trainer(ByHand):
             return pick_back_end(cfg.expert_back_end, *where)
         except ValueError as error:
             raise UserError("E003", f"expert_back_end: {error}") from error
-
-    def start_block(self, notes: list[str]) -> None:
-        """What will run, before it runs."""
-        cfg, m, say = self.cfg, self.cfg.model, self.say
-        n, T, rows = self.counted.n_params(), m.max_seq_len, self.rows_per_step
-        tokens = rows * T * cfg.max_steps
-        for note in (*notes, *self.machine.notes, *([self.hint] if self.hint else []), *self.changes):
-            say(f"note       {note}")
-        shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
-        active = f", {n['active']:,} active" if n["active"] != n["total"] else ""
-        say(f"model      {n['total']:,} parameters{active}, {n['non_embedding']:,} of them no embeddings: {shape}")
-        for line in self.sparse_lines():
-            say(line)
-        if not self.sources:
-            say("data       not prepared yet: its size, and a length that follows from it, are unknown")
-        for name, s in self.sources.items():
-            held = self.val_sources[name].tokens if name in self.val_sources else 0
-            tail = " (tail held out)" if s.bare and held else ""
-            unused = 100 * s.unused / max(1, s.tokens)
-            say(f"data       {name}: {s.tokens:,} train tokens, {held:,} val{tail}; {unused:.3f} % unused; {s.path}")
-        layout = f"{cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
-        say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
-        windows = sum(s.windows for s in self.sources.values())
-        epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
-        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {tokens / n['total']:.1f} per parameter{epochs}")
-        if windows:
-            counts = (self.n_working, windows * T, tokens, self.flops_per_token, cfg.chinchilla_multiplier)
-            for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
-                say(line)
-        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
-        per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
-        peak = plan.describe(self.peak, "FLOP/s")
-        say(f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}")
-        flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
-        state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
-        say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
-        say(f"attention  {cfg.attention}: {self.attention_why}")
-        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing == "block")
-        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k != "total")
-        have = plan.total_memory(self.machine.device)
-        say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
-        if need["total"] * local > have:
-            say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
-        if m.vocab_size % 64:
-            say(f"advice     vocab_size {m.vocab_size} is not a multiple of 64: slower on GPUs")
-        if n["total"] > tokens:
-            say("advice     fewer tokens than parameters: such a model mostly memorises")
-        if self.machine.device.type == "cuda" and cfg.deterministic:
-            say("advice     deterministic: true costs speed on CUDA (not measured yet)")
-
-    def sparse_lines(self) -> list[str]:
-        """The start block's lines on MoE and MoD."""
-        m, lines = self.cfg.model, []
-        moe = [i for i in range(m.n_layers) if m.is_moe(i)]
-        mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
-        if moe:
-            more = f", {m.n_shared_experts} shared" if m.n_shared_experts else ""
-            more += f", {m.n_null_experts} null" if m.n_null_experts else ""
-            more += f", {m.n_experts_max} slots" if m.n_experts_max else ""
-            gates = f"{m.router}{', renormalised' if m.norm_topk else ''}"
-            text = f"{m.n_experts_per_token} of {m.n_experts} x {m.d_expert}{more} in {len(moe)} layers; {gates}"
-            text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
-            drop = f"capacity {m.capacity_factor:g}" if m.capacity_factor else "dropless"
-            lines.append(f"experts    {text}; {drop}; {self.cfg.expert_back_end}: {self.experts_why}")
-        if mod:
-            what = "FFN" if m.mod_ffn_only else "block"
-            mean = sum(m.capacity(i) for i in mod) / len(mod)
-            text = f"{m.mod_routing} routing, capacity {mean:.3g}, {what} of {len(mod)} layers"
-            anneal = f", from 1.0 over {m.mod_anneal_steps} steps" if m.mod_anneal_steps else ""
-            lines.append(f"depth      {text}{anneal}")
-        if m.mod_anneal_steps > self.cfg.max_steps and mod:
-            lines.append(f"advice     mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen")
-        if idle := m.idle():
-            lines.append(f"advice     without effect, for n_experts or mod_capacity is not set: {', '.join(idle)}")
-        if moe or mod:
-            from export import refusals  # only here: a run that cannot be exported should know it before it starts
-
-            lines += [f"advice     will not export to Hugging Face: {why}" for why in refusals(m)[:3]]
-        return lines
 
     def own_out_dir(self) -> None:
         """All is checked: rank 0 makes out_dir, or empties it where overwrite says so."""
@@ -1624,16 +1180,6 @@ class Trainer(ByHand):
         self.lap("checkpoint")
         return not failed
 
-    def draw(self) -> None:
-        """out_dir/training.png, by a process of its own with the lowest priority: no step waits for it."""
-        if self.drawing is None or self.drawing.poll() is not None:  # else the last one is still at it
-            words = [sys.executable, str(Path(__file__).parent / "bench.py"), "picture", str(self.out)]
-            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-            env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            with contextlib.suppress(OSError):
-                self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
-
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = dataclasses.asdict(self.cfg)
@@ -1649,144 +1195,12 @@ class Trainer(ByHand):
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
 
-    # ---- what a run leaves
-
-    def say(self, text: str) -> None:
-        """One line to the console and to train.log, from rank 0."""
-        if not getattr(self, "main", True):
-            return
-        tqdm.write(text) if self.bar else print(text, flush=True)
-        if self.log_file:
-            with contextlib.suppress(OSError):  # a full disk must not end the run
-                self.log_file.write(text + "\n")
-
-    def append(self, name: str, row: dict) -> None:
-        """One line to an append-only file in out_dir, from rank 0."""
-        if self.main:
-            row = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-            }  # JSON has none
-            lines = self.unwritten.get(name, b"") + json.dumps(row).encode() + b"\n"
-            with contextlib.suppress(OSError), open(self.out / name, "ab", buffering=0) as f:
-                lines = lines[f.write(lines) :]  # a full disk takes a part of them, or none: the rest comes later
-            self.unwritten[name] = lines
-
-    def record(self, row: dict) -> None:
-        """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
-        self.append("metrics.jsonl", row)
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
-        if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, row["step"])
-
-    # ---- sparse layers
+    # ---- small parts, and the end
 
     def unpack(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One flat vector of sums -> those of the MoE layers and of the MoD layers, a row each."""
         parts = sparse.split([a * b for a, b in self.sparse_shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.sparse_shapes))
-
-    def routing(self, numbers: torch.Tensor) -> dict:
-        """Statistics of the sparse layers from one host copy: {"experts": ..., "depth": ...}."""
-        cfg, found = self.cfg.model, {}
-        kept = self.sparse_shapes[1][0] * self.sparse_shapes[1][1]
-        moe, mod = numbers.split([len(numbers) - kept, kept])
-        if self.moe:
-            rows = moe.view(len(self.moe), -1)
-            found["experts"] = expert_statistics(list(self.moe), rows, cfg.n_null_experts)
-        if self.mod:
-            saved = 1 - self.model.flops_per_token() / self.flops_undiminished
-            rows = mod.view(self.sparse_shapes[1])
-            found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
-        return found
-
-    def routing_row(self, seen: dict) -> dict:
-        """What metrics.jsonl says of the sparse layers; and their charts, to wandb and TensorBoard."""
-        cfg, row = self.cfg.model, {}
-        if "experts" in seen:
-            e, layers = seen["experts"], seen["experts"]["layers"]
-            nominal = self.rows_per_step * cfg.max_seq_len  # of which a router inside MoD sees a part
-            for key, weight, name in (
-                ("aux_loss", cfg.aux_loss_weight, "load_balance_loss"),
-                ("router_z_loss", cfg.router_z_loss_weight, "router_z"),
-            ):
-                row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / nominal
-            names = ("routing_entropy", "max_entropy", "max_violation", "tokens_dropped", "dead", "confidence")
-            row |= {f"experts/{k}": e[k] for k in (*names, "token_entropy", "null_share")}
-            row |= {"experts/bias_min": e["bias_range"][0], "experts/bias_max": e["bias_range"][1]}
-            row |= {f"experts/share/{i}": x["per_expert_utilization"] for i, x in layers.items()}
-            for i, x in layers.items():
-                self.chart(f"experts/share/{i}", x["per_expert_utilization"], seen["step"] + 1)
-        if "depth" in seen:
-            d = seen["depth"]
-            row |= {"mod_loss": MoD.BCE_WEIGHT * d["predictor_loss"] * len(self.mod)}
-            row |= {f"depth/{k}": d[k] for k in ("capacity_factor", "average_depth", "predictor_agreement")}
-            row |= {f"depth/usage/{i}": u for i, u in d["per_layer_usage"].items()}
-            self.chart("depth/position", d["position_usage"], seen["step"] + 1)
-        return row
-
-    def routing_lines(self, seen: dict) -> list[str]:
-        """The compact form for the console."""
-        lines = []
-        if "experts" in seen:
-            e = seen["experts"]
-            worst = max(e["layers"], key=lambda i: e["layers"][i]["max_violation"])
-            text = (
-                f"hottest {1 + e['max_violation']:.2f} x fair (layer {worst}), entropy {e['routing_entropy']:.3f} of "
-            )
-            text += f"{e['max_entropy']:.3f} nats, dead {e['dead']}, dropped {e['tokens_dropped']}, bias "
-            text += "{:+.3f} to {:+.3f}, ".format(*e["bias_range"]) + f"confidence {e['confidence']:.2f}"
-            lines.append(f"experts    {text}")
-        if "depth" in seen:
-            d = seen["depth"]
-            text = f"{d['average_depth']:.2f} of {self.cfg.model.n_layers} layers a token, capacity "
-            text += f"{d['capacity_factor']:.3f}, predictor agrees {100 * d['predictor_agreement']:.1f} %"
-            lines.append(f"depth      {text}")
-        return lines
-
-    def chart(self, name: str, values: list, step: int) -> None:
-        """A bar per value, to wandb and TensorBoard."""
-        values = np.array([v or 0.0 for v in values])
-        edges = np.arange(len(values) + 1) - 0.5
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges))}, step=step)
-        if self.board:
-            centres = np.arange(len(values))
-            total, squares = float((values * centres).sum()), float((values * centres**2).sum())
-            self.board.add_histogram_raw(
-                name,
-                0.0,
-                len(values) - 1.0,
-                float(values.sum()),
-                total,
-                squares,
-                edges[1:].tolist(),
-                values.tolist(),
-                step,
-            )
-
-    def last_routing(self, kind: str) -> dict:
-        if not (self.moe if kind == "experts" else self.mod):
-            what = "MoE: set model.n_experts" if kind == "experts" else "MoD: set model.mod_capacity"
-            return {"refused": "E308", "reason": f"this model has no layer of {what}"}
-        if self.sparse is None:
-            return {"refused": "E308", "reason": "no step has been made yet"}
-        moe, mod = self.unpack(self.sparse)
-        moe = expert_numbers(self.moe, moe) if self.moe else moe
-        return self.routing(torch.cat([moe.flatten(), mod.flatten()]).cpu())[kind]
-
-    def get_expert_statistics(self) -> dict:
-        """Of the last step, over all ranks: per_expert_utilization, routing_entropy, load_balance_loss, tokens_dropped
-        and more, per layer under "layers" and over all; see model_moe.expert_statistics."""
-        return self.last_routing("experts")
-
-    def get_mod_statistics(self) -> dict:
-        """Of the last step, over all ranks; see model_moe.mod_statistics."""
-        return self.last_routing("depth")
 
     def split_seed(self, layer: int) -> int:
         """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""
@@ -1806,54 +1220,6 @@ class Trainer(ByHand):
         self.clock, self.clock_step, self.logged = time.perf_counter(), self.step, dict(self.spent)
         self.speed = getattr(self, "speed", 0.0)  # tokens/s of the last log line
 
-    def log(self, seen: dict) -> None:
-        """One line per log step; speeds are means since the last one, without evaluation and saving."""
-        cfg, done = self.cfg, seen["step"] + 1
-        seconds = max(1e-9, time.perf_counter() - self.clock)
-        steps = max(1, done - self.clock_step)
-        speed = self.speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
-        cuda = self.parallel.device.type == "cuda"
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
-        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
-        row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
-        flops = self.model.flops_per_token() if self.mod else self.flops_per_token  # MoD's capacity may be annealed
-        row |= {"tokens_per_second": speed, "mfu": speed * flops / (self.peak * self.parallel.world)}
-        times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
-        row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
-        row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
-        row |= {"health": self.orchestrator.health, **self.outlook}
-        self.outlook = {}
-        row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
-        row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
-        row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
-        row |= self.routing_row(seen)
-        row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
-        self.record(row)
-        left = (cfg.max_steps - done) * seconds / steps
-        share = f"mfu {100 * row['mfu']:.0f} %, data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
-        numbers = f"loss {seen['loss']:.4f}  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}"
-        self.say(
-            f"step {done:>6}/{cfg.max_steps}  {numbers}  {plan.describe(speed)} tok/s  {share}  {clock(left)} left"
-        )
-        for line in self.routing_lines(seen):
-            self.say(line)
-        if self.bar:
-            self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
-        self.restart_clock()
-        self.clock_step = done
-
-    def read_status(self) -> dict:
-        try:
-            return json.loads((self.out / "status.json").read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def write_status(self, state: str, code: int = 0, reason: str = "") -> None:
-        if self.main and self.attempt:
-            row = {"state": state, "code": code, "step": self.step, "attempt": self.attempt, "reason": reason}
-            with contextlib.suppress(OSError):
-                checkpoint.write_json(self.out / "status.json", row)
-
     def finish(self, state: str, code: int) -> None:
         """The last words: a sample, the status, everything closed."""
         if self.bar:
@@ -1869,51 +1235,6 @@ class Trainer(ByHand):
         self.write_status(state, code, "" if code == 0 else "the last checkpoint could not be written")
         self.close()
 
-    def suggest(self) -> None:
-        """suggested.yaml: this run's configuration for next time, with what was found on the way and why."""
-        cfg, n = self.cfg, self.counted.n_params()
-        T, cuda = cfg.model.max_seq_len, self.parallel.device.type == "cuda"
-        keys = {
-            k: v for k, v in self.written.items() if k not in ("batch_size", "gradient_accumulation_steps", "max_steps")
-        }
-        keys = {
-            k: v for k, v in keys.items() if k not in ("batch_tokens", "num_epochs", "auto_epoch_scaling", "resume")
-        }
-        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        share = used / plan.total_memory(self.parallel.device)
-        unique = sum(s.windows for s in self.sources.values()) * T
-        limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-        steps, why = plan.auto_steps(self.n_working, unique, self.rows_per_step * T, *limits)
-        asked = self.written.get("batch_size")
-        found = f"as run, {100 * share:.0f} % of the memory used"
-        if asked not in (None, cfg.batch_size):
-            found = f"{asked} was asked for; " + (self.hint or found)
-        lines = [f"# made at the end of {self.out}, {n['total']:,} parameters; the comments say why"]
-        lines += [f"batch_size: {cfg.batch_size}  # {found}"]
-        lines += [f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it"]
-        lines += [f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {cfg.max_steps}"]
-        rolled = len(self.orchestrator.rollbacks)
-        if rolled:
-            keys["learning_rate"] = cfg.learning_rate * Orchestrator.CUT
-            lines += [f"# learning_rate: x {Orchestrator.CUT}, for this run was rolled back {rolled} times"]
-        with contextlib.suppress(OSError):
-            text = "\n".join(lines) + "\n" + yaml.safe_dump(keys, sort_keys=False)
-            (self.out / "suggested.yaml").write_text(text, encoding="utf-8")
-
-    def print_sample(self) -> None:
-        """Continue sample_prompt with the trained model."""
-        if not (self.out / "tokenizer.json").exists():
-            self.say("sample     none: bare shards bring no tokenizer")
-            return
-        tok = tokenizers.load(str(self.out / "tokenizer.json"))
-        prompt = tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id]
-        new = min(160, self.cfg.model.max_seq_len - len(prompt))
-        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
-        with torch.compiler.set_stance("force_eager"):
-            ids = [row[0] for row in self.model.generate([prompt], new, [self.cfg.seed], **options)]
-        text = tok.decode(prompt + [i for i in ids if i != tok.eot_id])
-        self.say(f"sample     of the trained model, seed {self.cfg.seed}:\n{'-' * 60}\n{text}\n{'-' * 60}")
-
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
@@ -1927,31 +1248,6 @@ class Trainer(ByHand):
                 self.log_file.close()
             self.log_file = None
         self.parallel.close()
-
-
-def start_wandb(cfg: Config, say):
-    """A wandb run; offline, with a line, when there is no key or no network."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("E003", "wandb_project is set but wandb is not installed: pip install wandb") from error
-    options = {
-        "project": cfg.wandb_project,
-        "entity": cfg.wandb_entity,
-        "dir": cfg.out_dir,
-        "config": dataclasses.asdict(cfg),
-    }
-    options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode == "online":
-        try:
-            if not wandb.api.api_key:
-                raise RuntimeError("no key: wandb login stores one")
-            return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
-        except Exception as error:  # any failure of theirs: the run matters more than its picture
-            say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
-            mode = "offline"
-    return wandb.init(**options, mode=mode)
 
 
 def to_host(numbers: torch.Tensor) -> tuple:
@@ -1982,12 +1278,6 @@ def free_memory(device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def clock(seconds: float) -> str:
-    seconds = int(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
 
 
 # ---------------------------------------------------------------- main

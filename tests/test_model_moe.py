@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model_moe
 import sample
 import train
+from config import Config, read_config
 from errors import UserError
 from model import KVCache, ModelConfig, Transformer, rope_tables, rotate
 from model_moe import (
@@ -36,7 +37,7 @@ from model_moe import (
     restore_expert,
     update_balance,
 )
-from train import Config, Parallel, Trainer, build_optimizer, lr_at, read_config
+from train import Parallel, Trainer, build_optimizer, lr_at
 
 torch.set_num_threads(1)
 

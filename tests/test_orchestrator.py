@@ -14,6 +14,7 @@ from test_train import Halves, fake_fp16
 import checkpoint
 import orchestrator
 import train
+from config import CHOICES, read_config
 from detectors import Divergence, NormLimit
 from errors import UserError
 from train import Parallel, Trainer
@@ -253,7 +254,7 @@ def faulty(keys, at, times=1e4, mode="act") -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("name", train.CHOICES["optimizer"])
+@pytest.mark.parametrize("name", CHOICES["optimizer"])
 @pytest.mark.parametrize("times", [1e4, float("nan"), 1e30])
 def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
     """Every optimizer must pass: weights, moments and counts equal a run whose step was never made at that turn."""
@@ -942,7 +943,7 @@ def test_a_run_is_cut_short_only_where_that_is_justified_and_allowed(tiny, monke
 def test_suggested_yaml_runs_as_it_is(tiny):
     trainer = run(tiny(max_steps=8))
     path = trainer.out / "suggested.yaml"
-    cfg, *_ = train.read_config([str(path)])
+    cfg, *_ = read_config([str(path)])
     assert cfg.batch_size == trainer.cfg.batch_size and cfg.batch_tokens == trainer.rows_per_step * 32
     assert cfg.max_steps > 8 and path.read_text().count("#") >= 4
     again = Trainer([str(path), "--max_steps", "2", "--out_dir", str(trainer.out) + "-again"])
@@ -1002,6 +1003,6 @@ def test_bad_orchestrator_keys_are_refused(tiny, block, key):
 def test_off_is_a_word_in_yaml(tiny, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(tiny())[:-1] + ', "orchestrator": {"mode": false}}')
-    assert train.read_config([str(path)])[0].orchestrator.mode == "off"
-    assert train.read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
+    assert read_config([str(path)])[0].orchestrator.mode == "off"
+    assert read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
     assert sys.modules["orchestrator"] is orchestrator

@@ -9,9 +9,9 @@ import yaml
 from conftest import ROOT
 
 import plan
+from config import read_config
 from errors import UserError
 from model import ModelConfig, Transformer
-from train import read_config
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be

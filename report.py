@@ -1,0 +1,387 @@
+"""What a run says and leaves: start block, log lines, metrics.jsonl, charts, status.json, suggested.yaml, the sample.
+
+`Report` is the part of `Trainer` that only looks. Nothing here changes what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+import checkpoint
+import plan
+import tokenizer as tokenizers
+from config import Config
+from errors import UserError
+from model_moe import MoD, expert_numbers, expert_statistics, mod_statistics
+from orchestrator import Orchestrator, resident_bytes
+
+
+class Report:
+    """Trainer's methods that speak."""
+
+    # ---- before it runs
+
+    def start_block(self, notes: list[str]) -> None:
+        """What will run, before it runs."""
+        cfg, m, say = self.cfg, self.cfg.model, self.say
+        n, T, rows = self.counted.n_params(), m.max_seq_len, self.rows_per_step
+        tokens = rows * T * cfg.max_steps
+        for note in (*notes, *self.machine.notes, *([self.hint] if self.hint else []), *self.changes):
+            say(f"note       {note}")
+        shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads, d_ff {m.d_ff}, vocab {m.vocab_size}"
+        active = f", {n['active']:,} active" if n["active"] != n["total"] else ""
+        say(f"model      {n['total']:,} parameters{active}, {n['non_embedding']:,} of them no embeddings: {shape}")
+        for line in self.sparse_lines():
+            say(line)
+        if not self.sources:
+            say("data       not prepared yet: its size, and a length that follows from it, are unknown")
+        for name, s in self.sources.items():
+            held = self.val_sources[name].tokens if name in self.val_sources else 0
+            tail = " (tail held out)" if s.bare and held else ""
+            unused = 100 * s.unused / max(1, s.tokens)
+            say(f"data       {name}: {s.tokens:,} train tokens, {held:,} val{tail}; {unused:.3f} % unused; {s.path}")
+        layout = f"{cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
+        say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
+        windows = sum(s.windows for s in self.sources.values())
+        epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
+        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {tokens / n['total']:.1f} per parameter{epochs}")
+        if windows:
+            counts = (self.n_working, windows * T, tokens, self.flops_per_token, cfg.chinchilla_multiplier)
+            for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
+                say(line)
+        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
+        per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
+        least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = plan.describe(self.peak, "FLOP/s")
+        say(f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}")
+        flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
+        state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
+        say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
+        say(f"attention  {cfg.attention}: {self.attention_why}")
+        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing == "block")
+        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k != "total")
+        have = plan.total_memory(self.machine.device)
+        say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
+        if need["total"] * local > have:
+            say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
+        if m.vocab_size % 64:
+            say(f"advice     vocab_size {m.vocab_size} is not a multiple of 64: slower on GPUs")
+        if n["total"] > tokens:
+            say("advice     fewer tokens than parameters: such a model mostly memorises")
+        if self.machine.device.type == "cuda" and cfg.deterministic:
+            say("advice     deterministic: true costs speed on CUDA (not measured yet)")
+
+    def sparse_lines(self) -> list[str]:
+        """The start block's lines on MoE and MoD."""
+        m, lines = self.cfg.model, []
+        moe = [i for i in range(m.n_layers) if m.is_moe(i)]
+        mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
+        if moe:
+            more = f", {m.n_shared_experts} shared" if m.n_shared_experts else ""
+            more += f", {m.n_null_experts} null" if m.n_null_experts else ""
+            more += f", {m.n_experts_max} slots" if m.n_experts_max else ""
+            gates = f"{m.router}{', renormalised' if m.norm_topk else ''}"
+            text = f"{m.n_experts_per_token} of {m.n_experts} x {m.d_expert}{more} in {len(moe)} layers; {gates}"
+            text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
+            drop = f"capacity {m.capacity_factor:g}" if m.capacity_factor else "dropless"
+            lines.append(f"experts    {text}; {drop}; {self.cfg.expert_back_end}: {self.experts_why}")
+        if mod:
+            what = "FFN" if m.mod_ffn_only else "block"
+            mean = sum(m.capacity(i) for i in mod) / len(mod)
+            text = f"{m.mod_routing} routing, capacity {mean:.3g}, {what} of {len(mod)} layers"
+            anneal = f", from 1.0 over {m.mod_anneal_steps} steps" if m.mod_anneal_steps else ""
+            lines.append(f"depth      {text}{anneal}")
+        if m.mod_anneal_steps > self.cfg.max_steps and mod:
+            lines.append(f"advice     mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen")
+        if idle := m.idle():
+            lines.append(f"advice     without effect, for n_experts or mod_capacity is not set: {', '.join(idle)}")
+        if moe or mod:
+            from export import refusals  # only here: a run that cannot be exported should know it before it starts
+
+            lines += [f"advice     will not export to Hugging Face: {why}" for why in refusals(m)[:3]]
+        return lines
+
+    # ---- lines and rows
+
+    def say(self, text: str) -> None:
+        """One line to the console and to train.log, from rank 0."""
+        if not getattr(self, "main", True):
+            return
+        tqdm.write(text) if self.bar else print(text, flush=True)
+        if self.log_file:
+            with contextlib.suppress(OSError):  # a full disk must not end the run
+                self.log_file.write(text + "\n")
+
+    def append(self, name: str, row: dict) -> None:
+        """One line to an append-only file in out_dir, from rank 0."""
+        if self.main:
+            row = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+            }  # JSON has none
+            lines = self.unwritten.get(name, b"") + json.dumps(row).encode() + b"\n"
+            with contextlib.suppress(OSError), open(self.out / name, "ab", buffering=0) as f:
+                lines = lines[f.write(lines) :]  # a full disk takes a part of them, or none: the rest comes later
+            self.unwritten[name] = lines
+
+    def record(self, row: dict) -> None:
+        """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
+        self.append("metrics.jsonl", row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        if self.wandb:
+            self.wandb.log(numbers, step=row["step"])
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, row["step"])
+
+    def log(self, seen: dict) -> None:
+        """One line per log step; speeds are means since the last one, without evaluation and saving."""
+        cfg, done = self.cfg, seen["step"] + 1
+        seconds = max(1e-9, time.perf_counter() - self.clock)
+        steps = max(1, done - self.clock_step)
+        speed = self.speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
+        cuda = self.parallel.device.type == "cuda"
+        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
+        row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
+        flops = self.model.flops_per_token() if self.mod else self.flops_per_token  # MoD's capacity may be annealed
+        row |= {"tokens_per_second": speed, "mfu": speed * flops / (self.peak * self.parallel.world)}
+        times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
+        row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
+        row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
+        row |= {"health": self.orchestrator.health, **self.outlook}
+        self.outlook = {}
+        row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
+        row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
+        row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
+        row |= self.routing_row(seen)
+        row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
+        self.record(row)
+        left = (cfg.max_steps - done) * seconds / steps
+        share = f"mfu {100 * row['mfu']:.0f} %, data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
+        numbers = f"loss {seen['loss']:.4f}  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}"
+        self.say(
+            f"step {done:>6}/{cfg.max_steps}  {numbers}  {plan.describe(speed)} tok/s  {share}  {clock(left)} left"
+        )
+        for line in self.routing_lines(seen):
+            self.say(line)
+        if self.bar:
+            self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
+        self.restart_clock()
+        self.clock_step = done
+
+    # ---- sparse layers
+
+    def routing_lines(self, seen: dict) -> list[str]:
+        """The compact form for the console."""
+        lines = []
+        if "experts" in seen:
+            e = seen["experts"]
+            worst = max(e["layers"], key=lambda i: e["layers"][i]["max_violation"])
+            text = (
+                f"hottest {1 + e['max_violation']:.2f} x fair (layer {worst}), entropy {e['routing_entropy']:.3f} of "
+            )
+            text += f"{e['max_entropy']:.3f} nats, dead {e['dead']}, dropped {e['tokens_dropped']}, bias "
+            text += "{:+.3f} to {:+.3f}, ".format(*e["bias_range"]) + f"confidence {e['confidence']:.2f}"
+            lines.append(f"experts    {text}")
+        if "depth" in seen:
+            d = seen["depth"]
+            text = f"{d['average_depth']:.2f} of {self.cfg.model.n_layers} layers a token, capacity "
+            text += f"{d['capacity_factor']:.3f}, predictor agrees {100 * d['predictor_agreement']:.1f} %"
+            lines.append(f"depth      {text}")
+        return lines
+
+    def routing(self, numbers: torch.Tensor) -> dict:
+        """Statistics of the sparse layers from one host copy: {"experts": ..., "depth": ...}."""
+        cfg, found = self.cfg.model, {}
+        kept = self.sparse_shapes[1][0] * self.sparse_shapes[1][1]
+        moe, mod = numbers.split([len(numbers) - kept, kept])
+        if self.moe:
+            rows = moe.view(len(self.moe), -1)
+            found["experts"] = expert_statistics(list(self.moe), rows, cfg.n_null_experts)
+        if self.mod:
+            saved = 1 - self.model.flops_per_token() / self.flops_undiminished
+            rows = mod.view(self.sparse_shapes[1])
+            found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
+        return found
+
+    def routing_row(self, seen: dict) -> dict:
+        """What metrics.jsonl says of the sparse layers; and their charts, to wandb and TensorBoard."""
+        cfg, row = self.cfg.model, {}
+        if "experts" in seen:
+            e, layers = seen["experts"], seen["experts"]["layers"]
+            nominal = self.rows_per_step * cfg.max_seq_len  # of which a router inside MoD sees a part
+            for key, weight, name in (
+                ("aux_loss", cfg.aux_loss_weight, "load_balance_loss"),
+                ("router_z_loss", cfg.router_z_loss_weight, "router_z"),
+            ):
+                row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / nominal
+            names = ("routing_entropy", "max_entropy", "max_violation", "tokens_dropped", "dead", "confidence")
+            row |= {f"experts/{k}": e[k] for k in (*names, "token_entropy", "null_share")}
+            row |= {"experts/bias_min": e["bias_range"][0], "experts/bias_max": e["bias_range"][1]}
+            row |= {f"experts/share/{i}": x["per_expert_utilization"] for i, x in layers.items()}
+            for i, x in layers.items():
+                self.chart(f"experts/share/{i}", x["per_expert_utilization"], seen["step"] + 1)
+        if "depth" in seen:
+            d = seen["depth"]
+            row |= {"mod_loss": MoD.BCE_WEIGHT * d["predictor_loss"] * len(self.mod)}
+            row |= {f"depth/{k}": d[k] for k in ("capacity_factor", "average_depth", "predictor_agreement")}
+            row |= {f"depth/usage/{i}": u for i, u in d["per_layer_usage"].items()}
+            self.chart("depth/position", d["position_usage"], seen["step"] + 1)
+        return row
+
+    def chart(self, name: str, values: list, step: int) -> None:
+        """A bar per value, to wandb and TensorBoard."""
+        values = np.array([v or 0.0 for v in values])
+        edges = np.arange(len(values) + 1) - 0.5
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges))}, step=step)
+        if self.board:
+            centres = np.arange(len(values))
+            total, squares = float((values * centres).sum()), float((values * centres**2).sum())
+            self.board.add_histogram_raw(
+                name,
+                0.0,
+                len(values) - 1.0,
+                float(values.sum()),
+                total,
+                squares,
+                edges[1:].tolist(),
+                values.tolist(),
+                step,
+            )
+
+    def last_routing(self, kind: str) -> dict:
+        if not (self.moe if kind == "experts" else self.mod):
+            what = "MoE: set model.n_experts" if kind == "experts" else "MoD: set model.mod_capacity"
+            return {"refused": "E308", "reason": f"this model has no layer of {what}"}
+        if self.sparse is None:
+            return {"refused": "E308", "reason": "no step has been made yet"}
+        moe, mod = self.unpack(self.sparse)
+        moe = expert_numbers(self.moe, moe) if self.moe else moe
+        return self.routing(torch.cat([moe.flatten(), mod.flatten()]).cpu())[kind]
+
+    def get_expert_statistics(self) -> dict:
+        """Of the last step, over all ranks: per_expert_utilization, routing_entropy, load_balance_loss, tokens_dropped
+        and more, per layer under "layers" and over all; see model_moe.expert_statistics."""
+        return self.last_routing("experts")
+
+    def get_mod_statistics(self) -> dict:
+        """Of the last step, over all ranks; see model_moe.mod_statistics."""
+        return self.last_routing("depth")
+
+    # ---- the end
+
+    def read_status(self) -> dict:
+        try:
+            return json.loads((self.out / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, state: str, code: int = 0, reason: str = "") -> None:
+        if self.main and self.attempt:
+            row = {"state": state, "code": code, "step": self.step, "attempt": self.attempt, "reason": reason}
+            with contextlib.suppress(OSError):
+                checkpoint.write_json(self.out / "status.json", row)
+
+    def suggest(self) -> None:
+        """suggested.yaml: this run's configuration for next time, with what was found on the way and why."""
+        cfg, n = self.cfg, self.counted.n_params()
+        T, cuda = cfg.model.max_seq_len, self.parallel.device.type == "cuda"
+        keys = {
+            k: v for k, v in self.written.items() if k not in ("batch_size", "gradient_accumulation_steps", "max_steps")
+        }
+        keys = {
+            k: v for k, v in keys.items() if k not in ("batch_tokens", "num_epochs", "auto_epoch_scaling", "resume")
+        }
+        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
+        share = used / plan.total_memory(self.parallel.device)
+        unique = sum(s.windows for s in self.sources.values()) * T
+        limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
+        steps, why = plan.auto_steps(self.n_working, unique, self.rows_per_step * T, *limits)
+        asked = self.written.get("batch_size")
+        found = f"as run, {100 * share:.0f} % of the memory used"
+        if asked not in (None, cfg.batch_size):
+            found = f"{asked} was asked for; " + (self.hint or found)
+        lines = [f"# made at the end of {self.out}, {n['total']:,} parameters; the comments say why"]
+        lines += [f"batch_size: {cfg.batch_size}  # {found}"]
+        lines += [f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it"]
+        lines += [f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {cfg.max_steps}"]
+        rolled = len(self.orchestrator.rollbacks)
+        if rolled:
+            keys["learning_rate"] = cfg.learning_rate * Orchestrator.CUT
+            lines += [f"# learning_rate: x {Orchestrator.CUT}, for this run was rolled back {rolled} times"]
+        with contextlib.suppress(OSError):
+            text = "\n".join(lines) + "\n" + yaml.safe_dump(keys, sort_keys=False)
+            (self.out / "suggested.yaml").write_text(text, encoding="utf-8")
+
+    def print_sample(self) -> None:
+        """Continue sample_prompt with the trained model."""
+        if not (self.out / "tokenizer.json").exists():
+            self.say("sample     none: bare shards bring no tokenizer")
+            return
+        tok = tokenizers.load(str(self.out / "tokenizer.json"))
+        prompt = tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id]
+        new = min(160, self.cfg.model.max_seq_len - len(prompt))
+        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
+        with torch.compiler.set_stance("force_eager"):
+            ids = [row[0] for row in self.model.generate([prompt], new, [self.cfg.seed], **options)]
+        text = tok.decode(prompt + [i for i in ids if i != tok.eot_id])
+        self.say(f"sample     of the trained model, seed {self.cfg.seed}:\n{'-' * 60}\n{text}\n{'-' * 60}")
+
+    def draw(self) -> None:
+        """out_dir/training.png, by a process of its own with the lowest priority: no step waits for it."""
+        if self.drawing is None or self.drawing.poll() is not None:  # else the last one is still at it
+            words = [sys.executable, str(Path(__file__).parent / "bench.py"), "picture", str(self.out)]
+            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+            env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            with contextlib.suppress(OSError):
+                self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
+
+
+def start_wandb(cfg: Config, say):
+    """A wandb run; offline, with a line, when there is no key or no network."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("E003", "wandb_project is set but wandb is not installed: pip install wandb") from error
+    options = {
+        "project": cfg.wandb_project,
+        "entity": cfg.wandb_entity,
+        "dir": cfg.out_dir,
+        "config": dataclasses.asdict(cfg),
+    }
+    options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "online":
+        try:
+            if not wandb.api.api_key:
+                raise RuntimeError("no key: wandb login stores one")
+            return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+        except Exception as error:  # any failure of theirs: the run matters more than its picture
+            say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
+            mode = "offline"
+    return wandb.init(**options, mode=mode)
+
+
+def clock(seconds: float) -> str:
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
