@@ -53,9 +53,10 @@ ERRORS = {  # code: (meaning, remedy)
     "E403": ("an export or import could not be written", "free some disk space and start it again"),
     "E500": ("a prompt or sampling option cannot work", "python sample.py --help shows the ranges"),
     "E501": ("no tokenizer to read and write text with", "pass --tokenizer FILE, or token ids with --ids"),
-    "E600": ("the processes disagree or lost one another", "start them with the same files, versions and command"),
+    "E600": ("the processes disagree", "start them with the same files, versions and command"),
+    "E601": ("another process of the run was lost", "start again, as torchrun --max-restarts does: it resumes"),
 }  # fmt: skip
-EXIT_CODES = {"E301": 3, "E201": 75}  # every other UserError exits with 2
+EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
 
 
 class UserError(Exception):
@@ -78,7 +79,7 @@ def command(main) -> None:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         code = error.exit_code
-        if rank == 0:
+        if rank == 0 or error.code == "E601":  # rank 0 may be the one that was lost
             print(f"error {error}", file=sys.stderr)
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on

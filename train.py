@@ -1320,6 +1320,11 @@ def prepare_first(cfg: Config, dry_run: bool = False) -> None:
         time.sleep(0.2)
 
 
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed: NCCL has a type for that, gloo only words."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def main(argv: list[str], parallel=Parallel) -> int:
     cfg, _, _, flags = read_config(argv) if set(argv) - {"--help", "-h"} else (None, None, None, {"help": True})
     if flags.get("help"):
@@ -1364,6 +1369,10 @@ def main(argv: list[str], parallel=Parallel) -> int:
         trainer.write_status("restart", 75, text)
         raise UserError("E201", text) from error
     except Exception as error:
+        if trainer.parallel.world > 1 and lost_peer(error):
+            text = f"step {trainer.step}: {str(error).splitlines()[0]}"
+            trainer.write_status("restart", 75, text)
+            raise UserError("E601", text) from error
         trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
         raise
 

@@ -13,9 +13,11 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,20 @@ def test_two_ranks_agree_and_lose_nothing(scenes, name):
 
 
 IN_A_STEP, IN_A_SAVE = [[1, "rows", 6, "signal", 9]], [[0, "manifest.json", 8, "signal", 9]]
+
+
+def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
+    """Started by srun or by hand nobody kills the rest: it must not hang, and its exit code must say what to do."""
+    words = ["main", json.dumps([IN_A_STEP]), write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run"))]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
+    with ThreadPoolExecutor() as pool:
+        zero, one = pool.map(lambda rank: start_here(*words, RANK=str(rank), LOCAL_RANK=str(rank), **env), (0, 1))
+    assert one.returncode == -9 and zero.returncode == 75 and "error E601" in zero.stderr, zero.stderr[-2000:]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["code"]) == ("restart", 75)
 
 
 @pytest.mark.parametrize("deaths", [[IN_A_SAVE], pytest.param([IN_A_STEP, IN_A_SAVE], marks=pytest.mark.nightly)])
