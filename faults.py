@@ -283,6 +283,7 @@ FAULTS = {  # research/stability.md section 5
     "0": Fault("a batch left out (what 5, 6, 8 are held against)", left_out),
 }
 QUICK = "1,5,7,8,10,11"
+SURE = (0.99, 0.9, 0.75, 0.5, 0.0)  # steps of confidence that are counted apart
 
 # ---------------------------------------------------------------- faults: the runs
 
@@ -338,7 +339,7 @@ def start(keys: dict, hurt=None, at: int = 0, parallel=Parallel, by_rules: bool 
     if t.first_interrupt and hurt is not FAULTS["17"].hurt:
         raise KeyboardInterrupt  # what it asked to stop is all of it
     bytes_of = (x.detach().numpy().tobytes() for x in t.tensors().values())
-    names = ("id", "kind", "step", "turn", "level", "trigger", "action", "executed", "reason", "verdict")
+    names = "id kind step turn level trigger action executed reason verdict basis confidence".split()
     rows = [{k: r[k] for k in names if k in r} for r in read_lines(t.out / "decisions.jsonl")]
     row = {"code": code, "reason": reason[:300], "step": t.step, "turns": t.orchestrator.turn - (code == 0)}
     row |= {"val_loss": t.val_loss, "dropped": t.orchestrator.dropped, "decisions": rows, "reference": len(rules)}
@@ -505,7 +506,9 @@ def judge(fault: Fault, when: str, arm: str, run: dict, base: dict, limit: float
         j["came"] = "stop in order"
     elif ended:
         j["came"] = "recover" if j["gap"] <= limit else "not recovered"
-    j["false"] = len([d for d in done if not fault.lasts or not 0 <= d["turn"] - at <= fault.lasts + 100])
+    real = {d["id"]: fault.lasts > 0 and 0 <= d["turn"] - at <= fault.lasts + 100 for d in rows}
+    j["false"] = sum(not real[d["id"]] for d in done)
+    j["sure"] = [(d["basis"], d["confidence"], real[d["id"]]) for d in rows]
     if arm == "act":
         told = " ".join([*(f"{d['trigger']} {d['reason']}" for d in rows), *run.get("health", ())])
         off = {"of mode off": not fault.lasts and base["digest"], "without the batch": fault.exact and bits}
@@ -605,7 +608,7 @@ def arms_of(book: Book, top: str, row: str, arms: list, kinds: list, quick: bool
     if "scene" in fault.when and "dense" in kinds:
         go(row, "dense", "act", "scene")
     for kind in (k for k in kinds if k in fault.kinds and "scene" not in fault.when):
-        for i in range(2 if quick else SEEDS):
+        for i in range(SEEDS):
             go("24", kind, "off", "late", FAULT_RUN["seed"] + i)
         off = go(row, kind, "off", "late") if "off" in arms or not fault.lasts else {}
         for when in fault.when[: 1 if quick else 2] if "act" in arms else ():
@@ -616,8 +619,9 @@ def arms_of(book: Book, top: str, row: str, arms: list, kinds: list, quick: bool
             go(row, kind, "reference", "late")
 
 
-def fault_table(runs: dict) -> list[str]:
-    text, tally, sigma = [], {}, dict.fromkeys(KINDS, 0.0)
+def fault_table(runs: dict) -> tuple[list[str], int]:
+    """Lines of Markdown, and how many rows did not go as expected."""
+    text, tally, sure, sigma = [], {}, {}, dict.fromkeys(KINDS, 0.0)
     for kind in KINDS:
         loss = [r["val_loss"] for k, r in runs.items() if k.startswith(f"24/{kind}/off/late/")]
         if len(loss) > 1:
@@ -642,14 +646,25 @@ def fault_table(runs: dict) -> list[str]:
         cells += ["yes" if j["good"] else "; ".join(["**no**", *j["wrong"]])]
         text += [f"| {' | '.join(map(str, cells))} |"]
         tally.setdefault(f"{when}, {arm}", []).append((fault, j))
+        for basis, confidence, real in j["sure"] if arm == "act" else ():
+            step = next(x for x in SURE if confidence >= x)
+            sure.setdefault((basis, step), []).append(real)
     for name, mine in tally.items():
         gaps = [j["gap"] for f, j in mine if f.expected == "recover" and f.lasts and j["gap"] == j["gap"] is not None]
         n, false = sum(j["good"] for _, j in mine), sum(j["false"] for _, j in mine)
         text += ["", f"{name}: {n} of {len(mine)} as expected, {false} false actions"]
         text[-1] += f"; gaps: median {statistics.median(gaps):+.4f}, largest {max(gaps):+.4f}" if gaps else ""
+    text += [
+        "",
+        "Decisions of mode act by confidence; real: made while there was a fault, or within 100 turns of it:",
+        "",
+    ]
+    text += ["| basis | confidence | decisions | real |", "|---" * 4 + "|"]
+    text += [f"| {basis} | {step:g} and more | {len(x)} | {sum(x)} |" for (basis, step), x in sorted(sure.items())]
     wall, cpu = (sum(r[k] for r in runs.values()) / 60 for k in ("seconds", "cpu_seconds"))
     made = ", ".join(sorted({f"{r['commit']} ({r['date']})" for r in runs.values()}))
-    return [*text, "", f"{len(runs)} runs in {wall:.0f} minutes, {cpu:.0f} of a core's; commit {made}", NOTES]
+    text += ["", f"{len(runs)} runs in {wall:.0f} minutes, {cpu:.0f} of a core's; commit {made}", NOTES]
+    return text, sum(not j["good"] for mine in tally.values() for _, j in mine)
 
 
 # ---------------------------------------------------------------- healthy steps

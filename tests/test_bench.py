@@ -160,6 +160,8 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
     assert "| stop in order | stop in order |" in line and line.endswith("| 0 | yes |"), line
     assert rows["24", "healthy", "dense", "late", "act"].endswith("| +0.0000 | 0 | - | - | 0 | yes |")
     assert "late, act: 4 of 4 as expected, 0 false actions" in table and "sigma" in table
+    counts = [[c.strip() for c in line.split("|")[1:5]] for line in table.splitlines() if "and more" in line]
+    assert counts and all(c[2] == c[3] for c in counts), "what was decided was real"
     monkeypatch.setattr(faults, "start", None)  # nothing is run again
     assert small(*words)["runs"] == runs
     assert small("--table")["runs"] == runs
@@ -218,6 +220,7 @@ def test_scenes_of_files(small, row, capsys):
 def test_failures_are_said_as_such():
     fault = faults.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
     base, row = {"val_loss": 1.0, "digest": "a"}, {"level": 2, "executed": True, "action": "rollback", "trigger": "t"}
+    row |= {"id": 1, "basis": "evalue", "confidence": 0.8, "reason": ""}
     run = {
         "code": 0,
         "step": faults.FAULT_RUN["max_steps"],
@@ -226,10 +229,11 @@ def test_failures_are_said_as_such():
         "val_loss": 1.02,
         "digest": "b",
     }
-    run |= {"decisions": [row | {"turn": 300, "reason": ""}, row | {"turn": 330, "reason": ""}], "reference": 0}
+    run |= {"decisions": [row | {"turn": 300}, row | {"turn": 330, "id": 2}], "reference": 0}
     j = faults.judge(fault, "late", "act", run, base, 0.01, None)
     assert j["came"] == "not recovered" and j["gap"] == pytest.approx(0.02) and not j["good"]
     assert (j["lost"], j["found"], j["false"]) == (102, 10, 1)
+    assert j["sure"] == [("evalue", 0.8, False), ("evalue", 0.8, True)], "before the fault it was not real"
     assert j["wrong"] == ["nothing said of divergence", "2 x rollback", "1 false actions"]
     good = faults.judge(faults.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
     assert good["good"] and good["came"] == "recover"
