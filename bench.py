@@ -204,7 +204,8 @@ class Ours:
             torch._dynamo.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
-        self.optimizer, self.tokens = build_optimizer(cfg, self.model), rows * model.max_seq_len
+        self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
+        self.tokens = rows * model.max_seq_len
         self.x, self.y = batch(model, rows, machine.device)
         self.model.train()
 

@@ -81,7 +81,13 @@ class Config:
     deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
     attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
     expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
-    activation_checkpointing: str = "none"  # none | block: recompute blocks in backward; less memory, slower
+    activation_checkpointing: str = "none"  # none | selective: recompute all but products | block (full): whole blocks
+    # several processes, under train_fsdp.py only
+    zero_stage: int = 3  # 3: weights in parts, gathered for use; 2: once a step; 1: and gradients summed once; 0: whole
+    hsdp_shard_size: int = 0  # ranks that share one copy of the weights (of one machine, say); 0: all
+    expert_parallel: int = 1  # ranks that share the experts of a layer among them; tokens travel to them
+    cpu_offload: bool = False  # keep weights and moments in the host's memory
+    reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
@@ -97,7 +103,8 @@ FLAGS = ("dry_run", "print_config", "help")  # of the command line only
 CHOICES = {
     "lr_schedule": ("cosine", "linear", "wsd", "constant", "onecycle"),
     "optimizer": ("adamw",),
-    "activation_checkpointing": ("none", "block"),
+    "activation_checkpointing": ("none", "block", "full", "selective"),
+    "reduce_dtype": ("fp32", "bf16"),
     "resume": ("auto", "none"),
     "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
 }
@@ -114,6 +121,7 @@ AT_LEAST |= {
     "beta1": 0,
     "beta2": 0,
 }
+AT_LEAST |= {"zero_stage": 0, "hsdp_shard_size": 0, "expert_parallel": 1}
 BELOW_ONE = ("beta1", "beta2", "val_fraction")
 BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that are mappings of keys
 
@@ -272,6 +280,8 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
     for key in BELOW_ONE:
         if getattr(cfg, key) >= 1:
             refuse(key, f"{getattr(cfg, key)} must be below 1")
+    if cfg.activation_checkpointing == "full":
+        cfg.activation_checkpointing = "block"
     o = cfg.orchestrator
     o.mode = "off" if o.mode == "none" else o.mode  # YAML reads off as false
     if o.mode not in MODES:
@@ -291,6 +301,8 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         refuse("auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one")
     if not 0 <= cfg.min_auto_epochs <= cfg.max_auto_epochs or not cfg.max_auto_epochs or cfg.chinchilla_multiplier <= 0:
         refuse("min_auto_epochs", "0 <= min_auto_epochs <= max_auto_epochs and chinchilla_multiplier > 0 are expected")
+    if cfg.zero_stage > 3:
+        refuse("zero_stage", f"{cfg.zero_stage} is not 0, 1, 2 or 3")
     if not 0 < cfg.target_memory <= 1:
         refuse("target_memory", f"{cfg.target_memory} is not in (0, 1]")
     if not 0 < cfg.decay_frac <= 1:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model_moe import MoD, MoE
 
@@ -553,12 +553,21 @@ class HeadLoss(torch.autograd.Function):
 
 # ---------------------------------------------------------------- the model
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "lumen::experts")
+
+
+def keep_products(ctx, op, *args, **kwargs):
+    """Selective recomputation: what is dear (products, attention) or decides (topk) is kept, the rest is made anew."""
+    name = op.name() if hasattr(op, "name") else ""
+    keep = name.partition(".")[0] in PRODUCTS or "scaled_dot_product" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
 
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute (False: keep activations; True: recompute each block),
-    causal (True: without training MoD chooses by its causal rule, False: as in training).
+    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute in backward (none; block: all of it; selective: all but
+    the products), causal (True: without training MoD chooses by its causal rule, False: as in training).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -572,7 +581,7 @@ class Transformer(nn.Module):
         if not cfg.tie_embeddings:
             self.head = Linear(cfg.d_model, cfg.vocab_size)
         self.compute_dtype, self.z_loss, self.back_end = torch.float32, 0.0, "sdpa"
-        self.recompute, self.causal = False, True
+        self.recompute, self.causal = "none", True
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -588,16 +597,21 @@ class Transformer(nn.Module):
         Each expert has a generator of its own too, so spare slots change no other expert (routers they do).
         """
         for name, p in self.named_parameters():
-            if p.dim() < 2 or "mod.predictor" in name:
-                p.fill_(0.0 if "mod.predictor" in name else 1.0)
-                continue
-            std = self.cfg.init_std
-            if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
-                std /= math.sqrt(2 * self.cfg.n_layers)
-            for e, part in enumerate(p if p.dim() == 3 else [p]):
-                digest = hashlib.blake2b(f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-                part.copy_(torch.randn(part.shape, generator=generator) * std)
+            self.fill(name, p, seed)
+
+    @torch.no_grad()
+    def fill(self, name: str, p: torch.Tensor, seed: int, first: int = 0) -> None:
+        """The initial values of one parameter; of experts' weights also of some alone, from number `first` on."""
+        if p.dim() < 2 or "mod.predictor" in name:
+            p.fill_(0.0 if "mod.predictor" in name else 1.0)
+            return
+        std = self.cfg.init_std
+        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
+            std /= math.sqrt(2 * self.cfg.n_layers)
+        for e, part in enumerate(p if p.dim() == 3 else [p], first):
+            digest = hashlib.blake2b(f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            part.copy_(torch.randn(part.shape, generator=generator) * std)
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""
@@ -622,9 +636,11 @@ class Transformer(nn.Module):
         x = F.dropout(x, cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
         for i, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute != "none" and torch.is_grad_enabled():
                 rng = cfg.dropout > 0 or cfg.router_jitter > 0 or cfg.mod_routing == "random"
                 options = {"use_reentrant": False, "preserve_rng_state": rng}
+                if self.recompute == "selective":
+                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
                 change, stats = checkpoint(block, x, rope, self.back_end, **options)
             else:
                 change, stats = block(x, rope, self.back_end, cache, i, pos, self.causal)

@@ -443,15 +443,18 @@ class Router(nn.Module):
             cfg.bias_update_rate,
             cfg.aux_loss_weight,
         )
-        self.register_buffer("bias", torch.zeros(self.n))
-        live = torch.arange(self.n) < cfg.n_experts
-        live[self.slots :] = True
-        self.register_buffer("load", live / live.sum())
-        if cfg.n_experts_max:
-            self.register_buffer("alive", live[: self.slots].clone())
-            self.register_buffer("sibling", torch.arange(self.slots))
-            self.register_buffer("retired", torch.full((self.slots,), -1))
+        for name, value in self.first_buffers().items():
+            self.register_buffer(name, value)
         self.muted = None  # (n,) bool for one step of training with expert_dropout: see draw_dropout
+
+    def first_buffers(self) -> dict[str, torch.Tensor]:
+        live = torch.arange(self.n) < self.cfg.n_experts
+        live[self.slots :] = True
+        out = {"bias": torch.zeros(self.n), "load": live / live.sum()}
+        if self.cfg.n_experts_max:
+            out |= {"alive": live[: self.slots].clone(), "sibling": torch.arange(self.slots)}
+            out |= {"retired": torch.full((self.slots,), -1)}
+        return out
 
     def forward(self, x):
         cfg, K = self.cfg, self.cfg.n_experts_per_token
@@ -519,12 +522,17 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """S SwiGLU networks of hidden width I as two 3-D weights: gate and up in one, gate first."""
+    """S SwiGLU networks of hidden width I as two 3-D weights: gate and up in one, gate first; see run_experts, which
+    `run` stands for where other processes hold experts too."""
 
-    def __init__(self, slots: int, d_model: int, width: int):
+    def __init__(self, slots: int, d_model: int, width: int, run=None):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(slots, 2 * width, d_model))
         self.w2 = nn.Parameter(torch.empty(slots, d_model, width))
+        self.run = run or run_experts
+
+    def forward(self, x, p, ids, back_end: str):
+        return self.run(x, p, ids, self.w13, self.w2, back_end)
 
 
 class MoE(nn.Module):
@@ -543,7 +551,7 @@ class MoE(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
         p, ids, loss, sums = self.router(flat)
-        y = run_experts(flat, p, ids, self.experts.w13, self.experts.w2, self.back_end).view_as(x)
+        y = self.experts(flat, p, ids, self.back_end).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, {"loss": loss, "moe": sums}

@@ -333,16 +333,22 @@ class Report:
 
     def print_sample(self) -> None:
         """Continue sample_prompt with the trained model."""
-        if not (self.out / "tokenizer.json").exists():
+        path, par = self.out / "tokenizer.json", self.parallel
+        tok = tokenizers.load(str(path)) if self.main and path.exists() else None
+        found = tok and (tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id], tok.eot_id, tok.n_vocab)
+        if (found := found if par.alone else par.broadcast(found)) is None:
             self.say("sample     none: bare shards bring no tokenizer")
             return
-        tok = tokenizers.load(str(self.out / "tokenizer.json"))
-        prompt = tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id]
+        prompt, end, n_vocab = found
         new = min(160, self.cfg.model.max_seq_len - len(prompt))
-        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": (tok.eot_id,), "n_vocab": tok.n_vocab}
+        stop = (end,) if par.alone else ()  # where each token is a matter of all ranks, none may stop before another
+        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": stop, "n_vocab": n_vocab}
         with torch.compiler.set_stance("force_eager"):
             ids = [row[0] for row in self.model.generate([prompt], new, [self.cfg.seed], **options)]
-        text = tok.decode(prompt + [i for i in ids if i != tok.eot_id])
+        if not self.main:
+            return
+        ids = ids[: ids.index(end)] if end in ids else ids
+        text = tok.decode(prompt + ids)
         self.say(f"sample     of the trained model, seed {self.cfg.seed}:\n{'-' * 60}\n{text}\n{'-' * 60}")
 
     def draw(self) -> None:

@@ -67,12 +67,11 @@ def lr_at(cfg: Config, step: int) -> float:
     return peak if cfg.lr_schedule == "constant" else low + (peak - low) * share
 
 
-def build_optimizer(cfg: Config, model: Transformer) -> torch.optim.Optimizer:
+def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
     """Fused AdamW with its state allocated at once; matrices decay, norms do not; every parameter in one group.
 
     Routers are a group of their own; `lr_factor` is what each group multiplies the schedule by.
     """
-    named = dict(model.named_parameters())
     routing = [p for name, p in named.items() if ".router." in name or ".predictor." in name]
     routers, factor = {id(p) for p in routing}, cfg.router_lr_factor
     others = [p for p in named.values() if id(p) not in routers]
@@ -108,6 +107,7 @@ class Parallel:
     """
 
     CHUNK = 1 << 22  # numbers per collective
+    alone = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -135,6 +135,10 @@ class Parallel:
             model = Transformer(cfg.model)
         model.init_weights(cfg.seed)
         return model
+
+    def weights(self, model) -> dict[str, torch.Tensor]:
+        """What the optimizer updates, by the parameters' names: plain tensors, whose .grad reduce() sets."""
+        return dict(model.named_parameters())
 
     def microstep(self, model, last: bool):
         """Context of one forward and backward pass; `last` of its step."""
@@ -240,6 +244,7 @@ STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", 
 STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early".split()
+SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "cpu_offload", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
@@ -277,6 +282,9 @@ class Trainer(ByHand, Report):
         prepare_first(self.cfg, dry_run)
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
+        if self.parallel.alone and self.cfg.zero_stage:
+            given = [key for key in SHARDING if key in self.written]
+            notes += [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"] if given else []
         self.parallel.together(self.open_data, dry_run)
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
@@ -568,7 +576,7 @@ class Trainer(ByHand, Report):
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         model = self.model = par.build(cfg)
         model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
-        model.recompute = cfg.activation_checkpointing == "block"
+        model.recompute = cfg.activation_checkpointing
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
             moe.back_end = cfg.expert_back_end
@@ -579,7 +587,8 @@ class Trainer(ByHand, Report):
             torch._dynamo.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
             for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
                 block.compile()
-        self.optimizer = build_optimizer(cfg, model)
+        self.weights = par.weights(model)
+        self.optimizer = build_optimizer(cfg, self.weights)
         if cfg.precision == "mixed_fp16":
             self.scale = torch.tensor(65536.0, device=par.device)
             self.scale_good = torch.zeros((), device=par.device)  # steps since the last change
@@ -617,9 +626,8 @@ class Trainer(ByHand, Report):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
-        named = dict(self.model.named_parameters())
-        out = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, p in named.items():
+        out = {f"model.{name}": self.weights.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+        for name, p in self.weights.items():
             out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         return out
 
@@ -634,10 +642,10 @@ class Trainer(ByHand, Report):
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
         mine = self.tensors()
         for ours, theirs in names.items():
-            if list(mine[ours].shape) != saved.tensors[theirs]["shape"]:
-                shapes = f"{saved.tensors[theirs]['shape']} there, {list(mine[ours].shape)} here"
-                raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
-            for offset, _, local, _ in self.parallel.pieces(ours, mine[ours]):
+            for offset, shape, local, _ in self.parallel.pieces(ours, mine[ours]):
+                if list(shape) != saved.tensors[theirs]["shape"]:
+                    shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
+                    raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
                 local.copy_(saved.read(theirs, offset, local.shape))
 
     def load_weights(self, path: str) -> None:
@@ -776,7 +784,9 @@ class Trainer(ByHand, Report):
                     except UserError as error:  # this rank cannot go on; the others learn it from the statistics
                         self.data_error = error
                         stats[STAT["unread"]] = 1
-                        break
+                        if par.alone:
+                            break
+                        row, x, y = self.blank()  # its part of the collectives that forward and backward hold
                     self.lap("data")
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
@@ -788,6 +798,8 @@ class Trainer(ByHand, Report):
                     if self.n_sparse:
                         sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
             except torch.OutOfMemoryError:  # this rank's step is void, so everybody's is; drain() begins it again
+                if not par.alone:
+                    raise
                 void = True
             if void:  # out here, where no traceback holds on to tensors any more
                 total = parts = loss = None
@@ -820,7 +832,7 @@ class Trainer(ByHand, Report):
             bad, exploded = watch.guard(stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]])
             # step
             clip = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0) if cfg.grad_clip else torch.ones_like(norm)
-            torch._foreach_mul_([p.grad for p in model.parameters()], clip * factor)
+            torch._foreach_mul_([p.grad for p in self.weights.values()], clip * factor)
             optimizer.found_inf = bad.float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -859,6 +871,11 @@ class Trainer(ByHand, Report):
         code = 4 if self.unsaved else 0
         self.finish(state, code)
         return code
+
+    def blank(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """(row, x, y) of a micro-step without a valid target."""
+        shape = (self.cfg.batch_size, self.cfg.model.max_seq_len)
+        return self.cursor, np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -1032,7 +1049,10 @@ class Trainer(ByHand, Report):
                     try:
                         x, y = self.loader.batch(row, cfg.batch_size)
                     except UserError as error:
-                        return error.text
+                        if self.parallel.alone:
+                            return error.text
+                        found.append(error.text)
+                        _, x, y = self.blank()
                     torch.manual_seed(mix(cfg.seed, row))
                     model(self.to_device(x), targets=self.to_device(y))
         finally:
@@ -1064,7 +1084,7 @@ class Trainer(ByHand, Report):
             mine = self.val_set[first + index * rows : first + (index + 1) * rows]
             for k, name in enumerate(names):
                 chosen = [i for n, i in mine if n == name]
-                if not chosen:
+                if not chosen and par.alone:
                     continue
                 window = np.full((rows, T + 1), -1, dtype=np.int64)  # short batches are padded with ignored rows
                 try:
@@ -1072,7 +1092,8 @@ class Trainer(ByHand, Report):
                         window[r] = self.val_sources[name].window(i)
                 except UserError as error:  # the other ranks are about to agree: they learn it there
                     self.data_error = error
-                    break
+                    if par.alone:
+                        break
                 x, y = window[:, :-1].clip(min=0), window[:, 1:]
                 sizes[k] += int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
                 x, y = self.to_device(np.ascontiguousarray(x)), self.to_device(np.ascontiguousarray(y))
@@ -1085,7 +1106,7 @@ class Trainer(ByHand, Report):
                     as_trained = model(x, targets=y)[1]["ce"]
                     model.causal = True
                 sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"], as_trained]).to(double)
-                means.append(parts["ce"] / parts["count"])
+                means += [parts["ce"] / parts["count"]] if chosen else []
             self.left, failed = par.agree([self.stop_signal, int(self.data_error is not None)])
             if self.left or failed:
                 model.train()
@@ -1225,7 +1246,7 @@ class Trainer(ByHand, Report):
         if self.bar:
             self.bar.close()
             self.bar = None
-        if state == "finished" and self.main and self.cfg.sample_prompt is not None:
+        if state == "finished" and (self.main or not self.parallel.alone) and self.cfg.sample_prompt is not None:
             self.print_sample()
         took = clock(time.time() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"

@@ -476,15 +476,16 @@ def test_dropout_is_off_in_eval_and_on_in_training():
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.2))
+@pytest.mark.parametrize("how", ("block", "selective"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_recompute_gives_equal_loss_and_gradients(dropout, dtype):
+def test_recompute_gives_equal_loss_and_gradients(dropout, dtype, how):
     model, x, y = make(dropout=dropout, std=0.1), ids(2, 12), ids(2, 12, seed=1)
     model.compute_dtype = dtype
     calls = []
     model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     torch.manual_seed(5)
     kept = grads(model, x, y)
-    model.recompute = True
+    model.recompute = how
     torch.manual_seed(5)
     again = grads(model, x, y)
     assert len(calls) == 3  # once, then forward and again in backward
@@ -552,7 +553,7 @@ def test_counts(kind, device):
     assert all(p.device.type == device for p in model.parameters())
 
 
-@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("recompute", ("none", "block", "selective"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_per_token_equals_the_measured_ones(kind, recompute):
     """FlopCounterMode counts 2 per multiplication and addition of every product that runs, HeadLoss's own included.
@@ -568,7 +569,7 @@ def test_flops_per_token_equals_the_measured_ones(kind, recompute):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=extra) as counter:
         model(x, x)[0].backward()
     want = 32 * model.flops_per_token(16)
-    if recompute:
+    if recompute == "block":
         want += 32 * ((want // 32 - 6 * 97 * 32) // 3 - 2 * 2 * 32 * model.cfg.d_ff)
     assert counter.get_total_flops() == want
 

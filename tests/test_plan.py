@@ -33,7 +33,7 @@ def saved_bytes(cfg, rows, dtype, recompute) -> int:
     """Bytes that autograd keeps of one forward pass, weights left out, each storage once."""
     model = Transformer(cfg)
     model.init_weights(0)
-    model.compute_dtype, model.recompute = dtype, recompute
+    model.compute_dtype, model.recompute = dtype, "block" if recompute else "none"
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

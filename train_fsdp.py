@@ -1,0 +1,219 @@
+"""Train with the model in parts: `torchrun --nproc_per_node=N train_fsdp.py CONFIG`, the same YAML as train.py's.
+
+`Sharded` is train.Parallel on PyTorch's FSDP2: weights, gradients and moments live in parts on the ranks (zero_stage),
+on groups of them (hsdp_shard_size), and experts on ranks of their own (expert_parallel). Loop, orchestrator, logging,
+data and checkpoints are train.py's; a checkpoint of any layout is read by any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+import train
+from config import Config
+from errors import UserError, command
+from model import Transformer
+from model_moe import Experts, run_experts
+from train import Parallel
+
+# ---------------------------------------------------------------- experts on other ranks
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to the ranks of `group`: ins[i] of them to rank i, outs[i] from it; gradients go the other way."""
+
+    @staticmethod
+    def forward(ctx, x, outs, ins, group):
+        ctx.sizes = ins, outs, group
+        y = x.new_empty(sum(outs), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), outs, ins, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.apply(grad, *ctx.sizes), None, None, None
+
+
+def exchange(group, x, p, ids, w13, w2, back_end: str):
+    """run_experts where each rank of `group` holds a share of the experts, in order: (token, expert) pairs travel to
+    the expert's rank, are computed and weighed there, and come back. x (T, d), p (T, K), ids (T, K) over all experts,
+    w13 and w2 those of this rank -> (T, d). The sizes that travel are known to the host: one sync."""
+    here, ranks = len(w2), group.size()
+    flat = ids.flatten()
+    counts = torch.bincount(flat.clamp(max=here * ranks), minlength=here * ranks + 1)[: here * ranks]
+    theirs = torch.empty_like(counts)
+    dist.all_to_all_single(theirs, counts, group=group)
+    ins, outs = torch.stack([c.view(ranks, here).sum(1) for c in (counts, theirs)]).tolist()
+    order = flat.argsort(stable=True)[: sum(ins)]  # what goes to nobody is last
+    tokens = order // ids.shape[1]
+    rows, gates = (AllToAll.apply(t, outs, ins, group) for t in (x[tokens], p.flatten()[order]))
+    expert = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(theirs, output_size=sum(outs))
+    if not len(rows):  # a row for nobody, so that the weights get their (zero) gradients
+        rows, gates = rows.new_zeros(1, rows.shape[1]) + rows.sum(), gates.new_zeros(1) + gates.sum()
+        expert = expert.new_full((1,), here)
+    y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, back_end)[: sum(outs)]
+    y = AllToAll.apply(y, ins, outs, group)
+    return torch.zeros_like(x).index_add(0, tokens, y)
+
+
+# ---------------------------------------------------------------- parallel
+
+
+def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dtype=torch.float32) -> None:
+    """FSDP2 on a model on the meta device, block by block; embedding, last norm and head are one unit, gathered once a
+    step. `dense`: mesh of the dense weights, 1-D or (replicate, shard); `sparse`: of the experts with expert_parallel.
+
+    Weights travel in compute_dtype, but routers and the root's in fp32, in which they compute. Gradients are summed,
+    never averaged: the loss is a sum over the tokens of all ranks.
+    """
+    low = None if compute_dtype == torch.float32 else compute_dtype
+    reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.reduce_dtype]
+    whole = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce, cast_forward_inputs=False)
+    kept = {"reshard_after_forward": cfg.zero_stage == 3}
+    for block in model.blocks:
+        for name, module in list(block.named_modules()):
+            if low and name.endswith(("router", "predictor")) and any(True for _ in module.parameters(recurse=False)):
+                fully_shard(module, mesh=dense, mp_policy=whole, **kept)
+            if sparse is not None and isinstance(module, Experts):
+                fully_shard(module, mesh=sparse, mp_policy=policy, **kept)
+        fully_shard(block, mesh=dense, mp_policy=policy, **kept)
+    fully_shard(model, mesh=dense, mp_policy=whole, reshard_after_forward=False)
+    for module in units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other; right on NCCL too
+
+
+def units(model) -> list[FSDPModule]:
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+class Sharded(Parallel):
+    """train.Parallel with the model in parts. The optimizer works on this rank's parts, as plain tensors."""
+
+    alone = False
+
+    def __init__(self, cfg: Config):
+        world, size, ep = int(os.environ.get("WORLD_SIZE", 1)), cfg.hsdp_shard_size, cfg.expert_parallel
+        if size and world % size:
+            raise UserError("E002", f"hsdp_shard_size: {size} does not divide the {world} ranks")
+        if world % ep:
+            raise UserError("E002", f"expert_parallel: {ep} does not divide the {world} ranks")
+        slots = cfg.model.n_experts_max or cfg.model.n_experts
+        if ep > 1 and (not slots or slots % ep):
+            raise UserError("E002", f"expert_parallel: {ep} does not divide the {slots} experts of a layer")
+        if ep > 1 and 0 < size < world:
+            raise UserError("E002", "expert_parallel and hsdp_shard_size do not go together: drop one")
+        if cfg.cpu_offload:
+            raise UserError("E002", "cpu_offload: not supported: never measured; zero_stage 3 over more ranks does it")
+        if cfg.precision == "mixed_fp16":
+            raise UserError("E002", "precision: mixed_fp16 does not go with train_fsdp.py; use mixed_bf16 or fp32")
+        super().__init__(cfg)
+        self.stage, kind = cfg.zero_stage, self.device.type
+        if 0 < size < world:
+            self.dense = init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
+        else:
+            self.dense = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        self.sparse = init_device_mesh(kind, (world // ep, ep), mesh_dim_names=("shard", "experts")) if ep > 1 else None
+        self.replicas = self.dense.size(0) if self.dense.ndim == 2 else 1
+        self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0
+
+    def build(self, cfg: Config) -> Transformer:
+        """Made on the meta device, sharded, and filled part by part: no rank ever holds more than one whole matrix, and
+        the weights are those that one process would begin with."""
+        with torch.device("meta"):
+            model = Transformer(cfg.model)
+            for moe in model.sparse_layers("moe").values() if self.sparse is not None else ():
+                group = self.sparse.get_group("experts")
+                own = (len(moe.experts.w2) // group.size(), *moe.experts.w2.shape[1:])
+                moe.experts = Experts(*own, functools.partial(exchange, group))
+        shard = None if self.sparse is None else self.sparse["shard"]
+        parallelize(model, cfg, self.dense, shard, self.compute_dtype(cfg))
+        model.to_empty(device=self.device)
+        for moe in model.sparse_layers("moe").values():
+            for name, value in moe.router.first_buffers().items():
+                getattr(moe.router, name).copy_(value)
+        for unit in units(model):  # FSDP settles where its parts live when it first gathers them
+            unit.unshard()
+            unit.reshard()
+        self.parts, self.regions = {}, {}
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                local = p.to_local()
+                shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                whole = list(p.shape)
+                if self.sparse is not None and ".experts." in name:
+                    ep, index = self.sparse["experts"].size(), self.sparse.get_local_rank("experts")
+                    offset, whole = (offset[0] + index * whole[0], *offset[1:]), [whole[0] * ep, *whole[1:]]
+                assert tuple(local.shape) == tuple(shape), name
+                self.parts[name], self.regions[name] = (p, local.detach()), (tuple(offset), tuple(whole))
+                if p.dim() == 3:
+                    model.fill(name, local, cfg.seed, offset[0])
+                elif local.numel():
+                    full = torch.empty(whole)
+                    model.fill(name, full, cfg.seed)
+                    local.copy_(full[tuple(slice(a, a + n) for a, n in zip(offset, shape))])
+        return model
+
+    @staticmethod
+    def compute_dtype(cfg: Config) -> torch.dtype:
+        return torch.bfloat16 if cfg.precision == "mixed_bf16" else torch.float32
+
+    def weights(self, model) -> dict[str, torch.Tensor]:
+        return {name: local for name, (_, local) in self.parts.items()}
+
+    @contextlib.contextmanager
+    def microstep(self, model, last: bool):
+        if self.stage == 1:
+            model.set_requires_gradient_sync(last)
+        if self.stage < 3:
+            model.set_reshard_after_backward(last)
+        if self.replicas > 1:
+            model.set_requires_all_reduce(last)
+        yield
+
+    def reduce(self, model, stats: torch.Tensor) -> torch.Tensor:
+        """Gradients were summed in backward; here they reach the optimizer's tensors."""
+        for p, local in self.parts.values():
+            local.grad = torch.zeros_like(local) if p.grad is None else p.grad.to_local()
+            p.grad = None
+        dist.all_reduce(stats)
+        return stats
+
+    def grad_norm(self, model) -> torch.Tensor:
+        norms = torch._foreach_norm([local.grad for _, local in self.parts.values()])
+        square = torch.stack(norms).double().square().sum() / self.replicas
+        dist.all_reduce(square)
+        return square.sqrt().float()
+
+    def checksum(self, model) -> torch.Tensor:
+        return torch.zeros((), device=self.device)  # no two ranks hold the same
+
+    def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
+        kind, _, rest = name.partition(".")
+        owner = rest if kind == "model" else rest.rpartition(".")[0]
+        if owner not in self.regions or not (tensor.dim() or kind == "model"):
+            return super().pieces(name, tensor)
+        offset, shape = self.regions[owner]
+        return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
+
+
+def layout(cfg: Config) -> Parallel:
+    """zero_stage 0, and a single process, are train.py's."""
+    return Sharded(cfg) if cfg.zero_stage and int(os.environ.get("WORLD_SIZE", 1)) > 1 else Parallel(cfg)
+
+
+def main(argv: list[str]) -> int:
+    return train.main(argv, layout)
+
+
+if __name__ == "__main__":
+    command(main)
