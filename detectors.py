@@ -80,7 +80,8 @@ class Divergence:
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
         self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
         self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
-        self.levels: deque = deque(maxlen=32)  # medians of 32 accepted losses, one in 8 turns
+        self.levels: deque = deque(maxlen=32)  # [turn, median of 32 accepted losses], one in 8 turns
+        self.slow = None  # where a slow rise began
         self.first: list = []  # the first 8 losses
 
     def add(self, turn: int, loss: float) -> None:
@@ -104,7 +105,7 @@ class Divergence:
         self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
         self.frozen = self.frozen + 1 if self.E > self.FREEZE else 0
         if not self.frozen and turn % 8 == 0:
-            self.crept()
+            self.crept(turn)
         high = self.residual > 0.1 and self.residual > self.floor()
         if not self.frozen and not high and not self.too_low():
             self.losses.append(loss)
@@ -115,16 +116,20 @@ class Divergence:
         is the only sign of a fault in the first 64 steps, before there is a course to leave."""
         if len(self.losses) < 16 or len(self.first) < 8:
             return 0.0
-        return statistics.median(list(self.losses)[-8:]) - statistics.median(self.first)
+        return self.level() - statistics.median(self.first)
 
-    def crept(self) -> None:
+    def level(self) -> float | None:
+        """Median of the last 8 accepted losses."""
+        return statistics.median(list(self.losses)[-8:]) if self.losses else None
+
+    def crept(self, turn: int) -> None:
         """A rise so slow that the trend goes with it: the median of 32 losses above the lowest of the last 256 turns by
         the floor. The baseline goes back to where it began. A rule, no bet: it counts as a confidence of 0.91."""
-        self.levels.append(statistics.median(list(self.losses)[-32:]))
-        low = min(self.levels)
-        if self.levels[-1] > low + self.floor():
+        self.levels.append([turn, statistics.median(list(self.losses)[-32:])])
+        lowest, low = min(self.levels, key=lambda x: x[1])
+        if self.levels[-1][1] > low + self.floor():
             self.losses = deque([low] * self.TREND, maxlen=self.TREND)
-            self.E, self.frozen = 1e6, 1
+            self.E, self.frozen, self.slow = 1e6, 1, max(0, lowest - 32)
             self.levels.clear()
 
     def expected(self) -> float:
@@ -169,7 +174,9 @@ class Divergence:
 
     def onset(self) -> int:
         """The turn at which it began: where E did, but no earlier than ten turns before the last rise out of what does
-        not matter (E may have been carried upwards by a trifle before)."""
+        not matter (E may have been carried upwards by a trifle before). A slow rise: after its lowest level."""
+        if self.slow is not None:
+            return self.slow
         small = [t for t, r in self.last if r < self.floor() / 2]
         return max(self.began, (small[-1] if small else self.began) - 10)
 
@@ -186,7 +193,7 @@ class Divergence:
 
     def restart(self, before: int | None = None) -> None:
         """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
-        self.E, self.residual, self.frozen = 1.0, 0.0, 0
+        self.E, self.residual, self.frozen, self.slow = 1.0, 0.0, 0, None
         self.last.clear()
         self.levels.clear()
         if before is not None:
@@ -200,7 +207,7 @@ class Divergence:
         self.__init__()
 
     def state(self) -> dict:
-        names = ("first", "losses", "residuals", "last", "levels", "E", "began", "frozen", "residual", "sigma")
+        names = "first losses residuals last levels E began frozen residual sigma slow".split()
         return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
 
     def load(self, s: dict) -> None:
@@ -209,5 +216,5 @@ class Divergence:
         self.levels.extend(s["levels"])
         self.residuals.extend(map(tuple, s["residuals"]))
         self.last.extend(map(tuple, s["last"]))
-        for name in ("E", "began", "frozen", "residual", "sigma"):
-            setattr(self, name, s[name])
+        for name in ("E", "began", "frozen", "residual", "sigma", "slow"):
+            setattr(self, name, s.get(name))

@@ -304,7 +304,8 @@ def reference(t, act: bool) -> list:
             flat = len(losses) == 50 and np.var(losses) < 0.001
             if (flat or seen["grad_norm"] > 100) and seen["turn"] >= (done[-1] if done else 0) + 50:
                 done.append(seen["turn"])
-                act and t.emergency_lr_reduction(10.0 if seen["grad_norm"] > 100 else 1 / 1.5)
+                times = 0.1 if seen["grad_norm"] > 100 else 1.5
+                act and t.orchestrator.set_knob("lr_scale", t.orchestrator.get_knob("lr_scale") * times)
         return seen
 
     wrap(t, "drain", drain)
@@ -463,7 +464,7 @@ def scene(row: str, data_at: str, top: str) -> dict:
 
         hurt = functools.partial(at_turn, change=lambda t, k: setattr(os, "pread", read))
         try:
-            last, left[0] = start(run, hurt, at), math.inf
+            last, os.pread, left[0] = start(run, hurt, at), pread, math.inf
             ever = start(keys("ever"), hurt, at)
         finally:
             os.pread = pread

@@ -35,7 +35,7 @@ from model_moe import add_expert, prune_expert, recycle_expert, restore_expert
 @dataclass
 class OrchestratorConfig:
     mode: str = "act"  # act | shadow (decides and writes down, does nothing) | off | replay (repeats the file below)
-    intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 1
+    intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 0.99
     check_interval: int = 100  # steps between the slow health checks; the guards look at every step
     enable_emergency_recovery: bool = True  # roll back, and stop a run that cannot be saved
     enable_architecture_adaptation: bool = False  # re-seed dead experts by itself (adding and pruning are yours)
@@ -44,7 +44,15 @@ class OrchestratorConfig:
 
 
 MODES = ("act", "shadow", "off", "replay")
+RESEED = "re-seed a dead expert"
 NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
+WRONG = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)  # what an argument of the wrong kind raises somewhere
 SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
 
 
@@ -114,6 +122,21 @@ class Snapshots:
 # ---------------------------------------------------------------- orchestrator
 
 
+def read_decisions(path: str) -> list[dict]:
+    """The rows of a decisions.jsonl to be repeated, outcomes left out. E310 where that is something else."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [r for r in rows if r.get("kind") != "outcome"]
+        wrong = [
+            r for r in rows if not {"run", "id", "turn", "cursor", "action"} <= set(r) and r.get("kind") != "start"
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError("E310", f"orchestrator.replay: {path}: {error}") from error
+    if wrong or not rows:
+        raise UserError("E310", f"orchestrator.replay: {path} holds no decisions of a run")
+    return rows
+
+
 METHODS = (  # what a line of control.jsonl may name: the methods that LuminaAI's users know, and a few of ours
     "add_expert prune_expert _initialize_new_expert adjust_capacity_factor adjust_routing_temperature "
     "enable_expert_dropout get_expert_statistics adjust_mod_capacity get_mod_statistics adjust_batch_size "
@@ -134,13 +157,15 @@ class Orchestrator:
     IN_A_ROW, OFTEN, AMONG = 3, 5, 200  # not finite so many times in a row, or in so many turns: level 2
     STREAK = 3  # explosions dropped in a row; what explodes more often is for the other detector to judge
     WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
+    SKIPS = (20, 1000)  # explosions dropped in so many turns: more is no accident
     AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
     SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
     SAVED = f"{SAVED} alarm advised reason".split()
     OUTCOME = 100  # turns after which a rollback is judged
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, replay: list[dict] | None = None):
+        """`replay`: the rows of the file to repeat, see read_decisions."""
         self.trainer, self.cfg = trainer, trainer.cfg.orchestrator
         t, self.mode = trainer, trainer.cfg.orchestrator.mode
         self.turn, self.norms, self.course = 0, NormLimit(), Divergence()
@@ -149,16 +174,19 @@ class Orchestrator:
         self.dropped, self.in_a_row, self.reason, self.bad_turns = 0, 0, "", deque(maxlen=self.OFTEN)
         self.alarm, self.todo, self.warned = None, [], -self.AGAIN
         self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
-        self.knobs, self.due, self.next_id, self.read_to = {}, [], 1, 0
+        self.went_back, self.skipped = 0, deque(maxlen=self.SKIPS[0] + 1)  # the last turn that did; turns dropped
+        self.knobs, self.due, self.next_id = {}, [], 1
+        self.read_to = self.taken = self.sized = 0  # of control.jsonl: carried out, read, size when read
         self.unbalanced, self.failures, self.letting = {}, {}, False
         self.at, self.together, self.gaps, self.advised = t.cursor, 0, 0, []
-        self.seconds, self.health, self.causes = 0.0, "healthy", []
+        self.seconds, self.health, self.causes = 0.0, None, []  # health: nobody has looked yet
         self.checked, self.slow, self.paces = None, 0, []  # counters at the last check; steps/s at the first ones
         words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
+        words += [getattr(t.cfg, k) for k in ("learning_rate", "lr_schedule", "optimizer", "grad_clip", "z_loss")]
         self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
         self.commands = t.out / "control.jsonl"
         self.snapshots = Snapshots(t, False)
-        self.script = self.read_script() if self.mode == "replay" else {}
+        self.script = self.read_script(replay) if self.mode == "replay" else {}
 
     @property
     def acting(self) -> bool:
@@ -182,12 +210,12 @@ class Orchestrator:
         if any(self.at < start <= t.cursor for start, _ in t.segments[1:]) and self.watching:
             self.course.forget()  # another mixture of data begins: the loss may be another
         self.at = t.cursor
-        before, todo, self.todo = len(self.rollbacks), self.todo, []
+        todo, self.todo = self.todo, []
         for do in todo:
             do()
         for row in self.script.get(t.cursor, ()):
             self.repeat(row)
-        rolled = len(self.rollbacks) > before
+        rolled = self.went_back == self.turn
         if self.watching or self.mode == "replay":
             self.keep_snapshot(first=self.turn == 1 or t.step == t.started_at and not self.snapshots.certified)
         self.seconds += time.perf_counter() - began
@@ -203,8 +231,9 @@ class Orchestrator:
         self.halted = self.halted | (lost > 0)  # on CUDA the host learns of it a turn late: that turn is void too
         exploded = torch.zeros_like(bad)
         if self.mode == "replay":
-            if any(row["action"] == "drop" and row["trigger"] == "explosion" for row in self.at_cursor()):
-                exploded, bad = torch.ones_like(bad), torch.ones_like(bad)
+            for row in (row for row in self.at_cursor() if row["action"] == "drop"):  # what broke then may not now
+                bad = torch.ones_like(bad)
+                exploded = bad if row["trigger"] == "explosion" else exploded
         elif self.watching and (limit := self.norms.limit(self.turn)) is not None:
             exploded = ~bad & (norm.log() > limit)
             drop = exploded & (self.streak < self.STREAK)
@@ -258,7 +287,7 @@ class Orchestrator:
         """What plan.justified_stop advises, done where enable_early_stopping allows it."""
         t = self.trainer
         kind = advice.partition(":")[0]
-        if kind in self.advised:
+        if kind in self.advised or not self.watching:
             return
         self.advised.append(kind)
 
@@ -317,6 +346,11 @@ class Orchestrator:
         confidence = self.norms.confidence(seen["turn"], norm)
         if seen["bad"] or not self.acting:
             self.decide("explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue")
+            self.skipped.append(seen["turn"])
+            if len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]:
+                onset, said = self.skipped[0], f"more than {self.SKIPS[0]} of {self.SKIPS[1]} steps exploded"
+                self.skipped.clear()
+                self.todo.append(lambda: self.recover("explosion", onset, 1.0, "rule", said))
         elif not self.letting:
             self.letting = True  # said once
             said += f"; {self.STREAK} were dropped in a row, so it is let through, and so are the next"
@@ -361,6 +395,8 @@ class Orchestrator:
     def recover(self, trigger: str, onset: int, confidence: float, basis: str, reason: str, stat=None) -> None:
         """Levels 2 to 4. `onset`: the turn from which on the run is not to be trusted."""
         t, more = self.trainer, {"stat": stat, "confidence": confidence, "basis": basis}
+        if self.went_back == self.turn:  # two alarms of one turn: the first has been answered
+            return
         level = 2 + sum(self.turn - r < self.AGAIN for r in self.rollbacks)
         spent = sum(self.turn - r < self.BUDGET[1] for r in self.rollbacks) >= self.BUDGET[0]
         spent = spent or len(self.rollbacks) >= self.MOST
@@ -381,6 +417,7 @@ class Orchestrator:
             more |= {"do": lambda: self.go_back(source, onset, lr), "blocked": blocked}
             row = self.decide(trigger, "rollback", reason, level, **more)
             if row["executed"]:
+                self.rollbacks.append(self.turn)  # by hand they are no failed attempts
                 self.due.append({"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": "rollback"})
         if not row["executed"]:  # shadow: say it once, then follow the new course
             self.course.forget()
@@ -417,15 +454,17 @@ class Orchestrator:
         """The parameter that has moved furthest since the last certified snapshot: where to look."""
         if not self.snapshots.certified:
             return "no snapshot to compare with"
-        data, most, name = self.snapshots.certified[-1]["data"], -1.0, ""
+        t, data, most, name = self.trainer, self.snapshots.certified[-1]["data"], -1.0, ""
         for key, x in self.snapshots.regions().items():
-            if key.startswith("model.") and x.is_floating_point() and x.numel() > 1:
+            if key.removeprefix("model.").partition("@")[0] in t.weights:
                 was = data[key].to(x.device)
-                moved = ((x - was).norm() / was.norm().clamp(min=1e-12)).item()
+                least = t.cfg.model.init_std * math.sqrt(x.numel())  # what was zero at first may move
+                moved = ((x - was).norm() / was.norm().clamp(min=least)).item()
                 if not moved <= most:
                     most, name = moved, key
                 if math.isnan(moved):  # furthest of all
                     break
+        most, name = max(t.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0])
         name = name.removeprefix("model.").partition("@")[0]
         return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
 
@@ -437,7 +476,7 @@ class Orchestrator:
             t.rewind(source)
             turn = source["turn"]
         else:
-            saved = checkpoint.Checkpoint(source)
+            saved = t.parallel.together(checkpoint.Checkpoint, source)
             t.parallel.together(t.restore, saved)
             t.rewind(saved.state)
             turn = saved.state.get("orchestrator", {}).get("turn", 0)
@@ -446,7 +485,7 @@ class Orchestrator:
         self.norms.seen = deque(
             ((at, x) for at, x in self.norms.seen if onset is None or at < onset), self.norms.seen.maxlen
         )
-        self.rollbacks.append(self.turn)
+        self.went_back = self.turn
         self.last_source, self.alarm, self.in_a_row = t.step, None, 0
         if lr != 1.0:
             self.cut = [self.turn, lr]
@@ -528,7 +567,8 @@ class Orchestrator:
                 found.append(
                     (1, "the allocator ran out of memory and tried again", "lower batch_size (adjust_batch_size)")
                 )
-            if any(r["graphs"] for r in rows) and self.paces:
+            looked = t.evaluated_at is not None and t.evaluated_at > seen["step"] - self.cfg.check_interval
+            if any(r["graphs"] for r in rows) and self.paces and not looked:  # evaluation has a graph of its own
                 found.append((1, f"{mine['graphs']} graphs were compiled anew", "keep shapes and capacities constant"))
             pace = steps / work
             self.paces = [*self.paces, pace] if len(self.paces) < 5 else self.paces
@@ -547,7 +587,7 @@ class Orchestrator:
         status = ("healthy", "warning", "critical")[found[0][0] if found else 0]
         causes = [text for _, text, _ in found]
         kinds = [text.split(" ")[:3] for text in causes]
-        if status != self.health or kinds != [text.split(" ")[:3] for text in self.causes]:
+        if status != (self.health or "healthy") or kinds != [text.split(" ")[:3] for text in self.causes]:
             t.say(f"health     {status}" + (f": {'; '.join(causes)}; advice: {found[0][2]}" if found else ""))
         self.health, self.causes = status, causes
 
@@ -556,7 +596,7 @@ class Orchestrator:
         t, cuda = self.trainer, self.trainer.parallel.device.type == "cuda"
         out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.spent
         if t.cfg.compile_model:
-            out["graphs"] = sum(torch._dynamo.utils.counters["stats"].values())
+            out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return out | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0}
 
     # ---- experts
@@ -583,7 +623,9 @@ class Orchestrator:
         for knob in ("bias_update_rate", "aux_loss_weight"):
             if (now := self.get_knob(knob)) and self.failures.get(knob, 0) < 1:
                 row = self.change(knob, 2 * now, "experts", f"{reason}; twice the pull for 10 checks", 2, stat=stat)
-                if row["executed"]:
+                if not row["executed"]:  # mode shadow: said once
+                    self.failures[knob] = 1
+                else:
                     due = {"kind": "experts", "turn": self.turn + 10 * self.cfg.check_interval, "stat": stat}
                     self.due.append(due | {"id": row["id"], "knob": knob, "was": now})
                 return
@@ -593,11 +635,16 @@ class Orchestrator:
             return
         for i in stat["layers"]:
             self.unbalanced[i] = 0
-        row = self.decide("experts", "re-seed a dead expert", reason, 3, stat=stat, blocked=blocked)
+        self.failures["recycle"] = self.failures.get("recycle", 0) + 1
+        more = {"stat": stat, "blocked": blocked, "do": lambda: self.reseed(layer)}
+        row = self.decide("experts", RESEED, reason, 3, args={"layer": layer}, **more)
         if row["executed"]:
-            self.failures["recycle"] = self.failures.get("recycle", 0) + 1
-            self.trainer.save()  # it cannot be undone
-            self.trainer.recycle_expert(layer)
+            self.due.append({"kind": "reseed", "turn": self.turn + 10 * self.cfg.check_interval, "id": row["id"]})
+            self.due[-1] |= {"layers": [layer]}
+
+    def reseed(self, layer: int) -> dict:
+        self.trainer.save()  # it cannot be undone
+        return self.trainer.recycle(layer)
 
     def change(self, knob: str, value, trigger: str, reason: str, level: int, **more) -> dict:
         """A decision to set a knob."""
@@ -609,8 +656,15 @@ class Orchestrator:
         return self.decide(trigger, f"set {knob}", reason, level, do=do, value=value, before=was, **more)
 
     def get_knob(self, name: str):
-        router = next(iter(self.trainer.moe.values())).router
-        return getattr(router, {"bias_update_rate": "bias_rate", "aux_loss_weight": "aux_weight"}[name])
+        t = self.trainer
+        if name in ROUTER_KNOBS:
+            return getattr(next(iter(t.moe.values())).router, ROUTER_KNOBS[name])
+        if name == "mod_capacity":
+            return next(iter(t.mod.values())).target
+        group = t.optimizer.param_groups[0]
+        known = {"weight_decay": group["weight_decay"], "eps": group["eps"]}
+        known |= dict(zip(("beta1", "beta2"), group["betas"]))
+        return known.get(name, self.knobs.get(name, 1.0))  # lr_scale: 1.0 where nobody touched it
 
     def set_knob(self, name: str, value) -> None:
         """Change a number of the run: it is in checkpoints and comes back on resume."""
@@ -618,6 +672,8 @@ class Orchestrator:
         if name in ROUTER_KNOBS:
             for moe in t.moe.values():
                 setattr(moe.router, ROUTER_KNOBS[name], value)
+                if name == "expert_dropout" and not value:
+                    moe.router.muted = None
         elif name == "mod_capacity":
             for mod in t.mod.values():
                 mod.target = value
@@ -663,6 +719,10 @@ class Orchestrator:
         if "refused" in row:
             row["executed"] = False
         t.append("decisions.jsonl", row)
+        kind = "user" if trigger == "user" and level else "drop" if action == "drop" else None
+        if kind and row["executed"] and not any(d["kind"] == kind == "drop" for d in self.due):
+            due = {"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": kind, "loss": self.course.level()}
+            self.due.append(due)
         state = f"{row['refused']} refused: " if "refused" in row else "" if row["executed"] else "not done: "
         args = row.get("args") or ""
         t.say(f"decision   #{row['id']} step {row['step']}, {trigger}: {state}{action} {args}".rstrip())
@@ -673,7 +733,15 @@ class Orchestrator:
     def outcome(self, decision: int, verdict: str, seen: dict | None = None, **more) -> None:
         step = seen["step"] if seen else self.trainer.step
         self.trainer.append(
-            "decisions.jsonl", {"id": decision, "kind": "outcome", "step": step, "verdict": verdict, **more}
+            "decisions.jsonl",
+            {
+                "id": decision,
+                "attempt": self.trainer.attempt,
+                "kind": "outcome",
+                "step": step,
+                "verdict": verdict,
+                **more,
+            },
         )
         self.trainer.say(f"outcome    of #{decision}: {verdict}")
 
@@ -685,6 +753,14 @@ class Orchestrator:
                 again = any(r > d["turn"] - self.OUTCOME for r in self.rollbacks)
                 verdict = "did not hold" if again or self.alarm else "helped"
                 self.outcome(d["id"], verdict, excess=self.course.excess(7), floor=self.course.floor())
+            elif d["kind"] == "drop":
+                more = sum(x > d["turn"] - self.OUTCOME for x in self.skipped)
+                self.outcome(d["id"], f"{more} more were dropped since" if more else "it stayed the only one")
+            elif d["kind"] == "user":
+                self.outcome(d["id"], "seen", loss_before=d["loss"], loss_after=self.course.level())
+            elif d["kind"] == "reseed":
+                left = max(self.unbalanced.get(i, 0) for i in d["layers"])
+                self.outcome(d["id"], "did not help" if left else "helped")
             else:
                 now = max(self.unbalanced.get(i, 0) for i in d["stat"]["layers"])
                 helped = now == 0
@@ -696,25 +772,28 @@ class Orchestrator:
     # ---- commands and replay
 
     def new_commands(self) -> bool:
-        """Rank 0: has control.jsonl grown?"""
+        """Rank 0: has control.jsonl changed?"""
         try:
-            return self.trainer.main and os.stat(self.commands).st_size > self.read_to
+            size = os.stat(self.commands).st_size if self.trainer.main else self.sized
         except OSError:
             return False
+        return size != self.sized
 
     def take_commands(self) -> None:
         """Read the new lines of control.jsonl, on rank 0; carry them out on all ranks at the top of the next turn."""
-        lines, end = [], self.read_to
+        lines, end, size = [], self.taken, 0
         if self.trainer.main:
             with contextlib.suppress(OSError), open(self.commands, "rb") as f:
-                f.seek(end)
+                size = f.seek(0, os.SEEK_END)
+                end = f.seek(0 if size < end else end)  # it was written anew
                 data = f.read()
                 whole = data[: data.rfind(b"\n") + 1]  # half a line is still being written
                 end += len(whole)
                 lines = [line for line in whole.decode("utf-8", "replace").split("\n") if line.strip()]
-        lines, self.read_to = self.trainer.parallel.broadcast((lines, end))
+        lines, self.taken, self.sized = self.trainer.parallel.broadcast((lines, end, size))
         for line in lines:
             self.todo.append(lambda line=line: self.command(line))
+        self.todo.append(lambda end=end: setattr(self, "read_to", end))  # a process that dies before reads them again
 
     def command(self, line: str) -> None:
         """One line {"method": NAME, "args": [...] or {...}}; what cannot be is refused (E309), and the run goes on."""
@@ -738,9 +817,14 @@ class Orchestrator:
         except UserError as error:
             self.decide("user", str(name), error.text, 1, refused=error.code, stat={"line": line[:500]})
             return
-        answer = method(*args, **kwargs)
+        try:
+            answer = method(*args, **kwargs)
+        except WRONG as error:
+            answer = {"refused": "E309", "reason": f"{name}: {error}"}
         if not isinstance(answer, dict) or "action" not in answer:  # a question, or save: nothing else wrote it down
             said = {"answer": answer} if answer is not None else {}
+            if isinstance(answer, dict) and "refused" in answer:
+                said = {"refused": answer["refused"], "answer": answer}
             self.decide("user", name, "asked for in control.jsonl", 0, args=row.get("args", []), **said)
 
     def by_hand(self, action: str, do, reason: str = "asked for", **args) -> dict:
@@ -749,32 +833,34 @@ class Orchestrator:
         def careful():
             try:
                 return do()
-            except ValueError as error:
-                raise UserError("E309", str(error)) from error
+            except WRONG as error:
+                raise UserError("E309", f"{action}{args}: {error}") from error
 
         return self.decide("user", action, reason, 1, do=careful, args=args)
 
-    def read_script(self) -> dict[int, list[dict]]:
+    def read_script(self, rows: list[dict]) -> dict[int, list[dict]]:
         """Mode replay: what to do at which cursor, of what the surviving attempts did. E310 when it is another run."""
-        path, rows = Path(self.cfg.replay), []
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
-            raise UserError("E310", f"orchestrator.replay: {path}: {error}") from error
-        others = {r["run"] for r in rows if isinstance(r, dict) and r.get("run", self.run) != self.run}
-        if others or not all(isinstance(r, dict) for r in rows):
+        path, world = self.cfg.replay, self.trainer.parallel.world
+        if others := {r["run"] for r in rows if r["run"] != self.run}:
             text = f"orchestrator.replay: {path} was written by another run ({', '.join(others)}, this is {self.run})"
-            raise UserError("E310", f"{text}: seed, model, data and rows a step must be the same")
+            raise UserError("E310", f"{text}: seed, model, data, schedule, optimizer and rows a step must be the same")
+        if others := {r["ranks"] for r in rows if r.get("ranks", world) != world}:
+            raise UserError("E310", f"orchestrator.replay: {path} is of a run on {others} ranks, this one has {world}")
         script: dict[int, list[dict]] = {}
         for row in rows:
             if row.get("kind") == "start":  # what came after this point in an attempt before did not survive
-                script = {c: [r for r in done if r["turn"] < row["turn"]] for c, done in script.items()}
-            elif row.get("executed") and row.get("kind") != "outcome":
+                script = {c: [r for r in done if r["id"] < row["next_id"]] for c, done in script.items()}
+            elif row.get("executed"):
                 script.setdefault(row["cursor"], []).append(row)
         back = [r["args"]["to_cursor"] for done in script.values() for r in done if r["action"].startswith("rollback")]
         self.targets = dict.fromkeys(back)
         return script
+
+    def begin(self) -> None:
+        """A resumed attempt: whatever decisions.jsonl holds from here on did not survive."""
+        if self.trainer.attempt > 1 and (self.trainer.out / "decisions.jsonl").exists():
+            row = {"v": 1, "kind": "start", "run": self.run, "attempt": self.trainer.attempt, "next_id": self.next_id}
+            self.trainer.append("decisions.jsonl", row)
 
     def at_cursor(self) -> list[dict]:
         return self.script.get(self.trainer.cursor, [])
@@ -790,17 +876,19 @@ class Orchestrator:
                 return self.go_back(source, args["onset"], args["lr_mult"])
 
             self.decide(row["trigger"], action, row["reason"], row["level"], do=do, always=True)
-        elif action == "stop":
+        elif action == "stop" and row["level"] == 4:
             self.decide(row["trigger"], action, row["reason"], 4, always=True)
             raise UserError("E301", row["reason"])
         elif action.startswith("set "):
             self.set_knob(action[4:], row["value"])
+        elif action == RESEED:
+            self.trainer.recycle(args["layer"])
         elif row["trigger"] == "length":
             self.trainer.stopped_early |= action == "stop"
             self.trainer.cfg.max_steps = args.get("max_steps", self.trainer.cfg.max_steps)
         elif row["trigger"] == "oom":
             self.trainer.set_micro_batch(args["new_size"])
-        elif row["trigger"] == "user" and action in METHODS:
+        elif row["trigger"] == "user" and action in METHODS and action not in ("save", "stop"):
             getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(self.trainer, action)(*args)
 
     # ---- state
@@ -813,6 +901,7 @@ class Orchestrator:
         out |= {
             "streak": int(self.streak),
             "bad_turns": list(self.bad_turns),
+            "skipped": list(self.skipped),
             "alarm": self.alarm,
             "reason": self.reason,
         }
@@ -823,10 +912,12 @@ class Orchestrator:
         for name in (*self.SAVED, "turn"):
             setattr(self, name, s[name])
         self.course.load(s["course"])
+        self.taken, self.sized = self.read_to, -1
         if self.alarm:
             self.alarm.pop("acting", None)  # it had been decided and not done yet
         self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
+        self.skipped.extend(s.get("skipped", ()))
         self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys
         self.streak.fill_(s["streak"])
         for name, value in s["knobs"].items():
@@ -877,7 +968,7 @@ class ByHand:
                 raise UserError("E308", f"layer {layer_idx} has no experts; layers that have: {has}")
             try:  # the same bits on every rank, so the same choice, and the same refusal
                 return do(self.moe[layer_idx]) or {}
-            except ValueError as error:
+            except WRONG as error:
                 raise UserError("E308", f"layer {layer_idx}: {error}") from error
 
         return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
@@ -913,11 +1004,18 @@ class ByHand:
         """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
 
         def do(moe):
-            move = self.parallel.move_row
-            pair = recycle_expert(moe, self.optimizer, self.step, expert_idx, self.split_seed(layer_idx), move)
-            return dict(zip(("parent", "expert"), pair))
+            self.save()  # it cannot be undone
+            return self.recycle(layer_idx, expert_idx)
 
         return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
+
+    def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
+        options = (self.split_seed(layer), self.parallel.move_row, parents)
+        try:
+            pair = recycle_expert(self.moe[layer], self.optimizer, self.step, expert, *options)
+        except ValueError as error:
+            raise UserError("E308", f"layer {layer}: {error}") from error
+        return dict(zip(("parent", "expert"), pair))
 
     def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
         """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
@@ -925,8 +1023,8 @@ class ByHand:
         layer, slot = new_expert
 
         def do(moe):
-            options = (self.split_seed(layer), self.parallel.move_row, existing_experts)
-            return dict(zip(("parent", "expert"), recycle_expert(moe, self.optimizer, self.step, slot, *options)))
+            self.save()  # it cannot be undone
+            return self.recycle(layer, slot, existing_experts)
 
         named = {"new_expert": new_expert, "existing_experts": existing_experts}
         return self.surgery("_initialize_new_expert", layer, do, **named)
@@ -937,7 +1035,9 @@ class ByHand:
                 raise UserError("E308", f"this model has no {needs}")
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
                 raise UserError("E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}")
+            before = self.orchestrator.get_knob(name)
             self.orchestrator.set_knob(name, value)
+            return {"before": {name: before}, "after": {name: value}}
 
         return self.orchestrator.by_hand(action, do, **args)
 
@@ -978,9 +1078,9 @@ class ByHand:
             if dataset is not None:
                 if set(dataset) != set(self.sources):
                     raise UserError("E309", f"dataset: sources named {list(self.sources)} are expected")
+                loader = Loader(dataset, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
                 self.loader.close()
-                self.sources = dataset
-                self.loader = Loader(self.sources, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
+                self.sources, self.loader = dataset, loader
             self.set_micro_batch(self.cfg.batch_size)
 
         return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
@@ -988,7 +1088,7 @@ class ByHand:
     def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
         """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
         scale = self.orchestrator.knobs.get("lr_scale", 1.0)
-        ok = isinstance(factor, (int, float)) and factor > 0
+        ok = isinstance(factor, (int, float)) and factor >= 1  # less would raise it
         value = scale / factor if ok else None
         return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
 

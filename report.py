@@ -58,7 +58,7 @@ class Report:
         say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
         windows = sum(s.windows for s in self.sources.values())
         epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
-        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens: {tokens / n['total']:.1f} per parameter{epochs}")
+        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens{epochs}")
         if windows:
             counts = (self.n_working, windows * T, tokens, self.flops_per_token, cfg.chinchilla_multiplier)
             for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
@@ -130,10 +130,7 @@ class Report:
     def append(self, name: str, row: dict) -> None:
         """One line to an append-only file in out_dir, from rank 0."""
         if self.main:
-            row = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-            }  # JSON has none
-            lines = self.unwritten.get(name, b"") + json.dumps(row).encode() + b"\n"
+            lines = self.unwritten.get(name, b"") + json.dumps(finite(row), allow_nan=False).encode() + b"\n"
             with contextlib.suppress(OSError), open(self.out / name, "ab", buffering=0) as f:
                 lines = lines[f.write(lines) :]  # a full disk takes a part of them, or none: the rest comes later
             self.unwritten[name] = lines
@@ -142,11 +139,26 @@ class Report:
         """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
         self.append("metrics.jsonl", row)
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
+        if self.wandb:  # the step is a number among others: after a rollback it comes again, which wandb would refuse
+            self.wandb.log(numbers | {"step": row["step"]})
         if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, row["step"])
+            try:
+                for key, value in numbers.items():
+                    self.board.add_scalar(key, value, row["step"])
+            except OSError as error:  # a full disk must not end the run
+                self.say(f"note       TensorBoard: {error}; nothing more is written to it")
+                self.board = None
+
+    def close_writers(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+        with contextlib.suppress(OSError):  # what was still to be written may not fit on the disk
+            if self.board:
+                self.board.close()
+        with contextlib.suppress(OSError):
+            if self.log_file:
+                self.log_file.close()
+        self.wandb = self.board = self.log_file = None
 
     def log(self, seen: dict) -> None:
         """One line per log step; speeds are means since the last one, without evaluation and saving."""
@@ -163,7 +175,9 @@ class Report:
         times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
         row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
         row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
-        row |= {"health": self.orchestrator.health, **self.outlook}
+        row |= {"health": self.orchestrator.health, "health_causes": self.orchestrator.causes, **self.outlook}
+        if row["health"]:
+            row["health_level"] = ("healthy", "warning", "critical").index(row["health"])
         self.outlook = {}
         row |= {"mem_allocated": torch.cuda.max_memory_allocated() if cuda else None}
         row |= {"mem_reserved": torch.cuda.max_memory_reserved() if cuda else None, "ram": resident_bytes()}
@@ -251,7 +265,7 @@ class Report:
         if self.wandb:
             import wandb
 
-            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges))}, step=step)
+            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges)), "step": step})
         if self.board:
             centres = np.arange(len(values))
             total, squares = float((values * centres).sum()), float((values * centres**2).sum())
@@ -304,11 +318,11 @@ class Report:
         """suggested.yaml: this run's configuration for next time, with what was found on the way and why."""
         cfg, n = self.cfg, self.counted.n_params()
         T, cuda = cfg.model.max_seq_len, self.parallel.device.type == "cuda"
-        keys = {
-            k: v for k, v in self.written.items() if k not in ("batch_size", "gradient_accumulation_steps", "max_steps")
-        }
-        keys = {
-            k: v for k, v in keys.items() if k not in ("batch_tokens", "num_epochs", "auto_epoch_scaling", "resume")
+        ours = "batch_size gradient_accumulation_steps max_steps batch_tokens num_epochs auto_epoch_scaling resume "
+        ours = f"{ours} overwrite out_dir".split()  # out_dir: this run's is finished
+        keys = {k: v for k, v in self.written.items() if k not in ours}
+        keys["orchestrator"] = {
+            k: v for k, v in keys.get("orchestrator", {}).items() if k != "replay" and v != "replay"
         }
         used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
         share = used / plan.total_memory(self.parallel.device)
@@ -321,7 +335,8 @@ class Report:
             found = f"{asked} was asked for; " + (self.hint or found)
         lines = [f"# made at the end of {self.out}, {n['total']:,} parameters; the comments say why"]
         lines += [f"batch_size: {cfg.batch_size}  # {found}"]
-        lines += [f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it"]
+        accumulate = f"{cfg.gradient_accumulation_steps} micro-steps on {self.parallel.rows()[1]} ranks"
+        lines += [f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it: {accumulate}"]
         lines += [f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {cfg.max_steps}"]
         rolled = len(self.orchestrator.rollbacks)
         if rolled:
@@ -362,6 +377,15 @@ class Report:
                 self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
 
 
+def finite(x):
+    """With null for what JSON has no word for: NaN, infinity."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def start_wandb(cfg: Config, say):
     """A wandb run; offline, with a line, when there is no key or no network."""
     try:
@@ -375,16 +399,18 @@ def start_wandb(cfg: Config, say):
         "config": dataclasses.asdict(cfg),
     }
     options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
-    mode = os.environ.get("WANDB_MODE", "online")
+    mode, run = os.environ.get("WANDB_MODE", "online"), None
     if mode == "online":
         try:
             if not wandb.api.api_key:
                 raise RuntimeError("no key: wandb login stores one")
-            return wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+            run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
         except Exception as error:  # any failure of theirs: the run matters more than its picture
             say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
             mode = "offline"
-    return wandb.init(**options, mode=mode)
+    run = run or wandb.init(**options, mode=mode)
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def clock(seconds: float) -> str:

@@ -43,7 +43,7 @@ from model_moe import (
     release_twins,
     update_balance,
 )
-from orchestrator import ByHand, Orchestrator
+from orchestrator import ByHand, Orchestrator, read_decisions
 from report import Report, clock, start_wandb
 
 # ---------------------------------------------------------------- schedule and optimizer
@@ -178,6 +178,9 @@ class Parallel:
             flush()
         return stats
 
+    def finite(self, grad: torch.Tensor) -> bool:
+        return bool(torch.isfinite(grad).all())
+
     def grad_norm(self, model) -> torch.Tensor:
         """2-norm of the reduced gradient, a 0-d tensor."""
         return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -185,7 +188,7 @@ class Parallel:
     def checksum(self, model) -> torch.Tensor:
         """Of the bits of the weights, which every rank should hold alike: 0-d, a whole number below 2^20; no sync."""
         words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
-        return words.sum() & 0xFFFFF
+        return words.sum() % 1048573  # a prime: of a power of two the upper bits would not be seen
 
     def agree(self, flags: list[int]) -> list[int]:
         """The maximum of each flag over all ranks."""
@@ -242,8 +245,9 @@ class Parallel:
 # what is summed over ranks in each step
 STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square")
 STAT = {name: i for i, name in enumerate(STATS)}
-LAPS = ("data", "compute", "communication", "update", "checkpoint", "other")  # what a run's time goes to
-NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early".split()
+LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
+NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
+NUMBERS = f"{NUMBERS} best_parts".split()
 SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "cpu_offload", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
@@ -291,12 +295,14 @@ class Trainer(ByHand, Report):
         self.start_block(notes)
         if dry_run:
             return
+        replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
+        replay = self.parallel.together(read_decisions, replay) if replay else None
         self.parallel.together(self.own_out_dir)
         self.build(saved)
         self.started_at = self.step
         if saved is not None and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
-        self.orchestrator = Orchestrator(self)
+        self.orchestrator = self.parallel.together(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
             self.orchestrator.load(saved.state["orchestrator"])
         self.open_log()
@@ -407,9 +413,8 @@ class Trainer(ByHand, Report):
                 )
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
-        cfg.batch_size = par.broadcast(
-            self.micro_batch(rows // rank_count, kept("micro_batch", "batch_size", "batch_tokens"))
-        )
+        kept_size = kept("micro_batch", "batch_size", "batch_tokens")
+        cfg.batch_size = par.broadcast(par.together(self.micro_batch, rows // rank_count, kept_size))
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
         if micro is None:
             can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
@@ -513,6 +518,8 @@ class Trainer(ByHand, Report):
         the estimate says (on CUDA a probe has the last word; a CPU kills where CUDA raises, so there it decides)."""
         cfg, m = self.cfg, self.cfg.model
         with contextlib.suppress(OSError, ValueError, KeyError):
+            if cfg.overwrite and cfg.resume == "none":
+                raise OSError("it is about to be deleted")
             hint = json.loads((self.out / "oom_hint.json").read_text())
             if hint["written"] == self.written.get("batch_size"):
                 kept = min(hint["micro_batch"], kept or hint["micro_batch"])
@@ -614,19 +621,24 @@ class Trainer(ByHand, Report):
         Weights, moments and seeds stay as they are. Never run on a GPU yet; its arithmetic is tested."""
         cfg, device = self.cfg, self.parallel.device
         rows = self.rows_per_step // self.parallel.rows()[1]
-        one, two = (peak_bytes(self.model, n, device) for n in (1, 2))
+        one, two = peak_bytes(self.model, 1, device), math.inf
+        if rows > 1:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                two = peak_bytes(self.model, 2, device)
         each = max(1, two - one) * (1.3 if self.moe else 1.125)
         room = cfg.target_memory * plan.total_memory(device) - (one - (two - one))
-        fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * each <= room]
+        fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * each <= room] if two < math.inf else []
         best = -self.parallel.agree([-max(fits, default=1)])[0]  # the least of all ranks
         cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
         self.auto["micro_batch"] = self.versions["micro_batch"] = best
-        room, need = (x / 2**30 for x in (room, best * each))
-        self.say(f"batch_size {best} rows a micro-step, by a probe: about {need:.2f} of {room:.2f} GiB")
+        need = one if best == 1 else one - (two - one) + best * each
+        have = cfg.target_memory * plan.total_memory(device)
+        self.say(f"batch_size {best} rows a micro-step, by a probe: about {need / 2**30:.2f} of {have / 2**30:.2f} GiB")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
-        out = {f"model.{name}": self.weights.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+        own = {name: p.detach() for name, p in self.weights.items()}
+        out = {f"model.{name}": own.get(name, tensor) for name, tensor in self.model.state_dict().items()}
         for name, p in self.weights.items():
             out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         return out
@@ -636,7 +648,7 @@ class Trainer(ByHand, Report):
         self.restore(saved)
         self.step, self.cursor = saved.state["step"], saved.state["cursor"]
         for name in NUMBERS:
-            setattr(self, name, saved.state[name])
+            setattr(self, name, saved.state.get(name, getattr(self, name)))
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -683,7 +695,7 @@ class Trainer(ByHand, Report):
         if not self.main:
             return
         self.attempt = self.read_status().get("attempt", 0) + 1
-        resolved = dataclasses.asdict(cfg) | {"num_epochs": None}  # max_steps says it: this file runs as it is
+        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
         try:
             self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
             (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
@@ -711,6 +723,7 @@ class Trainer(ByHand, Report):
         """Files, a number for this attempt, signals."""
         self.parallel.together(self.open_files)
         self.attempt = self.parallel.broadcast(self.attempt)
+        self.orchestrator.begin()
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
         self.first_interrupt = None
@@ -756,7 +769,8 @@ class Trainer(ByHand, Report):
             here = self.step != self.started_at or owed
             due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
             due_eval = due_save or wants_save or rolled or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
-            new_best = (here or rolled) and due_eval and not stop and self.evaluate()
+            fresh = (here and self.evaluated_at != self.step) or rolled  # a void turn comes here twice
+            new_best = fresh and due_eval and not stop and self.evaluate()
             stop = stop or self.left
             last = last or self.stopped_early
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
@@ -922,7 +936,7 @@ class Trainer(ByHand, Report):
             self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen["loss"], lr)
         self.orchestrator.observe(seen)
         due = (step + 1) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
-        if due and self.cfg.enable_loss_landscape:
+        if due and (self.cfg.enable_loss_landscape or self.cfg.enable_early_stopping):
             self.look_ahead()
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
@@ -940,7 +954,7 @@ class Trainer(ByHand, Report):
             return
         text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
         if "final" in found:
-            text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} ({found['final_low']:.3f} to "
+            text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
             text += f"{found['final_high']:.3f}), {100 * found['gained']:.0f} % of the way there"
             self.gains = [*self.gains[-2:], found["stable_gain_high"]]
             if efficient:
@@ -971,8 +985,11 @@ class Trainer(ByHand, Report):
         self.orchestrator.halted.zero_()
         self.set_micro_batch(smaller)
         args = {"new_size": smaller}
+        self.hint = f"a rank ran out of memory at step {step} with {micro}"
         at = {"step": step, "cursor": cursor, "turn": self.orchestrator.turn}
-        self.orchestrator.decide("oom", "adjust_batch_size", f"{said}: same rows again", 1, at, always=True, args=args)
+        self.orchestrator.decide(
+            "oom", "adjust_batch_size", f"{said}: same rows again", 1, at, always=True, args=args, before=micro
+        )
 
     def set_micro_batch(self, size: int) -> None:
         """Rows a micro-step from the next step on; accumulation follows, the batch of a step stays."""
@@ -1004,7 +1021,7 @@ class Trainer(ByHand, Report):
         checkpoints after it are set aside."""
         self.pending, self.step = None, note["step"]
         for name in NUMBERS:
-            setattr(self, name, note[name])
+            setattr(self, name, note.get(name, getattr(self, name)))
         if self.main:
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
@@ -1029,35 +1046,42 @@ class Trainer(ByHand, Report):
             raise self.data_error
 
     def diagnose(self, cursor: int) -> str | None:
-        """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite."""
-        cfg, model, found = self.cfg, self.model, []
+        """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite, or
+        the parameter nearest to the loss whose gradient is not."""
+        cfg, model, par, found = self.cfg, self.model, self.parallel, []
 
         def look(name):
             def hook(module, inputs, output):
                 first = output[0] if isinstance(output, tuple) else output
                 if not found and not torch.isfinite(first).all():
-                    found.append(f"{name or 'the loss'} is not finite on rank {self.parallel.rank}")
+                    found.append(f"{name or 'the loss'} is not finite on rank {par.rank}")
 
             return hook
 
         hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
-        index, count = self.parallel.rows()
+        index, count = par.rows()
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 for micro in range(cfg.gradient_accumulation_steps):
                     row = cursor + (micro * count + index) * cfg.batch_size
                     try:
                         x, y = self.loader.batch(row, cfg.batch_size)
                     except UserError as error:
-                        if self.parallel.alone:
+                        if par.alone:
                             return error.text
                         found.append(error.text)
                         _, x, y = self.blank()
                     torch.manual_seed(mix(cfg.seed, row))
-                    model(self.to_device(x), targets=self.to_device(y))
+                    with par.microstep(model, True):
+                        model(self.to_device(x), targets=self.to_device(y))[0].backward()
         finally:
             for hook in hooks:
                 hook.remove()
+        if not found:
+            bad = [n for n, p in model.named_parameters() if p.grad is not None and not par.finite(p.grad)]
+            found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
+        for p in model.parameters():
+            p.grad = None
         return found[0] if found else None
 
     # ---- evaluation and saving
@@ -1134,7 +1158,9 @@ class Trainer(ByHand, Report):
             if len(means) == len(self.best_parts):  # the same batches as at the best
                 self.rises = [*self.rises[-1:], plan.paired_rise(np.array(self.best_parts), np.array(means))]
         if cfg.early_stopping_patience and self.evaluations_since_best >= cfg.early_stopping_patience:
-            self.say(f"early stop: {self.evaluations_since_best} evaluations without a new best")
+            said = f"early stop: {self.evaluations_since_best} evaluations without a new best"
+            self.say(said)
+            self.orchestrator.decide("patience", "stop", said, 2, basis="rule", always=True)
             self.stopped_early = True
         row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens, "val_loss": self.val_loss}
         row |= {"val_accuracy": correct / targets, "val_bpb": ce / math.log(2) / size if size else None}
@@ -1158,7 +1184,7 @@ class Trainer(ByHand, Report):
             text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
             self.say(f"           causal rule above; {text}")
         self.clock += took
-        self.lap("checkpoint")
+        self.lap("evaluation")
         return new_best
 
     def save(self) -> bool:
@@ -1250,6 +1276,7 @@ class Trainer(ByHand, Report):
             self.print_sample()
         took = clock(time.time() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
+        what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.spent.values())):.2f} %"
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
         if state == "finished" and self.main:
             self.suggest()
@@ -1260,14 +1287,7 @@ class Trainer(ByHand, Report):
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
             self.loader.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.board:
-            self.board.close()
-        if self.log_file:
-            with contextlib.suppress(OSError):  # what was still to be written may not fit on the disk
-                self.log_file.close()
-            self.log_file = None
+        self.close_writers()
         self.parallel.close()
 
 
@@ -1379,17 +1399,27 @@ def main(argv: list[str], parallel=Parallel) -> int:
     try:
         return trainer.fit()
     except UserError as error:
+        trainer.close_writers()
         trainer.write_status("diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error))
         raise
     except torch.OutOfMemoryError as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
-        smaller = max(1, trainer.cfg.batch_size // 2)
-        hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
-        checkpoint.write_json(trainer.out / "oom_hint.json", hint)  # whichever rank it was
+        trainer.close_writers()
         first = (str(error).splitlines() or ["?"])[0]
+        if trainer.cfg.batch_size == 1:
+            text = f"step {trainer.step}, one row a micro-step: {first}"
+            trainer.write_status("input_error", 2, text)
+            raise UserError("E200", f"{text}; try activation_checkpointing: block, or a smaller model") from error
+        smaller = trainer.cfg.batch_size // 2
+        hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
+        own = trainer.out / f"oom_hint.{rank}.json"  # whichever rank it was, or all of them
+        with contextlib.suppress(OSError):
+            checkpoint.write_json(own, hint)
+            own.replace(trainer.out / "oom_hint.json")
         text = f"step {trainer.step}: {first}; a restart goes on with {smaller} rows a micro-step (oom_hint.json)"
         trainer.write_status("restart", 75, text)
         raise UserError("E201", text) from error
     except Exception as error:
+        trainer.close_writers()
         if trainer.parallel.world > 1 and lost_peer(error):
             text = f"step {trainer.step}: {str(error).splitlines()[0]}"
             trainer.write_status("restart", 75, text)

@@ -194,6 +194,9 @@ class Sharded(Parallel):
         dist.all_reduce(square)
         return square.sqrt().float()
 
+    def finite(self, grad) -> bool:
+        return super().finite(grad.to_local())
+
     def checksum(self, model) -> torch.Tensor:
         return torch.zeros((), device=self.device)  # no two ranks hold the same
 
