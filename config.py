@@ -63,6 +63,7 @@ class Config:
     enable_loss_landscape: bool = True  # forecast: phase, predicted final loss, every orchestrator.check_interval
     enable_compute_efficiency: bool = True  # in it: nats gained per doubling of compute
     save_interval: int = 1000  # steps; 0: only the last
+    save_async: bool = False  # write checkpoints beside training, which waits for a copy in memory only
     save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
     log_interval: int = 20  # steps

@@ -81,9 +81,9 @@ def during(t, at, turns=1) -> bool:
 
 
 def wrap(owner, name, change) -> None:
-    """change(real, *args) stands in for a method."""
+    """change(real, *args, **kwargs) stands in for a method."""
     real = getattr(owner, name)
-    setattr(owner, name, lambda *args: change(real, *args))
+    setattr(owner, name, lambda *args, **kwargs: change(real, *args, **kwargs))
 
 
 def rate(t, at, factor, turns=math.inf):
@@ -219,17 +219,17 @@ def killed_saves(t, at):
         else:
             sys.addaudithook(count)
 
-    def save(real):
+    def save(real, **how):
         size = max((f.stat().st_size for f in t.out.glob("step_*/*.safetensors")), default=0)
         for n in range(20 if t.step == 40 else 0):
             shutil.copytree(t.out, folder := Path(f"{t.out}-{n:02d}"))
             if not (pid := os.fork()):
                 t.out = folder
                 die(n, folder, size)
-                real()
+                real(**how)
                 os._exit(0)
             os.waitpid(pid, 0)
-        return real()
+        return real(**how)
 
     wrap(t, "save", save)
 

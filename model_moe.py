@@ -851,6 +851,22 @@ DEAD = 0.1  # an expert with less than this part of its fair share carries no lo
 APART = 0.98  # below this cosine of their weights twins have parted
 
 
+class Rows:
+    """How surgery reaches row e, one expert's, of a parameter `p` or of a tensor of its optimizer's state; here all of
+    them are on this process. See train_fsdp.Sharded for the other case: there every method is called on all ranks."""
+
+    def local(self, p: torch.Tensor) -> torch.Tensor:
+        """What the optimizer knows the parameter as."""
+        return p
+
+    def row(self, p, t: torch.Tensor, e: int) -> torch.Tensor:
+        """A copy of row e of t, which is local(p) or of its shape."""
+        return t[e].clone()
+
+    def set_row(self, p, t: torch.Tensor, e: int, value) -> None:
+        t[e] = value
+
+
 def slots_of(moe: MoE) -> tuple[list[bool], list[int], list[int], list[float]]:
     """alive, sibling, retired, load as plain lists. ValueError when this model has no slots."""
     r = moe.router
@@ -867,13 +883,13 @@ def splittable(moe: MoE, step: int) -> list[int]:
     return [e for e, a in enumerate(alive) if a and (sibling[e] == e or gone[sibling[e]])]
 
 
-def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: int = 0, move=None) -> tuple[int, int]:
+def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: int = 0, rows=None) -> tuple[int, int]:
     """Split an expert, by default the one with the most load, into a free slot; returns (parent, slot).
 
     Both halves get the weights of the parent, router rows w + n and w - n with n at right angles to w and 2 % of its
     length, and exclude each other from being chosen until they have parted: so the layer's output hardly moves, and
     they share the parent's tokens (research/sparse.md 4.1). Of the optimizer's state the child gets the second moments,
-    its first ones are zero. move(tensor, from, to) copies a row (default: in place). ValueError without a free slot.
+    its first ones are zero. `rows`: see Rows. ValueError without a free slot.
     """
     alive, sibling, retired, load = slots_of(moe)
     free = [e for e, a in enumerate(alive) if not a and (retired[e] < 0 or step - retired[e] >= WINDOW)]
@@ -892,27 +908,33 @@ def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: 
         raise ValueError(
             f"expert {parent} has not parted from its twin {sibling[parent]} yet; train on or split another"
         )
-    _split(moe, optimizer, parent, free[0], seed, move or copy_row)
+    _split(moe, optimizer, parent, free[0], seed, rows or Rows())
     return parent, free[0]
 
 
+def moments(optimizer, p) -> list[tuple[str, torch.Tensor]]:
+    """The optimizer's tensors that have a row per expert as p has, p as the optimizer knows it."""
+    return [(n, t) for n, t in optimizer.state.get(p, {}).items() if torch.is_tensor(t) and t.shape == p.shape]
+
+
 @torch.no_grad()
-def _split(moe: MoE, optimizer, parent: int, slot: int, seed: int, move) -> None:
+def _split(moe: MoE, optimizer, parent: int, slot: int, seed: int, rows: Rows) -> None:
     r = moe.router
     for p in (r.weight, moe.experts.w13, moe.experts.w2):
-        move(p, parent, slot)
-        for name, t in optimizer.state.get(p, {}).items():
-            if torch.is_tensor(t) and t.shape == p.shape:
-                move(t, parent, slot)
-                if not name.endswith("_sq"):  # momentum belongs to where the parent was going
-                    t[slot].zero_()
+        mine = rows.local(p)
+        rows.set_row(p, mine, slot, rows.row(p, mine, parent))
+        for name, t in moments(optimizer, mine):
+            value = rows.row(p, t, parent)  # of the momentum nothing: it belongs to where the parent was going
+            rows.set_row(p, t, slot, value if name.endswith("_sq") else 0.0)
     for e in (parent, slot):  # what was pruned cannot come back as a twin
         r.sibling[r.sibling[e]] = r.sibling[e].clone()
-    w = r.weight[parent].clone()
+    mine = rows.local(r.weight)
+    w = rows.row(r.weight, mine, parent)
     n = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(w)
     n -= (n @ w) / (w @ w).clamp(min=1e-30) * w
     n *= 0.02 * w.norm() / n.norm()
-    r.weight[parent], r.weight[slot] = w + n, w - n
+    rows.set_row(r.weight, mine, parent, w + n)
+    rows.set_row(r.weight, mine, slot, w - n)
     r.bias[slot] = r.bias[parent]
     r.load[parent] /= 2
     r.load[slot] = r.load[parent]
@@ -920,12 +942,8 @@ def _split(moe: MoE, optimizer, parent: int, slot: int, seed: int, move) -> None
     r.sibling[slot], r.sibling[parent] = parent, slot
 
 
-def copy_row(tensor: torch.Tensor, source: int, target: int) -> None:
-    tensor[target].copy_(tensor[source])
-
-
 @torch.no_grad()
-def prune_expert(moe: MoE, step: int, expert: int, force: bool = False, optimizer=None) -> None:
+def prune_expert(moe: MoE, step: int, expert: int, force: bool = False, optimizer=None, rows=None) -> None:
     """Take an expert out of the choice. Its weights stay for WINDOW steps (weight decay goes on, its momentum ends with
     `optimizer`), so restore_expert can bring it back. ValueError when it is not alive, is needed for K choices, or
     carries load and `force` is false."""
@@ -940,10 +958,11 @@ def prune_expert(moe: MoE, step: int, expert: int, force: bool = False, optimize
     if share >= DEAD and not force:
         raise ValueError(f"expert {expert} carries {share:.2f} of a fair share; below {DEAD} it counts as dead (force)")
     r.alive[expert], r.retired[expert] = False, step
+    rows = rows or Rows()
     for p in (r.weight, moe.experts.w13, moe.experts.w2) if optimizer else ():
-        for name, t in optimizer.state.get(p, {}).items():
-            if torch.is_tensor(t) and t.shape == p.shape and not name.endswith("_sq"):
-                t[expert].zero_()
+        for name, t in moments(optimizer, rows.local(p)):
+            if not name.endswith("_sq"):
+                rows.set_row(p, t, expert, 0.0)
     r.load[expert] = 0  # and if it had all of it, nobody has any until the next step counts
     r.load /= r.load.sum().clamp(min=1e-9)
 
@@ -957,7 +976,7 @@ def restore_expert(moe: MoE, step: int, expert: int) -> None:
     moe.router.alive[expert], moe.router.retired[expert] = True, -1
 
 
-def recycle_expert(moe, optimizer, step: int, expert: int | None = None, seed: int = 0, move=None, parents=None):
+def recycle_expert(moe, optimizer, step: int, expert: int | None = None, seed: int = 0, rows=None, parents=None):
     """Prune a dead expert (default: the one with the least load) and split the hottest (of `parents`) into its slot; no
     tensor changes its shape. Cannot be undone. `expert` may be a free slot too. Returns (parent, slot). ValueError when
     no expert is dead or none can be split."""
@@ -973,21 +992,23 @@ def recycle_expert(moe, optimizer, step: int, expert: int | None = None, seed: i
         prune_expert(moe, step, expert)
     elif retired[expert] >= 0 and step - retired[expert] < WINDOW:
         raise ValueError(f"slot {expert} can still be restored, until step {retired[expert] + WINDOW}")
-    _split(moe, optimizer, max(single, key=lambda e: load[e]), expert, seed, move or copy_row)
+    _split(moe, optimizer, max(single, key=lambda e: load[e]), expert, seed, rows or Rows())
     return moe.router.sibling[expert].item(), expert
 
 
 @torch.no_grad()
-def release_twins(moe: MoE, agree=lambda pairs: pairs) -> list[tuple[int, int]]:
+def release_twins(moe: MoE, agree=lambda pairs: pairs, rows=None) -> list[tuple[int, int]]:
     """End the exclusion between twins whose weights have parted; returns those pairs. agree: what one rank found ->
     what all do, for sums on unlike machines differ."""
     alive, sibling, _, _ = slots_of(moe)
     twins = [(a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]]
-    parted = []
-    for a, b in twins:
+    parted, rows = [], rows or Rows()
+    for pair in twins:
+        a, b = pair
         dots = torch.zeros(3, device=moe.router.bias.device)
-        for w in (moe.experts.w13, moe.experts.w2):
-            dots += torch.stack([(w[a] * w[b]).sum(), w[a].square().sum(), w[b].square().sum()])
+        for p in (moe.experts.w13, moe.experts.w2):
+            one, other = (rows.row(p, rows.local(p), e) for e in pair)
+            dots += torch.stack([(one * other).sum(), one.square().sum(), other.square().sum()])
         if dots[0] < APART * (dots[1] * dots[2]).sqrt():
             parted.append((a, b))
     parted = agree(parted) if twins else []

@@ -977,9 +977,7 @@ class ByHand:
         """Split an expert, by default the hottest, into a free slot of the layer."""
 
         def do(moe):
-            pair = add_expert(
-                moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel.move_row
-            )
+            pair = add_expert(moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel)
             return dict(zip(("parent", "expert"), pair))
 
         return self.surgery("add_expert", layer_idx, do, parent=parent)
@@ -988,7 +986,7 @@ class ByHand:
         """Take an expert out of the choice; restore_expert undoes it while its window is open."""
 
         def do(moe):
-            prune_expert(moe, self.step, expert_idx, force, self.optimizer)
+            prune_expert(moe, self.step, expert_idx, force, self.optimizer, self.parallel)
 
         return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
 
@@ -1010,7 +1008,7 @@ class ByHand:
         return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
 
     def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
-        options = (self.split_seed(layer), self.parallel.move_row, parents)
+        options = (self.split_seed(layer), self.parallel, parents)
         try:
             pair = recycle_expert(self.moe[layer], self.optimizer, self.step, expert, *options)
         except ValueError as error:

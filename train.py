@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
     MOD_SUMS,
     SUMS,
+    Rows,
     draw_dropout,
     expert_numbers,
     pick_back_end,
@@ -99,7 +101,7 @@ def mix(seed: int, row: int) -> int:
 # ---------------------------------------------------------------- parallel
 
 
-class Parallel:
+class Parallel(Rows):
     """All that changes with the number of processes. This one replicates the model and reduces gradients itself.
 
     Forward and backward hold no collective. Gradients are then summed in chunks of fixed size in parameter order, and
@@ -226,10 +228,6 @@ class Parallel:
                 raise UserError(e.code, e.text if rank == 0 else f"rank {rank}: {e.text}")
         return result
 
-    def move_row(self, tensor: torch.Tensor, source: int, target: int) -> None:
-        """Row `source` of a tensor over row `target` (expert slots); here every rank holds both."""
-        tensor[target].copy_(tensor[source])
-
     def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
         """[(offset, global shape, local tensor, writes)]: every region of `tensor` that this rank holds."""
         return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
@@ -243,7 +241,7 @@ class Parallel:
 # ---------------------------------------------------------------- trainer
 
 # what is summed over ranks in each step
-STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square")
+STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square", "writing")
 STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
@@ -254,6 +252,22 @@ OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
 OURS += ["tokenizer.json", "token_bytes.npy"]
+
+
+class Writing(threading.Thread):
+    """A checkpoint on its way to the disk: this rank's half of it."""
+
+    def __init__(self, folder: Path, final: Path, rank: int, pieces: dict, state: str | None, turn: int, began: float):
+        super().__init__(name="checkpoint", daemon=True)
+        self.folder, self.final, self.rank, self.pieces = folder, final, rank, pieces
+        self.state, self.turn, self.began, self.stall, self.error = state, turn, began, 0.0, None
+
+    def run(self) -> None:
+        try:
+            self.error = checkpoint.write(self.folder, self.rank, self.pieces)
+        except Exception as error:  # nobody else would hear of it
+            self.error = f"{type(error).__name__}: {error}"
+        self.pieces = None
 
 
 class Trainer(ByHand, Report):
@@ -276,6 +290,7 @@ class Trainer(ByHand, Report):
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
         self.stop_signal = self.save_signal = self.left = 0
+        self.writing: Writing | None = None
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
@@ -761,7 +776,7 @@ class Trainer(ByHand, Report):
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)
             for layer, moe in self.moe.items() if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0 else ():
-                for pair in release_twins(moe, par.broadcast):
+                for pair in release_twins(moe, par.broadcast, par):
                     self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
@@ -776,8 +791,9 @@ class Trainer(ByHand, Report):
             retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
             moved = self.step != self.started_at
             if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)) or rolled:
-                self.save()
+                self.save(wait=not cfg.save_async or last or stop or rolled)
             if last or stop:
+                self.end_save()
                 for _ in range(3):  # a full disk may have been freed in the meantime
                     if self.unsaved:
                         time.sleep(1)
@@ -831,6 +847,8 @@ class Trainer(ByHand, Report):
             ):
                 if flag:
                     stats[STAT[name]] = 1
+            if self.writing and self.writing.is_alive():
+                stats[STAT["writing"]] = 1
             if par.world > 1 and watch.watching and self.step % cfg.orchestrator.check_interval == 0:
                 stats[STAT["sum"]] = check = par.checksum(model).to(double)  # do all ranks hold the same weights?
                 stats[STAT["square"]] = check * check
@@ -906,7 +924,9 @@ class Trainer(ByHand, Report):
         if arrived is not None:
             arrived.synchronize()
         numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
-        ce, z, count, unread, oom, stop, save, control, check, square, norm, bad, exploded = numbers
+        ce, z, count, unread, oom, stop, save, control, check, square, writing, norm, bad, exploded = numbers
+        if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
+            self.end_save()
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
@@ -1019,6 +1039,7 @@ class Trainer(ByHand, Report):
     def rewind(self, note: dict) -> None:
         """Back to the step of `note`, whose tensors are there already; the cursor stays beyond what was read. The
         checkpoints after it are set aside."""
+        self.end_save()
         self.pending, self.step = None, note["step"]
         for name in NUMBERS:
             setattr(self, name, note.get(name, getattr(self, name)))
@@ -1187,9 +1208,11 @@ class Trainer(ByHand, Report):
         self.lap("evaluation")
         return new_best
 
-    def save(self) -> bool:
-        """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on."""
+    def save(self, wait: bool = True) -> bool:
+        """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on. With `wait`
+        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save."""
         self.drain()
+        self.end_save()
         self.lap("other")
         began, par, final = time.perf_counter(), self.parallel, checkpoint.step_dir(self.out, self.step)
         folder = Path(f"{final}.tmp")
@@ -1201,13 +1224,33 @@ class Trainer(ByHand, Report):
         pieces = {}
         for name, tensor in self.tensors().items():
             own = [(shape, offset, local) for offset, shape, local, writes in par.pieces(name, tensor) if writes]
+            if not wait:
+                own = [(shape, offset, local.detach().to("cpu", copy=True)) for shape, offset, local in own]
             pieces |= {name: own} if own else {}
-        error = checkpoint.write(folder, par.rank, pieces)
+        state = json.dumps(self.state()) if self.main else None
+        self.writing = writing = Writing(folder, final, par.rank, pieces, state, self.orchestrator.turn, began)
+        writing.run() if wait else writing.start()
+        writing.stall = time.perf_counter() - began
+        self.clock += writing.stall
+        self.lap("checkpoint")
+        return self.end_save() if wait else True
+
+    def end_save(self) -> bool:
+        """Wait for what is being written, agree, and give it its name."""
+        if self.writing is None:
+            return True
+        self.lap("other")
+        w, self.writing, par, began = self.writing, None, self.parallel, time.perf_counter()
+        if w.is_alive():
+            w.join()
+        error = w.error
         failed = par.agree([error is not None])[0]
         if not failed and self.main:
             try:
-                checkpoint.commit(folder, final, par.world, self.state())
-                checkpoint.write_json(self.out / "best.json", {"step": self.best_step, "val_loss": self.best_val_loss})
+                state = json.loads(w.state)
+                checkpoint.commit(w.folder, w.final, par.world, state)
+                best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
+                checkpoint.write_json(self.out / "best.json", best)
             except OSError as e:
                 error = f"{type(e).__name__}: {e}"
         failed = par.agree([error is not None])[0]
@@ -1215,12 +1258,15 @@ class Trainer(ByHand, Report):
         if failed:
             said = "; ".join(e for e in par.gather(error) if e)
             if self.main:
-                shutil.rmtree(folder, ignore_errors=True)
-            self.say(f"E307       {final} could not be written ({said}); the run goes on and tries again")
+                shutil.rmtree(w.folder, ignore_errors=True)
+            self.say(f"E307       {w.final} could not be written ({said}); the run goes on and tries again")
         else:
             with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
                 self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
-            self.say(f"saved      {final}, {time.perf_counter() - began:.1f} s")
+            now = time.perf_counter()
+            stall = w.stall + now - began
+            beside = f", of which training waited {stall:.1f} s" if self.cfg.save_async else ""
+            self.say(f"saved      {w.final}, {now - w.began:.1f} s{beside}")
             if self.cfg.picture and self.main:
                 self.draw()
         self.clock += time.perf_counter() - began

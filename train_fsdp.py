@@ -144,7 +144,7 @@ class Sharded(Parallel):
         for unit in units(model):  # FSDP settles where its parts live when it first gathers them
             unit.unshard()
             unit.reshard()
-        self.parts, self.regions = {}, {}
+        self.parts, self.regions, self.names = {}, {}, {}
         with torch.no_grad():
             for name, p in model.named_parameters():
                 local = p.to_local()
@@ -155,6 +155,7 @@ class Sharded(Parallel):
                     offset, whole = (offset[0] + index * whole[0], *offset[1:]), [whole[0] * ep, *whole[1:]]
                 assert tuple(local.shape) == tuple(shape), name
                 self.parts[name], self.regions[name] = (p, local.detach()), (tuple(offset), tuple(whole))
+                self.names[id(p)] = name
                 if p.dim() == 3:
                     model.fill(name, local, cfg.seed, offset[0])
                 elif local.numel():
@@ -193,6 +194,22 @@ class Sharded(Parallel):
         square = torch.stack(norms).double().square().sum() / self.replicas
         dist.all_reduce(square)
         return square.sqrt().float()
+
+    def local(self, p) -> torch.Tensor:
+        return self.parts[self.names[id(p)]][1]
+
+    def row(self, p, t: torch.Tensor, e: int) -> torch.Tensor:
+        (first, *_), (_, *shape) = self.regions[self.names[id(p)]]
+        out = torch.zeros(shape, device=t.device, dtype=t.dtype)
+        if self.writes and first <= e < first + len(t):  # of several copies one is sent
+            out.copy_(t[e - first])
+        dist.all_reduce(out)
+        return out
+
+    def set_row(self, p, t: torch.Tensor, e: int, value) -> None:
+        (first, *_), _ = self.regions[self.names[id(p)]]
+        if first <= e < first + len(t):
+            t[e - first] = value
 
     def finite(self, grad) -> bool:
         return super().finite(grad.to_local())

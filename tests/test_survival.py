@@ -454,7 +454,7 @@ def kill(keys, points) -> None:
     top, real, done = Path(keys["out_dir"]).parent, Trainer.save, []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    def save(self):
+    def save(self, **how):
         if self.step == keys["max_steps"] and not done:
             shutil.copytree(self.out, top / "before")
             calls, killed = 0, True
@@ -466,13 +466,13 @@ def kill(keys, points) -> None:
                 if not (pid := os.fork()):
                     self.out = folder
                     die_at(*point, folder)
-                    real(self)
+                    real(self, **how)
                     os._exit(0)
                 killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
                 assert killed or point[0] == "call", f"it lived through {point}"
                 done.append([point, str(folder)])
             done.pop()  # this one lived: it had no more calls
-        return real(self)
+        return real(self, **how)
 
     Trainer.save = save
     assert Trainer(keys).fit() == 0

@@ -540,10 +540,10 @@ import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 full, free_again = int(sys.argv[1]), int(sys.argv[2])
 real = train.Trainer.save
-def save(self):  # the disk takes 60 kB files only between two steps: a checkpoint does not fit, a line of log does
+def save(self, **how):  # the disk takes 60 kB files only between two steps: a checkpoint does not fit, a line of log does
     limit = 60_000 if full <= self.step < free_again else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return real(self)
+    return real(self, **how)
 train.Trainer.save = save
 sys.exit(train.main(sys.argv[3:]))
 """
@@ -566,6 +566,37 @@ def test_disk_full(tiny, tmp_path):
     assert result.returncode == 4, result.stderr + result.stdout
     assert checkpoint.list_steps(last["out_dir"]) == [4, 8, 12]
     assert json.loads((Path(last["out_dir"]) / "status.json").read_text())["code"] == 4
+
+
+def test_a_checkpoint_is_written_beside_training(tiny, monkeypatch):
+    """Training goes on while a thread writes; what is written is the step of the copy, and a failure is made good."""
+    base = finish(tiny("base"))
+    real, turns, fail = checkpoint.write, {}, []
+
+    def slow(folder, rank, pieces):
+        turns[folder.name] = [trainer.orchestrator.turn]
+        until = time.monotonic() + 30
+        while trainer.step < 7 and not fail and time.monotonic() < until:
+            time.sleep(0.01)
+        turns[folder.name].append(trainer.orchestrator.turn)
+        return "OSError: no room" if fail and fail.pop() else real(folder, rank, pieces)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    trainer = Trainer(tiny("beside", save_async=True))
+    assert trainer.fit() == 0
+    first, last = turns["step_00000004.tmp"]
+    assert first == 5 and last >= 7, "steps were made in the meantime"
+    for step in (4, 8, 12):
+        assert fingerprint(trainer.out, step) == fingerprint(base.out, step)
+    assert (
+        losses(trainer.out) == losses(base.out)
+        and "of which training waited" in (trainer.out / "train.log").read_text()
+    )
+    fail.append(True)
+    trainer = Trainer(tiny("failing", save_async=True))
+    assert trainer.fit() == 0
+    assert checkpoint.list_steps(trainer.out)[0] in (5, 6) and "E307" in (trainer.out / "train.log").read_text()
+    assert fingerprint(trainer.out, 12) == fingerprint(base.out, 12)
 
 
 @pytest.mark.parametrize("world", [2, 3])

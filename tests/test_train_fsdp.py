@@ -1,0 +1,332 @@
+"""train_fsdp.py against train.py: the model in parts trains, saves and is repaired as the whole one is.
+
+This file is also what torchrun starts: `torchrun tests/test_train_fsdp.py JOBS`, see `main` at its end.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, read_lines, run_python, write_yaml
+
+import checkpoint
+from errors import UserError
+from train import Parallel, Trainer
+from train_fsdp import Sharded, layout
+
+MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 24, "n_experts_max": 8, "router": "sigmoid"}
+KINDS = {"dense": {"tie_embeddings": False}, "moe": MOE, "hybrid": MOE | {"mod_capacity": 0.5, "mod_layers": [1]}}
+BF16 = {"precision": "mixed_bf16"}
+LAYOUTS = {  # ranks, kind of model, keys
+    "fsdp 2": (2, "dense", {}),
+    "fsdp 2 moe": (2, "moe", {}),
+    "fsdp 2 hybrid": (2, "hybrid", {}),
+    "zero 2": (2, "moe", {"zero_stage": 2}),
+    "zero 1": (2, "moe", {"zero_stage": 1}),
+    "zero 0": (2, "moe", {"zero_stage": 0}),
+    "ep 2": (2, "moe", {"expert_parallel": 2}),
+    "recompute": (2, "moe", {"activation_checkpointing": "full"}),
+    "selective": (2, "hybrid", {"activation_checkpointing": "selective", "expert_parallel": 2}),
+    "bf16": (2, "moe", BF16),
+    "bf16 ep 2": (2, "moe", BF16 | {"expert_parallel": 2}),
+    "reduce bf16": (2, "dense", {"reduce_dtype": "bf16"}),
+    "fsdp 4": (4, "hybrid", {}),
+    "hsdp 2 x 2": (4, "moe", {"hsdp_shard_size": 2}),
+    "ep 4": (4, "moe", {"expert_parallel": 4}),
+    "ep 2 x fsdp 2": (4, "moe", {"expert_parallel": 2}),
+}
+ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def keys(shards, tmp_path_factory):
+    """keys(name, kind, **changes): of a run of 16 rows a step, which 1, 2 and 4 ranks can share."""
+    top = tmp_path_factory.mktemp("fsdp")
+
+    def make(name, kind="moe", **changes) -> dict:
+        shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+        run = {"data_dir": shards, "out_dir": str(top / name.replace(" ", "_")), "max_steps": STEPS, "device": "cpu"}
+        run |= {"batch_size": 2, "batch_tokens": 16 * 32, "learning_rate": 3e-3, "warmup_steps": 2, "grad_clip": 0.5}
+        run |= {"save_interval": 5, "log_interval": 1, "eval_tokens": 512, "precision": "fp32", "compile_model": False}
+        run |= {"save_total_limit": 0, "expert_back_end": "slices", "val_fraction": 0.05}
+        return run | {"model": shape | {"max_seq_len": 32} | KINDS[kind]} | changes
+
+    return make
+
+
+def launch(top, jobs, ranks) -> str:
+    path = write_yaml(Path(top) / f"jobs_{ranks}", jobs)
+    result = run_python(__file__, path, ranks=ranks, timeout=400, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def whole(out_dir, step=STEPS) -> dict[str, torch.Tensor]:
+    saved = checkpoint.Checkpoint(checkpoint.step_dir(out_dir, step))
+    assert not saved.verify()
+    return {n: saved.read(n, [0] * len(t["shape"]), t["shape"]) for n, t in saved.tensors.items()}
+
+
+def rows(out_dir, key) -> dict:
+    return {r["step"]: r[key] for r in read_lines(Path(out_dir) / "metrics.jsonl") if key in r}
+
+
+def alone(config) -> dict:
+    trainer = Trainer(config)
+    assert trainer.fit() == 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def bases(keys) -> dict:
+    """What one process makes of each kind of model."""
+    return {kind: alone(keys(f"base {kind}", kind))["out_dir"] for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def parts(keys, bases, tmp_path_factory) -> dict:
+    """The same in every layout: one launch of two ranks, one of four."""
+    out = {name: keys(name, kind, **changes) for name, (_, kind, changes) in LAYOUTS.items()}
+    for ranks in (2, 4):
+        jobs = [{"do": "train", "config": out[name]} for name in out if LAYOUTS[name][0] == ranks]
+        launch(tmp_path_factory.mktemp("jobs"), jobs, ranks)
+    return {name: config["out_dir"] for name, config in out.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parts_train_as_the_whole(parts, bases, name):
+    """Losses, norms, routing, evaluations and all tensors, moments too, after ten clipped steps of two to eight
+    micro-steps; expert gradients are those of all ranks' tokens, whoever holds the expert."""
+    mine, base = parts[name], bases[LAYOUTS[name][1]]
+    loss, norm, close = (1e-2, 1e-2, 2e-2) if name in ROUGH else (1e-5, 1e-4, 2e-6)
+    for key, limit in (("loss", loss), ("grad_norm", norm), ("val_loss", loss)):
+        a, b = rows(mine, key), rows(base, key)
+        assert len(a) >= 2 and a == pytest.approx(b, abs=limit), key
+    a, b = whole(mine), whole(base)
+    assert a.keys() == b.keys()
+    for tensor in a:
+        assert (a[tensor].double() - b[tensor].double()).abs().max() <= close, tensor
+    if name not in ROUGH and "n_experts" in KINDS[LAYOUTS[name][1]]:
+        a, b = (rows(d, "experts/share/0") for d in (mine, base))
+        assert all(x[:4] == pytest.approx(b[step][:4]) for step, x in a.items()), "counted over all ranks"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+WRITERS = {2: ("fsdp 2", "zero 0", "ep 2"), 4: ("fsdp 4", "hsdp 2 x 2", "ep 2 x fsdp 2", "ep 4")}
+
+
+def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path):
+    """Seven layouts load one checkpoint and write it again; each then reads all of these, and goes on from one."""
+    first = {n: t for n, t in whole(bases["hybrid"], 5).items()}
+    layouts, folders = {}, {"base": checkpoint.step_dir(bases["hybrid"], 5)}
+    for ranks, names in WRITERS.items():
+        for name in names:
+            config = keys(f"again {name}", "hybrid", **LAYOUTS[name][2])
+            shutil.copytree(folders["base"], checkpoint.step_dir(config["out_dir"], 5))
+            layouts[ranks, name] = config
+            folders[name] = checkpoint.step_dir(config["out_dir"], 5)
+    for ranks, names in WRITERS.items():
+        launch(tmp_path, [{"do": "write", "config": layouts[ranks, name]} for name in names], ranks)
+    for name, folder in folders.items():
+        saved = checkpoint.Checkpoint(folder)
+        again = whole(folder.parent, 5)
+        assert again.keys() == first.keys() and all(torch.equal(again[n], first[n]) for n in first), name
+        files = [f for f in saved.manifest["files"] if f.endswith(".safetensors")]
+        assert len(files) == {"base": 1, "zero 0": 1, "hsdp 2 x 2": 2}.get(name, 4 if name in WRITERS[4] else 2), name
+    for ranks, names in WRITERS.items():
+        jobs = []
+        for name in names:
+            jobs.append({"do": "read", "config": layouts[ranks, name], "folders": [str(f) for f in folders.values()]})
+            jobs.append({"do": "train", "config": layouts[ranks, name]})
+        launch(tmp_path, jobs, ranks)
+        for name in names:
+            after, base = rows(layouts[ranks, name]["out_dir"], "loss"), rows(bases["hybrid"], "loss")
+            assert after == pytest.approx({s: base[s] for s in range(6, STEPS + 1)}, abs=1e-6), name
+    again = alone(
+        keys("alone again", "hybrid", init_from=None, out_dir=layouts[4, "ep 2 x fsdp 2"]["out_dir"], max_steps=12)
+    )
+    assert rows(again["out_dir"], "loss").keys() == set(range(6, 13)), "one process goes on where four stopped"
+
+
+# ---------------------------------------------------------------- what is done to a run
+
+
+def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path):
+    """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go back to a snapshot in
+    parts, moments too."""
+    todo = {3: ["add_expert", 0], 5: ["prune_expert", 0, 1, True], 6: ["_initialize_new_expert", [1, 5], [0, 2]]}
+    todo |= {7: ["rollback_steps", 3], 8: ["adjust_batch_size", 1], 9: ["get_expert_statistics"]}
+    config = keys("slots base", max_steps=14, orchestrator={"snapshot_interval": 1})
+    jobs = {name: config | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2] for name in ("fsdp 2", "ep 2")}
+    trainer = Trainer(config)
+    drive(trainer, todo)
+    assert trainer.fit() == 0
+    said = [(d["action"], d["executed"]) for d in read_lines(trainer.out / "decisions.jsonl")]
+    assert [s for s in said if s[1]] == [(t[0], True) for t in todo.values() if t[0] != "get_expert_statistics"], said
+    launch(tmp_path, [{"do": "train", "config": job, "todo": todo} for job in jobs.values()], 2)
+    for name, job in jobs.items():
+        assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
+        a, b = whole(job["out_dir"], 14), whole(config["out_dir"], 14)
+        assert a.keys() == b.keys(), name
+        for tensor in a:
+            assert (a[tensor].double() - b[tensor].double()).abs().max() <= 2e-6, (name, tensor)
+
+
+def test_a_rank_that_cannot_read_and_a_signal(keys, tmp_path):
+    """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike."""
+    names = {"shard gone": {"unreadable": [1, 3]}, "stop": {"stop_at": 4}}
+    jobs = [{"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()]
+    said = launch(tmp_path, jobs, 2)
+    assert said.count("E111 injected") == 2
+    for name, step in (("shard gone", 3), ("stop", 5)):
+        assert max(checkpoint.list_steps(keys(name)["out_dir"])) == step
+
+
+def test_out_of_memory_in_a_collective_step_restarts_smaller(keys, tmp_path):
+    """One rank of two runs out in a micro-step: the others wait for it, so the whole launch begins again, smaller."""
+    config = keys("oom", batch_size=8)
+    path = write_yaml(tmp_path / "jobs", [{"do": "oom", "config": config}])
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", __file__, path]
+    result = run_python(*words, timeout=200, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    assert result.returncode == 0, result.stderr[-3000:]
+    hint = json.loads((Path(config["out_dir"]) / "oom_hint.json").read_text())
+    assert (
+        hint["micro_batch"] == 4 and json.loads((Path(config["out_dir"]) / "status.json").read_text())["attempt"] == 2
+    )
+    assert rows(config["out_dir"], "loss").keys() == set(range(1, STEPS + 1))
+
+
+def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_path):
+    for ranks, names in WRITERS.items():
+        jobs = [{"do": "first", "config": keys(f"first {name}", "hybrid", **LAYOUTS[name][2])} for name in names]
+        assert launch(tmp_path, jobs, ranks).count("as one process") == ranks * len(names)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"hsdp_shard_size": 3}, "hsdp_shard_size: 3 does not divide the 4 ranks"),
+        ({"expert_parallel": 3}, "expert_parallel: 3 does not divide the 4 ranks"),
+        ({"expert_parallel": 4, "kind": "dense"}, "expert_parallel: 4 does not divide the 0 experts"),
+        ({"expert_parallel": 2, "hsdp_shard_size": 2}, "do not go together"),
+        ({"cpu_offload": True}, "cpu_offload"),
+        ({"precision": "mixed_fp16"}, "mixed_fp16"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused_before_anything_starts(keys, changes, text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=text) as error:
+        Trainer(keys("refused", **changes), layout)
+    assert error.value.code == "E002" and not dist.is_initialized()
+
+
+def test_train_py_says_what_has_no_effect(keys, capsys):
+    Trainer(keys("said", expert_parallel=2, max_steps=1), dry_run=True)
+    assert "expert_parallel: takes effect under train_fsdp.py" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- inside torchrun
+
+
+def drive(trainer, todo, unreadable=None, stop_at=None) -> None:
+    """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank, step]."""
+    act, following, todo = trainer.orchestrator.act, trainer.loader.next, {int(k): v for k, v in (todo or {}).items()}
+    last = trainer.parallel.rank == trainer.parallel.world - 1
+
+    def first_that():
+        if words := todo.get(trainer.orchestrator.turn + 1):
+            getattr(trainer, words[0])(*words[1:])
+        return act()
+
+    def next_rows():
+        trainer.stop_signal = int(last and trainer.step == stop_at)
+        if unreadable == [trainer.parallel.rank, trainer.step]:
+            raise UserError("E111", "injected: a shard changed")
+        return following()
+
+    trainer.orchestrator.act, trainer.loader.next = first_that, next_rows
+
+
+def kept(config):
+    """The layout's Parallel, whose process group serves the next job too."""
+    made = layout(config)
+    made.close = dist.barrier
+    return made
+
+
+def local_parts_are_those_of(trainer, read) -> bool:
+    mine, good = trainer.tensors(), True
+    for name, tensor in mine.items():
+        for offset, shape, local, _ in trainer.parallel.pieces(name, tensor):
+            good &= torch.equal(local.cpu(), read(name, offset, shape, local.shape))
+    return good
+
+
+def do(job) -> None:
+    config, what = job["config"], job["do"]
+    if what == "train":
+        trainer = Trainer(config, kept)
+        drive(trainer, job.get("todo"), job.get("unreadable"), job.get("stop_at"))
+        try:
+            assert trainer.fit() == 0
+        except UserError as error:
+            print(error.code, error.text, flush=True)
+            trainer.loader.close()
+            trainer.parallel.close()
+        return
+    trainer = Trainer(config, kept)
+    if what == "write":
+        assert trainer.step == 5 and trainer.save()
+    elif what == "read":
+        for folder in job["folders"]:
+            for tensor in trainer.tensors().values():
+                tensor.zero_()
+            saved = checkpoint.Checkpoint(folder)
+            trainer.restore(saved)
+            base = checkpoint.Checkpoint(job["folders"][0])
+            assert local_parts_are_those_of(trainer, lambda n, at, _, size, base=base: base.read(n, at, size)), folder
+    elif what == "first":
+        with contextlib.redirect_stdout(None):
+            one = Parallel.build(trainer.parallel, trainer.cfg).state_dict()
+
+        def read(name, offset, shape, size):
+            tensor = one.get(name.removeprefix("model."), torch.zeros(shape))
+            return tensor[tuple(slice(a, a + n) for a, n in zip(offset, size))]
+
+        assert local_parts_are_those_of(trainer, read) and isinstance(trainer.parallel, (Sharded, Parallel))
+        print("as one process", flush=True)
+    trainer.close()
+
+
+def main(path) -> None:
+    torch.set_num_threads(1)
+    for job in json.loads(Path(path).read_text()):
+        if job["do"] == "oom":
+            import errors
+            import train
+
+            def hook(module, inputs):
+                if module.training and len(inputs[0]) > 4 and int(os.environ["RANK"]):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
+
+            torch.nn.modules.module.register_module_forward_pre_hook(
+                lambda m, i: hook(m, i) if type(m).__name__.endswith("Block") else None
+            )
+            sys.argv = ["train_fsdp.py", str(write_yaml(Path(path).parent / "c.yaml", job["config"]))]
+            errors.command(lambda argv: train.main(argv, layout))
+        do(job)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
