@@ -111,9 +111,18 @@ class Divergence:
             self.losses.append(loss)
             self.residuals.append((turn, self.residual))
 
+    def lost(self) -> int | None:
+        """Before there is a course to leave: for how many losses all that was learned has been lost (0.3 nats at least,
+        now 0.1 above the first ones), or None. A rule, no bet."""
+        if len(self.residuals) >= self.START or not self.above_start() > 0.1:
+            return None
+        start, values = statistics.median(self.first), list(self.losses)
+        if sorted(values)[3] > start - 0.3:  # three low ones by chance are no progress
+            return None
+        return next((i for i, x in enumerate(reversed(values)) if x < start - 0.1), None)
+
     def above_start(self) -> float:
-        """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost. It
-        is the only sign of a fault in the first 64 steps, before there is a course to leave."""
+        """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost."""
         if len(self.losses) < 16 or len(self.first) < 8:
             return 0.0
         return self.level() - statistics.median(self.first)
@@ -196,6 +205,8 @@ class Divergence:
         self.E, self.residual, self.frozen, self.slow = 1.0, 0.0, 0, None
         self.last.clear()
         self.levels.clear()
+        if before is not None and len(self.residuals) < self.START:
+            self.losses.clear()
         if before is not None:
             keep = [(t, r) for t, r in self.residuals if t < before]
             for _ in range(min(len(self.residuals) - len(keep), len(self.losses))):

@@ -363,6 +363,12 @@ class Orchestrator:
         if a is None:
             if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
                 c.forget()
+            if (since := c.lost()) is not None:
+                said = f"the loss is {c.above_start():.3f} nats above where it began, {since} steps ago it was below"
+                self.alarm = {"turn": turn, "onset": turn - since, "until": turn + self.WAIT, "lost": True}
+                more = {"stat": {"above": c.above_start()}, "confidence": 0.91, "basis": "rule"}
+                self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
+                return
             if c.too_low() and turn - self.warned >= 100:
                 self.warned = turn
                 said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen['cursor']}"
@@ -376,6 +382,15 @@ class Orchestrator:
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
             return
         if a.get("acting"):
+            return
+        if a.get("lost"):
+            if c.above_start() <= 0:
+                self.outcome(a["id"], "healed", seen, turns=turn - a["turn"])
+                self.alarm = None
+            elif turn >= a["until"]:
+                a["acting"] = True
+                said = f"all that was learned is lost: {c.above_start():.3f} nats above where it began"
+                self.todo.append(lambda: self.recover("divergence", a["onset"], 0.91, "rule", said))
             return
         now, floor = c.excess(5), c.floor()
         a["peak"] = max(a["peak"], now)

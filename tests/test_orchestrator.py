@@ -458,6 +458,15 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
     assert [d["verdict"] for d in outcome] == (["helped"] if due <= trainer.orchestrator.turn - 1 else [])
 
 
+def test_a_young_run_that_loses_all_goes_back(tiny):
+    """At turn 40 there is no course to leave yet; but a loss above where it began needs none."""
+    trainer = run(tiny(**LONG | {"min_lr": 1e-5}), at={40: glitch})
+    row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
+    assert 60 <= row["turn"] <= 75 and abs(row["args"]["onset"] - 40) <= 8 and row["args"]["to_step"] < 40
+    healthy = run(tiny("healthy", **LONG | {"min_lr": 1e-5}))
+    assert actions(healthy) == [] and abs(trainer.val_loss - healthy.val_loss) < 0.3
+
+
 def test_a_spike_that_heals_is_left_alone(tiny):
     def spike(trainer):
         saved = tensors(trainer)

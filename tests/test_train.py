@@ -540,7 +540,7 @@ import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 full, free_again = int(sys.argv[1]), int(sys.argv[2])
 real = train.Trainer.save
-def save(self, **how):  # the disk takes 60 kB files only between two steps: a checkpoint does not fit, a line of log does
+def save(self, **how):  # between two steps the disk takes 60 kB files only: no checkpoint fits, a line of log does
     limit = 60_000 if full <= self.step < free_again else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return real(self, **how)
