@@ -321,6 +321,7 @@ class Trainer(ByHand, Report):
         if saved is not None and "orchestrator" in saved.state:
             self.orchestrator.load(saved.state["orchestrator"])
         self.open_log()
+        self.restart_clock()
 
     # ---- setting up
 
