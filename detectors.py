@@ -111,15 +111,16 @@ class Divergence:
             self.losses.append(loss)
             self.residuals.append((turn, self.residual))
 
-    def lost(self) -> int | None:
-        """Before there is a course to leave: for how many losses all that was learned has been lost (0.3 nats at least,
-        now 0.1 above the first ones), or None. A rule, no bet."""
+    def lost(self) -> tuple[int, float] | None:
+        """Before there is a course to leave: all that was learned (0.3 nats at least) is lost, the loss is 0.1 above the
+        first ones. For how many losses, and the level at which half of it is back; None: no. A rule, no bet."""
         if len(self.residuals) >= self.START or not self.above_start() > 0.1:
             return None
         start, values = statistics.median(self.first), list(self.losses)
         if sorted(values)[3] > start - 0.3:  # three low ones by chance are no progress
             return None
-        return next((i for i, x in enumerate(reversed(values)) if x < start - 0.1), None)
+        since = next(i for i, x in enumerate(reversed(values)) if x < start - 0.1)
+        return since, (start + sorted(values)[3]) / 2
 
     def above_start(self) -> float:
         """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost."""

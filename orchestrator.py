@@ -363,9 +363,10 @@ class Orchestrator:
         if a is None:
             if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
                 c.forget()
-            if (since := c.lost()) is not None:
+            if (lost := c.lost()) is not None:
+                since, half = lost
                 said = f"the loss is {c.above_start():.3f} nats above where it began, {since} steps ago it was below"
-                self.alarm = {"turn": turn, "onset": turn - since, "until": turn + self.WAIT, "lost": True}
+                self.alarm = {"turn": turn, "onset": turn - since, "until": turn + self.WAIT, "half": half}
                 more = {"stat": {"above": c.above_start()}, "confidence": 0.91, "basis": "rule"}
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
                 return
@@ -383,13 +384,13 @@ class Orchestrator:
             return
         if a.get("acting"):
             return
-        if a.get("lost"):
-            if c.above_start() <= 0:
+        if "half" in a:
+            if c.level() <= a["half"]:
                 self.outcome(a["id"], "healed", seen, turns=turn - a["turn"])
                 self.alarm = None
             elif turn >= a["until"]:
                 a["acting"] = True
-                said = f"all that was learned is lost: {c.above_start():.3f} nats above where it began"
+                said = f"what was learned is lost: the loss is {c.level():.3f}, half of it would be {a['half']:.3f}"
                 self.todo.append(lambda: self.recover("divergence", a["onset"], 0.91, "rule", said))
             return
         now, floor = c.excess(5), c.floor()
