@@ -112,8 +112,8 @@ class Divergence:
             self.residuals.append((turn, self.residual))
 
     def lost(self) -> tuple[int, float] | None:
-        """Before there is a course to leave: all that was learned (0.3 nats at least) is lost, the loss is 0.1 above the
-        first ones. For how many losses, and the level at which half of it is back; None: no. A rule, no bet."""
+        """Before there is a course to leave: all that was learned (0.3 nats at least) is lost, the loss is 0.1 above
+        the first ones. For how many losses, and the level at which half of it is back; None: no. A rule, no bet."""
         if len(self.residuals) >= self.START or not self.above_start() > 0.1:
             return None
         start, values = statistics.median(self.first), list(self.losses)
