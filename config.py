@@ -83,6 +83,8 @@ class Config:
     attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
     expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
     activation_checkpointing: str = "none"  # none | selective: recompute all but products | block (full): whole blocks
+    # several processes
+    comm_timeout: int = 600  # seconds without a word from a rank, after the first step, until it counts as lost
     # several processes, under train_fsdp.py only
     zero_stage: int = 3  # 3: weights in parts, gathered for use; 2: once a step; 1: and gradients summed once; 0: whole
     hsdp_shard_size: int = 0  # ranks that share one copy of the weights (of one machine, say); 0: all
@@ -122,7 +124,7 @@ AT_LEAST |= {
     "beta1": 0,
     "beta2": 0,
 }
-AT_LEAST |= {"zero_stage": 0, "hsdp_shard_size": 0, "expert_parallel": 1}
+AT_LEAST |= {"zero_stage": 0, "hsdp_shard_size": 0, "expert_parallel": 1, "comm_timeout": 1}
 BELOW_ONE = ("beta1", "beta2", "val_fraction")
 BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that are mappings of keys
 

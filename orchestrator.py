@@ -1172,5 +1172,5 @@ class ByHand:
         self.save_signal = 1
 
     def request_stop(self) -> None:
-        """Finish the step, save, end in order."""
-        self.stop_signal = 1
+        """Finish the step, save, end in order; slurm/train.sbatch does not start such a run again."""
+        self.stop_signal = 2

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,7 @@ class Parallel(Rows):
     """
 
     CHUNK = 1 << 22  # numbers per collective
+    FIRST = 1800  # seconds that ranks wait for one another until all have taken a step: compilers, cold disks
     alone = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
 
     def __init__(self, cfg: Config):
@@ -124,7 +126,8 @@ class Parallel(Rows):
             if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps its store when it restarts all ranks here:
                 store, *_ = next(dist.rendezvous("env://"))  # they would call the dead at their addresses, and hang
                 store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group(back_end, store=store, rank=self.rank, world_size=self.world)
+            limit = timedelta(seconds=max(self.FIRST, cfg.comm_timeout))
+            dist.init_process_group(back_end, None, limit, self.world, self.rank, store)
         self.buffer = None
 
     def rows(self) -> tuple[int, int]:
@@ -199,6 +202,16 @@ class Parallel(Rows):
         tensor = torch.tensor(flags)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def set_patience(self, seconds: int) -> None:
+        """All ranks have taken a step: from now on a collective in which one is missing for so long fails in those that
+        wait. Collectives of gloo raise: E601, exit code 75. NCCL's watchdog aborts the process instead (SIGABRT, so
+        status.json still says `running`); torchrun and slurm/train.sbatch start both again. NCCL's part has never run.
+        """
+        if self.world > 1:
+            self.agree([0])  # the slowest has finished what it needed the long limit for
+            for group in list(dist.distributed_c10d._world.pg_map):  # private; the same in torch 2.11 to 2.13
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     def gather(self, obj) -> list:
         """What each rank says, in order of rank."""
@@ -754,7 +767,7 @@ class Trainer(ByHand, Report):
         if number == signal.SIGINT and self.first_interrupt and time.time() - self.first_interrupt > 2:
             os._exit(130)
         self.first_interrupt = self.first_interrupt or time.time()
-        self.stop_signal = 1
+        self.stop_signal = self.stop_signal or 1
 
     # ---- the loop
 
@@ -893,6 +906,8 @@ class Trainer(ByHand, Report):
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
+            if self.step == self.started_at + 1:
+                par.set_patience(cfg.comm_timeout)
             due = (cfg.save_interval and self.step % cfg.save_interval == 0) or self.step >= cfg.max_steps
             if par.device.type == "cpu" or due or (cfg.eval_interval and self.step % cfg.eval_interval == 0):
                 seen = self.drain() or seen  # the CPU has nothing to overlap; a save must not leave a step half counted
@@ -1327,7 +1342,8 @@ class Trainer(ByHand, Report):
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
         if state == "finished" and self.main:
             self.suggest()
-        self.write_status(state, code, "" if code == 0 else "the last checkpoint could not be written")
+        asked = state == "stopped" and self.stop_signal == 2  # else it was a signal: a scheduler may start it again
+        self.write_status(state, code, "the last checkpoint could not be written" if code else "as asked for" * asked)
         self.close()
 
     def close(self) -> None:
@@ -1468,7 +1484,8 @@ def main(argv: list[str], parallel=Parallel) -> int:
     except Exception as error:
         trainer.close_writers()
         if trainer.parallel.world > 1 and lost_peer(error):
-            text = f"step {trainer.step}: {str(error).splitlines()[0]}"
+            late = "another rank hangs or cannot be reached: " * ("imed out" in str(error))
+            text = f"step {trainer.step}: {late}{str(error).splitlines()[0]}"
             trainer.write_status("restart", 75, text)
             raise UserError("E601", text) from error
         trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
