@@ -23,9 +23,42 @@ from errors import UserError, command
 from model import ModelConfig, Transformer, pick_attention
 
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
-# dense 16-bit matrix peaks in FLOP/s, from the makers' data sheets (SXM parts; PCIe ones are slower)
-GPU_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-GPU_PEAKS |= {"4090": 165e12, "3090": 71e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and of one GPU."""
+
+    flops: float  # FLOP/s of dense 16-bit matrix products, no sparsity
+    memory: float  # bytes
+    bandwidth: float  # bytes/s of its memory
+    link: float  # bytes/s to the other GPUs of its machine
+    network: float  # bytes/s to other machines
+    per_node: int  # GPUs in a machine
+    source: str
+
+
+PCIE, ETHERNET = 32e9, 1.25e9  # bytes/s one way: 16 lanes of PCIe 4; 10 Gbit/s, assumed where a maker names no network
+HARDWARE = {  # SXM parts where there are several: PCIe ones are slower
+    "b200": Hardware(2250e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
+    "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),
+    "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"),
+    "a100-80gb": Hardware(312e12, 80e9, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 80GB SXM and DGX A100 data sheets"),
+    "a100-40gb": Hardware(312e12, 40e9, 1.555e12, 300e9, 25e9, 8, "NVIDIA A100 40GB SXM and DGX A100 data sheets"),
+    "l40s": Hardware(362e12, 48e9, 864e9, PCIE, ETHERNET, 8, "NVIDIA L40S data sheet; network assumed"),
+    "rtx4090": Hardware(165e12, 24e9, 1008e9, PCIE, ETHERNET, 8, "NVIDIA Ada white paper; machine and network assumed"),
+    "3090": Hardware(71e12, 24e9, 936e9, PCIE, ETHERNET, 8, "NVIDIA GA102 white paper; machine and network assumed"),
+    "a10g": Hardware(70e12, 24e9, 600e9, PCIE, ETHERNET, 8, "AWS G5 page; network assumed"),
+    "v100": Hardware(125e12, 32e9, 900e9, 150e9, 6.25e9, 8, "NVIDIA V100 SXM2 and DGX-1 data sheets"),
+    "l4": Hardware(121e12, 24e9, 300e9, PCIE, ETHERNET, 8, "NVIDIA L4 data sheet; network assumed"),
+    "t4": Hardware(65e12, 16e9, 320e9, PCIE / 2, ETHERNET, 4, "NVIDIA T4 data sheet; network assumed"),
+}
+
+
+def known(name: str) -> Hardware | None:
+    """The table's row for a GPU by the name that torch gives it."""
+    name = name.lower().replace(" ", "")
+    return next((h for key, h in HARDWARE.items() if all(word in name for word in key.split("-"))), None)
 
 
 @dataclass
@@ -145,9 +178,8 @@ def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
 
 def peak_flops(m: Machine) -> float:
     """FLOP/s against which MFU is counted: the data sheet's on a known GPU, else measured here."""
-    table = next((peak for key, peak in GPU_PEAKS.items() if key in m.name), None)
-    if table and m.precision != "fp32":
-        return table
+    if (there := known(m.name)) and m.precision != "fp32":
+        return there.flops
     return matrix_peak(m.device, m.compute_dtype)
 
 
@@ -166,12 +198,13 @@ def total_memory(device) -> int:
     return limit
 
 
-def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute: bool = False) -> dict[str, int]:
-    """Estimated bytes of a training step on one device: the parts and their total.
+def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute: str = "none", arrive: float = 0.0) -> dict:
+    """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes and goes.
 
-    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
-    for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
-    what `rows` rows of T tokens keep for backward. work: a chunk of logits, or the backward pass of a layer of experts.
+    activations: kept for backward under recompute none | selective (all but products) | block; of the block that is in
+    backward all of it. head: while the loss is made, chunks of logits and both gradients. rows: those of experts while
+    a layer of them is in backward. `arrive`: with expert parallelism so many times the fair share of rows come to this
+    rank; 0: its own stay here.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -182,26 +215,56 @@ def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute
     dropout = C if cfg.dropout else 0
     # probabilities in fp32 (sigmoid: and normalised; with a z-loss the logits too); gates, choices and their order;
     # the experts keep their pre-activation alone; a shared one is a SwiGLU
-    scores = (slots + cfg.n_null_experts) * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
-    experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width + b * 4 * cfg.n_shared_experts * width
-    layers = []  # bytes a token
+    n, share = slots + cfg.n_null_experts, arrive or 1.0
+    scores = n * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
+    experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width * share + b * 4 * cfg.n_shared_experts * width
+    experts += K * (b * C + 3 * 8) * arrive  # rows that came, and their order
+    # selective keeps what products, attention and topk gave
+    products_attn = b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
+    products = {False: b * (2 * F + C), True: 4 * n + 12 * K + b * (C + K * 2 * width * share)}
+    products[True] += b * (2 * cfg.n_shared_experts * width + C) * (cfg.n_shared_experts > 0)
+    layers, kept = [], []  # bytes a token, with all kept; with what recomputation keeps
     for i in range(cfg.n_layers):
-        c, first = 1.0 if cfg.mod_anneal_steps else cfg.capacity(i), attn + dropout  # annealed: it begins whole
-        second = norm + (experts if cfg.is_moe(i) else b * 4 * F) + dropout  # gate and up; silu; product
+        moe, c, first = cfg.is_moe(i), cfg.capacity(i), attn + dropout
+        c = 1.0 if cfg.mod_anneal_steps else c  # annealed: it begins whole
+        second = norm + (experts if moe else b * 4 * F) + dropout  # gate and up; silu; product
+        outer = 1 if c < 1 and cfg.mod_ffn_only else c
         if c < 1:  # MoD
             learned = cfg.mod_routing == "learned"  # its fp32 input and that normalized, of every token; ungated change
             second = c * (second + b * C * learned) + 8 * C * learned
-            first *= 1 if cfg.mod_ffn_only else c
+            first *= outer
         layers.append(round(N * (first + second)))
-    kept = N * norm + (cfg.n_layers * N * C * b + max(layers) if recompute else sum(layers))
-    chunk = (1 << 27 if precision != "fp32" else 1 << 22) * 4
-    head = 2 * min(chunk, N * cfg.vocab_size * 4) + cfg.vocab_size * C * 4 + N * C * b
-    layer, moe = slots * 3 * C * width, sum(map(cfg.is_moe, range(cfg.n_layers)))  # numbers in the experts of a layer
-    work = layer * (4 + (b if b == 2 else 0)) + N * K * b * (4 * width + C)  # gradients and 16-bit copies; rows
+        kept.append(round(N * (b * C + (recompute == "selective") * (outer * products_attn + c * products[moe]))))
+    if recompute == "none":
+        blocks = sum(layers)
+    elif recompute == "block":
+        blocks = sum(kept) + max(layers)
+    else:  # what was kept is not made again
+        blocks = sum(kept) + max(a - k + round(N * b * C) for a, k in zip(layers, kept))
+    chunk = min((1 << 27 if precision != "fp32" else 1 << 22) * 4, N * cfg.vocab_size * 4)
+    travel = N * K * b * (4 * width + C) * share + N * K * b * C * (1 + share) * (arrive > 0)
+    return {
+        "activations": N * norm + blocks,
+        "head": 2 * chunk + cfg.vocab_size * C * 4 + N * C * b,
+        "rows": round(travel) if any(map(cfg.is_moe, range(cfg.n_layers))) else 0,
+    }
+
+
+def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute: str = "none") -> dict[str, int]:
+    """Estimated bytes of a training step on one device: the parts and their total.
+
+    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
+    for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
+    what `rows` rows of T tokens keep for backward. work: a chunk of logits, or the backward pass of a layer of experts.
+    """
+    b, kept = 4 if precision == "fp32" else 2, kept_bytes(cfg, rows, precision, recompute)
+    layer = (cfg.n_experts_max or cfg.n_experts) * 3 * cfg.d_model * cfg.d_expert  # numbers in the experts of a layer
+    moe = sum(map(cfg.is_moe, range(cfg.n_layers)))
+    work = layer * (4 + (b if b == 2 else 0)) + kept["rows"]  # gradients and 16-bit copies; rows
     parts = {
         "states": n_params * 16 + (2 * (n_params - moe * layer) if b == 2 else 0),
-        "activations": kept,
-        "work": max(head, work if moe else 0),
+        "activations": kept["activations"],
+        "work": max(kept["head"], work if moe else 0),
     }
     return parts | {"total": sum(parts.values())}
 

@@ -72,7 +72,7 @@ class Report:
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
         say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
         say(f"attention  {cfg.attention}: {self.attention_why}")
-        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing == "block")
+        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing)
         parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k != "total")
         have = plan.total_memory(self.machine.device)
         say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")

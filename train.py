@@ -562,9 +562,7 @@ class Trainer(ByHand, Report):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
         room = cfg.target_memory * plan.total_memory(machine.device) / local
         fits = [r for r in range(1, rows + 1) if rows % r == 0]
-        need = {
-            r: plan.memory(m, n, r, machine.precision, cfg.activation_checkpointing == "block")["total"] for r in fits
-        }
+        need = {r: plan.memory(m, n, r, machine.precision, cfg.activation_checkpointing)["total"] for r in fits}
         best = max((r for r in fits if need[r] <= room), default=None)
         if best is None:
             text = f"one row needs about {need[1] / 2**30:.2f} GiB, target_memory leaves {room / 2**30:.2f}"
