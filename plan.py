@@ -5,6 +5,7 @@ Takes a ModelConfig and plain numbers, never the run's configuration; `python tr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -13,8 +14,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -198,13 +201,13 @@ def total_memory(device) -> int:
     return limit
 
 
-def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute: str = "none", arrive: float = 0.0) -> dict:
+def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", arrive: float = 0.0, seen=False) -> dict:
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes and goes.
 
-    activations: kept for backward under recompute none | selective (all but products) | block; of the block that is in
-    backward all of it. head: while the loss is made, chunks of logits and both gradients. rows: those of experts while
-    a layer of them is in backward. `arrive`: with expert parallelism so many times the fair share of rows come to this
-    rank; 0: its own stay here.
+    activations: what backward needs under recompute none | selective (all but products) | block (everything), and of
+    the largest block all; kept and again: the same layer by layer. head: while the loss is made, chunks of logits and
+    both gradients. rows: those of experts while a layer of them is in backward. `arrive`: with expert parallelism so
+    many times the fair share of rows come to this rank; 0: its own stay here. travel: sent and received rows.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -218,10 +221,10 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute: str = "no
     n, share = slots + cfg.n_null_experts, arrive or 1.0
     scores = n * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
     experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width * share + b * 4 * cfg.n_shared_experts * width
-    experts += K * (b * C + 3 * 8) * arrive  # rows that came, and their order
+    experts += K * ((b * C + 3 * 8) * arrive + b * C * (arrive > 0))  # rows that came, their order; what came back
     # selective keeps what products, attention and topk gave
     products_attn = b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
-    products = {False: b * (2 * F + C), True: 4 * n + 12 * K + b * (C + K * 2 * width * share)}
+    products = {False: b * (2 * F + C), True: 4 * n + 12 * K + b * (C * max(1, K * arrive) + K * 2 * width * share)}
     products[True] += b * (2 * cfg.n_shared_experts * width + C) * (cfg.n_shared_experts > 0)
     layers, kept = [], []  # bytes a token, with all kept; with what recomputation keeps
     for i in range(cfg.n_layers):
@@ -235,18 +238,20 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute: str = "no
             first *= outer
         layers.append(round(N * (first + second)))
         kept.append(round(N * (b * C + (recompute == "selective") * (outer * products_attn + c * products[moe]))))
+    again = layers  # what is there while a block is in backward, beside what all blocks keep
     if recompute == "none":
-        blocks = sum(layers)
-    elif recompute == "block":
-        blocks = sum(kept) + max(layers)
-    else:  # what was kept is not made again
-        blocks = sum(kept) + max(a - k + round(N * b * C) for a, k in zip(layers, kept))
-    chunk = min((1 << 27 if precision != "fp32" else 1 << 22) * 4, N * cfg.vocab_size * 4)
-    travel = N * K * b * (4 * width + C) * share + N * K * b * C * (1 + share) * (arrive > 0)
+        kept, again = layers, [0] * cfg.n_layers
+    elif recompute == "selective":  # what was kept is not made again
+        again = [a - k + N * b * C for a, k in zip(layers, kept)]
+    numbers = 1 << 27 if precision != "fp32" and not seen else 1 << 22
+    moe = any(map(cfg.is_moe, range(cfg.n_layers)))
     return {
-        "activations": N * norm + blocks,
-        "head": 2 * chunk + cfg.vocab_size * C * 4 + N * C * b,
-        "rows": round(travel) if any(map(cfg.is_moe, range(cfg.n_layers))) else 0,
+        "activations": N * norm + sum(kept) + max(again),
+        "kept": kept,
+        "again": again,
+        "head": 2 * 4 * min(numbers, N * cfg.vocab_size) + cfg.vocab_size * C * 4 + N * C * b,
+        "rows": round(N * K * b * (4 * width + C) * share) * moe,
+        "travel": round(N * K * b * C * (1 + share)) * (arrive > 0),
     }
 
 
@@ -290,6 +295,260 @@ def describe(n: float, unit: str = "") -> str:
         if abs(n) >= size:
             return f"{n / size:.3g} {letter}{unit}" if unit else f"{n / size:.3g}{letter}"
     return f"{n:.3g} {unit}".strip()
+
+
+# ---------------------------------------------------------------- many processes, simulated
+
+MFU = {"dense": 0.38, "moe": 0.2}  # of the peak: torchtitan on H100, Llama 8B 33 to 39 %, DeepSeek-V3 16B 20.5 %
+IMBALANCE = 1.25  # rows of the busiest rank with expert parallelism, times the fair share
+DISK = 2e9  # bytes/s that a machine writes of a checkpoint
+SIZES = (24, 40, 80, 141, 192)  # GB of GPUs on the market
+RECOMPUTE = ("none", "selective", "block")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on `world` processes; names and meanings of the keys of train_fsdp.py, as plain numbers."""
+
+    world: int = 1
+    zero_stage: int = 0
+    hsdp_shard_size: int = 0
+    expert_parallel: int = 1
+    reduce_bytes: int = 4
+
+    def check(self, slots: int) -> Layout:
+        """UserError E002 for a mesh that does not divide the world, or experts that do not divide."""
+        world, size, ep = self.world, self.hsdp_shard_size, self.expert_parallel
+        if size and world % size:
+            raise UserError("E002", f"hsdp_shard_size: {size} does not divide the {world} ranks")
+        if world % ep:
+            raise UserError("E002", f"expert_parallel: {ep} does not divide the {world} ranks")
+        if ep > 1 and (not slots or slots % ep):
+            raise UserError("E002", f"expert_parallel: {ep} does not divide the {slots} experts of a layer")
+        if ep > 1 and 0 < size < world:
+            raise UserError("E002", "expert_parallel and hsdp_shard_size do not go together: drop one")
+        return self
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of the dense weights."""
+        return (self.hsdp_shard_size or self.world) if self.zero_stage else 1
+
+    def __str__(self):
+        dense = f"{self.world // self.shard} x {self.shard} (replicate, shard)"
+        ep = self.expert_parallel
+        return dense + (f"; experts {self.world // ep} x {ep} (shard, experts)" if ep > 1 else "")
+
+
+@functools.lru_cache(maxsize=8)
+def shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
+    """(name, first dimension, numbers behind each of it) of the root's parameters; the same of each block's."""
+
+    def of(named):
+        return tuple((name, p.shape[0], p.numel() // p.shape[0]) for name, p in named)
+
+    blocks = [of(block.named_parameters()) for block in model.blocks]
+    return of(x for x in model.named_parameters() if not x[0].startswith("blocks.")), blocks
+
+
+def count(model: Transformer) -> int:
+    """Parameters in all."""
+    root, blocks = shapes(model)
+    return sum(n * rest for block in (root, *blocks) for _, n, rest in block)
+
+
+@functools.lru_cache(maxsize=8)
+def training_flops(model: Transformer) -> int:
+    return model.flops_per_token()
+
+
+class Unit(NamedTuple):
+    """Parameters that are gathered together: FSDP2 cuts each into `ranks` parts along its first dimension."""
+
+    shapes: tuple  # (first dimension, numbers behind each of it) per parameter
+    ranks: int
+    stride: int  # between neighbours of the group
+    size: int  # bytes of a number while gathered
+
+    def local(self, rank: int = 0) -> int:
+        """Numbers that the rank-th of the group holds; the first holds most (torch.chunk)."""
+        parts = ((n, -(-n // self.ranks), rest) for n, rest in self.shapes)
+        return sum(max(0, min(part, n - rank * part)) * rest for n, part, rest in parts)
+
+    def padded(self) -> int:
+        """Numbers while gathered: every part as large as the first."""
+        return self.local() * self.ranks
+
+    def gathered(self) -> int:
+        """Bytes while gathered."""
+        return self.padded() * self.size
+
+
+@functools.lru_cache(maxsize=4096)
+def units(model: Transformer, layout: Layout, precision: str) -> tuple[Unit, list[tuple[Unit, ...]]]:
+    """What train_fsdp.parallelize makes: the root unit, and the units of each block."""
+    b, ep, made = 4 if precision == "fp32" else 2, layout.expert_parallel, {}
+    root, blocks = shapes(model)
+    for block in set(blocks):
+        parts = {"block": [], "router": [], "experts": []}
+        for name, n, rest in block:
+            apart = "experts" if ".experts." in name and ep > 1 else "block"
+            apart = "router" if b < 4 and (".router." in name or ".predictor." in name) else apart
+            parts[apart].append((n // ep, rest) if apart == "experts" else (n, rest))
+        own = [Unit(tuple(parts["block"]), layout.shard, 1, b), Unit(tuple(parts["router"]), layout.shard, 1, 4)]
+        own.append(Unit(tuple(parts["experts"]), layout.world // ep, ep, b))
+        made[block] = tuple(u for u in own if u.shapes)
+    return Unit(tuple((n, rest) for _, n, rest in root), layout.shard, 1, 4), [made[block] for block in blocks]
+
+
+def rank_memory(
+    model, layout: Layout, rows: int, steps: int, precision: str, recompute="none", imbalance=1.0, seen=False
+):
+    """Estimated bytes at the peak of the rank that holds most, with `rows` rows in each of `steps` micro-steps.
+
+    weights, moments, gradients: fp32, the rank's part. gathered: units in use and the one under way, in the compute
+    dtype (root and routers fp32). reducing: gradients on their way to their owners. activations, work: see kept_bytes.
+    The peak is the largest of: the loss, the backward pass of each block and of the root, the optimizer. Not in it:
+    what the driver, the communication library and the allocator's gaps take. `seen`: only what train_fsdp.fake_run
+    can see: no moments, not what the experts' operator allocates inside, logits in the smaller chunks of a CPU.
+    """
+    cfg, b, zero3 = model.cfg, 4 if precision == "fp32" else 2, layout.zero_stage == 3
+    if layout.shard == 1:  # replicated: train.py
+        parts, n = memory(cfg, count(model), rows, precision, recompute), count(model)
+        held = {"weights": 4 * n, "moments": 8 * n, "gradients": 4 * n, "gathered": parts["states"] - 16 * n}
+        held |= {"reducing": 4 * min(n, 1 << 22) * (layout.world > 1)}
+        held |= {"activations": parts["activations"], "work": parts["work"]}
+        return held | {"total": sum(held.values()), "peak": "backward"}
+    root, blocks = units(model, layout, precision)
+    kept = kept_bytes(cfg, rows, precision, recompute, imbalance if layout.expert_parallel > 1 else 0.0, seen)
+    table, stream = 4 * cfg.vocab_size * cfg.d_model, rows * cfg.max_seq_len * cfg.d_model * b
+    sizes = {block: [sum(f(u) for u in block) for f in (Unit.local, Unit.padded, Unit.gathered)] for block in blocks}
+    own, padded, gathered = zip(*(sizes[block] for block in blocks))
+    mine = 4 * (root.local() + sum(own))
+    everything = 0 if zero3 else sum(gathered)
+    waiting = layout.reduce_bytes * (root.padded() + sum(padded)) * (layout.zero_stage == 1 and steps > 1)
+
+    def phase(name, gathered, reducing, activations, work, gradients=mine):
+        gradients = mine if steps > 1 else gradients
+        return {"gradients": gradients, "gathered": gathered + everything, "reducing": reducing + waiting} | {
+            "activations": activations,
+            "work": work,
+            "peak": name,
+        }
+
+    last = [0, *(layout.reduce_bytes * n for n in padded), 0]  # of the block after, its gradients may still travel
+    lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
+    phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"] + table * (b < 4), 0)]
+    gone, there = 0, sum(kept["kept"])
+    for i in reversed(range(cfg.n_layers)):
+        held = root.gathered() + (gathered[i] + (gathered[i - 1] if i else 0)) * zero3
+        on_way = table + gathered[i] + last[i + 2]  # the head's gradient waits for the root's turn
+        work = 2 * stream + (kept["travel"] + kept["rows"] * (not seen)) * cfg.is_moe(i)
+        phases.append(phase(f"backward of block {i}", held, on_way, there + kept["again"][i], work, gone))
+        there -= kept["kept"][i]
+        gone += 4 * own[i]
+    ends = (4 + layout.reduce_bytes) * root.padded() + table * cfg.tie_embeddings
+    phases += [phase("backward of the root", 0, ends, 0, stream), phase("optimizer", 0, 0, 0, 0)]
+    most = max(phases, key=lambda p: sum(v for k, v in p.items() if k != "peak"))
+    held = {"weights": mine, "moments": 0 if seen else 2 * mine} | most
+    return held | {"total": sum(v for k, v in held.items() if k != "peak")}
+
+
+def travel(hw: Hardware, n_bytes: float, ranks: int, stride: int = 1, each: bool = False) -> float:
+    """Seconds in which each of `ranks` gets n_bytes from all of them: rings over every link and network card.
+
+    In a ring a machine lets each byte in once and spreads it inside; `each`: every rank gets other bytes (all-to-all).
+    """
+    near = min(ranks, max(1, hw.per_node // stride))  # of the group in one machine
+    inside = n_bytes * (near - 1) / (ranks if each else near) / hw.link
+    outside = n_bytes * (1 - near / ranks) / (1 if each else near) / hw.network
+    return max(inside, outside)
+
+
+def traffic(model, layout: Layout, rows: int, steps: int, precision: str, recompute="none", imbalance=1.0) -> dict:
+    """What a rank receives in an optimizer step: name -> [(bytes, ranks of the group, stride)]."""
+    cfg, b, world = model.cfg, 4 if precision == "fp32" else 2, layout.world
+    root, blocks = units(model, layout, precision)
+    out = {"all-gather": [], "reduce-scatter": [], "all-reduce": [], "all-to-all": []}
+    if layout.shard == 1:
+        return out | {"all-reduce": [(2 * 4 * count(model), world, 1)]}
+    sends = steps if layout.zero_stage > 1 else 1
+    for unit, alike, times in ((root, 1, 1), *((u, k, 2) for block, k in Counter(blocks).items() for u in block)):
+        times = times * steps if layout.zero_stage == 3 else 1  # blocks for forward and for backward
+        out["all-gather"] += [(alike * times * unit.padded() * unit.size, unit.ranks, unit.stride)]
+        out["reduce-scatter"] += [(alike * sends * unit.padded() * layout.reduce_bytes, unit.ranks, unit.stride)]
+        if layout.shard < world:  # between the copies, once a step
+            message = 2 * alike * unit.local() * layout.reduce_bytes
+            out["all-reduce"] += [(message, world // layout.shard, layout.shard)]
+    if layout.expert_parallel > 1:  # there and back, in forward, in backward, and when forward is made again
+        moe, trips = sum(map(cfg.is_moe, range(cfg.n_layers))), 4 + 2 * (recompute != "none")
+        pairs = rows * cfg.max_seq_len * cfg.n_experts_per_token * imbalance
+        out["all-to-all"] += [(moe * trips * steps * pairs * cfg.d_model * b, layout.expert_parallel, 1)]
+    return out
+
+
+def simulate(
+    model: Transformer,
+    layout: Layout,
+    rows: int,
+    rows_per_step: int,
+    precision: str,
+    recompute: str,
+    hw: Hardware,
+    mfu: float,
+    imbalance: float = IMBALANCE,
+) -> dict:
+    """Memory, traffic and seconds of a step, all of it arithmetic: nothing here was measured.
+
+    seconds: compute (FLOPs, with what is computed again, at `mfu` of the peak; the busiest rank's experts), gathers and
+    reductions hidden behind it where they are shorter, all-to-all and the optimizer (32 bytes a parameter) not hidden.
+    """
+    cfg, steps = model.cfg, rows_per_step // (rows * layout.world)
+    args = (rows, steps, precision, recompute, imbalance)
+    found = {"layout": layout, "rows": rows, "steps": steps, "recompute": recompute}
+    found |= {"memory": rank_memory(model, layout, *args), "traffic": traffic(model, layout, *args)}
+    flops = training_flops(model)
+    again = (flops - 6 * cfg.vocab_size * cfg.d_model) / 3 if recompute == "block" else 0
+    if layout.expert_parallel > 1:
+        experts = 18 * cfg.d_model * cfg.d_expert * model.experts_used() * sum(map(cfg.is_moe, range(cfg.n_layers)))
+        again += (imbalance - 1) * experts * (4 / 3 if recompute == "block" else 1)
+    seconds = {"compute": (flops + again) * rows * cfg.max_seq_len * steps / (hw.flops * mfu)}
+    for name, messages in found["traffic"].items():
+        seconds[name] = sum(travel(hw, n, ranks, stride, name == "all-to-all") for n, ranks, stride in messages)
+    seconds["optimizer"] = 8 * found["memory"]["weights"] / hw.bandwidth
+    hidden = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
+    exposed = max(0.0, hidden - seconds["compute"])
+    seconds["step"] = seconds["compute"] + exposed + seconds["all-to-all"] + seconds["optimizer"]
+    return found | {"seconds": seconds}
+
+
+def candidates(world: int, stage: int, slots: int, rows_per_step: int, reduce_bytes: int = 4):
+    """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take."""
+
+    def divisors(n):
+        return [k for k in range(1, n + 1) if n % k == 0]
+
+    layouts = [Layout(world, stage, 0, 1, reduce_bytes)]
+    if stage:
+        layouts += [Layout(world, stage, size, 1, reduce_bytes) for size in divisors(world)[1:-1]]
+        both = [ep for ep in divisors(math.gcd(world, slots))[1:]]
+        layouts += [Layout(world, stage, 0, ep, reduce_bytes) for ep in both]
+    for layout in layouts:
+        for rows in divisors(rows_per_step // world) if rows_per_step % world == 0 else ():
+            for recompute in RECOMPUTE:
+                yield layout, rows, recompute
+
+
+def cheapest(model, world: int, stage: int, rows_per_step: int, precision: str, hw: Hardware, room: float, **assumed):
+    """The candidate that fits into `room` bytes with the shortest step (of equal ones the leanest), or None."""
+    slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
+    best, reduce_bytes = None, assumed.pop("reduce_bytes", 4)
+    for layout, rows, recompute in candidates(world, stage, slots, rows_per_step, reduce_bytes):
+        found = simulate(model, layout, rows, rows_per_step, precision, recompute, hw, **assumed)
+        key = (found["seconds"]["step"], found["memory"]["total"])
+        if found["memory"]["total"] <= room and (best is None or key < best[0]):
+            best = key, found
+    return best and best[1]
 
 
 # ---------------------------------------------------------------- how long to train

@@ -8,6 +8,7 @@ data and checkpoints are train.py's; a checkpoint of any layout is read by any o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+import plan
 import train
 from config import Config
 from errors import UserError, command
@@ -67,9 +69,19 @@ def exchange(group, x, p, ids, w13, w2, back_end: str):
 # ---------------------------------------------------------------- parallel
 
 
-def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dtype=torch.float32) -> None:
+def meshes(kind: str, layout: plan.Layout):
+    """-> mesh of the dense weights, 1-D or (replicate, shard); with expert_parallel that of the experts, else None."""
+    world, size, ep = layout.world, layout.shard, layout.expert_parallel
+    if size < world:
+        dense = init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
+    else:
+        dense = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    return dense, init_device_mesh(kind, (world // ep, ep), mesh_dim_names=("shard", "experts")) if ep > 1 else None
+
+
+def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dtype=torch.float32, run=exchange) -> None:
     """FSDP2 on a model on the meta device, block by block; embedding, last norm and head are one unit, gathered once a
-    step. `dense`: mesh of the dense weights, 1-D or (replicate, shard); `sparse`: of the experts with expert_parallel.
+    step. `dense`, `sparse`: see meshes; with the latter each rank gets its share of the experts, which `run` computes.
 
     Weights travel in compute_dtype, but routers and the root's in fp32, in which they compute. Gradients are summed,
     never averaged: the loss is a sum over the tokens of all ranks.
@@ -79,12 +91,17 @@ def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dty
     whole = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce, cast_forward_inputs=False)
     kept = {"reshard_after_forward": cfg.zero_stage == 3}
+    for moe in model.sparse_layers("moe").values() if sparse is not None else ():
+        group = sparse.get_group("experts")
+        own = (len(moe.experts.w2) // group.size(), *moe.experts.w2.shape[1:])
+        with torch.device("meta"):
+            moe.experts = Experts(*own, functools.partial(run, group))
     for block in model.blocks:
         for name, module in list(block.named_modules()):
             if low and name.endswith(("router", "predictor")) and any(True for _ in module.parameters(recurse=False)):
                 fully_shard(module, mesh=dense, mp_policy=whole, **kept)
             if sparse is not None and isinstance(module, Experts):
-                fully_shard(module, mesh=sparse, mp_policy=policy, **kept)
+                fully_shard(module, mesh=sparse["shard"], mp_policy=policy, **kept)
         fully_shard(block, mesh=dense, mp_policy=policy, **kept)
     fully_shard(model, mesh=dense, mp_policy=whole, reshard_after_forward=False)
     for module in units(model):
@@ -103,26 +120,15 @@ class Sharded(Parallel):
 
     def __init__(self, cfg: Config):
         world, size, ep = int(os.environ.get("WORLD_SIZE", 1)), cfg.hsdp_shard_size, cfg.expert_parallel
-        if size and world % size:
-            raise UserError("E002", f"hsdp_shard_size: {size} does not divide the {world} ranks")
-        if world % ep:
-            raise UserError("E002", f"expert_parallel: {ep} does not divide the {world} ranks")
-        slots = cfg.model.n_experts_max or cfg.model.n_experts
-        if ep > 1 and (not slots or slots % ep):
-            raise UserError("E002", f"expert_parallel: {ep} does not divide the {slots} experts of a layer")
-        if ep > 1 and 0 < size < world:
-            raise UserError("E002", "expert_parallel and hsdp_shard_size do not go together: drop one")
+        slots = (cfg.model.n_experts_max or cfg.model.n_experts) if cfg.model.n_experts else 0
+        layout = plan.Layout(world, cfg.zero_stage, size, ep).check(slots)
         if cfg.cpu_offload:
             raise UserError("E002", "cpu_offload: not supported: never measured; zero_stage 3 over more ranks does it")
         if cfg.precision == "mixed_fp16":
             raise UserError("E002", "precision: mixed_fp16 does not go with train_fsdp.py; use mixed_bf16 or fp32")
         super().__init__(cfg)
         self.stage, kind = cfg.zero_stage, self.device.type
-        if 0 < size < world:
-            self.dense = init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
-        else:
-            self.dense = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-        self.sparse = init_device_mesh(kind, (world // ep, ep), mesh_dim_names=("shard", "experts")) if ep > 1 else None
+        self.dense, self.sparse = meshes(kind, layout)
         self.replicas = self.dense.size(0) if self.dense.ndim == 2 else 1
         self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0
 
@@ -131,12 +137,7 @@ class Sharded(Parallel):
         the weights are those that one process would begin with."""
         with torch.device("meta"):
             model = Transformer(cfg.model)
-            for moe in model.sparse_layers("moe").values() if self.sparse is not None else ():
-                group = self.sparse.get_group("experts")
-                own = (len(moe.experts.w2) // group.size(), *moe.experts.w2.shape[1:])
-                moe.experts = Experts(*own, functools.partial(exchange, group))
-        shard = None if self.sparse is None else self.sparse["shard"]
-        parallelize(model, cfg, self.dense, shard, self.compute_dtype(cfg))
+        parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(cfg))
         model.to_empty(device=self.device)
         for moe in model.sparse_layers("moe").values():
             for name, value in moe.router.first_buffers().items():
@@ -224,6 +225,56 @@ class Sharded(Parallel):
             return super().pieces(name, tensor)
         offset, shape = self.regions[owner]
         return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
+
+
+# ---------------------------------------------------------------- the dry run's look at the real thing
+
+
+def balanced(group, x, p, ids, w13, w2, back_end: str):
+    """exchange() where every rank sends and gets equally many rows: no host looks at data, of which there is none."""
+    ranks, rows = group.size(), ids.numel() // group.size() * group.size()
+    sizes = [rows // ranks] * ranks
+    order = ids.flatten().argsort(stable=True)[:rows]
+    tokens = order // ids.shape[1]
+    came, gates = (AllToAll.apply(t, sizes, sizes, group) for t in (x[tokens], p.flatten()[order]))
+    expert = torch.arange(rows, device=x.device) % len(w2)
+    y = run_experts(came, gates[:, None], expert[:, None], w13, w2, back_end)
+    return torch.zeros_like(x).index_add(0, tokens, AllToAll.apply(y, sizes, sizes, group))
+
+
+def fake_run(cfg: Config, layout: plan.Layout, n_layers: int, rows: int) -> dict[str, int]:
+    """Bytes of rank 0 at the peak of a forward and backward pass of the first `n_layers` layers: the real model under
+    FSDP2 on tensors without content and a group of processes that are not there, watched by torch's FSDPMemTracker."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=layout.world, store=FakeStore())
+    m = cfg.model
+    lists = {k: [i for i in v if i < n_layers] for k in ("moe_layers", "mod_layers") if (v := getattr(m, k))}
+    if isinstance(m.mod_capacity, list):
+        lists["mod_capacity"] = m.mod_capacity[:n_layers]
+    small = dataclasses.replace(m, n_layers=n_layers, mod_end_layer=None, **lists)
+    with torch.device("meta"):
+        model = Transformer(small)
+    dtype = Sharded.compute_dtype(cfg)
+    parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
+    model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # its moments are not counted here
+        ids = torch.zeros(rows, small.max_seq_len, dtype=torch.long)
+        tracker = FSDPMemTracker(model, optimizer)
+        tracker.track_inputs((ids,))
+        with tracker:
+            model(ids, targets=ids)[0].backward()
+    peak = {}
+    for found in tracker.get_tracker_snapshot("peak").values():
+        for kind, n in found.items():
+            kind = str(getattr(kind, "value", kind))
+            peak[kind] = peak.get(kind, 0) + n
+    return peak
 
 
 def layout(cfg: Config) -> Parallel:
