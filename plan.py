@@ -205,9 +205,9 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes and goes.
 
     activations: what backward needs under recompute none | selective (all but products) | block (everything), and of
-    the largest block all; kept and again: the same layer by layer. head: while the loss is made, chunks of logits and
-    both gradients. rows: those of experts while a layer of them is in backward. `arrive`: with expert parallelism so
-    many times the fair share of rows come to this rank; 0: its own stay here. travel: sent and received rows.
+    the largest block all; kept, again, attention: the same layer by layer. head: while the loss is made, chunks of
+    logits and both gradients. rows, travel: in and to the experts while a layer of them is in backward. `arrive`: with
+    expert parallelism so many times the fair share of rows come to this rank; 0: its own stay here.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -226,7 +226,7 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
     products_attn = b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
     products = {False: b * (2 * F + C), True: 4 * n + 12 * K + b * (C * max(1, K * arrive) + K * 2 * width * share)}
     products[True] += b * (2 * cfg.n_shared_experts * width + C) * (cfg.n_shared_experts > 0)
-    layers, kept = [], []  # bytes a token, with all kept; with what recomputation keeps
+    layers, kept, attention = [], [], []  # all of it; what recomputation keeps; attention's share of all
     for i in range(cfg.n_layers):
         moe, c, first = cfg.is_moe(i), cfg.capacity(i), attn + dropout
         c = 1.0 if cfg.mod_anneal_steps else c  # annealed: it begins whole
@@ -237,6 +237,7 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
             second = c * (second + b * C * learned) + 8 * C * learned
             first *= outer
         layers.append(round(N * (first + second)))
+        attention.append(round(N * first))
         kept.append(round(N * (b * C + (recompute == "selective") * (outer * products_attn + c * products[moe]))))
     again = layers  # what is there while a block is in backward, beside what all blocks keep
     if recompute == "none":
@@ -249,9 +250,10 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
         "activations": N * norm + sum(kept) + max(again),
         "kept": kept,
         "again": again,
+        "attention": attention,
         "head": 2 * 4 * min(numbers, N * cfg.vocab_size) + cfg.vocab_size * C * 4 + N * C * b,
         "rows": round(N * K * b * (4 * width + C) * share) * moe,
-        "travel": round(N * K * b * C * (1 + share)) * (arrive > 0),
+        "travel": round(N * K * b * C * share) * (arrive > 0),
     }
 
 
@@ -436,17 +438,28 @@ def rank_memory(
             "peak": name,
         }
 
-    last = [0, *(layout.reduce_bytes * n for n in padded), 0]  # of the block after, its gradients may still travel
     lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
     phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"] + table * (b < 4), 0)]
-    gone, there = 0, sum(kept["kept"])
+    gone, there, flying = (
+        0,
+        sum(kept["kept"]),
+        0,
+    )  # bytes of gradients that are home, of activations, of those under way
     for i in reversed(range(cfg.n_layers)):
-        held = root.gathered() + (gathered[i] + (gathered[i - 1] if i else 0)) * zero3
-        on_way = table + gathered[i] + last[i + 2]  # the head's gradient waits for the root's turn
+        # the next unit is on its way, or the last one's buffer is still there
+        more = max((u.gathered() for u in (*blocks[i][1:], *(blocks[i - 1] if i else ()))), default=0)
+        held = root.gathered() + (gathered[i] + more) * zero3
         work = 2 * stream + (kept["travel"] + kept["rows"] * (not seen)) * cfg.is_moe(i)
-        phases.append(phase(f"backward of block {i}", held, on_way, there + kept["again"][i], work, gone))
+        acts = there + kept["again"][i]
         there -= kept["kept"][i]
-        gone += 4 * own[i]
+        name, most = f"backward of block {i}", max(u.gathered() for u in blocks[i])
+        phases.append(phase(name, held, table + most + flying, acts, work, gone))  # the head's gradient waits, too
+        for u in reversed(blocks[i]):  # experts of their own come first, then what is left
+            rest = there + kept["attention"][i] * (u is not blocks[i][0])
+            flying = layout.reduce_bytes * u.padded()
+            held -= u.gathered() * zero3
+            phases.append(phase(name, held, table + u.gathered() + flying, rest, 2 * stream, gone))
+            gone += 4 * u.local()
     ends = (4 + layout.reduce_bytes) * root.padded() + table * cfg.tie_embeddings
     phases += [phase("backward of the root", 0, ends, 0, stream), phase("optimizer", 0, 0, 0, 0)]
     most = max(phases, key=lambda p: sum(v for k, v in p.items() if k != "peak"))
@@ -473,8 +486,13 @@ def traffic(model, layout: Layout, rows: int, steps: int, precision: str, recomp
     if layout.shard == 1:
         return out | {"all-reduce": [(2 * 4 * count(model), world, 1)]}
     sends = steps if layout.zero_stage > 1 else 1
-    for unit, alike, times in ((root, 1, 1), *((u, k, 2) for block, k in Counter(blocks).items() for u in block)):
-        times = times * steps if layout.zero_stage == 3 else 1  # blocks for forward and for backward
+    each = [(root, 1, 1)]  # a unit, how many are alike, how often it is gathered in a micro-step
+    for block, k in Counter(
+        blocks
+    ).items():  # for forward and backward; units inside a block also when it is made again
+        each += [(u, k, 2 + (u is not block[0] and recompute != "none")) for u in block]
+    for unit, alike, times in each:
+        times = times * steps if layout.zero_stage == 3 else 1
         out["all-gather"] += [(alike * times * unit.padded() * unit.size, unit.ranks, unit.stride)]
         out["reduce-scatter"] += [(alike * sends * unit.padded() * layout.reduce_bytes, unit.ranks, unit.stride)]
         if layout.shard < world:  # between the copies, once a step
