@@ -103,6 +103,18 @@ class Config:
 
 IGNORED = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "save_latest_always", "backend")
 FLAGS = ("dry_run", "print_config", "help")  # of the command line only
+SIMULATED = {  # with --dry_run: what it simulates. name: (type, meaning)
+    "world_size": (int, "processes, one a GPU; default: 1"),
+    "hardware": (str, "h100, h200, b200, a100-80gb, rtx4090 ... (plan.HARDWARE), cpu or measured; several: h100"),
+    "peak_flops": (float, "FLOP/s of matrix products, instead of the hardware's"),
+    "memory_gb": (float, "GB of a GPU, likewise"),
+    "link_gb_s": (float, "GB/s to the GPUs of one machine, one way, likewise"),
+    "network_gb_s": (float, "GB/s to other machines, one way and GPU, likewise"),
+    "gpus_per_node": (int, "GPUs in a machine, likewise"),
+    "mfu": (float, "share of the peak while computing; default: what others published"),
+    "imbalance": (float, "rows of the busiest rank with expert_parallel, times the fair share; default: 1.25"),
+    "disk_gb_s": (float, "GB/s that a machine writes of a checkpoint; default: 2"),
+}
 CHOICES = {
     "lr_schedule": ("cosine", "linear", "wsd", "constant", "onecycle"),
     "optimizer": ("adamw",),
@@ -204,6 +216,11 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
             continue
         if not has_value:
             value = words.pop(0) if words and not words[0].startswith("--") else "true"
+        if key in SIMULATED:
+            flags[key] = convert(value, SIMULATED[key][0], f"command line: --{key}")
+            if not isinstance(flags[key], str) and flags[key] <= 0:
+                raise UserError("E002", f"command line: --{key}: {value} must be above 0")
+            continue
         try:
             value = yaml.safe_load(value) if value else None
         except yaml.YAMLError:
@@ -212,6 +229,8 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
         target, name = (tree[block], name) if name and block in BLOCKS else (tree, key)
         target[name] = value
         lines[key] = None
+    if (extra := [k for k in flags if k in SIMULATED]) and not flags.get("dry_run"):
+        raise UserError("E002", f"command line: --{extra[0]} goes with --dry_run only; torchrun sets the real number")
     cfg = build_config(tree, lambda key: f"{path}:{lines[key]}" if lines.get(key) else "command line", notes)
     if cfg.out_dir is None:
         cfg.out_dir = f"out/{path.stem if path else 'run'}"
@@ -360,6 +379,7 @@ def help_text() -> str:
                 rows.append(f"\n{m[1]}")
         rows.append({Config: "\nmodel", ModelConfig: "\norchestrator"}.get(cls, ""))
     usage = "usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]\n"
-    return f"{usage}       --dry_run: start-up block and memory, no training; --print_config; --help\n" + "\n".join(
-        rows
-    )
+    rows += ["\nwith --dry_run: a simulation of"]
+    rows += [f"  --{name:<32} {text}" for name, (_, text) in SIMULATED.items()]
+    flags = "       --dry_run: sizes, memory, time and length, no training; --print_config; --help\n"
+    return usage + flags + "\n".join(rows)

@@ -5,6 +5,7 @@ Takes a ModelConfig and plain numbers, never the run's configuration; `python tr
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import math
@@ -16,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -567,6 +568,204 @@ def cheapest(model, world: int, stage: int, rows_per_step: int, precision: str, 
         if found["memory"]["total"] <= room and (best is None or key < best[0]):
             best = key, found
     return best and best[1]
+
+
+def hardware(name: str, m: Machine, given: dict) -> Hardware:
+    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given` overrides.
+
+    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002 names the nearest known name.
+    """
+    key = name.lower().replace("_", "-")
+    if key in ("measured", "cpu"):
+        device = m.device if key == "measured" else torch.device("cpu")
+        block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            block.clone()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        speed = matrix_peak(device, m.compute_dtype if key == "measured" else torch.float32)
+        local = torch.cuda.device_count() if device.type == "cuda" else 1
+        source = "matrices and memory measured here; network assumed"
+        base = Hardware(speed, total_memory(device), 2 * len(block) / best, PCIE, ETHERNET, local, source)
+    elif key in HARDWARE:
+        base = HARDWARE[key]
+    else:
+        near = difflib.get_close_matches(key, HARDWARE, 1, 0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError("E002", f"hardware: {name!r} is not known; {hint}known: {', '.join(HARDWARE)}, cpu, measured")
+    units = {"peak_flops": ("flops", 1), "memory_gb": ("memory", 1e9), "link_gb_s": ("link", 1e9)}
+    units |= {"network_gb_s": ("network", 1e9), "gpus_per_node": ("per_node", 1)}
+    changed = {units[k][0]: v * units[k][1] for k, v in given.items() if k in units}
+    return replace(base, **changed, source=base.source + f"; given: {', '.join(changed)}" * bool(changed))
+
+
+def table_lines(head: str, rows: list[list]) -> list[str]:
+    """Columns under `head`'s words, numbers to the right."""
+    cells = [head.split("|"), *([str(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [f"  {row[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:])) for row in cells]
+
+
+def parameter_lines(model: Transformer, layout: Layout, precision: str) -> list[str]:
+    """Where the parameters are: in all, active for a token, and on the rank that holds most."""
+    cfg, ranks = model.cfg, layout.shard
+    kinds = {"embeddings": 0, "attention": 0, "dense FFN": 0, "shared experts": 0, "experts": 0, "routers, norms": 0}
+    most, active = dict(kinds), dict(kinds)
+    for block in (shapes(model)[0], *shapes(model)[1]):
+        for name, n, rest in block:
+            kind = "embeddings" if name.startswith(("embed", "head")) else "routers, norms"
+            kind = "attention" if ".wqkv." in f".{name}" or ".wo." in f".{name}" else kind
+            if ".w13" in name or ".w2" in name:
+                kind = "experts" if ".experts." in name else "shared experts" if ".shared." in name else "dense FFN"
+            kinds[kind] += n * rest
+            used = model.experts_used() / max(1, cfg.n_experts_max or cfg.n_experts) if kind == "experts" else 1
+            active[kind] += n * rest * used
+            apart, ep = kind == "experts", layout.expert_parallel
+            here = Unit(((n // ep, rest),), layout.world // ep, ep, 4) if apart and ep > 1 else None
+            most[kind] += (here or Unit(((n, rest),), ranks, 1, 4)).local()
+    rows = [[k, f"{n:,}", f"{round(active[k]):,}", f"{most[k]:,}"] for k, n in kinds.items() if n]
+    rows.append(["all", *(f"{round(sum(x.values())):,}" for x in (kinds, active, most))])
+    return table_lines("parameters|total|active|on the fullest rank", rows)
+
+
+def name_of(found: dict) -> str:
+    """A configuration as the command line has it."""
+    at, text = found["layout"], ""
+    text += f"--expert_parallel={at.expert_parallel} " if at.expert_parallel > 1 else ""
+    text += f"--hsdp_shard_size={at.hsdp_shard_size} " if at.shard < at.world and at.zero_stage else ""
+    return f"{text}--batch_size={found['rows']} --activation_checkpointing={found['recompute']}"
+
+
+def dry_run_lines(
+    model: Transformer,
+    layout: Layout,
+    rows: int,
+    rows_per_step: int,
+    max_steps: int,
+    precision: str,
+    recompute: str,
+    name: str,
+    hw: Hardware,
+    mfu: float | None = None,
+    imbalance: float = IMBALANCE,
+    disk_gb_s: float = DISK / 1e9,
+    share: float = 0.92,
+) -> list[str]:
+    """The simulation of a run, a line each: parameters, mesh, memory, checkpoint, traffic, time, the cheapest way."""
+    cfg, world, GB = model.cfg, layout.world, 1e9
+    slots = (cfg.n_experts_max or cfg.n_experts) if cfg.n_experts else 0
+    layout.check(slots)
+    mfu = mfu or MFU["moe" if cfg.n_experts else "dense"]
+    assumed = {"mfu": mfu, "imbalance": imbalance}
+    here = {k: simulate(model, layout, rows, rows_per_step, precision, k, hw, **assumed) for k in RECOMPUTE}
+    now, tokens = here[recompute], rows_per_step * cfg.max_seq_len
+    lines = [
+        f"SIMULATION of {world:,} x {name}: arithmetic on data sheets and assumptions, nothing below was measured",
+        *parameter_lines(model, layout, precision),
+        f"mesh       {layout}, zero_stage {layout.zero_stage}; {precision}",
+    ]
+    if layout.shard > 1 and slots and slots < world:
+        lines.append(
+            f"advice     experts are cut between each other only: at most {slots} ranks hold some, one of each layer"
+        )
+    names = ("weights", "gradients", "moments", "gathered", "reducing", "activations", "work", "total")
+    body = [
+        [k, *(f"{s['memory'][n] / 2**30:.2f}" for n in names)]
+        + [" ".join(f"{g}" if s["memory"]["total"] <= share * g * GB else "-" for g in SIZES)]
+        for k, s in here.items()
+    ]
+    lines.append(f"memory     GiB on the fullest rank by activation_checkpointing (here: {recompute}), {rows} rows of"
+                 f" {cfg.max_seq_len} tokens; fits {share:.0%} of so many GB")  # fmt: skip
+    lines += table_lines(f"keep|{'|'.join(names)}|fits GB", body)
+    size, nodes = 12 * count(model), -(-layout.shard // hw.per_node)
+    lines.append(f"checkpoint {describe(size, 'B')}: {size / nodes / disk_gb_s / GB:.0f} s from {nodes} machines at"
+                 f" {disk_gb_s:g} GB/s each (assumed)")  # fmt: skip
+    s = now["seconds"]
+    for kind, messages in now["traffic"].items():
+        if n := sum(m[0] * (m[1] > 1) for m in messages):
+            lines.append(f"traffic    {kind} {n / GB:,.1f} GB a step and rank: {s[kind]:.3g} s")
+    lines.append(f"time       {s['step']:.3g} s a step of {tokens:,} tokens ({now['steps']} micro-steps): compute"
+                 f" {s['compute']:.3g} s at {mfu:.0%} of {describe(hw.flops, 'FLOP/s')}, optimizer {s['optimizer']:.2g}"
+                 f" s; {describe(tokens / s['step'])} tokens/s")  # fmt: skip
+    days = s["step"] * max_steps / 86400
+    lines.append(f"length     {max_steps:,} steps, {describe(tokens * max_steps)} tokens: {days:,.3g} days,"
+                 f" {describe(days * 24 * world)} GPU-hours")  # fmt: skip
+    lines += [
+        f"assumed    link {hw.link / GB:g} GB/s, network {hw.network / GB:g} GB/s a GPU, {hw.per_node} in a machine:"
+        f" {hw.source}",
+        f"assumed    mfu {mfu:g} (torchtitan on H100: dense 8B 0.33 to 0.39, MoE 16B 0.205; Lumen's own is not known);"
+        f" gathers and reductions hide behind compute, all-to-all and optimizer do not;"
+        + f" the busiest rank gets {imbalance:g} x the fair share of rows"
+        * (layout.expert_parallel > 1),
+    ]
+    best = cheapest(model, world, layout.zero_stage, rows_per_step, precision, hw, share * hw.memory,
+                    reduce_bytes=layout.reduce_bytes, **assumed)  # fmt: skip
+    if best:
+        b, hours = best["seconds"]["step"], best["seconds"]["step"] * max_steps * world / 3600
+        lines.append(f"cheapest   {name_of(best)}: {best['memory']['total'] / 2**30:.1f} GiB, {b:.3g} s a step,"
+                     f" {describe(hours)} GPU-hours")  # fmt: skip
+    else:
+        lines.append(f"cheapest   none: no configuration fits {world} x {hw.memory / GB:.0f} GB")
+    least = {gb: smallest(model, layout.zero_stage, rows_per_step, precision, hw, share * gb * GB) for gb in (80, 141)}
+    lines.append("smallest   " + ", ".join(f"{n or 'none'} x {gb} GB" for gb, n in least.items())
+                 + " hold it (powers of two that divide the batch, to 4,096)")  # fmt: skip
+    return lines
+
+
+def smallest(model, stage: int, rows_per_step: int, precision: str, hw: Hardware, room: float) -> int | None:
+    """The least power of two of processes, up to 4096, on which some configuration fits into `room` bytes each."""
+    slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
+    for world in (1 << k for k in range(13)):
+        if rows_per_step % world:
+            return None
+        for layout, rows, recompute in candidates(world, stage if world > 1 else 0, slots, rows_per_step):
+            if rows == 1 and recompute == "block":  # what needs least
+                steps = rows_per_step // world
+                if rank_memory(model, layout, rows, steps, precision, recompute, IMBALANCE)["total"] <= room:
+                    return world
+    return None
+
+
+def depths(cfg: ModelConfig) -> tuple[int, int]:
+    """Two numbers of layers between which a model grows by whole periods of its pattern."""
+    period = math.lcm(cfg.moe_every, cfg.mod_every if cfg.mod_capacity != 1 else 1)
+    if (
+        cfg.moe_layers
+        or cfg.mod_layers
+        or isinstance(cfg.mod_capacity, list)
+        or cfg.mod_end_layer
+        or cfg.mod_start_layer
+    ):
+        raise ValueError("layers are listed one by one: no straight line leads from few to all")
+    first = cfg.n_dense_layers + 2 * period
+    if first + 2 * period > cfg.n_layers:
+        raise ValueError(f"{cfg.n_layers} layers are too few")
+    return first, first + 2 * period
+
+
+def shallow(cfg: ModelConfig, n_layers: int) -> ModelConfig:
+    return replace(cfg, n_layers=n_layers)
+
+
+def compared_lines(seen: dict[int, dict], model: Transformer, layout, rows, precision, recompute) -> list[str]:
+    """What a fake run saw at two depths (layers -> its peak) beside rank_memory, and both extended to the model."""
+
+    def planned(n):
+        there = model if n == whole else on_meta(shallow(model.cfg, n))
+        return rank_memory(there, layout, rows, 1, precision, recompute, 1.0, True)["total"]
+
+    (a, b), whole, GiB = sorted(seen), model.cfg.n_layers, 2**30
+    saw = {n: seen[n]["Total"] for n in (a, b)}
+    far = saw[b] + (saw[b] - saw[a]) / (b - a) * (whole - b)
+    text = "; ".join(f"{n} layers {saw[n] / GiB:.2f}, plan {planned(n) / GiB:.2f}" for n in (a, b))
+    off = planned(whole) / far - 1
+    return [
+        f"checked    on fake tensors, GiB at the peak, balanced, without moments: {text}",
+        f"checked    {whole} layers by a straight line {far / GiB:.2f}, plan {planned(whole) / GiB:.2f}: {off:+.1%}",
+    ]
 
 
 # ---------------------------------------------------------------- how long to train

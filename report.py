@@ -64,6 +64,8 @@ class Report:
             for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
                 say(line)
         say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
+        if self.dry_run and self.dry_run["hardware"] != "measured":
+            return
         per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
         least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
         peak = plan.describe(self.peak, "FLOP/s")
@@ -85,6 +87,31 @@ class Report:
             say("advice     fewer tokens than parameters: such a model mostly memorises")
         if self.machine.device.type == "cuda" and cfg.deterministic:
             say("advice     deterministic: true costs speed on CUDA (not measured yet)")
+
+    def simulate(self, watch=None) -> None:
+        """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
+        cfg, m, given = self.cfg, self.cfg.model, self.dry_run
+        world, ep = given["world_size"], cfg.expert_parallel if given["zero_stage"] else 1
+        mesh = (world, given["zero_stage"], cfg.hsdp_shard_size, ep, 2 if cfg.reduce_dtype == "bf16" else 4)
+        layout, precision = plan.Layout(*mesh), given.get("precision", cfg.precision)
+        hw, mode = plan.hardware(given["hardware"], self.machine, given), cfg.activation_checkpointing
+        assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {"share": cfg.target_memory}
+        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
+        for line in plan.dry_run_lines(self.counted, layout, *counts, given["hardware"], hw, **assumed):
+            self.say(line)
+        if watch is None or layout.shard == 1:
+            return
+        try:
+            depths = plan.depths(m)
+            seen = {n: watch(dataclasses.replace(cfg, precision=precision), layout, plan.shallow(m, n)) for n in depths}
+            shown = plan.compared_lines(seen, self.counted, layout, cfg.batch_size, precision, mode)
+        except Exception as error:  # a private part of torch, another in each version: the dry run goes without
+            text = str(error).strip().splitlines() or ["?"]
+            shown = [
+                f"checked    not: fake tensors failed on torch {torch.__version__}: {type(error).__name__}: {text[0]}"
+            ]
+        for line in shown:
+            self.say(line)
 
     def sparse_lines(self) -> list[str]:
         """The start block's lines on MoE and MoD."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import checkpoint
 import plan
 import tokenizer as tokenizers
-from config import FLAGS, Config, build_config, help_text, read_config
+from config import Config, build_config, help_text, read_config
 from errors import UserError, command
 from loader import Loader, Source, val_rows
 from model import ModelConfig, Transformer, pick_attention
@@ -251,6 +252,17 @@ class Parallel(Rows):
             dist.destroy_process_group()
 
 
+class Planned(Parallel):
+    """One process that counts as `world`: for dry runs."""
+
+    def __init__(self, cfg: Config, world: int):
+        self.rank, self.world, self.counted, self.buffer = int(os.environ.get("RANK", 0)), 1, world, None
+        self.device = plan.machine(cfg.device, "fp32", False).device
+
+    def rows(self) -> tuple[int, int]:
+        return 0, self.counted
+
+
 # ---------------------------------------------------------------- trainer
 
 # what is summed over ranks in each step
@@ -289,7 +301,7 @@ class Trainer(ByHand, Report):
     `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
     """
 
-    def __init__(self, config, parallel=Parallel, dry_run: bool = False):
+    def __init__(self, config, parallel=Parallel, dry_run: dict | None = None):
         if isinstance(config, dict):
             self.written, notes = json.loads(json.dumps({"model": {}, "orchestrator": {}} | config)), []
             self.cfg = build_config(self.written, lambda key: "config", notes)
@@ -311,13 +323,18 @@ class Trainer(ByHand, Report):
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
-        prepare_first(self.cfg, dry_run)
+        self.dry_run = dry_run
+        if dry_run and dry_run["hardware"] != "measured":  # what this machine cannot do does not matter
+            precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else "mixed_bf16"
+            dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
+            self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
+        prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         if self.parallel.alone and self.cfg.zero_stage:
             given = [key for key in SHARDING if key in self.written]
             notes += [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"] if given else []
-        self.parallel.together(self.open_data, dry_run)
+        self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
         self.start_block(notes)
@@ -1427,7 +1444,8 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def main(argv: list[str], parallel=Parallel) -> int:
+def main(argv: list[str], parallel=Parallel, watch=None) -> int:
+    """`watch`: measures a few layers for dry runs, see train_fsdp.fake_run."""
     cfg, _, _, flags = read_config(argv) if set(argv) - {"--help", "-h"} else (None, None, None, {"help": True})
     if flags.get("help"):
         print(help_text())
@@ -1446,12 +1464,13 @@ def main(argv: list[str], parallel=Parallel) -> int:
                 else:
                     time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
                 return status["code"]
-    trainer = Trainer(
-        [w for w in argv if w.lstrip("-").replace("-", "_") not in FLAGS], parallel, bool(flags.get("dry_run"))
-    )
     if flags.get("dry_run"):
-        trainer.parallel.close()
+        world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
+        flags.setdefault("hardware", "measured" if world == 1 else "h100")
+        flags["zero_stage"] = cfg.zero_stage if watch and world > 1 else 0
+        Trainer(argv, functools.partial(Planned, world=world), flags).simulate(watch)
         return 0
+    trainer = Trainer(argv, parallel)
     if (trainer.step >= trainer.cfg.max_steps or trainer.stopped_early) and trainer.evaluated_at == trainer.step:
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")

@@ -8,7 +8,6 @@ data and checkpoints are train.py's; a checkpoint of any layout is read by any o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 
@@ -22,7 +21,7 @@ import plan
 import train
 from config import Config
 from errors import UserError, command
-from model import Transformer
+from model import ModelConfig, Transformer
 from model_moe import Experts, run_experts
 from train import Parallel
 
@@ -242,20 +241,15 @@ def balanced(group, x, p, ids, w13, w2, back_end: str):
     return torch.zeros_like(x).index_add(0, tokens, AllToAll.apply(y, sizes, sizes, group))
 
 
-def fake_run(cfg: Config, layout: plan.Layout, n_layers: int, rows: int) -> dict[str, int]:
-    """Bytes of rank 0 at the peak of a forward and backward pass of the first `n_layers` layers: the real model under
-    FSDP2 on tensors without content and a group of processes that are not there, watched by torch's FSDPMemTracker."""
+def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, int]:
+    """Bytes of rank 0 at the peak of a forward and backward pass of a shallow model: the real classes under FSDP2 on
+    tensors without content and a group of processes that are not there, watched by torch's FSDPMemTracker."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if not dist.is_initialized():
         dist.init_process_group("fake", rank=0, world_size=layout.world, store=FakeStore())
-    m = cfg.model
-    lists = {k: [i for i in v if i < n_layers] for k in ("moe_layers", "mod_layers") if (v := getattr(m, k))}
-    if isinstance(m.mod_capacity, list):
-        lists["mod_capacity"] = m.mod_capacity[:n_layers]
-    small = dataclasses.replace(m, n_layers=n_layers, mod_end_layer=None, **lists)
     with torch.device("meta"):
         model = Transformer(small)
     dtype = Sharded.compute_dtype(cfg)
@@ -264,7 +258,7 @@ def fake_run(cfg: Config, layout: plan.Layout, n_layers: int, rows: int) -> dict
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # its moments are not counted here
-        ids = torch.zeros(rows, small.max_seq_len, dtype=torch.long)
+        ids = torch.zeros(cfg.batch_size, small.max_seq_len, dtype=torch.long)
         tracker = FSDPMemTracker(model, optimizer)
         tracker.track_inputs((ids,))
         with tracker:
@@ -283,7 +277,7 @@ def layout(cfg: Config) -> Parallel:
 
 
 def main(argv: list[str]) -> int:
-    return train.main(argv, layout)
+    return train.main(argv, layout, fake_run)
 
 
 if __name__ == "__main__":

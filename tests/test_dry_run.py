@@ -1,0 +1,196 @@
+"""The dry run: memory, traffic and time of many processes, all simulated in plan.py; and its look at fake tensors."""
+
+import dataclasses
+import itertools
+import re
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_python, write_yaml
+
+import plan
+import train
+from config import read_config
+from errors import UserError
+from model import ModelConfig, Transformer
+
+SMALL = {"vocab_size": 96, "d_model": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
+DENSE, MOE = ModelConfig(**SMALL), ModelConfig(**SMALL, n_experts=8, d_expert=32, n_shared_experts=1, n_dense_layers=1)
+H100 = plan.HARDWARE["h100"]
+LAYOUTS = [plan.Layout(*x) for x in ((8, 3), (8, 2), (8, 1), (8, 3, 2), (8, 3, 4), (6, 3), (8, 3, 0, 2), (8, 3, 0, 8))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
+def test_every_parameter_lies_on_as_many_ranks_as_there_are_copies(layout, precision):
+    for cfg in (DENSE, MOE) if layout.expert_parallel == 1 else (MOE,):
+        model = plan.on_meta(cfg)
+        root, blocks = plan.units(model, layout, precision)
+        total = 0
+        for unit, alike in ((root, 1), *((u, 1) for block in blocks for u in block)):
+            held = [unit.local(rank) for rank in range(unit.ranks)]
+            assert max(held) == held[0] and unit.padded() >= sum(held)
+            total += alike * sum(held) * (layout.world // unit.ranks)
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        apart = layout.expert_parallel > 1  # then each is held once in all, though a group holds only its own
+        copies = layout.world // layout.shard
+        assert total == copies * (plan.count(model) - experts * apart) + experts * apart
+        assert plan.count(model) == model.n_params()["total"]
+
+
+def total(model, layout, rows=2, recompute="none", precision="mixed_bf16", steps=4, **more):
+    return plan.rank_memory(model, layout, rows, steps, precision, recompute, **more)["total"]
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
+def test_memory_falls_and_rises_as_it_must(cfg, precision):
+    model = plan.on_meta(dataclasses.replace(cfg, max_seq_len=1024, d_model=256, head_dim=64))
+    need = [total(model, plan.Layout(w, 3), precision=precision) for w in (2, 4, 8)]  # beyond the 8 experts parts are empty
+    assert need == sorted(need, reverse=True) and need[-1] < need[0]
+    for recompute in plan.RECOMPUTE:
+        need = [total(model, plan.Layout(4, 3), rows, recompute, precision) for rows in range(1, 9)]
+        assert need == sorted(need) and len(set(need)) == 8
+    none, selective, block = (total(model, plan.Layout(4, 3), 8, k, precision) for k in plan.RECOMPUTE)
+    assert block < selective < none
+    stages = [total(model, plan.Layout(8, stage), precision=precision) for stage in (3, 2, 1)]
+    assert stages == sorted(stages)
+    assert total(model, plan.Layout(8, 3, 8)) == total(model, plan.Layout(8, 3)) < total(model, plan.Layout(8, 3, 2))
+    parts = plan.rank_memory(model, plan.Layout(4, 3), 2, 4, precision)
+    assert parts["total"] == sum(v for k, v in parts.items() if k not in ("total", "peak"))
+    if cfg is MOE:
+        even, uneven = (total(model, plan.Layout(8, 3, 0, 4), 8, imbalance=x) for x in (1.0, 2.0))
+        assert even < uneven
+    one = plan.memory(model.cfg, plan.count(model), 2, precision)
+    assert total(model, plan.Layout(1, 0), precision=precision) == one["total"]
+
+
+def test_traffic_by_hand():
+    """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and sends as many back."""
+    model = plan.on_meta(dataclasses.replace(DENSE, vocab_size=128))
+    found = plan.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
+    n, root = plan.count(model), sum(p.numel() for p in (model.embed.weight, model.norm.weight))
+    assert sum(m[0] for m in found["all-gather"]) == 4 * 5 * (2 * (n - root) + root)
+    assert sum(m[0] for m in found["reduce-scatter"]) == 4 * 5 * n
+    fast = dataclasses.replace(H100, link=1e15)
+    assert plan.travel(H100, 450e9, 4) == pytest.approx(3 / 4)
+    assert plan.travel(fast, 8 * 50e9, 16) == pytest.approx(1 / 2), "a machine's cards share what comes in"
+    assert plan.travel(fast, 50e9, 16, 1, True) == pytest.approx(1 / 2), "all-to-all: all of it is one's own"
+    assert plan.travel(H100, 50e9, 2, 8) == pytest.approx(1 / 2) and plan.travel(H100, 1e9, 1) == 0
+    two = plan.traffic(model, plan.Layout(4, 2), 2, 5, "fp32")
+    assert sum(m[0] for m in two["all-gather"]) == 4 * n
+    copies = plan.traffic(model, plan.Layout(4, 3, 2), 2, 5, "fp32")["all-reduce"]
+    assert sum(m[0] for m in copies) == 2 * 4 * n / 2 and {m[1:] for m in copies} == {(2, 2)}
+    moe = plan.on_meta(MOE)
+    plain, again = (
+        plan.traffic(moe, plan.Layout(8, 3, 0, 4), 2, 5, "fp32", k)["all-to-all"] for k in ("none", "block")
+    )
+    assert plain[0][0] == 3 * 4 * 5 * (2 * 64 * 2) * 64 * 4 and again[0][0] == 1.5 * plain[0][0]
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_search_finds_the_cheapest_that_fits(cfg):
+    model, world, rows_per_step = plan.on_meta(cfg), 8, 64
+    need = sorted(
+        plan.simulate(model, layout, rows, rows_per_step, "mixed_bf16", k, H100, 0.4)["memory"]["total"]
+        for layout, rows, k in plan.candidates(world, 3, cfg.n_experts, rows_per_step)
+    )
+    for room in (need[0] - 1, need[0], need[len(need) // 2], need[-1]):
+        found = plan.cheapest(model, world, 3, rows_per_step, "mixed_bf16", H100, room, mfu=0.4)
+        best = None  # the same by brute force, with loops of its own
+        for size, ep, rows, k in itertools.product((0, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), plan.RECOMPUTE):
+            if (size and ep > 1) or (ep > 1 and not cfg.n_experts):
+                continue
+            s = plan.simulate(model, plan.Layout(8, 3, size, ep), rows, rows_per_step, "mixed_bf16", k, H100, 0.4)
+            if s["memory"]["total"] <= room:
+                best = min(best or 9e99, s["seconds"]["step"])
+        assert (found is None) == (best is None) == (room < need[0])
+        if found:
+            assert found["memory"]["total"] <= room and found["seconds"]["step"] == best
+
+
+@pytest.mark.parametrize("recompute", plan.RECOMPUTE)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
+def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
+    """Bytes that the CPU's allocator really gave out, by torch's profiler, in a forward and backward pass."""
+    more = {"n_experts": 8, "d_expert": 128, "n_shared_experts": 1} if sparse else {}
+    shape = {"vocab_size": 512, "d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 704, "max_seq_len": 256}
+    cfg = ModelConfig(**shape, **more)
+    model = Transformer(cfg)
+    model.init_weights(0)
+    model.recompute = recompute
+    ids = torch.zeros(4, cfg.max_seq_len, dtype=torch.long)
+    model(ids, targets=ids)[0].backward()
+    model.zero_grad(set_to_none=False)  # gradients are there, as in the second micro-step
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        model(ids, targets=ids)[0].backward()
+    now = most = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    n = plan.count(model)
+    parts = plan.memory(cfg, n, 4, "fp32", recompute)
+    estimate = parts["total"] - 16 * n
+    kind, off = "moe" if sparse else "dense", estimate / most - 1
+    print(f"{kind} {recompute}: {most / 2**20:.1f} MiB measured, {estimate / 2**20:.1f} planned, {off:+.1%}")
+    assert 0.8 < estimate / most < 1.3
+
+
+def dry(capsys, *words) -> str:
+    from train_fsdp import fake_run, layout
+
+    assert train.main([*map(str, words), "--dry_run"], layout, fake_run) == 0
+    return capsys.readouterr().out
+
+
+def test_the_largest_preset_in_a_minute():
+    start = time.time()
+    result = run_python("train_fsdp.py", "configs/b300.yaml", "--dry_run", "--world_size=1024", timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    seconds = time.time() - start
+    print(f"{seconds:.0f} s")
+    for words in ("SIMULATION of 1,024 x h100", "2,426,875,024,384", "fits", "checkpoint 29.1 TB", "all-gather",
+                  "GPU-hours", "cheapest", "smallest", "data sheet"):  # fmt: skip
+        assert words in result.stdout, words
+    assert re.search(r"checked .* plan", result.stdout), result.stdout[-1500:]
+
+
+@pytest.mark.parametrize("words", [(), ("--expert_parallel=4",)])
+def test_fake_tensors_and_the_plan_agree(capsys, words, tmp_path):
+    given = ("--model.n_experts=8", "--model.d_expert=512", "--model.n_layers=8", "--batch_size=2")
+    given += ("--batch_tokens=null", "--max_steps=100", "--model.d_model=768", "--activation_checkpointing=block")
+    out = dry(capsys, ROOT / "configs/gpt2_124m.yaml", *given, *words, "--world_size=8", "--hardware=h200")
+    off = float(re.search(r"checked .*: ([+-][\d.]+)%", out)[1])
+    print(f"{off:+.1f} %")
+    assert abs(off) < 25, out
+
+
+def test_refusals(tiny, tmp_path, capsys):
+    path = str(write_yaml(tmp_path / "c.yaml", tiny(model={"n_experts": 6, "d_expert": 16})))
+    for words, code, text in (
+        (["--hardware=h10"], "E002", "did you mean h100?"),
+        (["--world_size=8", "--hsdp_shard_size=3"], "E002", "hsdp_shard_size: 3 does not divide the 8 ranks"),
+        (["--world_size=8", "--expert_parallel=4"], "E002", "expert_parallel: 4 does not divide the 6 experts"),
+        (["--world_size=9", "--expert_parallel=2"], "E002", "expert_parallel: 2 does not divide the 9 ranks"),
+        (["--world_size=4", "--expert_parallel=2", "--hsdp_shard_size=2"], "E002", "drop one"),
+        (["--world_size=many"], "E002", "--world_size: 'many' is not int"),
+        (["--world_size=0"], "E002", "must be above 0"),
+        (["--mfu=-1"], "E002", "must be above 0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(text)) as e:
+            dry(capsys, path, *words)
+        assert e.value.code == code
+    with pytest.raises(UserError, match="--dry_run only"):
+        read_config([path, "--world_size=2"])
+
+
+def test_train_py_simulates_copies_and_this_machine(tiny, tmp_path, capsys):
+    path = str(write_yaml(tmp_path / "c.yaml", tiny()))
+    assert train.main([path, "--dry_run", "--world_size=2", "--hardware=rtx4090", "--memory_gb=12"]) == 0
+    out = capsys.readouterr().out
+    assert "2 x 1 (replicate, shard), zero_stage 0" in out and "all-reduce" in out and "given: memory" in out
+    assert train.main([path, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "SIMULATION of 1 x measured" in out and "traffic" not in out and "measured here" in out
