@@ -519,8 +519,9 @@ def simulate(
 ) -> dict:
     """Memory, traffic and seconds of a step, all of it arithmetic: nothing here was measured.
 
-    seconds: compute (FLOPs, with what is computed again, at `mfu` of the peak; the busiest rank's experts), gathers and
-    reductions hidden behind it where they are shorter, all-to-all and the optimizer (32 bytes a parameter) not hidden.
+    seconds: compute (FLOPs at `mfu` of the peak, blocks that are made again among them, the busiest rank's experts;
+    activations that are made again are written and read once more), gathers and reductions hidden behind it where they
+    are shorter, all-to-all and the optimizer (32 bytes a parameter) not hidden.
     """
     cfg, steps = model.cfg, rows_per_step // (rows * layout.world)
     args = (rows, steps, precision, recompute, imbalance)
@@ -532,6 +533,8 @@ def simulate(
         experts = 18 * cfg.d_model * cfg.d_expert * model.experts_used() * sum(map(cfg.is_moe, range(cfg.n_layers)))
         again += (imbalance - 1) * experts * (4 / 3 if recompute == "block" else 1)
     seconds = {"compute": (flops + again) * rows * cfg.max_seq_len * steps / (hw.flops * mfu)}
+    remade = sum(sum(kept_bytes(cfg, rows, precision, k)["kept"]) * sign for k, sign in (("none", 2), (recompute, -2)))
+    seconds["compute"] += max(0, remade) * steps / hw.bandwidth
     for name, messages in found["traffic"].items():
         seconds[name] = sum(travel(hw, n, ranks, stride, name == "all-to-all") for n, ranks, stride in messages)
     seconds["optimizer"] = 8 * found["memory"]["weights"] / hw.bandwidth
@@ -730,7 +733,8 @@ def smallest(model, stage: int, rows_per_step: int, precision: str, hw: Hardware
 
 
 def depths(cfg: ModelConfig) -> tuple[int, int]:
-    """Two numbers of layers between which a model grows by whole periods of its pattern."""
+    """Two numbers of layers between which a model grows by a whole period of its pattern; from three periods on, as the
+    block before and the block behind the one in backward hold memory too."""
     period = math.lcm(cfg.moe_every, cfg.mod_every if cfg.mod_capacity != 1 else 1)
     if (
         cfg.moe_layers
@@ -740,10 +744,10 @@ def depths(cfg: ModelConfig) -> tuple[int, int]:
         or cfg.mod_start_layer
     ):
         raise ValueError("layers are listed one by one: no straight line leads from few to all")
-    first = cfg.n_dense_layers + 2 * period
-    if first + 2 * period > cfg.n_layers:
+    first = cfg.n_dense_layers + 3 * period
+    if first + period > cfg.n_layers:
         raise ValueError(f"{cfg.n_layers} layers are too few")
-    return first, first + 2 * period
+    return first, first + period
 
 
 def shallow(cfg: ModelConfig, n_layers: int) -> ModelConfig:

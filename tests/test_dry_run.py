@@ -47,7 +47,7 @@ def total(model, layout, rows=2, recompute="none", precision="mixed_bf16", steps
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
 def test_memory_falls_and_rises_as_it_must(cfg, precision):
     model = plan.on_meta(dataclasses.replace(cfg, max_seq_len=1024, d_model=256, head_dim=64))
-    need = [total(model, plan.Layout(w, 3), precision=precision) for w in (2, 4, 8)]  # beyond the 8 experts parts are empty
+    need = [total(model, plan.Layout(w, 3), precision=precision) for w in (2, 4, 8)]  # of more, some have no expert
     assert need == sorted(need, reverse=True) and need[-1] < need[0]
     for recompute in plan.RECOMPUTE:
         need = [total(model, plan.Layout(4, 3), rows, recompute, precision) for rows in range(1, 9)]
@@ -158,7 +158,7 @@ def test_the_largest_preset_in_a_minute():
 
 
 @pytest.mark.parametrize("words", [(), ("--expert_parallel=4",)])
-def test_fake_tensors_and_the_plan_agree(capsys, words, tmp_path):
+def test_fake_tensors_and_the_plan_agree(capsys, words):
     given = ("--model.n_experts=8", "--model.d_expert=512", "--model.n_layers=8", "--batch_size=2")
     given += ("--batch_tokens=null", "--max_steps=100", "--model.d_model=768", "--activation_checkpointing=block")
     out = dry(capsys, ROOT / "configs/gpt2_124m.yaml", *given, *words, "--world_size=8", "--hardware=h200")
