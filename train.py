@@ -817,7 +817,7 @@ class Trainer(ByHand, Report):
             new_best = fresh and due_eval and not stop and self.evaluate()
             stop = stop or self.left
             last = last or self.stopped_early
-            retry = self.unsaved and self.step % max(1, cfg.save_interval // 10) == 0
+            retry = self.unsaved and self.writing is None and self.step % max(1, cfg.save_interval // 10) == 0
             moved = self.step != self.started_at
             if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)) or rolled:
                 self.save(wait=not cfg.save_async or last or stop or rolled)

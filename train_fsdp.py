@@ -248,21 +248,26 @@ def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, 
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if not dist.is_initialized():
+    mine = not dist.is_initialized()
+    if mine:
         dist.init_process_group("fake", rank=0, world_size=layout.world, store=FakeStore())
-    with torch.device("meta"):
-        model = Transformer(small)
-    dtype = Sharded.compute_dtype(cfg)
-    parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
-    model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # its moments are not counted here
-        ids = torch.zeros(cfg.batch_size, small.max_seq_len, dtype=torch.long)
-        tracker = FSDPMemTracker(model, optimizer)
-        tracker.track_inputs((ids,))
-        with tracker:
-            model(ids, targets=ids)[0].backward()
+    try:
+        with torch.device("meta"):
+            model = Transformer(small)
+        dtype = Sharded.compute_dtype(cfg)
+        parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
+        model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # its moments are not counted here
+            ids = torch.zeros(cfg.batch_size, small.max_seq_len, dtype=torch.long)
+            tracker = FSDPMemTracker(model, optimizer)
+            tracker.track_inputs((ids,))
+            with tracker:
+                model(ids, targets=ids)[0].backward()
+    finally:
+        if mine:
+            dist.destroy_process_group()
     peak = {}
     for found in tracker.get_tracker_snapshot("peak").values():
         for kind, n in found.items():

@@ -371,7 +371,7 @@ def wait_for(what, seconds, *hosts) -> None:
     "script, dies, cable",
     [
         ("train.py", 1, "stays"),
-        ("train_fsdp.py", 1, "is pulled"),
+        pytest.param("train_fsdp.py", 1, "is pulled", marks=pytest.mark.nightly),
         pytest.param("train.py", 0, "stays", marks=pytest.mark.nightly),
         pytest.param("train_fsdp.py", 0, "is pulled", marks=pytest.mark.nightly),
     ],

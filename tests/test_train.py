@@ -472,7 +472,7 @@ def wait_for_step(out_dir, step, process, seconds=60):
     raise AssertionError(process.communicate(timeout=10)[0])
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_signals_and_kill(tiny, tmp_path, ranks):
     """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped."""
     changes = {"max_steps": 240, "save_interval": 25, "eval_interval": 0, "eval_tokens": 64, "log_interval": 1}
