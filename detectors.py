@@ -112,15 +112,20 @@ class Divergence:
             self.residuals.append((turn, self.residual))
 
     def lost(self) -> tuple[int, float] | None:
-        """Before there is a course to leave: all that was learned (0.3 nats at least) is lost, the loss is 0.1 above
-        the first ones. For how many losses, and the level at which half of it is back; None: no. A rule, no bet."""
+        """Before there is a course to leave: all that was learned is lost, the loss is above the first ones. For how
+        many losses, and the level at which half of it is back; None: no. A rule, no bet: of medians of 8 losses the
+        lowest lies 0.3 nats and 3 deviations of the noise below the first, the last 0.1 and 3 above (such medians
+        differ by 0.6 deviations)."""
         if len(self.residuals) >= self.START or not self.above_start() > 0.1:
             return None
         start, values = statistics.median(self.first), list(self.losses)
-        if sorted(values)[3] > start - 0.3:  # three low ones by chance are no progress
+        noise = centre([b - a for a, b in zip(values, values[1:])])[1] / math.sqrt(2)
+        low, at = min((statistics.median(values[i : i + 8]), i) for i in range(len(values) - 7))
+        if low > start - max(0.3, 3 * noise) or self.above_start() < 3 * noise:
             return None
-        since = next(i for i, x in enumerate(reversed(values)) if x < start - 0.1)
-        return since, (start + sorted(values)[3]) / 2
+        half = (start + low) / 2
+        since = next((i for i, x in enumerate(reversed(values)) if x < half), len(values) - at - 8)
+        return since, half
 
     def above_start(self) -> float:
         """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost."""

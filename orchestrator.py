@@ -46,13 +46,8 @@ class OrchestratorConfig:
 MODES = ("act", "shadow", "off", "replay")
 RESEED = "re-seed a dead expert"
 NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
-WRONG = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)  # what an argument of the wrong kind raises somewhere
+# what an argument of the wrong kind raises somewhere
+WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
 
 

@@ -124,6 +124,16 @@ def test_a_young_run_is_watched_and_its_growing_noise_is_no_alarm():
         assert 300 <= watch(y)[0][0] <= 312
 
 
+def test_noise_is_never_all_that_was_learned():
+    """However large it is beside what there is to learn, in the first 200 steps of 40 runs each."""
+    for sd, drop in ((0.15, 0.0), (0.3, 0.3), (0.6, 1.5)):
+        for seed in range(40):
+            c = Divergence()
+            for y in 4.8 - drop * (1 - np.exp(-np.arange(200) / 100)) + sd * noise(200, seed=seed):
+                c.add(0, float(y))
+                assert c.lost() is None, (sd, drop, seed)
+
+
 def test_one_outlier_is_no_alarm_and_neither_is_what_cannot_matter():
     y = course(2000) + 0.03 * noise(2000)
     y[900] += 5.0

@@ -37,7 +37,7 @@ LAYOUTS = {  # ranks, kind of model, keys
     "bf16": (2, "moe", BF16),
     "bf16 ep 2": (2, "moe", BF16 | {"expert_parallel": 2}),
     "reduce bf16": (2, "dense", {"reduce_dtype": "bf16"}),
-    "fsdp 4": (4, "hybrid", {}),
+    "fsdp 4": (4, "hybrid", {"save_async": True}),
     "hsdp 2 x 2": (4, "moe", {"hsdp_shard_size": 2}),
     "ep 4": (4, "moe", {"expert_parallel": 4}),
     "ep 2 x fsdp 2": (4, "moe", {"expert_parallel": 2}),
