@@ -43,7 +43,7 @@ class Hardware:
 
 
 PCIE, ETHERNET = 32e9, 1.25e9  # bytes/s one way: 16 lanes of PCIe 4; 10 Gbit/s, assumed where a maker names no network
-HARDWARE = {  # SXM parts where there are several: PCIe ones are slower
+HARDWARE = {  # SXM parts where there are several: PCIe ones are slower. Written from memory of the sources named
     "b200": Hardware(2250e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
     "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),
     "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"),
