@@ -250,10 +250,13 @@ class Fault:
 
 P, S = functools.partial, functools.partial(Fault, when=("scene",))
 HEALTHY = functools.partial(Fault, when=("late",), lasts=0)
+LONGER = {"max_steps": 900}  # two rollbacks, each with its time to cool down, and the stop
 ROUTER = functools.partial(Fault, when=("late",), kinds=("moe", "hybrid"), keys=WATCHED)
 FAULTS = {  # research/stability.md section 5
     "1": Fault("learning rate x30 for 20 turns", P(rate, factor=30, turns=20), lasts=20),
-    "2": Fault("learning rate x100 for ever", P(rate, factor=100), "stop in order", math.inf, most={"rollback": 3}),
+    "2": Fault(
+        "learning rate x100 for ever", P(rate, factor=100), "stop in order", math.inf, most={"rollback": 3}, keys=LONGER
+    ),
     "3": Fault("12 batches of random tokens", P(data, what="random", steps=12), lasts=12, most={"rollback": 0}),
     "4": Fault("12 batches of one token", P(data, what="one", steps=12), lasts=12, needs="low_loss"),
     "5": Fault("gradient NaN once", P(gradient, factor=math.nan), exact=True, needs="nonfinite"),
@@ -489,6 +492,7 @@ where they would have done something.
 12, 13, 16 to 23: 60 steps of the dense model, turn 30; the kind of model is nothing to them. 18: a file-size limit ends
 twelve forks at a byte (SIGXFSZ), SIGKILL eight before a call. 20: that limit (EFBIG) is the full disk, too.
 14, 15: with check_interval 10 and enable_architecture_adaptation: 600 steps are few, and the latter is off by default.
+2: 900 steps, so that there is time for two rollbacks and 200 turns after each.
 25: Lumen has no batch ramp, so that part is left out."""
 
 
@@ -496,7 +500,8 @@ def judge(fault: Fault, when: str, arm: str, run: dict, base: dict, limit: float
     """What came of a run, against its fault-free run; `bits`: the digest of one that left the batch out."""
     at, rows = WHEN[when], [d for d in run.get("decisions", ()) if d.get("trigger", "user") != "user"]
     done = [d for d in rows if d["level"] and d["executed"]]
-    ended = run["code"] == 0 and run["step"] == FAULT_RUN["max_steps"]
+    steps = fault.keys.get("max_steps", FAULT_RUN["max_steps"])
+    ended = run["code"] == 0 and run["step"] == steps
     j = {"gap": run["val_loss"] - base["val_loss"] if ended else run.get("gap"), "wrong": list(run.get("wrong", ()))}
     j |= {"lost": run["turns"] - run["step"] + run["dropped"] if ended else run.get("lost")}
     j |= {"found": next((d["turn"] - at for d in rows if d["turn"] >= at), None), "came": f"code {run['code']}"}

@@ -154,6 +154,7 @@ class Orchestrator:
     WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
     SKIPS = (20, 1000)  # explosions dropped in so many turns: more is no accident
     AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
+    COOL = 200  # turns after a rollback in which only what is observed, not what is inferred, brings another
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
     SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
     SAVED = f"{SAVED} alarm advised reason".split()
@@ -342,7 +343,8 @@ class Orchestrator:
         if seen["bad"] or not self.acting:
             self.decide("explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue")
             self.skipped.append(seen["turn"])
-            if len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]:
+            often = len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]
+            if often and seen["turn"] >= self.cool():
                 onset, said = self.skipped[0], f"more than {self.SKIPS[0]} of {self.SKIPS[1]} steps exploded"
                 self.skipped.clear()
                 self.todo.append(lambda: self.recover("explosion", onset, 1.0, "rule", said))
@@ -351,9 +353,14 @@ class Orchestrator:
             said += f"; {self.STREAK} were dropped in a row, so it is let through, and so are the next"
             self.decide("explosion", "accept", said, 0, seen, stat=stat, confidence=confidence, basis="pvalue")
 
+    def cool(self) -> int:
+        """The turn from which on a loss may bring a rollback: what was gone back to gets the time to settle."""
+        return self.rollbacks[-1] + self.COOL if self.rollbacks else 0
+
     def follow(self, seen: dict) -> None:
         """The divergence detector, and the patience that most spikes deserve."""
         c, turn, a = self.course, seen["turn"], self.alarm
+        until = max(turn + self.WAIT, self.cool())
         c.add(turn, seen["loss"])
         if a is None:
             if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
@@ -361,7 +368,7 @@ class Orchestrator:
             if (lost := c.lost()) is not None:
                 since, half = lost
                 said = f"the loss is {c.above_start():.3f} nats above where it began, {since} steps ago it was below"
-                self.alarm = {"turn": turn, "onset": turn - since, "until": turn + self.WAIT, "half": half}
+                self.alarm = {"turn": turn, "onset": turn - since, "until": until, "half": half}
                 more = {"stat": {"above": c.above_start()}, "confidence": 0.91, "basis": "rule"}
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
                 return
@@ -372,8 +379,9 @@ class Orchestrator:
             if c.alarm(self.cfg.intervention_threshold):
                 floor, onset = c.floor(), c.onset()
                 stat = {"E": c.E, "onset": onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation(onset)}
-                self.alarm = {"turn": turn, "onset": onset, "until": turn + self.WAIT, "peak": c.excess(7), "waits": 0}
+                self.alarm = {"turn": turn, "onset": onset, "until": until, "peak": c.excess(7), "waits": 0}
                 said = f"the loss is {c.excess(7):.3f} nats above its course, floor {floor:.3f}; most spikes heal"
+                said += f", and the last rollback gets {self.COOL} turns" if until > turn + self.WAIT else ""
                 more = {"stat": stat, "confidence": c.confidence, "basis": "evalue"}
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
             return

@@ -468,6 +468,18 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
     assert [d["verdict"] for d in outcome] == (["helped"] if due <= trainer.orchestrator.turn - 1 else [])
 
 
+def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
+    """A loss that leaves its course again waits until 200 turns have passed; a NaN never waits (tests above)."""
+    trainer = run(tiny(**LONG | {"max_steps": 420, "min_lr": 1e-5}), at={150: glitch, 230: glitch})
+    rows = [d for d in decisions(trainer) if d.get("trigger") == "divergence"]
+    assert [d["action"] for d in rows] == ["wait", "rollback", "wait", "rollback"] and rows[3]["level"] == 3
+    first, again = rows[1]["turn"], rows[3]["turn"]
+    assert first < 190 and rows[2]["turn"] < 250 and first + 200 <= again <= first + 202
+    assert "last rollback gets 200 turns" in rows[2]["reason"]
+    trainer.orchestrator.turn, trainer.orchestrator.rollbacks = 1000, [801]
+    assert trainer.orchestrator.cool() == 1001
+
+
 def test_a_young_run_that_loses_all_goes_back(tiny):
     """At turn 40 there is no course to leave yet; but a loss above where it began needs none."""
     trainer = run(tiny(**LONG | {"min_lr": 1e-5}), at={40: glitch})
