@@ -742,12 +742,21 @@ class TakeRows(torch.autograd.Function):
         return grad.new_zeros(ctx.n, grad.shape[1]).index_copy_(0, rows, grad), None
 
 
-take_rows = TakeRows.apply
+class PutRows(torch.autograd.Function):
+    """(n, C) with y at `rows`, all different, and zeros elsewhere. torch's index_copy would keep y for backward."""
+
+    @staticmethod
+    def forward(ctx, y, rows, n):
+        ctx.save_for_backward(rows)
+        return y.new_zeros(n, y.shape[1]).index_copy_(0, rows, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return grad.index_select(0, rows), None, None
 
 
-def put_rows(y: torch.Tensor, rows: torch.Tensor, n: int) -> torch.Tensor:
-    """(n, C) with y at `rows` and zeros elsewhere."""
-    return y.new_zeros(n, y.shape[1]).index_copy(0, rows, y)
+take_rows, put_rows = TakeRows.apply, PutRows.apply
 
 
 # ---------------------------------------------------------------- statistics

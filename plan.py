@@ -222,7 +222,7 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
     n, share = slots + cfg.n_null_experts, arrive or 1.0
     scores = n * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
     experts = scores + K * (3 * 4 + 3 * 8) + b * K * 2 * width * share + b * 4 * cfg.n_shared_experts * width
-    experts += K * ((b * C + 3 * 8) * arrive + b * C * (arrive > 0))  # rows that came, their order; what came back
+    experts += K * (b * C + 3 * 8) * arrive  # rows that came, their order
     # selective keeps what products, attention and topk gave
     products_attn = b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
     products = {False: b * (2 * F + C), True: 4 * n + 12 * K + b * (C * max(1, K * arrive) + K * 2 * width * share)}
@@ -345,10 +345,10 @@ class Layout:
 
 @functools.lru_cache(maxsize=8)
 def shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
-    """(name, first dimension, numbers behind each of it) of the root's parameters; the same of each block's."""
+    """(name, shape) of the root's parameters; the same of each block's."""
 
     def of(named):
-        return tuple((name, p.shape[0], p.numel() // p.shape[0]) for name, p in named)
+        return tuple((name, tuple(p.shape)) for name, p in named)
 
     blocks = [of(block.named_parameters()) for block in model.blocks]
     return of(x for x in model.named_parameters() if not x[0].startswith("blocks.")), blocks
@@ -357,7 +357,7 @@ def shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
 def count(model: Transformer) -> int:
     """Parameters in all."""
     root, blocks = shapes(model)
-    return sum(n * rest for block in (root, *blocks) for _, n, rest in block)
+    return sum(math.prod(shape) for block in (root, *blocks) for _, shape in block)
 
 
 @functools.lru_cache(maxsize=8)
@@ -365,18 +365,28 @@ def training_flops(model: Transformer) -> int:
     return model.flops_per_token()
 
 
-class Unit(NamedTuple):
-    """Parameters that are gathered together: FSDP2 cuts each into `ranks` parts along its first dimension."""
+def cut(shape: tuple[int, ...], ranks: int) -> int:
+    """The dimension along which a parameter is cut into `ranks` parts: its first; experts (E, a, b) that do not divide
+    evenly along a, where that does, so that a thousand ranks can share sixty-four."""
+    return int(len(shape) == 3 and shape[0] % ranks > 0 and shape[1] % ranks == 0)
 
-    shapes: tuple  # (first dimension, numbers behind each of it) per parameter
+
+class Unit(NamedTuple):
+    """Parameters that are gathered together: FSDP2 cuts each into `ranks` parts."""
+
+    shapes: tuple  # of its parameters
     ranks: int
     stride: int  # between neighbours of the group
     size: int  # bytes of a number while gathered
 
     def local(self, rank: int = 0) -> int:
         """Numbers that the rank-th of the group holds; the first holds most (torch.chunk)."""
-        parts = ((n, -(-n // self.ranks), rest) for n, rest in self.shapes)
-        return sum(max(0, min(part, n - rank * part)) * rest for n, part, rest in parts)
+        total = 0
+        for shape in self.shapes:
+            n = shape[cut(shape, self.ranks)]
+            part = -(-n // self.ranks)
+            total += max(0, min(part, n - rank * part)) * (math.prod(shape) // n)
+        return total
 
     def padded(self) -> int:
         """Numbers while gathered: every part as large as the first."""
@@ -394,14 +404,14 @@ def units(model: Transformer, layout: Layout, precision: str) -> tuple[Unit, lis
     root, blocks = shapes(model)
     for block in set(blocks):
         parts = {"block": [], "router": [], "experts": []}
-        for name, n, rest in block:
+        for name, shape in block:
             apart = "experts" if ".experts." in name and ep > 1 else "block"
             apart = "router" if b < 4 and (".router." in name or ".predictor." in name) else apart
-            parts[apart].append((n // ep, rest) if apart == "experts" else (n, rest))
+            parts[apart].append((shape[0] // ep, *shape[1:]) if apart == "experts" else shape)
         own = [Unit(tuple(parts["block"]), layout.shard, 1, b), Unit(tuple(parts["router"]), layout.shard, 1, 4)]
         own.append(Unit(tuple(parts["experts"]), layout.world // ep, ep, b))
         made[block] = tuple(u for u in own if u.shapes)
-    return Unit(tuple((n, rest) for _, n, rest in root), layout.shard, 1, 4), [made[block] for block in blocks]
+    return Unit(tuple(shape for _, shape in root), layout.shard, 1, 4), [made[block] for block in blocks]
 
 
 def rank_memory(
@@ -618,17 +628,18 @@ def parameter_lines(model: Transformer, layout: Layout, precision: str) -> list[
     kinds = {"embeddings": 0, "attention": 0, "dense FFN": 0, "shared experts": 0, "experts": 0, "routers, norms": 0}
     most, active = dict(kinds), dict(kinds)
     for block in (shapes(model)[0], *shapes(model)[1]):
-        for name, n, rest in block:
+        for name, shape in block:
+            n = math.prod(shape)
             kind = "embeddings" if name.startswith(("embed", "head")) else "routers, norms"
             kind = "attention" if ".wqkv." in f".{name}" or ".wo." in f".{name}" else kind
             if ".w13" in name or ".w2" in name:
                 kind = "experts" if ".experts." in name else "shared experts" if ".shared." in name else "dense FFN"
-            kinds[kind] += n * rest
+            kinds[kind] += n
             used = model.experts_used() / max(1, cfg.n_experts_max or cfg.n_experts) if kind == "experts" else 1
-            active[kind] += n * rest * used
+            active[kind] += n * used
             apart, ep = kind == "experts", layout.expert_parallel
-            here = Unit(((n // ep, rest),), layout.world // ep, ep, 4) if apart and ep > 1 else None
-            most[kind] += (here or Unit(((n, rest),), ranks, 1, 4)).local()
+            here = Unit(((shape[0] // ep, *shape[1:]),), layout.world // ep, ep, 4) if apart and ep > 1 else None
+            most[kind] += (here or Unit((shape,), ranks, 1, 4)).local()
     rows = [[k, f"{n:,}", f"{round(active[k]):,}", f"{most[k]:,}"] for k, n in kinds.items() if n]
     rows.append(["all", *(f"{round(sum(x.values())):,}" for x in (kinds, active, most))])
     return table_lines("parameters|total|active|on the fullest rank", rows)
@@ -670,10 +681,6 @@ def dry_run_lines(
         *parameter_lines(model, layout, precision),
         f"mesh       {layout}, zero_stage {layout.zero_stage}; {precision}",
     ]
-    if layout.shard > 1 and slots and slots < world:
-        lines.append(
-            f"advice     experts are cut between each other only: at most {slots} ranks hold some, one of each layer"
-        )
     names = ("weights", "gradients", "moments", "gathered", "reducing", "activations", "work", "total")
     body = [
         [k, *(f"{s['memory'][n] / 2**30:.2f}" for n in names)]

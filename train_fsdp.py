@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import plan
@@ -43,6 +44,25 @@ class AllToAll(torch.autograd.Function):
         return AllToAll.apply(grad, *ctx.sizes), None, None, None
 
 
+class Combine(torch.autograd.Function):
+    """out[t] = the sum of what came back for token t: y (N, d), row i for the pair order[i] = token * K + k -> (T, d).
+    One k after the other and in fp32: index_add would need atomics on CUDA, add in any order, and keep y."""
+
+    @staticmethod
+    def forward(ctx, y, order, T, K):
+        ctx.tokens = order // K
+        out = y.new_zeros(T, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
+        at = order.new_full((T * K,), len(y)).index_copy_(0, order, torch.arange(len(y), device=y.device))
+        y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # for the pairs that went to nobody
+        for k in range(K):
+            out += y[at[k::K]]
+        return out.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.tokens], None, None, None
+
+
 def exchange(group, x, p, ids, w13, w2, back_end: str):
     """run_experts where each rank of `group` holds a share of the experts, in order: (token, expert) pairs travel to
     the expert's rank, are computed and weighed there, and come back. x (T, d), p (T, K), ids (T, K) over all experts,
@@ -61,8 +81,7 @@ def exchange(group, x, p, ids, w13, w2, back_end: str):
         rows, gates = rows.new_zeros(1, rows.shape[1]) + rows.sum(), gates.new_zeros(1) + gates.sum()
         expert = expert.new_full((1,), here)
     y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, back_end)[: sum(outs)]
-    y = AllToAll.apply(y, ins, outs, group)
-    return torch.zeros_like(x).index_add(0, tokens, y)
+    return Combine.apply(AllToAll.apply(y, ins, outs, group), order, *ids.shape)
 
 
 # ---------------------------------------------------------------- parallel
@@ -89,7 +108,12 @@ def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dty
     reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.reduce_dtype]
     whole = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce, cast_forward_inputs=False)
-    kept = {"reshard_after_forward": cfg.zero_stage == 3}
+
+    def unit(module, mesh, policy, reshard=cfg.zero_stage == 3):
+        ranks = mesh.size(-1)
+        how = {"shard_placement_fn": lambda p: Shard(plan.cut(tuple(p.shape), ranks))}
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **how)
+
     for moe in model.sparse_layers("moe").values() if sparse is not None else ():
         group = sparse.get_group("experts")
         own = (len(moe.experts.w2) // group.size(), *moe.experts.w2.shape[1:])
@@ -98,14 +122,19 @@ def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dty
     for block in model.blocks:
         for name, module in list(block.named_modules()):
             if low and name.endswith(("router", "predictor")) and any(True for _ in module.parameters(recurse=False)):
-                fully_shard(module, mesh=dense, mp_policy=whole, **kept)
+                unit(module, dense, whole)
             if sparse is not None and isinstance(module, Experts):
-                fully_shard(module, mesh=sparse["shard"], mp_policy=policy, **kept)
-        fully_shard(block, mesh=dense, mp_policy=policy, **kept)
-    fully_shard(model, mesh=dense, mp_policy=whole, reshard_after_forward=False)
+                unit(module, sparse["shard"], policy)
+        unit(block, dense, policy)
+    unit(model, dense, whole, reshard=False)
     for module in units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other; right on NCCL too
+
+
+def region(offset, shape) -> tuple[slice, ...]:
+    """Where a part of a tensor lies in the whole."""
+    return tuple(slice(a, a + n) for a, n in zip(offset, shape))
 
 
 def units(model) -> list[FSDPModule]:
@@ -156,12 +185,16 @@ class Sharded(Parallel):
                 assert tuple(local.shape) == tuple(shape), name
                 self.parts[name], self.regions[name] = (p, local.detach()), (tuple(offset), tuple(whole))
                 self.names[id(p)] = name
-                if p.dim() == 3:
-                    model.fill(name, local, cfg.seed, offset[0])
+                where = region(offset, shape)
+                if p.dim() == 3:  # expert by expert
+                    for e, part in enumerate(local, offset[0]):
+                        full = torch.empty(1, *whole[1:])
+                        model.fill(name, full, cfg.seed, e)
+                        part.copy_(full[0][where[1:]])
                 elif local.numel():
                     full = torch.empty(whole)
                     model.fill(name, full, cfg.seed)
-                    local.copy_(full[tuple(slice(a, a + n) for a, n in zip(offset, shape))])
+                    local.copy_(full[where])
         return model
 
     @staticmethod
@@ -199,17 +232,17 @@ class Sharded(Parallel):
         return self.parts[self.names[id(p)]][1]
 
     def row(self, p, t: torch.Tensor, e: int) -> torch.Tensor:
-        (first, *_), (_, *shape) = self.regions[self.names[id(p)]]
+        (first, *rest), (_, *shape) = self.regions[self.names[id(p)]]
         out = torch.zeros(shape, device=t.device, dtype=t.dtype)
         if self.writes and first <= e < first + len(t):  # of several copies one is sent
-            out.copy_(t[e - first])
+            out[region(rest, t.shape[1:])] = t[e - first]
         dist.all_reduce(out)
         return out
 
     def set_row(self, p, t: torch.Tensor, e: int, value) -> None:
-        (first, *_), _ = self.regions[self.names[id(p)]]
+        (first, *rest), _ = self.regions[self.names[id(p)]]
         if first <= e < first + len(t):
-            t[e - first] = value
+            t[e - first] = value[region(rest, t.shape[1:])] if torch.is_tensor(value) else value
 
     def finite(self, grad) -> bool:
         return super().finite(grad.to_local())
@@ -238,7 +271,7 @@ def balanced(group, x, p, ids, w13, w2, back_end: str):
     came, gates = (AllToAll.apply(t, sizes, sizes, group) for t in (x[tokens], p.flatten()[order]))
     expert = torch.arange(rows, device=x.device) % len(w2)
     y = run_experts(came, gates[:, None], expert[:, None], w13, w2, back_end)
-    return torch.zeros_like(x).index_add(0, tokens, AllToAll.apply(y, sizes, sizes, group))
+    return Combine.apply(AllToAll.apply(y, sizes, sizes, group), order, *ids.shape)
 
 
 def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, int]:

@@ -23,6 +23,7 @@ from train_fsdp import Sharded, layout
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 24, "n_experts_max": 8, "router": "sigmoid"}
 KINDS = {"dense": {"tie_embeddings": False}, "moe": MOE, "hybrid": MOE | {"mod_capacity": 0.5, "mod_layers": [1]}}
+KINDS["few"] = MOE | {"n_experts_max": 6}  # neither 6 nor 3 experts divide evenly: cut along the next dimension
 BF16 = {"precision": "mixed_bf16"}
 LAYOUTS = {  # ranks, kind of model, keys
     "fsdp 2": (2, "dense", {}),
@@ -41,6 +42,8 @@ LAYOUTS = {  # ranks, kind of model, keys
     "hsdp 2 x 2": (4, "moe", {"hsdp_shard_size": 2}),
     "ep 4": (4, "moe", {"expert_parallel": 4}),
     "ep 2 x fsdp 2": (4, "moe", {"expert_parallel": 2}),
+    "few experts": (4, "few", {}),
+    "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
 }
 NIGHTLY = {"zero 2", "zero 0", "recompute", "bf16", "reduce bf16", "fsdp 2 moe", "fsdp 2 hybrid"}  # others imply them
 ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
@@ -153,7 +156,8 @@ def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
         files = [f for f in saved.manifest["files"] if f.endswith(".safetensors")]
         assert len(files) == {"base": 1, "zero 0": 1, "hsdp 2 x 2": 2}.get(name, 4 if name in WRITERS[4] else 2), name
     for ranks, names in writers.items():
-        jobs = []
+        few = keys(f"few again {len(writers)} {ranks}", "few", expert_parallel=2)
+        jobs = [{"do": "read", "config": few, "folders": [str(checkpoint.step_dir(bases["few"], 5))]}]
         for name in names:
             jobs.append({"do": "read", "config": layouts[ranks, name], "folders": [str(f) for f in folders.values()]})
             jobs.append({"do": "train", "config": layouts[ranks, name]})
@@ -176,16 +180,20 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path):
     todo = {3: ["add_expert", 0], 5: ["prune_expert", 0, 1, True], 6: ["_initialize_new_expert", [1, 5], [0, 2]]}
     todo |= {7: ["rollback_steps", 3], 8: ["adjust_batch_size", 1], 9: ["get_expert_statistics"]}
     config = keys("slots base", max_steps=14, orchestrator={"snapshot_interval": 1})
-    jobs = {name: config | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2] for name in ("fsdp 2", "ep 2")}
-    trainer = Trainer(config)
-    drive(trainer, todo)
-    assert trainer.fit() == 0
-    said = [(d["action"], d["executed"]) for d in read_lines(trainer.out / "decisions.jsonl")]
-    assert [s for s in said if s[1]] == [(t[0], True) for t in todo.values() if t[0] != "get_expert_statistics"], said
-    launch(tmp_path, [{"do": "train", "config": job, "todo": todo} for job in jobs.values()], 2)
-    for name, job in jobs.items():
+    pairs = []
+    for name, slots in (("fsdp 2", 7), ("ep 2", 8)):  # seven are cut along the next dimension
+        base = config | {"out_dir": f"{config['out_dir']} {slots}", "model": config["model"] | {"n_experts_max": slots}}
+        pairs.append((name, base, base | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2]))
+        trainer = Trainer(base)
+        drive(trainer, todo)
+        assert trainer.fit() == 0
+        said = [(d["action"], d["executed"]) for d in read_lines(trainer.out / "decisions.jsonl")]
+        wanted = [(t[0], True) for t in todo.values() if t[0] != "get_expert_statistics"]
+        assert [s for s in said if s[1]] == wanted, said
+    launch(tmp_path, [{"do": "train", "config": job, "todo": todo} for _, _, job in pairs], 2)
+    for name, base, job in pairs:
         assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
-        a, b = whole(job["out_dir"], 14), whole(config["out_dir"], 14)
+        a, b = whole(job["out_dir"], 14), whole(base["out_dir"], 14)
         assert a.keys() == b.keys(), name
         for tensor in a:
             assert (a[tensor].double() - b[tensor].double()).abs().max() <= 2e-6, (name, tensor)
