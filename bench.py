@@ -7,6 +7,8 @@ step [--rounds N] [--no-peer] [--limit S]: one training step of whole models: ou
     size, and transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one, 0: do not.
 learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE, MoD and hybrid at equal active
     parameters and tokens, from configs/quickstart.yaml. A run that --out holds already is not repeated.
+layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]: what each key of train_fsdp.py costs and spares on the
+    processes of this machine, and one process beside them: tokens/s, communication, bytes, memory.
 faults [--only ROWS] [--kinds K] [--arms A] [--out FILE] [--table] [--quick] [--healthy N]: research/stability.md's
     25 faults on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
 decisions RUN: its decisions.jsonl as a story. picture RUN: training.png of its metrics and decisions.
@@ -88,6 +90,23 @@ MODELS = {  # equal active width; step times on a GPU
     "MoE 64 x 352, top-8": {"n_experts": 64, "n_experts_per_token": 8, "d_expert": 352},
     "MoD FFN, half of every 2nd layer": {**HALF, "mod_ffn_only": True},
     "MoD block, half of every 2nd layer": HALF,
+}
+# a model of which the layouts of train_fsdp.py hold parts; 4 rows a process and micro-step
+SPREAD = {"device": "cpu", "precision": "fp32", "compile_model": False, "batch_size": 4, "save_interval": 0, "seed": 1}
+SPREAD |= {"eval_tokens": 1, "log_interval": 1000, "use_adaptive_training": False, "expert_back_end": "slices"}
+SPREAD["model"] = {"vocab_size": 4096, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff": 1024, "max_seq_len": 256}
+SPREAD["model"] |= {"n_experts": 8, "n_experts_per_token": 2, "d_expert": 256, "n_dense_layers": 1}
+LAYOUTS = {
+    "train.py, whole copies": {"zero_stage": 0},
+    "zero_stage 3": {"zero_stage": 3},
+    "zero_stage 2": {"zero_stage": 2},
+    "zero_stage 1": {"zero_stage": 1},
+    "expert_parallel 2": {"zero_stage": 3, "expert_parallel": 2},
+    "hsdp_shard_size 2": {"zero_stage": 3, "hsdp_shard_size": 2},
+    "activation_checkpointing selective": {"zero_stage": 3, "activation_checkpointing": "selective"},
+    "activation_checkpointing full": {"zero_stage": 3, "activation_checkpointing": "full"},
+    "reduce_dtype bf16": {"zero_stage": 3, "reduce_dtype": "bf16"},
+    "mixed_bf16": {"zero_stage": 3, "precision": "mixed_bf16"},
 }
 # parts of the gpu command: seconds that each may take, and all together
 PARTS = {"tests": 90, "selftest": 90, "kernels": 100, "sync": 60, "slice": 110, "models": 120, "speed": 150}
@@ -761,6 +780,142 @@ def fault_table(words: list[str]) -> int:
     return 1 if o.quick and wrong else 0
 
 
+# ---------------------------------------------------------------- what a layout costs
+
+
+def layouts(words: list[str]) -> int:
+    """Each layout is a launch of its own, in turns, a thread a process; one more launch of each for its memory."""
+    o = options(words, ranks=2, rounds=3, steps=12, only="", inside="")
+    if o.inside:
+        return layout_run(json.loads(Path(o.inside).read_text()))
+    chosen = {n: k for n, k in {"one process": {}, **LAYOUTS}.items() if not o.only or n in o.only.split(",")}
+    chosen = {n: k for n, k in chosen.items() if o.ranks >= 4 or "hsdp_shard_size" not in k}
+    runs, ones = {n: [] for n in chosen}, [n for n in chosen if "one process" in n]
+    with tempfile.TemporaryDirectory() as top:
+        faults.corpus(Path(top, "data"))
+        for n in range(o.rounds + 1):
+            for name, changes in chosen.items():
+                ranks, job, out = 1 if name in ones else o.ranks, Path(top, "job.json"), Path(top, "out.json")
+                config = SPREAD | {"data_dir": f"{top}/data", "out_dir": f"{top}/run", "max_steps": o.steps}
+                config |= {"zero_stage": 0, "batch_tokens": 2 * ranks * 4 * SPREAD["model"]["max_seq_len"]} | changes
+                job.write_text(json.dumps({"config": config, "out": str(out), "memory": n == 0}))
+                env = os.environ | {"OMP_NUM_THREADS": "1"}
+                env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
+                here = [str(Path(__file__).resolve()), "layouts", "--inside", str(job)]
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+                done = subprocess.run([*torchrun, *here], env=env, capture_output=True, text=True)
+                if not out.exists():
+                    raise UserError("E001", f"layouts: {name}: {done.stderr[-2000:]}")
+                runs[name].append(json.loads(out.read_text()))
+                out.unlink()
+    print(machine_line())
+    shape = ModelConfig(**SPREAD["model"])
+    print(f"{plan.count(plan.on_meta(shape)):,} parameters, 4 rows of {shape.max_seq_len} tokens a process, 2"
+          f" micro-steps a step; {o.ranks} processes of one thread on {os.cpu_count()} cores, gloo; {o.rounds} rounds."
+          " MB above the imports on rank 0; communicating: the share of a step, waiting for others in it")  # fmt: skip
+    base = next((r for n, r in runs.items() if n not in ones), [])
+    print("| layout | tokens/s | time a step against whole copies | communicating | MB gathered, reduced, sent (plan) |"
+          " MB while building | MB at the peak (plan) |")  # fmt: skip
+    print("|---" * 7 + "|")
+    for name, (memory, *timed) in runs.items():
+        times = [r["seconds"] for r in timed]
+        cells = [name, plan.describe(statistics.median(r["tokens"] / r["seconds"] for r in timed))]
+        cells += [ratio(times, [r["seconds"] for r in base[1:]]) if name not in ones and base else "-"]
+        cells += [f"{100 * statistics.median(r['share'] for r in timed):.0f} %"]
+        cells += [", ".join(f"{x / 1e6:.0f} ({y / 1e6:.0f})" for x, y in memory["bytes"])]
+        cells += [f"{memory['build'] / 1e6:.0f}", f"{memory['peak'] / 1e6:.0f} ({memory['plan'] / 1e6:.0f})"]
+        print(f"| {' | '.join(cells)} |")
+    return 0
+
+
+def high_water(reset: bool = False) -> int:
+    """Bytes that this process has held at most since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
+
+
+def layout_run(job: dict) -> int:
+    """Inside torchrun: rank 0's numbers of one run, as JSON. Its collectives are timed and counted where they are
+    called: what waits for the others counts as communication."""
+    import torch.distributed as dist
+
+    import train_fsdp
+
+    spent, sent, inside = [0.0], {"gather": 0, "reduce": 0, "all": 0}, [False]
+
+    def watch(name, kind):
+        real = getattr(dist, name)
+
+        def timed(*args, **kw):
+            if inside[0]:
+                return real(*args, **kw)
+            inside[0], began = True, time.perf_counter()
+            try:
+                found = real(*args, **kw)
+                return found
+            finally:
+                inside[0] = False
+                spent[0] += time.perf_counter() - began
+                tensors = [x for x in (*args, *kw.values()) if torch.is_tensor(x)]
+                sent[kind] += max(x.nbytes for x in tensors)
+
+        setattr(dist, name, timed)
+
+    for name in ("all_gather_into_tensor", "all_gather_single"):
+        watch(name, "gather") if hasattr(dist, name) else None
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce"):
+        watch(name, "reduce") if hasattr(dist, name) else None
+    watch("all_to_all_single", "all")
+    build = []
+
+    def measured(cfg):
+        parallel = train_fsdp.layout(cfg)
+        make = parallel.build
+
+        def build_it(cfg):
+            start = high_water(reset=True)
+            model = make(cfg)
+            build.append(high_water() - start)
+            return model
+
+        parallel.build = build_it
+        return parallel
+
+    with contextlib.redirect_stdout(None):
+        trainer = Trainer(job["config"], measured)
+        marks, act = [], trainer.orchestrator.act
+
+        def turn():
+            marks.append((time.perf_counter(), spent[0], dict(sent)))
+            return act()
+
+        trainer.orchestrator.act = turn
+        trainer.save = lambda *a, **k: True
+        before = high_water(reset=True) - sum(x.nbytes for x in trainer.parallel.weights(trainer.model).values())
+        trainer.fit()
+    marks = marks[2:]  # the first two steps allocate
+    steps, seconds = len(marks) - 1, marks[-1][0] - marks[0][0]
+    cfg, world = trainer.cfg, trainer.parallel.world
+    at = plan.Layout(
+        world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, 2 if cfg.reduce_dtype == "bf16" else 4
+    )
+    args = (trainer.model, at, cfg.batch_size, 2, cfg.precision, cfg.activation_checkpointing)
+    planned = plan.traffic(*args)
+    kinds = {"gather": ("all-gather",), "reduce": ("reduce-scatter", "all-reduce"), "all": ("all-to-all",)}
+    found = {"seconds": seconds / steps, "tokens": trainer.rows_per_step * cfg.model.max_seq_len, "build": build[0]}
+    found |= {"share": (marks[-1][1] - marks[0][1]) / seconds, "peak": high_water() - before}
+    found["bytes"] = []
+    for k, names in kinds.items():
+        expected = sum(m[0] * (m[1] > 1) for n in names for m in planned[n])
+        found["bytes"].append(((marks[-1][2][k] - marks[0][2][k]) / steps, expected))
+    found["plan"] = plan.rank_memory(*args)["total"]
+    if trainer.parallel.rank == 0:
+        Path(job["out"]).write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
 # ---------------------------------------------------------------- what a run decided, for people
 
 
@@ -856,7 +1011,7 @@ def picture(words: list[str]) -> int:
 
 
 COMMANDS = {"speed": speed, "decode": decode, "kernels": kernels, "step": step, "learn": learn, "gpu": gpu}
-COMMANDS |= {"faults": fault_table, "decisions": decisions, "picture": picture}
+COMMANDS |= {"layouts": layouts, "faults": fault_table, "decisions": decisions, "picture": picture}
 
 
 def main(argv: list[str]) -> int:

@@ -43,7 +43,10 @@ class Hardware:
 
 
 PCIE, ETHERNET = 32e9, 1.25e9  # bytes/s one way: 16 lanes of PCIe 4; 10 Gbit/s, assumed where a maker names no network
-HARDWARE = {  # SXM parts where there are several: PCIe ones are slower. Written from memory of the sources named
+# SXM parts where there are several: PCIe ones are slower. FLOPs, memory and bandwidth of b200 (its DGX), h200, h100,
+# a100-80gb, l40s and rtx4090 agree with the tables of the Machine Learning Engineering book (Bekman); the rest, and all
+# links and networks, are from memory of the sources named
+HARDWARE = {
     "b200": Hardware(2250e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
     "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),
     "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"),
@@ -366,9 +369,9 @@ def training_flops(model: Transformer) -> int:
 
 
 def cut(shape: tuple[int, ...], ranks: int) -> int:
-    """The dimension along which a parameter is cut into `ranks` parts: its first; experts (E, a, b) that do not divide
-    evenly along a, where that does, so that a thousand ranks can share sixty-four."""
-    return int(len(shape) == 3 and shape[0] % ranks > 0 and shape[1] % ranks == 0)
+    """The dimension along which a parameter is cut into `ranks` parts: its first; of experts' (E, a, b) the first that
+    divides evenly, so that a thousand ranks can share sixty-four experts."""
+    return next((i for i, n in enumerate(shape) if n % ranks == 0), 0) if len(shape) == 3 else 0
 
 
 class Unit(NamedTuple):

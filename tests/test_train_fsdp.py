@@ -4,6 +4,7 @@ This file is also what torchrun starts: `torchrun tests/test_train_fsdp.py JOBS`
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from conftest import ROOT, read_lines, run_python, write_yaml
 
 import checkpoint
 import train
+from bench import high_water
+from config import build_config
 from errors import UserError
 from train import Parallel, Trainer
 from train_fsdp import Sharded, layout
@@ -203,7 +206,12 @@ def test_a_rank_that_cannot_read_and_a_signal(keys, tmp_path):
     """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike."""
     names = {"shard gone": {"unreadable": [1, 3]}, "stop": {"stop_at": 4}}
     jobs = [{"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()]
+    wide = keys("wide", "dense")
+    jobs.append(
+        {"do": "build", "config": wide | {"model": wide["model"] | {"d_model": 512, "d_ff": 2048, "n_layers": 6}}}
+    )
     said = launch(tmp_path, jobs, 2)
+    assert said.count("built within its part and a unit") == 2
     assert said.count("injected: a shard changed") == 2
     for name, step in (("shard gone", 3), ("stop", 5)):
         assert max(checkpoint.list_steps(keys(name)["out_dir"])) == step
@@ -292,6 +300,23 @@ def local_parts_are_those_of(trainer, read) -> bool:
     return good
 
 
+def build(config) -> None:
+    """The memory that a rank needs to make its part of the model: no more than that and one unit, and it is half."""
+    parallel = kept(build_config(config, lambda key: "config", []))
+    for _ in range(2):  # the first time modules are loaded, too
+        before = high_water(reset=True)
+        model = parallel.build(build_config(config, lambda key: "config", []))
+        most = high_water() - before
+        part = sum(x.nbytes for x in parallel.weights(model).values())
+        block = max(sum(p.numel() * 4 for p in unit.parameters()) for unit in (*model.blocks, model.embed))
+        whole = sum(p.numel() * 4 for p in model.parameters())
+        del model
+        parallel.parts = {}
+        gc.collect()
+    assert part < 0.51 * whole and most < part + block + (4 << 20), (most, part, block, whole)
+    print("built within its part and a unit", flush=True)
+
+
 def do(job) -> None:
     config, what = job["config"], job["do"]
     if what == "train":
@@ -304,6 +329,8 @@ def do(job) -> None:
             trainer.loader.close()
             trainer.parallel.close()
         return
+    if what == "build":
+        return build(config)
     trainer = Trainer(config, kept)
     if what == "write":
         assert trainer.step == 5 and trainer.save()
