@@ -176,7 +176,7 @@ def test_detectors_go_on_where_they_were():
 
 # ---------------------------------------------------------------- idle is identical
 
-IDLE = [  # pairwise over kind, schedule, accumulation, dropout; compiled ones are nightly
+IDLE = [  # pairwise over kind, schedule, accumulation, dropout; compiled below; the full cross is nightly
     ("dense", "cosine", 1, 0.0),
     ("dense", "wsd", 2, 0.1),
     ("moe", "wsd", 1, 0.1),
@@ -206,7 +206,7 @@ def test_idle_is_identical(tiny, kind, schedule, accumulate, dropout):
     same_in_all_modes(tiny, kind, schedule, accumulate, dropout)
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.nightly)])  # compiling is slow
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_idle_is_identical_when_compiled(tiny, kind):
     found = []
     for mode in ("off", "act"):
