@@ -15,8 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, read_lines, run_python, write_yaml
+from safetensors.torch import load_file
 
 import checkpoint
+import export
+import sample
 import train
 from bench import high_water
 from config import build_config
@@ -105,7 +108,8 @@ def parts(request, keys, bases, tmp_path_factory) -> dict:
     out = {name: keys(name, kind, **changes) for name, (_, kind, changes) in LAYOUTS.items() if name not in left_out}
     for ranks in (2, 4):
         jobs = [{"do": "train", "config": out[name]} for name in out if LAYOUTS[name][0] == ranks]
-        launch(tmp_path_factory.mktemp("jobs"), jobs, ranks)
+        said = launch(tmp_path_factory.mktemp("jobs"), jobs, ranks)
+    assert said.count("of which training waited") == 2, "save_async: both times of both saves"
     return {name: config["out_dir"] for name, config in out.items()}
 
 
@@ -174,6 +178,20 @@ def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
     assert rows(again["out_dir"], "loss").keys() == set(range(6, 13)), "one process goes on where four stopped"
 
 
+def test_one_file_from_parts_without_a_moment(parts, bases, tmp_path, monkeypatch):
+    """export.py and sample.py read what two ranks wrote as they read any other run; a weight at a time, no moment."""
+    read, asked, folders = checkpoint.Checkpoint.read, [], (bases["dense"], parts["fsdp 2"])
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", lambda s, name, *a: (asked.append(name), read(s, name, *a))[1])
+    for i, folder in enumerate(folders):
+        export.to_hf(folder, tmp_path / str(i))
+    one, two = (load_file(tmp_path / str(i) / "model.safetensors") for i in range(2))
+    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() <= 2e-6 for k in one)
+    models = [sample.load(folder, device="cpu", precision="fp32")[0] for folder in folders]
+    ids = torch.arange(20)[None]
+    assert (models[0](ids) - models[1](ids)).abs().max() < 1e-4
+    assert asked and all(name.startswith("model.") for name in asked)
+
+
 # ---------------------------------------------------------------- what is done to a run
 
 
@@ -202,15 +220,24 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path):
             assert (a[tensor].double() - b[tensor].double()).abs().max() <= 2e-6, (name, tensor)
 
 
-def test_a_rank_that_cannot_read_and_a_signal(keys, tmp_path):
-    """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike."""
+def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_path):
+    """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike. A
+    checkpoint of which one rank's file is damaged is not gone on from by any."""
     names = {"shard gone": {"unreadable": [1, 3]}, "stop": {"stop_at": 4}}
     jobs = [{"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()]
     wide = keys("wide", "dense")
     jobs.append(
         {"do": "build", "config": wide | {"model": wide["model"] | {"d_model": 512, "d_ff": 2048, "n_layers": 6}}}
     )
+    shutil.copytree(parts["fsdp 2"], (damaged := keys("damaged", "dense", max_steps=12))["out_dir"])
+    file = checkpoint.step_dir(damaged["out_dir"], STEPS) / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 4
+    file.write_bytes(data)
+    jobs.append({"do": "train", "config": damaged})
     said = launch(tmp_path, jobs, 2)
+    again = [r["step"] for r in read_lines(Path(damaged["out_dir"]) / "metrics.jsonl") if "loss" in r][STEPS:]
+    assert again == list(range(6, 13)), said
     assert said.count("built within its part and a unit") == 2
     assert said.count("injected: a shard changed") == 2
     for name, step in (("shard gone", 3), ("stop", 5)):
