@@ -163,12 +163,17 @@ def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
         files = [f for f in saved.manifest["files"] if f.endswith(".safetensors")]
         assert len(files) == {"base": 1, "zero 0": 1, "hsdp 2 x 2": 2}.get(name, 4 if name in WRITERS[4] else 2), name
     for ranks, names in writers.items():
+        flipped = keys(f"flipped {len(writers)}", hsdp_shard_size=2, orchestrator={"check_interval": 2})
         few = keys(f"few again {len(writers)} {ranks}", "few", expert_parallel=2)
         jobs = [{"do": "read", "config": few, "folders": [str(checkpoint.step_dir(bases["few"], 5))]}]
+        jobs += [{"do": "train", "config": flipped, "flip": [3, 5]}] * (ranks == 4)
         for name in names:
             jobs.append({"do": "read", "config": layouts[ranks, name], "folders": [str(f) for f in folders.values()]})
             jobs.append({"do": "train", "config": layouts[ranks, name]})
         launch(tmp_path, jobs, ranks)
+        if ranks == 4:  # two copies of the weights, which are compared every second step
+            row = next(d for d in read_lines(Path(flipped["out_dir"]) / "decisions.jsonl") if d["trigger"] == "desync")
+            assert row["action"] == "rollback" and row["turn"] <= 8 and "weights differ" in row["reason"]
         for name in names:
             after, base = rows(layouts[ranks, name]["out_dir"], "loss"), rows(bases["hybrid"], "loss")
             assert after == pytest.approx({s: base[s] for s in range(6, STEPS + 1)}, abs=1e-6), name
@@ -293,14 +298,17 @@ def test_train_py_says_what_has_no_effect(keys, capsys, tmp_path):
 # ---------------------------------------------------------------- inside torchrun
 
 
-def drive(trainer, todo, unreadable=None, stop_at=None) -> None:
-    """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank, step]."""
+def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None) -> None:
+    """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank, step]; flip a bit of the
+    weights: [rank, turn]."""
     act, following, todo = trainer.orchestrator.act, trainer.loader.next, {int(k): v for k, v in (todo or {}).items()}
     last = trainer.parallel.rank == trainer.parallel.world - 1
 
     def first_that():
         if words := todo.get(trainer.orchestrator.turn + 1):
             getattr(trainer, words[0])(*words[1:])
+        if flip == [trainer.parallel.rank, trainer.orchestrator.turn + 1]:
+            trainer.weights["blocks.0.attn.wo.weight"].view(torch.int32)[0, 0] ^= 1 << 20
         return act()
 
     def next_rows():
@@ -348,7 +356,7 @@ def do(job) -> None:
     config, what = job["config"], job["do"]
     if what == "train":
         trainer = Trainer(config, kept)
-        drive(trainer, job.get("todo"), job.get("unreadable"), job.get("stop_at"))
+        drive(trainer, *(job.get(k) for k in ("todo", "unreadable", "stop_at", "flip")))
         try:
             assert trainer.fit() == 0
         except UserError as error:
