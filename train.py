@@ -128,7 +128,12 @@ class Parallel(Rows):
                 store, *_ = next(dist.rendezvous("env://"))  # they would call the dead at their addresses, and hang
                 store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             limit = timedelta(seconds=max(self.FIRST, cfg.comm_timeout))
-            dist.init_process_group(back_end, None, limit, self.world, self.rank, store)
+            try:
+                dist.init_process_group(back_end, None, limit, self.world, self.rank, store)
+            except Exception as error:
+                if not lost_peer(error):
+                    raise
+                raise UserError("E601", f"at the start: {str(error).splitlines()[0]}") from error
         self.buffer = None
 
     def rows(self) -> tuple[int, int]:

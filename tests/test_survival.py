@@ -149,6 +149,10 @@ def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
     with ThreadPoolExecutor() as pool:
         zero, one = pool.map(lambda rank: start_here(*words, RANK=str(rank), LOCAL_RANK=str(rank), **env), (0, 1))
     assert one.returncode == -9 and zero.returncode == 75 and "error E601" in zero.stderr, zero.stderr[-2000:]
+    short = "import sys, errors, train; train.Parallel.FIRST = 2; errors.command(train.main)"
+    env |= {"RANK": "0", "LOCAL_RANK": "0"}
+    waits = run_python("-c", short, words[2], "--comm_timeout", 2, "--out_dir", tmp_path / "alone", **env)
+    assert waits.returncode == 75 and "error E601: at the start" in waits.stderr, "a peer that never comes"
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["code"]) == ("restart", 75)
 
