@@ -803,7 +803,7 @@ def layouts(words: list[str]) -> int:
                 env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
                 here = [str(Path(__file__).resolve()), "layouts", "--inside", str(job)]
                 torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                done = subprocess.run([*torchrun, *here], env=env, capture_output=True, text=True)
+                done = subprocess.run([*torchrun, *here], env=env, capture_output=True, text=True, timeout=900)
                 if not out.exists():
                     raise UserError("E001", f"layouts: {name}: {done.stderr[-2000:]}")
                 runs[name].append(json.loads(out.read_text()))
@@ -858,7 +858,7 @@ def layout_run(job: dict) -> int:
                 inside[0] = False
                 spent[0] += time.perf_counter() - began
                 tensors = [x for x in (*args, *kw.values()) if torch.is_tensor(x)]
-                sent[kind] += max(x.nbytes for x in tensors)
+                sent[kind] += max(x.nbytes for x in tensors) * (1 + (name == "all_reduce"))  # there and back
 
         setattr(dist, name, timed)
 
@@ -892,7 +892,9 @@ def layout_run(job: dict) -> int:
 
         trainer.orchestrator.act = turn
         trainer.save = lambda *a, **k: True
-        before = high_water(reset=True) - sum(x.nbytes for x in trainer.parallel.weights(trainer.model).values())
+        states = [x for s in trainer.optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim()]
+        states += trainer.parallel.weights(trainer.model).values()
+        before = high_water(reset=True) - sum(x.nbytes for x in states)
         trainer.fit()
     marks = marks[2:]  # the first two steps allocate
     steps, seconds = len(marks) - 1, marks[-1][0] - marks[0][0]
@@ -900,7 +902,7 @@ def layout_run(job: dict) -> int:
     at = plan.Layout(
         world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, 2 if cfg.reduce_dtype == "bf16" else 4
     )
-    args = (trainer.model, at, cfg.batch_size, 2, cfg.precision, cfg.activation_checkpointing)
+    args = (trainer.counted, at, cfg.batch_size, 2, cfg.precision, cfg.activation_checkpointing)
     planned = plan.traffic(*args)
     kinds = {"gather": ("all-gather",), "reduce": ("reduce-scatter", "all-reduce"), "all": ("all-to-all",)}
     found = {"seconds": seconds / steps, "tokens": trainer.rows_per_step * cfg.model.max_seq_len, "build": build[0]}

@@ -73,7 +73,8 @@ class UserError(Exception):
 
 
 def command(main) -> None:
-    """Run `main(argv) -> exit code or None` as a program. Under torchrun only rank 0 speaks, and it speaks first."""
+    """Run `main(argv) -> exit code or None` as a program. Under torchrun rank 0 speaks, and first; another
+    rank only where rank 0 has nothing to say."""
     rank = int(os.environ.get("RANK", 0))
     try:
         code = main(sys.argv[1:]) or 0
@@ -84,6 +85,7 @@ def command(main) -> None:
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
             time.sleep(5)  # torchrun ends all ranks as soon as one has failed: rank 0 must have said why by then
+            print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only this rank knows
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `| head` closed our output

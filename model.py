@@ -611,7 +611,10 @@ class Transformer(nn.Module):
         for e, part in enumerate(p if p.dim() == 3 else [p], first):
             digest = hashlib.blake2b(f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            part.copy_(torch.randn(part.shape, generator=generator) * std)
+            there = part.device.type == "cpu" and part.is_contiguous() and part.dtype == torch.float32
+            value = torch.randn(part.shape, generator=generator, out=part.data if there else None).mul_(std)
+            if not there:
+                part.copy_(value)
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""

@@ -615,6 +615,7 @@ class MoD(nn.Module):
     """
 
     BCE_WEIGHT = 0.01
+    alone = True  # what is inside holds no collective: a batch of which no token is kept may leave it out
 
     def __init__(self, cfg, layer: int):
         super().__init__()
@@ -687,8 +688,9 @@ class MoD(nn.Module):
             best = torch.zeros_like(keep).scatter(1, highest(score, n), True)
             stats["agree"] = keep == best
         n = int(keep.sum(1).max())
-        if n == 0:
+        if n == 0 and self.alone:
             return torch.zeros_like(x), stats
+        n = max(1, n)
         # the chosen first, in order; behind them, in rows that keep fewer, tokens whose result is thrown away
         idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]  # (B, n)
         real = keep.gather(1, idx)

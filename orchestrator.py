@@ -455,16 +455,14 @@ class Orchestrator:
             return fresh[-1]
         t = self.trainer
         most = min(t.step if step is None else step, math.inf if last is None else last - 1)
-        found = None
-        if t.main:
-            for s in reversed([s for s in checkpoint.list_steps(t.out) if s <= most]):
-                with contextlib.suppress(UserError):
-                    saved = checkpoint.Checkpoint(checkpoint.step_dir(t.out, s))
-                    turn = saved.state.get("orchestrator", {}).get("turn", 0)
-                    if saved.state.get("clean", True) and (before is None or turn < before) and not saved.verify():
-                        found = str(saved.path)
-                        break
-        found = t.parallel.broadcast(found)
+        good = []
+        for s in [s for s in checkpoint.list_steps(t.out) if s <= most] if t.main else ():
+            with contextlib.suppress(UserError):
+                saved = checkpoint.Checkpoint(checkpoint.step_dir(t.out, s))
+                turn = saved.state.get("orchestrator", {}).get("turn", 0)
+                if saved.state.get("clean", True) and (before is None or turn < before):
+                    good.append(s)
+        found = t.newest_whole(t.parallel.broadcast(good))
         if fresh and (found is None or fresh[-1]["step"] >= checkpoint.step_of(found)):  # by hand: the newer of the two
             return fresh[-1]
         return found or (snaps[-1] if snaps else None)

@@ -34,6 +34,7 @@ class Hardware:
     """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and of one GPU."""
 
     flops: float  # FLOP/s of dense 16-bit matrix products, no sparsity
+    fp32: float  # FLOP/s in fp32, which Lumen does not round to TF32
     memory: float  # bytes
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to the other GPUs of its machine
@@ -41,24 +42,29 @@ class Hardware:
     per_node: int  # GPUs in a machine
     source: str
 
+    def peak(self, precision: str) -> float:
+        return self.fp32 if precision == "fp32" else self.flops
 
-PCIE, ETHERNET = 32e9, 1.25e9  # bytes/s one way: 16 lanes of PCIe 4; 10 Gbit/s, assumed where a maker names no network
-# SXM parts where there are several: PCIe ones are slower. FLOPs, memory and bandwidth of b200 (its DGX), h200, h100,
-# a100-80gb, l40s and rtx4090 agree with the tables of the Machine Learning Engineering book (Bekman); the rest, and all
-# links and networks, are from memory of the sources named
+
+# bytes/s one way: 16 lanes of PCIe 4; a GPU's share of 10 Gbit/s a machine, assumed where a maker names no network
+PCIE, ETHERNET = 32e9, 1.25e9 / 8
+NO_BF16 = ("v100", "t4")
+# SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of b200 (its DGX), h200,
+# h100, a100-80gb, l40s and rtx4090 agree with the tables of the Machine Learning Engineering book (Bekman); the rest,
+# and all links and networks, are from memory of the sources named
 HARDWARE = {
-    "b200": Hardware(2250e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
-    "h200": Hardware(989e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),
-    "h100": Hardware(989e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"),
-    "a100-80gb": Hardware(312e12, 80e9, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 80GB SXM and DGX A100 data sheets"),
-    "a100-40gb": Hardware(312e12, 40e9, 1.555e12, 300e9, 25e9, 8, "NVIDIA A100 40GB SXM and DGX A100 data sheets"),
-    "l40s": Hardware(362e12, 48e9, 864e9, PCIE, ETHERNET, 8, "NVIDIA L40S data sheet; network assumed"),
-    "rtx4090": Hardware(165e12, 24e9, 1008e9, PCIE, ETHERNET, 8, "NVIDIA Ada white paper; machine and network assumed"),
-    "3090": Hardware(71e12, 24e9, 936e9, PCIE, ETHERNET, 8, "NVIDIA GA102 white paper; machine and network assumed"),
-    "a10g": Hardware(70e12, 24e9, 600e9, PCIE, ETHERNET, 8, "AWS G5 page; network assumed"),
-    "v100": Hardware(125e12, 32e9, 900e9, 150e9, 6.25e9, 8, "NVIDIA V100 SXM2 and DGX-1 data sheets"),
-    "l4": Hardware(121e12, 24e9, 300e9, PCIE, ETHERNET, 8, "NVIDIA L4 data sheet; network assumed"),
-    "t4": Hardware(65e12, 16e9, 320e9, PCIE / 2, ETHERNET, 4, "NVIDIA T4 data sheet; network assumed"),
+    "b200": Hardware(2250e12, 75e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
+    "h200": Hardware(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),
+    "h100": Hardware(989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"),
+    "a100-80gb": Hardware(312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 80GB and DGX A100 data sheets"),
+    "a100-40gb": Hardware(312e12, 19.5e12, 40e9, 1.555e12, 300e9, 25e9, 8, "NVIDIA A100 40GB and DGX A100 data sheets"),
+    "l40s": Hardware(362e12, 91.6e12, 48e9, 864e9, PCIE, ETHERNET, 8, "NVIDIA L40S data sheet; network assumed"),
+    "rtx4090": Hardware(165e12, 82.6e12, 24e9, 1008e9, PCIE, ETHERNET, 8, "NVIDIA Ada paper; machine, network assumed"),
+    "3090": Hardware(71e12, 35.6e12, 24e9, 936e9, PCIE, ETHERNET, 8, "NVIDIA GA102 paper; machine, network assumed"),
+    "a10g": Hardware(70e12, 31.2e12, 24e9, 600e9, PCIE, ETHERNET, 8, "AWS G5 page; network assumed"),
+    "v100": Hardware(125e12, 15.7e12, 32e9, 900e9, 150e9, 6.25e9, 8, "NVIDIA V100 SXM2 and DGX-1 data sheets"),
+    "l4": Hardware(121e12, 30.3e12, 24e9, 300e9, PCIE, ETHERNET, 8, "NVIDIA L4 data sheet; network assumed"),
+    "t4": Hardware(65e12, 8.1e12, 16e9, 320e9, PCIE / 2, 2 * ETHERNET, 4, "NVIDIA T4 data sheet; network assumed"),
 }
 
 
@@ -533,8 +539,9 @@ def simulate(
     """Memory, traffic and seconds of a step, all of it arithmetic: nothing here was measured.
 
     seconds: compute (FLOPs at `mfu` of the peak, blocks that are made again among them, the busiest rank's experts;
-    activations that are made again are written and read once more), gathers and reductions hidden behind it where they
-    are shorter, all-to-all and the optimizer (32 bytes a parameter) not hidden.
+    activations that are made again are written and read once more); what is gathered and reduced in every micro-step is
+    hidden behind it where it is shorter, what is once a step behind the backward pass of one micro-step; train.py's
+    reduction, all-to-all and the optimizer (32 bytes a parameter) are not hidden.
     """
     cfg, steps = model.cfg, rows_per_step // (rows * layout.world)
     args = (rows, steps, precision, recompute, imbalance)
@@ -545,14 +552,17 @@ def simulate(
     if layout.expert_parallel > 1:
         experts = 18 * cfg.d_model * cfg.d_expert * model.experts_used() * sum(map(cfg.is_moe, range(cfg.n_layers)))
         again += (imbalance - 1) * experts * (4 / 3 if recompute == "block" else 1)
-    seconds = {"compute": (flops + again) * rows * cfg.max_seq_len * steps / (hw.flops * mfu)}
+    seconds = {"compute": (flops + again) * rows * cfg.max_seq_len * steps / (hw.peak(precision) * mfu)}
     remade = sum(sum(kept_bytes(cfg, rows, precision, k)["kept"]) * sign for k, sign in (("none", 2), (recompute, -2)))
     seconds["compute"] += max(0, remade) * steps / hw.bandwidth
     for name, messages in found["traffic"].items():
         seconds[name] = sum(travel(hw, n, ranks, stride, name == "all-to-all") for n, ranks, stride in messages)
     seconds["optimizer"] = 8 * found["memory"]["weights"] / hw.bandwidth
-    hidden = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
-    exposed = max(0.0, hidden - seconds["compute"])
+    each = {3: ("all-gather", "reduce-scatter"), 2: ("reduce-scatter",)}.get(layout.zero_stage, ())
+    each = sum(seconds[k] for k in each)
+    once = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"] - each
+    room = seconds["compute"] * 2 / 3 / steps if layout.shard > 1 else 0.0
+    exposed = max(0.0, each - seconds["compute"]) + max(0.0, once - room)
     seconds["step"] = seconds["compute"] + exposed + seconds["all-to-all"] + seconds["optimizer"]
     return found | {"seconds": seconds}
 
@@ -575,12 +585,14 @@ def candidates(world: int, stage: int, slots: int, rows_per_step: int, reduce_by
 
 
 def cheapest(model, world: int, stage: int, rows_per_step: int, precision: str, hw: Hardware, room: float, **assumed):
-    """The candidate that fits into `room` bytes with the shortest step (of equal ones the leanest), or None."""
+    """The candidate that fits into `room` bytes with the shortest step, or None. Of equal ones that which sends least:
+    the assumed mfu is the same for every micro-batch."""
     slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
     best, reduce_bytes = None, assumed.pop("reduce_bytes", 4)
     for layout, rows, recompute in candidates(world, stage, slots, rows_per_step, reduce_bytes):
         found = simulate(model, layout, rows, rows_per_step, precision, recompute, hw, **assumed)
-        key = (found["seconds"]["step"], found["memory"]["total"])
+        sent = sum(found["seconds"][k] for k in found["traffic"])
+        key = (found["seconds"]["step"], sent, found["memory"]["total"])
         if found["memory"]["total"] <= room and (best is None or key < best[0]):
             best = key, found
     return best and best[1]
@@ -605,7 +617,9 @@ def hardware(name: str, m: Machine, given: dict) -> Hardware:
         speed = matrix_peak(device, m.compute_dtype if key == "measured" else torch.float32)
         local = torch.cuda.device_count() if device.type == "cuda" else 1
         source = "matrices and memory measured here; network assumed"
-        base = Hardware(speed, total_memory(device), 2 * len(block) / best, PCIE, ETHERNET, local, source)
+        share = max(local, given.get("gpus_per_node", 1)) if device.type == "cpu" else 1  # processes share a CPU
+        sizes = (x / share for x in (speed, speed, total_memory(device), 2 * len(block) / best))
+        base = Hardware(*sizes, PCIE, 8 * ETHERNET / max(local, given.get("gpus_per_node", 1)), local, source)
     elif key in HARDWARE:
         base = HARDWARE[key]
     else:
@@ -670,8 +684,9 @@ def dry_run_lines(
     imbalance: float = IMBALANCE,
     disk_gb_s: float = DISK / 1e9,
     share: float = 0.92,
-) -> list[str]:
-    """The simulation of a run, a line each: parameters, mesh, memory, checkpoint, traffic, time, the cheapest way."""
+) -> tuple[list[str], dict]:
+    """The simulation of a run, a line each: parameters, mesh, memory, checkpoint, traffic, time, the cheapest way; and
+    what simulate found of that, or of the run as it is where nothing fits."""
     cfg, world, GB = model.cfg, layout.world, 1e9
     slots = (cfg.n_experts_max or cfg.n_experts) if cfg.n_experts else 0
     layout.check(slots)
@@ -700,9 +715,10 @@ def dry_run_lines(
     for kind, messages in now["traffic"].items():
         if n := sum(m[0] * (m[1] > 1) for m in messages):
             lines.append(f"traffic    {kind} {n / GB:,.1f} GB a step and rank: {s[kind]:.3g} s")
+    peak = describe(hw.peak(precision), "FLOP/s")
     lines.append(f"time       {s['step']:.3g} s a step of {tokens:,} tokens ({now['steps']} micro-steps): compute"
-                 f" {s['compute']:.3g} s at {mfu:.0%} of {describe(hw.flops, 'FLOP/s')}, optimizer {s['optimizer']:.2g}"
-                 f" s; {describe(tokens / s['step'])} tokens/s")  # fmt: skip
+                 f" {s['compute']:.3g} s at {mfu:.0%} of {peak}, optimizer {s['optimizer']:.2g} s;"
+                 f" {describe(tokens / s['step'])} tokens/s")  # fmt: skip
     days = s["step"] * max_steps / 86400
     lines.append(f"length     {max_steps:,} steps, {describe(tokens * max_steps)} tokens: {days:,.3g} days,"
                  f" {describe(days * 24 * world)} GPU-hours")  # fmt: skip
@@ -710,7 +726,7 @@ def dry_run_lines(
         f"assumed    link {hw.link / GB:g} GB/s, network {hw.network / GB:g} GB/s a GPU, {hw.per_node} in a machine:"
         f" {hw.source}",
         f"assumed    mfu {mfu:g} (torchtitan on H100: dense 8B 0.33 to 0.39, MoE 16B 0.205; Lumen's own is not known);"
-        f" gathers and reductions hide behind compute, all-to-all and optimizer do not;"
+        f" gathers and reductions hide behind the compute of their micro-step, all-to-all and optimizer do not;"
         + f" the busiest rank gets {imbalance:g} x the fair share of rows"
         * (layout.expert_parallel > 1),
     ]
@@ -725,7 +741,7 @@ def dry_run_lines(
     least = {gb: smallest(model, layout.zero_stage, rows_per_step, precision, hw, share * gb * GB) for gb in (80, 141)}
     lines.append("smallest   " + ", ".join(f"{n or 'none'} x {gb} GB" for gb, n in least.items())
                  + " hold it (powers of two that divide the batch, to 4,096)")  # fmt: skip
-    return lines
+    return lines, best or now
 
 
 def smallest(model, stage: int, rows_per_step: int, precision: str, hw: Hardware, room: float) -> int | None:
@@ -766,6 +782,7 @@ def shallow(cfg: ModelConfig, n_layers: int) -> ModelConfig:
 
 def compared_lines(seen: dict[int, dict], model: Transformer, layout, rows, precision, recompute) -> list[str]:
     """What a fake run saw at two depths (layers -> its peak) beside rank_memory, and both extended to the model."""
+    name = name_of({"layout": layout, "rows": rows, "recompute": recompute})
 
     def planned(n):
         there = model if n == whole else on_meta(shallow(model.cfg, n))
@@ -777,7 +794,7 @@ def compared_lines(seen: dict[int, dict], model: Transformer, layout, rows, prec
     text = "; ".join(f"{n} layers {saw[n] / GiB:.2f}, plan {planned(n) / GiB:.2f}" for n in (a, b))
     off = planned(whole) / far - 1
     return [
-        f"checked    on fake tensors, GiB at the peak, balanced, without moments: {text}",
+        f"checked    {name}, on fake tensors; GiB at the peak, balanced, without moments and inside of experts: {text}",
         f"checked    {whole} layers by a straight line {far / GiB:.2f}, plan {planned(whole) / GiB:.2f}: {off:+.1%}",
     ]
 

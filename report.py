@@ -74,8 +74,12 @@ class Report:
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
         say(f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}")
         say(f"attention  {cfg.attention}: {self.attention_why}")
-        need = plan.memory(m, n["total"], cfg.batch_size, cfg.precision, cfg.activation_checkpointing)
-        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k != "total")
+        steps, how = cfg.gradient_accumulation_steps, (cfg.precision, cfg.activation_checkpointing)
+        if self.parallel.layout.shard == 1:
+            need = plan.memory(m, n["total"], cfg.batch_size, *how)
+        else:
+            need = plan.rank_memory(self.counted, self.parallel.layout, cfg.batch_size, steps, *how, plan.IMBALANCE)
+        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak"))
         have = plan.total_memory(self.machine.device)
         say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
@@ -91,20 +95,25 @@ class Report:
     def simulate(self, watch=None) -> None:
         """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
         cfg, m, given = self.cfg, self.cfg.model, self.dry_run
-        world, ep = given["world_size"], cfg.expert_parallel if given["zero_stage"] else 1
-        mesh = (world, given["zero_stage"], cfg.hsdp_shard_size, ep, 2 if cfg.reduce_dtype == "bf16" else 4)
-        layout, precision = plan.Layout(*mesh), given.get("precision", cfg.precision)
+        layout, precision = self.parallel.layout, given.get("precision", cfg.precision)
         hw, mode = plan.hardware(given["hardware"], self.machine, given), cfg.activation_checkpointing
         assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {"share": cfg.target_memory}
         counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
-        for line in plan.dry_run_lines(self.counted, layout, *counts, given["hardware"], hw, **assumed):
+        lines, best = plan.dry_run_lines(self.counted, layout, *counts, given["hardware"], hw, **assumed)
+        for line in lines:
             self.say(line)
+        layout, rows, mode = best["layout"], best["rows"], best["recompute"]
         if watch is None or layout.shard == 1:
             return
         try:
             depths = plan.depths(m)
-            seen = {n: watch(dataclasses.replace(cfg, precision=precision), layout, plan.shallow(m, n)) for n in depths}
-            shown = plan.compared_lines(seen, self.counted, layout, cfg.batch_size, precision, mode)
+        except ValueError as error:
+            self.say(f"checked    not: {error}")
+            return
+        cfg = dataclasses.replace(cfg, precision=precision, batch_size=rows, activation_checkpointing=mode)
+        try:
+            seen = {n: watch(cfg, layout, plan.shallow(m, n)) for n in depths}
+            shown = plan.compared_lines(seen, self.counted, layout, rows, precision, mode)
         except Exception as error:  # a private part of torch, another in each version: the dry run goes without
             text = str(error).strip().splitlines() or ["?"]
             shown = [
@@ -335,8 +344,9 @@ class Report:
         except (OSError, ValueError):
             return {}
 
-    def write_status(self, state: str, code: int = 0, reason: str = "") -> None:
-        if self.main and self.attempt:
+    def write_status(self, state: str, code: int = 0, reason: str = "", anyone: bool = False) -> None:
+        """By rank 0, or (`anyone`) by the one rank that knows."""
+        if (self.main or anyone) and self.attempt:
             row = {"state": state, "code": code, "step": self.step, "attempt": self.attempt, "reason": reason}
             with contextlib.suppress(OSError):
                 checkpoint.write_json(self.out / "status.json", row)

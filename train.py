@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -116,6 +117,7 @@ class Parallel(Rows):
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.layout = plan.Layout(self.world)
         self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -140,11 +142,12 @@ class Parallel(Rows):
         """(index, count): which reader of the data this rank is."""
         return self.rank, self.world
 
-    def build(self, cfg: Config) -> Transformer:
-        """The model on this rank's device with its initial weights."""
+    def build(self, cfg: Config, fill: bool = True) -> Transformer:
+        """The model on this rank's device; with its initial weights, or (not `fill`) for others to be copied in."""
         with torch.device(self.device):
             model = Transformer(cfg.model)
-        model.init_weights(cfg.seed)
+        if fill:
+            model.init_weights(cfg.seed)
         return model
 
     def weights(self, model) -> dict[str, torch.Tensor]:
@@ -260,12 +263,12 @@ class Parallel(Rows):
 class Planned(Parallel):
     """One process that counts as `world`: for dry runs."""
 
-    def __init__(self, cfg: Config, world: int):
-        self.rank, self.world, self.counted, self.buffer = int(os.environ.get("RANK", 0)), 1, world, None
-        self.device = plan.machine(cfg.device, "fp32", False).device
+    def __init__(self, cfg: Config, layout: plan.Layout):
+        self.rank, self.world, self.layout, self.buffer = int(os.environ.get("RANK", 0)), 1, layout, None
+        self.device, self.alone = plan.machine(cfg.device, "fp32", False).device, layout.shard == 1
 
     def rows(self) -> tuple[int, int]:
-        return 0, self.counted
+        return 0, self.layout.world
 
 
 # ---------------------------------------------------------------- trainer
@@ -330,7 +333,8 @@ class Trainer(ByHand, Report):
 
         self.dry_run = dry_run
         if dry_run and dry_run["hardware"] != "measured":  # what this machine cannot do does not matter
-            precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else "mixed_bf16"
+            low = "mixed_fp16" if dry_run["hardware"].lower() in plan.NO_BF16 else "mixed_bf16"
+            precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
             dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
             self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
         prepare_first(self.cfg, bool(dry_run))
@@ -402,15 +406,17 @@ class Trainer(ByHand, Report):
                 if cfg.resume == "none" and (steps or (self.out / "metrics.jsonl").exists()):
                     if not cfg.overwrite:
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
-                elif steps:
-                    found = str(checkpoint.find(self.out, say=self.say).path)
+                else:
+                    found = steps
             except UserError as error:
-                if error.code == "E304":
-                    error = UserError("E303", f"{error.text}; resume: none with overwrite: true starts anew")
                 text = error
-        found, error = self.parallel.broadcast((found, text))
+        steps, error = self.parallel.broadcast((found, text))
         if error:
             raise error
+        found = self.newest_whole(steps) if steps else None
+        if steps and found is None:
+            text = f"{self.out} holds no whole checkpoint; resume: none with overwrite: true starts anew"
+            raise UserError("E303", text)
         saved = checkpoint.Checkpoint(found) if found else None
         if saved and "imported" in saved.state:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
@@ -430,6 +436,24 @@ class Trainer(ByHand, Report):
             names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
             raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
         return saved
+
+    def newest_whole(self, steps: list[int]) -> str | None:
+        """The newest checkpoint of these steps in which every byte is as it was written, None without one; each rank
+        reads its share of the files. E306 where one is newer than this program."""
+        par = self.parallel
+        for folder in (checkpoint.step_dir(self.out, step) for step in reversed(steps)):
+            try:
+                mine = checkpoint.Checkpoint(folder).verify(par.rank, par.world), None
+            except UserError as error:
+                mine = [error.text], error.code
+            rows = par.gather(mine)
+            wrong = list(dict.fromkeys(text for texts, _ in rows for text in texts))
+            if not wrong:
+                return str(folder)
+            if any(code == "E306" for _, code in rows):
+                raise UserError("E306", wrong[0])
+            self.say(f"E303: passed over {folder}: {'; '.join(wrong)}")
+        return None
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
@@ -580,18 +604,22 @@ class Trainer(ByHand, Report):
         if kept:
             return kept
         machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
-        n = plan.on_meta(m).n_params()["total"]
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
-        room = cfg.target_memory * plan.total_memory(machine.device) / local
+        have, precision = plan.total_memory(machine.device) / local, machine.precision
+        if self.dry_run and self.dry_run["hardware"] != "measured":
+            have = plan.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
+            precision = self.dry_run["precision"]
+        room, model, layout = cfg.target_memory * have, plan.on_meta(m), self.parallel.layout
         fits = [r for r in range(1, rows + 1) if rows % r == 0]
-        need = {r: plan.memory(m, n, r, machine.precision, cfg.activation_checkpointing)["total"] for r in fits}
+        how = (precision, cfg.activation_checkpointing)
+        need = {r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"] for r in fits}
         best = max((r for r in fits if need[r] <= room), default=None)
         if best is None:
             text = f"one row needs about {need[1] / 2**30:.2f} GiB, target_memory leaves {room / 2**30:.2f}"
             raise UserError(
                 "E200", f"batch_size: auto: {text}; set activation_checkpointing: block, or shorten max_seq_len"
             )
-        self.measure_memory = machine.device.type == "cuda"
+        self.measure_memory = machine.device.type == "cuda" and self.parallel.alone  # in parts no rank can try alone
         self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
         return best
 
@@ -630,7 +658,7 @@ class Trainer(ByHand, Report):
         if cfg.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
-        model = self.model = par.build(cfg)
+        model = self.model = par.build(cfg, saved is None)
         model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
         model.recompute = cfg.activation_checkpointing
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
@@ -717,7 +745,7 @@ class Trainer(ByHand, Report):
             model, state, _, _ = read_hf(path)
         else:
             saved = checkpoint.find(path, say=self.say)
-            model, state = ModelConfig(**saved.state["config"]["model"]), saved.model_state()
+            model, state = ModelConfig(**saved.state["config"]["model"]), saved
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
             free.append("n_experts_max")
@@ -727,13 +755,20 @@ class Trainer(ByHand, Report):
             raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
         slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
         mine, new = self.tensors(), slots - before
-        for name, tensor in state.items():
+        for name in state if isinstance(state, dict) else [n[6:] for n in state.tensors if n.startswith("model.")]:
+            whole = state[name] if isinstance(state, dict) else None
             if new and model.n_null_experts and name.endswith(("router.weight", "router.bias", "router.load")):
-                real, null = tensor[:before], tensor[before:]
-                tensor = torch.cat([real, tensor.new_zeros(new, *tensor.shape[1:]), null])
+                whole = state.read(f"model.{name}") if whole is None else whole
+                real, null = whole[:before], whole[before:]
+                whole = torch.cat([real, whole.new_zeros(new, *whole.shape[1:]), null])
+            shape = state.tensors[f"model.{name}"]["shape"] if whole is None else whole.shape
             for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
-                part = tensor[tuple(slice(a, a + n) for a, n in zip(offset, local.shape))]
-                local[tuple(map(slice, part.shape))].copy_(part)
+                size = [max(0, min(n, m - a)) for a, n, m in zip(offset, local.shape, shape)]  # fewer slots there
+                if math.prod(size) == 0:
+                    continue
+                where = tuple(slice(a, a + n) for a, n in zip(offset, size))
+                part = state.read(f"model.{name}", offset, size) if whole is None else whole[where]
+                local[tuple(map(slice, size))].copy_(part)
         for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
             moe.router.retired.fill_(-1)  # the steps of another run
         self.say(f"weights    from {path}")
@@ -1449,8 +1484,25 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def main(argv: list[str], parallel=Parallel, watch=None) -> int:
-    """`watch`: measures a few layers for dry runs, see train_fsdp.fake_run."""
+def refused(error: UserError | None = None) -> str:
+    """Why this launch was refused at its start, "" where it was not; with `error` that is written down. Not into
+    out_dir, which may be another run's: into a file of torchrun's process, or the one slurm/train.sbatch looks at."""
+    parent, began = os.getppid(), ""
+    with contextlib.suppress(OSError, IndexError):  # its number alone may come again
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent}-{began}.refused"
+    path = Path(os.environ.get("LUMEN_REFUSED") or own)
+    with contextlib.suppress(OSError):
+        if error is None:
+            return path.read_text() if path.stat().st_uid == os.getuid() else ""
+        if error.exit_code == 2 and "RANK" in os.environ:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+                f.write(str(error))
+    return ""
+
+
+def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
+    """For dry runs: `watch` measures a few layers, see train_fsdp.fake_run, and `check` refuses a layout."""
     cfg, _, _, flags = read_config(argv) if set(argv) - {"--help", "-h"} else (None, None, None, {"help": True})
     if flags.get("help"):
         print(help_text())
@@ -1461,21 +1513,30 @@ def main(argv: list[str], parallel=Parallel, watch=None) -> int:
         return 0
     restarts = max(int(os.environ.get(k, 0) or 0) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if restarts:  # --max-restarts and requeue restart on any failure: one that will only fail again ends here
+        status = {"state": "input_error", "code": 2, "reason": refused()}
         with contextlib.suppress(OSError, ValueError):
-            status = json.loads((Path(cfg.out_dir) / "status.json").read_text())
-            if status["state"] in ("diverged", "input_error"):
-                if rank == 0:
-                    print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
-                else:
-                    time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
-                return status["code"]
+            status = status if status["reason"] else json.loads((Path(cfg.out_dir) / "status.json").read_text())
+        if status["reason"] and status["state"] in ("diverged", "input_error"):
+            if rank == 0:
+                print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
+            return status["code"]
     if flags.get("dry_run"):
         world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
-        flags["zero_stage"] = cfg.zero_stage if watch and world > 1 else 0
-        Trainer(argv, functools.partial(Planned, world=world), flags).simulate(watch)
+        if flags["hardware"].lower() in plan.NO_BF16 and cfg.precision != "fp32":
+            cfg.precision = "mixed_fp16"
+        layout = check(cfg, world) if check else plan.Layout(world)
+        Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
-    trainer = Trainer(argv, parallel)
+    try:
+        if check:  # before data is prepared
+            check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        trainer = Trainer(argv, parallel)
+    except UserError as error:
+        refused(error)
+        raise
     if (trainer.step >= trainer.cfg.max_steps or trainer.stopped_early) and trainer.evaluated_at == trainer.step:
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")
@@ -1492,7 +1553,7 @@ def main(argv: list[str], parallel=Parallel, watch=None) -> int:
         first = (str(error).splitlines() or ["?"])[0]
         if trainer.cfg.batch_size == 1:
             text = f"step {trainer.step}, one row a micro-step: {first}"
-            trainer.write_status("input_error", 2, text)
+            trainer.write_status("input_error", 2, text, anyone=True)
             raise UserError("E200", f"{text}; try activation_checkpointing: block, or a smaller model") from error
         smaller = trainer.cfg.batch_size // 2
         hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
@@ -1501,14 +1562,18 @@ def main(argv: list[str], parallel=Parallel, watch=None) -> int:
             checkpoint.write_json(own, hint)
             own.replace(trainer.out / "oom_hint.json")
         text = f"step {trainer.step}: {first}; a restart goes on with {smaller} rows a micro-step (oom_hint.json)"
-        trainer.write_status("restart", 75, text)
+        trainer.write_status("restart", 75, text, anyone=True)
         raise UserError("E201", text) from error
     except Exception as error:
         trainer.close_writers()
         if trainer.parallel.world > 1 and lost_peer(error):
             late = "another rank hangs or cannot be reached: " * ("imed out" in str(error))
             text = f"step {trainer.step}: {late}{str(error).splitlines()[0]}"
-            trainer.write_status("restart", 75, text)
+            there = trainer.read_status()  # of the rank that was lost, if it could say why
+            if (there.get("attempt"), there.get("state")) not in [
+                (trainer.attempt, s) for s in ("input_error", "restart")
+            ]:
+                trainer.write_status("restart", 75, text)
             raise UserError("E601", text) from error
         trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
         raise

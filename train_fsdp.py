@@ -63,6 +63,7 @@ class Combine(torch.autograd.Function):
         return grad[ctx.tokens], None, None, None
 
 
+@torch.compiler.disable  # the host looks at sizes; torch 2.11 compiles that wrongly
 def exchange(group, x, p, ids, w13, w2, back_end: str):
     """run_experts where each rank of `group` holds a share of the experts, in order: (token, expert) pairs travel to
     the expert's rank, are computed and weighed there, and come back. x (T, d), p (T, K), ids (T, K) over all experts,
@@ -141,32 +142,51 @@ def units(model) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
+FP16 = "precision: mixed_fp16 does not go with train_fsdp.py; use mixed_bf16 or fp32"
+
+
+def check(cfg: Config, world: int) -> plan.Layout:
+    """How the keys lay the model on `world` ranks; UserError E002 where they do not go together."""
+    if world == 1:
+        return plan.Layout()
+    if cfg.cpu_offload:
+        raise UserError("E002", "cpu_offload: not supported: never measured; zero_stage 3 over more ranks does it")
+    if not cfg.zero_stage:
+        given = {"hsdp_shard_size": 0, "expert_parallel": 1, "reduce_dtype": "fp32"}
+        if wrong := [key for key, default in given.items() if getattr(cfg, key) != default]:
+            raise UserError("E002", f"zero_stage: 0 keeps whole copies on all ranks, so it takes no {', '.join(wrong)}")
+        return plan.Layout(world)
+    if cfg.precision == "mixed_fp16":
+        raise UserError("E002", FP16)
+    slots = (cfg.model.n_experts_max or cfg.model.n_experts) if cfg.model.n_experts else 0
+    bytes_sent = 2 if cfg.reduce_dtype == "bf16" else 4
+    return plan.Layout(world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, bytes_sent).check(slots)
+
+
 class Sharded(Parallel):
     """train.Parallel with the model in parts. The optimizer works on this rank's parts, as plain tensors."""
 
     alone = False
 
     def __init__(self, cfg: Config):
-        world, size, ep = int(os.environ.get("WORLD_SIZE", 1)), cfg.hsdp_shard_size, cfg.expert_parallel
-        slots = (cfg.model.n_experts_max or cfg.model.n_experts) if cfg.model.n_experts else 0
-        layout = plan.Layout(world, cfg.zero_stage, size, ep).check(slots)
-        if cfg.cpu_offload:
-            raise UserError("E002", "cpu_offload: not supported: never measured; zero_stage 3 over more ranks does it")
-        if cfg.precision == "mixed_fp16":
-            raise UserError("E002", "precision: mixed_fp16 does not go with train_fsdp.py; use mixed_bf16 or fp32")
+        layout = check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         super().__init__(cfg)
-        self.stage, kind = cfg.zero_stage, self.device.type
+        self.layout, self.stage, kind = layout, cfg.zero_stage, self.device.type
         self.dense, self.sparse = meshes(kind, layout)
         self.replicas = self.dense.size(0) if self.dense.ndim == 2 else 1
         self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0
 
-    def build(self, cfg: Config) -> Transformer:
-        """Made on the meta device, sharded, and filled part by part: no rank ever holds more than one whole matrix, and
-        the weights are those that one process would begin with."""
+    def build(self, cfg: Config, fill: bool = True) -> Transformer:
+        """Made on the meta device, sharded, and filled part by part: beside its part no rank holds more than one whole
+        matrix, and the weights are those that one process would begin with."""
+        if cfg.precision == "mixed_fp16":  # auto may have become that
+            raise UserError("E002", FP16)
         with torch.device("meta"):
             model = Transformer(cfg.model)
         parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(cfg))
         model.to_empty(device=self.device)
+        for mod in model.sparse_layers("mod").values():
+            mod.alone = False
         for moe in model.sparse_layers("moe").values():
             for name, value in moe.router.first_buffers().items():
                 getattr(moe.router, name).copy_(value)
@@ -186,6 +206,8 @@ class Sharded(Parallel):
                 self.parts[name], self.regions[name] = (p, local.detach()), (tuple(offset), tuple(whole))
                 self.names[id(p)] = name
                 where = region(offset, shape)
+                if not fill:
+                    continue
                 if p.dim() == 3:  # expert by expert
                     for e, part in enumerate(local, offset[0]):
                         full = torch.empty(1, *whole[1:])
@@ -316,11 +338,11 @@ def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, 
 
 def layout(cfg: Config) -> Parallel:
     """zero_stage 0, and a single process, are train.py's."""
-    return Sharded(cfg) if cfg.zero_stage and int(os.environ.get("WORLD_SIZE", 1)) > 1 else Parallel(cfg)
+    return Sharded(cfg) if check(cfg, int(os.environ.get("WORLD_SIZE", 1))).zero_stage else Parallel(cfg)
 
 
 def main(argv: list[str]) -> int:
-    return train.main(argv, layout, fake_run)
+    return train.main(argv, layout, fake_run, check)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What several test files share: a tiny dataset, a tiny configuration, runs as processes of their own."""
 
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two processes share two cores here
@@ -17,6 +20,93 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+HANGS = 900  # seconds a test may take
+
+# ---------------------------------------------------------------- no test hangs, none leaves a process behind
+
+MARK = None  # in the environment of all that this pytest process starts
+HELPERS = ("resource_tracker", "forkserver", "compile_worker")  # they end when their parent does
+LEFT = []  # command lines of processes that outlived the tests
+STDERR = []  # a copy from before a test's output is captured, else the traceback of one that hangs is lost
+
+
+def pytest_configure():
+    """Not at import: ranks import this file too, and what they start is to bear the mark of the tests. A worker of
+    pytest-xdist comes here by itself and has a mark of its own."""
+    global MARK
+    MARK = f"LUMEN_TESTS={os.getpid()}-{time.time_ns()}"
+    os.environ["LUMEN_TESTS"] = MARK.partition("=")[2]
+    STDERR.append(os.dup(2))
+
+
+def orphans() -> dict[int, str]:
+    """pid -> command line of what tests started and nobody waits for; torchrun's ranks are in sessions of their own, so
+    the environment alone tells. /proc shows that of the exec: never this process, nor pytest-xdist's."""
+    found = {}
+    if MARK is None or sys.platform != "linux":
+        return found
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        folder = Path("/proc", pid)
+        try:
+            if MARK.encode() not in (folder / "environ").read_bytes().split(b"\0"):
+                continue
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # it has ended, or is another user's
+            continue
+        if os.getpid() not in (int(pid), parent) and not any(name in line for name in HELPERS):
+            found[int(pid)] = line
+    return found
+
+
+def end_orphans(patience: float = 0) -> list[str]:
+    """Kills those that have not ended after so many seconds; what they were."""
+    until, killed = time.time() + patience, {}
+    while (left := orphans()) and time.time() < until:
+        time.sleep(0.1)
+    until = time.time() + 10
+    while left and time.time() < until:
+        killed |= left
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        time.sleep(0.05)
+        left = orphans()
+    return [f"{pid}: {line}" for pid, line in killed.items()]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    if not session.config.pluginmanager.hasplugin("dsession"):  # else pytest-xdist's controller, whose workers look
+        LEFT.extend(end_orphans(10))
+    if hasattr(session.config, "workeroutput"):  # a worker's exit status and output go nowhere
+        session.config.workeroutput["left"] = LEFT
+    if LEFT:
+        session.exitstatus = session.exitstatus or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    LEFT.extend((getattr(node, "workeroutput", None) or {}).get("left", []))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if LEFT:
+        terminalreporter.section("processes that outlived the tests, killed", red=True)
+        terminalreporter.write_line("\n".join(LEFT))
+
+
+@pytest.fixture(autouse=True)
+def ends():
+    """A test that hangs ends with a traceback of all threads, and its pytest process with it."""
+    faulthandler.dump_traceback_later(HANGS, exit=True, file=STDERR[0])
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+# ---------------------------------------------------------------- data, runs
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +152,22 @@ def fingerprint(out_dir, step: int) -> dict:
     return {k: v["sha256"] for k, v in files.items() if k != "state.json"} | {k: state[k] for k in names}
 
 
+def run(command: list, timeout: float, **options) -> subprocess.CompletedProcess:
+    """Past the time limit all that it started ends with it."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    except subprocess.TimeoutExpired:
+        end_orphans()
+        raise
+
+
 def run_python(*words, ranks: int = 0, timeout: int = 120, **env) -> subprocess.CompletedProcess:
     """`python words...`, or torchrun with so many ranks, from the root of the checkout."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.run(
-        [*launcher, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    return run([*launcher, *map(str, words)], timeout, cwd=ROOT, env=env)
 
 
 def write_yaml(path: Path, keys: dict) -> Path:

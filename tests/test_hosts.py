@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fingerprint, losses, read_lines, write_yaml
+from conftest import ROOT, fingerprint, losses, read_lines, run, write_yaml
 
 SCONTROL = """#!/bin/bash
 case $1 in
@@ -35,21 +35,23 @@ for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
 exit ${code:-0}
 """
 SCRIPT = """
-import json, os, sys, time
+import os, sys, yaml
 if sys.argv[-1] == "--print_config":
-    print("a: 1\\nout_dir: " + os.environ["OUT"])
+    yaml.safe_dump({"a": 1, "out_dir": os.environ["OUT"]}, sys.stdout)
     sys.exit(int(sys.argv[1] == "bad.yaml") * 2)
 """
 TORCHRUN = """#!/bin/bash
 [ "$SLURM_NODEID" = 0 ] || exit 0
 [ -z "$STEP" ] || mkdir -p "$OUT/step_$STEP"
 [ -z "$STATUS" ] || echo "$STATUS" > "$OUT/status.json"
+[ -z "$REFUSED" ] || echo "$REFUSED" > "$LUMEN_REFUSED"
 exit 1
 """
 
 
 # TERM to all that was started, which torchrun hands on to its workers; then KILL. Generous: machines are busy
 LIMIT = ("timeout", "-k", "40", "400")
+LONGEST = 460  # LIMIT's, and some to end
 
 
 def port() -> int:
@@ -68,12 +70,13 @@ def stand_ins(folder: Path, **commands) -> dict:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC"))}
     env |= {"PATH": f"{folder}:{python}:{env['PATH']}", "STAND_IN": str(folder), "TMPDIR": str(folder)}
     env |= {"SLURM_JOB_ID": str(port()), "SLURM_JOB_NODELIST": "localhost,elsewhere", "SLURM_NNODES": "2"}
+    env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}  # below LIMIT's 40: no torchrun dies before its workers
     return env | {"SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
 
 
 def batch(cwd: Path, env: dict, *words, **more) -> subprocess.CompletedProcess:
     command = [*LIMIT, "bash", str(ROOT / "slurm/train.sbatch"), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, env=env | more, capture_output=True, text=True)
+    return run(command, LONGEST, cwd=cwd, env=env | more)
 
 
 # what status.json says at the end of srun (None: nothing new), how often the job comes back, exit code, what is said
@@ -88,17 +91,22 @@ ENDS = {
     "a bug": ("stopped", 1, "KeyError", [1, 2, 2], 1, "3 deaths without a new checkpoint (stopped 1: KeyError)"),
     "full disk": ("finished", 4, "no room", [1, 2, 2], 1, "3 deaths without a new checkpoint (finished 4: no room)"),
     "died at once": (None, 0, "", [1, 2, 2], 1, "3 deaths without a new checkpoint (ended before it began"),
+    "refused": (None, 0, "", [0], 2, "not requeued: E112: no such mesh"),
+    "refused by a restart": ("running", 0, "", [0], 2, "not requeued: E112: no such mesh"),
+    "refused, finished": ("finished", 0, "", [0], 0, "finished"),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_status_decides_whether_the_job_comes_back(tmp_path, name):
     state, code, reason, requeued, ended, said = ENDS[name]
-    env = stand_ins(tmp_path / "bin", torchrun=TORCHRUN) | {"OUT": str(tmp_path / "an out"), "STEP": "", "STATUS": ""}
-    (tmp_path / "an out").mkdir()
-    (tmp_path / "an out/status.json").write_text(
-        json.dumps({"state": "stopped", "code": 0, "reason": "", "attempt": 7})
-    )
+    out = tmp_path / ("été, " + "in words that YAML folds " * 4)  # and quotes, and escapes
+    env = stand_ins(tmp_path / "bin", torchrun=TORCHRUN) | {"OUT": str(out), "STEP": "", "STATUS": ""}
+    env |= {"REFUSED": "E112: no such mesh" if "refused" in name else ""}
+    out.mkdir()
+    (out / "status.json").write_text(json.dumps({"state": "stopped", "code": 0, "reason": "", "attempt": 7}))
+    refused = tmp_path / f"slurm-{env['SLURM_JOB_ID']}.refused"
+    refused.write_text("by an earlier start")
     (tmp_path / "train.py").write_text(SCRIPT)
     for attempt, count in enumerate(requeued, 8):
         row = {"state": state, "code": code, "step": 9, "attempt": attempt, "reason": reason}
@@ -107,6 +115,7 @@ def test_status_decides_whether_the_job_comes_back(tmp_path, name):
         assert len(calls.read_text().split() if calls.exists() else []) == count, result.stdout + result.stderr
         assert set(calls.read_text().split() if count else []) <= {env["SLURM_JOB_ID"]}
     assert result.returncode == ended and said in result.stdout, result.stdout + result.stderr
+    assert not refused.exists()
 
 
 def test_deaths_with_progress_between_them_are_not_counted(tmp_path):
@@ -130,7 +139,7 @@ def test_bad_input_is_said_before_anything_starts(tmp_path):
 def test_shellcheck_finds_nothing():
     if not (shellcheck := shutil.which("shellcheck")):
         pytest.skip("shellcheck is not installed")
-    result = subprocess.run([shellcheck, ROOT / "slurm/train.sbatch"], capture_output=True, text=True)
+    result = run([shellcheck, ROOT / "slurm/train.sbatch"], 60)
     assert result.returncode == 0, result.stdout
 
 
@@ -181,7 +190,7 @@ def whole(shards, tmp_path_factory) -> dict:
         for node in map(str, range(nodes)):
             words = [*LIMIT, *two, "bash", "-c", line]
             started.append(subprocess.Popen(words, env=env | {"SLURM_NODEID": node}, **options))
-        said = "".join(host.communicate()[0] for host in started)
+        said = "".join(host.communicate(timeout=LONGEST)[0] for host in started)
         assert [host.returncode for host in started] == [0] * nodes, said[-5000:]
     return done
 
@@ -258,7 +267,7 @@ def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank
     finally:
         for process in started:
             process.kill()
-        assert "ASLEEP" in asleep.communicate()[0]
+        assert "ASLEEP" in asleep.communicate(timeout=20)[0]
 
 
 # ---------------------------------------------------------------- two hosts
@@ -293,7 +302,7 @@ class Host:
         while (network := network_of(self.holder.pid)) in (None, network_of("self")):
             if self.holder.poll() is not None or time.time() > until:
                 self.holder.kill()
-                raise OSError(self.holder.communicate()[1].decode().strip())
+                raise OSError(self.holder.communicate(timeout=20)[1].decode().strip())
             time.sleep(0.01)
         self.network = network
         self.inside = ("nsenter", "-t", str(self.holder.pid), "-n")

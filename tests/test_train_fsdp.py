@@ -48,10 +48,21 @@ LAYOUTS = {  # ranks, kind of model, keys
     "hsdp 2 x 2": (4, "moe", {"hsdp_shard_size": 2}),
     "ep 4": (4, "moe", {"expert_parallel": 4}),
     "ep 2 x fsdp 2": (4, "moe", {"expert_parallel": 2}),
+    "compiled": (2, "moe", {"expert_parallel": 2, "compile_model": True}),
+    "hsdp, zero 1": (4, "dense", {"hsdp_shard_size": 2, "zero_stage": 1}),
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
 }
-NIGHTLY = {"zero 2", "zero 0", "recompute", "bf16", "reduce bf16", "fsdp 2 moe", "fsdp 2 hybrid"}  # others imply them
+NIGHTLY = {
+    "zero 2",
+    "compiled",
+    "zero 0",
+    "recompute",
+    "bf16",
+    "reduce bf16",
+    "fsdp 2 moe",
+    "fsdp 2 hybrid",
+}  # others imply them
 ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
 STEPS = 10
 
@@ -240,6 +251,8 @@ def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_pat
     data[-9] ^= 4
     file.write_bytes(data)
     jobs.append({"do": "train", "config": damaged})
+    for name, more in (("none kept", {"expert_parallel": 2}), ("none kept bf16", BF16)):
+        jobs.append({"do": "train", "config": keys(name, "hybrid", max_steps=2, **more), "none_kept": 1})
     said = launch(tmp_path, jobs, 2)
     again = [r["step"] for r in read_lines(Path(damaged["out_dir"]) / "metrics.jsonl") if "loss" in r][STEPS:]
     assert again == list(range(6, 13)), said
@@ -279,6 +292,7 @@ def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_p
         ({"expert_parallel": 4, "kind": "dense"}, "expert_parallel: 4 does not divide the 0 experts"),
         ({"expert_parallel": 2, "hsdp_shard_size": 2}, "do not go together"),
         ({"cpu_offload": True}, "cpu_offload"),
+        ({"zero_stage": 0, "expert_parallel": 2, "kind": "moe"}, "zero_stage: 0 keeps whole copies .* expert_parallel"),
         ({"precision": "mixed_fp16"}, "mixed_fp16"),
     ],
 )
@@ -287,6 +301,22 @@ def test_meshes_that_cannot_be_are_refused_before_anything_starts(keys, changes,
     with pytest.raises(UserError, match=text) as error:
         Trainer(keys("refused", **changes), layout)
     assert error.value.code == "E002" and not dist.is_initialized()
+
+
+def test_a_refused_launch_says_so_once_and_is_not_restarted(keys, parts, tmp_path):
+    """What only fails again is not tried again by --max-restarts, nor is the run in out_dir said to have failed."""
+    other = keys("fsdp 2", "dense", grad_clip=0.4) | {"model": keys("x", "dense")["model"] | {"n_layers": 3}}
+    before = (Path(other["out_dir"]) / "status.json").read_bytes()
+    for config, text in (
+        (keys("mesh", hsdp_shard_size=3), "does not divide the 2 ranks"),
+        (other, "n_layers: 2 there"),
+    ):
+        path = write_yaml(tmp_path / "c.yaml", config)
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+        result = run_python(*words, ROOT / "train_fsdp.py", path, timeout=100)
+        assert result.returncode and result.stderr.count("error E") == 1, result.stderr[-3000:]
+        assert text in result.stderr and result.stderr.count("not restarted: E") == 1
+    assert (Path(other["out_dir"]) / "status.json").read_bytes() == before
 
 
 def test_train_py_says_what_has_no_effect(keys, capsys, tmp_path):
@@ -298,9 +328,11 @@ def test_train_py_says_what_has_no_effect(keys, capsys, tmp_path):
 # ---------------------------------------------------------------- inside torchrun
 
 
-def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None) -> None:
+def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kept=None) -> None:
     """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank, step]; flip a bit of the
-    weights: [rank, turn]."""
+    weights: [rank, turn]; none_kept: a rank whose MoD layers let no token through while evaluating."""
+    for mod in trainer.mod.values() if trainer.parallel.rank == none_kept else ():
+        mod.predictor.register_forward_hook(lambda m, i, out: out - 1e4)
     act, following, todo = trainer.orchestrator.act, trainer.loader.next, {int(k): v for k, v in (todo or {}).items()}
     last = trainer.parallel.rank == trainer.parallel.world - 1
 
@@ -356,7 +388,7 @@ def do(job) -> None:
     config, what = job["config"], job["do"]
     if what == "train":
         trainer = Trainer(config, kept)
-        drive(trainer, *(job.get(k) for k in ("todo", "unreadable", "stop_at", "flip")))
+        drive(trainer, *(job.get(k) for k in ("todo", "unreadable", "stop_at", "flip", "none_kept")))
         try:
             assert trainer.fit() == 0
         except UserError as error:
