@@ -157,7 +157,7 @@ class Orchestrator:
     COOL = 200  # turns after a rollback in which only what is observed, not what is inferred, brings another
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
     SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
-    SAVED = f"{SAVED} alarm advised reason".split()
+    SAVED = f"{SAVED} alarm advised reason regain".split()
     OUTCOME = 100  # turns after which a rollback is judged
 
     def __init__(self, trainer, replay: list[dict] | None = None):
@@ -171,6 +171,7 @@ class Orchestrator:
         self.alarm, self.todo, self.warned = None, [], -self.AGAIN
         self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
         self.went_back, self.skipped = 0, deque(maxlen=self.SKIPS[0] + 1)  # the last turn that did; turns dropped
+        self.regain, self.recent = None, deque(maxlen=8)  # what the loss must be again after a rollback; the last ones
         self.knobs, self.due, self.next_id = {}, [], 1
         self.read_to = self.taken = self.sized = 0  # of control.jsonl: carried out, read, size when read
         self.unbalanced, self.failures, self.letting = {}, {}, False
@@ -357,10 +358,29 @@ class Orchestrator:
         """The turn from which on a loss may bring a rollback: what was gone back to gets the time to settle."""
         return self.rollbacks[-1] + self.COOL if self.rollbacks else 0
 
+    def regain_by(self, half: float, recover) -> None:
+        """Go back next turn; by the end of the cool-down half of what had been learned must be there again."""
+
+        def do():
+            recover()
+            self.regain = half if self.went_back == self.turn else None
+
+        self.todo.append(do)
+
     def follow(self, seen: dict) -> None:
         """The divergence detector, and the patience that most spikes deserve."""
         c, turn, a = self.course, seen["turn"], self.alarm
         until = max(turn + self.WAIT, self.cool())
+        self.recent.append(seen["loss"])
+        if a is None and self.regain is not None and turn >= self.cool():
+            half, level, self.regain = self.regain, statistics.median(self.recent), None
+            if level > half:
+                onset = self.rollbacks[-1]
+                said = f"what was lost is not back: the loss is {level:.3f}, {half:.3f}"
+                self.alarm = {"turn": turn, "onset": onset, "until": turn, "half": half, "acting": True}
+                said += f" would be half of it, {turn - onset} steps after a rollback"
+                self.regain_by(half, lambda: self.recover("divergence", onset, 0.91, "rule", said))
+                return
         c.add(turn, seen["loss"])
         if a is None:
             if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
@@ -394,7 +414,7 @@ class Orchestrator:
             elif turn >= a["until"]:
                 a["acting"] = True
                 said = f"what was learned is lost: the loss is {c.level():.3f}, half of it would be {a['half']:.3f}"
-                self.todo.append(lambda: self.recover("divergence", a["onset"], 0.91, "rule", said))
+                self.regain_by(a["half"], lambda: self.recover("divergence", a["onset"], 0.91, "rule", said))
             return
         now, floor = c.excess(5), c.floor()
         a["peak"] = max(a["peak"], now)
@@ -768,7 +788,8 @@ class Orchestrator:
             self.due.remove(d)
             if d["kind"] == "rollback":
                 again = any(r > d["turn"] - self.OUTCOME for r in self.rollbacks)
-                verdict = "did not hold" if again or self.alarm else "helped"
+                gone = self.regain is not None and statistics.median(self.recent) > self.regain
+                verdict = "did not hold" if again or self.alarm or gone else "helped"
                 self.outcome(d["id"], verdict, excess=self.course.excess(7), floor=self.course.floor())
             elif d["kind"] == "drop":
                 more = sum(x > d["turn"] - self.OUTCOME for x in self.skipped)
@@ -918,6 +939,7 @@ class Orchestrator:
         out |= {
             "streak": int(self.streak),
             "bad_turns": list(self.bad_turns),
+            "recent": list(self.recent),
             "skipped": list(self.skipped),
             "alarm": self.alarm,
             "reason": self.reason,
@@ -927,13 +949,14 @@ class Orchestrator:
     def load(self, s: dict) -> None:
         """Detectors go on where they were: a resumed run is not blind."""
         for name in (*self.SAVED, "turn"):
-            setattr(self, name, s[name])
+            setattr(self, name, s.get(name, getattr(self, name)))
         self.course.load(s["course"])
         self.taken, self.sized = self.read_to, -1
         if self.alarm:
             self.alarm.pop("acting", None)  # it had been decided and not done yet
         self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
+        self.recent.extend(s.get("recent", ()))
         self.skipped.extend(s.get("skipped", ()))
         self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys
         self.streak.fill_(s["streak"])

@@ -30,13 +30,15 @@ LEFT = []  # command lines of processes that outlived the tests
 STDERR = []  # a copy from before a test's output is captured, else the traceback of one that hangs is lost
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Not at import: ranks import this file too, and what they start is to bear the mark of the tests. A worker of
     pytest-xdist comes here by itself and has a mark of its own."""
     global MARK
     MARK = f"LUMEN_TESTS={os.getpid()}-{time.time_ns()}"
     os.environ["LUMEN_TESTS"] = MARK.partition("=")[2]
     STDERR.append(os.dup(2))
+    if getattr(config.option, "maxworkerrestart", "") is None:
+        config.option.maxworkerrestart = "0"  # else a test that hangs has eight more workers to do it again
 
 
 def orphans() -> dict[int, str]:

@@ -139,9 +139,9 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
 
 
 def dry(capsys, *words) -> str:
-    from train_fsdp import fake_run, layout
+    import train_fsdp
 
-    assert train.main([*map(str, words), "--dry_run"], layout, fake_run) == 0
+    assert train_fsdp.main([*map(str, words), "--dry_run"]) == 0
     return capsys.readouterr().out
 
 

@@ -489,6 +489,21 @@ def test_a_young_run_that_loses_all_goes_back(tiny):
     assert actions(healthy) == [] and abs(trainer.val_loss - healthy.val_loss) < 0.3
 
 
+def test_what_does_not_come_back_after_a_rollback_stops_the_run(tiny):
+    """The cause is still there, a rate far too high: a loss that only stays where it began must not count as healed."""
+
+    def for_ever(trainer):
+        trainer.orchestrator.knobs["lr_scale"] = 300.0
+
+    with pytest.raises(UserError, match="E301") as error:
+        run(keys := tiny(**LONG | {"max_steps": 400}), at={40: for_ever})
+    rows = [d for d in read_lines(f"{keys['out_dir']}/decisions.jsonl") if d.get("trigger") == "divergence"]
+    rows = [d for d in rows if d["level"]]
+    assert [d["action"] for d in rows] == ["rollback", "rollback", "stop"], rows
+    assert 200 <= rows[2]["turn"] - rows[1]["turn"] <= 202 and "is not back" in rows[2]["reason"]
+    assert error.value.exit_code == 3
+
+
 def test_a_spike_that_heals_is_left_alone(tiny):
     def spike(trainer):
         saved = tensors(trainer)
