@@ -873,9 +873,9 @@ def layout_run(job: dict) -> int:
         parallel = train_fsdp.layout(cfg)
         make = parallel.build
 
-        def build_it(cfg):
+        def build_it(cfg, fill):
             start = high_water(reset=True)
-            model = make(cfg)
+            model = make(cfg, fill)
             build.append(high_water() - start)
             return model
 
