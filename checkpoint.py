@@ -258,23 +258,29 @@ def best_step(out_dir) -> int | None:
         return None
 
 
+def folders(path, best: bool = False) -> list[Path]:
+    """The step folders of a run (or its best one), newest first, or the one given itself; not looked into. E304."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError("E304", f"{path} does not exist")
+    if STEP.fullmatch(path.name):
+        return [path]
+    if best:
+        if (step := best_step(path)) is None:
+            raise UserError("E304", f"{path} has no readable best.json: no evaluation has named a best step")
+        return [step_dir(path, step)]
+    if not (steps := list_steps(path)):
+        raise UserError("E304", f"{path} holds no checkpoint")
+    return [step_dir(path, s) for s in reversed(steps)]
+
+
 def find(path, best: bool = False, say=print) -> Checkpoint:
     """The newest complete and verified checkpoint of a run (or its best one), or the step folder given itself.
 
     A damaged one is named and passed over. UserError E304 when none is left, E303 when the one asked for is damaged.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError("E304", f"{path} does not exist")
-    if STEP.fullmatch(path.name):
-        steps, asked = [path], True
-    elif best:
-        if (step := best_step(path)) is None:
-            raise UserError("E304", f"{path} has no readable best.json: no evaluation has named a best step")
-        steps, asked = [step_dir(path, step)], True
-    else:
-        steps, asked = [step_dir(path, s) for s in reversed(list_steps(path))], False
-    for folder in steps:
+    asked = best or STEP.fullmatch(Path(path).name)
+    for folder in folders(path, best):
         try:
             checkpoint = Checkpoint(folder)
             wrong = checkpoint.verify()
@@ -287,7 +293,7 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
         if asked:
             raise UserError("E303", f"{folder}: {'; '.join(wrong)}")
         say(f"E303: passed over {folder}: {'; '.join(wrong)}")
-    raise UserError("E304", f"{path} holds no {'whole ' if steps else ''}checkpoint")
+    raise UserError("E304", f"{path} holds no whole checkpoint")
 
 
 def main(argv: list[str]) -> int:

@@ -558,16 +558,20 @@ def run(o) -> Book:
             raise UserError("E002", f"faults: no {', '.join(unknown)}; there are: {', '.join(there)}")
     book = Book(o.out)
     if o.healthy:
-        work(book.path, (), (), (), False, o.healthy)
+        work(book.path, (), (), (), steps=o.healthy)
     elif not o.table:
-        parts = [(only or list(FAULTS), arms, [kind], o.quick) for kind in kinds]
+        rows = only or list(FAULTS)
+        parts = [(rows, arms, [kind]) for kind in kinds]
+        if o.quick:  # two halves; the fault-free runs cost as much as SEEDS rows
+            half = min((len(rows) + SEEDS) // 2, len(rows) - 1)
+            parts = [(rows[half:], arms, kinds, 1), (rows[:half], arms, kinds, 1, False)]
         side_by_side(book, parts) if len(parts) > 1 else work(book.path, *parts[0])
     return Book(o.out)
 
 
 def side_by_side(book: Book, parts: list) -> None:
-    """Each kind of model in a process and with a file of its own, which this one then takes in."""
-    files, running = [Path(f"{book.path}.{part[2][0]}") for part in parts], []
+    """Each part (arguments of work) in a process and with a file of its own, which this one then takes in."""
+    files, running = [Path(f"{book.path}.{i}") for i in range(len(parts))], []
     for part, file in zip(parts, files):
         if not file.exists():  # else it goes on where it was
             checkpoint.write_json(file, book.data)
@@ -584,7 +588,8 @@ def side_by_side(book: Book, parts: list) -> None:
         file.unlink()
 
 
-def work(path: Path, rows, arms, kinds, quick: bool, steps: int = 0) -> None:
+def work(path: Path, rows, arms, kinds, times: int = 2, seeds: bool = True, steps: int = 0) -> None:
+    """What the rows need, at so many times (late, early); seeds: fault-free runs, too, for sigma; or healthy steps."""
     torch.set_num_threads(1)
     book = Book(path)
     with tempfile.TemporaryDirectory() as top:
@@ -593,10 +598,10 @@ def work(path: Path, rows, arms, kinds, quick: bool, steps: int = 0) -> None:
         if steps:
             healthy(book, top, steps)
         for row in rows:
-            arms_of(book, top, row, arms, kinds, quick)
+            arms_of(book, top, row, arms, kinds, times, seeds)
 
 
-def arms_of(book: Book, top: str, row: str, arms: list, kinds: list, quick: bool) -> None:
+def arms_of(book: Book, top: str, row: str, arms: list, kinds: list, times: int, seeds: bool) -> None:
     """The runs of a row, and before them those that they are held against."""
 
     def go(row, kind, arm, when, seed=FAULT_RUN["seed"]):
@@ -614,10 +619,10 @@ def arms_of(book: Book, top: str, row: str, arms: list, kinds: list, quick: bool
     if "scene" in fault.when and "dense" in kinds:
         go(row, "dense", "act", "scene")
     for kind in (k for k in kinds if k in fault.kinds and "scene" not in fault.when):
-        for i in range(SEEDS):
+        for i in range(SEEDS if seeds else 0):
             go("24", kind, "off", "late", FAULT_RUN["seed"] + i)
         off = go(row, kind, "off", "late") if "off" in arms or not fault.lasts else {}
-        for when in fault.when[: 1 if quick else 2] if "act" in arms else ():
+        for when in fault.when[:times] if "act" in arms else ():
             if fault.exact:
                 go("0", kind, "act", when)
             go(row, kind, "act", when)

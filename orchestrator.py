@@ -482,7 +482,7 @@ class Orchestrator:
                 turn = saved.state.get("orchestrator", {}).get("turn", 0)
                 if saved.state.get("clean", True) and (before is None or turn < before):
                     good.append(s)
-        found = t.newest_whole(t.parallel.broadcast(good))
+        found = t.newest_whole([checkpoint.step_dir(t.out, s) for s in reversed(t.parallel.broadcast(good))])
         if fresh and (found is None or fresh[-1]["step"] >= checkpoint.step_of(found)):  # by hand: the newer of the two
             return fresh[-1]
         return found or (snaps[-1] if snaps else None)

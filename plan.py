@@ -50,8 +50,8 @@ class Hardware:
 PCIE, ETHERNET = 32e9, 1.25e9 / 8
 NO_BF16 = ("v100", "t4")
 # SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of b200 (its DGX), h200,
-# h100, a100-80gb, l40s and rtx4090 agree with the tables of the Machine Learning Engineering book (Bekman); the rest,
-# and all links and networks, are from memory of the sources named
+# h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine Learning Engineering (Bekman); v100, l4,
+# t4, NVLink (2 to 5) and InfiniBand (HDR, NDR) with other public ones; a10g's and 3090's matrices are from memory
 HARDWARE = {
     "b200": Hardware(2250e12, 75e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"),
     "h200": Hardware(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"),

@@ -413,7 +413,7 @@ class Trainer(ByHand, Report):
         steps, error = self.parallel.broadcast((found, text))
         if error:
             raise error
-        found = self.newest_whole(steps) if steps else None
+        found = self.newest_whole([checkpoint.step_dir(self.out, s) for s in reversed(steps)]) if steps else None
         if steps and found is None:
             text = f"{self.out} holds no whole checkpoint; resume: none with overwrite: true starts anew"
             raise UserError("E303", text)
@@ -437,11 +437,11 @@ class Trainer(ByHand, Report):
             raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
         return saved
 
-    def newest_whole(self, steps: list[int]) -> str | None:
-        """The newest checkpoint of these steps in which every byte is as it was written, None without one; each rank
-        reads its share of the files. E306 where one is newer than this program."""
+    def newest_whole(self, folders: list[Path]) -> str | None:
+        """The first of these checkpoints in which every byte is as it was written, None without one; each rank reads
+        its share of the files. E306 where one is newer than this program."""
         par = self.parallel
-        for folder in (checkpoint.step_dir(self.out, step) for step in reversed(steps)):
+        for folder in folders:
             try:
                 mine = checkpoint.Checkpoint(folder).verify(par.rank, par.world), None
             except UserError as error:
@@ -679,7 +679,7 @@ class Trainer(ByHand, Report):
         if saved is not None:
             self.parallel.together(self.load, saved)
         elif cfg.init_from:
-            self.parallel.together(self.load_weights, cfg.init_from)
+            self.load_weights(cfg.init_from)
         if self.measure_memory:
             self.probe()
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
@@ -739,13 +739,22 @@ class Trainer(ByHand, Report):
 
     def load_weights(self, path: str) -> None:
         """init_from: the weights only, of one of our runs or of a Hugging Face folder; schedule and data start anew."""
-        if (Path(path) / "config.json").is_file():
+        par = self.parallel
+        if par.broadcast((Path(path) / "config.json").is_file()):
             from export import read_hf  # only here: nothing else in training knows foreign formats
 
-            model, state, _, _ = read_hf(path)
+            model, state, _, _ = par.together(read_hf, path)
         else:
-            saved = checkpoint.find(path, say=self.say)
-            model, state = ModelConfig(**saved.state["config"]["model"]), saved
+            folders = par.broadcast(par.together(lambda: checkpoint.folders(path) if self.main else None))
+            if (found := self.newest_whole(folders)) is None:
+                raise UserError("E303", f"init_from {path} holds no whole checkpoint")
+            state = par.together(checkpoint.Checkpoint, found)
+            model = ModelConfig(**state.state["config"]["model"])
+        par.together(self.take_weights, path, model, state)
+        self.say(f"weights    from {path}")
+
+    def take_weights(self, path: str, model: ModelConfig, state) -> None:
+        """The rows of a state dict or checkpoint that are this rank's. E305 where the models do not go together."""
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
             free.append("n_experts_max")
@@ -771,7 +780,6 @@ class Trainer(ByHand, Report):
                 local[tuple(map(slice, size))].copy_(part)
         for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
             moe.router.retired.fill_(-1)  # the steps of another run
-        self.say(f"weights    from {path}")
 
     def open_files(self) -> None:
         """Rank 0: this process owns out_dir now."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -123,6 +124,17 @@ def test_gpu_parts_run_on_the_cpu(capsys):
         assert error.value.code == "E003"
 
 
+def test_what_a_layout_costs(capsys, monkeypatch):
+    """Two launches of two ranks: what they gather and reduce is what the plan says they do."""
+    monkeypatch.setitem(bench.SPREAD, "model", bench.SPREAD["model"] | {"n_layers": 2, "max_seq_len": 64})
+    assert bench.main(["layouts", "--only", "zero_stage 3", "--rounds", "1", "--steps", "4"]) == 0
+    cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == "zero_stage 3" and 0 < float(cells[3].split()[0]) < 100
+    sent = re.findall(r"(\d+) \((\d+)\)", cells[4])
+    assert all(a == b for a, b in sent) and int(sent[0][0]) > int(sent[1][0]) > 10, cells
+    assert sent[2] == ("0", "0"), "no expert travels"
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -148,6 +160,8 @@ def small(monkeypatch, tmp_path):
 
 
 def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
+    # in turn, and in this process: a new one would not see the sizes of `small`
+    monkeypatch.setattr(faults, "side_by_side", lambda book, parts: [faults.work(book.path, *p) for p in parts])
     words = ("--quick", "--only", "5,8,7,24")
     runs = small(*words)["runs"]
     table = capsys.readouterr().out
@@ -183,7 +197,7 @@ def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     for kind in ("dense", "moe"):
         book.data["runs"] |= {f"24/{kind}/off/late/{1337 + i}": run for i in range(faults.SEEDS)}
         book.data["runs"][f"24/{kind}/act/late/1337"] = run
-    faults.checkpoint.write_json(f"{out}.moe", book.data)  # a part that had been done
+    faults.checkpoint.write_json(f"{out}.1", book.data)  # a part that had been done
     faults.checkpoint.write_json(
         out, book.data | {"runs": {k: r for k, r in book.data["runs"].items() if "moe" not in k}}
     )
@@ -191,7 +205,7 @@ def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     assert bench.main(words) == 0 and sorted(tmp_path.iterdir()) == [out]
     assert "late, act: 2 of 2 as expected" in capsys.readouterr().out
     assert json.loads(out.read_text()) == book.data
-    (tmp_path / "faults.json.moe").write_text('{"plan": 0, "runs": {}}')
+    (tmp_path / "faults.json.1").write_text('{"plan": 0, "runs": {}}')
     with pytest.raises(UserError, match="a part of it failed"):
         bench.main(words)
 

@@ -213,14 +213,19 @@ def test_one_file_from_parts_without_a_moment(parts, bases, tmp_path, monkeypatc
 # ---------------------------------------------------------------- what is done to a run
 
 
-def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path):
+# of which seven are cut along the next dimension
+SLOTS = {2: {"fsdp 2": 7, "ep 2": 8}, 4: {"hsdp 2 x 2": 7, "ep 2 x fsdp 2": 8}}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, ranks):
     """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go back to a snapshot in
-    parts, moments too."""
+    parts, moments too. And init_from takes such a run's weights into a model with more slots."""
     todo = {3: ["add_expert", 0], 5: ["prune_expert", 0, 1, True], 6: ["_initialize_new_expert", [1, 5], [0, 2]]}
     todo |= {7: ["rollback_steps", 3], 8: ["adjust_batch_size", 1], 9: ["get_expert_statistics"]}
-    config = keys("slots base", max_steps=14, orchestrator={"snapshot_interval": 1})
+    config = keys(f"slots base {ranks}", max_steps=14, orchestrator={"snapshot_interval": 1})
     pairs = []
-    for name, slots in (("fsdp 2", 7), ("ep 2", 8)):  # seven are cut along the next dimension
+    for name, slots in SLOTS[ranks].items():
         base = config | {"out_dir": f"{config['out_dir']} {slots}", "model": config["model"] | {"n_experts_max": slots}}
         pairs.append((name, base, base | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2]))
         trainer = Trainer(base)
@@ -229,10 +234,20 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path):
         said = [(d["action"], d["executed"]) for d in read_lines(trainer.out / "decisions.jsonl")]
         wanted = [(t[0], True) for t in todo.values() if t[0] != "get_expert_statistics"]
         assert [s for s in said if s[1]] == wanted, said
-    launch(tmp_path, [{"do": "train", "config": job, "todo": todo} for _, _, job in pairs], 2)
+    fresh = {"max_steps": 2, "init_from": (first := pairs[0][1])["out_dir"], "out_dir": f"{first['out_dir']} and on"}
+    fresh = alone(first | fresh | {"model": first["model"] | {"n_experts_max": 8}})
+    jobs = [{"do": "train", "config": job, "todo": todo} for _, _, job in pairs]
+    pairs.append(("init_from", fresh, fresh | {"out_dir": f"{fresh['out_dir']} {ranks}", "expert_parallel": ranks}))
+    damaged = pairs[-1][2] | {"out_dir": str(tmp_path / "none"), "init_from": str(tmp_path / "step_00000014")}
+    shutil.copytree(checkpoint.step_dir(first["out_dir"], 14), damaged["init_from"])
+    file = next(Path(damaged["init_from"]).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    refused, again = {"do": "refused", "config": damaged, "code": "E303"}, {"do": "train", "config": pairs[-1][2]}
+    assert launch(tmp_path, [*jobs, refused, again], ranks).count("refused: init_from") == ranks
     for name, base, job in pairs:
-        assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
-        a, b = whole(job["out_dir"], 14), whole(base["out_dir"], 14)
+        if name != "init_from":
+            assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
+        a, b = (whole(c["out_dir"], base["max_steps"]) for c in (job, base))
         assert a.keys() == b.keys(), name
         for tensor in a:
             assert (a[tensor].double() - b[tensor].double()).abs().max() <= 2e-6, (name, tensor)
@@ -401,6 +416,11 @@ def do(job) -> None:
         return
     if what == "build":
         return build(config)
+    if what == "refused":
+        with pytest.raises(UserError, match=job["code"]) as error:
+            Trainer(config, kept)
+        print(f"refused: {error.value.text}", flush=True)
+        return
     trainer = Trainer(config, kept)
     if what == "write":
         assert trainer.step == 5 and trainer.save()
