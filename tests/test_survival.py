@@ -29,6 +29,7 @@ import checkpoint
 import errors
 import loader
 import train
+import train_fsdp
 from errors import UserError
 from train import Parallel, Trainer
 
@@ -157,17 +158,34 @@ def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
     assert (status["state"], status["code"]) == ("restart", 75)
 
 
-@pytest.mark.parametrize("deaths", [[IN_A_SAVE], pytest.param([IN_A_STEP, IN_A_SAVE], marks=pytest.mark.nightly)])
-def test_dead_ranks_are_restarted_and_nothing_changes(scenes, tmp_path, shards, deaths):
-    """A rank dies, in a step or amid a save; torchrun starts both anew, and again."""
+@pytest.fixture(scope="module")
+def unhurt(scenes, shards, tmp_path_factory) -> dict:
+    """The folder of a run of two ranks without a fault: train.py's and train_fsdp.py's."""
+    out = tmp_path_factory.mktemp("parts") / "whole"
+    path = write_yaml(out.parent / "c.yaml", run_keys(shards, out))
+    assert start_here("parts", "[[]]", path, launcher=two_ranks()).returncode == 0
+    return {"main": scenes["top"] / "whole", "parts": out}
+
+
+@pytest.mark.parametrize(
+    "mode, deaths",
+    [
+        ("main", [IN_A_SAVE]),
+        ("parts", [IN_A_STEP]),
+        pytest.param("main", [IN_A_STEP, IN_A_SAVE], marks=pytest.mark.nightly),
+        pytest.param("parts", [IN_A_SAVE, IN_A_STEP], marks=pytest.mark.nightly),
+    ],
+)
+def test_dead_ranks_are_restarted_and_nothing_changes(unhurt, tmp_path, shards, mode, deaths):
+    """A rank dies, in a step or amid a save; torchrun starts both anew, and again; train_fsdp.py's too."""
     keys = run_keys(shards, tmp_path / "run")
     words = [json.dumps([*deaths, []]), write_yaml(tmp_path / "c.yaml", keys)]
-    result = start_here("main", *words, launcher=two_ranks(max_restarts=len(deaths)))
+    result = start_here(mode, *words, launcher=two_ranks(max_restarts=len(deaths)))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     rows = [r for r in read_lines(tmp_path / "run/metrics.jsonl") if "loss" in r]
     first = {a: [r["step"] for r in rows if r["attempt"] == a][0] for a in range(1, len(deaths) + 2)}
     assert first == {1: 1, **{a: 5 for a in range(2, len(deaths) + 2)}}, "from the checkpoint at 4, each time"
-    same_as_unhurt(tmp_path / "run", scenes["top"] / "whole")
+    same_as_unhurt(tmp_path / "run", unhurt[mode])
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["step"], status["attempt"]) == ("finished", STEPS, len(deaths) + 1)
 
@@ -287,12 +305,13 @@ def test_a_disk_full_to_the_last_byte(shards, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("place", ["evaluate", "write", "commit"])
 @pytest.mark.parametrize("number", [TERM, INT])
-def test_torchrun_is_told_to_stop(scenes, tmp_path, shards, place, number):
+@pytest.mark.parametrize("mode", ["main", "parts"])
+def test_torchrun_is_told_to_stop(unhurt, tmp_path, shards, place, number, mode):
     """The signal goes to torchrun, which hands it on; TERM to it at a moment when its ranks evaluate or save."""
     keys, marker = run_keys(shards, tmp_path / "run"), tmp_path / "here"
     path = write_yaml(tmp_path / "c.yaml", keys)
     faults = [[rank, place, 4, "wait", str(marker), 3] for rank in (0, 1)]
-    command = [sys.executable, *two_ranks(), "tests/test_survival.py", "main", json.dumps([faults]), str(path)]
+    command = [sys.executable, *two_ranks(), "tests/test_survival.py", mode, json.dumps([faults]), str(path)]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.time() + 60
@@ -304,9 +323,9 @@ def test_torchrun_is_told_to_stop(scenes, tmp_path, shards, place, number):
     step = 4 if place == "evaluate" else 5
     assert (status["state"], status["step"]) == ("stopped", step), out[-3000:]
     assert checkpoint.list_steps(tmp_path / "run")[-1] == step
-    result = start_here("main", "[[]]", path, launcher=two_ranks())
+    result = start_here(mode, "[[]]", path, launcher=two_ranks())
     assert result.returncode == 0, result.stderr[-3000:]
-    same_as_unhurt(tmp_path / "run", scenes["top"] / "whole")
+    same_as_unhurt(tmp_path / "run", unhurt[mode])
 
 
 @pytest.mark.nightly
@@ -520,11 +539,11 @@ def main(mode, *words) -> None:
         jobs(*words)
     if mode == "kill":
         kill(*words)
-    if mode == "main":  # as train.py runs, with the faults of this restart
+    if mode in ("main", "parts"):  # as train.py or train_fsdp.py runs, with the faults of this restart
         install()
         HERE["faults"] = json.loads(words[0])[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
         sys.argv = ["train.py", *words[1:]]
-        errors.command(lambda argv: train.main(argv, Halves))
+        errors.command(lambda argv: train.main(argv, Halves if mode == "main" else train_fsdp.layout))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # as errors.command does: gloo's threads can abort a process that has done all its work
