@@ -789,6 +789,8 @@ def layouts(words: list[str]) -> int:
     if o.inside:
         return layout_run(json.loads(Path(o.inside).read_text()))
     chosen = {n: k for n, k in {"one process": {}, **LAYOUTS}.items() if not o.only or n in o.only.split(",")}
+    if unknown := [n for n in o.only.split(",") if n and n not in chosen]:
+        raise UserError("E002", f"layouts: no {', '.join(unknown)}; there are: one process, {', '.join(LAYOUTS)}")
     left_out = {"hsdp_shard_size"} if o.ranks < 4 else set()
     if not {"avx512_bf16", "amx_bf16"} & set(plan.cpu_flags()):
         left_out.add("precision")

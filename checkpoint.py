@@ -205,12 +205,15 @@ class Checkpoint:
         wrong = []
         for name, want in list(self.manifest["files"].items())[part::of]:
             file = self.path / name
-            if not file.exists():
+            try:
+                if (size := file.stat().st_size) != want["size"]:
+                    wrong.append(f"{name} has {size} bytes instead of {want['size']}")
+                elif sha256(file) != want["sha256"]:
+                    wrong.append(f"{name} has another sha256")
+            except FileNotFoundError:
                 wrong.append(f"{name} is missing")
-            elif file.stat().st_size != want["size"]:
-                wrong.append(f"{name} has {file.stat().st_size} bytes instead of {want['size']}")
-            elif sha256(file) != want["sha256"]:
-                wrong.append(f"{name} has another sha256")
+            except OSError as error:
+                wrong.append(f"{name} cannot be read: {error}")
         return wrong
 
     def size(self) -> int:

@@ -89,12 +89,12 @@ class Config:
     zero_stage: int = 3  # 3: weights in parts, gathered for use; 2: once a step; 1: and gradients summed once; 0: whole
     hsdp_shard_size: int = 0  # ranks that share one copy of the weights (of one machine, say); 0: all
     expert_parallel: int = 1  # ranks that share the experts of a layer among them; tokens travel to them
-    cpu_offload: bool = False  # keep weights and moments in the host's memory
+    cpu_offload: bool = False  # true is refused: not there, never measured
     reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
-    init_from: str | None = None  # start from the weights of a run, a step folder or a Hugging Face folder
+    init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     use_adaptive_training: bool = True  # false: orchestrator.mode off
     orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys, see below
@@ -323,6 +323,9 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         refuse("auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one")
     if not 0 <= cfg.min_auto_epochs <= cfg.max_auto_epochs or not cfg.max_auto_epochs or cfg.chinchilla_multiplier <= 0:
         refuse("min_auto_epochs", "0 <= min_auto_epochs <= max_auto_epochs and chinchilla_multiplier > 0 are expected")
+    if cfg.cpu_offload:
+        text = "true: not there, as its cost was never measured; more ranks at zero_stage: 3, expert_parallel and"
+        refuse("cpu_offload", f"{text} activation_checkpointing: block need less memory each")
     if cfg.zero_stage > 3:
         refuse("zero_stage", f"{cfg.zero_stage} is not 0, 1, 2 or 3")
     if not 0 < cfg.target_memory <= 1:

@@ -333,12 +333,14 @@ class Layout:
         world, size, ep = self.world, self.hsdp_shard_size, self.expert_parallel
         if size and world % size:
             raise UserError("E002", f"hsdp_shard_size: {size} does not divide the {world} ranks")
+        if size == 1 and self.zero_stage:
+            raise UserError("E002", "hsdp_shard_size: 1 leaves nothing to share: that is zero_stage: 0")
         if world % ep:
             raise UserError("E002", f"expert_parallel: {ep} does not divide the {world} ranks")
         if ep > 1 and (not slots or slots % ep):
             raise UserError("E002", f"expert_parallel: {ep} does not divide the {slots} experts of a layer")
         if ep > 1 and 0 < size < world:
-            raise UserError("E002", "expert_parallel and hsdp_shard_size do not go together: drop one")
+            raise UserError("E002", "expert_parallel and hsdp_shard_size do not go together (never built): drop one")
         return self
 
     @property

@@ -279,7 +279,7 @@ STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
 NUMBERS = f"{NUMBERS} best_parts".split()
-SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "cpu_offload", "reduce_dtype")
+SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
@@ -340,8 +340,9 @@ class Trainer(ByHand, Report):
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
-        if self.parallel.alone and self.cfg.zero_stage:
-            given = [key for key in SHARDING if key in self.written]
+        self.longest = self.patience = max(self.parallel.FIRST, self.cfg.comm_timeout)  # seconds ranks wait for others
+        if self.parallel.alone:  # zero_stage 0 is what this is
+            given = [key for key in SHARDING if key in self.written and (key, self.cfg.zero_stage) != ("zero_stage", 0)]
             notes += [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"] if given else []
         self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
@@ -408,6 +409,13 @@ class Trainer(ByHand, Report):
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
                 else:
                     found = steps
+                    for step in reversed(steps):  # before minutes are spent on every byte of another model's run
+                        try:
+                            newest = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step))
+                        except UserError:
+                            continue
+                        self.same_run(newest)
+                        break
             except UserError as error:
                 text = error
         steps, error = self.parallel.broadcast((found, text))
@@ -418,24 +426,22 @@ class Trainer(ByHand, Report):
             text = f"{self.out} holds no whole checkpoint; resume: none with overwrite: true starts anew"
             raise UserError("E303", text)
         saved = checkpoint.Checkpoint(found) if found else None
-        if saved and "imported" in saved.state:
+        if saved:
+            self.same_run(saved)
+        return saved
+
+    def same_run(self, saved: checkpoint.Checkpoint) -> None:
+        """E300, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
+        if "imported" in saved.state:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
-        if saved is None:
-            return None
-        now = self.model_written
-        try:  # keys that are newer than the checkpoint have their defaults
-            written = saved.state.get("model_written") or saved.state["config"]["model"]
-            model = dataclasses.asdict(ModelConfig(**written))
-        except (TypeError, ValueError) as error:
-            raise UserError("E306", f"{saved.path}: {error}") from error
+        now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
         differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
         if differ:
             raise UserError("E305", f"{saved.path}: model keys differ: {'; '.join(differ)}")
-        if saved.state["fingerprints"] != self.fingerprints and not cfg.allow_data_change:
+        if saved.state["fingerprints"] != self.fingerprints and not self.cfg.allow_data_change:
             was = saved.state["fingerprints"]
             names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
             raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
-        return saved
 
     def newest_whole(self, folders: list[Path]) -> str | None:
         """The first of these checkpoints in which every byte is as it was written, None without one; each rank reads
@@ -748,8 +754,8 @@ class Trainer(ByHand, Report):
             folders = par.broadcast(par.together(lambda: checkpoint.folders(path) if self.main else None))
             if (found := self.newest_whole(folders)) is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
-            state = par.together(checkpoint.Checkpoint, found)
-            model = ModelConfig(**state.state["config"]["model"])
+            state = checkpoint.Checkpoint(found)
+            model = model_of(state)
         par.together(self.take_weights, path, model, state)
         self.say(f"weights    from {path}")
 
@@ -970,7 +976,8 @@ class Trainer(ByHand, Report):
             self.step += 1
             self.cursor += self.rows_per_step
             if self.step == self.started_at + 1:
-                par.set_patience(cfg.comm_timeout)
+                self.patience = cfg.comm_timeout
+                par.set_patience(self.patience)
             due = (cfg.save_interval and self.step % cfg.save_interval == 0) or self.step >= cfg.max_steps
             if par.device.type == "cpu" or due or (cfg.eval_interval and self.step % cfg.eval_interval == 0):
                 seen = self.drain() or seen  # the CPU has nothing to overlap; a save must not leave a step half counted
@@ -1299,7 +1306,7 @@ class Trainer(ByHand, Report):
             self.best_step = self.step  # nothing to compare by: the last is the best
         if self.main:
             shutil.rmtree(folder, ignore_errors=True)
-        par.agree([0])  # nobody writes before the old one is gone
+        par.set_patience(self.longest)  # a disk takes its time; and nobody writes before the old one is gone
         pieces = {}
         for name, tensor in self.tensors().items():
             own = [(shape, offset, local) for offset, shape, local, writes in par.pieces(name, tensor) if writes]
@@ -1312,7 +1319,10 @@ class Trainer(ByHand, Report):
         writing.stall = time.perf_counter() - began
         self.clock += writing.stall
         self.lap("checkpoint")
-        return self.end_save() if wait else True
+        if wait:
+            return self.end_save()
+        par.set_patience(self.patience)
+        return True
 
     def end_save(self) -> bool:
         """Wait for what is being written, agree, and give it its name."""
@@ -1320,6 +1330,7 @@ class Trainer(ByHand, Report):
             return True
         self.lap("other")
         w, self.writing, par, began = self.writing, None, self.parallel, time.perf_counter()
+        par.set_patience(self.longest)
         if w.is_alive():
             w.join()
         error = w.error
@@ -1333,6 +1344,7 @@ class Trainer(ByHand, Report):
             except OSError as e:
                 error = f"{type(e).__name__}: {e}"
         failed = par.agree([error is not None])[0]
+        par.set_patience(self.patience)
         self.unsaved = bool(failed)
         if failed:
             said = "; ".join(e for e in par.gather(error) if e)
@@ -1415,6 +1427,14 @@ class Trainer(ByHand, Report):
             self.loader.close()
         self.close_writers()
         self.parallel.close()
+
+
+def model_of(saved: checkpoint.Checkpoint, key: str = "") -> ModelConfig:
+    """The model that a checkpoint holds; keys that are newer than it have their defaults. E306."""
+    try:
+        return ModelConfig(**(saved.state.get(key) or saved.state["config"]["model"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError("E306", f"{saved.path}: {type(error).__name__}: {error}") from error
 
 
 def to_host(numbers: torch.Tensor) -> tuple:

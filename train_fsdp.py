@@ -149,8 +149,6 @@ def check(cfg: Config, world: int) -> plan.Layout:
     """How the keys lay the model on `world` ranks; UserError E002 where they do not go together."""
     if world == 1:
         return plan.Layout()
-    if cfg.cpu_offload:
-        raise UserError("E002", "cpu_offload: not supported: never measured; zero_stage 3 over more ranks does it")
     if not cfg.zero_stage:
         given = {"hsdp_shard_size": 0, "expert_parallel": 1, "reduce_dtype": "fp32"}
         if wrong := [key for key, default in given.items() if getattr(cfg, key) != default]:
@@ -158,6 +156,8 @@ def check(cfg: Config, world: int) -> plan.Layout:
         return plan.Layout(world)
     if cfg.precision == "mixed_fp16":
         raise UserError("E002", FP16)
+    if cfg.reduce_dtype == "bf16" and (cfg.zero_stage == 1 or 0 < cfg.hsdp_shard_size < world):
+        raise UserError("E002", "reduce_dtype: bf16 would also sum micro-steps in bf16 with zero_stage 1 or HSDP")
     slots = (cfg.model.n_experts_max or cfg.model.n_experts) if cfg.model.n_experts else 0
     bytes_sent = 2 if cfg.reduce_dtype == "bf16" else 4
     return plan.Layout(world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, bytes_sent).check(slots)
@@ -177,8 +177,8 @@ class Sharded(Parallel):
         self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0
 
     def build(self, cfg: Config, fill: bool = True) -> Transformer:
-        """Made on the meta device, sharded, and filled part by part: beside its part no rank holds more than one whole
-        matrix, and the weights are those that one process would begin with."""
+        """Made on the meta device, sharded, and filled part by part: beside its part a rank holds one unit (a block) at
+        a time, gathered, and the weights are those that one process would begin with."""
         if cfg.precision == "mixed_fp16":  # auto may have become that
             raise UserError("E002", FP16)
         with torch.device("meta"):

@@ -126,6 +126,14 @@ def test_every_preset_is_there_and_in_the_readme():
     assert {name for name, *_, ran in rows if ran == "never"} == NEVER_RUN
 
 
+@pytest.mark.parametrize("name", ["b1", "b7", "b14"])
+def test_the_gpus_that_the_readme_names_hold_the_preset(name):
+    cfg = read_config([str(ROOT / f"configs/{name}.yaml")])[0]
+    model, rows = plan.on_meta(cfg.model), cfg.batch_tokens // cfg.model.max_seq_len
+    found = [plan.smallest(model, 3, rows, "mixed_bf16", plan.HARDWARE["h100"], 0.92 * gb * 1e9) for gb in (80, 141)]
+    assert re.search(rf"\| `{name}` \|.*\| {found[0]} / {found[1]} \|", (ROOT / "README.md").read_text()), found
+
+
 def test_lunaris_yaml_is_as_its_readme_has_it():
     keys = yaml.safe_load((ROOT / "configs/lunaris_moe.yaml").read_text())
     assert keys.pop("prepare")  # instead of its data_dir

@@ -138,6 +138,7 @@ def test_two_ranks_agree_and_lose_nothing(scenes, name):
 
 
 IN_A_STEP, IN_A_SAVE = [[1, "rows", 6, "signal", 9]], [[0, "manifest.json", 8, "signal", 9]]
+SLOW_DISK = [[1, "write", 4, "wait", os.devnull, 12]]
 
 
 def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
@@ -174,11 +175,13 @@ def unhurt(scenes, shards, tmp_path_factory) -> dict:
         ("parts", [IN_A_STEP]),
         pytest.param("main", [IN_A_STEP, IN_A_SAVE], marks=pytest.mark.nightly),
         pytest.param("parts", [IN_A_SAVE, IN_A_STEP], marks=pytest.mark.nightly),
+        pytest.param("main", [SLOW_DISK + IN_A_STEP], marks=pytest.mark.nightly),
     ],
 )
 def test_dead_ranks_are_restarted_and_nothing_changes(unhurt, tmp_path, shards, mode, deaths):
-    """A rank dies, in a step or amid a save; torchrun starts both anew, and again; train_fsdp.py's too."""
-    keys = run_keys(shards, tmp_path / "run")
+    """A rank dies, in a step or amid a save; torchrun starts both anew, and again; train_fsdp.py's too. A save that is
+    longer than comm_timeout is not taken for a death."""
+    keys = run_keys(shards, tmp_path / "run", **{"comm_timeout": 8} if SLOW_DISK[0] in deaths[0] else {})
     words = [json.dumps([*deaths, []]), write_yaml(tmp_path / "c.yaml", keys)]
     result = start_here(mode, *words, launcher=two_ranks(max_restarts=len(deaths)))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
