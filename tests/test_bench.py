@@ -126,12 +126,14 @@ def test_gpu_parts_run_on_the_cpu(capsys):
 
 def test_what_a_layout_costs(capsys, monkeypatch):
     """Two launches of two ranks: what they gather and reduce is what the plan says they do."""
-    monkeypatch.setitem(bench.SPREAD, "model", bench.SPREAD["model"] | {"n_layers": 2, "max_seq_len": 64})
+    monkeypatch.setitem(
+        bench.SPREAD, "model", bench.SPREAD["model"] | {"n_layers": 2, "max_seq_len": 64, "d_model": 192}
+    )
     assert bench.main(["layouts", "--only", "zero_stage 3", "--rounds", "1", "--steps", "4"]) == 0
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     assert cells[0] == "zero_stage 3" and 0 < float(cells[3].split()[0]) < 100
     sent = re.findall(r"(\d+) \((\d+)\)", cells[4])
-    assert all(a == b for a, b in sent) and int(sent[0][0]) > int(sent[1][0]) > 10, cells
+    assert all(a == b for a, b in sent) and int(sent[0][0]) > int(sent[1][0]) > 3, cells
     assert sent[2] == ("0", "0"), "no expert travels"
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -132,6 +133,22 @@ def test_a_missing_piece_is_not_made_up(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="E303.*model.a"):
         checkpoint.Checkpoint(folder).read("model.a")
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    """A bad sector is damage like any other: it does not end the process that looks for the newest whole one."""
+    for step in (1, 2):
+        save(tmp_path, step, tensors())
+    real, said = checkpoint.sha256, []
+
+    def failing(path):
+        if str(path).endswith("step_00000002/rank_00000.safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    assert checkpoint.find(tmp_path, say=said.append).step == 1
+    assert "rank_00000.safetensors cannot be read" in said[0]
 
 
 def test_find_takes_newest_best_or_the_one_named(tmp_path):
