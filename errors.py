@@ -84,7 +84,9 @@ def command(main) -> None:
             print(f"error {error}", file=sys.stderr)
         else:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
-            time.sleep(5)  # torchrun ends all ranks as soon as one has failed: rank 0 must have said why by then
+            # torchrun ends all ranks of a host as soon as one has failed: rank 0 must have said why by then, and where
+            # there is no rank 0 one is enough
+            time.sleep(5 + int(os.environ.get("LOCAL_RANK", 0)))
             print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only this rank knows
     except KeyboardInterrupt:
         code = 130

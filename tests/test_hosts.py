@@ -226,6 +226,23 @@ def test_a_job_is_stopped_comes_back_and_nothing_has_changed(whole, shards, tmp_
     same(out, whole[script])
 
 
+@pytest.mark.nightly
+def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
+    """Two torchruns of two ranks, as on two hosts: rank 0 says it, on the host without rank 0 one rank does."""
+    path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", hsdp_shard_size=3))
+    words = ["--nproc_per_node=2", "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port()}"]
+    command = [*LIMIT, sys.executable, "-m", "torch.distributed.run", *words, "--rdzv_id=1", "train_fsdp.py", path]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    began = time.time()
+    hosts = [subprocess.Popen([str(w) for w in command], **options) for _ in range(2)]
+    said = [host.communicate(timeout=LONGEST)[0] for host in hosts]
+    assert all(host.returncode for host in hosts) and time.time() - began < 60
+    assert sorted(text.count("error E002") for text in said) in ([0, 1], [1, 1]), said
+    lines = [line for text in said for line in text.splitlines() if "error E002" in line]
+    assert sum(line.startswith("error") for line in lines) == 1, lines
+    assert all("hsdp_shard_size: 3 does not divide the 4 ranks" in line for line in lines)
+
+
 # ---------------------------------------------------------------- a rank that hangs
 
 HANG = """
