@@ -946,15 +946,19 @@ class Orchestrator:
         }
         return out
 
-    def load(self, s: dict) -> None:
-        """Detectors go on where they were: a resumed run is not blind."""
+    def load(self, s: dict, other_data: bool = False, other_course: bool = False) -> None:
+        """Detectors go on where they were: a resumed run is not blind. Losses and norms of other data say nothing here;
+        on another course (`resume: PATH`) the commands that were written so far are not taken again."""
         for name in (*self.SAVED, "turn"):
             setattr(self, name, s.get(name, getattr(self, name)))
-        self.course.load(s["course"])
+        if other_course:
+            self.read_to = os.stat(self.commands).st_size if self.commands.exists() else 0
         self.taken, self.sized = self.read_to, -1
         if self.alarm:
             self.alarm.pop("acting", None)  # it had been decided and not done yet
-        self.norms.seen.extend(map(tuple, s["norms"]))
+        if not other_data:
+            self.course.load(s["course"])
+            self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
         self.recent.extend(s.get("recent", ()))
         self.skipped.extend(s.get("skipped", ()))

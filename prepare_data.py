@@ -38,7 +38,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from errors import ERRORS, UserError, command
+from errors import ERRORS, UserError, command, expand
 from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
 OPTIONS = {  # of prepare() and of the command line: (default, meaning); a default of None depends on the text
@@ -724,6 +724,8 @@ def prepare(
         raise UserError("E002", f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}")
     options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
     sources, val_sources = ([s] if isinstance(s, str) else list(s or []) for s in (sources, val_sources))
+    sources, val_sources = ([expand(s) for s in specs] for specs in (sources, val_sources))
+    out, tokenizer = expand(out), expand(tokenizer)
     val_fraction = options["val_fraction"]
     if val_sources and val_fraction is not None:
         raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")

@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from operator import add
+from pathlib import Path
 
 import numpy as np
 import regex
@@ -157,6 +158,12 @@ class Tokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether both make the same ids of every text. Unlike sha256 it does not look at the name, which a file of
+        another program takes from its folder, nor at how a file is spelled."""
+        a, b = ((t.ranks, t.specials, t.words, t.pattern, t.nfc) for t in (self, other))
+        return a == b
+
     def save(self, path) -> None:
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write(self.to_json())
@@ -262,6 +269,17 @@ def load(spec: str) -> Tokenizer:
         raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names: {', '.join(('bytes', *NAMED))}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
+
+
+def of_run(folder, sha256: str | None = None) -> Path | None:
+    """The tokenizer.json in a run's folder for a step whose state.json names this sum. Where a run went on with another
+    tokenizer, the one of its steps before is kept as tokenizer.SUM.json. None: the run has none."""
+    files = [former(folder, sha256)] if sha256 else []
+    return next((file for file in (*files, Path(folder) / "tokenizer.json") if file.exists()), None)
+
+
+def former(folder, sha256: str) -> Path:
+    return Path(folder) / f"tokenizer.{sha256[:12]}.json"
 
 
 def _tiktoken_file(name: str, sha256: str) -> bytes:

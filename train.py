@@ -278,13 +278,14 @@ STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", 
 STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
-NUMBERS = f"{NUMBERS} best_parts".split()
+NUMBERS = f"{NUMBERS} best_parts measured_on".split()
 SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
-OURS += ["tokenizer.json", "token_bytes.npy"]
+OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json"]
+WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
 
 
 class Writing(threading.Thread):
@@ -327,6 +328,9 @@ class Trainer(ByHand, Report):
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
+        self.measured_on = None  # which validation set val_loss and what follows from it are of
+        self.changes, self.origin = [], None  # what is not as in the checkpoint; where `resume: PATH` points
+        self.tokenizer_sum = self.tokenizer_then = None  # of the data; of the checkpoint: sha256
         self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
@@ -337,6 +341,8 @@ class Trainer(ByHand, Report):
             precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
             dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
             self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
+        if not dry_run:
+            self.check_paths()
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
@@ -347,19 +353,24 @@ class Trainer(ByHand, Report):
         self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
+        weights = self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
         self.start_block(notes)
         if dry_run:
             return
         replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
         replay = self.parallel.together(read_decisions, replay) if replay else None
         self.parallel.together(self.own_out_dir)
-        self.build(saved)
+        self.parallel.together(self.adopt, saved)
+        self.build(saved, weights)
         self.started_at = self.step
-        if saved is not None and "forecast" in saved.state:
+        if self.origin:
+            self.find_best()
+        same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
+        if same_data and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
         self.orchestrator = self.parallel.together(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
-            self.orchestrator.load(saved.state["orchestrator"])
+            self.orchestrator.load(saved.state["orchestrator"], not same_data, self.origin is not None)
         self.open_log()
         self.restart_clock()
 
@@ -382,12 +393,14 @@ class Trainer(ByHand, Report):
         self.sources = {n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()}
         val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
         self.val_sources = {n: s for n, s in val.items() if s.windows and cfg.val_fraction > 0}
-        tokenizers_used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
-        if len(tokenizers_used) > 1:
-            raise UserError("E113", f"data.sources {' and '.join(tokenizers_used.values())} have different tokenizers")
         made = next((s for s in self.sources.values() if s.manifest), None)
         self.token_bytes, self.tokenizer_dir = None, Path(made.path) if made else None
         if made:
+            self.tokenizer_sum = made.manifest["tokenizer"]["sha256"]
+            used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
+            for name in used.values():
+                if len(used) > 1 and not self.same_tokenizer(Path(self.sources[name].path)):
+                    raise UserError("E113", f"data.sources {' and '.join(used.values())} have different tokenizers")
             cfg.model.vocab_size = cfg.model.vocab_size or made.manifest["tokenizer"]["n_vocab"]
             self.token_bytes = np.load(Path(made.path) / "token_bytes.npy", allow_pickle=False).astype(np.int64)
         if not cfg.model.vocab_size:
@@ -396,9 +409,68 @@ class Trainer(ByHand, Report):
             source.check_vocab(cfg.model.vocab_size)
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
 
+    def same_tokenizer(self, other: Path) -> bool:
+        """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
+        return tokenizers.load(str(other)).same_ids(tokenizers.load(str(self.tokenizer_dir)))
+
+    def check_tokenizer(self, what: str, file: Path | None, sha256: str | None) -> None:
+        """E113 where `what`, weights, were made with another tokenizer than the data. `file`: theirs; `sha256`: its sum
+        as a manifest or checkpoint has it; either may be unknown."""
+        mine, said = self.tokenizer_sum, None
+        if mine and sha256 == mine:
+            return
+        try:
+            if mine is None or not (file or sha256):
+                side = what if mine else "the data"
+                said = f"{what}: made with the tokenizer of the data? {side} cannot say"
+            elif file and self.same_tokenizer(file):
+                return
+            sha256 = sha256 or (file and mine and tokenizers.load(str(file)).sha256)
+        except UserError as error:
+            said = f"{what}: made with the tokenizer of the data? Its own cannot be read: {error.text}"
+        if said is None:
+            said = f"{what}: made with another tokenizer (sha256 {sha256}) than the data (sha256 {mine}),"
+            said += " so that an id means another text"
+            if not self.cfg.allow_tokenizer_change:
+                fix = f"prepare the data with --tokenizer {file or 'of that run'}"
+                raise UserError("E113", f"{said}; {fix}, or allow_tokenizer_change: true if it is meant")
+        self.changes += [said] if said not in self.changes else []
+
+    def check_paths(self) -> None:
+        """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there. Neither is
+        looked at again once out_dir has steps of its own to go on from."""
+        cfg, steps = self.cfg, checkpoint.list_steps(self.out)
+        anew = cfg.resume == "none" and cfg.overwrite
+        if origin := self.find_origin():
+            try:
+                checkpoint.folders(origin)
+            except UserError as error:
+                raise UserError(error.code, f"resume: {error.text}") from error
+        if cfg.init_from and not origin and (anew or not steps):
+            path = Path(cfg.init_from)
+            if anew and self.out.resolve() in (path.resolve(), *path.resolve().parents):
+                raise UserError("E300", f"init_from {path} lies in {self.out}, which overwrite: true would delete")
+            try:
+                (path / "config.json").is_file() or checkpoint.folders(path)
+            except UserError as error:
+                raise UserError(error.code, f"init_from: {error.text}") from error
+
+    def find_origin(self) -> Path | None:
+        """What `resume: PATH` goes on from; None without a path, or where out_dir already holds what came from it: then
+        the newest there wins, else each restart would begin there again."""
+        if self.cfg.resume in ("auto", "none"):
+            return None
+        path, steps = Path(self.cfg.resume).resolve(), checkpoint.list_steps(self.out)
+        came = None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            came = json.loads((self.out / "resumed.json").read_text())["from"]
+        if path == self.out.resolve() or (steps and came == str(path)):
+            return None
+        return path
+
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
         """Rank 0 picks the checkpoint to go on from, all ranks open it; None: a fresh start. Changes no run."""
-        cfg, found, text = self.cfg, None, None
+        cfg, found, text, origin = self.cfg, None, None, None
         self.model_written = dataclasses.asdict(cfg.model)
         if self.main:
             try:
@@ -408,73 +480,83 @@ class Trainer(ByHand, Report):
                     if not cfg.overwrite:
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
                 else:
-                    found = steps
-                    for step in reversed(steps):  # before minutes are spent on every byte of another model's run
+                    found = [str(checkpoint.step_dir(self.out, step)) for step in reversed(steps)]
+                    if origin := self.find_origin():
+                        if steps and origin.parent != self.out.resolve():
+                            text = f"{self.out} holds a run at step {max(steps)}, and resume: {origin} is of another"
+                            raise UserError("E300", f"{text}: give a new out_dir")
+                        found = [str(folder) for folder in checkpoint.folders(origin)]
+                    for folder in found:  # before minutes are spent on every byte of another model's run
                         try:
-                            newest = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step))
+                            newest = checkpoint.Checkpoint(folder)
                         except UserError:
                             continue
                         self.same_run(newest)
                         break
             except UserError as error:
                 text = error
-        steps, error = self.parallel.broadcast((found, text))
+        folders, self.origin, error = self.parallel.broadcast((found, origin, text))
         if error:
             raise error
-        found = self.newest_whole([checkpoint.step_dir(self.out, s) for s in reversed(steps)]) if steps else None
-        if steps and found is None:
-            text = f"{self.out} holds no whole checkpoint; resume: none with overwrite: true starts anew"
-            raise UserError("E303", text)
+        found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
+        if folders and found is None:
+            text = f"{self.origin or self.out} holds no whole checkpoint, see `python checkpoint.py {self.out}`"
+            raise UserError("E303", f"{text}; another out_dir starts anew")
         saved = checkpoint.Checkpoint(found) if found else None
         if saved:
             self.same_run(saved)
+            self.tokenizer_then = saved.state.get("tokenizer")
         return saved
 
     def same_run(self, saved: checkpoint.Checkpoint) -> None:
-        """E300, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
+        """E300, E113, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
         if "imported" in saved.state:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
+        if saved.state["fingerprints"] != self.fingerprints:
+            then = saved.state.get("tokenizer")
+            self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
         now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
         differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
         if differ:
-            raise UserError("E305", f"{saved.path}: model keys differ: {'; '.join(differ)}")
+            fix = f"{self.out} holds a run of another model: give another --out_dir, or write model: as it was"
+            raise UserError("E305", f"{saved.path}: {'; '.join(differ)}. {fix}")
         if saved.state["fingerprints"] != self.fingerprints and not self.cfg.allow_data_change:
             was = saved.state["fingerprints"]
             names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
-            raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
+            text = f"{saved.path} was trained on other data than {', '.join(names)} holds now"
+            raise UserError("E118", f"{text}; data_dir was {saved.state['config'].get('data_dir')}")
 
     def newest_whole(self, folders: list[Path]) -> str | None:
         """The first of these checkpoints in which every byte is as it was written, None without one; each rank reads
-        its share of the files. E306 where one is newer than this program."""
+        its share of the files. E306 where one is newer than this program, E108 where we may not read it."""
         par = self.parallel
         for folder in folders:
             try:
                 mine = checkpoint.Checkpoint(folder).verify(par.rank, par.world), None
             except UserError as error:
-                mine = [error.text], error.code
+                mine = [error.text], error.code if checkpoint.final(error) else None
             rows = par.gather(mine)
             wrong = list(dict.fromkeys(text for texts, _ in rows for text in texts))
             if not wrong:
                 return str(folder)
-            if any(code == "E306" for _, code in rows):
-                raise UserError("E306", wrong[0])
-            self.say(f"E303: passed over {folder}: {'; '.join(wrong)}")
+            if code := next((code for _, code in rows if code), None):
+                raise UserError(code, wrong[0])
+            self.say(f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}")
         return None
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
         before = saved.state if saved else {"written": {}, "auto": {}}
-        self.changes, self.hint, self.measure_memory = [], None, False
-        keys = sorted(({*self.written, *before["written"]} - {"model"}) if saved else ())
-        for key in keys:
-            then, now = before["written"].get(key), self.written.get(key)
-            if then != now and key not in ("resume", "overwrite", "init_from"):
-                self.changes.append(f"{key}: {then} in the checkpoint, {now} now")
+        self.hint, self.measure_memory = None, False
 
         def kept(name, *keys):
             same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
             return before["auto"].get(name) if same else None
+
+        def kept_here(name, *keys):  # what suited a CPU does not suit a GPU; older checkpoints do not say
+            here = par.device.type
+            return kept(name, *keys) if before["auto"].get("device", here) == here else None
 
         # batch: rows per step stay what they were, on any world size
         rank_count, rows = par.rows()[1], kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens")
@@ -494,7 +576,7 @@ class Trainer(ByHand, Report):
                 )
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
-        kept_size = kept("micro_batch", "batch_size", "batch_tokens")
+        kept_size = kept_here("micro_batch", "batch_size", "batch_tokens")
         cfg.batch_size = par.broadcast(par.together(self.micro_batch, rows // rank_count, kept_size))
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
         if micro is None:
@@ -533,42 +615,49 @@ class Trainer(ByHand, Report):
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
 
         # machine: what rank 0 finds, kept on resume
-        precision = kept("precision")
+        precision = kept_here("precision")
         machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
         if precision not in (None, machine.precision) and cfg.precision == "auto":
             with contextlib.suppress(UserError):  # the hardware of today cannot do it: today's choice, said
                 machine = plan.machine(cfg.device, precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
-            self.changes.append(f"precision: {precision} in the checkpoint, {machine.precision} now")
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
         self.peak = par.broadcast(plan.peak_flops(self.machine))
-        compiled = kept("compile_model")
-        if compiled is None:
+        compiled = kept_here("compile_model")
+        if compiled is None or machine.compile is False:  # there may be no compiler any more
             seconds = self.flops_per_token * rows * T * cfg.max_steps / (self.peak * rank_count)
             compiled = seconds > 600 if machine.compile is None else machine.compile
         cfg.compile_model = par.broadcast(compiled)
         try:
-            choice = kept("attention") or cfg.attention
+            choice = kept_here("attention") or cfg.attention
             back_end, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         cfg.attention, self.attention_why = par.broadcast((back_end, why))
         if cfg.model.n_experts:
-            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept("expert_back_end")))
-        deterministic = kept("deterministic")
+            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept_here("expert_back_end")))
+        deterministic = kept_here("deterministic")
         if deterministic is None:
             deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
         if deterministic not in (True, False):
             raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
         cfg.deterministic = par.broadcast(deterministic)
         names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
-        self.auto = {"rows": rows, "micro_batch": micro, **{k: getattr(cfg, k) for k in names}}
+        self.auto = {
+            "rows": rows,
+            "micro_batch": micro,
+            "device": par.device.type,
+            **{k: getattr(cfg, k) for k in names},
+        }
         self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
         self.versions |= {"device": self.machine.name, "world": par.world}
         was = before.get("versions", {})
         differ = [f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v]
         if differ and cfg.deterministic:
             self.changes.append(f"equal bits to the run so far cannot be promised: {', '.join(differ)}")
+
+        if saved:
+            self.compare(before["config"])
 
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
@@ -593,6 +682,17 @@ class Trainer(ByHand, Report):
                 past.append([self.cursor, current])
             segments = past + future
         self.segments = segments
+
+    def compare(self, before: dict) -> None:
+        """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
+        apart = {"model", "resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change"}
+        for key, now in dataclasses.asdict(self.cfg).items():
+            then = before.get(key, now)  # a key that is newer than the checkpoint
+            pairs = [(key, then, now)]
+            if key == "orchestrator":
+                pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in now.items()]
+            if key not in apart:
+                self.changes += [f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b]
 
     def micro_batch(self, rows: int, kept: int | None) -> int:
         """Rows a micro-step, of `rows` a rank and step: as written, or as much as was found to fit, or for auto what
@@ -658,8 +758,29 @@ class Trainer(ByHand, Report):
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
 
-    def build(self, saved) -> None:
-        """Model, optimizer, loader; then their state from a checkpoint, or the weights that init_from names."""
+    def adopt(self, saved) -> None:
+        """resume: PATH. Of this run: what was saved after it is set aside. Of another: it, and its best, become steps
+        of out_dir too. Either way the newest step here is then the one to go on from, also for a restart."""
+        if not self.origin or not self.main:
+            return
+        note, folder = {"from": str(self.origin), "step": saved.step}, saved.path.resolve()
+        try:
+            if folder.parent == self.out.resolve():
+                checkpoint.set_aside(self.out, saved.step)
+                checkpoint.write_json(self.out / "resumed.json", note)
+                return
+            checkpoint.write_json(self.out / "resumed.json", note)  # first: whoever dies in between begins here again
+            checkpoint.adopt(folder, self.out)
+            best = checkpoint.step_dir(folder.parent, saved.state["best_step"] or saved.step)
+            if best != folder and best.exists():
+                checkpoint.adopt(best, self.out)
+            if file := tokenizers.of_run(folder.parent, saved.state.get("tokenizer")):
+                shutil.copyfile(file, self.out / "tokenizer.json")
+        except OSError as error:
+            raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
+
+    def build(self, saved, weights) -> None:
+        """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
         cfg, par = self.cfg, self.parallel
         if cfg.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -682,21 +803,48 @@ class Trainer(ByHand, Report):
         if cfg.precision == "mixed_fp16":
             self.scale = torch.tensor(65536.0, device=par.device)
             self.scale_good = torch.zeros((), device=par.device)  # steps since the last change
+        last = self.segments[-1][1]
+        shares = {n: float(last.get(n, 0)) for n in self.val_sources}
+        if not any(shares.values()):
+            shares = dict.fromkeys(shares, 1.0)
+        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
+        self.val_set = val_rows(self.val_sources, shares, count) if shares else []
+        self.measured_on = self.val_sum()
         if saved is not None:
             self.parallel.together(self.load, saved)
-        elif cfg.init_from:
-            self.load_weights(cfg.init_from)
+        elif weights:
+            par.together(self.take_weights, cfg.init_from, *weights)
+            self.say(f"weights    from {cfg.init_from}")
         if self.measure_memory:
             self.probe()
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
         self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
-        last = self.segments[-1][1]
-        weights = {n: float(last.get(n, 0)) for n in self.val_sources}
-        if not any(weights.values()):
-            weights = dict.fromkeys(weights, 1.0)
-        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
-        self.val_set = val_rows(self.val_sources, weights, count) if weights else []
+
+    def val_sum(self) -> str:
+        """Stands for the validation set: its text, which rows of it, how long they are."""
+        said = {}
+        for name, source in self.val_sources.items():
+            shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
+            said[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
+        rows = [[name, int(i)] for name, i in self.val_set]
+        return hashlib.sha256(json.dumps([said, rows, self.cfg.model.max_seq_len]).encode()).hexdigest()
+
+    def take_numbers(self, numbers: dict) -> None:
+        """Those of a checkpoint or snapshot; what was measured on another validation set is not compared, and begins
+        anew."""
+        measured_on = self.measured_on
+        for name in NUMBERS:
+            setattr(self, name, numbers.get(name, getattr(self, name)))
+        self.measured_on, there = measured_on, numbers.get("measured_on")
+        # older checkpoints do not say on what: other data is another set there
+        if there == measured_on or (there is None and numbers.get("fingerprints") == self.fingerprints):
+            return
+        if self.best_val_loss is not None:
+            best = f"best {self.best_val_loss:.4f} at step {self.best_step}"
+            self.say(f"note       val_loss begins anew: {best} was of another validation set")
+        self.val_loss = self.best_val_loss = self.best_step = None
+        self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = 0, False, [], [], []
 
     def probe(self) -> None:
         """batch_size: auto on CUDA: what rows need grows in a straight line, so after a look at one and at two the most
@@ -730,8 +878,7 @@ class Trainer(ByHand, Report):
         """Weights, moments and every number of the run, in place."""
         self.restore(saved)
         self.step, self.cursor = saved.state["step"], saved.state["cursor"]
-        for name in NUMBERS:
-            setattr(self, name, saved.state.get(name, getattr(self, name)))
+        self.take_numbers(saved.state)
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -741,33 +888,42 @@ class Trainer(ByHand, Report):
                 if list(shape) != saved.tensors[theirs]["shape"]:
                     shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
                     raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
-                local.copy_(saved.read(theirs, offset, local.shape))
+                part = saved.read(theirs, offset, local.shape)
+                refuse_odd(f"{saved.path}: {theirs}", part)
+                local.copy_(part)
 
-    def load_weights(self, path: str) -> None:
-        """init_from: the weights only, of one of our runs or of a Hugging Face folder; schedule and data start anew."""
-        par = self.parallel
+    def find_weights(self) -> tuple:
+        """init_from, of one of our runs or of a Hugging Face folder: (its model, its weights as take_weights reads
+        them). Refused before anything is changed: E303, E304, E113, and E305 where the models do not go together."""
+        path, par = self.cfg.init_from, self.parallel
         if par.broadcast((Path(path) / "config.json").is_file()):
             from export import read_hf  # only here: nothing else in training knows foreign formats
 
-            model, state, _, _ = par.together(read_hf, path)
+            model, state, _, file = par.together(read_hf, path)
+            par.together(self.check_tokenizer, f"init_from {path}", file, None)
         else:
             folders = par.broadcast(par.together(lambda: checkpoint.folders(path) if self.main else None))
             if (found := self.newest_whole(folders)) is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
             state = checkpoint.Checkpoint(found)
+            then = state.state.get("tokenizer")
+            file = tokenizers.of_run(state.path.parent, then)
+            par.together(self.check_tokenizer, f"init_from {path}", file, then)
             model = model_of(state)
-        par.together(self.take_weights, path, model, state)
-        self.say(f"weights    from {path}")
-
-    def take_weights(self, path: str, model: ModelConfig, state) -> None:
-        """The rows of a state dict or checkpoint that are this rank's. E305 where the models do not go together."""
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
             free.append("n_experts_max")
         there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:
-            raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
+            text = f"init_from {path}: {'; '.join(differ)}"
+            if there["vocab_size"] != here["vocab_size"] and file:
+                text += f"; vocab_size is the tokenizer's: prepare the data with --tokenizer {file}"
+            raise UserError("E305", text)
+        return model, state
+
+    def take_weights(self, path: str, model: ModelConfig, state) -> None:
+        """The rows of a state dict or checkpoint that are this rank's. E303 for weights that are NaN or inf."""
         slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
         mine, new = self.tensors(), slots - before
         for name in state if isinstance(state, dict) else [n[6:] for n in state.tensors if n.startswith("model.")]:
@@ -783,6 +939,7 @@ class Trainer(ByHand, Report):
                     continue
                 where = tuple(slice(a, a + n) for a, n in zip(offset, size))
                 part = state.read(f"model.{name}", offset, size) if whole is None else whole[where]
+                refuse_odd(f"init_from {path}: {name}", part)
                 local[tuple(map(slice, size))].copy_(part)
         for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
             moe.router.retired.fill_(-1)  # the steps of another run
@@ -793,18 +950,19 @@ class Trainer(ByHand, Report):
         if not self.main:
             return
         self.attempt = self.read_status().get("attempt", 0) + 1
-        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
         try:
             self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
-            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-            for name in ("tokenizer.json", "token_bytes.npy"):
-                if self.tokenizer_dir and not (self.out / name).exists():
-                    shutil.copyfile(self.tokenizer_dir / name, self.out / name)
+            self.write_config()
+            self.copy_tokenizer()
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
-        if self.step and self.best_step is not None:  # a process that was killed may have saved and not yet said so
+        if self.step:  # a process that was killed may have saved and not yet said so
+            best = {"step": self.best_step, "val_loss": self.best_val_loss}
             with contextlib.suppress(OSError):
-                checkpoint.write_json(self.out / "best.json", {"step": self.best_step, "val_loss": self.best_val_loss})
+                if self.best_step is None:  # the one it names is of another validation set
+                    (self.out / "best.json").unlink(missing_ok=True)
+                else:
+                    checkpoint.write_json(self.out / "best.json", best)
         self.write_status("running")
         if cfg.wandb_project:
             self.wandb = start_wandb(cfg, self.say)
@@ -816,6 +974,34 @@ class Trainer(ByHand, Report):
             except ImportError as error:
                 raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
             self.board = SummaryWriter(str(self.out / "tensorboard"))
+
+    def write_config(self) -> None:
+        """config.yaml, as resolved: started with it the run goes on, or with another out_dir is repeated, on any number
+        of processes. A config.yaml that is not what Lumen wrote stays, and ours is resolved.yaml."""
+        cfg, theirs = self.cfg, self.out / "config.yaml"
+        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
+        resolved |= {"resume": "auto", "overwrite": False}  # they were said for this start
+        resolved["batch_tokens"] = self.rows_per_step * cfg.model.max_seq_len
+        del resolved["gradient_accumulation_steps"]  # follows from it
+        text = yaml.safe_dump(resolved, sort_keys=False)
+        free = [f for f in (theirs, self.out / "resolved.yaml") if not f.exists() or lumen_wrote(f)]
+        if free:
+            free[0].write_text(f"{WRITTEN} {text_sum(text)}\n{text}", encoding="utf-8")
+        if theirs not in free:
+            self.say(f"note       {theirs} is not what Lumen wrote and stays; as resolved: {[*free, 'nowhere'][0]}")
+
+    def copy_tokenizer(self) -> None:
+        """tokenizer.json and token_bytes.npy are those of the data that the run trains on now; a tokenizer that earlier
+        steps were made with is kept under its sum."""
+        if not self.tokenizer_dir:
+            return
+        file, then = self.out / "tokenizer.json", self.tokenizer_then
+        if then and file.exists() and then != self.tokenizer_sum:
+            file.rename(tokenizers.former(self.out, then))
+        for name in ("tokenizer.json", "token_bytes.npy"):
+            data = (self.tokenizer_dir / name).read_bytes()
+            if not (self.out / name).exists() or (self.out / name).read_bytes() != data:
+                (self.out / name).write_bytes(data)
 
     def open_log(self) -> None:
         """Files, a number for this attempt, signals."""
@@ -1127,26 +1313,30 @@ class Trainer(ByHand, Report):
         checkpoints after it are set aside."""
         self.end_save()
         self.pending, self.step = None, note["step"]
-        for name in NUMBERS:
-            setattr(self, name, note.get(name, getattr(self, name)))
+        self.take_numbers(note)
         if self.main:
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
+        self.find_best()
+        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
+        self.restart_clock()
+        if self.bar:
+            self.bar.n = self.step
+
+    def find_best(self) -> None:
+        """The best step may be gone with what was set aside: then the best of those still there."""
+        if self.main:
             steps = checkpoint.list_steps(self.out)
             if self.best_step is not None and self.best_step not in steps:  # it is gone: the best of those still there
                 found = []
                 for step in steps:
                     with contextlib.suppress(UserError):
                         state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
-                        found += (
-                            [(state["val_loss"], step)] if state["evaluated_at"] == step and state["val_loss"] else []
-                        )
+                        ours = state.get("measured_on", self.measured_on) == self.measured_on
+                        if ours and state["evaluated_at"] == step and state["val_loss"]:
+                            found.append((state["val_loss"], step))
                 self.best_val_loss, self.best_step = min(found, default=(None, None))
         self.best_val_loss, self.best_step = self.parallel.broadcast((self.best_val_loss, self.best_step))
-        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
-        self.restart_clock()
-        if self.bar:
-            self.bar.n = self.step
 
     def raise_data_error(self) -> None:
         if self.data_error:
@@ -1376,6 +1566,7 @@ class Trainer(ByHand, Report):
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
         scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
+        extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
 
@@ -1435,6 +1626,24 @@ def model_of(saved: checkpoint.Checkpoint, key: str = "") -> ModelConfig:
         return ModelConfig(**(saved.state.get(key) or saved.state["config"]["model"]))
     except (TypeError, ValueError, KeyError) as error:
         raise UserError("E306", f"{saved.path}: {type(error).__name__}: {error}") from error
+
+
+def text_sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lumen_wrote(file: Path) -> bool:
+    """Whether a config.yaml is as Lumen left it there."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    head, _, rest = text.partition("\n")
+    before = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "  # when no sum stood on top
+    return head == f"{WRITTEN} {text_sum(rest)}" or (head.startswith("data_dir: ") and before in text)
+
+
+def refuse_odd(what: str, tensor: torch.Tensor) -> None:
+    """E303 for NaN and inf, with which nothing can be trained."""
+    if value := checkpoint.odd(tensor):
+        raise UserError("E303", f"{what} holds {value}: whoever wrote it had diverged; take an earlier step")
 
 
 def to_host(numbers: torch.Tensor) -> tuple:
