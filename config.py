@@ -31,7 +31,7 @@ class Config:
     prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
     val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
-    allow_tokenizer_change: bool = False  # take weights (resume, init_from) made with another tokenizer than the data's
+    allow_tokenizer_change: bool = False  # take weights although the data has another tokenizer than theirs had
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
@@ -96,7 +96,7 @@ class Config:
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = (
-        "auto"  # auto: the newest whole checkpoint in out_dir; none: start anew; a run or step folder: from it
+        "auto"  # auto: the newest whole step in out_dir; none: start anew; a run or a step folder: go on from it
     )
     init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
     overwrite: bool = False  # with resume none: delete the run that out_dir holds

@@ -657,7 +657,7 @@ class Trainer(ByHand, Report):
             self.changes.append(f"equal bits to the run so far cannot be promised: {', '.join(differ)}")
 
         if saved:
-            self.compare(before["config"])
+            self.compare(before["config"] | {"batch_tokens": before["auto"]["rows"] * T})
 
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
@@ -685,8 +685,9 @@ class Trainer(ByHand, Report):
 
     def compare(self, before: dict) -> None:
         """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
+        resolved = dataclasses.asdict(self.cfg) | {"batch_tokens": self.rows_per_step * self.cfg.model.max_seq_len}
         apart = {"model", "resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change"}
-        for key, now in dataclasses.asdict(self.cfg).items():
+        for key, now in resolved.items():
             then = before.get(key, now)  # a key that is newer than the checkpoint
             pairs = [(key, then, now)]
             if key == "orchestrator":
