@@ -95,9 +95,7 @@ class Config:
     reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
-    resume: str = (
-        "auto"  # auto: the newest whole step in out_dir; none: start anew; a run or a step folder: go on from it
-    )
+    resume: str = "auto"  # auto: the newest whole step in out_dir; none: anew; a run or step folder: from there
     init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     use_adaptive_training: bool = True  # false: orchestrator.mode off

@@ -398,7 +398,7 @@ def test_a_checkpoint_that_we_may_not_read(tiny, monkeypatch, capsys, name):
 
 
 def test_files_that_are_not_ours(tiny, tmp_path, shards):
-    """A config.yaml with notes in the run's own folder, a folder beside an export, step_notes.tmp: overwritten, gone."""
+    """A config.yaml with notes in the run's folder, a folder beside an export, step_notes.tmp: overwritten, gone."""
     from export import to_hf
 
     keys = tiny(max_steps=2)

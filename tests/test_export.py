@@ -418,7 +418,7 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with refused("E403", "No space"):
         export.to_hf(run, tmp_path / "b", say=str)
     monkeypatch.setattr(checkpoint, "save_file", full)
