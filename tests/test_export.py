@@ -421,7 +421,6 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     with refused("E403", "No space"):
         export.to_hf(run, tmp_path / "b", say=str)
-    monkeypatch.setattr(checkpoint, "save_file", full)
     with refused("E403", "No space"):
         export.from_hf(target, tmp_path / "again", say=str)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "hf"]
