@@ -308,7 +308,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     """Begun on one kind of device, gone on with on another: fp32, no compiling and slices were kept for ever, or
     compiling where there is no compiler. What `auto` means is found anew, and said."""
     keys = tiny("run", max_steps=4, precision="auto", compile_model="auto", deterministic="auto")
-    out = trained(keys).out
+    trained(keys)
     real, auto = checkpoint.Checkpoint.__init__, {}
 
     def older(self, path):
