@@ -55,8 +55,8 @@ _SAFE_PATTERN = regex.compile(
     r"|\{\d+(?:,\d*)?\}(?!\+)|[?*+]\+?|[|.]|[^\\\[\](){}^$.|?*+])*+"
 )
 
-# A run of N in a genome, of = in a log: without a limit its merges double to tokens of any length, which are seldom
-# met again. 128 bytes hold all that words, indentation and ruled lines need: the standard library's longest piece has 95.
+# A run of N in a genome, of = in a log: without a limit its merges double to tokens of any length, seldom met again.
+# 128 bytes hold what words, indentation and ruled lines need: the longest piece in the standard library has 95.
 LONGEST_TOKEN = 128
 LONGEST_PIECE = 1000  # characters: a longer one is trained on in pieces, else each merge would go over all of it
 

@@ -36,7 +36,7 @@ import plan
 import tokenizer as tokenizers
 from config import Config, build_config, help_text, read_config
 from errors import UserError, command
-from loader import Loader, Source, val_rows
+from loader import Loader, Source, Sums, val_rows
 from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
     MOD_SUMS,
@@ -284,7 +284,7 @@ RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
-OURS += ["tokenizer.json", "token_bytes.npy"]
+OURS += ["tokenizer.json", "token_bytes.npy", "verified.jsonl"]
 
 
 class Writing(threading.Thread):
@@ -691,6 +691,9 @@ class Trainer(ByHand, Report):
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
         self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
+        if self.main:
+            every = [*self.sources.values(), *self.val_sources.values()]
+            self.loader.sums = Sums(every, str(self.out / "verified.jsonl"))
         last = self.segments[-1][1]
         weights = {n: float(last.get(n, 0)) for n in self.val_sources}
         if not any(weights.values()):
@@ -1425,6 +1428,8 @@ class Trainer(ByHand, Report):
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
             self.loader.close()
+            if self.loader.sums:
+                self.loader.sums.end()
         self.close_writers()
         self.parallel.close()
 
