@@ -982,7 +982,8 @@ def prepare(
         manifest, progress = look_into(out, settings, inputs)
         if manifest:
             tokens, cut = manifest["splits"]["train"]["tokens"], manifest["counts"]["cut"]
-            say(f"{out} is already there: {tokens:,} train tokens; sizes are right, --verify {out} looks at every byte")
+            say(f"{out} is already there: {tokens:,} train tokens")
+            say(f"its files have the right sizes; python prepare_data.py --verify {out} looks at every byte")
             if cut and manifest["provenance"].get("rules", 1) < RULES:
                 say(f"note: an older Lumen made it: its {cut:,} longest documents hold an end-of-text at every cut")
             return manifest
@@ -1074,8 +1075,8 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
     share, asked = val.tokens / tokens, settings["val_fraction"] if any(g.split == "hash" for g in inputs) else 0
     say(f"{counts['kept']:,} documents{parts}; tokens: train {train.tokens:,}, val {val.tokens:,} ({share:.2%})")
     if asked and not asked / 2 <= share <= asked * 2:
-        say(f"note: {share:.1%} are validation, {asked:.1%} were asked for; documents are drawn whole, and they are few "
-            "or of very unequal length; another --seed draws anew, --val FILE names what to hold out")  # fmt: skip
+        say(f"note: {share:.1%} are validation, {asked:.1%} were asked for; documents are drawn whole, and they are "
+            "few or of very unequal length; another --seed draws anew, --val FILE names what to hold out")  # fmt: skip
     say(f"{text / tokens:.2f} bytes per token; {done / 1e6:.1f} MB in {wall:.1f} s with {workers} process(es): "
         f"{done / 1e6 / cpu:.1f} MB/s of CPU time, {done / 1e6 / wall:.1f} MB/s of wall time")  # fmt: skip
     with writing(os.path.join(out, "token_bytes.npy")) as file:
