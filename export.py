@@ -157,7 +157,7 @@ def new_folder(path, used: str):
     """A folder to fill, which gets its name when all went well. UserError `used` when something is there, or E307."""
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(used, f"{path} exists and is not empty: give another name, or delete it")
+        raise UserError(used, f"{path} exists and is not empty: give another name")
     tmp = path.with_name(path.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:

@@ -644,12 +644,13 @@ class Output:
         self.position = (0, 0, 1)  # input, offset and line of the row at hand; None: after the last
         self.open = []  # of the long file that is being written: its split, or "dropped"; whether it was cleaned
         self.reserve = None  # the document with the smallest share so far: it waits until the end (see settle)
-        # Long files do not wait. Where there is nothing else and none is drawn for val, one of them gives its tail.
+        # Long files do not wait. Where there is nothing else and all are drawn for one side, one gives its tail to val.
         fraction, seed = self.settings["val_fraction"], self.settings["seed"]
         drawn = [given for given in inputs if given.split == "hash" and (given.key or not given.long)]
         shares = [share_of(bytes.fromhex(given.key), seed) for given in drawn if given.long]
-        tail = fraction and shares and len(shares) == len(drawn) and min(shares) >= fraction
-        self.tail = inputs.index(drawn[shares.index(min(shares))]) if tail else None
+        self.tail = None
+        if fraction and shares and len(shares) == len(drawn) and len({share < fraction for share in shares}) == 1:
+            self.tail = inputs.index(drawn[shares.index(min(shares) if min(shares) >= fraction else max(shares))])
         self.seen, self.new_keys, self.rejects, self.rejected_bytes, self.journals = set(), [], [], 0, 0
         self.counts, self.rows, self.kept = Counter(), Counter(), Counter()  # by kind or code; by source
         self.examples, self.lost = {}, []
@@ -689,7 +690,7 @@ class Output:
         key, source = bytes.fromhex(given.key), str(given.source)
         split, cleaned = self.open or ("", False)
         if first:
-            val = share_of(key, self.settings["seed"]) < self.settings["val_fraction"]
+            val = share_of(key, self.settings["seed"]) < self.settings["val_fraction"] and index != self.tail
             split = given.split if given.split != "hash" else "val" if val else "train"
             split = "dropped" if key in self.seen else split
         if split == "dropped":

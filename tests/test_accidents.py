@@ -50,26 +50,27 @@ def read_back(folder, split="train") -> list[str]:
     return text.split("<|endoftext|>")[:-1]
 
 
-BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i in range(3000))
+BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i in range(900))
 
 
 def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
     """A text file too long to be read at once, between notes: it lies in one split, whole and with one end, whatever
     the seed, the shards and the number of workers."""
-    monkeypatch.setattr(prepare_data, "PIECE", 20_000)
+    monkeypatch.setattr(prepare_data, "PIECE", 7_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "book.txt").write_text(BOOK)
-    (tmp_path / "in" / "notes.jsonl").write_text("".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(300)))
+    (tmp_path / "in" / "notes.jsonl").write_text("".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(30)))
     (tmp_path / "in" / "same.txt").write_text(BOOK + "\n\n")  # duplicates are told by document too
+    (tmp_path / "in" / "z.jsonl").write_text(json.dumps({"text": BOOK}))
     sides = set()
-    for seed in range(6):
+    for seed in (1, 2, 3):
         out = tmp_path / f"out{seed}"
         manifest = bytes_data(out, tmp_path / "in", seed=seed, val_fraction=0.3, shard_tokens=7000, max_doc_chars=900)
         train, val = read_back(out), read_back(out, "val")
-        assert (BOOK in train) + (BOOK in val) == 1 and len(train) + len(val) == 301 == manifest["counts"]["kept"]
-        assert manifest["counts"]["dropped"] == {"E107": 1} and manifest["counts"]["cut"] == 1
+        assert (BOOK in train) + (BOOK in val) == 1 and len(train) + len(val) == 31 == manifest["counts"]["kept"]
+        assert manifest["counts"]["dropped"] == {"E107": 2} and manifest["counts"]["cut"] == 1
         assert [manifest["splits"][s]["docs"] for s in ("train", "val")] == [len(train), len(val)]
-        assert json.loads((out / "report.json").read_text())["counts"]["parts"] > 400
+        assert json.loads((out / "report.json").read_text())["counts"]["parts"] > 80
         sides.add(BOOK in val)
     assert sides == {True, False}
 
@@ -78,7 +79,7 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
     """The preparation of long files ends at each of its journals: what goes on from there gives the same bytes."""
     monkeypatch.setattr(prepare_data, "PIECE", 5_000)
     (tmp_path / "in").mkdir()
-    for i, text in enumerate((BOOK[:40_000], "a note", BOOK[:40_000], BOOK[60_000:90_000].replace("\n", "\r\n"))):
+    for i, text in enumerate((BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))):
         (tmp_path / "in" / f"{i}.txt").write_text(text, newline="")
     options = {"shard_tokens": 3_000, "max_doc_chars": 1_000, "val_fraction": 0.4}
     whole = bytes_data(tmp_path / "whole", tmp_path / "in", **options)
@@ -95,7 +96,7 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
             break
         except KeyboardInterrupt:
             stops += 1
-    assert stops > 15 and again["counts"]["cleaned"] == 1 and again["counts"]["dropped"] == {"E107": 1}
+    assert stops > 5 and again["counts"]["cleaned"] == 1 and again["counts"]["dropped"] == {"E107": 1}
     for file in sorted((tmp_path / "whole").glob("*.*")):
         if file.name != "manifest.json":
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
@@ -104,23 +105,26 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
 
 def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
     """All the text is one long file: a share of it, its end, is held out, and the rest has one end of text."""
-    monkeypatch.setattr(prepare_data, "PIECE", 20_000)
+    monkeypatch.setattr(prepare_data, "PIECE", 12_000)
     (tmp_path / "book.txt").write_text(BOOK)
-    manifest = bytes_data(tmp_path / "out", tmp_path / "book.txt", val_fraction=0.05)
-    (head,), (tail,) = read_back(tmp_path / "out"), read_back(tmp_path / "out", "val")
-    assert head + tail == BOOK and 0.03 < len(tail) / len(BOOK) < 0.1 and tail.startswith("Line")
-    assert manifest["counts"]["tail_held_out"] == 1
+    for fraction in (0.05, 0.4):  # it is drawn for training, or for validation
+        out = tmp_path / f"{fraction}"
+        manifest = bytes_data(out, tmp_path / "book.txt", val_fraction=fraction, shard_tokens=5000)
+        (head,), (tail,) = read_back(out), read_back(out, "val")
+        assert head + tail == BOOK and tail.startswith("Line")
+        assert fraction / 2 < len(tail) / len(BOOK) < 2 * fraction
+        assert manifest["counts"]["tail_held_out"] == 1
 
 
 def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
     """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is named."""
-    monkeypatch.setattr(prepare_data, "PIECE", 20_000)
+    monkeypatch.setattr(prepare_data, "PIECE", 9_000)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_bytes(BOOK[:100_000].encode() + b"\xe9" + BOOK[100_000:].encode())
+    (tmp_path / "in" / "a.txt").write_bytes(BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode())
     (tmp_path / "in" / "b.txt").write_text("a good one")
     with pytest.raises(UserError, match="E109.*whole files lost.*a.txt") as caught:
         bytes_data(tmp_path / "out", tmp_path / "in")
-    assert f"a.txt:{1 + BOOK.count(chr(10), 0, 100_000)}:" in caught.value.text and "--max_bad" in caught.value.text
+    assert f"a.txt:{1 + BOOK.count(chr(10), 0, 30_000)}:" in caught.value.text and "--max_bad" in caught.value.text
 
 
 def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, capsys):
@@ -128,7 +132,7 @@ def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, capsys):
     rows = [{"text": f"short {i}"} for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + [{"text": "long " * 2000}]))
     said = set()
-    for seed in range(40):
+    for seed in range(6):
         manifest = bytes_data(tmp_path / f"{seed}", tmp_path / "a.jsonl", seed=seed, val_fraction=0.2, quiet=False)
         tokens = [manifest["splits"][s]["tokens"] for s in ("train", "val")]
         far = not 0.1 <= tokens[1] / sum(tokens) <= 0.4
@@ -186,7 +190,7 @@ def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
 def test_a_run_of_a_million_letters(tmp_path):
     """Genomes, ruled lines, base64 of zeros, and a blank file of a million spaces: a vocabulary is trained on them
     and written; no token is longer than 128 bytes; what comes back is the text."""
-    for text in ("Some words. " * 80 + "N" * 10**6, "=" * 10**6 + "x", "x" + " " * 10**6 + "y", "ab" * 500_000):
+    for text in ("Some words. " * 80 + "N" * 200_000, "=" * 200_000 + "x", "ab" * 99_000, "x" + " " * 10**6 + "y"):
         made = tokenizer.train_bpe([text], 600)
         assert max(map(len, made.ranks)) <= tokenizer.LONGEST_TOKEN == 128
         assert made.decode(made.encode(text)) == text and made.token_bytes().max() <= 128 and len(made.sha256) == 64
@@ -194,12 +198,12 @@ def test_a_run_of_a_million_letters(tmp_path):
 
 def test_a_foreign_vocabulary_with_a_token_of_70000_letters(tmp_path):
     """A tokenizer.json of somebody who trained without such a limit: it is read, written and measured."""
-    ranks = {bytes([i]): i for i in range(256)} | {b"N" * 2**k: 255 + k for k in range(1, 18)}
+    ranks = {bytes([i]): i for i in range(256)} | {b"N" * 2**k: 255 + k for k in range(1, 17)}
     made = tokenizer.Tokenizer("x", ranks, {name: 300 + i for i, name in enumerate(tokenizer.SPECIALS)})
     made.save(tmp_path / "tokenizer.json")
     again = tokenizer.load(str(tmp_path))
-    assert again.sha256 == made.sha256 and again.token_bytes().max() == 2**17
-    assert again.encode("N" * 2**17).tolist() == [255 + 17]
+    assert again.ranks == made.ranks and again.token_bytes().max() == 2**16
+    assert again.encode("N" * 2**16).tolist() == [255 + 16]
 
 
 def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
