@@ -351,6 +351,17 @@ def test_a_shard_with_a_hole(fill, tiny, tmp_path):
         prepare_data.main(["--verify", str(tmp_path / "data")])
 
 
+@pytest.mark.nightly
+def test_two_ranks_hear_of_a_hole(tiny, tmp_path):
+    """Rank 0 finds a wrong sum: both ranks end with E111 and a checkpoint, none waits for the other."""
+    bytes_data(tmp_path / "data", "synthetic:60")
+    path = damage(tmp_path / "data", 0)
+    config = tiny(data_dir=str(tmp_path / "data"), max_steps=100_000, model={"vocab_size": 260}, log_interval=1000)
+    result = run_python("train.py", write_yaml(tmp_path / "c.yaml", config | {"save_interval": 100_000}), ranks=2)
+    assert result.returncode == 1 and f"error E111: shard {path}" in result.stderr and "E601" not in result.stderr
+    assert checkpoint.list_steps(Path(config["out_dir"]))
+
+
 def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
     """A run is resumed: shards that were verified and were not touched since are not read again; one that was is."""
     bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
