@@ -182,7 +182,9 @@ def walk(root: str, out: str, unread: dict, passed_over):
             path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if name.startswith("._"):  # what a Mac stores beside a file on a foreign disk
                 leave("AppleDouble files", path)
-            elif ending in KINDS and os.path.realpath(path) != failure:
+            elif name.endswith(".error.json") and os.path.realpath(path) == failure:
+                pass  # ours
+            elif ending in KINDS:
                 yield path
             elif os.path.isfile(path):
                 leave(f"ending {ending or 'none'}", path)
