@@ -36,7 +36,7 @@ import plan
 import tokenizer as tokenizers
 from config import Config, build_config, help_text, read_config
 from errors import UserError, command
-from loader import Loader, Source, val_rows
+from loader import Loader, Source, Sums, val_rows
 from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
     MOD_SUMS,
@@ -284,7 +284,7 @@ RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
-OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json"]
+OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl"]
 WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
 
 
@@ -821,6 +821,9 @@ class Trainer(ByHand, Report):
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
         self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
+        if self.main:
+            every = [*self.sources.values(), *self.val_sources.values()]
+            self.loader.sums = Sums(every, str(self.out / "verified.jsonl"))
 
     def val_sum(self) -> str:
         """Stands for the validation set: its text, which rows of it, how long they are."""
@@ -1617,6 +1620,8 @@ class Trainer(ByHand, Report):
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
             self.loader.close()
+            if self.loader.sums:
+                self.loader.sums.end()
         self.close_writers()
         self.parallel.close()
 
