@@ -131,7 +131,7 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
             now += event.nbytes()
             most = max(most, now)
     n = plan.count(model)
-    parts = plan.memory(cfg, n, 4, "fp32", recompute)
+    parts = plan.memory(cfg, n, 4, "fp32", recompute, cuda=False)
     estimate = parts["total"] - 16 * n
     kind, off = "moe" if sparse else "dense", estimate / most - 1
     print(f"{kind} {recompute}: {most / 2**20:.1f} MiB measured, {estimate / 2**20:.1f} planned, {off:+.1%}")
