@@ -74,7 +74,7 @@ class Snapshots:
     def size(self) -> int:
         """Bytes of a copy in the host's memory. Pinned, for CUDA, torch rounds each block up to a power of two."""
         sizes = [(x.numel() * x.element_size(), x.is_cuda) for x in self.regions().values()]
-        return sum(1 << max(0, n - 1).bit_length() if pinned else n for n, pinned in sizes)
+        return sum(1 << (n - 1).bit_length() if pinned and n else n for n, pinned in sizes)
 
     def copy(self, note: dict) -> dict:
         mine = self.regions()

@@ -280,8 +280,10 @@ def cgroups(top: Path = Path("/")) -> list[tuple[int, int]]:
                 break
             with contextlib.suppress(OSError, ValueError):  # not there, or no limit: "max"
                 limit, used = (int((folder / name).read_text()) for name in names)
-                rows = map(str.split, (folder / "memory.stat").read_text().splitlines())
-                found.append((limit, used - sum(int(n) for name, n in rows if name in files)))
+                with contextlib.suppress(OSError):
+                    rows = map(str.split, (folder / "memory.stat").read_text().splitlines())
+                    used -= sum(int(n) for name, n in rows if name in files)
+                found.append((limit, used))
     return found
 
 
