@@ -503,7 +503,7 @@ class Block(nn.Module):
 
 
 def head_rows(vocab_size: int, cuda: bool) -> int:
-    """Tokens whose fp32 logits HeadLoss holds at a time: 512 MB of them on CUDA, 16 MB on a CPU."""
+    """Tokens whose fp32 logits HeadLoss holds at a time: 512 MB of logits on CUDA, 16 MB on a CPU."""
     return max(64, (1 << 27 if cuda else 1 << 22) // vocab_size)
 
 
@@ -522,7 +522,7 @@ class HeadLoss(torch.autograd.Function):
         dW = torch.zeros_like(weight) if need_grad else None
         ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
         for a in range(0, len(x), rows):
-            xs, t = x[a : a + rows], targets[a : a + rows]
+            xs, t, logits, p = x[a : a + rows], targets[a : a + rows], None, None  # the last chunk's are freed first
             valid = t >= 0
             index = t.clamp(min=0)[:, None]
             logits = F.linear(xs, W).float()  # (n, V)
