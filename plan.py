@@ -839,7 +839,8 @@ def span(seconds: float) -> str:
     """A length of time in the unit that one thinks of it in: 45 s, 3.2 hours, 40,000 years."""
     for unit, size in (("years", YEAR), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
-            return f"{float(f'{seconds / size:.3g}'):,g} {unit}"
+            n = float(f"{seconds / size:.3g}")
+            return f"{n:,.0f} {unit}" if n >= 100 else f"{n:g} {unit}"
     return f"{seconds:.3g} s"
 
 

@@ -740,6 +740,8 @@ class Trainer(ByHand, Report):
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
+        if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
+            return "slices", "nothing tried, since the run does not fit here"
         shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
         where = (self.parallel.device, self.machine.compute_dtype, *shape)
         if kept:

@@ -551,9 +551,11 @@ def test_what_may_fit_is_advised_against_and_tried(monkeypatch, tiny, capsys):
 def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     """Its question is what would fit: it says that this does not, also where batch_size: auto finds nothing."""
     memory_of(monkeypatch, 1000)
-    keys = tiny(batch_size="auto", batch_tokens=512, gradient_accumulation_steps=...)
+    keys = tiny(batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4})
+    monkeypatch.setattr(train, "pick_back_end", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
+    assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
     assert "this will not fit: weights, gradients and moments alone" in out and "cheapest   none" in out
 
 
