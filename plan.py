@@ -333,8 +333,8 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
         again = [a - k + N * b * C for a, k in zip(layers, kept)]
     table = cfg.vocab_size * C
     head = min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * 4 + table * 4 + N * C * b
-    if b == 2:  # logits as computed; a chunk's gradient of the table, which a CPU copies to fp32 before it adds it
-        head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * (b if cuda else b + 4)
+    if b == 2:  # the logits as computed; a chunk's gradient of the table (its copy to fp32 on a CPU is not counted)
+        head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * b
     moe = any(map(cfg.is_moe, range(cfg.n_layers)))
     return {
         "activations": N * norm + sum(kept) + max(again),
@@ -544,7 +544,7 @@ def rank_memory(
         }
 
     lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
-    phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"], 0)]
+    phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"] + table // 2 * (b < 4), 0)]
     gone, there, flying = (
         0,
         sum(kept["kept"]),

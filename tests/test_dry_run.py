@@ -156,7 +156,7 @@ def test_the_head_takes_what_the_plan_says_on_this_device(dtype):
     cpu, gpu = (plan.kept_bytes(cfg, 1, precision, cuda=cuda)["head"] for cuda in (False, True))
     print(f"{precision}: {most / 2**20:.1f} MiB measured, {cpu / 2**20:.1f} planned, {gpu / 2**20:.1f} on CUDA")
     copy = 0 if precision == "fp32" else 2 * V * C  # of the weights, which counts as states
-    assert 0.9 * cpu < most - copy < 1.1 * cpu < gpu
+    assert 0.9 * cpu < most - copy < 1.15 * cpu < gpu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
