@@ -35,7 +35,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E117": ("the output folder holds something else", "choose another folder with --out, or prepare: {out: ...}"),
     "E118": ("the data is not what the checkpoint was trained on", "restore it, allow_data_change, or a new out_dir"),
     "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
-    "E200": ("the run does not fit into memory", "lower batch_size, raise gradient_accumulation_steps"),
+    "E200": ("the run does not fit into memory", "take what the message names; --dry_run shows what each choice needs"),
     "E201": ("memory ran out inside a collective or the optimizer", "start again: it goes on with smaller ones"),
     "E300": ("out_dir already holds a run", "resume: auto goes on, overwrite: true starts anew; or change out_dir"),
     "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),

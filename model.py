@@ -502,6 +502,11 @@ class Block(nn.Module):
 # ---------------------------------------------------------------- head and loss
 
 
+def head_rows(vocab_size: int, cuda: bool) -> int:
+    """Tokens whose fp32 logits HeadLoss holds at a time: 512 MB of logits on CUDA, 16 MB on a CPU."""
+    return max(64, (1 << 27 if cuda else 1 << 22) // vocab_size)
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum over tokens of cross-entropy (+ z_loss * logsumexp^2) of x W^T, without ever holding all the logits.
 
@@ -512,13 +517,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
-        W, V = weight.to(x.dtype), weight.shape[0]
-        rows = max(64, (1 << 27 if x.is_cuda else 1 << 22) // V)  # chunk x V fp32 logits: 512 MB on CUDA, 16 MB on CPU
+        W, rows = weight.to(x.dtype), head_rows(weight.shape[0], x.is_cuda)
         dx = torch.empty_like(x) if need_grad else None
         dW = torch.zeros_like(weight) if need_grad else None
         ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
         for a in range(0, len(x), rows):
-            xs, t = x[a : a + rows], targets[a : a + rows]
+            xs, t, logits, p = x[a : a + rows], targets[a : a + rows], None, None  # the last chunk's are freed first
             valid = t >= 0
             index = t.clamp(min=0)[:, None]
             logits = F.linear(xs, W).float()  # (n, V)

@@ -72,7 +72,9 @@ class Snapshots:
         return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
 
     def size(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.regions().values())
+        """Bytes of a copy in the host's memory. Pinned, for CUDA, torch rounds each block up to a power of two."""
+        sizes = [(x.numel() * x.element_size(), x.is_cuda) for x in self.regions().values()]
+        return sum(1 << (n - 1).bit_length() if pinned and n else n for n, pinned in sizes)
 
     def copy(self, note: dict) -> dict:
         mine = self.regions()
@@ -552,7 +554,7 @@ class Orchestrator:
             return
         if first:
             size = 3 * self.snapshots.size() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            room = every > 0 and size < available_memory() / 4
+            room = every > 0 and size < plan.available_memory() / 4
             self.snapshots.allowed = not t.parallel.agree([not room])[0]
             if every and not self.snapshots.allowed:
                 t.say("note       no room for snapshots in memory: a rollback takes the newest clean checkpoint")
@@ -983,19 +985,6 @@ def resident_bytes() -> int | None:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
-
-
-def available_memory() -> int:
-    """Bytes of RAM that nobody uses, within this process's cgroup."""
-    free = 0
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(limit) - used) if limit.isdigit() else free
-    return free
 
 
 # ---------------------------------------------------------------- by hand

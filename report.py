@@ -67,8 +67,8 @@ class Report:
         if self.dry_run and self.dry_run["hardware"] != "measured":
             return
         per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
-        peak = plan.describe(self.peak, "FLOP/s")
+        least = plan.span(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = plan.describe(self.peak, "FLOP/s") + (" measured here" * (self.peak != plan.sheet_flops(self.machine)))
         say(f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}")
         flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
@@ -76,15 +76,14 @@ class Report:
         say(f"attention  {cfg.attention}: {self.attention_why}")
         steps, how = cfg.gradient_accumulation_steps, (cfg.precision, cfg.activation_checkpointing)
         if self.parallel.layout.shard == 1:
-            need = plan.memory(m, n["total"], cfg.batch_size, *how)
+            need = plan.memory(m, n["total"], cfg.batch_size, *how, self.parallel.layout.cuda)
         else:
             need = plan.rank_memory(self.counted, self.parallel.layout, cfg.batch_size, steps, *how, plan.IMBALANCE)
         parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak"))
-        have = plan.total_memory(self.machine.device)
+        have = plan.own_memory(self.machine.device)
         say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
-        if need["total"] * local > have:
-            say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
+        if self.misfit:
+            say(f"advice     {self.misfit}")
         if m.vocab_size % 64:
             say(f"advice     vocab_size {m.vocab_size} is not a multiple of 64: slower on GPUs")
         if n["total"] > tokens:

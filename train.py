@@ -117,8 +117,8 @@ class Parallel(Rows):
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.layout = plan.Layout(self.world)
         self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
+        self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             if cfg.deterministic is True:  # must be set before the first matrix product
@@ -622,6 +622,7 @@ class Trainer(ByHand, Report):
                 machine = plan.machine(cfg.device, precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
+        self.misfit = par.together(self.check_memory, rows)
         self.peak = par.broadcast(plan.peak_flops(self.machine))
         compiled = kept_here("compile_model")
         if compiled is None or machine.compile is False:  # there may be no compiler any more
@@ -711,8 +712,7 @@ class Trainer(ByHand, Report):
         if kept:
             return kept
         machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
-        have, precision = plan.total_memory(machine.device) / local, machine.precision
+        have, precision = plan.own_memory(machine.device), machine.precision
         if self.dry_run and self.dry_run["hardware"] != "measured":
             have = plan.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
             precision = self.dry_run["precision"]
@@ -720,19 +720,28 @@ class Trainer(ByHand, Report):
         fits = [r for r in range(1, rows + 1) if rows % r == 0]
         how = (precision, cfg.activation_checkpointing)
         need = {r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"] for r in fits}
-        best = max((r for r in fits if need[r] <= room), default=None)
-        if best is None:
-            text = f"one row needs about {need[1] / 2**30:.2f} GiB, target_memory leaves {room / 2**30:.2f}"
-            raise UserError(
-                "E200", f"batch_size: auto: {text}; set activation_checkpointing: block, or shorten max_seq_len"
-            )
+        best = max((r for r in fits if need[r] <= room), default=1)  # check_memory says where one row is too many
         self.measure_memory = machine.device.type == "cuda" and self.parallel.alone  # in parts no rank can try alone
         self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
         return best
 
+    def check_memory(self, rows: int) -> str:
+        """E200 where the run is sure not to fit; advice where it may not, and in a dry run, which is for elsewhere."""
+        cfg, machine = self.cfg, self.machine
+        if self.dry_run and self.dry_run["hardware"] != "measured":  # its lines say so
+            return ""
+        how, have = (machine.precision, cfg.activation_checkpointing), plan.own_memory(machine.device)
+        args = (self.counted, self.parallel.layout, cfg.batch_size, rows, how, have, cfg.target_memory)
+        why, sure = plan.misfit(*args)
+        if sure and not self.dry_run:
+            raise UserError("E200", why)
+        return why and f"this {'will' if sure else 'may'} not fit: {why}"
+
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
+        if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
+            return "slices", "nothing tried, since the run does not fit here"
         shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
         where = (self.parallel.device, self.machine.compute_dtype, *shape)
         if kept:
@@ -851,24 +860,38 @@ class Trainer(ByHand, Report):
         self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = 0, False, [], [], []
 
     def probe(self) -> None:
-        """batch_size: auto on CUDA: what rows need grows in a straight line, so after a look at one and at two the most
-        that fit are known (less an eighth for what else may come; with experts a third, as routing is uneven).
-        Weights, moments and seeds stay as they are. Never run on a GPU yet; its arithmetic is tested."""
+        """batch_size: auto on CUDA: the most rows, of those that divide a step's, whose forward and backward pass stays
+        within target_memory; tried out, by bisection. Weights, moments and seeds stay as they are, no gradient is left.
+        E200 where one row does not fit. Never run on a GPU yet: the search and what it leaves behind are tested."""
         cfg, device = self.cfg, self.parallel.device
-        rows = self.rows_per_step // self.parallel.rows()[1]
-        one, two = peak_bytes(self.model, 1, device), math.inf
-        if rows > 1:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                two = peak_bytes(self.model, 2, device)
-        each = max(1, two - one) * (1.3 if self.moe else 1.125)
-        room = cfg.target_memory * plan.total_memory(device) - (one - (two - one))
-        fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * each <= room] if two < math.inf else []
-        best = -self.parallel.agree([-max(fits, default=1)])[0]  # the least of all ranks
+        rows, room = self.rows_per_step // self.parallel.rows()[1], cfg.target_memory * plan.total_memory(device)
+        sizes, peaks = [n for n in range(1, rows + 1) if rows % n == 0], {}
+
+        def fits(n: int) -> bool:
+            peaks[n] = math.inf
+            try:
+                for p in self.model.parameters() if n < rows else ():  # those of the micro-steps before
+                    p.grad = torch.zeros_like(p)
+                peaks[n] = peak_bytes(self.model, n, device)
+            except torch.OutOfMemoryError:
+                pass
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            free_memory(device)  # out here, where no traceback holds on to tensors any more
+            return peaks[n] <= room
+
+        low, high = 0, len(sizes)  # the first `low` sizes fit, those from `high` on do not
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+        best = -self.parallel.agree([-sizes[low - 1] if low else 0])[0]  # the least of all ranks
+        if not best:
+            text = f"batch_size: auto: a probe found that one row does not fit into {room / 2**30:.2f} GiB"
+            raise UserError("E200", f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs")
         cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
         self.auto["micro_batch"] = self.versions["micro_batch"] = best
-        need = one if best == 1 else one - (two - one) + best * each
-        have = cfg.target_memory * plan.total_memory(device)
-        self.say(f"batch_size {best} rows a micro-step, by a probe: about {need / 2**30:.2f} of {have / 2**30:.2f} GiB")
+        need = peaks.get(best, 0) / 2**30  # 0: another rank's choice
+        self.say(f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
@@ -1664,16 +1687,29 @@ def to_host(numbers: torch.Tensor) -> tuple:
 
 
 def peak_bytes(model: Transformer, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less."""
-    ids = torch.zeros(rows, model.cfg.max_seq_len, dtype=torch.long, device=device)
+    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less. Gradients
+    are added to those that are there, and stay."""
+    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
+    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)  # unlike ones: they go to many experts
     free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.compiler.set_stance("force_eager"):
         model(ids, targets=ids)[0].backward()
-    model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_reserved(device)
-    free_memory(device)
-    return peak
+    return torch.cuda.max_memory_reserved(device)
+
+
+def check_states(cfg: Config, layout: plan.Layout) -> None:
+    """E200 where not even one row would fit: before data is prepared, processes meet and anything is built."""
+    machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
+    layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
+    try:  # a vocabulary that the data will name can only make it larger
+        model = plan.on_meta(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
+    have = plan.own_memory(machine.device)
+    why, sure = plan.misfit(model, layout, 1, layout.world, (machine.precision, "block"), have, cfg.target_memory)
+    if sure:
+        raise UserError("E200", why)
 
 
 def free_memory(device) -> None:
@@ -1768,14 +1804,17 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
     if flags.get("dry_run"):
         world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
-        if flags["hardware"].lower() in plan.NO_BF16 and cfg.precision != "fp32":
+        kind = flags["hardware"] = plan.hardware_key(flags["hardware"])
+        if kind in plan.NO_BF16 and cfg.precision != "fp32":
             cfg.precision = "mixed_fp16"
         layout = check(cfg, world) if check else plan.Layout(world)
+        here = plan.machine(cfg.device, "fp32", False).device.type if kind == "measured" else kind
+        layout = dataclasses.replace(layout, cuda=here not in ("cpu", "mps"))
         Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
     try:
-        if check:  # before data is prepared
-            check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))  # both before data is prepared
+        check_states(cfg, check(cfg, world) if check else plan.Layout(world))
         trainer = Trainer(argv, parallel)
     except UserError as error:
         refused(error)

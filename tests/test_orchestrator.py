@@ -541,7 +541,7 @@ def test_what_is_never_finite_ends_soon_with_a_good_checkpoint(tiny):
 
 
 def test_without_memory_the_newest_clean_checkpoint_serves(tiny, monkeypatch):
-    monkeypatch.setattr(orchestrator, "available_memory", lambda: 1000)
+    monkeypatch.setattr(orchestrator.plan, "available_memory", lambda: 1000)
     trainer = run(tiny(**LONG | {"save_interval": 40}), at={150: glitch})
     row = next(d for d in decisions(trainer) if d["action"] == "rollback")
     assert row["args"]["from"].endswith("step_00000120") and row["args"]["to_step"] == 120
