@@ -538,18 +538,18 @@ def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
 def test_gradients_that_somebody_left_behind(tiny):
     """A notebook called backward() on the trainer's model, or a probe ran out of memory in the middle of one: the run
     that follows is the same."""
-    trainer = Trainer(tiny("a", max_steps=4))
+    trainer = Trainer(tiny("a", max_steps=2, eval_tokens=64))
     for p in trainer.model.parameters():
         p.grad = torch.full_like(p, 3.0)
-    assert trainer.fit() == 0 and Trainer(tiny("b", max_steps=4)).fit() == 0
-    assert fingerprint(tiny("a")["out_dir"], 4) == fingerprint(tiny("b")["out_dir"], 4)
+    assert trainer.fit() == 0 and Trainer(tiny("b", max_steps=2, eval_tokens=64)).fit() == 0
+    assert fingerprint(tiny("a")["out_dir"], 2) == fingerprint(tiny("b")["out_dir"], 2)
 
 
 @pytest.mark.parametrize("fits", ("a row", "nothing", "a fork's model"))
 def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
     """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails in
     another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
-    trainer = Trainer(tiny(max_steps=6, batch_size=4))
+    trainer = Trainer(tiny(max_steps=5, batch_size=4, eval_tokens=64))
     forward, diagnose, looking, left = trainer.model.forward, trainer.diagnose, [], []
 
     def poisoned(idx, **more):
@@ -578,7 +578,7 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
 
 def test_what_only_informs_fails(tiny, capsys):
     """The forecast's arithmetic and the look at which parameter moved most fail: both are said, neither ends a run."""
-    trainer = Trainer(tiny(max_steps=8, enable_early_stopping=True, orchestrator={"check_interval": 2}))
+    trainer = Trainer(tiny(max_steps=5, eval_tokens=64, enable_early_stopping=True, orchestrator={"check_interval": 2}))
 
     def fails(*args):
         raise np.linalg.LinAlgError("Singular matrix")
@@ -612,6 +612,9 @@ def test_a_batch_that_is_no_power_of_two(dtype, scale):
     assert not found[0][0][-4:].eq(0).all()  # the last piece too
 
 
+SHORT = {"max_steps": 8, "save_interval": 20, "eval_tokens": 64}
+
+
 def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
     """In the order of a GPU, on the CPU: the numbers of a turn are seen in the next one. A save is asked for at step 3,
     and step `hurt` runs out of memory once."""
@@ -638,15 +641,14 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("hurt", (4, 5))
-def test_out_of_memory_is_learned_of_by_a_save(tiny, hurt):
+def test_out_of_memory_is_learned_of_by_a_save(tiny):
     """On a GPU a step's numbers are seen a turn late, here by a save that was asked for. The void step is begun again
     with its own learning rate, not the next one's."""
-    keys = [tiny(name, max_steps=10, save_interval=20) for name in ("late", "at_once")]
-    late, at_once = (run_one_turn_late(k, hurt) for k in keys)
-    assert fingerprint(late.out, 10) == fingerprint(at_once.out, 10)
-    rates = [{r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r} for t in (late, at_once)]
-    assert rates[0] == rates[1] and len(rates[0]) == 10
+    runs = [run_one_turn_late(tiny(name, **SHORT), 4) for name in ("late", "at_once")]
+    sums = [{k: v for k, v in fingerprint(t.out, 8).items() if k.endswith(".safetensors")} for t in runs]
+    rates = [{r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r} for t in runs]
+    assert sums[0] == sums[1] and sums[0]
+    assert rates[0] == rates[1] and len(rates[0]) == 8
 
 
 def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
@@ -658,14 +660,14 @@ def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
 
     monkeypatch.setattr(plan, "machine", machine)
     for name in ("late", "at_once"):
-        trainer = run_one_turn_late(tiny(name, max_steps=10, save_interval=20, precision="mixed_fp16"), 5)
+        trainer = run_one_turn_late(tiny(name, **SHORT, precision="mixed_fp16"), 5)
         assert trainer.orchestrator.dropped == 0
-        assert (trainer.scale.item(), trainer.scale_good.item()) == (65536.0, 10.0)
+        assert (trainer.scale.item(), trainer.scale_good.item()) == (65536.0, 8.0)
 
 
 def test_a_weight_that_was_changed_on_the_way(tiny):
     """aux_loss_weight is set by hand, or by the orchestrator: the aux_loss that is said is of the weight in force."""
-    trainer = Trainer(tiny(max_steps=3, model={"n_experts": 4, "d_expert": 16}))
+    trainer = Trainer(tiny(max_steps=2, eval_tokens=64, model={"n_experts": 4, "d_expert": 16}))
     trainer.orchestrator.set_knob("aux_loss_weight", 1.0)
     assert trainer.fit() == 0
     row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "aux_loss" in r][-1]
@@ -716,7 +718,6 @@ def test_text_is_made_while_training_by_another_back_end(monkeypatch):
     next(steps)
     steps.close()
     assert moe.back_end == "slices"
-
 
 
 # ---------------------------------------------------------------- health and messages
