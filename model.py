@@ -565,7 +565,7 @@ class HeadLoss(torch.autograd.Function):
         """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 % for all that lies below
         the head, and for the head itself not. So it multiplies in fp32, in pieces where that is a copy."""
         dx, dW = ctx.saved_tensors
-        if dx.dtype == dW.dtype:
+        if dx.dtype.itemsize >= 4:
             return dx * grad, dW * grad, None, None, None
         out, rows = torch.empty_like(dx), 4096
         for a in range(0, len(dx), rows):
