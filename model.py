@@ -486,18 +486,12 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
     def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"):
-        """The recomputation is in here, and not around the block, so that torch.compile sees it too: around a compiled
-        block, selective saves buffers that the compiled code uses again."""
-        if recompute == "none" or not torch.is_grad_enabled():
+        """`recompute`: see recomputed(). In here only where the block is compiled."""
+        if recompute == "none":
             return self.change(x, rope, back_end, cache, layer, pos, causal)
-
-        def change(x):
-            return self.change(x, rope, back_end, cache, layer, pos, causal)
-
-        options = {"use_reentrant": False, "preserve_rng_state": self.random}
-        if recompute == "selective":
-            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
-        return checkpoint(change, x, **options)
+        return recomputed(
+            lambda x: self.change(x, rope, back_end, cache, layer, pos, causal), recompute, self.random, x
+        )
 
     def change(self, x, rope, back_end, cache, layer, pos, causal):
         def whole(x, rope, pos):
@@ -585,6 +579,17 @@ def keep_products(ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def recomputed(run, how: str, random: bool, *args):
+    """run(*args), of which backward makes anew all (how: block) or all but the products (selective).
+
+    Around a block, FSDP's hooks included, which count what they do in forward and in backward. But inside a compiled
+    one: around it, selective would save buffers that the compiled code uses again, and backward would fail."""
+    options = {"use_reentrant": False, "preserve_rng_state": random}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+    return checkpoint(run, *args, **options)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
@@ -661,7 +666,12 @@ class Transformer(nn.Module):
         x = F.dropout(x, cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
         for i, block in enumerate(self.blocks):
-            change, stats = block(x, rope, self.back_end, cache, i, pos, self.causal, self.recompute)
+            args = (x, rope, self.back_end, cache, i, pos, self.causal)
+            how = self.recompute if torch.is_grad_enabled() else "none"
+            if how == "none" or block._compiled_call_impl is not None:
+                change, stats = block(*args, how)
+            else:
+                change, stats = recomputed(block, how, block.random, *args)
             x = x + change
             found.append(stats)
         x = self.norm(x)
