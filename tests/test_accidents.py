@@ -547,8 +547,8 @@ def test_gradients_that_somebody_left_behind(tiny):
 
 @pytest.mark.parametrize("fits", ("a row", "nothing", "a fork's model"))
 def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
-    """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails in
-    another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
+    """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails
+    in another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
     trainer = Trainer(tiny(max_steps=5, batch_size=4, eval_tokens=64))
     forward, diagnose, looking, left = trainer.model.forward, trainer.diagnose, [], []
 
