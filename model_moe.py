@@ -1054,6 +1054,14 @@ def back_ends(device, dtype, d: int, I: int) -> dict[str, str | None]:
     return {"triton": no_triton, "grouped_mm": no_gmm, "slices": None}
 
 
+def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
+    """The back end for a few tokens at a time, from the one for training. On CUDA slices would wait for the device in
+    each layer, and triton would tune its kernels anew: grouped_mm where it can work. By reading: no GPU has run it."""
+    if torch.device(device).type != "cuda":
+        return trained
+    return "grouped_mm" if back_ends(device, dtype, d, I)["grouped_mm"] is None else "slices"
+
+
 def sample(device, dtype, T, d, I, E, K, ids=None, seed=0):
     """Random inputs of run_experts plus the output's gradient: (x, p, ids, w13, w2), dout."""
     g = torch.Generator(device).manual_seed(seed)
@@ -1075,13 +1083,16 @@ def fwd_bwd(f, inputs, dout):
 
 
 def best_time(f, device, times=5, limit=0.3):
-    """Seconds of f(), the best of a few after one to warm up, given up after limit seconds."""
+    """Seconds of f(), the best of a few after one to warm up; no more after limit seconds, but always one."""
+    cuda = torch.device(device).type == "cuda"
     f()
+    if cuda:  # else the first time would be that of the warm-up too, and where f() is slow there is no other
+        torch.cuda.synchronize(device)
     best, start = float("inf"), time.perf_counter()
     for _ in range(times):
         begin = time.perf_counter()
         f()
-        if torch.device(device).type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
         if time.perf_counter() - start > limit:

@@ -317,6 +317,7 @@ class Orchestrator:
         scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
         if self.in_a_row == 1 and not scaling:
             found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]
+            found.sort(key=lambda f: f.startswith("not repeated"))  # another rank may have seen it
             self.reason = found[0] if found else "transient: finite when repeated"
         elif scaling:
             self.reason = "fp16 overflow, the loss scale halves"
@@ -493,6 +494,19 @@ class Orchestrator:
         """The parameter that has moved furthest since the last certified snapshot: where to look."""
         if not self.snapshots.certified:
             return "no snapshot to compare with"
+        most, name = -1.0, ""
+        with contextlib.suppress(torch.OutOfMemoryError):  # this is no more than a hint, and what follows goes without
+            most, name = self.furthest()
+        most, name = max(
+            self.trainer.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0]
+        )
+        if not name:
+            return "no memory to see which parameter moved most"
+        name = name.removeprefix("model.").partition("@")[0]
+        return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
+
+    def furthest(self) -> tuple[float, str]:
+        """Of this rank's parameters: (by how much of its norm, which)."""
         t, data, most, name = self.trainer, self.snapshots.certified[-1]["data"], -1.0, ""
         for key, x in self.snapshots.regions().items():
             if key.removeprefix("model.").partition("@")[0] in t.weights:
@@ -503,9 +517,7 @@ class Orchestrator:
                     most, name = moved, key
                 if math.isnan(moved):  # furthest of all
                     break
-        most, name = max(t.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0])
-        name = name.removeprefix("model.").partition("@")[0]
-        return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
+        return most, name
 
     def go_back(self, source, onset: int | None, lr: float = 1.0) -> dict:
         """Weights, moments and the step return to `source`, a snapshot or a checkpoint's path; the cursor does not."""

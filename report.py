@@ -274,8 +274,9 @@ class Report:
         if "experts" in seen:
             e, layers = seen["experts"], seen["experts"]["layers"]
             nominal = self.rows_per_step * cfg.max_seq_len  # of which a router inside MoD sees a part
+            in_force = next(iter(self.moe.values())).router.aux_weight  # a knob: it may have been changed on the way
             for key, weight, name in (
-                ("aux_loss", cfg.aux_loss_weight, "load_balance_loss"),
+                ("aux_loss", in_force, "load_balance_loss"),
                 ("router_z_loss", cfg.router_z_loss_weight, "router_z"),
             ):
                 row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / nominal

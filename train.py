@@ -792,9 +792,8 @@ class Trainer(ByHand, Report):
     def build(self, saved, weights) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
         cfg, par = self.cfg, self.parallel
-        if cfg.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+        torch.use_deterministic_algorithms(cfg.deterministic)  # off too: this may be a process's second run
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         model = self.model = par.build(cfg, saved is None)
         model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
         model.recompute = cfg.activation_checkpointing
@@ -1066,6 +1065,8 @@ class Trainer(ByHand, Report):
         model.train()
         while True:
             rolled = watch.act()  # what was decided a turn ago: a rollback, commands, a snapshot
+            begun = self.step
+            model.zero_grad(set_to_none=True)  # whatever came before, a step sums its own micro-steps only
             # schedule
             lr = lr_at(cfg, self.step) * watch.lr_factor()
             for group in optimizer.param_groups:
@@ -1095,6 +1096,8 @@ class Trainer(ByHand, Report):
                         time.sleep(1)
                         self.save()
                 break
+            if self.step < begun:  # it was learned just now that the step before is void
+                continue
             # micro-steps
             stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
             sums = torch.zeros(3, dtype=double, device=par.device)
@@ -1168,8 +1171,8 @@ class Trainer(ByHand, Report):
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
-                overflow = ~torch.isfinite(norm)
-                self.scale_good = torch.where(overflow, 0.0, self.scale_good + 1)
+                overflow = ~torch.isfinite(norm) & ~watch.halted  # what ran out of memory has no norm, and comes again
+                self.scale_good = torch.where(overflow, 0.0, self.scale_good + ~watch.halted)
                 grow = self.scale_good >= 2000
                 self.scale = torch.where(overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
                 self.scale_good = torch.where(grow, 0.0, self.scale_good)
@@ -1265,12 +1268,23 @@ class Trainer(ByHand, Report):
 
     def look_ahead(self) -> None:
         """Where the run stands and where it will end; what is justified to do about its length."""
-        cfg, T, efficient = self.cfg, self.cfg.model.max_seq_len, self.cfg.enable_compute_efficiency
+        cfg, T = self.cfg, self.cfg.model.max_seq_len
         planned = self.rows_per_step * T * cfg.max_steps
         unique = sum(s.windows for s in self.sources.values()) * T
-        found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
-        if not found:
-            return
+        try:
+            found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
+        except Exception as error:  # arithmetic on whatever the losses were: to know more is not worth a run
+            self.say(f"forecast   none: {type(error).__name__}: {error}")
+            found = None
+        advice = self.said_of(found, planned, unique) if found else None
+        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
+            advice = self.parallel.broadcast(advice)
+        if advice:
+            self.orchestrator.shorten(advice)
+
+    def said_of(self, found: dict, planned: float, unique: int) -> str | None:
+        """Say what the forecast found; returns the advice."""
+        cfg, efficient = self.cfg, self.cfg.enable_compute_efficiency
         text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
         if "final" in found:
             text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
@@ -1284,11 +1298,7 @@ class Trainer(ByHand, Report):
         rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
         epochs = found["share"] * planned / max(1, unique)
         gain = found.get("anneal_gain", 0.0)
-        advice = plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
-        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
-            advice = self.parallel.broadcast(advice)
-        if advice:
-            self.orchestrator.shorten(advice)
+        return plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
@@ -1371,7 +1381,26 @@ class Trainer(ByHand, Report):
 
     def diagnose(self, cursor: int) -> str | None:
         """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite, or
-        the parameter nearest to the loss whose gradient is not."""
+        the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
+        did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
+        cfg, par, why = self.cfg, self.parallel, ""
+        for rows in (cfg.batch_size, 1) if par.alone else (1,):
+            try:
+                return self.repeat_rows(cursor, rows)
+            except Exception as error:  # to know more is not worth a run
+                if not par.alone:
+                    raise
+                memory = isinstance(error, torch.OutOfMemoryError)
+                why = "no memory" if memory else f"{type(error).__name__}: {error}"
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            free_memory(par.device)  # out here, where no traceback holds on to tensors any more
+            if not memory:
+                break
+        return f"not repeated on rank {par.rank}: {why}"
+
+    def repeat_rows(self, cursor: int, rows: int) -> str | None:
+        """diagnose() with so many rows a micro-step; gradients are left."""
         cfg, model, par, found = self.cfg, self.model, self.parallel, []
 
         def look(name):
@@ -1386,10 +1415,12 @@ class Trainer(ByHand, Report):
         index, count = par.rows()
         try:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                for micro in range(cfg.gradient_accumulation_steps):
-                    row = cursor + (micro * count + index) * cfg.batch_size
+                each = cfg.batch_size
+                for part in range(cfg.gradient_accumulation_steps * each // rows):
+                    micro, inside = divmod(part * rows, each)
+                    row = cursor + (micro * count + index) * each + inside
                     try:
-                        x, y = self.loader.batch(row, cfg.batch_size)
+                        x, y = self.loader.batch(row, rows)
                     except UserError as error:
                         if par.alone:
                             return error.text
@@ -1404,8 +1435,6 @@ class Trainer(ByHand, Report):
         if not found:
             bad = [n for n, p in model.named_parameters() if p.grad is not None and not par.finite(p.grad)]
             found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
-        for p in model.parameters():
-            p.grad = None
         return found[0] if found else None
 
     # ---- evaluation and saving
