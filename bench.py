@@ -979,14 +979,16 @@ def layout_run(job: dict) -> int:
 
 
 def of_run(words: list[str], name: str) -> tuple[Path, list[dict]]:
-    """The folder of a run and the rows of one of its files. E002, E108, E104."""
+    """The folder of a run and the rows of one of its files; none of decisions.jsonl, which a healthy run
+    does not have. E002, E108, E104."""
     folders = options(words, run=None).run
     if len(folders) != 1:
         raise UserError("E002", "which run? python bench.py decisions out/NAME, python bench.py picture out/NAME")
     path = Path(folders[0], name)
     if not path.is_file():
-        nothing = ": nothing had to be decided in this run" if (path.parent / "config.yaml").exists() else ""
-        raise UserError("E108", f"there is no {path}{nothing if name == 'decisions.jsonl' else ''}")
+        if name == "decisions.jsonl" and (path.parent / "config.yaml").exists():
+            return path.parent, []
+        raise UserError("E108", f"there is no {path}")
     try:
         rows = read_lines(path)
     except ValueError as error:
@@ -1000,6 +1002,9 @@ def decisions(words: list[str]) -> int:
     """decisions.jsonl as a story: what happened, why, what was done, how it turned out. What lies within 100 turns
     belongs together; what is the same in turns on end is said once."""
     out, rows = of_run(words, "decisions.jsonl")
+    if not rows:
+        print(f"{out}: nothing had to be decided")
+        return 0
     outcomes, told = {r["id"]: r for r in rows if r.get("kind") == "outcome"}, []
     for r in (r for r in rows if "trigger" in r):
         last = told[-1] if told else None
@@ -1046,7 +1051,8 @@ def picture(words: list[str]) -> int:
 
     def draw(ax, rows, name, style, **more):
         found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-        ax.plot([step for step, _ in found], [x for _, x in found], style, **more)
+        if found:  # the legend names what happened only
+            ax.plot([step for step, _ in found], [x for _, x in found], style, **more)
 
     for name, ax in zip(panels, axes[:, 0]):
         if name in shares:

@@ -233,6 +233,11 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
         target, name = (tree[block], name) if name and block in BLOCKS else (tree, key)
         target[name] = value
         lines[key] = None
+    typed = [key for key in ("prepare", "data_dir", "data") if lines.get(key, 0) is None]
+    preset = path and path.resolve().parent == Path(__file__).resolve().parent / "configs"
+    if preset and typed and lines.get("sample_prompt"):
+        tree.pop("sample_prompt")  # it continues the preset's own text
+        notes.append(f"the preset's sample_prompt goes with its own data, not with --{typed[0]}: no sample")
     if (extra := [k for k in flags if k in SIMULATED]) and not flags.get("dry_run"):
         raise UserError("E002", f"command line: --{extra[0]} goes with --dry_run only; torchrun sets the real number")
     if moved and tree["out_dir"] == home:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +36,7 @@ import checkpoint
 import plan
 import tokenizer as tokenizers
 from config import Config, build_config, help_text, read_config
+from detectors import above_chance
 from errors import UserError, command
 from loader import Loader, Source, Sums, val_rows
 from model import ModelConfig, Transformer, pick_attention
@@ -58,7 +60,7 @@ def lr_at(cfg: Config, step: int) -> float:
     """The learning rate of turn `step` (from 0) of cfg.max_steps; needs resolved warmup_steps and min_lr."""
     peak, low, n = cfg.learning_rate, cfg.min_lr, cfg.max_steps
     if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
-        up = max(1, int(0.3 * n))
+        up = rise(cfg)
         if step < up:
             return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
         return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
@@ -99,6 +101,25 @@ def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.
 def mix(seed: int, row: int) -> int:
     """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rise(cfg: Config) -> int:
+    """Steps until the learning rate is at its peak."""
+    return max(1, int(0.3 * cfg.max_steps)) if cfg.lr_schedule == "onecycle" else cfg.warmup_steps
+
+
+def leap(before: dict, cfg: Config, step: int) -> str | None:
+    """A resumed run whose learning rate would leap: the rate that the resolved configuration `before` had for
+    `step` against that of `cfg`, and what makes the difference."""
+    then = types.SimpleNamespace(**dataclasses.asdict(cfg) | before)
+    was, now = lr_at(then, max(0, min(step, then.max_steps - 1))), lr_at(cfg, step)
+    if step >= cfg.max_steps or now <= 1.5 * was and was <= 1.5 * now:
+        return None
+    keys = "learning_rate min_lr lr_schedule max_steps warmup_steps decay_frac".split()
+    changed = [k for k in keys if getattr(then, k) != getattr(cfg, k)]
+    why = ", ".join(f"{k} {getattr(then, k)} -> {getattr(cfg, k)}" for k in changed)
+    text = f"the learning rate leaps from {was:.2e} to {now:.2e} at step {step} ({why}); lr_schedule: wsd"
+    return f"{text} can be made longer without that, init_from starts a new schedule"
 
 
 # ---------------------------------------------------------------- parallel
@@ -284,7 +305,7 @@ RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
-OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl"]
+OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl", "training.png"]
 WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
 
 
@@ -320,6 +341,7 @@ class Trainer(ByHand, Report):
             self.cfg, self.written, notes, _ = read_config(words)
         self.started = time.time()
         self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
+        self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
@@ -333,6 +355,7 @@ class Trainer(ByHand, Report):
         self.tokenizer_sum = self.tokenizer_then = None  # of the data; of the checkpoint: sha256
         self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
+        self.marks, self.on_device = [], {}  # see mark()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         self.dry_run = dry_run
@@ -345,6 +368,7 @@ class Trainer(ByHand, Report):
             self.check_paths()
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
+        self.runs_ahead = self.parallel.device.type == "cuda"  # the host, of what it has queued
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.longest = self.patience = max(self.parallel.FIRST, self.cfg.comm_timeout)  # seconds ranks wait for others
         if self.parallel.alone:  # zero_stage 0 is what this is
@@ -408,6 +432,9 @@ class Trainer(ByHand, Report):
         for source in (*self.sources.values(), *self.val_sources.values()):
             source.check_vocab(cfg.model.vocab_size)
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
+        if cfg.early_stopping_patience and not self.val_sources:
+            text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
+            raise UserError("E114", f"{text}; {self.no_validation()}")
 
     def same_tokenizer(self, other: Path) -> bool:
         """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
@@ -613,6 +640,9 @@ class Trainer(ByHand, Report):
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
+        self.warm_up = rise(cfg)
+        if saved and (said := leap(saved.state["config"], cfg, saved.state["step"])):
+            self.changes.append(said)
 
         # machine: what rank 0 finds, kept on resume
         precision = kept_here("precision")
@@ -763,6 +793,10 @@ class Trainer(ByHand, Report):
                 shutil.rmtree(checkpoint.step_dir(self.out, step))
             for name in OURS:
                 (self.out / name).unlink(missing_ok=True)
+            for aside in self.out.glob("step_*.rolled_back"):
+                shutil.rmtree(aside)
+            for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
+                curve.unlink()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -905,6 +939,8 @@ class Trainer(ByHand, Report):
         self.restore(saved)
         self.step, self.cursor = saved.state["step"], saved.state["cursor"]
         self.take_numbers(saved.state)
+        if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
+            self.wandb_id = saved.state.get("wandb_id")
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -991,7 +1027,8 @@ class Trainer(ByHand, Report):
                     checkpoint.write_json(self.out / "best.json", best)
         self.write_status("running")
         if cfg.wandb_project:
-            self.wandb = start_wandb(cfg, self.say)
+            self.wandb = start_wandb(cfg, self.say, self.wandb_id)
+            self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
         if cfg.picture and importlib.util.find_spec("matplotlib") is None:
             raise UserError("E003", "picture: true needs its package: pip install matplotlib")
         if cfg.tensorboard:
@@ -1104,10 +1141,11 @@ class Trainer(ByHand, Report):
             sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
             if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
-            void = False
+            void, self.marks = False, []
             try:
                 for micro in range(cfg.gradient_accumulation_steps):
                     self.lap("compute" if micro else "other")
+                    self.mark("compute")
                     try:
                         row, x, y = self.loader.next()
                     except UserError as error:  # this rank cannot go on; the others learn it from the statistics
@@ -1117,6 +1155,7 @@ class Trainer(ByHand, Report):
                             break
                         row, x, y = self.blank()  # its part of the collectives that forward and backward hold
                     self.lap("data")
+                    self.mark("data")
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
@@ -1137,6 +1176,7 @@ class Trainer(ByHand, Report):
                 stats[STAT["oom"]] = 1
                 free_memory(par.device)
             self.lap("compute")
+            self.mark("compute")
             # reduce
             stats[:3] = sums
             for name, flag in (
@@ -1187,7 +1227,7 @@ class Trainer(ByHand, Report):
                     moe_sums = expert_numbers(self.moe, moe_sums)
                 numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
             self.sparse = sparse
-            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers))
+            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers), self.marks)
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1221,10 +1261,11 @@ class Trainer(ByHand, Report):
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
-        step, cursor, turn, lr, numbers, arrived = self.pending
+        step, cursor, turn, lr, numbers, arrived, marks = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
+        self.measure(marks)
         numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
         ce, z, count, unread, oom, stop, save, control, check, square, writing, norm, bad, exploded = numbers
         if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
@@ -1529,6 +1570,8 @@ class Trainer(ByHand, Report):
         self.orchestrator.evaluated(row)
         bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
         best = " (best)" if new_best else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
+        if above_chance(self.val_loss, cfg.model.vocab_size):
+            best += f", worse than guessing ({math.log(cfg.model.vocab_size):.2f})"
         took = time.perf_counter() - began
         right = f"{100 * row['val_accuracy']:.1f} % right"
         self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
@@ -1540,9 +1583,10 @@ class Trainer(ByHand, Report):
         self.lap("evaluation")
         return new_best
 
-    def save(self, wait: bool = True) -> bool:
+    def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on. With `wait`
-        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save."""
+        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save. `prune` false: no
+        older checkpoint is deleted for it."""
         self.drain()
         self.end_save()
         self.lap("other")
@@ -1566,11 +1610,11 @@ class Trainer(ByHand, Report):
         self.clock += writing.stall
         self.lap("checkpoint")
         if wait:
-            return self.end_save()
+            return self.end_save(prune)
         par.set_patience(self.patience)
         return True
 
-    def end_save(self) -> bool:
+    def end_save(self, prune: bool = True) -> bool:
         """Wait for what is being written, agree, and give it its name."""
         if self.writing is None:
             return True
@@ -1599,7 +1643,8 @@ class Trainer(ByHand, Report):
             self.say(f"E307       {w.final} could not be written ({said}); the run goes on and tries again")
         else:
             with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
-                self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
+                if self.main and prune:
+                    checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
             now = time.perf_counter()
             stall = w.stall + now - began
             beside = f", of which training waited {stall:.1f} s" if self.cfg.save_async else ""
@@ -1614,7 +1659,7 @@ class Trainer(ByHand, Report):
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = dataclasses.asdict(self.cfg)
         names = ("step", "cursor", *NUMBERS, "segments", "auto", "written", "model_written", "fingerprints", "versions")
-        names += ("attempt",)
+        names += ("attempt", "wandb_id")
         knobs, model = self.orchestrator.knobs, config["model"]  # what was changed on the way and matters to samplers
         model["routing_temperature"] = knobs.get("routing_temperature", model["routing_temperature"])
         if (c := knobs.get("mod_capacity")) is not None:
@@ -1637,15 +1682,31 @@ class Trainer(ByHand, Report):
         """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""
         return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
-    def scheduled_lr(self) -> float:
-        """The learning rate of this step, before the orchestrator's factor."""
-        return lr_at(self.cfg, self.step)
+    def scheduled_lr(self, step: int | None = None) -> float:
+        """The learning rate of a step, by default of this one, before the orchestrator's factor."""
+        return lr_at(self.cfg, self.step if step is None else step)
 
     def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited for.)"""
+        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited
+        for. While it waits for data a GPU computes, and only measure() knows how long it did not.)"""
         now = time.perf_counter()
-        self.spent[name] += now - self.lapped
+        self.spent["compute" if self.runs_ahead and name == "data" else name] += now - self.lapped
         self.lapped = now
+
+    def mark(self, name: str) -> None:
+        """On CUDA: what is in the queue since the last mark is `name`. Between the marks before and after a
+        wait for data, no work between them, lies the time for which the GPU had nothing to do. Never run on one."""
+        if self.runs_ahead:
+            self.marks.append((name, event_now()))
+
+    def measure(self, marks: list) -> None:
+        """Seconds between the marks of a turn that is over, into `spent` and, for what ranks compare, `on_device`."""
+        for (_, before), (name, after) in zip(marks, marks[1:]):
+            seconds = before.elapsed_time(after) / 1000  # it says milliseconds
+            self.on_device[name] = self.on_device.get(name, 0.0) + seconds
+            if name == "data":
+                self.spent["data"] += seconds
+                self.spent["compute"] -= seconds
 
     def restart_clock(self) -> None:
         self.clock, self.clock_step, self.logged = time.perf_counter(), self.step, dict(self.spent)
@@ -1661,11 +1722,14 @@ class Trainer(ByHand, Report):
         took = clock(time.time() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
         what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.spent.values())):.2f} %"
+        worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
+        what += f"; {worse}" if worse else ""
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
         if state == "finished" and self.main:
             self.suggest()
         asked = state == "stopped" and self.stop_signal == 2  # else it was a signal: a scheduler may start it again
-        self.write_status(state, code, "the last checkpoint could not be written" if code else "as asked for" * asked)
+        reason = "as asked for" if asked else worse if state == "finished" else ""
+        self.write_status(state, code, "the last checkpoint could not be written" if code else reason)
         self.close()
 
     def close(self) -> None:
@@ -1713,6 +1777,13 @@ def to_host(numbers: torch.Tensor) -> tuple:
     arrived = torch.cuda.Event()
     arrived.record()
     return host, arrived
+
+
+def event_now():
+    """A CUDA event that is over when all that was queued before it is."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def peak_bytes(model: Transformer, rows: int, device) -> int:
