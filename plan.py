@@ -92,7 +92,7 @@ class Machine:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """"2.14.1+cu130" -> (2, 14)"""
+    """Of "2.14.1+cu130": (2, 14)."""
     return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
 
 
