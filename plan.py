@@ -26,6 +26,7 @@ import torch
 
 from errors import UserError, command
 from model import ModelConfig, Transformer, pick_attention
+from model_moe import back_ends
 
 TRIED = ("2.11", "2.13", "2.14")  # torch, oldest first: the versions on which the tests were run
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
@@ -96,7 +97,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
 
 
-def untried(version: str = torch.__version__) -> list[str]:
+def untried(version: str) -> list[str]:
     """What a user should know of a torch newer than any that was tried: a line, or none. It is not forbidden."""
     if release(version) <= release(TRIED[-1]):
         return []
@@ -131,7 +132,7 @@ def machine(device: str = "auto", precision: str = "auto", compile_model: bool |
         raise UserError("E002", f"device: {device!r} is not auto, cuda, mps or cpu")
     if not has[kind]:
         raise UserError("E003", f"device: {device} is not there; this torch ({torch.__version__}) sees {_seen(has)}")
-    notes = untried()
+    notes = untried(torch.__version__)
     if kind == "cuda":
         index = int(device.split(":")[1]) if ":" in device else local_rank
         if index >= torch.cuda.device_count():
@@ -1146,6 +1147,8 @@ def env() -> int:
     for choice in ("sdpa", "flash", "flex"):
         name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
+    for name, why in back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+        print(f"experts      {name}: {why or 'can work'}")
     for package, use in (("wandb", "wandb_project"), ("tensorboard", "tensorboard: true"), ("transformers", "--check")):
         there = importlib.util.find_spec(package) is not None
         print(f"optional     {package}: {'there' if there else f'not there (pip install {package}), for {use}'}")
