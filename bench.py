@@ -247,7 +247,7 @@ class Ours:
                 moe.back_end = picked
         self.name = (self.moe[0].back_end + ", " if self.moe else "") + ("compiled" if compiled else "eager")
         if compiled:
-            torch._dynamo.config.recompile_limit = 64
+            torch.compiler.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))

@@ -688,7 +688,7 @@ class Orchestrator:
         out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.spent
         out |= t.on_device  # launching takes alike on all ranks, whatever their GPUs do
         if t.cfg.compile_model:
-            out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            out["graphs"] = compiled_graphs()
         return out | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0}
 
     # ---- experts
@@ -1032,6 +1032,12 @@ ROUTER_KNOBS = {
     "bias_update_rate": "bias_rate",
     "aux_loss_weight": "aux_weight",
 }
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; 0 where torch's private counter is gone."""
+    counters = getattr(torch._dynamo.utils, "counters", {})
+    return counters.get("stats", {}).get("unique_graphs", 0)
 
 
 def resident_bytes() -> int | None:

@@ -28,7 +28,9 @@ import torch
 
 from errors import UserError, command
 from model import ModelConfig, Transformer, head_rows, pick_attention
+from model_moe import back_ends
 
+TRIED = ("2.11", "2.13", "2.14")  # torch, oldest first: the versions on which the tests were run
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
 
 
@@ -124,6 +126,18 @@ class Machine:
         return DTYPES[self.precision]
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Of "2.14.1+cu130": (2, 14)."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
+
+
+def untried(version: str) -> list[str]:
+    """What a user should know of a torch newer than any that was tried: a line, or none. It is not forbidden."""
+    if release(version) <= release(TRIED[-1]):
+        return []
+    return [f"torch {version} is newer than {TRIED[-1]}, the newest on which Lumen's tests were run"]
+
+
 def cpu_flags() -> list[str]:
     """The flags of this CPU that decide the speed of matrices."""
     try:
@@ -136,7 +150,8 @@ def cpu_flags() -> list[str]:
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware (mkldnn's own answer is wrong: without, bf16 is slower)."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or torch.cpu._is_avx512_bf16_supported()
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private; knows what other systems' flags do not say
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or bool(asked and asked())
 
 
 def find_compiler() -> str | None:
@@ -151,7 +166,7 @@ def machine(device: str = "auto", precision: str = "auto", compile_model: bool |
         raise UserError("E002", f"device: {device!r} is not auto, cuda, mps or cpu")
     if not has[kind]:
         raise UserError("E003", f"device: {device} is not there; this torch ({torch.__version__}) sees {_seen(has)}")
-    notes = []
+    notes = untried(torch.__version__)
     if kind == "cuda":
         index = int(device.split(":")[1]) if ":" in device else local_rank
         if index >= torch.cuda.device_count():
@@ -1267,9 +1282,8 @@ def env() -> int:
     problems = []
     if sys.version_info < (3, 10):  # noqa: UP036 - this is where a user of an old Python learns it
         problems.append(f"Python {platform.python_version()}: 3.10 or newer is needed")
-    version = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    if not (2, 11) <= version < (2, 14):
-        problems.append(f"torch {torch.__version__}: 2.11 to 2.13 is needed (pip install -r requirements.txt)")
+    if release(torch.__version__) < release(TRIED[0]):
+        problems.append(f"torch {torch.__version__}: {TRIED[0]} or newer is needed (pip install -r requirements.txt)")
     m = machine()
     print(f"python       {platform.python_version()} on {platform.platform()}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
@@ -1289,6 +1303,8 @@ def env() -> int:
     for choice in ("sdpa", "flash", "flex"):
         name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
+    for name, why in back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+        print(f"experts      {name}: {why or 'can work'}")
     for package, use in (("wandb", "wandb_project"), ("tensorboard", "tensorboard: true"), ("transformers", "--check")):
         there = importlib.util.find_spec(package) is not None
         print(f"optional     {package}: {'there' if there else f'not there (pip install {package}), for {use}'}")

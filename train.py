@@ -125,6 +125,16 @@ def leap(before: dict, cfg: Config, step: int) -> str | None:
 # ---------------------------------------------------------------- parallel
 
 
+def set_timeouts(seconds: int) -> None:
+    """How long a collective of any group of processes waits from now on. The list of groups is private to torch (the
+    same in 2.11 to 2.14); where it is gone, only the group of all processes changes: meshes keep the longest wait."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.14
+    world = getattr(c10d, "_world", None)
+    for group in [None] if world is None else list(world.pg_map):
+        set_timeout(timedelta(seconds=seconds), group)
+
+
 class Parallel(Rows):
     """All that changes with the number of processes. This one replicates the model and reduces gradients itself.
 
@@ -240,8 +250,7 @@ class Parallel(Rows):
         """
         if self.world > 1:
             self.agree([0])  # the slowest has finished what it needed the long limit for
-            for group in list(dist.distributed_c10d._world.pg_map):  # private; the same in torch 2.11 to 2.13
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            set_timeouts(seconds)
 
     def gather(self, obj) -> list:
         """What each rank says, in order of rank."""
@@ -838,7 +847,7 @@ class Trainer(ByHand, Report):
         self.sparse_shapes = [(len(self.moe), len(SUMS) + n), (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len)]
         self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
         if cfg.compile_model:
-            torch._dynamo.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
+            torch.compiler.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
             for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
                 block.compile()
         self.weights = par.weights(model)

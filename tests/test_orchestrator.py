@@ -1182,3 +1182,11 @@ def test_off_is_a_word_in_yaml(tiny, tmp_path):
     assert read_config([str(path)])[0].orchestrator.mode == "off"
     assert read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
     assert sys.modules["orchestrator"] is orchestrator
+
+
+def test_a_torch_that_no_longer_counts_its_graphs_ends_no_run(monkeypatch):
+    import torch._dynamo.utils as private
+
+    assert orchestrator.compiled_graphs() >= 0
+    monkeypatch.delattr(private, "counters", raising=False)
+    assert orchestrator.compiled_graphs() == 0

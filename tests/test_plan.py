@@ -7,11 +7,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 import plan
 from config import read_config
 from errors import UserError
 from model import ModelConfig, Transformer
+from train import Trainer
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be
@@ -262,6 +264,31 @@ def test_env_reports_and_says_when_training_cannot_work(capsys, monkeypatch):
         assert word in out
     monkeypatch.setattr(plan.torch, "__version__", "2.5.1")
     assert plan.main(["env"]) == 2 and "PROBLEM      torch 2.5.1" in capsys.readouterr().out
+    monkeypatch.setattr(plan.torch, "__version__", "2.99.0a0+git1234567")
+    assert plan.main(["env"]) == 0, "what was not tried is said, not forbidden"
+    assert f"torch 2.99.0a0+git1234567 is newer than {plan.TRIED[-1]}" in capsys.readouterr().out
+
+
+def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    (wanted,) = (Requirement(line).specifier for line in lines if line.startswith("torch"))
+    assert all(f"{version}.0" in wanted for version in plan.TRIED)
+    assert f"torch>={plan.TRIED[0]}," in "\n".join(lines), "the oldest that pip takes was tried"
+    assert [plan.untried(f"{version}.9+cu130") for version in plan.TRIED] == [[]] * len(plan.TRIED)
+    assert plan.release("2.9.1") < plan.release("2.11.0") < plan.release("3.0"), "numbers, not letters"
+
+
+def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "TRIED", ("2.9", "2.10"))
+    Trainer(tiny(max_steps=1))
+    assert capsys.readouterr().out.count("is newer than 2.10, the newest on which Lumen's tests were run") == 1
+
+
+def test_bf16_of_a_cpu_is_known_without_torchs_private_word(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    for flags, there in ((["avx2"], False), (["avx2", "amx_bf16"], True)):
+        monkeypatch.setattr(plan, "cpu_flags", lambda flags=flags: flags)
+        assert plan.cpu_has_bf16() is there
 
 
 def test_matrix_peak_is_a_speed():
