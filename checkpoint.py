@@ -13,6 +13,7 @@ any number of ranks reads what any other number wrote. Nothing is ever unpickled
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -20,13 +21,14 @@ import os
 import re
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import UserError, command, expand
+from errors import UserError, command, expand, speak
 
 FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
 STEP = re.compile(r"step_(\d{8,})")
@@ -40,13 +42,27 @@ def step_of(folder) -> int:
     return int(STEP.fullmatch(Path(folder).name)[1])
 
 
+CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+UNSYNCED: set[str] = set()  # what was said once
+
+
 def sync(path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power loss."""
-    fd = os.open(path, os.O_RDONLY)
+    """Make a file's bytes, or a folder's names, survive a power loss. OSError where they are lost already; that a file
+    system cannot do it (some FUSE, CIFS) or does not allow it is noted once, for it matters only if the power fails."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+        what = "folders" if os.path.isdir(path) else "files"
+        if what not in UNSYNCED and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            text = f"note       {what} cannot be synced here ({path}: {error.strerror}): what was saved just before"
+            speak(f"{text} a power loss may be gone", lambda text: print(text, file=sys.stderr, flush=True))
+        UNSYNCED.add(what)
 
 
 def write_json(path, data) -> None:
@@ -54,8 +70,7 @@ def write_json(path, data) -> None:
     tmp = Path(f"{path}.tmp")
     with open(tmp, "w", encoding="utf-8") as f:
         json.dump(data, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
+    sync(tmp)
     os.replace(tmp, path)
     sync(tmp.parent)
 
@@ -164,9 +179,11 @@ def clean_up(out_dir) -> None:
             f.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
-def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:
-    """Keep the newest `limit` checkpoints (0: all), the newest clean one, the best one and every keep_every-th step."""
-    steps = list_steps(out_dir)
+def prune(out_dir, limit: int, keep_every: int, best: int | None, saved: int | None = None) -> None:
+    """Keep the newest `limit` checkpoints (0: all), the newest clean one, the best one and every keep_every-th step.
+    `saved`: the step that was written just now. One beyond it is not newer, whatever its number says: it stays, and is
+    not counted."""
+    steps = [s for s in list_steps(out_dir) if saved is None or s <= saved]
     clean = next((s for s in reversed(steps) if _is_clean(step_dir(out_dir, s))), None)
     keep = {best, clean, *steps[-limit:], *(s for s in steps if keep_every and s % keep_every == 0)}
     for step in steps:
@@ -174,7 +191,7 @@ def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:
             doomed = step_dir(out_dir, step).with_suffix(".tmp")  # a crash in the middle of deleting leaves no half one
             step_dir(out_dir, step).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-    aside = sorted(_called(out_dir, "rolled_back"))
+    aside = sorted(_called(out_dir, "rolled_back"), key=lambda path: (path.stat().st_mtime, path))
     for path in aside[:-limit] if limit else ():
         shutil.rmtree(path, ignore_errors=True)
 
@@ -213,6 +230,14 @@ def _called(out_dir, suffix: str) -> list[Path]:
     return [p for p in Path(out_dir).glob(f"step_*.{suffix}") if STEP.fullmatch(p.stem)]
 
 
+def set_damaged_aside(folder: Path) -> Path:
+    """What has wrong bytes gets a name under which it counts nowhere. Nothing of it is deleted but an earlier one."""
+    aside = Path(f"{folder}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
+
+
 def _is_clean(folder: Path) -> bool:
     try:
         return json.loads((folder / "state.json").read_text()).get("clean", True)
@@ -227,6 +252,12 @@ def list_steps(out_dir) -> list[int]:
     """Steps whose folder is complete (it has its final name), ascending; not verified."""
     found = (STEP.fullmatch(p.name) for p in Path(out_dir).glob("step_*"))
     return sorted(int(m[1]) for m in found if m)
+
+
+def all_folders(out_dir) -> list[Path]:
+    """Every step of a run, and what was set aside or left half done."""
+    ours = re.compile(rf"{STEP.pattern}(\.(tmp|old|rolled_back|damaged))?")
+    return [p for p in Path(out_dir).glob("step_*") if ours.fullmatch(p.name)]
 
 
 class Checkpoint:

@@ -6,6 +6,7 @@ into one message and an exit code: 2 the user's input, 3 diverged, 75 please res
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -37,7 +38,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
     "E200": ("the run does not fit into memory", "take what the message names; --dry_run shows what each choice needs"),
     "E201": ("memory ran out inside a collective or the optimizer", "start again: it goes on with smaller ones"),
-    "E300": ("out_dir already holds a run", "resume: auto goes on, overwrite: true starts anew; or change out_dir"),
+    "E300": ("out_dir holds a run, or is in use", "resume: auto goes on with a run that has ended; or change out_dir"),
     "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
     "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
     "E303": ("a checkpoint is damaged", "use another step of the run: python checkpoint.py OUT_DIR lists them"),
@@ -82,9 +83,57 @@ def expand(path: str, where: str = "") -> str:
     return whole
 
 
-def command(main) -> None:
+class Console:
+    """stdout or stderr of a program whose work is not what it says: a pipe that was closed, a terminal that went, a
+    full disk take the words and nothing else."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def print_now(text: str) -> None:
+    print(text, flush=True)
+
+
+def speak(text: str, write=print_now) -> None:
+    """One line to the console, as far as it takes it; whatever becomes of it, who speaks goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            write(text)
+        except UnicodeError:
+            write(text.encode("ascii", "backslashreplace").decode())
+
+
+def open_console(lasting: bool) -> None:
+    """A letter that the console does not have is written as \\x.., never an error."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:  # closed by who started us: else the next file opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Console(stream) if lasting else stream)
+
+
+def command(main, lasting: bool = False) -> None:
     """Run `main(argv) -> exit code or None` as a program. Under torchrun rank 0 speaks, and first; another
-    rank only where rank 0 has nothing to say."""
+    rank only where rank 0 has nothing to say. `lasting`: its work goes on whatever becomes of the console."""
+    open_console(lasting)
     rank = int(os.environ.get("RANK", 0))
     try:
         code = main(sys.argv[1:]) or 0
@@ -101,10 +150,15 @@ def command(main) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `| head` closed our output
+        if lasting:  # not ours, for that raises nothing: a service, another process
+            raise
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, a closed pipe; Python would try again and make it exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "RANK" in os.environ:
         os._exit(code)  # gloo's threads can abort the process in its own exit handlers although all work is done
     sys.exit(code)

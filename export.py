@@ -771,4 +771,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, lasting=True)

@@ -48,7 +48,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from errors import ERRORS, UserError, command, expand
+from errors import ERRORS, UserError, command, expand, speak
 from loader import DAMAGED, sha256_of
 from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
@@ -969,7 +969,7 @@ def prepare(
 
     def say(text: str) -> None:
         if not options["quiet"]:
-            print(text.encode(*NAMES).decode(), flush=True)
+            speak(text.encode(*NAMES).decode())
 
     with holding(out, say):
         unread = {}
@@ -1028,7 +1028,7 @@ def unread_lines(unread: dict) -> list[str]:
 
 def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, say) -> dict:
     """The work itself, from where progress says to the manifest."""
-    settings, clock = progress["settings"], time.time()
+    settings, clock = progress["settings"], time.monotonic()
     every = [Input(*given) for given in progress["provenance"]["inputs"]]
     inputs = [given for given in every if given.kind != "tokenizer"]
     total, path = sum(given.size for given in inputs), os.path.join(out, "tokenizer.json")
@@ -1042,7 +1042,7 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
             texts = training_texts(inputs, settings["seed"])
             tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None)
             less = "" if tokenizer.n_vocab == n_vocab else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
-            say(f"tokenizer {tokenizer.name}: trained in {time.time() - clock:.1f} s{less}")
+            say(f"tokenizer {tokenizer.name}: trained in {time.monotonic() - clock:.1f} s{less}")
         with writing(path) as file:
             file.write(tokenizer.to_json().encode())
     dtype = "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
@@ -1052,7 +1052,7 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
         output.resume(progress["state"])
     workers = options["workers"] or (1 if total < 32 << 20 else min(os.cpu_count() or 1, 8))
     batches = read_batches(inputs, output.position, options["batch_bytes"], settings["seed"])
-    clock, cpu, done = time.time(), time.process_time(), 0
+    clock, cpu, done = time.monotonic(), time.process_time(), 0
     with tqdm(total=total, unit="B", unit_scale=True, disable=True if options["quiet"] else None) as bar:
         for batch, (rows, seconds) in in_order(batches, workers, (tokenizer, settings, dtype)):
             for row in rows:
@@ -1061,7 +1061,7 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
             bar.update(size)
             done, cpu = done + size, cpu - seconds * (workers > 1)
     output.settle()
-    wall, cpu = max(time.time() - clock, 1e-6), max(time.process_time() - cpu, 1e-6)
+    wall, cpu = max(time.monotonic() - clock, 1e-6), max(time.process_time() - cpu, 1e-6)
 
     counts, (train, val) = output.counts, output.splits.values()
     for code, lines in sorted(output.examples.items()):
@@ -1201,4 +1201,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, lasting=True)

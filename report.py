@@ -26,7 +26,7 @@ import checkpoint
 import plan
 import tokenizer as tokenizers
 from config import Config
-from errors import UserError
+from errors import UserError, print_now, speak
 from model_moe import MoD, expert_numbers, expert_statistics, mod_statistics
 from orchestrator import Orchestrator, resident_bytes
 
@@ -204,10 +204,19 @@ class Report:
         """One line to the console and to train.log, from rank 0."""
         if not getattr(self, "main", True):
             return
-        tqdm.write(text) if self.bar else print(text, flush=True)
+        speak(text, tqdm.write if self.bar else print_now)
         if self.log_file:
             with contextlib.suppress(OSError):  # a full disk must not end the run
                 self.log_file.write(text + "\n")
+
+    @contextlib.contextmanager
+    def nicety(self, what: str):
+        """What a run can do without: if it fails that is said, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            text = getattr(error, "text", "") or (str(error).splitlines() or [""])[0]
+            self.say(f"note       {what}: {getattr(error, 'code', type(error).__name__)}: {text}")
 
     def append(self, name: str, row: dict) -> None:
         """One line to an append-only file in out_dir, from rank 0."""
@@ -222,19 +231,28 @@ class Report:
         self.append("metrics.jsonl", row)
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         if self.wandb:  # the step is a number among others: after a rollback it comes again, which wandb would refuse
-            self.wandb.log(numbers | {"step": row["step"]})
+            with self.charts("wandb"):
+                self.wandb.log(numbers | {"step": row["step"]})
         if self.board:
-            try:
+            with self.charts("board"):
                 for key, value in numbers.items():
                     self.board.add_scalar(key, value, row["step"])
-            except OSError as error:  # a full disk must not end the run
-                self.say(f"note       TensorBoard: {error}; nothing more is written to it")
-                self.board = None
+
+    @contextlib.contextmanager
+    def charts(self, name: str):
+        """wandb or board: one that fails (no room, no network, a bug of theirs) is not written to any more."""
+        try:
+            yield
+        except Exception as error:
+            what = {"wandb": "wandb", "board": "TensorBoard"}[name]
+            self.say(f"note       {what}: {type(error).__name__}: {error}; nothing more is written to it")
+            setattr(self, name, None)
 
     def close_writers(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
-        with contextlib.suppress(OSError):  # what was still to be written may not fit on the disk
+        with self.charts("wandb"):
+            if self.wandb:
+                self.wandb.finish()
+        with self.charts("board"):  # what was still to be written may not fit on the disk
             if self.board:
                 self.board.close()
         with contextlib.suppress(OSError):
@@ -350,21 +368,14 @@ class Report:
         if self.wandb:
             import wandb
 
-            self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges)), "step": step})
+            with self.charts("wandb"):
+                self.wandb.log({name: wandb.Histogram(np_histogram=(values, edges)), "step": step})
         if self.board:
             centres = np.arange(len(values))
             total, squares = float((values * centres).sum()), float((values * centres**2).sum())
-            self.board.add_histogram_raw(
-                name,
-                0.0,
-                len(values) - 1.0,
-                float(values.sum()),
-                total,
-                squares,
-                edges[1:].tolist(),
-                values.tolist(),
-                step,
-            )
+            sums = (0.0, len(values) - 1.0, float(values.sum()), total, squares)
+            with self.charts("board"):
+                self.board.add_histogram_raw(name, *sums, edges[1:].tolist(), values.tolist(), step)
 
     def last_routing(self, kind: str) -> dict:
         if not (self.moe if kind == "experts" else self.mod):
@@ -430,13 +441,14 @@ class Report:
             lines += [f"# learning_rate: x {Orchestrator.CUT}, for this run was rolled back {rolled} times"]
         with contextlib.suppress(OSError):
             text = "\n".join(lines) + "\n" + yaml.safe_dump(keys, sort_keys=False)
-            (self.out / "suggested.yaml").write_text(text, encoding="utf-8")
+            (self.out / "suggested.yaml").write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def print_sample(self) -> None:
         """Continue sample_prompt with the trained model."""
-        path, par = self.out / "tokenizer.json", self.parallel
-        tok = tokenizers.load(str(path)) if self.main and path.exists() else None
-        found = tok and (tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id], tok.eot_id, tok.n_vocab)
+        path, par, tok, found = self.out / "tokenizer.json", self.parallel, None, None
+        with self.nicety("sample"):  # of rank 0: what the others make depends on it
+            tok = tokenizers.load(str(path)) if self.main and path.exists() else None
+            found = tok and (tok.encode(self.cfg.sample_prompt).tolist() or [tok.eot_id], tok.eot_id, tok.n_vocab)
         if (found := found if par.alone else par.broadcast(found)) is None:
             self.say("sample     none: bare shards bring no tokenizer")
             return
@@ -459,8 +471,7 @@ class Report:
             nice = ["nice", "-n", "19"] if shutil.which("nice") else []
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
             env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            with contextlib.suppress(OSError):
-                self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
+            self.drawing = subprocess.Popen([*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet)
 
 
 def finite(x):
@@ -472,9 +483,14 @@ def finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def open_log_file(path):
+    """train.log takes any text: of a name that is no UTF-8 it writes what Python made of it."""
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+
 def start_wandb(cfg: Config, say, run_id: str | None = None):
-    """A wandb run, or (`run_id`) one that goes on; offline, with a line, when there is no key or no network.
-    It says nothing itself: its farewell is a history of forty lines."""
+    """A wandb run, or (`run_id`) one that goes on; offline, with a line, when there is no key or no network; None when
+    it cannot be at all. It says nothing itself: its farewell is a history of forty lines."""
     os.environ.setdefault("WANDB_SILENT", "true")  # before the import
     try:
         import wandb
@@ -500,8 +516,12 @@ def start_wandb(cfg: Config, say, run_id: str | None = None):
         except Exception as error:  # any failure of theirs: the run matters more than its picture
             say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
             mode = "offline"
-    run = run or wandb.init(**options, mode=mode)
-    run.define_metric("*", step_metric="step")
+    try:
+        run = run or wandb.init(**options, mode=mode)
+        run.define_metric("*", step_metric="step")
+    except Exception as error:
+        say(f"note       wandb: {type(error).__name__}: {error}; nothing is written to it")
+        return None
     where = run.url if mode == "online" else f"{mode}: wandb sync {Path(run.dir).parent} uploads it"
     say("wandb      disabled by WANDB_MODE" if mode == "disabled" else f"wandb      run {run.id}, {where}")
     return run

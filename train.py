@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -33,6 +32,7 @@ import yaml
 from tqdm import tqdm
 
 import checkpoint
+import launch
 import plan
 import tokenizer as tokenizers
 from config import Config, build_config, help_text, read_config
@@ -51,7 +51,7 @@ from model_moe import (
     update_balance,
 )
 from orchestrator import ByHand, Orchestrator, read_decisions
-from report import Report, clock, start_wandb
+from report import Report, clock, open_log_file, start_wandb
 
 # ---------------------------------------------------------------- schedule and optimizer
 
@@ -348,7 +348,7 @@ class Trainer(ByHand, Report):
         else:
             words = config if isinstance(config, list) else [str(config)]
             self.cfg, self.written, notes, _ = read_config(words)
-        self.started = time.time()
+        self.started = time.monotonic()
         self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
         self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
@@ -383,6 +383,16 @@ class Trainer(ByHand, Report):
         if self.parallel.alone:  # zero_stage 0 is what this is
             given = [key for key in SHARDING if key in self.written and (key, self.cfg.zero_stage) != ("zero_stage", 0)]
             notes += [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"] if given else []
+        self.owner = launch.Owner(self.out, self.main)
+        try:
+            self.begin(notes)
+        except BaseException:
+            self.owner.release()
+            raise
+
+    def begin(self, notes: list[str]) -> None:
+        """All that may refuse this start, and what it needs to train; from claim_out_dir on out_dir is its own."""
+        dry_run = self.dry_run
         self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
@@ -396,7 +406,7 @@ class Trainer(ByHand, Report):
         self.parallel.together(self.adopt, saved)
         self.build(saved, weights)
         self.started_at = self.step
-        if self.origin:
+        if saved is not None:
             self.find_best()
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
         if same_data and "forecast" in saved.state:
@@ -476,7 +486,7 @@ class Trainer(ByHand, Report):
         """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there. Neither is
         looked at again once out_dir has steps of its own to go on from."""
         cfg, steps = self.cfg, checkpoint.list_steps(self.out)
-        anew = cfg.resume == "none" and cfg.overwrite
+        anew = cfg.resume == "none" and cfg.overwrite and not launch.again(launch.read(self.out / launch.Owner.NAME))
         if origin := self.find_origin():
             try:
                 checkpoint.folders(origin)
@@ -505,14 +515,19 @@ class Trainer(ByHand, Report):
         return path
 
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
-        """Rank 0 picks the checkpoint to go on from, all ranks open it; None: a fresh start. Changes no run."""
+        """Rank 0 owns out_dir from here on, and picks the checkpoint to go on from; all ranks open it; None: a fresh
+        start. Changes no run."""
         cfg, found, text, origin = self.cfg, None, None, None
-        self.model_written = dataclasses.asdict(cfg.model)
+        self.model_written, self.damaged, self.anew = dataclasses.asdict(cfg.model), [], cfg.resume == "none"
         if self.main:
             try:
+                self.owner.take(self.say)
+                if self.anew and launch.again(self.owner.found):
+                    self.anew = False
+                    self.say("note       resume: none speaks of the launch's first start; this restart goes on")
                 checkpoint.clean_up(self.out)
                 steps = checkpoint.list_steps(self.out)
-                if cfg.resume == "none" and (steps or (self.out / "metrics.jsonl").exists()):
+                if self.anew and (steps or (self.out / "metrics.jsonl").exists()):
                     if not cfg.overwrite:
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
                 else:
@@ -531,7 +546,7 @@ class Trainer(ByHand, Report):
                         break
             except UserError as error:
                 text = error
-        folders, self.origin, error = self.parallel.broadcast((found, origin, text))
+        folders, self.origin, self.anew, error = self.parallel.broadcast((found, origin, self.anew, text))
         if error:
             raise error
         found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
@@ -578,7 +593,18 @@ class Trainer(ByHand, Report):
             if code := next((code for _, code in rows if code), None):
                 raise UserError(code, wrong[0])
             self.say(f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}")
+            if folder.parent.resolve() == self.out.resolve() and not checkpoint.unreadable(wrong):
+                self.damaged.append(folder)
         return None
+
+    def set_damaged_aside(self) -> None:
+        """Rank 0, once it may change the run: what was found damaged counts nowhere any more."""
+        for folder in self.damaged if self.main else ():
+            try:
+                self.say(f"note       {folder} is now {checkpoint.set_damaged_aside(folder).name}: it is damaged")
+            except OSError as error:  # it stays where it is: what is saved now is kept all the same
+                self.say(f"note       {folder} is damaged and cannot be renamed: {error.strerror}")
+        self.damaged = []
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
@@ -740,10 +766,11 @@ class Trainer(ByHand, Report):
         the estimate says (on CUDA a probe has the last word; a CPU kills where CUDA raises, so there it decides)."""
         cfg, m = self.cfg, self.cfg.model
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if cfg.overwrite and cfg.resume == "none":
+            if cfg.overwrite and not self.dry_run and self.anew:
                 raise OSError("it is about to be deleted")
             hint = json.loads((self.out / "oom_hint.json").read_text())
-            if hint["written"] == self.written.get("batch_size"):
+            same = hint.get("device") in (None, self.memory_at_hand())  # another device, another limit
+            if same and hint["written"] == self.written.get("batch_size"):
                 kept = min(hint["micro_batch"], kept or hint["micro_batch"])
                 self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({self.out / 'oom_hint.json'})"
         if cfg.batch_size != "auto":
@@ -776,6 +803,11 @@ class Trainer(ByHand, Report):
             raise UserError("E200", why)
         return why and f"this {'will' if sure else 'may'} not fit: {why}"
 
+    def memory_at_hand(self) -> list:
+        """Which device ran out of memory, or would: its name and GiB."""
+        machine = plan.machine(self.cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0)))
+        return [machine.name, round(plan.total_memory(machine.device) / 2**30)]
+
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
@@ -794,22 +826,21 @@ class Trainer(ByHand, Report):
             raise UserError("E003", f"expert_back_end: {error}") from error
 
     def own_out_dir(self) -> None:
-        """All is checked: rank 0 makes out_dir, or empties it where overwrite says so."""
+        """All is checked: out_dir is this launch's; rank 0 empties it first where overwrite says so."""
         if not self.main:
             return
-        if self.cfg.resume == "none" and self.cfg.overwrite:
-            for step in checkpoint.list_steps(self.out):
-                shutil.rmtree(checkpoint.step_dir(self.out, step))
-            for name in OURS:
-                (self.out / name).unlink(missing_ok=True)
-            for aside in self.out.glob("step_*.rolled_back"):
-                shutil.rmtree(aside)
-            for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
-                curve.unlink()
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            if self.anew and self.cfg.overwrite:
+                for folder in checkpoint.all_folders(self.out):
+                    shutil.rmtree(folder)
+                for name in OURS:
+                    (self.out / name).unlink(missing_ok=True)
+                for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
+                    curve.unlink()
+            self.owner.accept()
         except OSError as error:
-            raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
+            raise UserError("E300", f"out_dir {self.out} cannot be emptied: {error}") from error
+        self.set_damaged_aside()
 
     def adopt(self, saved) -> None:
         """resume: PATH. Of this run: what was saved after it is set aside. Of another: it, and its best, become steps
@@ -1022,7 +1053,7 @@ class Trainer(ByHand, Report):
             return
         self.attempt = self.read_status().get("attempt", 0) + 1
         try:
-            self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
+            self.log_file = open_log_file(self.out / "train.log")
             self.write_config()
             self.copy_tokenizer()
         except OSError as error:
@@ -1045,7 +1076,20 @@ class Trainer(ByHand, Report):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
-            self.board = SummaryWriter(str(self.out / "tensorboard"))
+            with self.nicety("TensorBoard"):
+                self.board = SummaryWriter(str(self.out / "tensorboard"))
+
+    def furnish(self) -> None:
+        """At a save: what stands beside the checkpoints, and sample.py needs, comes back if it was deleted."""
+        if not (self.out / "config.yaml").exists():
+            self.write_config()
+        for name in ("tokenizer.json", "token_bytes.npy"):
+            if self.tokenizer_dir and not (self.out / name).exists():
+                shutil.copyfile(self.tokenizer_dir / name, self.out / name)
+        if not launch.same_file(self.log_file, self.out / "train.log"):
+            old, self.log_file = self.log_file, open_log_file(self.out / "train.log")
+            with contextlib.suppress(OSError):
+                old.close()
 
     def write_config(self) -> None:
         """config.yaml, as resolved: started with it the run goes on, or with another out_dir is repeated, on any number
@@ -1083,21 +1127,28 @@ class Trainer(ByHand, Report):
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
         self.first_interrupt = None
-        for name in ("SIGTERM", "SIGINT") + (("SIGUSR1",) if "RANK" not in os.environ else ()):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP") + (("SIGUSR1",) if "RANK" not in os.environ else ()):
             with contextlib.suppress(ValueError, AttributeError):  # not the main thread; not on this system
-                signal.signal(getattr(signal, name), self.on_signal)
+                if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's word stands
+                    signal.signal(getattr(signal, name), self.on_signal)
 
     def on_signal(self, number, frame) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        if number == getattr(signal, "SIGUSR1", None):
             self.save_signal = 1
             return
-        if number == signal.SIGINT and self.first_interrupt and time.time() - self.first_interrupt > 2:
-            os._exit(130)
-        self.first_interrupt = self.first_interrupt or time.time()
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self.first_interrupt and now - self.first_interrupt > 2:  # sooner: it came by two ways, torchrun's too
+                os._exit(130)
+            if self.main and not self.first_interrupt:  # no print: it may have been interrupted itself
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once, without saving\n")
+            self.first_interrupt = self.first_interrupt or now
         self.stop_signal = self.stop_signal or 1
 
     # ---- the loop
 
+    @launch.owning
     def fit(self) -> int:
         """Train to max_steps, or until a signal. Returns the exit code: 0, or 4 when the last save failed."""
         cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
@@ -1401,6 +1452,7 @@ class Trainer(ByHand, Report):
         self.end_save()
         self.pending, self.step = None, note["step"]
         self.take_numbers(note)
+        self.set_damaged_aside()
         if self.main:
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
@@ -1411,7 +1463,7 @@ class Trainer(ByHand, Report):
             self.bar.n = self.step
 
     def find_best(self) -> None:
-        """The best step may be gone with what was set aside: then the best of those still there."""
+        """If the best step is gone (set aside, damaged, deleted) the best of those still there takes its place."""
         if self.main:
             steps = checkpoint.list_steps(self.out)
             if self.best_step is not None and self.best_step not in steps:  # it is gone: the best of those still there
@@ -1636,10 +1688,8 @@ class Trainer(ByHand, Report):
         failed = par.agree([error is not None])[0]
         if not failed and self.main:
             try:
-                state = json.loads(w.state)
-                checkpoint.commit(w.folder, w.final, par.world, state)
-                best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
-                checkpoint.write_json(self.out / "best.json", best)
+                self.owner.keep()
+                checkpoint.commit(w.folder, w.final, par.world, json.loads(w.state))
             except OSError as e:
                 error = f"{type(e).__name__}: {e}"
         failed = par.agree([error is not None])[0]
@@ -1651,18 +1701,31 @@ class Trainer(ByHand, Report):
                 shutil.rmtree(w.folder, ignore_errors=True)
             self.say(f"E307       {w.final} could not be written ({said}); the run goes on and tries again")
         else:
-            with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
-                if self.main and prune:
-                    checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
+            if self.main:
+                self.after_save(w, prune)
             now = time.perf_counter()
             stall = w.stall + now - began
             beside = f", of which training waited {stall:.1f} s" if self.cfg.save_async else ""
             self.say(f"saved      {w.final}, {now - w.began:.1f} s{beside}")
             if self.cfg.picture and self.main:
-                self.draw()
+                with self.nicety("picture"):
+                    self.draw()
         self.clock += time.perf_counter() - began
         self.lap("checkpoint")
         return not failed
+
+    def after_save(self, w: Writing, prune: bool) -> None:
+        """Rank 0, the checkpoint has its name: what belongs beside it, and what is not kept any more. None of it can
+        make the save a failure; what cannot be done now can be after the next one."""
+        cfg, state = self.cfg, json.loads(w.state)
+        best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
+        with self.nicety(f"beside {w.final.name}"):
+            self.furnish()
+        with self.nicety("best.json"):
+            checkpoint.write_json(self.out / "best.json", best)
+            keep = (cfg.save_total_limit, cfg.keep_every, self.best_step)
+            if prune:
+                checkpoint.prune(self.out, *keep, saved=checkpoint.step_of(w.final))
 
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
@@ -1727,15 +1790,17 @@ class Trainer(ByHand, Report):
             self.bar.close()
             self.bar = None
         if state == "finished" and (self.main or not self.parallel.alone) and self.cfg.sample_prompt is not None:
-            self.print_sample()
-        took = clock(time.time() - self.started)
+            with self.nicety("sample"):
+                self.print_sample()
+        took = clock(time.monotonic() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
         what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.spent.values())):.2f} %"
         worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
         what += f"; {worse}" if worse else ""
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
         if state == "finished" and self.main:
-            self.suggest()
+            with self.nicety("suggested.yaml"):
+                self.suggest()
         asked = state == "stopped" and self.stop_signal == 2  # else it was a signal: a scheduler may start it again
         reason = "as asked for" if asked else worse if state == "finished" else ""
         self.write_status(state, code, "the last checkpoint could not be written" if code else reason)
@@ -1749,6 +1814,7 @@ class Trainer(ByHand, Report):
                 self.loader.sums.end()
         self.close_writers()
         self.parallel.close()
+        self.owner.release()
 
 
 def model_of(saved: checkpoint.Checkpoint, key: str = "") -> ModelConfig:
@@ -1837,11 +1903,12 @@ def prepare_first(cfg: Config, dry_run: bool = False) -> None:
     out = Path(cfg.prepare["out"])
     failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet
     keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
-    launch, began = "/".join(os.environ.get(k, "") for k in keys), time.time()
+    this, began, waits = "/".join(os.environ.get(k, "") for k in keys), time.time(), time.monotonic()
     if int(os.environ.get("RANK", 0)) == 0:
         import prepare_data  # only when asked for: training from shards does not need it
 
-        failure.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the data may lie finished on a disk that nobody can write to
+            failure.unlink()
         try:
             spec = {
                 "tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192",
@@ -1850,43 +1917,27 @@ def prepare_first(cfg: Config, dry_run: bool = False) -> None:
             prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
         except UserError as error:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                row = {"launch": launch, "time": time.time(), "code": error.code, "text": error.text}
-                failure.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_json(failure, row)
+                row = {"launch": this, "time": time.time(), "code": error.code, "text": error.text}
+                with contextlib.suppress(OSError):
+                    failure.parent.mkdir(parents=True, exist_ok=True)
+                    checkpoint.write_json(failure, row)
             raise
         return
-    told = began
+    told = waits
     while not (out / "manifest.json").exists():
         with contextlib.suppress(OSError, ValueError):
             said = json.loads(failure.read_text())
-            if said["launch"] == launch and said["time"] > began - 60:
+            if said["launch"] == this and said["time"] > began - 60:
                 raise UserError(said["code"], said["text"])
-        if time.time() - told > 60:
-            told = time.time()
-            print(f"rank {os.environ['RANK']} waits for {out} ({clock(told - began)})", file=sys.stderr, flush=True)
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"rank {os.environ['RANK']} waits for {out} ({clock(told - waits)})", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 
 def lost_peer(error: Exception) -> bool:
     """Whether a collective failed: NCCL has a type for that, gloo only words."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def refused(error: UserError | None = None) -> str:
-    """Why this launch was refused at its start, "" where it was not; with `error` that is written down. Not into
-    out_dir, which may be another run's: into a file of torchrun's process, or the one slurm/train.sbatch looks at."""
-    parent, began = os.getppid(), ""
-    with contextlib.suppress(OSError, IndexError):  # its number alone may come again
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent}-{began}.refused"
-    path = Path(os.environ.get("LUMEN_REFUSED") or own)
-    with contextlib.suppress(OSError):
-        if error is None:
-            return path.read_text() if path.stat().st_uid == os.getuid() else ""
-        if error.exit_code == 2 and "RANK" in os.environ:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-                f.write(str(error))
-    return ""
 
 
 def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
@@ -1899,17 +1950,12 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
     if flags.get("print_config"):
         print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False) if rank == 0 else "", end="")
         return 0
-    restarts = max(int(os.environ.get(k, 0) or 0) for k in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if restarts:  # --max-restarts and requeue restart on any failure: one that will only fail again ends here
-        status = {"state": "input_error", "code": 2, "reason": refused()}
-        with contextlib.suppress(OSError, ValueError):
-            status = status if status["reason"] else json.loads((Path(cfg.out_dir) / "status.json").read_text())
-        if status["reason"] and status["state"] in ("diverged", "input_error"):
-            if rank == 0:
-                print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
-            return status["code"]
+    if status := launch.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
+        if rank == 0:
+            print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
+        return status["code"]
     if flags.get("dry_run"):
         world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
@@ -1922,11 +1968,12 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
         Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
     try:
-        world = int(os.environ.get("WORLD_SIZE", 1))  # both before data is prepared
+        world = int(os.environ.get("WORLD_SIZE", 1))  # all three before data is prepared
+        launch.check_tasks()
         check_states(cfg, check(cfg, world) if check else plan.Layout(world))
         trainer = Trainer(argv, parallel)
     except UserError as error:
-        refused(error)
+        launch.refused(error)
         raise
     if (trainer.step >= trainer.cfg.max_steps or trainer.stopped_early) and trainer.evaluated_at == trainer.step:
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
@@ -1948,6 +1995,7 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
             raise UserError("E200", f"{text}; try activation_checkpointing: block, or a smaller model") from error
         smaller = trainer.cfg.batch_size // 2
         hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
+        hint |= {"device": trainer.memory_at_hand()}
         own = trainer.out / f"oom_hint.{rank}.json"  # whichever rank it was, or all of them
         with contextlib.suppress(OSError):
             checkpoint.write_json(own, hint)
@@ -1971,4 +2019,4 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, lasting=True)

@@ -348,4 +348,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, lasting=True)

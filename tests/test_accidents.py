@@ -6,13 +6,17 @@ docstring: what was done, and what must be there afterwards.
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import gc
+import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -29,11 +33,13 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import checkpoint
+import launch
 import loader
 import model_moe
 import orchestrator
 import plan
 import prepare_data
+import report
 import tokenizer
 import train
 import train_fsdp
@@ -46,6 +52,573 @@ from prepare_data import prepare
 from train import Parallel, Trainer, main
 
 # ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
+
+HOLDER = """
+import sys, time, launch
+owner = launch.Owner(sys.argv[1])
+owner.take()
+print("mine", flush=True)
+time.sleep(99)
+"""
+
+
+@contextlib.contextmanager
+def owned(out):
+    """Another process that owns the folder, and does nothing with it."""
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "mine\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def everything(folder) -> dict:
+    """Every file and folder: bytes and time of the last change."""
+    found = {str(p): (p.read_bytes() if p.is_file() else b"", p.stat().st_mtime_ns) for p in Path(folder).rglob("*")}
+    return {k: v for k, v in found.items() if not k.endswith("owner.json")} | {k: v[0] for k, v in found.items()}
+
+
+def stop_at(trainer, step, then=None):
+    """The signal to stop comes while `step` is read; `then()` is called with it."""
+    following = trainer.loader.next
+
+    def rows():
+        if trainer.step == step and not trainer.stop_signal:
+            trainer.stop_signal = 1
+            if then:
+                then()
+        return following()
+
+    trainer.loader.next = rows
+    return trainer
+
+
+def flip(folder):
+    file = folder / "rank_00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A few documents with their tokenizer."""
+    folder = tmp_path_factory.mktemp("text") / "bytes"
+    prepare(["synthetic:60"], str(folder), tokenizer="bytes", quiet=True)
+    return str(folder)
+
+
+def test_a_second_start_into_a_live_run(tiny, monkeypatch):
+    """The same command twice, with overwrite or another model: the second hears who is at work and changes nothing, no
+    checkpoint that is being written, no half line. When the first is killed with -9 the next start goes on."""
+    keys = tiny(max_steps=4)
+    assert Trainer(keys).fit() == 0
+    out = Path(keys["out_dir"])
+    (out / "step_00000009.tmp").mkdir()
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"half')
+    monkeypatch.setattr(launch, "GRACE", 0.1)
+    with owned(out) as first:
+        before = everything(out)
+        for changes in ({}, {"resume": "none", "overwrite": True}, {"model": keys["model"] | {"n_layers": 3}}):
+            with pytest.raises(UserError) as e:
+                Trainer(keys | changes)
+            who = f"process {first.pid} on {launch.identity()['host']}"
+            assert e.value.code == "E300" and e.value.exit_code == 2 and who in e.value.text
+        assert everything(out) == before
+    trainer = Trainer(keys | {"max_steps": 6})
+    assert trainer.step == 4 and not (out / "step_00000009.tmp").exists() and trainer.fit() == 0
+    assert checkpoint.list_steps(out)[-1] == 6 and launch.read(out / "owner.json")["pid"] is None
+
+
+def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
+    """A mistake in the YAML: no folder comes of it, and a run that is there stays as it was, to the byte."""
+    with pytest.raises(UserError, match="E002"):
+        Trainer(tiny("a/b/c", batch_tokens=100, gradient_accumulation_steps=...))
+    assert not (tmp_path / "a").exists()
+    keys = tiny(max_steps=2)
+    assert Trainer(keys).fit() == 0
+    for remains in (True, False):
+        before = everything(keys["out_dir"])
+        with pytest.raises(UserError, match="E305"):
+            Trainer(keys | {"model": keys["model"] | {"d_ff": 64}})
+        assert everything(keys["out_dir"]) == before
+        if remains:
+            (Path(keys["out_dir"]) / "owner.json").unlink()  # a run of before there was one
+
+
+def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
+    """A file of a host that is not this one blocks while it is touched, by the clock of the file system; one from
+    before this host's last boot, of a dead process, or not touched for long, blocks nobody."""
+    monkeypatch.setattr(launch, "GRACE", 0)
+    here, file = launch.identity(), tmp_path / "owner.json"
+    elsewhere, rebooted = here | {"host": "elsewhere", "locked": True}, here | {"boot": "before", "locked": True}
+    contained = here | {"space": "pid:[1]", "locked": False}  # a container beside this one: the same number is another
+    dead = here | {"pid": 2**22 - 1, "began": "1", "locked": False}
+    reused = here | {"pid": os.getppid(), "began": "1", "locked": False}  # the number has come again
+    parent = here | {"pid": os.getppid(), "began": launch.process(os.getppid()), "locked": False}
+    cases = [(elsewhere, 0, True), (elsewhere, launch.STALE + 60, False), (rebooted, 0, False), (dead, 0, False)]
+    cases += [(contained, 0, True), (contained, 9999, False), (reused, 0, False), (parent, 9999, True)]
+    cases += [(parent | {"locked": True}, 0, False)]  # its lock is not there: it was a copy of the folder
+    cases += [({"pid": 5}, 0, True), ({}, 0, False), (elsewhere | {"pid": None}, 0, False)]
+    monkeypatch.setattr(launch.time, "time", lambda: 0.0)  # the clock of this host says nothing
+    for row, seconds, blocks in cases:
+        file.write_text(json.dumps(row))
+        now = os.stat(file).st_mtime
+        os.utime(file, (now - seconds, now - seconds))
+        owner = launch.Owner(tmp_path)
+        if blocks:
+            with pytest.raises(UserError, match="E300.*in use by process"):
+                owner.take()
+            assert json.loads(file.read_text()) == row
+        else:
+            owner.take()
+            assert launch.read(file)["pid"] == os.getpid(), row
+        owner.release()
+        assert json.loads(file.read_text() or "{}") == row, "never accepted: as it was"
+    file.write_text('{"half')
+    launch.Owner(tmp_path).take()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """The file alone must do: a live process on this host blocks, a killed one does not; of two that start at the same
+    moment one has it; and an owner that was taken for dead notices before it saves."""
+
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(launch, "GRACE", 0)
+    monkeypatch.setattr(launch.fcntl, "flock", flock)
+    monkeypatch.setattr(launch, "SETTLE", 0.01)
+    owner = launch.Owner(tmp_path)
+    with owned(tmp_path):
+        with pytest.raises(UserError, match="E300"):
+            owner.take()
+    owner.take()
+    owner.accept()
+    assert launch.read(owner.path)["locked"] is False
+    owner.keep()
+    other = launch.identity() | {"host": "elsewhere", "pid": 7, "since": "now"}
+    owner.path.write_text(json.dumps(other))
+    with pytest.raises(OSError, match="process 7 on elsewhere"):
+        owner.keep()
+    owner.release()
+    owner.path.unlink()
+    sleep = launch.time.sleep
+    monkeypatch.setattr(launch.time, "sleep", lambda s: (owner.path.write_text(json.dumps(other)), sleep(s)))
+    with pytest.raises(UserError, match="E300"):
+        launch.Owner(tmp_path).take()
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    """An owner touches its file, so that other hosts see it live; nobody does once it has ended."""
+    monkeypatch.setattr(launch, "BEAT", 0.02)
+    owner = launch.Owner(tmp_path)
+    owner.take()
+    os.utime(owner.path, (1, 1))
+    until = time.monotonic() + 20
+    while os.stat(owner.path).st_mtime < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert os.stat(owner.path).st_mtime > 2
+    owner.accept()
+    del owner  # nobody closed it
+    gc.collect()
+    time.sleep(0.1)
+    assert launch.read(tmp_path / "owner.json")["pid"] is None
+    os.utime(tmp_path / "owner.json", (1, 1))
+    time.sleep(0.1)
+    assert os.stat(tmp_path / "owner.json").st_mtime < 2
+
+
+def test_a_restart_waits_for_the_one_before_it(tiny, monkeypatch):
+    """Slurm starts a job again while its last process is still dying: it waits instead of being refused for good."""
+    keys = tiny(max_steps=2)
+    monkeypatch.setattr(launch, "GRACE", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with owned(keys["out_dir"]) as first:
+        threading.Timer(0.5, first.kill).start()
+        assert Trainer(keys).fit() == 0
+
+
+def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
+    """After an exception, or without one, a new Trainer in the same process has the run; not while the other trains."""
+    monkeypatch.setattr(launch, "GRACE", 0)
+    keys, said = tiny(max_steps=6), []
+
+    def again():
+        with pytest.raises(UserError, match="E300.*of this process") as e:
+            Trainer(keys)
+        said.append(e.value.code)
+        raise KeyboardInterrupt
+
+    first = stop_at(Trainer(keys), 3, again)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = Trainer(keys)
+    assert said == ["E300"] and second.fit() == 0 and checkpoint.list_steps(second.out)[-1] == 6
+    with owned(second.out):
+        pass  # it was given back: another process can have it
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+        {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "4"},
+    ],
+)
+def test_srun_without_torchrun(tiny, tmp_path, monkeypatch, env):
+    """`srun -n 2 python train.py`, or mpirun: two whole runs in one folder are refused at once, with what to type. A
+    batch script that asked for many tasks and starts one, and ranks of torchrun under srun, are none of that."""
+    path = write_yaml(tmp_path / "c.yaml", tiny(prepare={"sources": ["stdlib"], "out": str(tmp_path / "data")}))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="E600.*slurm/train.sbatch"):
+        train.main([str(path)])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
+    monkeypatch.setenv("RANK", "0")
+    launch.check_tasks()
+    monkeypatch.delenv("RANK")
+    for name in env:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    launch.check_tasks()
+
+
+@pytest.mark.parametrize("words", [{"resume": "none"}, {"resume": "none", "overwrite": True}])
+def test_words_of_a_launch_are_not_words_of_its_restarts(tiny, monkeypatch, words):
+    """`resume: none`, with overwrite or without, and a job that is preempted: the restart goes on from what the first
+    start saved. If that died before it came to own the folder, the restart does what it would have done."""
+    keys = tiny(max_steps=12) | words
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    stop_at(Trainer(keys), 5).fit()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = stop_at(Trainer(keys), 8)
+    assert again.step == 6 and again.fit() == 0 and checkpoint.list_steps(again.out)[-1] == 9
+    monkeypatch.setenv("SLURM_JOB_ID", "2")  # another launch, whose first start died early
+    if not words.get("overwrite"):
+        with pytest.raises(UserError, match="E300"):
+            Trainer(keys)
+        assert checkpoint.list_steps(again.out) == [4, 6, 8, 9]
+        return
+    assert stop_at(Trainer(keys), 1).fit() == 0 and checkpoint.list_steps(again.out) == [2]
+    third = Trainer(keys)
+    assert third.step == 2, "its own second restart goes on"
+    third.close()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert Trainer(keys).step == 2, "where nobody can say which launch it was, nothing is deleted"
+
+
+def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
+    """The run diverged last week. Today's job dies before it has begun and is started again: it is not refused with
+    last week's words; its own are."""
+    keys = tiny(max_steps=2)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    trainer = Trainer(keys)
+    trainer.write_status("diverged", 3, "E301: it diverged")
+    trainer.close()
+    assert launch.hopeless(keys["out_dir"])["code"] == 3
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert launch.hopeless(keys["out_dir"]) is None
+
+
+@pytest.mark.nightly
+def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
+    """A rank is killed after the first checkpoint; torchrun starts all with the same words: nothing is deleted."""
+    keys = tiny(resume="none", overwrite=True, save_interval=4, max_steps=12)
+    code = "import os, sys, errors, train\ntake = train.Trainer.drain\ndef drain(self):\n"
+    code += "    if self.step == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), 9)\n"
+    code += "    return take(self)\ntrain.Trainer.drain = drain\nerrors.command(train.main, lasting=True)\n"
+    (tmp_path / "dies.py").write_text(code)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--master_port=29617"]
+    result = run_python(*words, tmp_path / "dies.py", write_yaml(tmp_path / "c.yaml", keys))
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
+    rows = [r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["attempt"] == 2 and "loss" in r]
+    assert rows[0]["step"] == 5, "from the checkpoint at 4"
+
+
+# ---- what was damaged
+
+
+def test_damaged_newer_checkpoints_do_not_eat_the_good_one(tiny):
+    """Bits flipped in the three newest of five. The run goes on from the one before; what it saves then is kept, is the
+    newest, and is gone on from; the damaged ones are there under another name."""
+    keys = tiny(max_steps=20, save_total_limit=5)
+    assert Trainer(keys).fit() == 0
+    for step in (12, 16, 20):
+        flip(checkpoint.step_dir(keys["out_dir"], step))
+    keys["save_total_limit"] = 3
+    trainer = stop_at(Trainer(keys), 9)
+    assert trainer.step == 8 and trainer.fit() == 0
+    assert checkpoint.list_steps(trainer.out) == [4, 8, 10]
+    aside = sorted(p.name for p in trainer.out.glob("*.damaged"))
+    assert aside == [f"step_{s:08d}.damaged" for s in (12, 16, 20)]
+    assert json.loads((trainer.out / "best.json").read_text())["step"] in (4, 8, 10)
+    again = Trainer(keys)
+    assert again.step == 10 and again.fit() == 0
+    assert checkpoint.find(again.out).step == checkpoint.find(again.out, best=True).step == 20
+    assert stop_at(Trainer(keys | {"resume": "none", "overwrite": True}), 0).fit() == 0
+    assert not list(again.out.glob("*.damaged")), "overwrite leaves nothing of the old run"
+
+
+def test_the_best_was_damaged(tiny):
+    """The newest is whole, the best before it was set aside: the best of those still there takes its place."""
+    keys = tiny(max_steps=8, save_total_limit=0)
+    assert Trainer(keys).fit() == 0
+    out = Path(keys["out_dir"])
+    good = checkpoint.Checkpoint(checkpoint.step_dir(out, 4)).state["val_loss"]
+    assert checkpoint.best_step(out) == 8
+    stop_at(Trainer(keys | {"max_steps": 10, "learning_rate": 1.0, "warmup_steps": 0}), 9).fit()  # and worse
+    checkpoint.set_damaged_aside(checkpoint.step_dir(out, 8))
+    trainer = Trainer(keys | {"max_steps": 10})
+    assert trainer.step == 10 and (trainer.best_step, trainer.best_val_loss) == (4, good)
+    assert checkpoint.best_step(out) == 4 and checkpoint.find(out, best=True).step == 4
+    trainer.close()
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tiny, monkeypatch):
+    """A disk that fails for a moment: passed over, left as it is, and it does not push out what is saved meanwhile."""
+    keys, real = tiny(max_steps=12), checkpoint.sha256
+    assert Trainer(keys).fit() == 0
+
+    def failing(path):
+        if "step_00000012" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", failing)
+    trainer = stop_at(Trainer(keys | {"save_total_limit": 1}), 9)
+    assert trainer.step == 8 and trainer.fit() == 0
+    assert {10, 12} <= set(checkpoint.list_steps(trainer.out)) and not list(trainer.out.glob("*.damaged"))
+    monkeypatch.undo()
+    assert checkpoint.find(trainer.out).step == 12
+
+
+# ---- consoles, signals, clocks
+
+
+class Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("console", ["latin-1", "ascii", "closed pipe", "closed file", "full disk"])
+def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
+    """The letters of a sample on a console that lacks them, a pipe nobody reads, a full disk under train.log: the run
+    is finished, its exit code is 0, and train.log has what there was room for."""
+    closed = io.StringIO()
+    closed.close()
+    streams = {"closed pipe": Broken(), "closed file": closed}
+    stream = streams.get(console) or io.TextIOWrapper(io.BytesIO(), encoding=console.replace("full disk", "utf-8"))
+    keys = tiny(data_dir=text, model={"vocab_size": 0}, max_steps=2, sample_prompt="Ada \u2192 \udce9")
+    trainer = Trainer(keys)
+    if console == "full disk":
+        trainer.log_file.close()
+        trainer.log_file, trainer.furnish = open("/dev/full", "w", buffering=1), lambda: None
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert trainer.fit() == 0
+    monkeypatch.undo()
+    assert json.loads((trainer.out / "status.json").read_text())["state"] == "finished"
+    if console != "full disk":
+        assert "finished at step 2" in (trainer.out / "train.log").read_text()
+
+
+LASTS = """
+import sys, errors
+def main(argv):
+    for i in range(3000): print("caf\\u00e9 \\u2192 \\udce9", i)
+    print("still here", file=sys.stderr)
+    open(argv[0], "w").write("done")
+errors.command(main, lasting=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["| head -n 1", "> /dev/full", ">&-", "<&- >&- 2>&-", "> /dev/full 2>&1", "| true"])
+def test_a_program_lasts_longer_than_its_console(tmp_path, end):
+    """`| head`, a full disk behind the redirection, no stdout at all: the work is done, and that is what the exit code
+    says. (prepare_data.py, export.py and both trainers are started so.)"""
+    (tmp_path / "program.py").write_text(LASTS)
+    words = f"set -o pipefail; {sys.executable} {tmp_path}/program.py {tmp_path}/out {end}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1:strict"}
+    result = subprocess.run(["bash", "-c", words], cwd=ROOT, env=env, capture_output=True)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
+    assert (tmp_path / "out").read_text() == "done"
+
+
+def test_a_pipe_that_is_not_the_console(tmp_path):
+    """Something else that a run talks to has gone: that is no order to stop with exit code 0."""
+    code = "import errors\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
+    assert run_python("-c", code + "errors.command(main, lasting=True)").returncode == 1
+    assert run_python("-c", code + "errors.command(main)").returncode == 0
+
+
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_the_terminal_goes(tiny, monkeypatch, capfd, number):
+    """ssh breaks off (HUP), Ctrl-C, or TERM: the step is made and saved. Ctrl-C says that it was heard, and what a
+    second one does. What nohup has set to be ignored stays ignored."""
+    names = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")]
+    before = {n: signal.getsignal(n) for n in names}
+    try:
+        trainer = Trainer(tiny(max_steps=12))
+        stop_at(trainer, 5, lambda: (setattr(trainer, "stop_signal", 0), signal.raise_signal(getattr(signal, number))))
+        assert trainer.fit() == 0 and checkpoint.list_steps(trainer.out) == [4, 6]
+        status = json.loads((trainer.out / "status.json").read_text())
+        assert (status["state"], status["code"]) == ("stopped", 0)
+        assert ("Ctrl-C again leaves at once" in capfd.readouterr().err) == (number == "SIGINT")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        Trainer(tiny(max_steps=12)).close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_the_clock_is_set_back(tiny, monkeypatch, capsys):
+    """Somebody sets the clock back by hours at every look: no time that the run says is below zero."""
+    now = [2e9]
+
+    def back():
+        now[0] -= 3600
+        return now[0]
+
+    trainer = Trainer(tiny(max_steps=2))
+    monkeypatch.setattr(time, "time", back)
+    assert trainer.fit() == 0
+    assert re.search(r"finished at step 2: .*, \d+m\d\ds, the orch", capsys.readouterr().out)
+
+
+# ---- niceties
+
+
+def test_a_file_system_that_cannot_sync_a_folder(tiny, tmp_path, monkeypatch, capfd):
+    """fsync of a folder is refused, or the folder cannot even be opened: valid checkpoints and an export, exit code 0,
+    one note. That bytes of a file are lost is no such thing."""
+    from export import to_hf
+
+    fsync, opens, failing = os.fsync, os.open, [errno.EINVAL]
+
+    def no_folders(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(failing[0], os.strerror(failing[0]))
+        fsync(fd)
+
+    def no_opening(path, flags, *args, **options):
+        if failing[0] == errno.EACCES and os.path.isdir(path) and flags == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opens(path, flags, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "UNSYNCED", set())
+    monkeypatch.setattr(os, "fsync", no_folders)
+    monkeypatch.setattr(os, "open", no_opening)
+    for failing[0] in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+        trainer = Trainer(tiny(f"run{failing[0]}", max_steps=2))
+        assert trainer.fit() == 0 and checkpoint.find(trainer.out).step == 2
+        to_hf(trainer.out, tmp_path / f"hf{failing[0]}", say=lambda text: None)
+    assert capfd.readouterr().err.count("folders cannot be synced here") == 1
+    failing[0] = errno.EIO
+    assert Trainer(tiny("lost", max_steps=2)).fit() == 4
+
+
+class Poor:
+    """A service or a writer of charts that raises at every call."""
+
+    def __getattr__(self, name):
+        def call(*args, **options):
+            self.calls += 1
+            raise RuntimeError(f"{name} is not to be had")
+
+        return call
+
+    calls = 0
+
+
+@pytest.mark.parametrize("what", ["generate", "tokenizer", "suggest", "charts", "best.json", "draw"])
+def test_a_nicety_fails(tiny, text, monkeypatch, what):
+    """The sample's logits are NaN, its tokenizer.json cannot be read, suggested.yaml, best.json or a chart cannot be
+    written: that is said, and the run is finished all the same. A chart that failed once is not tried again."""
+    trainer = Trainer(tiny(data_dir=text, model={"vocab_size": 0}, max_steps=4, save_interval=2, sample_prompt="A"))
+
+    def fails(*args, **options):
+        raise FloatingPointError("not finite") if what == "generate" else RuntimeError("of a nicety")
+
+    if what == "generate":
+        monkeypatch.setattr(trainer.model, "generate", fails)
+    if what == "tokenizer":
+        (trainer.out / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    if what == "suggest":
+        monkeypatch.setattr(report.plan, "auto_steps", fails)
+    if what == "charts":
+        trainer.wandb, trainer.board = charts = [Poor(), Poor()]
+    if what == "best.json":
+        (trainer.out / "best.json").mkdir()
+    if what == "draw":
+        trainer.cfg.picture = True
+        monkeypatch.setattr(report.subprocess, "Popen", fails)
+    assert trainer.fit() == 0
+    status = json.loads((trainer.out / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("finished", 0)
+    assert checkpoint.find(trainer.out).step == 4
+    said = (trainer.out / "train.log").read_text()
+    words = {"generate": "sample: FloatingPointError", "tokenizer": "sample: E116", "best.json": "best.json: Is"}
+    assert said.count("note ") >= 1 and words.get(what, "") in said, said
+    if what == "charts":
+        assert [c.calls for c in charts] == [1, 1] and said.count("nothing more is written to it") == 2
+
+
+def test_data_finished_on_a_disk_that_is_read_only(text, tmp_path, monkeypatch):
+    """`prepare:` names data that lie finished where nothing can be written or deleted: training starts."""
+
+    real = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if str(path).startswith(text):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    spec = {"sources": ["synthetic:60"], "tokenizer": "bytes", "out": text}
+    model = {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}
+    keys = {"prepare": spec, "out_dir": str(tmp_path / "run"), "max_steps": 1, "device": "cpu", "precision": "fp32"}
+    assert Trainer(keys | {"model": model, "compile_model": False, "batch_size": 2}).fit() == 0
+
+
+def test_out_dir_is_deleted_under_the_run(tiny, text):
+    """`rm -rf` of the folder, or of files in it: with the next save all that sample.py needs is there again, and the
+    folder has its owner."""
+    trainer = Trainer(tiny(data_dir=text, model={"vocab_size": 0}, max_steps=8))
+    stop_at(trainer, 5, lambda: shutil.rmtree(trainer.out))
+    assert trainer.fit() == 0
+    names = {p.name for p in trainer.out.iterdir()}
+    assert {"tokenizer.json", "token_bytes.npy", "config.yaml", "train.log", "owner.json", "best.json"} <= names
+    assert "saved" in (trainer.out / "train.log").read_text() and checkpoint.find(trainer.out).step == 6
+    assert launch.read(trainer.out / "owner.json")["pid"] is None
+    from sample import load
+
+    assert load(str(trainer.out))[1] is not None
+
+
+def test_a_hint_of_another_device(tiny):
+    """A GPU ran out of memory and left its hint; on one of another kind or size the batch is what was asked for."""
+    keys = tiny(max_steps=1, batch_size=4)
+    out = Path(keys["out_dir"])
+    out.mkdir()
+    trainer = Trainer(keys)
+    here = trainer.memory_at_hand()
+    trainer.close()
+    for device, rows in ((here, 2), (["NVIDIA H100", 80], 4), ([here[0], here[1] + 8], 4), (None, 2)):
+        hint = {"micro_batch": 2, "written": 4, "step": 1} | ({"device": device} if device else {})
+        checkpoint.write_json(out / "oom_hint.json", hint)
+        trainer = Trainer(keys)
+        assert trainer.cfg.batch_size == rows
+        trainer.close()
 
 
 # ---------------------------------------------------------------- what belongs to the data; moved and resumed runs
