@@ -10,8 +10,8 @@ learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE
     parameters and tokens, from configs/quickstart.yaml. A run that --out holds already is not repeated.
 layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]: what each key of train_fsdp.py costs and spares on the
     processes of this machine, and one process beside them: tokens/s, communication, bytes, memory.
-faults [--only ROWS] [--kinds K] [--arms A] [--out FILE] [--table] [--quick] [--healthy N]: research/stability.md's
-    25 faults on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
+faults [--only ROWS] [--kinds K] [--arms A] [--out FILE] [--table] [--quick] [--healthy N]: the 25 faults of
+    faults.py on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
 decisions RUN: its decisions.jsonl as a story. picture RUN: training.png of its metrics and decisions.
 gpu [PART ...]: all that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models, speed.
     `--device cpu` runs its logic at toy sizes. Written without a GPU at hand: the CUDA paths were never run.
@@ -43,7 +43,7 @@ import faults
 import model_moe
 import plan
 from config import Config, find_yaml, load_yaml
-from errors import UserError, command
+from errors import UserError, Words, a_path, command, nearest
 from faults import read_lines
 from model import KVCache, ModelConfig, Transformer
 from train import Parallel, Trainer, build_optimizer
@@ -116,23 +116,20 @@ GPU_SECONDS = 570
 # ---------------------------------------------------------------- common parts
 
 
-class Words(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError("E002", f"command line: {message}; python bench.py lists the options")
-
-
 def options(words: list[str], **known) -> argparse.Namespace:
     """`--name value` of the default's type; False: a flag; None: the words without `--`, a list."""
-    parser = Words(add_help=False, allow_abbrev=False)
+    parser = Words(prog="bench.py", add_help=False)
     for name, default in known.items():
-        flags = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
         if default is None:
-            parser.add_argument(name, nargs="*", default=[])
+            parser.add_argument(name, nargs="*", type=a_path, default=[])
         elif default is False:
-            parser.add_argument(*flags, action="store_true")
+            parser.add_argument(f"--{name}", action="store_true")
         else:
-            parser.add_argument(*flags, type=type(default), default=default)
-    return parser.parse_intermixed_args(words)
+            parser.add_argument(f"--{name}", type=type(default), default=default)
+    found = parser.parse_intermixed_args(words)
+    if getattr(found, "size", "") not in ("", *KERNELS):
+        raise UserError("E002", f"command line: bench.py: --size: {found.size!r} is not one of {', '.join(KERNELS)}")
+    return found
 
 
 def machine_line(m: plan.Machine | None = None) -> str:
@@ -609,7 +606,10 @@ def learn(words: list[str]) -> int:
     if unknown := [name for name in only if name not in LEARN]:
         raise UserError("E002", f"--only: no {', '.join(unknown)}; there are: {', '.join(LEARN)}")
     torch.set_num_threads(o.threads)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("E108", f"--out {out}: {error.strerror}") from error
     line = machine_line()
     for seed in range(o.seeds):
         for name in only:
@@ -1082,10 +1082,13 @@ COMMANDS |= {"layouts": layouts, "faults": fault_table, "decisions": decisions, 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
-    print(__doc__)
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
         return 0
-    raise UserError("E002", f"{argv[0]!r} is not one of {', '.join(COMMANDS)}")
+    near = nearest(argv[0], COMMANDS) if argv else None
+    what = f"{argv[0]!r} is not one of" if argv else "what is to be measured? One of"
+    hint = f"did you mean {near}?" if near else "--help explains them"
+    raise UserError("E002", f"command line: bench.py: {what} {', '.join(COMMANDS)}; {hint}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import UserError, command, expand, speak
+from errors import UserError, Words, a_path, command, expand, speak
 
 FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
 STEP = re.compile(r"step_(\d{8,})")
@@ -401,10 +401,9 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
 
 def main(argv: list[str]) -> int:
     """List a run's checkpoints with size and metrics, and verify every byte. Exit code 2 when one is damaged."""
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: python checkpoint.py OUT_DIR\n" + main.__doc__)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    run = expand(argv[0])
+    parser = Words(prog="checkpoint.py", description=main.__doc__)
+    parser.add_argument("out_dir", type=a_path, help="folder of a run")
+    run = expand(parser.parse_args(argv).out_dir)
     best, damaged = best_step(run), 0
     print(f"{'step':>10} {'MB':>10} {'tokens':>15} {'val_loss':>9}  state")
     for folder in reversed(folders(run)):

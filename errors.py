@@ -6,23 +6,24 @@ into one message and an exit code: 2 the user's input, 3 diverged, 75 please res
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import os
 import re
+import reprlib
 import signal
 import sys
 import time
 
 ERRORS = {  # code: (meaning, remedy)
     "E001": ("no such configuration file or preset", "ls configs/ shows the presets; your own YAML works too"),
-    "E002": ("a key is unknown or values do not go together", "python train.py --help lists every key with its range"),
+    "E002": ("a key, an option or a value cannot be", "--help behind the command lists all of them with their ranges"),
     "E003": ("the hardware or a package cannot do what was asked", "python plan.py env shows what this machine can do"),
     "E101": ("a row is not a JSON object", "one JSON object a line for .jsonl, a list of objects for .json"),
     "E102": ("a row lacks its text field, or the field has another type", "rows look like {\"text\": \"...\"}"),
     "E103": ("text is not valid UTF-8", "convert the file to UTF-8, for instance with iconv"),
     "E104": ("a file or a text is empty", "remove the row or the file"),
-    "E105": ("a conversation has a wrong role or order", "roles are system, user, assistant, in turn"),
-    "E106": ("a text is longer than can be stored", "split it into documents"),
     "E107": ("a text occurred before (exact duplicate)", "nothing to do: the first one is kept"),
     "E108": ("a file cannot be read", "check its path, permissions and format"),
     "E109": ("too many bad rows, or nothing left", "see rejected.jsonl in the output folder; mend or allow them"),
@@ -83,6 +84,79 @@ def expand(path: str, where: str = "") -> str:
     return whole
 
 
+class Words(argparse.ArgumentParser):
+    """The command line of a command: - and _ in an option's name are the same, nothing is abbreviated, and a mistake
+    is UserError E002 with the nearest option instead of a page of usage."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
+        words = [(w.replace("-", "_").replace("__", "--", 1) if w[:2] == "--" else w) + eq + v for w, eq, v in words]
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str):
+        wrong = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        known = list(self._option_string_actions)  # private, and as old as argparse
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [name for parser in action.choices.values() for name in parser._option_string_actions]
+        near = [nearest(word.partition("=")[0], known) for word in wrong]
+        hints = ", ".join(dict.fromkeys(name for name in near if name))
+        text = f"{message}; did you mean {hints}?" if hints else message
+        raise UserError("E002", f"command line: {self.prog}: {text}")
+
+
+def nearest(word: str, names) -> str | None:
+    """The one of `names` that `word` is a misspelling or the beginning of; None where none is near."""
+    begun = [name for name in names if len(word.strip("-")) > 3 and name.startswith(word)]
+    return next(iter(begun + difflib.get_close_matches(word, list(names), 1, 0.75)), None)
+
+
+def no_path(text: str) -> str:
+    """Why `text` can be the name of no file, whether one is there or not: too long, a NUL in it; else ""."""
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, PermissionError):
+        return ""
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""
+
+
+def a_path(text: str) -> str:
+    """A word of a command line that names a file or folder: `type=` of an argument."""
+    if reason := no_path(text):
+        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)}: {reason}")
+    return text
+
+
+def environment(name: str, default: int) -> int:
+    """A whole number that a launcher leaves in the environment, RANK for example. E600 names what is none."""
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise UserError("E600", f"{name}={value!r} in the environment is no number; unset {name}, or use torchrun")
+    return int(value)
+
+
+def check_launch() -> None:
+    """E600 where what a launcher leaves in the environment cannot be: half of it is there, or a rank too many."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    for name in (*names, "SLURM_RESTART_COUNT"):
+        environment(name, 0)
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    if not rank < world:
+        text = f"RANK={rank} and WORLD_SIZE={world} in the environment: the last rank is {world - 1}"
+        raise UserError("E600", f"{text}; unset both for one process, or use torchrun")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        text = f"WORLD_SIZE={world} in the environment without {', '.join(missing)}"
+        raise UserError("E600", f"{text}: unset WORLD_SIZE for one process, or start all of them with torchrun")
+
+
 class Console:
     """stdout or stderr of a program whose work is not what it says: a pipe that was closed, a terminal that went, a
     full disk take the words and nothing else."""
@@ -134,8 +208,9 @@ def command(main, lasting: bool = False) -> None:
     """Run `main(argv) -> exit code or None` as a program. Under torchrun rank 0 speaks, and first; another
     rank only where rank 0 has nothing to say. `lasting`: its work goes on whatever becomes of the console."""
     open_console(lasting)
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     try:
+        rank = environment("RANK", 0)
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         code = error.exit_code
@@ -145,7 +220,8 @@ def command(main, lasting: bool = False) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
             # torchrun ends all ranks of a host as soon as one has failed: rank 0 must have said why by then, and where
             # there is no rank 0 one is enough
-            time.sleep(5 + int(os.environ.get("LOCAL_RANK", 0)))
+            local = os.environ.get("LOCAL_RANK", "")
+            time.sleep(5 + (int(local) if local.isdigit() else 0))
             print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only this rank knows
     except KeyboardInterrupt:
         code = 130

@@ -28,7 +28,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 import checkpoint
-from errors import UserError, command, expand
+from errors import UserError, Words, a_path, command, expand
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load, of_run
 
@@ -746,22 +746,20 @@ def from_lunaris(file, out_dir, say=print, moe=None, **given) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Words(prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("to_hf", help="a run to a Hugging Face folder")
-    p.add_argument("run", help="out/run, or one of its step folders")
-    p.add_argument("folder")
+    p.add_argument("run", type=a_path, help="out/run, or one of its step folders")
+    p.add_argument("folder", type=a_path)
     p.add_argument("--dtype", choices=DTYPES, help="default: float32; for an imported run the dtype it came in")
     p.add_argument("--best", action="store_true", help="the best step instead of the newest")
     p.add_argument("--check", action="store_true", help="compare logits, greedy tokens and token ids with transformers")
     p = commands.add_parser("from_hf", help="a folder of Llama, Qwen3, Mixtral, Qwen3Moe or Dots1 to a run")
-    p.add_argument("folder")
-    p.add_argument("out_dir")
+    p.add_argument("folder", type=a_path)
+    p.add_argument("out_dir", type=a_path)
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
-    p.add_argument("file")
-    p.add_argument("out_dir")
+    p.add_argument("file", type=a_path)
+    p.add_argument("out_dir", type=a_path)
     p.add_argument("--moe", choices=("scaled", "unscaled"), help=LUNARIS_MOE)
     for key in ("n_heads", "max_seq_len", "rope_ntk_scale_base", "rope_theta", "dropout"):
         p.add_argument(f"--{key}", type=float if key in ("rope_theta", "dropout") else int)

@@ -252,7 +252,7 @@ P, S = functools.partial, functools.partial(Fault, when=("scene",))
 HEALTHY = functools.partial(Fault, when=("late",), lasts=0)
 LONGER = {"max_steps": 900}  # two rollbacks, each with its time to cool down, and the stop
 ROUTER = functools.partial(Fault, when=("late",), kinds=("moe", "hybrid"), keys=WATCHED)
-FAULTS = {  # research/stability.md section 5
+FAULTS = {  # the rows of README's table
     "1": Fault("learning rate x30 for 20 turns", P(rate, factor=30, turns=20), lasts=20),
     "2": Fault(
         "learning rate x100 for ever", P(rate, factor=100), "stop in order", math.inf, most={"rollback": 3}, keys=LONGER

@@ -10,6 +10,7 @@ Names: B batch, T tokens, C = d_model, H heads, G key/value heads, D head_dim, V
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -24,6 +25,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from model_moe import MoD, MoE, for_generation
 
 # ---------------------------------------------------------------- configuration
+
+ROPE_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+ROPE_NUMBERS += ("original_max_position_embeddings",)
+MOST = {"d_model": 1 << 20, "n_layers": 1 << 14, "n_heads": 1 << 16, "head_dim": 1 << 16, "max_seq_len": 1 << 30}
 
 
 @dataclass
@@ -84,6 +89,14 @@ class ModelConfig:
             if not ok:
                 raise ValueError(text)
 
+        for f in dataclasses.fields(self):  # of which kind, finite, and not so large that counting it would hang
+            value, kinds = getattr(self, f.name), f.type.split(" | ")
+            ok = type(value).__name__ in kinds or (value is None and "None" in kinds)
+            ok = ok or (type(value) is int and "float" in kinds)
+            check(ok, f"model.{f.name}: {value!r} is not {f.type}")
+            number = value if type(value) in (int, float) else 0
+            most = MOST.get(f.name, 1 << 24 if type(value) is int else 1e30)
+            check(abs(number) <= most, f"model.{f.name}: {number} is not finite, or beyond {most}")
         for key in ("d_model", "n_layers", "n_heads", "max_seq_len", "multiple_of"):
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
         for key in ("vocab_size", "n_kv_heads", "head_dim", "ffn_hidden_multiplier", "norm_eps", "init_std"):
@@ -115,12 +128,23 @@ class ModelConfig:
             kind = scaling.get("rope_type", scaling.get("type"))
             need = {"linear": ["factor"], "yarn": ["factor"], "default": []}
             need["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-            check(kind in need, f"model.rope_scaling: type {kind!r} is not one of {', '.join(need)}")
-            missing = [k for k in need[kind] if k not in scaling]
+            check(
+                isinstance(kind, str) and kind in need,
+                f"model.rope_scaling: type {kind!r} is not one of {', '.join(need)}",
+            )
+            missing = [k for k in need[kind] if scaling.get(k) is None]
             check(not missing, f"model.rope_scaling: {kind} needs {', '.join(missing)}")
             check(
-                float(scaling.get("factor", 1)) > 0,
-                f"model.rope_scaling: factor {scaling.get('factor')} is not above 0",
+                kind != "yarn" or self.rope_theta > 1, f"model.rope_theta: {self.rope_theta} must be above 1 for yarn"
+            )
+            for key in set(ROPE_NUMBERS) & set(scaling):
+                value = scaling[key]
+                ok = value is None or (type(value) in (int, float) and 0 < value < math.inf)
+                check(ok, f"model.rope_scaling: {key} {value!r} is not a number above 0")
+            low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+            check(
+                kind != "llama3" or low != high,
+                f"model.rope_scaling: low_freq_factor and high_freq_factor are both {low}",
             )
             extra = set(scaling) & {"mscale", "mscale_all_dim", "truncate"}
             check(not extra, f"model.rope_scaling: {', '.join(sorted(extra))} of DeepSeek's yarn is not supported")
@@ -201,7 +225,7 @@ class ModelConfig:
             ok = self.mod_layers is None and self.mod_end_layer is None and self.mod_every == 1
             check(ok and not self.mod_start_layer, text)
         for c in self.mod_capacity if isinstance(self.mod_capacity, list) else [self.mod_capacity]:
-            ok = isinstance(c, (int, float)) and 0 < c <= 1
+            ok = type(c) in (int, float) and 0 < c <= 1
             check(ok, f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual")
             check(c * T >= 1, f"model.mod_capacity: {c} of {T} tokens is less than one; at least {1 / T:.3g}")
         # asked for, and no layer would be so: a mistake that would train without a word
@@ -292,7 +316,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
         ramp = (torch.arange(D // 2, device=device, dtype=torch.float32) - low) / max(high - low, 1e-3)
         keep = 1 - ramp.clamp(0, 1)
         freq = freq * (keep + (1 - keep) / s["factor"])
-        gain = s.get("attention_factor") or 0.1 * math.log(max(s["factor"], 1.0)) + 1.0
+        gain = s.get("attention_factor") or 0.1 * math.log(max(s["factor"], 1.0)) + 1.0  # it is above 0, or not given
     angle = pos[..., None, None].float() * freq
     return angle.cos() * gain, angle.sin() * gain
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-import sys
 import time
 
 import torch
@@ -900,7 +899,7 @@ def add_expert(moe: MoE, optimizer, step: int, parent: int | None = None, seed: 
 
     Both halves get the weights of the parent, router rows w + n and w - n with n at right angles to w and 2 % of its
     length, and exclude each other from being chosen until they have parted: so the layer's output hardly moves, and
-    they share the parent's tokens (research/sparse.md 4.1). Of the optimizer's state the child gets the second moments,
+    they share the parent's tokens. Of the optimizer's state the child gets the second moments,
     its first ones are zero. `rows`: see Rows. ValueError without a free slot.
     """
     alive, sibling, retired, load = slots_of(moe)
@@ -1221,7 +1220,8 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--selftest"]:
-        print("usage: python model_moe.py --selftest\n\n" + __doc__)
-        sys.exit(0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2)
-    sys.exit(main())
+    from errors import Words, command  # only here: this file can be copied out
+
+    words = Words(prog="model_moe.py", description=__doc__)
+    words.add_argument("--selftest", action="store_true", required=True, help=main.__doc__)
+    command(lambda argv: words.parse_args(argv) and main())

@@ -27,7 +27,7 @@ import torch
 import checkpoint
 import plan
 from detectors import Divergence, NormLimit, above_chance
-from errors import UserError
+from errors import UserError, environment
 from loader import Loader
 from model_moe import add_expert, prune_expert, recycle_expert, restore_expert
 
@@ -601,7 +601,7 @@ class Orchestrator:
                 self.targets[t.cursor] = self.snapshots.copy(note | t.numbers())
             return
         if first:
-            size = 3 * self.snapshots.size() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            size = 3 * self.snapshots.size() * environment("LOCAL_WORLD_SIZE", 1)
             room = every > 0 and size < plan.available_memory() / 4
             self.snapshots.allowed = not t.parallel.agree([not room])[0]
             if every and not self.snapshots.allowed:
@@ -884,7 +884,7 @@ class Orchestrator:
                 with contextlib.suppress(ValueError):  # unless it is all of a line but its end
                     whole = data if isinstance(json.loads(data[len(whole) :]), dict) else whole
                 end += len(whole)
-                lines = [line for line in whole.decode("utf-8-sig", "replace").split("\n") if line.strip()]
+                lines = [line for line in whole.decode("utf-8-sig", "replace").split("\n") if line.strip(" \r\t\0")]
         lines, self.taken, self.sized = self.trainer.parallel.broadcast((lines, end, size))
         for line in lines:
             self.todo.append(lambda line=line: self.command(line))
@@ -895,6 +895,8 @@ class Orchestrator:
         t, name, args = self.trainer, "?", []
         try:
             try:
+                if "\0" in line:  # PowerShell's echo
+                    raise UserError("E309", f"control.jsonl is UTF-16 here; write UTF-8: {line[:200]!r}")
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError("E309", f"not valid JSON ({error}): {line[:200]}") from error

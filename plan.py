@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from errors import UserError, command
+from errors import UserError, Words, command, environment
 from model import ModelConfig, Transformer, head_rows, pick_attention
 from model_moe import back_ends
 
@@ -162,7 +162,7 @@ def machine(device: str = "auto", precision: str = "auto", compile_model: bool |
     """Resolve device, precision and compilation to what works here. UserError E003 when what was asked does not."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k in ("cuda", "mps", "cpu") if has[k]) if device == "auto" else device.split(":")[0]
-    if kind not in has:
+    if not re.fullmatch(r"auto|(cuda|mps|cpu)(:\d{1,4})?", device):
         raise UserError("E002", f"device: {device!r} is not auto, cuda, mps or cpu")
     if not has[kind]:
         raise UserError("E003", f"device: {device} is not there; this torch ({torch.__version__}) sees {_seen(has)}")
@@ -260,7 +260,7 @@ def total_memory(device) -> int:
 
 def own_memory(device) -> float:
     """Bytes that are this process's: a GPU's, or its share of what the processes of this machine have."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if torch.device(device).type == "cpu" else 1
+    ranks = environment("LOCAL_WORLD_SIZE", 1) if torch.device(device).type == "cpu" else 1
     return total_memory(device) / ranks
 
 
@@ -1316,9 +1316,9 @@ def env() -> int:
 
 
 def main(argv: list[str]) -> int:
-    if argv != ["env"]:
-        print("usage: python plan.py env\n" + __doc__)
-        return 0 if argv in (["-h"], ["--help"]) else 2
+    parser = Words(prog="plan.py", description=__doc__)
+    parser.add_argument("what", choices=("env",), help="what this machine offers to a training run")
+    parser.parse_args(argv)
     return env()
 
 

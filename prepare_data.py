@@ -24,7 +24,6 @@ progress.json (replaced atomically) records where that was.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -48,7 +47,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from errors import ERRORS, UserError, command, expand, speak
+from errors import ERRORS, UserError, Words, command, expand, speak
 from loader import DAMAGED, sha256_of
 from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
@@ -103,7 +102,7 @@ class Input(NamedTuple):
 
 
 def builtin(spec: str) -> bool:
-    return bool(re.fullmatch(r"stdlib|synthetic(:\d+)?", spec)) and not os.path.exists(spec)
+    return bool(re.fullmatch(r"stdlib|synthetic(:\d{1,9})?", spec)) and not os.path.exists(spec)
 
 
 def label(spec: str) -> str:
@@ -952,11 +951,13 @@ def prepare(
     val_fraction = options["val_fraction"]
     if val_sources and val_fraction is not None:
         raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")
-    sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [options["workers"] or 1]
-    if not 0 <= (val_fraction or 0) <= 0.5 or min(sizes) < 1:
-        raise UserError(
-            "E002", "val_fraction is 0 to 0.5; shard_tokens, max_doc_chars, batch_bytes, workers at least 1"
-        )
+    sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [options["workers"]]
+    sizes = [1 if size is None else size for size in sizes]
+    if not 0 <= (val_fraction or 0) <= 0.5 or not 0 <= options["max_bad"] <= 1 or min(sizes) < 1 or sizes[-1] > 1024:
+        text = "val_fraction is 0 to 0.5, max_bad 0 to 1; shard_tokens, max_doc_chars, batch_bytes at least 1"
+        raise UserError("E002", f"{text}, workers 1 to 1024")
+    if not out or not tokenizer:
+        raise UserError("E002", f"{'tokenizer' if out else 'out'} is empty")
     own = tokenizer.startswith("bpe:")
     if own and not re.fullmatch(r"bpe:\d{3,7}", tokenizer):
         raise UserError("E002", f"tokenizer {tokenizer}: bpe:8192 means a vocabulary of 8,192 ids, specials included")
@@ -1175,8 +1176,9 @@ def verify(folder: str) -> None:
 def main(argv: list[str]) -> None:
     """The command line; an option's name may be written with - or _."""
     if argv[:1] == ["--verify"] and len(argv) == 2:
-        return verify(argv[1])
-    parser = argparse.ArgumentParser(
+        return verify(expand(argv[1]))
+    parser = Words(
+        prog="prepare_data.py",
         description=__doc__.partition("\n")[0],
         epilog="python prepare_data.py --verify FOLDER holds finished data against the sums in its manifest.json",
     )
@@ -1192,11 +1194,6 @@ def main(argv: list[str]) -> None:
         parser.add_argument(
             f"--{name}", default=default, help=meaning, **({"action": "store_true"} if default is False else kind)
         )
-    heads = [arg.partition("=") for arg in argv]
-    argv = [
-        "--" + head[2:].replace("-", "_") + eq + tail if head[:2] == "--" else head + eq + tail
-        for head, eq, tail in heads
-    ]
     prepare(**vars(parser.parse_args(argv)))
 
 

@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 import tokenizer as tok
-from errors import UserError, command, expand
+from errors import UserError, Words, a_path, command, expand
 from model import ModelConfig, Transformer
 from plan import machine
 
@@ -206,26 +206,22 @@ class Printer:
         sys.stdout.flush()
 
 
-class Parser(argparse.ArgumentParser):
-    def add(self, name: str, **kwargs) -> None:
-        names = dict.fromkeys([f"--{name}", "--" + name.replace("_", "-")])
+class Parser(Words):
+    def add(self, name: str, *others: str, **kwargs) -> None:
         if name in RANGES:
             kwargs["help"] = f"{kwargs.get('help', '')} ({RANGES[name][2]}; default {kwargs['default']})".strip()
-        self.add_argument(*names, **kwargs)
-
-    def error(self, message):
-        raise UserError("E500", message)
+        self.add_argument(f"--{name}", *others, **kwargs)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    p = Parser(prog="sample.py", description="Generate text from a trained run.", allow_abbrev=False)
-    p.add_argument("run", help="a run's out_dir, or one of its step_* folders")
+    p = Parser(prog="sample.py", description="Generate text from a trained run.")
+    p.add_argument("run", type=a_path, help="a run's out_dir, or one of its step_* folders")
     p.add("prompt", action="append", default=[], metavar="TEXT", help="repeatable; - reads it from stdin")
     p.add(
         "prompt_file", action="append", default=[], metavar="F", help="a prompt per file; one final newline is dropped"
     )
     p.add("ids", action="append", default=[], metavar="'1 2 3'", help="a prompt as token ids: ids in, ids out")
-    p.add("max_new_tokens", type=int, default=200)
+    p.add("max_new_tokens", "--max_tokens", type=int, default=200)
     p.add("temperature", type=float, default=0.8)
     p.add("top_k", type=int, default=50, help="keep the k most likely tokens")
     p.add("top_p", type=float, default=1.0, help="keep the smallest set with this much probability")

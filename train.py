@@ -35,9 +35,9 @@ import checkpoint
 import launch
 import plan
 import tokenizer as tokenizers
-from config import Config, build_config, help_text, read_config
+from config import SHARDING, Config, build_config, help_text, printed, read_config
 from detectors import above_chance
-from errors import UserError, command
+from errors import UserError, check_launch, command, environment
 from loader import Loader, Source, Sums, val_rows
 from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
@@ -147,8 +147,8 @@ class Parallel(Rows):
     alone = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
 
     def __init__(self, cfg: Config):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
+        self.rank, self.world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+        self.device = plan.machine(cfg.device, "fp32", False, environment("LOCAL_RANK", 0)).device
         self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -294,7 +294,7 @@ class Planned(Parallel):
     """One process that counts as `world`: for dry runs."""
 
     def __init__(self, cfg: Config, layout: plan.Layout):
-        self.rank, self.world, self.layout, self.buffer = int(os.environ.get("RANK", 0)), 1, layout, None
+        self.rank, self.world, self.layout, self.buffer = environment("RANK", 0), 1, layout, None
         self.device, self.alone = plan.machine(cfg.device, "fp32", False).device, layout.shard == 1
 
     def rows(self) -> tuple[int, int]:
@@ -309,7 +309,6 @@ STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
 NUMBERS = f"{NUMBERS} best_parts measured_on".split()
-SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
@@ -342,7 +341,7 @@ class Trainer(ByHand, Report):
 
     def __init__(self, config, parallel=Parallel, dry_run: dict | None = None):
         if isinstance(config, dict):
-            self.written, notes = json.loads(json.dumps({"model": {}, "orchestrator": {}} | config)), []
+            self.written, notes = json.loads(json.dumps(config, default=str)), []
             self.cfg = build_config(self.written, lambda key: "config", notes)
             self.cfg.out_dir = self.cfg.out_dir or "out/run"
         else:
@@ -429,9 +428,6 @@ class Trainer(ByHand, Report):
             self.weights, self.sources, self.val_sources, self.fingerprints = {"data": 1.0}, {}, {}, {}
             return
         folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
-        for name, spec in folders.items():
-            if not isinstance(spec, dict) or "dir" not in spec:
-                raise UserError("E002", f"data.sources.{name}: {{dir: FOLDER, weight: 1.0}} is expected")
         self.weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
         self.sources = {n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()}
         val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
@@ -663,14 +659,16 @@ class Trainer(ByHand, Report):
         # what works on a token: MoE's active parameters, MoD's weighted by its FLOPs
         self.n_working = round(self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished)
         keys = ("auto_epoch_scaling", "chinchilla_multiplier", "min_auto_epochs", "max_auto_epochs")
-        cfg.max_steps = kept("max_steps", "max_steps", "num_epochs", *keys) or cfg.max_steps
+        steps = kept("max_steps", "max_steps", "num_epochs", *keys)
+        cfg.max_steps = cfg.max_steps if steps is None else steps
         if cfg.max_steps is None and cfg.auto_epoch_scaling and windows:
             limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
             cfg.max_steps, why = plan.auto_steps(self.n_working, windows * T, rows * T, *limits)
             self.changes.append(why)
         if cfg.max_steps is None:
-            cfg.max_steps = int(windows * (cfg.num_epochs or 1.0)) // rows
-        if cfg.max_steps < 1 and "max_steps" not in self.written and self.sources:
+            cfg.max_steps = int(windows * (1.0 if cfg.num_epochs is None else cfg.num_epochs)) // rows
+        asked = "max_steps" in self.written or cfg.num_epochs == 0  # for no step at all
+        if cfg.max_steps < 1 and not asked and self.sources:
             raise UserError("E114", f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch")
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
@@ -681,10 +679,10 @@ class Trainer(ByHand, Report):
 
         # machine: what rank 0 finds, kept on resume
         precision = kept_here("precision")
-        machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
+        machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, environment("LOCAL_RANK", 0))
         if precision not in (None, machine.precision) and cfg.precision == "auto":
             with contextlib.suppress(UserError):  # the hardware of today cannot do it: today's choice, said
-                machine = plan.machine(cfg.device, precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
+                machine = plan.machine(cfg.device, precision, cfg.compile_model, environment("LOCAL_RANK", 0))
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
         self.misfit = par.together(self.check_memory, rows)
@@ -705,8 +703,6 @@ class Trainer(ByHand, Report):
         deterministic = kept_here("deterministic")
         if deterministic is None:
             deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
-        if deterministic not in (True, False):
-            raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
         cfg.deterministic = par.broadcast(deterministic)
         names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
         self.auto = {
@@ -728,12 +724,7 @@ class Trainer(ByHand, Report):
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
         segments, start = [], 0
-        for i, phase in enumerate((cfg.data or {}).get("phases") or [{"weights": weights}]):
-            if set(phase) - {"until", "weights"} or not phase.get("weights") or set(phase["weights"]) - set(weights):
-                names = ", ".join(weights)
-                raise UserError(
-                    "E002", f"data.phases[{i}]: {{until: STEP, weights: {{NAME: ...}}}} with names of {names}"
-                )
+        for phase in (cfg.data or {}).get("phases") or [{"weights": weights}]:
             segments.append([start * rows, phase["weights"]])
             until = phase.get("until", cfg.max_steps)
             start = round(until * cfg.max_steps) if until <= 1 else int(until)
@@ -777,7 +768,7 @@ class Trainer(ByHand, Report):
             return min(cfg.batch_size, kept or cfg.batch_size)
         if kept:
             return kept
-        machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
+        machine = plan.machine(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
         have, precision = plan.own_memory(machine.device), machine.precision
         if self.dry_run and self.dry_run["hardware"] != "measured":
             have = plan.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
@@ -805,7 +796,7 @@ class Trainer(ByHand, Report):
 
     def memory_at_hand(self) -> list:
         """Which device ran out of memory, or would: its name and GiB."""
-        machine = plan.machine(self.cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0)))
+        machine = plan.machine(self.cfg.device, "fp32", False, environment("LOCAL_RANK", 0))
         return [machine.name, round(plan.total_memory(machine.device) / 2**30)]
 
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
@@ -1875,7 +1866,7 @@ def peak_bytes(model: Transformer, rows: int, device) -> int:
 
 def check_states(cfg: Config, layout: plan.Layout) -> None:
     """E200 where not even one row would fit: before data is prepared, processes meet and anything is built."""
-    machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
+    machine = plan.machine(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
     layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
     try:  # a vocabulary that the data will name can only make it larger
         model = plan.on_meta(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
@@ -1904,7 +1895,7 @@ def prepare_first(cfg: Config, dry_run: bool = False) -> None:
     failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet
     keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
     this, began, waits = "/".join(os.environ.get(k, "") for k in keys), time.time(), time.monotonic()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if environment("RANK", 0) == 0:
         import prepare_data  # only when asked for: training from shards does not need it
 
         with contextlib.suppress(OSError):  # the data may lie finished on a disk that nobody can write to
@@ -1916,7 +1907,7 @@ def prepare_first(cfg: Config, dry_run: bool = False) -> None:
             }
             prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
         except UserError as error:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if environment("WORLD_SIZE", 1) > 1:
                 row = {"launch": this, "time": time.time(), "code": error.code, "text": error.text}
                 with contextlib.suppress(OSError):
                     failure.parent.mkdir(parents=True, exist_ok=True)
@@ -1942,13 +1933,14 @@ def lost_peer(error: Exception) -> bool:
 
 def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
     """For dry runs: `watch` measures a few layers, see train_fsdp.fake_run, and `check` refuses a layout."""
-    cfg, _, _, flags = read_config(argv) if set(argv) - {"--help", "-h"} else (None, None, None, {"help": True})
-    if flags.get("help"):
+    if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
-    rank = int(os.environ.get("RANK", 0))
+    check_launch()
+    rank = environment("RANK", 0)
+    cfg, _, _, flags = read_config(argv)
     if flags.get("print_config"):
-        print(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False) if rank == 0 else "", end="")
+        print(printed(cfg, sharded=check is not None) if rank == 0 else "", end="")
         return 0
     if status := launch.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
         if rank == 0:
@@ -1957,7 +1949,7 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
             time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
         return status["code"]
     if flags.get("dry_run"):
-        world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
+        world = flags.setdefault("world_size", environment("WORLD_SIZE", 1))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
         kind = flags["hardware"] = plan.hardware_key(flags["hardware"])
         if kind in plan.NO_BF16 and cfg.precision != "fp32":
@@ -1968,7 +1960,7 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
         Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
     try:
-        world = int(os.environ.get("WORLD_SIZE", 1))  # all three before data is prepared
+        world = environment("WORLD_SIZE", 1)  # all three before data is prepared
         launch.check_tasks()
         check_states(cfg, check(cfg, world) if check else plan.Layout(world))
         trainer = Trainer(argv, parallel)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import plan
 import train
 from config import Config
-from errors import UserError, command
+from errors import UserError, command, environment
 from model import ModelConfig, Transformer
 from model_moe import Experts, run_experts
 from train import Parallel
@@ -170,7 +169,7 @@ class Sharded(Parallel):
     alone = False
 
     def __init__(self, cfg: Config):
-        layout = check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        layout = check(cfg, environment("WORLD_SIZE", 1))
         super().__init__(cfg)
         self.stage, kind = cfg.zero_stage, self.device.type
         self.layout = dataclasses.replace(layout, cuda=kind == "cuda")
@@ -340,7 +339,7 @@ def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, 
 
 def layout(cfg: Config) -> Parallel:
     """zero_stage 0, and a single process, are train.py's."""
-    return Sharded(cfg) if check(cfg, int(os.environ.get("WORLD_SIZE", 1))).zero_stage else Parallel(cfg)
+    return Sharded(cfg) if check(cfg, environment("WORLD_SIZE", 1)).zero_stage else Parallel(cfg)
 
 
 def main(argv: list[str]) -> int:

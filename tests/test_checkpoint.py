@@ -237,4 +237,5 @@ def test_listing(tmp_path, capsys):
     assert checkpoint.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "2,000" in out and "2.0000" in out and "best" in out and out.count("verified") == 2
-    assert checkpoint.main([]) == 2
+    with pytest.raises(UserError, match="E002"):
+        checkpoint.main([])

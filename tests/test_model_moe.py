@@ -1164,7 +1164,7 @@ def test_null_choices_contribute_exactly_nothing():
 @pytest.mark.parametrize(("E", "K", "limit"), ((8, 2, 0.06), (64, 8, 0.03)))
 @torch.no_grad()
 def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router):
-    """The random layer of research/sparse.md 4.1, T = 4096, d = 64, I = 32; mean of three."""
+    """A random layer, T = 4096, d = 64, I = 32; mean of three."""
     moved, naive = [], []
     for seed in range(3):
         moe = layer(d=64, E=E, K=K, n_experts_max=E + 2, d_expert=32, router=router).eval()
@@ -1545,7 +1545,7 @@ def test_refusals_name_key_value_and_remedy(change, key, words, tmp_path, shards
     path = write_yaml(tmp_path / "c.yaml", {"data_dir": shards, "model": SMALL | change})
     with pytest.raises(UserError) as error:
         read_config([str(path)])
-    assert error.value.code == "E002" and text in error.value.text
+    assert error.value.code == "E002" and key in error.value.text
 
 
 def test_refusals_of_the_model_name_file_and_line(tmp_path, shards):

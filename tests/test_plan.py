@@ -298,7 +298,7 @@ def test_matrix_peak_is_a_speed():
 # ---- how long to train
 
 TABLE = {1e17: (24.7e6, 27), 1e18: (80e6, 26), 1e19: (262e6, 24), 1e20: (853e6, 23), 1e21: (2.8e9, 22)}
-TABLE |= {1e22: (9.0e9, 20), 5.76e23: (72e9, 18)}  # FLOPs: parameters, tokens a parameter (research/stability.md 6)
+TABLE |= {1e22: (9.0e9, 20), 5.76e23: (72e9, 18)}  # FLOPs: parameters, tokens a parameter
 FLAT = {1e18: (1.75, 1.27, 1.08, 1.02, 1.18, 1.45, 2.13), 1e20: (1.67, 1.23, 1.06, 1.03, 1.21, 1.51, 2.25)}
 EPOCHS = {1: (1, 1), 2: (1.97, 0.94), 4: (3.73, 0.82), 8: (6.6, 0.63), 16: (10.6, 0.38), 32: (14.3, 0.13)}
 

@@ -621,6 +621,5 @@ def test_command_line(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
     assert settings["val_fraction"] == 0.1 and settings["shard_tokens"] == 9000 and settings["seed"] == 1337
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(UserError, match="E002.*--nonsense"):
         P.main([*arguments, "--nonsense"])
-    assert caught.value.code == 2
