@@ -1,6 +1,7 @@
 """The README's numbers. Every command prints the machine it ran on; times are ratios of interleaved rounds in one run.
 
-speed CONFIG [--key value]: steps of a configuration without evaluation or saving: tokens/s, MFU, data wait.
+speed CONFIG [--max_steps N] [--key value]: 40 steps of a configuration, or N, without evaluation or saving: tokens/s,
+    MFU, data wait.
 decode [RUN]: cached decoding against recomputing the whole sequence for each token, same model, same ids.
 kernels [--rounds N]: the expert layer's back ends against a dense SwiGLU of equal active width, and bytes kept.
 step [--rounds N] [--no-peer] [--limit S]: one training step of whole models: our MoE, our dense model of equal active
@@ -149,19 +150,45 @@ def spread(values: list[float]) -> str:
     return f"median {statistics.median(values):.4g} (n {len(values)}, {min(values):.4g} to {max(values):.4g})"
 
 
+def compiled_so_far() -> int:
+    """A number that grows with all that torch compiles in this process, forward, backward, and again."""
+    return sum(sum(group.values()) for group in torch._dynamo.utils.counters.values())
+
+
+def seconds_of(run, wait) -> float:
+    """Of one run(); one in which something was compiled does not count and is done again."""
+    for _ in range(8):
+        wait()
+        before, began = compiled_so_far(), time.perf_counter()
+        run()
+        wait()
+        seconds = time.perf_counter() - began
+        if compiled_so_far() == before:
+            return seconds
+    raise RuntimeError("something was compiled in each of 8 runs: there is no time to tell")
+
+
 def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each run in each round; the runs take turns, so that a busy machine is slow for all of them."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     times = {name: [] for name in runs}
     for i in range(warm_up + rounds):
         for name, run in runs.items():
-            wait()
-            began = time.perf_counter()
-            run()
-            wait()
+            seconds = seconds_of(run, wait)
             if i >= warm_up:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(seconds)
     return times
+
+
+def mfu(rates: list[float], m: plan.Machine, peak: float) -> str:
+    """FLOP/s as shares of `peak`. Above 100 % it was measured while the machine was busy: it is measured again, in this
+    process, its dtype and its threads; where that does not help there is no MFU, and the reason."""
+    if max(rates) > peak:
+        peak = max(peak, plan.matrix_peak(m.device, m.compute_dtype, 1.0))
+    if max(rates) > peak:
+        peak = plan.describe(peak, "FLOP/s")
+        return f"- ({plan.describe(max(rates), 'FLOP/s')} is above the peak, {peak}: was the machine busy?)"
+    return spread([rate / peak for rate in rates]) if len(rates) > 1 else f"{100 * rates[0] / peak:.1f} %"
 
 
 def ratio(a: list[float], b: list[float]) -> str:
@@ -220,7 +247,7 @@ class Ours:
                 moe.back_end = picked
         self.name = (self.moe[0].back_end + ", " if self.moe else "") + ("compiled" if compiled else "eager")
         if compiled:
-            torch._dynamo.config.recompile_limit = 64
+            torch.compiler.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
@@ -333,18 +360,40 @@ def fastest(name: str, variants: list, limit: float, device):
 
 
 def speed(words: list[str]) -> int:
-    """Train 40 steps of a configuration into a temporary folder; the first 8 are warm-up."""
+    """Train some steps of a configuration into a temporary folder, in about ten parts: the first two are warm-up, and
+    those in which something was compiled are left out."""
+    parser = Words(add_help=False, allow_abbrev=False)
+    parser.add_argument("--max_steps", "--max-steps", type=int, default=40)
+    o, words = parser.parse_known_args(words)
+    if o.max_steps < 3:
+        raise UserError("E002", f"speed: --max_steps {o.max_steps} is too few: the first two are warm-up; from 3 on")
+    fixed = {"save_interval": 0, "val_fraction": 0, "log_interval": max(1, o.max_steps // 10), "sample_prompt": "null"}
+    fixed |= {"resume": "none", "overwrite": "true"}
+    typed = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if given := sorted(typed & {"out_dir", "eval_interval", "eval_tokens", *fixed}):
+        raise UserError("E002", f"speed: it trains without evaluation or saving, so it takes no {', '.join(given)}")
     with tempfile.TemporaryDirectory() as folder:
-        fixed = ["--out_dir", folder, "--resume", "none", "--overwrite", "--max_steps", "40", "--save_interval", "0"]
-        trainer = Trainer([*words, *fixed, "--log_interval", "4", "--eval_tokens", "1", "--sample_prompt", "null"])
+        fixed |= {"max_steps": o.max_steps, "out_dir": folder}
+        trainer = Trainer([*words, *(f"--{key}={value}" for key, value in fixed.items())])
+        trainer.save = lambda *args, **kw: True
         rows = []
-        trainer.record = rows.append
+        trainer.record = lambda row: rows.append(row | {"compiled": compiled_so_far()})
         trainer.fit()
-    rows = [r for r in rows if "loss" in r][2:]
-    print(machine_line())
-    print("tokens/s  " + spread([r["tokens_per_second"] for r in rows]))
-    print("mfu       " + spread([r["mfu"] for r in rows]) + " of the measured matrix peak")
-    print("data wait " + spread([r["data_wait"] for r in rows]) + " of the step")
+    rows = [r for r in rows if "loss" in r]
+    clean = [r for last, r in zip(rows[1:], rows[2:]) if r["compiled"] == last["compiled"]]
+    print(machine_line(trainer.machine))
+    if dirty := len(rows[2:]) - len(clean):
+        print(f"left out: {dirty} of {len(rows[2:])} parts, in which something was compiled")
+    if not clean:
+        print("tokens/s  - (something was compiled in all of them; more --max_steps)")
+        return 0
+    flops = trainer.model.flops_per_token() / trainer.parallel.world  # now: MoD's capacity may have been annealed
+    rates = [r["tokens_per_second"] * flops for r in clean]
+    sheet = plan.known(trainer.machine.name) and trainer.machine.precision != "fp32"
+    print("tokens/s  " + spread([r["tokens_per_second"] for r in clean]))
+    kind = "of the data sheet's peak" if sheet else "of the measured matrix peak"
+    print(f"mfu       {mfu(rates, trainer.machine, trainer.peak)} {kind}")
+    print("data wait " + spread([r["data_wait"] for r in clean]) + " of the step")
     return 0
 
 
@@ -729,8 +778,9 @@ def tell(run: Ours, times: list[float], peak: float) -> str:
     n, speed = run.model.n_params(), run.tokens / min(times)
     rate = speed * run.model.flops_per_token()
     text = f"{1e3 * min(times):.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}), "
-    text += f"{plan.describe(speed)} tokens/s, MFU {100 * rate / plan.peak_flops(run.machine):.1f} % (of the measured "
-    text += f"peak {100 * rate / peak:.1f} %); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
+    m = run.machine
+    text += f"{plan.describe(speed)} tokens/s, MFU {mfu([rate], m, plan.peak_flops(m))} (of the measured peak "
+    text += f"{mfu([rate], m, peak)}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
     return text
 
 
@@ -929,14 +979,16 @@ def layout_run(job: dict) -> int:
 
 
 def of_run(words: list[str], name: str) -> tuple[Path, list[dict]]:
-    """The folder of a run and the rows of one of its files. E002, E108, E104."""
+    """The folder of a run and the rows of one of its files; none of decisions.jsonl, which a healthy run
+    does not have. E002, E108, E104."""
     folders = options(words, run=None).run
     if len(folders) != 1:
         raise UserError("E002", "which run? python bench.py decisions out/NAME, python bench.py picture out/NAME")
     path = Path(folders[0], name)
     if not path.is_file():
-        nothing = ": nothing had to be decided in this run" if (path.parent / "config.yaml").exists() else ""
-        raise UserError("E108", f"there is no {path}{nothing if name == 'decisions.jsonl' else ''}")
+        if name == "decisions.jsonl" and (path.parent / "config.yaml").exists():
+            return path.parent, []
+        raise UserError("E108", f"there is no {path}")
     try:
         rows = read_lines(path)
     except ValueError as error:
@@ -950,6 +1002,9 @@ def decisions(words: list[str]) -> int:
     """decisions.jsonl as a story: what happened, why, what was done, how it turned out. What lies within 100 turns
     belongs together; what is the same in turns on end is said once."""
     out, rows = of_run(words, "decisions.jsonl")
+    if not rows:
+        print(f"{out}: nothing had to be decided")
+        return 0
     outcomes, told = {r["id"]: r for r in rows if r.get("kind") == "outcome"}, []
     for r in (r for r in rows if "trigger" in r):
         last = told[-1] if told else None
@@ -996,7 +1051,8 @@ def picture(words: list[str]) -> int:
 
     def draw(ax, rows, name, style, **more):
         found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-        ax.plot([step for step, _ in found], [x for _, x in found], style, **more)
+        if found:  # the legend names what happened only
+            ax.plot([step for step, _ in found], [x for _, x in found], style, **more)
 
     for name, ax in zip(panels, axes[:, 0]):
         if name in shares:

@@ -15,16 +15,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import UserError, command
+from errors import UserError, command, expand
 
 FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
 STEP = re.compile(r"step_(\d{8,})")
@@ -56,6 +58,26 @@ def write_json(path, data) -> None:
         os.fsync(f.fileno())
     os.replace(tmp, path)
     sync(tmp.parent)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """A synced .safetensors file that others may read as far as umask lets them: safetensors makes its own 0600."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with contextlib.suppress(OSError):  # some file systems know no modes
+        file.chmod(mode)
+    sync(file)
+
+
+def odd(tensor: torch.Tensor) -> str:
+    """ "NaN" or "inf" if a value of `tensor` is that, else "": one pass, without a copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return ""
+    low, high = (x.item() for x in tensor.aminmax())
+    if math.isnan(low):
+        return "NaN"
+    return "inf" if math.isinf(low) or math.isinf(high) else ""
 
 
 def sha256(path) -> str:
@@ -95,8 +117,7 @@ def write(folder: Path, rank: int, pieces: dict[str, list]) -> str | None:
                 )
         files = {}
         if tensors:
-            save_file(tensors, file, metadata={"format": "pt"})
-            sync(file)
+            save_tensors(tensors, file)
             files[file.name] = {"sha256": sha256(file), "size": file.stat().st_size}
         write_json(folder / f"{name}.json", {"files": files, "tensors": index})
     except (OSError, SafetensorError) as error:
@@ -130,9 +151,9 @@ def commit(folder: Path, final: Path, world: int, state: dict) -> None:
 def clean_up(out_dir) -> None:
     """Undo what a crash left: unfinished folders go; a folder moved aside comes back if nothing took its place; half a
     line at the end of a diary, all that a full disk took, goes."""
-    for path in Path(out_dir).glob("step_*.tmp"):
+    for path in _called(out_dir, "tmp"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in Path(out_dir).glob("step_*.old"):
+    for path in _called(out_dir, "old"):
         final = path.with_suffix("")
         shutil.rmtree(path, ignore_errors=True) if final.exists() else path.rename(final)
     for name in ("metrics.jsonl", "decisions.jsonl"):
@@ -153,7 +174,7 @@ def prune(out_dir, limit: int, keep_every: int, best: int | None) -> None:
             doomed = step_dir(out_dir, step).with_suffix(".tmp")  # a crash in the middle of deleting leaves no half one
             step_dir(out_dir, step).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-    aside = sorted(Path(out_dir).glob("step_*.rolled_back"))
+    aside = sorted(_called(out_dir, "rolled_back"))
     for path in aside[:-limit] if limit else ():
         shutil.rmtree(path, ignore_errors=True)
 
@@ -164,6 +185,32 @@ def set_aside(out_dir, step: int) -> None:
         aside = Path(f"{step_dir(out_dir, beyond)}.rolled_back")
         shutil.rmtree(aside, ignore_errors=True)
         step_dir(out_dir, beyond).rename(aside)
+
+
+def adopt(folder: Path, out_dir) -> None:
+    """Another run's step becomes one of out_dir's: by hard links where the disk can, as nobody writes into a finished
+    step. OSError when the disk does not take it."""
+
+    def link(source, target):
+        try:
+            os.link(source, target)
+        except OSError:  # another disk, or somebody else's files
+            shutil.copyfile(source, target)
+            sync(target)
+
+    final = step_dir(out_dir, step_of(folder))
+    tmp = Path(f"{final}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    for file in folder.iterdir():
+        link(file, tmp / file.name)
+    tmp.rename(final)
+    sync(final.parent)
+
+
+def _called(out_dir, suffix: str) -> list[Path]:
+    """Our step_N.SUFFIX in a run's folder, and nothing else that somebody may keep there."""
+    return [p for p in Path(out_dir).glob(f"step_*.{suffix}") if STEP.fullmatch(p.stem)]
 
 
 def _is_clean(folder: Path) -> bool:
@@ -183,7 +230,8 @@ def list_steps(out_dir) -> list[int]:
 
 
 class Checkpoint:
-    """One saved step, read lazily. UserError E303 when it is damaged, E306 when a newer Lumen wrote it."""
+    """One saved step, read lazily. UserError E303 when it is damaged, E306 when a newer Lumen wrote it, E108 when it
+    cannot be read, which says nothing about what is in it."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -192,8 +240,10 @@ class Checkpoint:
             self.state = json.loads((self.path / "state.json").read_text())
             made_by, self.step, self.tensors = self.manifest["format"], self.state["step"], self.manifest["tensors"]
             whole = self.manifest.get("sha256", "") in ("", digest(self.manifest))  # older ones have none
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError("E303", f"{self.path}: {type(error).__name__}: {error}") from error
+        except OSError as error:
+            raise UserError("E108", f"{self.path} cannot be read: {error}") from error
         if not whole:
             raise UserError("E303", f"{self.path}: manifest.json has another sha256")
         if made_by > FORMAT:
@@ -201,7 +251,7 @@ class Checkpoint:
         self._open = {}
 
     def verify(self, part: int = 0, of: int = 1) -> list[str]:
-        """Every file, or one in `of`, against its size and sha256; returns what is wrong."""
+        """Every file, or one in `of`, against its size and sha256; returns what is wrong. E108: not allowed to look."""
         wrong = []
         for name, want in list(self.manifest["files"].items())[part::of]:
             file = self.path / name
@@ -212,6 +262,8 @@ class Checkpoint:
                     wrong.append(f"{name} has another sha256")
             except FileNotFoundError:
                 wrong.append(f"{name} is missing")
+            except PermissionError as error:
+                raise UserError("E108", f"{file} cannot be read: {error.strerror}") from error
             except OSError as error:
                 wrong.append(f"{name} cannot be read: {error}")
         return wrong
@@ -239,8 +291,10 @@ class Checkpoint:
                 source = (
                     piece[tuple(slice(l - b, h - b) for l, h, b in zip(low, high, p_offset))] if shape else piece[...]
                 )
-            except (OSError, SafetensorError) as error:
+            except (FileNotFoundError, SafetensorError) as error:
                 raise UserError("E303", f"{self.path / file}: {error}") from error
+            except OSError as error:
+                raise UserError("E108", f"{self.path / file} cannot be read: {error}") from error
             target = out[tuple(slice(l - a, h - a) for l, h, a in zip(low, high, offset))] if shape else out
             target.copy_(source)
             missing -= source.numel()
@@ -262,10 +316,15 @@ def best_step(out_dir) -> int | None:
 
 
 def folders(path, best: bool = False) -> list[Path]:
-    """The step folders of a run (or its best one), newest first, or the one given itself; not looked into. E304."""
+    """The step folders of a run (or its best one), newest first, or the one given itself; not looked into. E304, and
+    E108 where we may not look."""
     path = Path(path)
-    if not path.is_dir():
-        raise UserError("E304", f"{path} does not exist")
+    try:
+        os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError("E304", f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError("E108", f"{path} cannot be read: {error.strerror}") from error
     if STEP.fullmatch(path.name):
         return [path]
     if best:
@@ -275,6 +334,16 @@ def folders(path, best: bool = False) -> list[Path]:
     if not (steps := list_steps(path)):
         raise UserError("E304", f"{path} holds no checkpoint")
     return [step_dir(path, s) for s in reversed(steps)]
+
+
+def final(error: UserError) -> bool:
+    """Whether an older step would be no way out: a newer Lumen's checkpoint, or one that we have no right to read."""
+    return error.code == "E306" or isinstance(error.__cause__, PermissionError)
+
+
+def unreadable(wrong: list[str]) -> bool:
+    """Whether all that verify() or an error found is that a file cannot be read: it may be whole."""
+    return all("cannot be read" in text for text in wrong)
 
 
 def find(path, best: bool = False, say=print) -> Checkpoint:
@@ -288,14 +357,14 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
             checkpoint = Checkpoint(folder)
             wrong = checkpoint.verify()
         except UserError as error:
-            if asked or error.code == "E306":
+            if asked or final(error):
                 raise
             wrong = [error.text]
         if not wrong:
             return checkpoint
         if asked:
             raise UserError("E303", f"{folder}: {'; '.join(wrong)}")
-        say(f"E303: passed over {folder}: {'; '.join(wrong)}")
+        say(f"{'E108' if unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}")
     raise UserError("E304", f"{path} holds no whole checkpoint")
 
 
@@ -304,19 +373,19 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: python checkpoint.py OUT_DIR\n" + main.__doc__)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    steps = list_steps(argv[0])
-    if not steps:
-        raise UserError("E304", f"{argv[0]} holds no checkpoint")
-    best, damaged = best_step(argv[0]), 0
+    run = expand(argv[0])
+    best, damaged = best_step(run), 0
     print(f"{'step':>10} {'MB':>10} {'tokens':>15} {'val_loss':>9}  state")
-    for step in steps:
+    for folder in reversed(folders(run)):
+        step = step_of(folder)
         try:
-            checkpoint = Checkpoint(step_dir(argv[0], step))
+            checkpoint = Checkpoint(folder)
             wrong, state = checkpoint.verify(), checkpoint.state
             size, tokens, val_loss = checkpoint.size() / 1e6, state.get("tokens", 0), state.get("val_loss")
         except UserError as error:
             wrong, size, tokens, val_loss, state = [error.text], 0, 0, None, {}
-        marks = ["DAMAGED: " + "; ".join(wrong) if wrong else "verified"]
+        bad = "CANNOT BE READ" if unreadable(wrong) else "DAMAGED"
+        marks = [f"{bad}: {'; '.join(wrong)}" if wrong else "verified"]
         marks += ["best"] if step == best else []
         marks += ["not clean"] if not state.get("clean", True) else []
         loss = "-" if val_loss is None else f"{val_loss:.4f}"

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from errors import UserError
+from errors import UserError, expand
 from model import ModelConfig
 from orchestrator import MODES, OrchestratorConfig
 
@@ -30,6 +31,7 @@ class Config:
     prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
     val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
+    allow_tokenizer_change: bool = False  # take weights although the data has another tokenizer than theirs had
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
@@ -93,7 +95,7 @@ class Config:
     reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
-    resume: str = "auto"  # auto: go on from the newest whole checkpoint in out_dir; none: start anew
+    resume: str = "auto"  # auto: the newest whole step in out_dir; none: anew; a run or step folder: from there
     init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     use_adaptive_training: bool = True  # false: orchestrator.mode off
@@ -120,7 +122,6 @@ CHOICES = {
     "optimizer": ("adamw",),
     "activation_checkpointing": ("none", "block", "full", "selective"),
     "reduce_dtype": ("fp32", "bf16"),
-    "resume": ("auto", "none"),
     "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
 }
 AT_LEAST = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 0, "batch_tokens": 1, "eval_tokens": 1}
@@ -195,11 +196,14 @@ def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
 
 def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
     """YAML file and command line -> (Config, the keys as written, notes for the user, flags of the command line)."""
-    flags, path, tree, lines, notes = {}, None, {}, {}, []
+    flags, path, tree, lines, notes, home, moved = {}, None, {}, {}, [], None, None
     words = list(argv)
     if words and not words[0].startswith("-"):
         path = find_yaml(words.pop(0))
         tree, lines = load_yaml(path)
+        home, says = run_of(path), str(tree.get("out_dir"))
+        if home and not same_place(expand(says), home):
+            tree["out_dir"], moved = home, says
     for block in BLOCKS:
         if tree.get(block) is None:
             tree[block] = {}
@@ -229,18 +233,39 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
         target, name = (tree[block], name) if name and block in BLOCKS else (tree, key)
         target[name] = value
         lines[key] = None
+    typed = [key for key in ("prepare", "data_dir", "data") if lines.get(key, 0) is None]
+    preset = path and path.resolve().parent == Path(__file__).resolve().parent / "configs"
+    if preset and typed and lines.get("sample_prompt"):
+        tree.pop("sample_prompt")  # it continues the preset's own text
+        notes.append(f"the preset's sample_prompt goes with its own data, not with --{typed[0]}: no sample")
     if (extra := [k for k in flags if k in SIMULATED]) and not flags.get("dry_run"):
         raise UserError("E002", f"command line: --{extra[0]} goes with --dry_run only; torchrun sets the real number")
+    if moved and tree["out_dir"] == home:
+        notes.append(f"out_dir: {home}, where this config.yaml lies; it says {moved}: the run was moved or copied")
+    elif home and not same_place(tree["out_dir"], home):
+        notes.append(f"out_dir: {tree['out_dir']}, as typed; {path} is of the run in {home}")
     cfg = build_config(tree, lambda key: f"{path}:{lines[key]}" if lines.get(key) else "command line", notes)
     if cfg.out_dir is None:
         cfg.out_dir = f"out/{path.stem if path else 'run'}"
     return cfg, tree, notes, flags
 
 
+def same_place(a, b) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def run_of(path: Path) -> str | None:
+    """The run's folder that a configuration lies in: a run that was moved or copied is gone on with where it lies."""
+    folder, names = path.parent, ("config.yaml", "resolved.yaml")
+    if path.name in names and ((folder / "status.json").exists() or any(folder.glob("step_*/manifest.json"))):
+        return str(folder)
+    return None
+
+
 def find_yaml(name: str) -> Path:
     """A path, or the name of a preset in configs/."""
     presets = {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
-    path = Path(name)
+    path = Path(expand(name))
     if path.is_file():
         return path
     if name in presets:
@@ -344,9 +369,31 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
     if cfg.data and not isinstance(cfg.data.get("sources"), dict):
         refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
+    expand_paths(cfg, where)
     if cfg.expert_log_interval % cfg.log_interval:
         refuse("expert_log_interval", f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}")
     return cfg
+
+
+def expand_paths(cfg: Config, where) -> None:
+    """~ and $NAME in every key that is a path, or may be one."""
+
+    def expanded(value, key):
+        if isinstance(value, list):
+            return [expanded(v, key) for v in value]
+        return expand(value, f"{where(key)}: {key}") if isinstance(value, str) else value
+
+    for key in ("data_dir", "out_dir", "init_from", "resume"):
+        setattr(cfg, key, expanded(getattr(cfg, key), key))
+    cfg.orchestrator.replay = expanded(cfg.orchestrator.replay, "orchestrator.replay")
+    if cfg.prepare is not None:
+        cfg.prepare = {key: expanded(value, f"prepare.{key}") for key, value in cfg.prepare.items()}
+    sources = dict((cfg.data or {}).get("sources") or {})
+    for name, spec in sources.items():
+        if isinstance(spec, dict) and "dir" in spec:
+            sources[name] = spec | {"dir": expanded(spec["dir"], f"data.sources.{name}.dir")}
+    if cfg.data:
+        cfg.data = cfg.data | {"sources": sources}
 
 
 def lunaris_keys(model: dict, where, notes: list[str]) -> None:

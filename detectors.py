@@ -1,7 +1,8 @@
 """What is noise and what is not: plain numbers in, plain numbers out, no torch. The orchestrator asks, and acts.
 
 `NormLimit` says how large a gradient norm may be, `Divergence` whether the loss has left its course. Both keep only
-what was accepted, so that a fault never becomes the measure of the next one.
+what was accepted, so that a fault never becomes the measure of the next one. `above_chance` needs no past
+at all: a run that exploded in its first steps has none to be measured by.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ def centre(values: list[float]) -> tuple[float, float]:
     sorting a hundred floats takes less time than numpy's median needs to begin."""
     middle = statistics.median(values)
     return middle, 1.4826 * statistics.median([abs(x - middle) for x in values])
+
+
+def above_chance(loss: float, n_vocab: int) -> bool:
+    """Whether a cross-entropy (without z-loss and the like) lies above ln(n_vocab), what guessing evenly
+    costs, by more than noise: 0.1 nats and 2 %, as in Divergence.floor. NaN does."""
+    chance = math.log(n_vocab)
+    return not loss <= chance + max(0.1, 0.02 * chance)
 
 
 class NormLimit:
@@ -62,7 +70,7 @@ def p_confidence(p: float, prior: float = 1e-3) -> float:
 
 
 class Divergence:
-    """Whether the loss has left its course: a conformal e-CUSUM with an effect floor (research/stability.md 2).
+    """Whether the loss has left its course: a conformal e-CUSUM with an effect floor.
 
     Residual r = loss - where the last 64 accepted losses lead (the medians of their halves, and the slope between them
     where it falls). The rank of r - sigma among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against

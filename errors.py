@@ -7,6 +7,7 @@ into one message and an exit code: 2 the user's input, 3 diverged, 75 please res
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -23,25 +24,25 @@ ERRORS = {  # code: (meaning, remedy)
     "E106": ("a text is longer than can be stored", "split it into documents"),
     "E107": ("a text occurred before (exact duplicate)", "nothing to do: the first one is kept"),
     "E108": ("a file cannot be read", "check its path, permissions and format"),
-    "E109": ("too many bad rows, or nothing left", "see rejected.jsonl in the output folder; mend the rows it names"),
+    "E109": ("too many bad rows, or nothing left", "see rejected.jsonl in the output folder; mend or allow them"),
     "E110": ("data not found or not finished", "make it with prepare_data.py, or add a prepare: key to the YAML"),
-    "E111": ("a shard is damaged or changed under the run", "restore the file or prepare the data again"),
+    "E111": ("a shard is damaged or changed under the run", "restore it, or prepare the data again"),
     "E112": ("a file is no token shard of ours", "shards are 1-D .npy files of uint16 or uint32; see prepare_data.py"),
     "E113": ("data, tokenizer and model do not fit together", "use the vocab_size and tokenizer of the data"),
     "E114": ("too little data for one row", "lower model.max_seq_len or bring more text"),
     "E115": ("a tokenizer's file is not on this machine", "put the file where the message says, or use bpe:8192"),
     "E116": ("a tokenizer.json of a kind Lumen does not read", "only byte-level BPE; the message names what differs"),
-    "E117": ("the output folder holds something else", "choose another folder, or delete that one"),
-    "E118": ("the data is not what the checkpoint was trained on", "restore it, or set allow_data_change: true"),
+    "E117": ("the output folder holds something else", "choose another folder with --out, or prepare: {out: ...}"),
+    "E118": ("the data is not what the checkpoint was trained on", "restore it, allow_data_change, or a new out_dir"),
     "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
-    "E200": ("the run does not fit into memory", "lower batch_size, raise gradient_accumulation_steps"),
+    "E200": ("the run does not fit into memory", "take what the message names; --dry_run shows what each choice needs"),
     "E201": ("memory ran out inside a collective or the optimizer", "start again: it goes on with smaller ones"),
     "E300": ("out_dir already holds a run", "resume: auto goes on, overwrite: true starts anew; or change out_dir"),
     "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
     "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
     "E303": ("a checkpoint is damaged", "use another step of the run: python checkpoint.py OUT_DIR lists them"),
     "E304": ("no checkpoint there", "python checkpoint.py OUT_DIR lists what there is"),
-    "E305": ("the checkpoint does not fit the model", "use the model: block of the run's config.yaml"),
+    "E305": ("the checkpoint does not fit the model", "take the model: block of its config.yaml, or another --out_dir"),
     "E306": ("the checkpoint is of another version", "use the Lumen version that wrote it"),
     "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
     "E308": ("experts or depth cannot be changed so", "see model.n_experts_max and the message; nothing was changed"),
@@ -70,6 +71,15 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.text}\n  {ERRORS[self.code][0]}; {ERRORS[self.code][1]}"
+
+
+def expand(path: str, where: str = "") -> str:
+    """A path that a user wrote, with ~ and $NAME replaced; E002 for a $NAME that is not set, else there would soon be a
+    folder called $NAME. `where` it was written comes before that."""
+    whole = os.path.expanduser(os.path.expandvars(path))
+    if (unset := re.search(r"\$\w+|\$\{\w+\}", whole)) and not os.path.exists(whole):
+        raise UserError("E002", f"{where and f'{where}: '}{path}: {unset[0]} is not set")
+    return whole
 
 
 def command(main) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -25,12 +26,11 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import checkpoint
-from errors import UserError, command
+from errors import UserError, command, expand
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer, load
+from tokenizer import Tokenizer, load, of_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # largest difference of fp32 logits that the check accepts
@@ -154,15 +154,21 @@ def load_tokenizer(path, vocab_size: int) -> tuple[Tokenizer | None, str]:
 
 @contextlib.contextmanager
 def new_folder(path, used: str):
-    """A folder to fill, which gets its name when all went well. UserError `used` when something is there, or E307."""
+    """A folder to fill, which gets its name when all went well. UserError `used` when something is there that is not
+    ours, or E403."""
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(used, f"{path} exists and is not empty: give another name, or delete it")
+        raise UserError(used, f"{path} exists and is not empty: give another name")
     tmp = path.with_name(path.name + ".tmp")
+    mark = tmp / ".lumen"  # what bears it was begun here and never finished
+    if os.path.lexists(tmp) and not mark.exists():
+        raise UserError(used, f"{tmp}, where {path.name} would be made, is there and not ours: give another name")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
+        mark.touch()
         yield tmp
+        mark.unlink()
         if path.exists():
             path.rmdir()
         tmp.rename(path)
@@ -279,7 +285,7 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
         raise UserError("E305", f"{source.path}: not the same in its weights and its config: {', '.join(wrong[:8])}")
     transformers = import_transformers() if check else None
 
-    tokenizer_file = source.path.parent / "tokenizer.json"
+    tokenizer_file = of_run(source.path.parent, source.state.get("tokenizer"))
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
     ids = {key: imported.get(key) for key in TOKEN_IDS}
     if tokenizer and "eos_token_id" not in imported:
@@ -338,8 +344,12 @@ def write_shards(source, table, ready: dict, scale: float, dtype: torch.dtype, f
                 tensor = source.read(f"model.{ours}", first, region).view(shape)
                 tensor *= scale if ours.endswith("experts.w2") else 1.0
             tensors[theirs] = tensor.to(to(ours))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        checkpoint.sync(folder / file)
+            if value := checkpoint.odd(tensors[theirs]):
+                if checkpoint.odd(tensor):
+                    raise UserError("E303", f"{source.path}: model.{ours} holds {value}: the run had diverged")
+                text = f"dtype: {dtype} cannot hold all of model.{ours}"
+                raise UserError("E400", f"{source.path}: {text}; take bfloat16 or float32")
+        checkpoint.save_tensors(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
@@ -575,6 +585,8 @@ def write_run(out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     if wrong := [n for n in sorted({*shapes, *state}) if n not in state or state[n].shape != shapes.get(n)]:
         raise UserError("E401", f"{imported['from']}: do not fit the configuration: {', '.join(wrong[:8])}")
+    if broken := [f"{name} holds {value}" for name, t in state.items() if (value := checkpoint.odd(t))]:
+        raise UserError("E401", f"{imported['from']}: {'; '.join(broken[:8])}")
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
     config = {"model": dataclasses.asdict(cfg)}
     about = {"step": 0, "cursor": 0, "tokens": 0, "segments": [], "clean": True, "config": config}
@@ -754,6 +766,7 @@ def main(argv: list[str]) -> None:
     for key in ("n_heads", "max_seq_len", "rope_ntk_scale_base", "rope_theta", "dropout"):
         p.add_argument(f"--{key}", type=float if key in ("rope_theta", "dropout") else int)
     args = vars(parser.parse_args(argv))
+    args |= {key: expand(args[key]) for key in ("run", "folder", "out_dir", "file") if key in args}
     {"to_hf": to_hf, "from_hf": from_hf, "from_lunaris": from_lunaris}[args.pop("command")](**args)
 
 

@@ -6,6 +6,7 @@ else: not on the world size, the micro-batch, the accumulation, or where the run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import threading
 import time
 from bisect import bisect_right
 from collections import deque
@@ -25,6 +27,7 @@ from errors import UserError
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 DEPTH = 4  # micro-batches read ahead
 WAITS = (0.3, 1.0)  # seconds before the second and the third try to read a shard
+TEXT = (".txt", ".md", ".py", ".jsonl", ".json")  # what prepare_data.py reads
 PATIENCE = (3.0, 5.0)  # and before two more where the disk itself fails (EIO, ESTALE, ...): network disks come back
 
 
@@ -92,6 +95,65 @@ class Shard:
         raise UserError("E111", f"shard {self.path} changed under the run: it had {self.stamp[0]} bytes, {found}")
 
 
+class Sums:
+    """Holds the bytes of prepared shards against the sha256 in their manifest.json, once, beside training.
+
+    One rank does it for all, in a thread that takes a quarter of one core at most: a disk or a copy that has lost
+    bytes leaves a shard of the right size, and its tokens would be trained on. `note` (out_dir/verified.jsonl) gets a
+    line for each good shard: one that has the same path, size and time when the run is resumed is not read again. A
+    bad one is said by `error`, which Loader.next() raises. Copies on other hosts: prepare_data.py --verify."""
+
+    SHARE = 0.25  # of one core
+
+    def __init__(self, sources: list[Source], note: str):
+        self.note, self.error, self.ended = note, None, False
+        self.todo = {s.path: (s, want) for source in sources for s, want in zip(source.shards, source.sums) if want}
+        self.thread = threading.Thread(target=self.look, name="sums", daemon=True)
+        self.thread.start()
+
+    def look(self) -> None:
+        known = set()
+        with contextlib.suppress(OSError, ValueError), open(self.note, encoding="utf-8") as file:
+            known = {line.strip() for line in file}
+        for path, (shard, want) in self.todo.items():
+            row = json.dumps({"sha256": want, "stamp": list(shard.stamp), "shard": os.path.abspath(path)})
+            if row in known:
+                continue
+            try:
+                found = sha256_of(path, self.SHARE, lambda: self.ended)
+                replaced = os.stat(path).st_mtime_ns != shard.stamp[1]
+            except OSError:  # read() says what is to be said
+                continue
+            if self.ended or self.error:
+                return
+            if found == want:
+                with contextlib.suppress(OSError), open(self.note, "a", encoding="utf-8") as file:
+                    file.write(row + "\n")
+            elif not replaced:
+                self.error = UserError("E111", f"shard {path}: {DAMAGED}")
+
+    def end(self) -> None:
+        self.ended = True
+        self.thread.join(1)
+
+
+DAMAGED = "its bytes are not those that were prepared (another sha256 than in manifest.json): copy it anew"
+
+
+def sha256_of(path: str, share: float = 1.0, ended=lambda: False) -> str:
+    """Of a file's bytes, by so much of one core; empty if it was ended before."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            began = time.perf_counter()
+            digest.update(block)
+            if ended():
+                return ""
+            if share < 1:
+                time.sleep((time.perf_counter() - began) * (1 / share - 1))
+    return digest.hexdigest()
+
+
 def bare_shards(path: str) -> list[str]:
     """The shards in a folder without a manifest, sorted; `path` may be one file too. Raises E110 if there are none."""
     files = [path] if os.path.isfile(path) else sorted(glob.glob(os.path.join(glob.escape(path), "*")))
@@ -99,10 +161,21 @@ def bare_shards(path: str) -> list[str]:
         raise UserError("E110", f"{path} is not finished: start its prepare_data.py command again, it will go on")
     shards = [f for f in files if f.endswith(".npy") and not f.endswith((".docs.npy", ".mask.npy", "token_bytes.npy"))]
     shards = shards or [f for f in files if f.endswith(".bin")]  # Shard says what they are
+    if not shards and holds_text(path):
+        name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0]
+        make = f"python prepare_data.py {path} --out data/{name} --tokenizer bpe:8192"
+        raise UserError("E110", f"{path} is text, not tokens: {make}, then data_dir: data/{name}")
     if not shards:
-        make = f"Make it: python prepare_data.py SOURCE --out {path} --tokenizer bpe:8192"
+        make = f"Make it: python prepare_data.py SOURCE --out {'data/NAME' if files else path} --tokenizer bpe:8192"
         raise UserError("E110", f"no manifest.json and no .npy shards in {path}. {make}")
     return shards
+
+
+def holds_text(path: str) -> bool:
+    """Whether it is a text file, or a folder that has one in it (it looks into 1,000 folders at most)."""
+    if os.path.isfile(path):
+        return path.lower().endswith(TEXT)
+    return any(name.lower().endswith(TEXT) for _, _, names in itertools.islice(os.walk(path), 1000) for name in names)
 
 
 class Source:
@@ -114,7 +187,7 @@ class Source:
     def __init__(self, path: str, split: str, seq_len: int, val_fraction: float = 0.0):
         self.path, self.split, self.seq_len = path, split, seq_len
         self.manifest = self.max_id = self.vocab_size = self.dtype = None
-        file, held_out = os.path.join(path, "manifest.json"), False
+        file, held_out, self.sums = os.path.join(path, "manifest.json"), False, []
         self.bare = not os.path.exists(file)
         if self.bare:
             files = bare_shards(path)
@@ -130,6 +203,7 @@ class Source:
                 shards = self.manifest["splits"].get(split, {}).get("shards", [])
                 files, lengths = [os.path.join(path, s["file"]) for s in shards], [s["tokens"] for s in shards]
                 self.max_id = max((s["max_id"] for s in shards), default=None)
+                self.sums = [s.get("sha256") for s in shards]
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError("E111", f"{file} is damaged: {type(error).__name__} {error}") from None
         self.shards = []
@@ -153,7 +227,8 @@ class Source:
             raise UserError("E114", f"{path}: {self.tokens} tokens, a row of max_seq_len {seq_len} needs {seq_len + 1}")
 
     def window(self, i: int) -> np.ndarray:
-        """Window i: int64 (T+1,); [:-1] is the input, [1:] the target. E111 if a shard changed, E113 as check_vocab."""
+        """Window i: int64 (T+1,); [:-1] is the input, [1:] the target. E111 if a shard changed or holds an id that it
+        cannot, E113 as check_vocab."""
         assert 0 <= i < self.windows, (i, self.windows)
         at, parts = self.first + i * self.seq_len, []
         end, k = at + self.seq_len + 1, bisect_right(self.starts, at) - 1
@@ -162,8 +237,14 @@ class Source:
             parts.append(self.shards[k].read(at - self.starts[k], stop - at))  # a shard may hold no token at all
             at, k = stop, k + 1
         window = np.concatenate(parts, dtype=np.int64)
+        largest = int(window.max())
         if self.max_id is None and self.vocab_size:
-            self.check_vocab(self.vocab_size, int(window.max()))
+            self.check_vocab(self.vocab_size, largest)
+        elif self.max_id is not None and largest > self.max_id:  # an embedding has no row for it
+            first = bisect_right(self.starts, self.first + i * self.seq_len) - 1
+            names = " or ".join(shard.path for shard in self.shards[first:k])
+            text = f"token id {largest}, in manifest.json {self.max_id} is the largest"
+            raise UserError("E111", f"shard {names} is damaged: it holds {text}; copy it anew")
         return window
 
     def check_vocab(self, vocab_size: int, largest: int | None = None) -> None:
@@ -212,6 +293,7 @@ class Loader:
         for s, start in enumerate(self.starts[1:]):
             self.taken.append(self._count(s, start))
         self._ahead, self._pool = deque(), ThreadPoolExecutor(1)  # its thread starts with its first work
+        self.sums: Sums | None = None  # of one rank
 
     def _quota(self, weights: dict[str, float]) -> list[int]:
         w = [float(weights.get(name, 0)) for name in self.names]
@@ -277,7 +359,9 @@ class Loader:
 
     def next(self) -> tuple[int, np.ndarray, np.ndarray]:
         """(first row, inputs, targets) of the next micro-batch. What went wrong in the thread is raised here, and again
-        until start(): no row is passed over. IndexError after `steps` steps."""
+        until start(): no row is passed over. IndexError after `steps` steps. E111 also once a sum is found wrong."""
+        if self.sums and self.sums.error:
+            raise self.sums.error
         for row in itertools.islice(self._rows, DEPTH - len(self._ahead)):
             self._ahead.append((row, self._pool.submit(self.batch, row, self._micro)))
         row, batch = self._ahead[0]

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model_moe import MoD, MoE
+from model_moe import MoD, MoE, for_generation
 
 # ---------------------------------------------------------------- configuration
 
@@ -479,6 +479,7 @@ class Block(nn.Module):
             self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
         self.mod = MoD(cfg, layer) if cfg.capacity(layer) < 1 else None
         self.dropout, self.ffn_only = cfg.dropout, cfg.mod_ffn_only
+        self.random = cfg.dropout > 0 or cfg.router_jitter > 0 or cfg.mod_routing == "random"
 
     def feed(self, x, rope=None, pos=None):
         """The FFN's change to x."""
@@ -486,7 +487,15 @@ class Block(nn.Module):
         y, stats = y if isinstance(y, tuple) else (y, {})
         return F.dropout(y, self.dropout, self.training), stats
 
-    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True):
+    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"):
+        """`recompute`: see recomputed(). In here only where the block is compiled."""
+        if recompute == "none":
+            return self.change(x, rope, back_end, cache, layer, pos, causal)
+        return recomputed(
+            lambda x: self.change(x, rope, back_end, cache, layer, pos, causal), recompute, self.random, x
+        )
+
+    def change(self, x, rope, back_end, cache, layer, pos, causal):
         def whole(x, rope, pos):
             h = self.attn(self.attn_norm(x), rope, back_end, cache, layer, pos)
             h = F.dropout(h, self.dropout, self.training)
@@ -504,6 +513,11 @@ class Block(nn.Module):
 # ---------------------------------------------------------------- head and loss
 
 
+def head_rows(vocab_size: int, cuda: bool) -> int:
+    """Tokens whose fp32 logits HeadLoss holds at a time: 512 MB of logits on CUDA, 16 MB on a CPU."""
+    return max(64, (1 << 27 if cuda else 1 << 22) // vocab_size)
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum over tokens of cross-entropy (+ z_loss * logsumexp^2) of x W^T, without ever holding all the logits.
 
@@ -514,13 +528,15 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
-        W, V = weight.to(x.dtype), weight.shape[0]
-        rows = max(64, (1 << 27 if x.is_cuda else 1 << 22) // V)  # chunk x V fp32 logits: 512 MB on CUDA, 16 MB on CPU
+        W, rows = weight.to(x.dtype), head_rows(weight.shape[0], x.is_cuda)
         dx = torch.empty_like(x) if need_grad else None
         dW = torch.zeros_like(weight) if need_grad else None
         ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
-        for a in range(0, len(x), rows):
-            xs, t = x[a : a + rows], targets[a : a + rows]
+        starts = list(range(0, len(x), rows))
+        if len(starts) > 1 and starts[-1] == len(x) - 1:
+            starts.pop()  # a single row, alone, loses two digits of its gradient in MKL on Intel: it joins those before
+        for a, b in zip(starts, [*starts[1:], len(x)]):
+            xs, t, logits, p = x[a:b], targets[a:b], None, None  # the last chunk's are freed first
             valid = t >= 0
             index = t.clamp(min=0)[:, None]
             logits = F.linear(xs, W).float()  # (n, V)
@@ -538,7 +554,7 @@ class HeadLoss(torch.autograd.Function):
             # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
             p.mul_((1 + 2 * z_loss * lse) * valid / total).scatter_add_(1, index, -valid)
             p = p.to(x.dtype)
-            dx[a : a + rows] = p @ W
+            dx[a:b] = p @ W
             if x.dtype == weight.dtype:
                 dW.addmm_(p.t(), xs)
             else:
@@ -549,8 +565,15 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
+        """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 % for all that lies below
+        the head, and for the head itself not. So it multiplies in fp32, in pieces where that is a copy."""
         dx, dW = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dW * grad, None, None, None
+        if dx.dtype.itemsize >= 4:
+            return dx * grad, dW * grad, None, None, None
+        out, rows = torch.empty_like(dx), 4096
+        for a in range(0, len(dx), rows):
+            out[a : a + rows] = dx[a : a + rows].float() * grad
+        return out, dW * grad, None, None, None
 
 
 # ---------------------------------------------------------------- the model
@@ -563,6 +586,17 @@ def keep_products(ctx, op, *args, **kwargs):
     name = op.name() if hasattr(op, "name") else ""
     keep = name.partition(".")[0] in PRODUCTS or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(run, how: str, random: bool, *args):
+    """run(*args), of which backward makes anew all (how: block) or all but the products (selective).
+
+    Around a block, FSDP's hooks included, which count what they do in forward and in backward. But inside a compiled
+    one: around it, selective would save buffers that the compiled code uses again, and backward would fail."""
+    options = {"use_reentrant": False, "preserve_rng_state": random}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+    return checkpoint(run, *args, **options)
 
 
 class Transformer(nn.Module):
@@ -643,14 +677,12 @@ class Transformer(nn.Module):
         x = F.dropout(x, cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
         for i, block in enumerate(self.blocks):
-            if self.recompute != "none" and torch.is_grad_enabled():
-                rng = cfg.dropout > 0 or cfg.router_jitter > 0 or cfg.mod_routing == "random"
-                options = {"use_reentrant": False, "preserve_rng_state": rng}
-                if self.recompute == "selective":
-                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
-                change, stats = checkpoint(block, x, rope, self.back_end, **options)
+            args = (x, rope, self.back_end, cache, i, pos, self.causal)
+            how = self.recompute if torch.is_grad_enabled() else "none"
+            if how == "none" or block._compiled_call_impl is not None:
+                change, stats = block(*args, how)
             else:
-                change, stats = block(x, rope, self.back_end, cache, i, pos, self.causal)
+                change, stats = recomputed(block, how, block.random, *args)
             x = x + change
             found.append(stats)
         x = self.norm(x)
@@ -714,6 +746,10 @@ class Transformer(nn.Module):
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         alive = [True] * len(prompts)
+        trained = {moe: moe.back_end for moe in self.sparse_layers("moe").values()}
+        for moe, name in trained.items():
+            sizes = (self.cfg.d_model, self.cfg.d_expert)
+            moe.back_end = for_generation(name, device, self.compute_dtype, *sizes)
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -731,6 +767,8 @@ class Transformer(nn.Module):
                 idx = torch.tensor([[i if a else -1] for i, a in zip(out, alive)], device=device)
         finally:  # also when the caller stops listening
             self.train(was_training)
+            for moe, name in trained.items():
+                moe.back_end = name
 
     # ---- arithmetic
 

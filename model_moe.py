@@ -16,6 +16,7 @@ token, R = T * K sorted rows.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 import sys
@@ -26,13 +27,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own emulator, on CPU: for tests, far too slow to train
-triton = None
+triton, BROKEN = None, ""  # BROKEN: why the one that is installed cannot be imported
 if INTERPRET or torch.version.cuda or torch.version.hip:  # a CPU build has no use for it and saves the import
     try:
         import triton
         import triton.language as tl
-    except ImportError:
-        pass
+    except Exception as error:  # a third party's package can fail in any way
+        triton, BROKEN = None, f"{type(error).__name__}: {error}"
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # public since torch 2.10
 aten = torch.ops.aten
 
@@ -1039,9 +1040,19 @@ def release_twins(moe: MoE, agree=lambda pairs: pairs, rows=None) -> list[tuple[
 # ---------------------------------------------------------------- which back end: refuse, check, time
 
 
+def versioned(name: str) -> str:
+    """A back end's name; Triton's with its version where one is installed, imported or not."""
+    if name != "triton":
+        return name
+    try:
+        return f"triton {triton.__version__ if triton else importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "triton"
+
+
 def back_ends(device, dtype, d: int, I: int) -> dict[str, str | None]:
     """Back end -> None if it can work here, else the reason why not."""
-    device, step = torch.device(device), 4 if dtype == torch.float32 else 8
+    device, step, found = torch.device(device), 4 if dtype == torch.float32 else 8, versioned("triton")
     no_gmm = no_triton = None
     if grouped_mm is None:
         no_gmm = f"torch {torch.__version__} has no grouped_mm; install torch 2.10 or newer"
@@ -1051,15 +1062,27 @@ def back_ends(device, dtype, d: int, I: int) -> dict[str, str | None]:
         no_gmm = f"grouped_mm needs d_model {d} and the experts' width {I} to be multiples of {step} in {dtype}"
     elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         no_gmm = "grouped_mm needs a GPU of compute capability 8.0 or newer; use triton or slices"
-    if triton is None:
-        no_triton = "triton is not installed (pip install triton), or torch is a CPU build"
+    if found == "triton":
+        no_triton = "triton is not installed (pip install triton)"
+    elif BROKEN:
+        no_triton = f"{found} cannot be imported ({BROKEN})"
+    elif triton is None:
+        no_triton = f"{found} is there, but torch {torch.__version__} is a CPU build"
     elif dtype == torch.float64:
-        no_triton = "the Triton kernels do not know float64; use slices"
+        no_triton = f"the kernels for {found} do not know float64; use slices"
     elif INTERPRET and dtype == torch.bfloat16:
-        no_triton = "Triton's interpreter multiplies the bits of bfloat16 as integers"
+        no_triton = f"the interpreter of {found} multiplies the bits of bfloat16 as integers"
     elif device.type != "cuda" and not INTERPRET:
-        no_triton = "Triton needs a GPU (TRITON_INTERPRET=1 emulates one, for tests)"
+        no_triton = f"{found} needs a GPU (TRITON_INTERPRET=1 emulates one, for tests)"
     return {"triton": no_triton, "grouped_mm": no_gmm, "slices": None}
+
+
+def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
+    """The back end for a few tokens at a time, from the one for training. On CUDA slices would wait for the device in
+    each layer, and triton would tune its kernels anew: grouped_mm where it can work. By reading: no GPU has run it."""
+    if torch.device(device).type != "cuda":
+        return trained
+    return "grouped_mm" if back_ends(device, dtype, d, I)["grouped_mm"] is None else "slices"
 
 
 def sample(device, dtype, T, d, I, E, K, ids=None, seed=0):
@@ -1083,13 +1106,16 @@ def fwd_bwd(f, inputs, dout):
 
 
 def best_time(f, device, times=5, limit=0.3):
-    """Seconds of f(), the best of a few after one to warm up, given up after limit seconds."""
+    """Seconds of f(), the best of a few after one to warm up; no more after limit seconds, but always one."""
+    cuda = torch.device(device).type == "cuda"
     f()
+    if cuda:  # else the first time would be that of the warm-up too, and where f() is slow there is no other
+        torch.cuda.synchronize(device)
     best, start = float("inf"), time.perf_counter()
     for _ in range(times):
         begin = time.perf_counter()
         f()
-        if torch.device(device).type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
         if time.perf_counter() - start > limit:
@@ -1114,7 +1140,7 @@ def selftest(device, dtype, T, d, I, E, K, timed=True, ids=None, names=None) -> 
                 seconds = best_time(lambda: fwd_bwd(lambda *a: run_experts(*a, name), inputs, dout), device)  # noqa: B023
             results[name] = error, seconds
         except Exception as e:  # a compiler that fails, no memory: the others can still serve
-            print(f"experts: {name} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+            print(f"experts: {versioned(name)} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
             results[name] = float("inf"), float("inf")
     return results
 
@@ -1137,8 +1163,9 @@ def pick_back_end(choice: str, device, dtype, d: int, I: int, E: int, K: int, T:
             raise ValueError(f"experts: back end {choice} cannot work here: {known[choice]}; or let auto choose")
         return choice, "as asked"
     candidates = [name for name, reason in known.items() if reason is None and not (INTERPRET and name == "triton")]
+    left_out = [f"no {name}: {reason}" for name, reason in known.items() if reason]
     if len(candidates) == 1:
-        return candidates[0], "the only one that can work here"
+        return candidates[0], "; ".join(["the only one that can work here", *left_out])
     if torch.device(device).type == "cpu":  # fewer experts with as many rows each, at most 3 GFLOP
         few = max(K, min(E, 8))
         T = max(1, min(T, 2048, int(3e9 / (18 * d * I * K))) * few // E)
@@ -1146,7 +1173,8 @@ def pick_back_end(choice: str, device, dtype, d: int, I: int, E: int, K: int, T:
     results = selftest(device, dtype, min(T, 8192), d, I, E, K, names=candidates)
     passed = {k: seconds for k, (error, seconds) in results.items() if error < TOLERANCE[dtype]}
     best = min(passed, key=passed.get, default="slices")
-    return best, ", ".join(f"{k} {v[1] * 1e3:.1f} ms error {v[0]:.0e}" for k, v in results.items())
+    tried = ", ".join(f"{versioned(k)} {v[1] * 1e3:.1f} ms error {v[0]:.0e}" for k, v in results.items())
+    return best, "; ".join([tried, *left_out])
 
 
 # ---------------------------------------------------------------- python model_moe.py --selftest

@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 import plan
-from detectors import Divergence, NormLimit
+from detectors import Divergence, NormLimit, above_chance
 from errors import UserError
 from loader import Loader
 from model_moe import add_expert, prune_expert, recycle_expert, restore_expert
@@ -72,7 +72,9 @@ class Snapshots:
         return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
 
     def size(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.regions().values())
+        """Bytes of a copy in the host's memory. Pinned, for CUDA, torch rounds each block up to a power of two."""
+        sizes = [(x.numel() * x.element_size(), x.is_cuda) for x in self.regions().values()]
+        return sum(1 << (n - 1).bit_length() if pinned and n else n for n, pinned in sizes)
 
     def copy(self, note: dict) -> dict:
         mine = self.regions()
@@ -142,7 +144,7 @@ METHODS = (  # what a line of control.jsonl may name: the methods that LuminaAI'
 
 
 class Orchestrator:
-    """Guards every step, follows the loss, rolls back, takes commands; see DESIGN 6 and README "The orchestrator".
+    """Guards every step, follows the loss, rolls back, takes commands; see README "The orchestrator".
 
     Levels: 0 a note; 1 a step is dropped; 2 back to the newest certified snapshot from before the onset, past the data
     since; 3 an older one and a lower rate for a while; 4 stop with a diagnosis (E301).
@@ -159,6 +161,7 @@ class Orchestrator:
     SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
     SAVED = f"{SAVED} alarm advised reason regain".split()
     OUTCOME = 100  # turns after which a rollback is judged
+    LEARNED = 32  # steps after the warm-up within which a run must have become better than guessing
 
     def __init__(self, trainer, replay: list[dict] | None = None):
         """`replay`: the rows of the file to repeat, see read_decisions."""
@@ -308,6 +311,41 @@ class Orchestrator:
             said = f"text is made by a rule that costs {gap:.3f} nats against the rule of training (agreement "
             said += f"{100 * row['mod_agreement']:.1f} %): anneal more slowly (mod_anneal_steps), or raise mod_capacity"
             self.decide("mod_gap", "advise", said, 0, stat={"gap": gap}, basis="rule")
+        if self.watching and self.note_guessing():
+            self.health, self.causes = "critical", [self.worse_than_guessing()[0]]
+
+    def worse_than_guessing(self) -> tuple[str, str] | None:
+        """(what, advice) where the loss, or that of the last evaluation, is above what guessing costs. Until
+        the warm-up is over only one that has risen counts: fresh weights begin a little above, and those of
+        wide models more than a little."""
+        t, n = self.trainer, self.trainer.cfg.model.vocab_size
+        losses, first = {} if t.val_loss is None else {"val_loss": t.val_loss}, math.log(n) + 3
+        if len(self.recent) == 8 and self.turn - self.went_back > 8:  # all made by the weights of now
+            losses = {"the loss": statistics.median(self.recent)} | losses
+            first = self.course.first[0]  # of weights that no step had touched
+        for name, loss in losses.items():
+            risen = not loss <= 1.1 * first
+            if not above_chance(loss, n) or not (risen or t.step >= t.warm_up + self.LEARNED):
+                continue
+            chance = f"guessing costs ln(vocab_size) = {math.log(n):.2f}"
+            said = f"worse than guessing: {name} is {loss:.2f}, {chance}"
+            if name == "val_loss" and "the loss" in losses:
+                return said, "training alone is well: fewer epochs, or more data of validation's kind"
+            if risen:
+                return said, "lower learning_rate, or lengthen warmup_steps"
+            return said, "nothing was learned: try another learning_rate, and look at the data"
+        return None
+
+    def note_guessing(self) -> bool:
+        """A line of decisions.jsonl where that begins. It is a note: by itself it stops no run, for what can
+        be undone is the other detectors' to see."""
+        worse = None if self.alarm or self.in_a_row else self.worse_than_guessing()
+        if worse is None:
+            return False
+        if "guessing" not in self.advised:
+            self.advised.append("guessing")
+            self.decide("chance", "warn", "; ".join(worse), 0, basis="rule")
+        return True
 
     def not_finite(self, seen: dict) -> None:
         t, turn = self.trainer, seen["turn"]
@@ -315,6 +353,7 @@ class Orchestrator:
         scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
         if self.in_a_row == 1 and not scaling:
             found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]
+            found.sort(key=lambda f: f.startswith("not repeated"))  # another rank may have seen it
             self.reason = found[0] if found else "transient: finite when repeated"
         elif scaling:
             self.reason = "fp16 overflow, the loss scale halves"
@@ -491,6 +530,19 @@ class Orchestrator:
         """The parameter that has moved furthest since the last certified snapshot: where to look."""
         if not self.snapshots.certified:
             return "no snapshot to compare with"
+        most, name = -1.0, ""
+        with contextlib.suppress(torch.OutOfMemoryError):  # this is no more than a hint, and what follows goes without
+            most, name = self.furthest()
+        most, name = max(
+            self.trainer.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0]
+        )
+        if not name:
+            return "no memory to see which parameter moved most"
+        name = name.removeprefix("model.").partition("@")[0]
+        return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
+
+    def furthest(self) -> tuple[float, str]:
+        """Of this rank's parameters: (by how much of its norm, which)."""
         t, data, most, name = self.trainer, self.snapshots.certified[-1]["data"], -1.0, ""
         for key, x in self.snapshots.regions().items():
             if key.removeprefix("model.").partition("@")[0] in t.weights:
@@ -501,9 +553,7 @@ class Orchestrator:
                     most, name = moved, key
                 if math.isnan(moved):  # furthest of all
                     break
-        most, name = max(t.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0])
-        name = name.removeprefix("model.").partition("@")[0]
-        return f"{name} moved most, by {100 * most:.3g} % since the last certified snapshot"
+        return most, name
 
     def go_back(self, source, onset: int | None, lr: float = 1.0) -> dict:
         """Weights, moments and the step return to `source`, a snapshot or a checkpoint's path; the cursor does not."""
@@ -552,7 +602,7 @@ class Orchestrator:
             return
         if first:
             size = 3 * self.snapshots.size() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            room = every > 0 and size < available_memory() / 4
+            room = every > 0 and size < plan.available_memory() / 4
             self.snapshots.allowed = not t.parallel.agree([not room])[0]
             if every and not self.snapshots.allowed:
                 t.say("note       no room for snapshots in memory: a rollback takes the newest clean checkpoint")
@@ -583,6 +633,10 @@ class Orchestrator:
         steps, work = mine["turns"], max(1e-9, mine["seconds"] - mine["checkpoint"])
         if self.alarm or self.in_a_row or self.course.suspicious:
             found.append((2, "the loss or gradients have left their course", "see decisions.jsonl"))
+        if self.note_guessing():
+            found.append((2, *self.worse_than_guessing()))
+        elif not self.alarm and "guessing" in self.advised:
+            self.advised.remove("guessing")
         if (above := self.course.above_start()) > 0.1:
             said = f"the loss is {above:.2f} nats above where this run began"
             found.append((2, said, "lower learning_rate, lengthen warmup_steps, or look at the data"))
@@ -632,8 +686,9 @@ class Orchestrator:
         """What grows on this rank."""
         t, cuda = self.trainer, self.trainer.parallel.device.type == "cuda"
         out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.spent
+        out |= t.on_device  # launching takes alike on all ranks, whatever their GPUs do
         if t.cfg.compile_model:
-            out["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            out["graphs"] = compiled_graphs()
         return out | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0}
 
     # ---- experts
@@ -826,8 +881,10 @@ class Orchestrator:
                 end = f.seek(0 if size < end else end)  # it was written anew
                 data = f.read()
                 whole = data[: data.rfind(b"\n") + 1]  # half a line is still being written
+                with contextlib.suppress(ValueError):  # unless it is all of a line but its end
+                    whole = data if isinstance(json.loads(data[len(whole) :]), dict) else whole
                 end += len(whole)
-                lines = [line for line in whole.decode("utf-8", "replace").split("\n") if line.strip()]
+                lines = [line for line in whole.decode("utf-8-sig", "replace").split("\n") if line.strip()]
         lines, self.taken, self.sized = self.trainer.parallel.broadcast((lines, end, size))
         for line in lines:
             self.todo.append(lambda line=line: self.command(line))
@@ -847,7 +904,7 @@ class Orchestrator:
             if name not in METHODS:
                 raise UserError("E309", f"no method {name!r}; there are: {', '.join(METHODS)}")
             args, kwargs = ([], args) if isinstance(args, dict) else (args if isinstance(args, list) else [args], {})
-            method = getattr(t, {"save": "request_save", "stop": "request_stop"}.get(name, name))
+            method = getattr(t, {"save": "save_now", "stop": "request_stop"}.get(name, name))
             try:
                 inspect.signature(method).bind(*args, **kwargs)
             except TypeError as error:
@@ -946,15 +1003,19 @@ class Orchestrator:
         }
         return out
 
-    def load(self, s: dict) -> None:
-        """Detectors go on where they were: a resumed run is not blind."""
+    def load(self, s: dict, other_data: bool = False, other_course: bool = False) -> None:
+        """Detectors go on where they were: a resumed run is not blind. Losses and norms of other data say nothing here;
+        on another course (`resume: PATH`) the commands that were written so far are not taken again."""
         for name in (*self.SAVED, "turn"):
             setattr(self, name, s.get(name, getattr(self, name)))
-        self.course.load(s["course"])
+        if other_course:
+            self.read_to = os.stat(self.commands).st_size if self.commands.exists() else 0
         self.taken, self.sized = self.read_to, -1
         if self.alarm:
             self.alarm.pop("acting", None)  # it had been decided and not done yet
-        self.norms.seen.extend(map(tuple, s["norms"]))
+        if not other_data:
+            self.course.load(s["course"])
+            self.norms.seen.extend(map(tuple, s["norms"]))
         self.bad_turns.extend(s["bad_turns"])
         self.recent.extend(s.get("recent", ()))
         self.skipped.extend(s.get("skipped", ()))
@@ -973,25 +1034,18 @@ ROUTER_KNOBS = {
 }
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; 0 where torch's private counter is gone."""
+    counters = getattr(torch._dynamo.utils, "counters", {})
+    return counters.get("stats", {}).get("unique_graphs", 0)
+
+
 def resident_bytes() -> int | None:
     try:
         with open("/proc/self/statm", encoding="utf-8") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
-
-
-def available_memory() -> int:
-    """Bytes of RAM that nobody uses, within this process's cgroup."""
-    free = 0
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        with open("/proc/meminfo", encoding="utf-8") as f:
-            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(limit) - used) if limit.isdigit() else free
-    return free
 
 
 # ---------------------------------------------------------------- by hand
@@ -1131,7 +1185,8 @@ class ByHand:
         return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
 
     def rollback_steps(self, num_steps: int = 100) -> dict:
-        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where it is."""
+        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where
+        it is. The run is saved before: that checkpoint is set aside as step_N.rolled_back."""
         self.drain()
         watch = self.orchestrator
 
@@ -1141,6 +1196,7 @@ class ByHand:
                 raise UserError(
                     "E309", f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before"
                 )
+            self.save(prune=False)  # what is gone back to may be the oldest that is kept
             return watch.go_back(source, None)
 
         return watch.by_hand("rollback_steps", do, num_steps=num_steps)
@@ -1190,6 +1246,15 @@ class ByHand:
     def _extract_moe_routing_stats(self) -> dict:
         """get_expert_statistics, by the name it has in LuminaAI."""
         return self.get_expert_statistics()
+
+    def save_now(self) -> None:
+        """Evaluate and save between two turns: what a command after it changes is changed after it."""
+        if self.step == 0:
+            self.request_save()
+            return
+        if self.step != self.started_at and self.evaluated_at != self.step:
+            self.evaluate()
+        self.save()
 
     def request_save(self) -> None:
         """A checkpoint at the next step."""

@@ -5,12 +5,14 @@ Takes a ModelConfig and plain numbers, never the run's configuration; `python tr
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.util
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,14 +20,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from errors import UserError, command
-from model import ModelConfig, Transformer, pick_attention
+from model import ModelConfig, Transformer, head_rows, pick_attention
+from model_moe import back_ends
 
+TRIED = ("2.11", "2.13", "2.14")  # torch, oldest first: the versions on which the tests were run
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
 
 
@@ -68,10 +73,42 @@ HARDWARE = {
 }
 
 
+MAKERS = re.compile(r"nvidia|tesla|geforce|gpu|sxm\d*|hbm3e?|rtx|")  # words of a name that tell no two rows apart
+
+
+def name_words(name: str) -> set[str]:
+    """What a card's name says beyond its maker: NVIDIA A100-SXM4-80GB -> a100, 80gb; rtx4090 -> 4090."""
+    return {w for w in re.split(r"[^a-z0-9]+", name.lower().replace("rtx", "rtx ")) if not MAKERS.fullmatch(w)}
+
+
 def known(name: str) -> Hardware | None:
-    """The table's row for a GPU by the name that torch gives it."""
-    name = name.lower().replace(" ", "")
-    return next((h for key, h in HARDWARE.items() if all(word in name for word in key.split("-"))), None)
+    """The table's row for a GPU by the name that torch gives it, every word of which must be the row's: an H100 PCIe, a
+    slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other cards, whose speed is not known here."""
+    for key, h in HARDWARE.items():
+        if name_words(key) <= name_words(name) <= name_words(key) | {gigabytes(h)}:
+            return h
+    return None
+
+
+def gigabytes(h: Hardware) -> str:
+    return f"{h.memory / 1e9:.0f}gb"
+
+
+def hardware_key(name: str) -> str:
+    """The table's key for a card as somebody types it (rtx3090, tesla-v100); cpu and measured are themselves.
+    UserError E002 names those that it may be: more than one (a100), or some that are spelt alike."""
+    key = name.lower().replace("_", "-")
+    if key in ("measured", "cpu", *HARDWARE):
+        return key
+    words = name_words(key)
+    found = [k for k, h in HARDWARE.items() if words and words <= name_words(k) | {gigabytes(h)}]
+    if len(found) == 1:
+        return found[0]
+    hint = f"it may be {' or '.join(found)}; " if found else ""
+    if not found and (near := difflib.get_close_matches(key, HARDWARE, 1, 0.8)):
+        hint = f"did you mean {near[0]}? "
+    text = f"hardware: {name!r} is not known; {hint}known: {', '.join(HARDWARE)}, cpu, measured"
+    raise UserError("E002", f"{text}; for another card give the nearest with --peak_flops and --memory_gb")
 
 
 @dataclass
@@ -89,6 +126,18 @@ class Machine:
         return DTYPES[self.precision]
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Of "2.14.1+cu130": (2, 14)."""
+    return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
+
+
+def untried(version: str) -> list[str]:
+    """What a user should know of a torch newer than any that was tried: a line, or none. It is not forbidden."""
+    if release(version) <= release(TRIED[-1]):
+        return []
+    return [f"torch {version} is newer than {TRIED[-1]}, the newest on which Lumen's tests were run"]
+
+
 def cpu_flags() -> list[str]:
     """The flags of this CPU that decide the speed of matrices."""
     try:
@@ -101,7 +150,8 @@ def cpu_flags() -> list[str]:
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware (mkldnn's own answer is wrong: without, bf16 is slower)."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or torch.cpu._is_avx512_bf16_supported()
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private; knows what other systems' flags do not say
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or bool(asked and asked())
 
 
 def find_compiler() -> str | None:
@@ -116,7 +166,7 @@ def machine(device: str = "auto", precision: str = "auto", compile_model: bool |
         raise UserError("E002", f"device: {device!r} is not auto, cuda, mps or cpu")
     if not has[kind]:
         raise UserError("E003", f"device: {device} is not there; this torch ({torch.__version__}) sees {_seen(has)}")
-    notes = []
+    notes = untried(torch.__version__)
     if kind == "cuda":
         index = int(device.split(":")[1]) if ":" in device else local_rank
         if index >= torch.cuda.device_count():
@@ -191,33 +241,75 @@ def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
 
 def peak_flops(m: Machine) -> float:
     """FLOP/s against which MFU is counted: the data sheet's on a known GPU, else measured here."""
-    if (there := known(m.name)) and m.precision != "fp32":
-        return there.flops
-    return matrix_peak(m.device, m.compute_dtype)
+    return sheet_flops(m) or matrix_peak(m.device, m.compute_dtype)
+
+
+def sheet_flops(m: Machine) -> float:
+    """FLOP/s of the data sheet; 0 where this card has no row in the table, or computes in fp32."""
+    there = known(m.name)
+    return there.flops if there and m.precision != "fp32" else 0.0
 
 
 def total_memory(device) -> int:
     """Bytes this process may use: the GPU's, or the machine's cut by the cgroup's limit."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="utf-8") as f:
-                text = f.read().strip()
-            limit = min(limit, int(text)) if text.isdigit() else limit
-        except OSError:
-            pass
-    return limit
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return min([whole, *(limit for limit, _ in cgroups())])
 
 
-def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", arrive: float = 0.0, seen=False) -> dict:
+def own_memory(device) -> float:
+    """Bytes that are this process's: a GPU's, or its share of what the processes of this machine have."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if torch.device(device).type == "cpu" else 1
+    return total_memory(device) / ranks
+
+
+def available_memory(top: Path = Path("/")) -> int:
+    """Bytes of RAM that nobody uses, in this process's cgroups too. Where the system does not say (no Linux): half of
+    all. `top`: where /proc and /sys lie."""
+    free = total_memory("cpu") // 2
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = (top / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return max(0, min([free, *(limit - used for limit, used in cgroups(top))]))
+
+
+def cgroups(top: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, used) in bytes of each memory cgroup around this process that has a limit, of version 2 and 1. Pages of
+    files count as free: the kernel drops them for whoever asks, and a run that has read its data has many."""
+    found = []
+    try:
+        lines = (top / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:  # 0::/system.slice/job, or 4:memory:/docker/a1b2
+        number, kinds, path = line.split(":", 2)
+        root, names = top / "sys/fs/cgroup", ("memory.max", "memory.current")
+        files = {"inactive_file", "active_file"}
+        if number != "0":
+            root, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            files = {f"total_{name}" for name in files}
+        inside = root / path.strip("/")  # a container sees only its end: the root, then, is its own
+        for folder in (inside, *inside.parents) if number == "0" or "memory" in kinds.split(",") else ():
+            if not folder.is_relative_to(root):
+                break
+            with contextlib.suppress(OSError, ValueError):  # not there, or no limit: "max"
+                limit, used = (int((folder / name).read_text()) for name in names)
+                with contextlib.suppress(OSError):
+                    rows = map(str.split, (folder / "memory.stat").read_text().splitlines())
+                    used -= sum(int(n) for name, n in rows if name in files)
+                found.append((limit, used))
+    return found
+
+
+def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", arrive: float = 0.0, cuda=True) -> dict:
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes and goes.
 
     activations: what backward needs under recompute none | selective (all but products) | block (everything), and of
     the largest block all; kept, again, attention: the same layer by layer. head: while the loss is made, chunks of
     logits and both gradients. rows, travel: in and to the experts while a layer of them is in backward. `arrive`: with
-    expert parallelism so many times the fair share of rows come to this rank; 0: its own stay here.
+    expert parallelism so many times the fair share of rows come to this rank; 0: its own stay here. `cuda`: see
+    model.head_rows.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -254,27 +346,30 @@ def kept_bytes(cfg: ModelConfig, rows: int, precision: str, recompute="none", ar
         kept, again = layers, [0] * cfg.n_layers
     elif recompute == "selective":  # what was kept is not made again
         again = [a - k + N * b * C for a, k in zip(layers, kept)]
-    numbers = 1 << 27 if precision != "fp32" and not seen else 1 << 22
+    table = cfg.vocab_size * C
+    head = min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * 4 + table * 4 + N * C * b
+    if b == 2:  # the logits as computed; a chunk's gradient of the table (its copy to fp32 on a CPU is not counted)
+        head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * b
     moe = any(map(cfg.is_moe, range(cfg.n_layers)))
     return {
         "activations": N * norm + sum(kept) + max(again),
         "kept": kept,
         "again": again,
         "attention": attention,
-        "head": 2 * 4 * min(numbers, N * cfg.vocab_size) + cfg.vocab_size * C * 4 + N * C * b,
+        "head": head,
         "rows": round(N * K * b * (4 * width + C) * share) * moe,
         "travel": round(N * K * b * C * share) * (arrive > 0),
     }
 
 
-def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute: str = "none") -> dict[str, int]:
+def memory(cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute="none", cuda=True) -> dict[str, int]:
     """Estimated bytes of a training step on one device: the parts and their total.
 
     states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
     for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
     what `rows` rows of T tokens keep for backward. work: a chunk of logits, or the backward pass of a layer of experts.
     """
-    b, kept = 4 if precision == "fp32" else 2, kept_bytes(cfg, rows, precision, recompute)
+    b, kept = 4 if precision == "fp32" else 2, kept_bytes(cfg, rows, precision, recompute, cuda=cuda)
     layer = (cfg.n_experts_max or cfg.n_experts) * 3 * cfg.d_model * cfg.d_expert  # numbers in the experts of a layer
     moe = sum(map(cfg.is_moe, range(cfg.n_layers)))
     work = layer * (4 + (b if b == 2 else 0)) + kept["rows"]  # gradients and 16-bit copies; rows
@@ -327,6 +422,7 @@ class Layout:
     hsdp_shard_size: int = 0
     expert_parallel: int = 1
     reduce_bytes: int = 4
+    cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
 
     def check(self, slots: int) -> Layout:
         """UserError E002 for a mesh that does not divide the world, or experts that do not divide."""
@@ -438,13 +534,15 @@ def rank_memory(
     """
     cfg, b, zero3 = model.cfg, 4 if precision == "fp32" else 2, layout.zero_stage == 3
     if layout.shard == 1:  # replicated: train.py
-        parts, n = memory(cfg, count(model), rows, precision, recompute), count(model)
+        n = count(model)
+        parts = memory(cfg, n, rows, precision, recompute, layout.cuda)
         held = {"weights": 4 * n, "moments": 8 * n, "gradients": 4 * n, "gathered": parts["states"] - 16 * n}
         held |= {"reducing": 4 * min(n, 1 << 22) * (layout.world > 1)}
         held |= {"activations": parts["activations"], "work": parts["work"]}
         return held | {"total": sum(held.values()), "peak": "backward"}
     root, blocks = units(model, layout, precision)
-    kept = kept_bytes(cfg, rows, precision, recompute, imbalance if layout.expert_parallel > 1 else 0.0, seen)
+    arrive = imbalance if layout.expert_parallel > 1 else 0.0
+    kept = kept_bytes(cfg, rows, precision, recompute, arrive, layout.cuda and not seen)
     table, stream = 4 * cfg.vocab_size * cfg.d_model, rows * cfg.max_seq_len * cfg.d_model * b
     sizes = {block: [sum(f(u) for u in block) for f in (Unit.local, Unit.padded, Unit.gathered)] for block in blocks}
     own, padded, gathered = zip(*(sizes[block] for block in blocks))
@@ -461,7 +559,7 @@ def rank_memory(
         }
 
     lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
-    phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"] + table * (b < 4), 0)]
+    phases = [phase("loss", root.gathered(), 0, lead + sum(kept["kept"]), kept["head"] + table // 2 * (b < 4), 0)]
     gone, there, flying = (
         0,
         sum(kept["kept"]),
@@ -569,17 +667,17 @@ def simulate(
     return found | {"seconds": seconds}
 
 
-def candidates(world: int, stage: int, slots: int, rows_per_step: int, reduce_bytes: int = 4):
+def candidates(world: int, stage: int, slots: int, rows_per_step: int, reduce_bytes: int = 4, cuda: bool = True):
     """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take."""
 
     def divisors(n):
         return [k for k in range(1, n + 1) if n % k == 0]
 
-    layouts = [Layout(world, stage, 0, 1, reduce_bytes)]
+    shapes = [(0, 1)]  # hsdp_shard_size, expert_parallel
     if stage:
-        layouts += [Layout(world, stage, size, 1, reduce_bytes) for size in divisors(world)[1:-1]]
-        both = [ep for ep in divisors(math.gcd(world, slots))[1:]]
-        layouts += [Layout(world, stage, 0, ep, reduce_bytes) for ep in both]
+        shapes += [(size, 1) for size in divisors(world)[1:-1]]
+        shapes += [(0, ep) for ep in divisors(math.gcd(world, slots))[1:]]
+    layouts = [Layout(world, stage, size, ep, reduce_bytes, cuda) for size, ep in shapes]
     for layout in layouts:
         for rows in divisors(rows_per_step // world) if rows_per_step % world == 0 else ():
             for recompute in RECOMPUTE:
@@ -590,8 +688,8 @@ def cheapest(model, world: int, stage: int, rows_per_step: int, precision: str, 
     """The candidate that fits into `room` bytes with the shortest step, or None. Of equal ones that which sends least:
     the assumed mfu is the same for every micro-batch."""
     slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
-    best, reduce_bytes = None, assumed.pop("reduce_bytes", 4)
-    for layout, rows, recompute in candidates(world, stage, slots, rows_per_step, reduce_bytes):
+    best, kind = None, (assumed.pop("reduce_bytes", 4), assumed.pop("cuda", True))
+    for layout, rows, recompute in candidates(world, stage, slots, rows_per_step, *kind):
         found = simulate(model, layout, rows, rows_per_step, precision, recompute, hw, **assumed)
         sent = sum(found["seconds"][k] for k in found["traffic"])
         key = (found["seconds"]["step"], sent, found["memory"]["total"])
@@ -603,9 +701,9 @@ def cheapest(model, world: int, stage: int, rows_per_step: int, precision: str, 
 def hardware(name: str, m: Machine, given: dict) -> Hardware:
     """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given` overrides.
 
-    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002 names the nearest known name.
+    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002: see hardware_key.
     """
-    key = name.lower().replace("_", "-")
+    key = hardware_key(name)
     if key in ("measured", "cpu"):
         device = m.device if key == "measured" else torch.device("cpu")
         block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
@@ -622,12 +720,8 @@ def hardware(name: str, m: Machine, given: dict) -> Hardware:
         share = max(local, given.get("gpus_per_node", 1)) if device.type == "cpu" else 1  # processes share a CPU
         sizes = (x / share for x in (speed, speed, total_memory(device), 2 * len(block) / best))
         base = Hardware(*sizes, PCIE, 8 * ETHERNET / max(local, given.get("gpus_per_node", 1)), local, source)
-    elif key in HARDWARE:
-        base = HARDWARE[key]
     else:
-        near = difflib.get_close_matches(key, HARDWARE, 1, 0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError("E002", f"hardware: {name!r} is not known; {hint}known: {', '.join(HARDWARE)}, cpu, measured")
+        base = HARDWARE[key]
     units = {"peak_flops": ("flops", 1), "memory_gb": ("memory", 1e9), "link_gb_s": ("link", 1e9)}
     units |= {"network_gb_s": ("network", 1e9), "gpus_per_node": ("per_node", 1)}
     changed = {units[k][0]: v * units[k][1] for k, v in given.items() if k in units}
@@ -721,9 +815,13 @@ def dry_run_lines(
     lines.append(f"time       {s['step']:.3g} s a step of {tokens:,} tokens ({now['steps']} micro-steps): compute"
                  f" {s['compute']:.3g} s at {mfu:.0%} of {peak}, optimizer {s['optimizer']:.2g} s;"
                  f" {describe(tokens / s['step'])} tokens/s")  # fmt: skip
-    days = s["step"] * max_steps / 86400
-    lines.append(f"length     {max_steps:,} steps, {describe(tokens * max_steps)} tokens: {days:,.3g} days,"
-                 f" {describe(days * 24 * world)} GPU-hours")  # fmt: skip
+    took, busy = s["step"] * max_steps, "GPU-hours"
+    units = world / 3600
+    if not layout.cuda:
+        units, busy = units * torch.get_num_threads() / hw.per_node, "core-hours"
+    never = ": not on this machine" if took > YEAR and name in ("cpu", "measured") else ""
+    lines.append(f"length     {max_steps:,} steps, {describe(tokens * max_steps)} tokens: {span(took)},"
+                 f" {describe(took * units)} {busy}{never}")  # fmt: skip
     lines += [
         f"assumed    link {hw.link / GB:g} GB/s, network {hw.network / GB:g} GB/s a GPU, {hw.per_node} in a machine:"
         f" {hw.source}",
@@ -733,21 +831,42 @@ def dry_run_lines(
         * (layout.expert_parallel > 1),
     ]
     best = cheapest(model, world, layout.zero_stage, rows_per_step, precision, hw, share * hw.memory,
-                    reduce_bytes=layout.reduce_bytes, **assumed)  # fmt: skip
+                    reduce_bytes=layout.reduce_bytes, cuda=layout.cuda, **assumed)  # fmt: skip
     if best:
-        b, hours = best["seconds"]["step"], best["seconds"]["step"] * max_steps * world / 3600
+        b = best["seconds"]["step"]
         lines.append(f"cheapest   {name_of(best)}: {best['memory']['total'] / 2**30:.1f} GiB, {b:.3g} s a step,"
-                     f" {describe(hours)} GPU-hours")  # fmt: skip
+                     f" {describe(b * max_steps * units)} {busy}")  # fmt: skip
     else:
         lines.append(f"cheapest   none: no configuration fits {world} x {hw.memory / GB:.0f} GB")
-    least = {gb: smallest(model, layout.zero_stage, rows_per_step, precision, hw, share * gb * GB) for gb in (80, 141)}
-    lines.append("smallest   " + ", ".join(f"{n or 'none'} x {gb} GB" for gb, n in least.items())
-                 + " hold it (powers of two that divide the batch, to 4,096)")  # fmt: skip
+    least, asked = smallest_machines(model, layout.zero_stage, rows_per_step, precision, share)
+    text = f"{', '.join(least)} hold it"
+    if not layout.zero_stage and not asked:
+        parts, _ = smallest_machines(model, 3, rows_per_step, precision, share)
+        text += f" in whole copies; train_fsdp.py needs {' or '.join(parts)}"
+    lines.append(f"smallest   {text} (powers of two that divide the batch, to 4,096)")
     return lines, best or now
 
 
-def smallest(model, stage: int, rows_per_step: int, precision: str, hw: Hardware, room: float) -> int | None:
-    """The least power of two of processes, up to 4096, on which some configuration fits into `room` bytes each."""
+YEAR = 365.25 * 86400
+
+
+def span(seconds: float) -> str:
+    """A length of time in the unit that one thinks of it in: 45 s, 3.2 hours, 40,000 years."""
+    for unit, size in (("years", YEAR), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            n = float(f"{seconds / size:.3g}")
+            return f"{n:,.0f} {unit}" if n >= 100 else f"{n:g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def smallest_machines(model, stage: int, rows_per_step: int, precision: str, share: float) -> tuple[list[str], bool]:
+    """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do."""
+    found = {gb: smallest(model, stage, rows_per_step, precision, share * gb * 1e9) for gb in (80, 141)}
+    return [f"{n or 'none'} x {gb} GB" for gb, n in found.items()], all(found.values())
+
+
+def smallest(model, stage: int, rows_per_step: int, precision: str, room: float) -> int | None:
+    """The least power of two of GPUs, up to 4096, on which some configuration fits into `room` bytes each."""
     slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
     for world in (1 << k for k in range(13)):
         if rows_per_step % world:
@@ -758,6 +877,56 @@ def smallest(model, stage: int, rows_per_step: int, precision: str, hw: Hardware
                 if rank_memory(model, layout, rows, steps, precision, recompute, IMBALANCE)["total"] <= room:
                     return world
     return None
+
+
+# ---------------------------------------------------------------- what does not fit
+
+SURE = 1.1  # a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
+
+
+def misfit(
+    model: Transformer, layout: Layout, rows: int, rows_per_step: int, how: tuple, have: float, share: float = 0.92
+) -> tuple[str, bool]:
+    """Why a run cannot fit into `have` bytes a process, and what could, or ""; and whether that is beyond doubt.
+
+    Beyond doubt are states (weights, gradients, moments: exact) above the memory, and an estimate SURE times it.
+    how: (precision, recompute). What is named instead leaves room: it takes `share` of the memory.
+    """
+    per_rank, recompute, there = rows_per_step // layout.world, how[1], f"{have / 2**30:.1f} GiB"
+
+    def need(rows, recompute):
+        return rank_memory(model, layout, rows, per_rank // rows, how[0], recompute, IMBALANCE)
+
+    now = need(rows, recompute)
+    states, total = 4 * now["weights"], now["total"]
+    if max(states, total) <= have:
+        return "", False
+    would = []
+    for mode in RECOMPUTE[RECOMPUTE.index(recompute) :]:
+        sizes = [r for r in range(1, rows + 1) if per_rank % r == 0 and need(r, mode)["total"] <= share * have]
+        words = [] if mode == recompute else [f"activation_checkpointing: {mode}"]
+        if sizes and max(sizes) < rows:
+            words.append(f"batch_size: {max(sizes)}")
+        if sizes and words:
+            would.append(" with ".join(words))
+    text = f"about {total / 2**30:.1f} GiB a process, and there are {there}"
+    if would:
+        return f"{text}; {' or '.join(would)} would fit", total > SURE * have
+    if states > have:
+        text = f"weights, gradients and moments alone are {states / 2**30:.1f} GiB a process, and there are {there}:"
+        text = f"{text} no batch_size helps"
+    else:
+        least = need(1, "block")["total"] / 2**30
+        text = f"{text}, and one row with activation_checkpointing: block still needs about {least:.1f}"
+    return f"{text}. {who_holds(model, layout, share)}", states > have or total > SURE * have
+
+
+def who_holds(model: Transformer, layout: Layout, share: float) -> str:
+    """The smallest GPU for whole copies and the fewest for parts, whatever the batch; in mixed_bf16, of one row."""
+    need = rank_memory(model, Layout(), 1, 2, "mixed_bf16", "block")["total"]
+    whole = next((f"a GPU of {gb} GB" for gb in SIZES if need <= share * gb * 1e9), "more than any GPU has")
+    parts, _ = smallest_machines(model, layout.zero_stage or 3, 1 << 13, "mixed_bf16", share)
+    return f"Whole copies need about {need / 2**30:.1f} GiB: {whole}; train_fsdp.py needs {' or '.join(parts)}"
 
 
 def depths(cfg: ModelConfig) -> tuple[int, int]:
@@ -863,6 +1032,9 @@ def plan_lines(plan: dict) -> list[str]:
     """The start-up lines on a chinchilla() plan, advice last."""
     p, d = plan, describe
     per_token, repeats = d(p["flops_per_token"], "FLOP"), f" (repeats count as {d(p['effective_tokens'])} tokens)"
+    compute = f"needs {1 + p['extra_compute']:.3g} times the compute that the best size and length would need"
+    if p["extra_compute"] < 0.05:
+        compute = "no other size and length would need much less compute"
     far = f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data" if p["extrapolated"] else ""
     lines = [
         f"plan       {d(p['n_params_active'])} active parameters, {per_token} a token; {d(p['planned_tokens'])} tokens"
@@ -870,7 +1042,7 @@ def plan_lines(plan: dict) -> list[str]:
         f"plan       target {d(p['target_tokens'])} tokens, {p['multiplier']:g} a parameter: coverage"
         f" {100 * p['coverage']:.3g} %{repeats if p['epochs'] > 1 else ''}",
         f"plan       {p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band {BAND[0]} to {BAND[1]}:"
-        f" {1 + p['extra_compute']:.2f} of the compute of the best shape for equal loss{far}",
+        f" {compute} for this loss{far}",
     ]
     if p["moe"]:
         lines += ["plan       that law is of dense models, on active parameters a lower bound: MoE usually wants more"]
@@ -1110,9 +1282,8 @@ def env() -> int:
     problems = []
     if sys.version_info < (3, 10):  # noqa: UP036 - this is where a user of an old Python learns it
         problems.append(f"Python {platform.python_version()}: 3.10 or newer is needed")
-    version = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
-    if not (2, 11) <= version < (2, 14):
-        problems.append(f"torch {torch.__version__}: 2.11 to 2.13 is needed (pip install -r requirements.txt)")
+    if release(torch.__version__) < release(TRIED[0]):
+        problems.append(f"torch {torch.__version__}: {TRIED[0]} or newer is needed (pip install -r requirements.txt)")
     m = machine()
     print(f"python       {platform.python_version()} on {platform.platform()}")
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
@@ -1132,6 +1303,8 @@ def env() -> int:
     for choice in ("sdpa", "flash", "flex"):
         name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
+    for name, why in back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+        print(f"experts      {name}: {why or 'can work'}")
     for package, use in (("wandb", "wandb_project"), ("tensorboard", "tensorboard: true"), ("transformers", "--check")):
         there = importlib.util.find_spec(package) is not None
         print(f"optional     {package}: {'there' if there else f'not there (pip install {package}), for {use}'}")

@@ -1,29 +1,39 @@
 """Text to token shards: python prepare_data.py SOURCE... --out data/NAME --tokenizer bpe:8192
 
 SOURCE is a file or folder of .txt .md .py (a file is a document), .jsonl (rows {"text": ...}) and .json (a list of such
-rows, or one), or `stdlib` (the running Python's own library, 11 MB, no download), or `synthetic:N` (N generated
-documents, the same on every machine).
+rows, or rows one after the other), or `stdlib` (the running Python's own library, 11 MB, no download), or `synthetic:N`
+(N generated documents, the same on every machine). What lies in a folder and is not read is said, a line for each kind.
 
-out/ gets train_00000.npy ... val_00000.npy ... (1-D, every document ends with the end-of-text id), *.docs.npy (uint64
-starts of the documents and the end), tokenizer.json, token_bytes.npy, report.json, rejected.jsonl, and at last
-manifest.json: where it is, the folder is complete. The bytes of all this depend on the text and the settings only, not
-on the number of processes, the size of batches, or how often the preparation was killed and started again. Only the
-manifest's block `provenance` (when, where, how fast, which files) is outside that promise and its fingerprint.
+out/ gets train_00000.npy ... val_00000.npy ... (1-D; every document ends with the end-of-text id and has no other,
+however it was cut for the tokenizer or the workers), *.docs.npy (uint64), tokenizer.json, token_bytes.npy, report.json,
+rejected.jsonl, and at last manifest.json: where it is, the folder is complete. The bytes of all this depend on the text
+and the settings only, not on the number of processes, the size of batches, or how often the preparation was killed and
+started again. Only the manifest's block `provenance` (when, where, how fast, which files) is outside that promise and
+its fingerprint. `--verify FOLDER` holds finished shards against the sums in its manifest.
+
+*.docs.npy of a shard holds, in order, every place where a document begins, and at last the shard's length. So it is
+what a scan for the end-of-text id finds, {0} | {places after one} | {length}, but for a document over the border of two
+shards: then 0 is not in that of the second shard (its first entry is where the next document begins), and the length of
+the first is there although no document ends. All lengths less one, added up, are the number of documents.
 
 How: the parent cuts the inputs into batches of rows; `work` parses, cleans, hashes and encodes a batch, in a pool of
 processes or in this one; the parent takes the results in order, drops duplicates, decides the split, fills shards.
-Whenever a shard is closed at the start of a document, progress.json (replaced atomically) records where that was.
+The split is one draw a document. Whenever a shard is closed at the start of a row, or of a piece of a long text file,
+progress.json (replaced atomically) records where that was.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
+import signal
 import sysconfig
 import threading
 import time
@@ -38,14 +48,15 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from errors import ERRORS, UserError, command
+from errors import ERRORS, UserError, command, expand
+from loader import DAMAGED, sha256_of
 from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
 OPTIONS = {  # of prepare() and of the command line: (default, meaning); a default of None depends on the text
     "val_fraction": (None, "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005"),
     "seed": (1337, "of the split and of synthetic text"),
     "shard_tokens": (100_000_000, "a shard is closed before it would be longer"),
-    "max_doc_chars": (200_000, "longer documents are cut into parts, all on one side of the split"),
+    "max_doc_chars": (200_000, "longer documents are given to the tokenizer in parts"),
     "workers": (None, "processes; default min(cores, 8), but 1 below 32 MB of text"),
     "batch_bytes": (1 << 20, "what a worker gets at a time"),
     "max_bad": (0.01, "fail at the end when a larger share of the rows is bad"),
@@ -53,7 +64,8 @@ OPTIONS = {  # of prepare() and of the command line: (default, meaning); a defau
     "quiet": (False, "no lines and no progress bar"),
 }
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json"}
-PIECE = 8 << 20  # bytes: a longer text file is no document; it is read as several, cut at line ends
+PIECE = 8 << 20  # bytes: a text file of more than two pieces is read in pieces, cut at line ends; the last is longer
+RULES = 2  # in provenance: 2 since a document has one end of text; before, each of its parts had one
 TRAIN_BYTES = 200_000_000  # a BPE vocabulary is trained on this much, taken from all files alike, and then on the first
 TRAIN_CHARS = 10_000  # ... so many characters of a document; where there is less text, on all of it
 LISTED_DUPLICATES = 1000  # in rejected.jsonl; all are counted
@@ -76,6 +88,11 @@ class Input(NamedTuple):
     size: int = 0  # bytes
     mtime: int = 0  # ns
     sha256: str = ""
+    key: str = ""  # of a text file of several pieces, see document_key
+
+    @property
+    def long(self) -> bool:
+        return self.kind == "text" and self.size > 2 * PIECE
 
     def looked_at(self) -> Input:
         """With size and time as they are; nothing for what is no file: reading it will tell."""
@@ -94,8 +111,20 @@ def label(spec: str) -> str:
     return spec if builtin(spec) else os.path.basename(os.path.abspath(spec))
 
 
-def find_inputs(spec: str, source: int, split: str) -> list[Input]:
-    """The inputs of one source, in a fixed order. E108: not there, or nothing readable in it."""
+def ours(folder: str) -> bool:
+    """Whether a folder holds prepared data, finished or not."""
+    for name in ("manifest.json", "progress.json"):
+        with suppress(OSError, ValueError), open(os.path.join(folder, name), "rb") as file:
+            head = file.read(1 << 20)
+            if b'"npy-tokens"' in head or b'"shard_tokens"' in head:
+                return True
+    return False
+
+
+def find_inputs(spec: str, source: int, split: str, out: str = "", unread: dict | None = None) -> list[Input]:
+    """The inputs of one source, in a fixed order; what lies there and is none goes into unread: {why: [how
+    many, the first]}. The
+    folder `out` is none, nor is any other of ours. E108: not there, nothing readable in it, a folder that is shut."""
     stdlib = builtin(spec) and spec == "stdlib"
     if builtin(spec) and not stdlib:
         documents = int(spec.partition(":")[2] or 2000)
@@ -104,10 +133,7 @@ def find_inputs(spec: str, source: int, split: str) -> list[Input]:
     if not os.path.exists(root):
         raise UserError("E108", f"source {spec}: there is no such file or folder")
     if os.path.isdir(root):
-        files = []
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(f for f in folders if not f.startswith(".") and not (stdlib and f in NOT_STDLIB))
-            files += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in KINDS]
+        files = list(walk(root, out, {} if stdlib or unread is None else unread, NOT_STDLIB if stdlib else ()))
     elif os.path.splitext(spec)[1].lower() not in KINDS:
         raise UserError("E108", f"source {spec}: only {' '.join(KINDS)} can be read; unpack or convert it first")
     inputs = []
@@ -119,8 +145,51 @@ def find_inputs(spec: str, source: int, split: str) -> list[Input]:
         if not stdlib or path.endswith(".py") and given.size and "_sysconfigdata" not in name:
             inputs.append(given)
     if not inputs:
-        raise UserError("E108", f"source {spec}: no {' '.join(KINDS)} files in it")
+        what = "it is data that was prepared already" if ours(root) else f"no {' '.join(KINDS)} files in it"
+        raise UserError("E108", f"source {spec}: {what}")
     return inputs
+
+
+def walk(root: str, out: str, unread: dict, passed_over):
+    """The paths of the text files in a folder; why others are not read, and which, goes into `unread`."""
+
+    def shut(error: OSError):
+        raise UserError("E108", f"source {root}: {error.filename} cannot be entered: {error.strerror}")
+
+    def leave(why: str, path: str) -> None:
+        unread.setdefault(why, [0, os.path.relpath(path, root)])[0] += 1
+
+    out = os.path.realpath(out) if out else None
+    failure = f"{out}.error.json"  # of a training run with a prepare: key
+    for folder, folders, names in os.walk(root, onerror=shut):
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(folder, name)
+            if name in passed_over:
+                pass
+            elif name.startswith("."):
+                leave("hidden folders", path)
+            elif os.path.realpath(path) == out or ours(path):
+                leave("folders of prepared data", path)
+            elif os.path.islink(path):
+                leave("links to folders", path)
+            else:
+                kept.append(name)
+        folders[:] = kept
+        if folder == root and ours(root):
+            names = []
+        for name in sorted(names):
+            path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            if name.startswith("._"):  # what a Mac stores beside a file on a foreign disk
+                leave("AppleDouble files", path)
+            elif name.endswith(".error.json") and os.path.realpath(path) == failure:
+                pass  # ours
+            elif ending in KINDS:
+                yield path
+            elif os.path.isfile(path):
+                leave(f"ending {ending or 'none'}", path)
+            else:
+                leave("pipes, sockets and dead links", path)
 
 
 def file_sha256(path: str) -> str:
@@ -131,6 +200,22 @@ def file_sha256(path: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
             return digest.hexdigest()
+    return ""
+
+
+def document_key(given: Input) -> str:
+    """The key of a long text file: that of its cleaned, stripped text, see Document, without holding it in memory. The
+    cuts are behind line ends and blanks, so the cleaned pieces are the cleaned text. Empty: no UTF-8, or no text."""
+    digest, held, begun = hashlib.blake2b(digest_size=16), "", False
+    with suppress(OSError, UnicodeDecodeError), open(given.path, "rb") as file:
+        for *_, data, last in text_pieces(file, 3 * (file.read(3) == b"\xef\xbb\xbf"), 1, given.size):
+            text = held + clean(data.decode())
+            text = text if begun else text.lstrip()
+            whole = text.rstrip()
+            begun, held = begun or bool(whole), text[len(whole) :]  # blanks count where more text comes
+            digest.update(whole.encode())
+            if last:
+                return digest.hexdigest() if begun else ""
     return ""
 
 
@@ -176,7 +261,7 @@ def synthetic_document(seed: int, n: int) -> str:
 
 class Item(NamedTuple):
     index: int  # of its input
-    kind: str  # text: a file or a piece of one; jsonl: whole lines; row: one JSON value; or a code: file rejected
+    kind: str  # text: a file; piece, last: of a long one; jsonl: whole lines; row: a JSON value; a code: file rejected
     offset: int  # of its first byte; for rows their number. A resumed run starts from there
     line: int  # physical line there, from 1
     data: bytes  # for a code the reason
@@ -202,30 +287,73 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
                 yield Item(index, "E103", 0, 1, b"this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
             elif head[:2] == b"\x1f\x8b" or head in (b"PK\3\4", b"\x28\xb5\x2f\xfd"):
                 yield Item(index, "E108", 0, 1, b"this is a compressed file; unpack it first")
-            elif given.kind == "json":
-                yield from json_items(index, head + file.read(), offset)
+            elif given.kind == "json" or given.kind == "jsonl" and spread(head + file.read(1 << 20)):
+                file.seek(0)
+                yield from json_items(index, file.read(), offset)
+            elif given.long:
+                offset, known = offset or 3 * (head[:3] == b"\xef\xbb\xbf"), given.key
+                for at, row, data, last in text_pieces(file, offset, line, given.size):
+                    if known:
+                        yield Item(index, "last" if last else "piece", at, row, data)
+                    else:  # why it has no key
+                        data.decode()
+                if not known:
+                    yield Item(index, "E104", 0, 1, b"the file is empty")
+            elif given.kind == "text":
+                file.seek(offset := 3 * (head[:3] == b"\xef\xbb\xbf"))  # a byte order mark is no text
+                yield Item(index, "text", offset, line, file.read())
             else:
-                offset = offset or 3 * (head[:3] == b"\xef\xbb\xbf")  # a byte order mark is no text
-                size = block = block if given.kind == "jsonl" else PIECE
+                offset, size = offset or 3 * (head[:3] == b"\xef\xbb\xbf"), block
                 while True:
                     file.seek(offset)
                     data = file.read(size)
-                    cut = data.rfind(b"\n") + 1 or (given.kind == "text" and data.rfind(b" ") + 1)
+                    cut = data.rfind(b"\n") + 1
                     if len(data) < size:
                         if data or offset <= 3:
-                            yield Item(index, given.kind, offset, line, data)
+                            yield Item(index, "jsonl", offset, line, data)
                         return
                     if cut:
-                        yield Item(index, given.kind, offset, line, data[:cut])
+                        yield Item(index, "jsonl", offset, line, data[:cut])
                         offset, line, size = offset + cut, line + data.count(b"\n", 0, cut), block
                     else:
                         size *= 2  # a long line
+    except UnicodeDecodeError as error:
+        place, line = at + error.start, row + data.count(b"\n", 0, error.start)
+        reason = f"byte {data[error.start]:#04x} at {place} is not UTF-8; nothing of the file is read"
+        yield Item(index, "E103", place, line, reason.encode())
     except OSError as error:
         yield Item(index, "E108", offset, line, str(error.strerror or error).encode())
 
 
+def text_pieces(file, offset: int, line: int, size: int):
+    """(offset, line, data, whether it is the last) of the pieces of a text file of `size` bytes, from `offset` on."""
+    while size - offset > 2 * PIECE:
+        length, cut = PIECE, 0
+        while not cut:
+            file.seek(offset)
+            data = file.read(length)
+            cut = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
+            if len(data) < length:  # no place to cut, or the file has shrunk
+                break
+            length *= 2
+        if not cut or len(data) == size - offset:
+            break
+        yield offset, line, data[:cut], False
+        offset, line = offset + cut, line + data.count(b"\n", 0, cut)
+    file.seek(offset)
+    yield offset, line, file.read(), True
+
+
+def spread(head: bytes) -> bool:
+    """Whether a .jsonl begins with an object over several lines: then it is read as a .json is."""
+    text = head.decode("utf-8-sig", "ignore").lstrip()
+    with suppress(ValueError, RecursionError):
+        return text[:1] == "{" and "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    return False
+
+
 def json_items(index: int, data: bytes, skip: int):
-    """The rows of a .json: a list of objects, or one object. What is wrong between the rows ends the file."""
+    """The rows of a .json: a list of objects, or objects one after the other. What is wrong between ends the file."""
     space, reader, n, line, at = re.compile(r"[ \t\r\n]*"), json.JSONDecoder(), 0, 1, 0
     try:
         text = data.decode("utf-8-sig")
@@ -238,11 +366,14 @@ def json_items(index: int, data: bytes, skip: int):
             if n >= skip:
                 yield Item(index, "row", n, line, text[at:end].encode())
             n, end = n + 1, space.match(text, end).end()
-            if not many or text[end : end + 1] != ",":
+            if many:
+                if text[end : end + 1] != ",":
+                    break
+                end = space.match(text, end + 1).end()
+            elif text[end : end + 1] != "{":
                 break
-            end = space.match(text, end + 1).end()
         if text[end:].strip() != "]" * many:
-            raise ValueError("no ] after the last row" if many else "more than one value; name it .jsonl if one a line")
+            raise ValueError("no ] after the last row" if many else "no { where the next row would begin")
     except (ValueError, RecursionError) as error:
         code, reason = "E101", f"{getattr(error, 'msg', error)}; nothing from here on is read"
         if isinstance(error, UnicodeDecodeError):
@@ -254,7 +385,7 @@ def item_rows(item: Item):
     """(offset, line, code, value) of each row. code None: value is its text; "blank": a number of blank lines that come
     before; otherwise (reason, excerpt, the whole file is lost)."""
     index, kind, offset, line, data = item
-    if kind not in ("text", "jsonl", "row"):
+    if kind not in ("text", "piece", "last", "jsonl", "row"):
         yield offset, line, kind, (data.decode(), "", True)
         return
     blank = 0
@@ -268,7 +399,7 @@ def item_rows(item: Item):
                 blank = 0
             try:
                 text = raw.decode("utf-8")
-                code, value = (None, text) if kind == "text" else text_of(text)
+                code, value = text_of(text) if kind in ("jsonl", "row") else (None, text)
                 yield offset, line, code, (value, excerpt(raw), False) if code else value
             except UnicodeDecodeError as error:
                 at, reason = error.start, f"byte {raw[error.start]:#04x} at {offset + error.start} is not UTF-8"
@@ -340,40 +471,46 @@ def cut_text(text: str, limit: int) -> list[str]:
 
 
 class Document(NamedTuple):
-    key: bytes  # blake2b-16 of the cleaned, stripped text: equal documents have equal keys
+    """A document, or a piece of a long file."""
+
+    key: bytes  # blake2b-16 of the cleaned, stripped text: equal documents have equal keys; empty: a piece
     share: float  # in [0, 1), from key and seed: below val_fraction means val
-    ids: np.ndarray  # of all parts, each with the end-of-text id
+    ids: np.ndarray  # of all parts; with the last of them the end-of-text id
     ends: list  # of the parts, in ids
     size: int  # bytes of text
     cleaned: bool  # cleaning changed it
+    last: bool = True  # the document ends here
 
 
-def encode_parts(text: str, tokenizer: Tokenizer, limit: int, dtype) -> tuple[np.ndarray, list]:
+def share_of(key: bytes, seed: int) -> float:
+    salt = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little") / 2**64
+
+
+def encode_parts(text: str, tokenizer: Tokenizer, limit: int, dtype, last=True) -> tuple[np.ndarray, list]:
     """The ids of all parts of a text, and where each part ends."""
-    eot, arrays, ends, at = np.array([tokenizer.eot_id], np.uint32), [], [], 0
-    for part in cut_text(text, limit):
-        ids = tokenizer.encode(part)
-        at += len(ids) + 1
-        arrays += (ids, eot)
-        ends.append(at)
-    return np.concatenate(arrays).astype(dtype), ends
+    arrays = [tokenizer.encode(part) for part in cut_text(text, limit)]
+    if last:
+        arrays[-1] = np.append(arrays[-1], np.uint32(tokenizer.eot_id))
+    return np.concatenate(arrays).astype(dtype), list(itertools.accumulate(map(len, arrays)))
 
 
 def work(batch: list[Item]):
     """[(index, offset, line, code, value)] of the batch's rows (a Document where code is None), and CPU seconds."""
     tokenizer, settings, dtype = _worker
     started, results = time.process_time(), []
-    salt = settings["seed"].to_bytes(8, "little", signed=True)
     for item in batch:
+        whole, last = item.kind not in ("piece", "last"), item.kind != "piece"
         for offset, line, code, value in item_rows(item):
             if code is None:
-                text = clean(value)
-                if key := text.strip():
-                    key = hashlib.blake2b(key.encode(), digest_size=16).digest()
-                    share = int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little") / 2**64
-                    ids, ends = encode_parts(text, tokenizer, settings["max_doc_chars"], dtype)
+                text, key, share = clean(value), b"", 0.0
+                if whole and (stripped := text.strip()):
+                    key = hashlib.blake2b(stripped.encode(), digest_size=16).digest()
+                    share = share_of(key, settings["seed"])
+                if key or not whole:
+                    ids, ends = encode_parts(text, tokenizer, settings["max_doc_chars"], dtype, last)
                     size = len(text) if text.isascii() else len(text.encode())
-                    value = Document(key, share, ids, ends, size, text is not value and text != value)
+                    value = Document(key, share, ids, ends, size, text is not value and text != value, last)
                 else:
                     code, value = "E104", ("the file is empty" if item.kind == "text" else '"text" is empty', "", False)
             results.append((item.index, offset, line, code, value))
@@ -385,6 +522,7 @@ def start_worker(*given) -> None:
     global _worker
     _worker = given
     if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal: the parent answers
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
@@ -398,7 +536,8 @@ def in_order(batches, workers: int, given: tuple):
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, given) as pool:
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(work, batch)))
+                with deaf():  # a process that begins here inherits it, and is not interrupted while it imports
+                    waiting.append((batch, pool.submit(work, batch)))
                 if len(waiting) >= 4 * workers:
                     yield waiting[0][0], waiting.popleft()[1].result()
             while waiting:
@@ -406,6 +545,21 @@ def in_order(batches, workers: int, given: tuple):
         except BrokenProcessPool:
             text = "a worker process died, out of memory perhaps: the same command with fewer --workers goes on"
             raise UserError("E003", text) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what is under way ends, the rest does not begin
+            raise
+
+
+@contextmanager
+def deaf():
+    """Ctrl-C waits until this is over, where the system can do that."""
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "SIG_BLOCK") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            mask(signal.SIG_SETMASK, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,9 +586,12 @@ def writing(path: str, length: int | None = None):
         raise UserError("E119", f"{path}: {error.strerror or error}") from None
 
 
+NAMES = ("utf-8", "backslashreplace")  # a file name that is no UTF-8 becomes a JSON escape, and comes back from it
+
+
 def write_json(path: str, value) -> None:
     with writing(path) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(*NAMES))
 
 
 class Shards:
@@ -451,12 +608,13 @@ class Shards:
     def full(self, length: int) -> bool:
         return self.size > 0 and self.size + length > self.target
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, begins: bool) -> None:
         """One part of a document; it lies in one shard unless it is longer than a shard."""
+        if begins:
+            self.starts.append(self.size)
         for start in range(0, len(ids), self.target):
             if start:
                 self.close()
-            self.starts.append(self.size)
             self.arrays.append(ids[start : start + self.target])
             self.size += len(self.arrays[-1])
 
@@ -479,14 +637,22 @@ class Shards:
 class Output:
     """All that the parent decides, in the order of the rows, and the journal from which a killed run goes on."""
 
-    STATE = ("position", "rejected_bytes", "journals", "counts", "rows", "kept", "examples", "lost")
+    STATE = ("position", "rejected_bytes", "journals", "counts", "rows", "kept", "examples", "lost", "open")
 
-    def __init__(self, out: str, header: dict, inputs: list[Input], strict: bool):
-        self.out, self.header, self.inputs, self.strict = out, header, inputs, strict
+    def __init__(self, out: str, header: dict, inputs: list[Input], strict: bool, tokenizer: Tokenizer):
+        self.out, self.header, self.inputs, self.strict, self.tokenizer = out, header, inputs, strict, tokenizer
         self.settings = header["settings"]
         self.splits = {split: Shards(out, split, self.settings["shard_tokens"]) for split in ("train", "val")}
         self.position = (0, 0, 1)  # input, offset and line of the row at hand; None: after the last
+        self.open = []  # of the long file that is being written: its split, or "dropped"; whether it was cleaned
         self.reserve = None  # the document with the smallest share so far: it waits until the end (see settle)
+        # Long files do not wait. Where there is nothing else and all are drawn for one side, one gives its tail to val.
+        fraction, seed = self.settings["val_fraction"], self.settings["seed"]
+        drawn = [given for given in inputs if given.split == "hash" and (given.key or not given.long)]
+        shares = [share_of(bytes.fromhex(given.key), seed) for given in drawn if given.long]
+        self.tail = None
+        if fraction and shares and len(shares) == len(drawn) and len({share < fraction for share in shares}) == 1:
+            self.tail = inputs.index(drawn[shares.index(min(shares) if min(shares) >= fraction else max(shares))])
         self.seen, self.new_keys, self.rejects, self.rejected_bytes, self.journals = set(), [], [], 0, 0
         self.counts, self.rows, self.kept = Counter(), Counter(), Counter()  # by kind or code; by source
         self.examples, self.lost = {}, []
@@ -496,6 +662,9 @@ class Output:
         self.position, given = (index, offset, line), self.inputs[index]
         if code == "blank":
             self.counts["blank_lines"] += value
+            return
+        if code is None and not value.key:
+            self.take_piece(index, line, value)
             return
         if code is None and value.key in self.seen:
             code, value = "E107", ("the same text as an earlier document", "", False)
@@ -511,10 +680,39 @@ class Output:
                 self.write(value, None if given.split == "hash" else given.split)
             self.seen.add(value.key)
             self.new_keys.append(value.key)
-            self.counts.update(kept=1, cleaned=value.cleaned, cut=len(value.ends) > 1)
+            parts = len(value.ends)
+            self.counts.update(kept=1, cleaned=int(value.cleaned), cut=int(parts > 1), parts=parts)
             self.kept[str(given.source)] += 1
         self.counts["rows"] += 1
         self.rows[str(given.source)] += 1
+
+    def take_piece(self, index: int, line: int, piece: Document) -> None:
+        """A piece of a long file. The file is one row: one draw, one look for its like, one end."""
+        given, first = self.inputs[index], not self.open
+        key, source = bytes.fromhex(given.key), str(given.source)
+        split, cleaned = self.open or ("", False)
+        if first:
+            val = share_of(key, self.settings["seed"]) < self.settings["val_fraction"] and index != self.tail
+            split = given.split if given.split != "hash" else "val" if val else "train"
+            split = "dropped" if key in self.seen else split
+        if split == "dropped":
+            if first:
+                self.reject(given, 0, line, "E107", "the same text as an earlier document", "", False)
+        elif piece.last and index == self.tail:
+            total = sum(given.size for given in self.inputs if given.split == "hash")
+            self.hold_out(piece, self.settings["val_fraction"] * total / max(piece.size, 1), begins=False)
+        else:
+            self.write(piece, split, first)
+        if split != "dropped":
+            if first:
+                self.seen.add(key)
+                self.new_keys.append(key)
+                self.kept[source] += 1
+            newly = int(piece.cleaned and not cleaned)
+            self.counts.update(kept=int(first), cleaned=newly, cut=int(first), parts=len(piece.ends))
+        self.counts["rows"] += int(first)
+        self.rows[source] += int(first)
+        self.open = [] if piece.last else [split, cleaned or piece.cleaned]
 
     def reject(self, given: Input, offset: int, line: int, code: str, reason: str, text: str, lost: bool) -> None:
         said = f"{given.path}:{line}: {reason}" + (f": {text[:100]}" if text else "")
@@ -527,20 +725,34 @@ class Output:
         if code != "E107" or self.counts[code] <= LISTED_DUPLICATES:
             row = {"file": given.path, "line": line, "byte_offset": offset, "code": code, "reason": reason}
             self.rejects.append(json.dumps(row | {"excerpt": text}, ensure_ascii=False) + "\n")
-        if lost and given.kind != "text":
+        if lost and (given.kind != "text" or given.long):
             self.lost.append(given.path)
 
-    def write(self, document: Document, split: str | None = None) -> None:
+    def write(self, document: Document, split: str | None = None, begins=True, journal=True) -> None:
         shards = self.splits[split or ("val" if document.share < self.settings["val_fraction"] else "train")]
         for start, end in zip([0, *document.ends], document.ends):
             if shards.full(end - start):
                 shards.close()
-                if start == 0 and self.position:
+                if start == 0 and self.position and journal:
                     self.journal()
-            shards.add(document.ids[start:end])
+            shards.add(document.ids[start:end], begins and start == 0)
         shards.bytes_text += document.size
 
-    def settle(self, tokenizer: Tokenizer) -> None:
+    def hold_out(self, document: Document, share: float, begins=True) -> None:
+        """Gives about `share` of a document to val, its end, and the rest to train: two documents from now on."""
+        text = self.tokenizer.decode(document.ids[:-1])
+        tail = min(len(text), max(1, round(share * len(text))))
+        cut = cut_place(text, max(0, len(text) - 2 * tail), len(text) - tail)
+        if begins and not cut:  # a letter or two: nothing would be left to train on
+            self.write(document, "train")
+            return
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            ids, ends = encode_parts(part, self.tokenizer, self.settings["max_doc_chars"], document.ids.dtype)
+            half = document._replace(ids=ids, ends=ends, size=len(part.encode()))
+            self.write(half, split, begins or split == "val", journal=split == "train")
+        self.counts["tail_held_out"] = 1
+
+    def settle(self) -> None:
         """Writes the reserve and the last shards. When no document but the reserve can be val, it is; a large one (in
         a corpus of few documents, or of one) gives only its tail, about as much as val_fraction asks for."""
         self.position, reserve, train, val = None, self.reserve, self.splits["train"], self.splits["val"]
@@ -549,20 +761,13 @@ class Output:
             if val.tokens or train.tokens and (share > 1 / 3 or len(reserve.ids) < 4000):
                 self.write(reserve, "val")
             else:
-                parts = zip([0, *reserve.ends], reserve.ends)
-                text = "".join(tokenizer.decode(reserve.ids[start : end - 1]) for start, end in parts)
-                tail = max(1, round(share * len(text)))
-                cut = cut_place(text, max(0, len(text) - 2 * tail), len(text) - tail)
-                for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    ids, ends = encode_parts(part, tokenizer, self.settings["max_doc_chars"], reserve.ids.dtype)
-                    self.write(reserve._replace(ids=ids, ends=ends, size=len(part.encode())), split)
-                self.counts["tail_held_out"] = 1
+                self.hold_out(reserve, share)
         train.close()
         val.close()
         self.write_rejects()
 
     def write_rejects(self) -> None:
-        data = "".join(self.rejects).encode("utf-8", "replace")
+        data = "".join(self.rejects).encode(*NAMES)
         with writing(os.path.join(self.out, "rejected.jsonl"), self.rejected_bytes) as file:
             file.write(data)
         self.rejects, self.rejected_bytes = [], self.rejected_bytes + len(data)
@@ -649,9 +854,13 @@ def remove(out: str, pattern: re.Pattern) -> None:
         os.remove(os.path.join(out, name))
 
 
-def changed_input(stored: list, inputs: list[Input]) -> str | None:
+def changed_input(stored: list, inputs: list[Input], rules: int) -> str | None:
     """The first input that is not what it was; size and time are looked at first, contents where those differ."""
-    old, new = ({(given.source, given.name): given for given in many} for many in (map(Input._make, stored), inputs))
+    before = [Input(*given) for given in stored]
+    if rules < 2:  # then names that are no UTF-8 were kept with a ?, and AppleDouble files were tried
+        before = [given for given in before if not os.path.basename(given.path).startswith("._")]
+        inputs = [given._replace(name=given.name.encode("utf-8", "replace").decode()) for given in inputs]
+    old, new = ({(given.source, given.name): given for given in many} for many in (before, inputs))
     for key in [*old, *new]:
         if key not in old or key not in new:
             return f"{(old.get(key) or new[key]).path} is {'new' if key in new else 'gone'}"
@@ -669,7 +878,8 @@ def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dic
         for key, value in settings.items():
             if value is not None and value != old["settings"].get(key):
                 raise UserError("E117", f"{out} was made with {key} {old['settings'].get(key)}, not {value}")
-        if inputs is not None and (change := changed_input(old["provenance"]["inputs"], inputs)):
+        was = old["provenance"]
+        if inputs is not None and (change := changed_input(was["inputs"], inputs, was.get("rules", 1))):
             raise UserError("E117", f"{out} was made from other text: {change}")
     elif others := [n for n in os.listdir(out) if n != "rejected.jsonl" and not n.endswith(".tmp")]:
         raise UserError("E117", f"{out} holds files that are no dataset of ours: {', '.join(sorted(others)[:3])}")
@@ -679,30 +889,43 @@ def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dic
         path = os.path.join(out, shard["file"])
         if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
             raise UserError("E111", f"{path} is not there, or has another size than manifest.json says")
+    for name in ("tokenizer.json", "token_bytes.npy"):
+        if not os.path.exists(os.path.join(out, name)):
+            raise UserError("E111", f"{os.path.join(out, name)} is not there")
     remove(out, JOURNAL)  # killed after the manifest
     return manifest, None
 
 
 @contextmanager
-def holding(out: str):
-    """Makes the folder and keeps a second process out, where there are locks; removes it if it stays empty."""
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError("E119", f"{out}: {error.strerror}") from None
-    handle = None
-    try:
-        with suppress(ImportError):  # Windows
+def holding(out: str, say=print):
+    """Makes the folder; where there are locks, waits until no other process writes to it; removes it if it stays
+    empty."""
+    handle, told = None, 0.0
+    while handle is None:
+        try:
+            os.makedirs(out, exist_ok=True)
+        except OSError as error:
+            raise UserError("E119", f"{out}: {error.strerror}") from None
+        try:
             import fcntl
 
             handle = os.open(out, os.O_RDONLY)
             finished = os.path.exists(os.path.join(out, "manifest.json"))  # then it is only read, by any number
             fcntl.flock(handle, (fcntl.LOCK_SH if finished else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError("E117", f"another process is writing to {out}") from None
-    except OSError:
-        pass  # a file system without locks
+            if os.fstat(handle).st_ino == os.stat(out).st_ino:
+                break
+        except BlockingIOError:
+            if time.monotonic() - told > 60 or not told:
+                told = time.monotonic()
+                say(f"another process is writing to {out}: waiting for it")
+            time.sleep(0.3)
+        except FileNotFoundError:  # the other one had nothing to leave there
+            pass
+        except (ImportError, OSError):  # Windows; a file system without locks
+            break
+        if handle is not None:
+            os.close(handle)
+            handle = None
     try:
         yield
     finally:
@@ -724,6 +947,8 @@ def prepare(
         raise UserError("E002", f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}")
     options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
     sources, val_sources = ([s] if isinstance(s, str) else list(s or []) for s in (sources, val_sources))
+    sources, val_sources = ([expand(s) for s in specs] for specs in (sources, val_sources))
+    out, tokenizer = expand(out), expand(tokenizer)
     val_fraction = options["val_fraction"]
     if val_sources and val_fraction is not None:
         raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")
@@ -742,12 +967,17 @@ def prepare(
     if val_sources:
         settings["val_fraction"] = 0.0
 
-    with holding(out):
+    def say(text: str) -> None:
+        if not options["quiet"]:
+            print(text.encode(*NAMES).decode(), flush=True)
+
+    with holding(out, say):
+        unread = {}
         try:  # val first: of a text that is in both, the one in train is dropped
             specs = [(spec, len(sources) + i, "val") for i, spec in enumerate(val_sources)]
             split = "hash" if settings["val_fraction"] != 0 else "train"
             specs += [(spec, i, split) for i, spec in enumerate(sources)]
-            inputs = [given for spec in specs for given in find_inputs(*spec)]
+            inputs = [given for spec in specs for given in find_inputs(*spec, out, unread)]
             if from_file:
                 inputs.append(Input(-1, "val", "tokenizer", label(tokenizer), tokenizer).looked_at())
         except UserError:
@@ -756,29 +986,50 @@ def prepare(
             inputs = None  # the text is gone since; the tokens do without
         manifest, progress = look_into(out, settings, inputs)
         if manifest:
-            if not options["quiet"]:
-                print(f"{out} is already there: {manifest['splits']['train']['tokens']:,} train tokens", flush=True)
+            tokens, cut = manifest["splits"]["train"]["tokens"], manifest["counts"]["cut"]
+            say(f"{out} is already there: {tokens:,} train tokens")
+            say(f"its files have the right sizes; python prepare_data.py --verify {out} looks at every byte")
+            if cut and manifest["provenance"].get("rules", 1) < RULES:
+                say(f"note: an older Lumen made it: its {cut:,} longest documents hold an end-of-text at every cut")
             return manifest
+        for line in unread_lines(unread):
+            say(line)
+        if progress and progress["provenance"].get("rules", 1) < RULES:
+            say(f"note: an older Lumen began {out}, with an end-of-text at every cut in a document: it is begun anew")
+            remove(out, OURS)
+            progress = None
         made = None if own else load(tokenizer)
         try:
             if not progress:
                 inputs = [given._replace(sha256=file_sha256(given.path)) for given in inputs]
+                inputs = [given._replace(key=document_key(given) if given.long else "") for given in inputs]
                 if settings["val_fraction"] is None:
                     settings["val_fraction"] = 0.05 if sum(given.size for given in inputs) < 100_000_000 else 0.005
-                progress = {"settings": settings, "provenance": {"inputs": inputs}}
+                facts = {"inputs": inputs, "rules": RULES, "not_read": unread}
+                progress = {"settings": settings, "provenance": facts}
                 write_json(os.path.join(out, "progress.json"), progress)
-            return fill(out, progress, made, options)
+            return fill(out, progress, made, options, say)
         except UserError as error:
             if error.code not in ("E119", "E003"):  # after those the same command goes on; after others it starts anew
                 remove(out, OURS)
             raise
 
 
-def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -> dict:
+def unread_lines(unread: dict) -> list[str]:
+    """What lies in the sources and is not read, a line for each reason."""
+    endings = {why[7:]: n for why, (n, _) in unread.items() if why.startswith("ending ")}
+    lines = [f"not read: {n:,} {why}, as {name}" for why, (n, name) in unread.items() if why[7:] not in endings]
+    if endings:
+        most = sorted(endings, key=lambda ending: (-endings[ending], ending))
+        these = ", ".join(f"{ending} {endings[ending]:,}" for ending in most[:6]) + ", ..." * (len(most) > 6)
+        lines.append(f"not read: {sum(endings.values()):,} files of other endings: {these}")
+    return lines
+
+
+def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, say) -> dict:
     """The work itself, from where progress says to the manifest."""
-    say = (lambda text: None) if options["quiet"] else (lambda text: print(text, flush=True))
     settings, clock = progress["settings"], time.time()
-    every = list(map(Input._make, progress["provenance"]["inputs"]))
+    every = [Input(*given) for given in progress["provenance"]["inputs"]]
     inputs = [given for given in every if given.kind != "tokenizer"]
     total, path = sum(given.size for given in inputs), os.path.join(out, "tokenizer.json")
     say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{', going on where it was' if 'state' in progress else ''}")
@@ -796,7 +1047,7 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -
             file.write(tokenizer.to_json().encode())
     dtype = "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
 
-    output = Output(out, progress, inputs, options["strict"])
+    output = Output(out, progress, inputs, options["strict"], tokenizer)
     if "state" in progress:
         output.resume(progress["state"])
     workers = options["workers"] or (1 if total < 32 << 20 else min(os.cpu_count() or 1, 8))
@@ -809,7 +1060,7 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -
             size = sum(len(item.data) for item in batch)
             bar.update(size)
             done, cpu = done + size, cpu - seconds * (workers > 1)
-    output.settle(tokenizer)
+    output.settle()
     wall, cpu = max(time.time() - clock, 1e-6), max(time.process_time() - cpu, 1e-6)
 
     counts, (train, val) = output.counts, output.splits.values()
@@ -819,11 +1070,18 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -
     if bad > options["max_bad"] * rows or not train.tokens or output.lost and options["max_bad"] < 1:
         first = next((lines[0] for code, lines in sorted(output.examples.items()) if code != "E107"), "no text at all")
         lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
-        raise UserError(
-            "E109", f"{bad:,} of {rows:,} rows are bad{lost}; {train.tokens:,} train tokens; first: {first}"
-        )
+        text = f"{bad:,} of {rows:,} rows are bad{lost}; {train.tokens:,} train tokens; first: {first}"
+        if train.tokens:
+            share = 1 if lost else math.ceil(100 * bad / rows) / 100
+            text += f"\n  --max_bad {share:g} does without them (now {options['max_bad']:g} of the rows may be bad)"
+        raise UserError("E109", text)
     tokens, text = train.tokens + val.tokens, train.bytes_text + val.bytes_text
-    say(f"{counts['kept']:,} documents; tokens: train {train.tokens:,}, val {val.tokens:,} ({val.tokens / tokens:.2%})")
+    parts = f" in {counts['parts']:,} parts" if counts["parts"] > counts["kept"] else ""
+    share, asked = val.tokens / tokens, settings["val_fraction"] if any(g.split == "hash" for g in inputs) else 0
+    say(f"{counts['kept']:,} documents{parts}; tokens: train {train.tokens:,}, val {val.tokens:,} ({share:.2%})")
+    if asked and not asked / 2 <= share <= asked * 2:
+        say(f"note: {share:.1%} are validation, {asked:.1%} were asked for; documents are drawn whole, and they are "
+            "few or of very unequal length; another --seed draws anew, --val FILE names what to hold out")  # fmt: skip
     say(f"{text / tokens:.2f} bytes per token; {done / 1e6:.1f} MB in {wall:.1f} s with {workers} process(es): "
         f"{done / 1e6 / cpu:.1f} MB/s of CPU time, {done / 1e6 / wall:.1f} MB/s of wall time")  # fmt: skip
     with writing(os.path.join(out, "token_bytes.npy")) as file:
@@ -831,12 +1089,16 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict) -
     write_json(os.path.join(out, "report.json"), report(output))
     manifest = fingerprinted(output, tokenizer, np.dtype(dtype).name)
     versions = {"python": platform.python_version(), "numpy": np.__version__, "tiktoken": tiktoken.__version__}
-    manifest["provenance"] = {"inputs": every, "versions": versions, "unicode": unicodedata.unidata_version}
+    manifest["provenance"] = progress["provenance"] | {"versions": versions, "unicode": unicodedata.unidata_version}
     manifest["provenance"] |= {"folder": os.path.abspath(out), "host": platform.node(), "seconds": round(wall, 2)}
     manifest["provenance"] |= {"utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cpu_seconds": round(cpu, 2)}
     write_json(os.path.join(out, "manifest.json"), manifest)
     remove(out, JOURNAL)
-    say(f"{out} is ready")
+    if train.tokens > 1024:
+        say(f"{out} is ready")
+    else:
+        say(f"{out} is written, but it is small: its {train.tokens:,} train tokens make no row of max_seq_len "
+            f"{train.tokens:,} or more")  # fmt: skip
     return read_json(os.path.join(out, "manifest.json"))
 
 
@@ -844,8 +1106,11 @@ def report(output: Output) -> dict:
     """report.json: documents, tokens and lengths of both splits, counts, the first rejects of each kind."""
     splits, counts = {}, dict(output.counts)
     for split, shards in output.splits.items():
-        starts = [np.load(os.path.join(output.out, s["docs_file"]), allow_pickle=False) for s in shards.closed]
-        lengths = np.concatenate([np.zeros(0), *map(np.diff, starts)])
+        at, begins = 0, []
+        for shard in shards.closed:
+            begins += [np.load(os.path.join(output.out, shard["docs_file"]), allow_pickle=False)[:-1].astype(int) + at]
+            at += shard["tokens"]
+        lengths = np.diff(np.concatenate([*begins, [at]]))  # of documents, over the borders of shards
         made = {"documents": len(lengths), "tokens": shards.tokens, "bytes_text": shards.bytes_text}
         if len(lengths):
             made["bytes_per_token"] = round(shards.bytes_text / shards.tokens, 4)
@@ -854,7 +1119,8 @@ def report(output: Output) -> dict:
             made["tokens_per_document"] = {name: round(float(value), 1) for name, value in zip(names, values)}
         splits[split] = made
     rejected = {c: {"rows": counts[c], "meaning": ERRORS[c][0], "first": lines} for c, lines in output.examples.items()}
-    return {"splits": splits, "rejected": rejected, "counts": counts, "sources": output.settings["sources"]}
+    made = {"splits": splits, "rejected": rejected, "counts": counts, "sources": output.settings["sources"]}
+    return made | {"not_read": output.header["provenance"]["not_read"]}
 
 
 def fingerprinted(output: Output, tokenizer: Tokenizer, dtype: str) -> dict:
@@ -881,9 +1147,39 @@ def fingerprinted(output: Output, tokenizer: Tokenizer, dtype: str) -> dict:
     return manifest | {"fingerprint": sha256(manifest)}
 
 
+def verify(folder: str) -> None:
+    """Holds every byte of the shards in a finished folder against its manifest. E110: it is none, E111: names them."""
+    manifest = read_json(os.path.join(folder, "manifest.json"))
+    if not manifest or not isinstance(manifest.get("splits"), dict):
+        raise UserError("E110", f"{folder} has no manifest.json of prepared data")
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    sums = [(shard["file"], shard["sha256"]) for shard in shards] + [
+        ("tokenizer.json", manifest["tokenizer"]["sha256"])
+    ]
+    bad = []
+    for name, want in sums:
+        path = os.path.join(folder, name)
+        try:
+            problem = "" if sha256_of(path) == want else DAMAGED
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            bad.append(path)
+            print(f"{path}: {problem}", flush=True)
+    size = sum(shard["bytes"] for shard in shards)
+    print(f"{folder}: {len(sums) - len(bad):,} of {len(sums):,} files, {size / 1e6:,.1f} MB, are as they were prepared")
+    if bad:
+        raise UserError("E111", f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}: {DAMAGED}")
+
+
 def main(argv: list[str]) -> None:
     """The command line; an option's name may be written with - or _."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    if argv[:1] == ["--verify"] and len(argv) == 2:
+        return verify(argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog="python prepare_data.py --verify FOLDER holds finished data against the sums in its manifest.json",
+    )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib, synthetic:N (documents)")
     parser.add_argument("--out", required=True, help="folder of the dataset")
     names = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, " + ", ".join(NAMED)

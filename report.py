@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -63,12 +64,16 @@ class Report:
             counts = (self.n_working, windows * T, tokens, self.flops_per_token, cfg.chinchilla_multiplier)
             for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
                 say(line)
-        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {cfg.warmup_steps} warm-up steps")
+        warm_up = "30 % of it upwards: " if cfg.lr_schedule == "onecycle" else ""
+        warm_up += f"{self.warm_up} warm-up steps"
+        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {warm_up}")
+        for line in (*self.rate_lines(), *self.validation_lines()):
+            say(f"advice     {line}")
         if self.dry_run and self.dry_run["hardware"] != "measured":
             return
         per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        least = clock(self.flops_per_token * tokens / self.peak / self.parallel.world)
-        peak = plan.describe(self.peak, "FLOP/s")
+        least = plan.span(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = plan.describe(self.peak, "FLOP/s") + (" measured here" * (self.peak != plan.sheet_flops(self.machine)))
         say(f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}")
         flags = f" ({' '.join(plan.cpu_flags())})" if self.machine.device.type == "cpu" else ""
         state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
@@ -76,21 +81,62 @@ class Report:
         say(f"attention  {cfg.attention}: {self.attention_why}")
         steps, how = cfg.gradient_accumulation_steps, (cfg.precision, cfg.activation_checkpointing)
         if self.parallel.layout.shard == 1:
-            need = plan.memory(m, n["total"], cfg.batch_size, *how)
+            need = plan.memory(m, n["total"], cfg.batch_size, *how, self.parallel.layout.cuda)
         else:
             need = plan.rank_memory(self.counted, self.parallel.layout, cfg.batch_size, steps, *how, plan.IMBALANCE)
         parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak"))
-        have = plan.total_memory(self.machine.device)
+        have = plan.own_memory(self.machine.device)
         say(f"memory     about {need['total'] / 2**30:.2f} of {have / 2**30:.1f} GiB a process ({parts} GiB)")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.machine.device.type == "cpu" else 1
-        if need["total"] * local > have:
-            say("advice     this will not fit: lower batch_size, or set activation_checkpointing: block")
+        if self.misfit:
+            say(f"advice     {self.misfit}")
         if m.vocab_size % 64:
             say(f"advice     vocab_size {m.vocab_size} is not a multiple of 64: slower on GPUs")
-        if n["total"] > tokens:
-            say("advice     fewer tokens than parameters: such a model mostly memorises")
+        if n["total"] > tokens > windows * T > 0:
+            say("advice     fewer tokens than parameters, read more than once: such a model mostly memorises")
         if self.machine.device.type == "cuda" and cfg.deterministic:
             say("advice     deterministic: true costs speed on CUDA (not measured yet)")
+
+    def rate_lines(self) -> list[str]:
+        """What is odd about the learning rate, seen before a step is made."""
+        cfg, lines = self.cfg, []
+        usual = 0.5 / cfg.model.d_model  # near GPT-3's, 768 to 12288 wide (Brown et al. 2020)
+        peak, steps, up = cfg.learning_rate, cfg.max_steps, self.warm_up
+        if peak > min(1e-2, 10 * usual):
+            text = f"learning_rate {peak:g} is far above what {cfg.optimizer} bears at this width"
+            text += f", {min(1e-2, 2 * usual):.1g} is usual"
+            lines.append(f"{text}: the loss may explode in the first steps")
+        if steps and up >= steps:
+            text = f"warmup_steps {up} of {steps} steps: the rate never comes above"
+            lines.append(f"{text} {self.scheduled_lr(steps - 1):.2g} of {peak:g}; lower warmup_steps")
+        elif cfg.lr_schedule == "wsd" and self.scheduled_lr(up) < peak / 1.5:
+            text = f"wsd's decay begins within the warm-up: the rate falls from {peak:g} to"
+            text += f" {self.scheduled_lr(up):.2g} at step {up}"
+            lines.append(f"{text}; lower warmup_steps or decay_frac")
+        return lines
+
+    def validation_lines(self) -> list[str]:
+        """An evaluation that cannot be, or that says little."""
+        if not self.sources:
+            return []
+        missing = [name for name in self.sources if name not in self.val_sources]
+        if not self.val_sources:
+            return [self.no_validation()]
+        lines, T = [], self.cfg.model.max_seq_len
+        if missing:
+            lines.append(f"no validation in {', '.join(missing)}: val_loss is of the others alone")
+        windows = sum(s.windows for s in self.val_sources.values())
+        if (rows := min(windows, max(1, self.cfg.eval_tokens // T))) < 16:
+            text = f"an evaluation reads {rows} rows of {T} tokens"
+            lines.append(f"{text}: differences of val_loss are mostly noise")
+        return lines
+
+    def no_validation(self) -> str:
+        """Why there is none, and what to do."""
+        if self.cfg.val_fraction == 0:
+            return "no evaluation, as val_fraction is 0: best.json names the last step"
+        need = self.cfg.model.max_seq_len + 1
+        text = f"no evaluation: no source has a validation window of {need} tokens, best.json names the"
+        return f"{text} last step; hold out more text, or lower model.max_seq_len"
 
     def simulate(self, watch=None) -> None:
         """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
@@ -223,10 +269,12 @@ class Report:
         self.record(row)
         left = (cfg.max_steps - done) * seconds / steps
         share = f"mfu {100 * row['mfu']:.0f} %, data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
-        numbers = f"loss {seen['loss']:.4f}  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}"
-        self.say(
-            f"step {done:>6}/{cfg.max_steps}  {numbers}  {plan.describe(speed)} tok/s  {share}  {clock(left)} left"
-        )
+        numbers = f"loss {seen['loss']:.4f}  ppl {row['ppl']:.4g}"
+        numbers += f"  aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
+        numbers += f"  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}  {plan.describe(speed)} tok/s"
+        share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
+        went = f"{clock(sum(self.spent.values()))} gone, {clock(left)} left"
+        self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")
         for line in self.routing_lines(seen):
             self.say(line)
         if self.bar:
@@ -275,8 +323,9 @@ class Report:
         if "experts" in seen:
             e, layers = seen["experts"], seen["experts"]["layers"]
             nominal = self.rows_per_step * cfg.max_seq_len  # of which a router inside MoD sees a part
+            in_force = next(iter(self.moe.values())).router.aux_weight  # a knob: it may have been changed on the way
             for key, weight, name in (
-                ("aux_loss", cfg.aux_loss_weight, "load_balance_loss"),
+                ("aux_loss", in_force, "load_balance_loss"),
                 ("router_z_loss", cfg.router_z_loss_weight, "router_z"),
             ):
                 row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / nominal
@@ -423,8 +472,10 @@ def finite(x):
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
-def start_wandb(cfg: Config, say):
-    """A wandb run; offline, with a line, when there is no key or no network."""
+def start_wandb(cfg: Config, say, run_id: str | None = None):
+    """A wandb run, or (`run_id`) one that goes on; offline, with a line, when there is no key or no network.
+    It says nothing itself: its farewell is a history of forty lines."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # before the import
     try:
         import wandb
     except ImportError as error:
@@ -436,17 +487,23 @@ def start_wandb(cfg: Config, say):
         "config": dataclasses.asdict(cfg),
     }
     options |= {"name": cfg.wandb_run_name or Path(cfg.out_dir).name}
+    options |= {"id": run_id, "resume": "allow"}
+    options |= {"settings": wandb.Settings(init_timeout=30, console="off")}
     mode, run = os.environ.get("WANDB_MODE", "online"), None
     if mode == "online":
         try:
-            if not wandb.api.api_key:
+            with contextlib.redirect_stderr(io.StringIO()):  # a warning of theirs about the name `api`
+                key = wandb.api.api_key
+            if not key:
                 raise RuntimeError("no key: wandb login stores one")
-            run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+            run = wandb.init(**options)
         except Exception as error:  # any failure of theirs: the run matters more than its picture
             say(f"note       wandb goes on offline ({error}); wandb sync uploads it later")
             mode = "offline"
     run = run or wandb.init(**options, mode=mode)
     run.define_metric("*", step_metric="step")
+    where = run.url if mode == "online" else f"{mode}: wandb sync {Path(run.dir).parent} uploads it"
+    say("wandb      disabled by WANDB_MODE" if mode == "disabled" else f"wandb      run {run.id}, {where}")
     return run
 
 

@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 import tokenizer as tok
-from errors import UserError, command
+from errors import UserError, command, expand
 from model import ModelConfig, Transformer
 from plan import machine
 
@@ -164,8 +164,9 @@ def load(path, best=False, step: int | None = None, tokenizer=None, device="auto
     """A run's (model ready to generate, tokenizer or None, step). UserError E305, and checkpoint.find's and others'."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
+    path = expand(str(path))
     found = checkpoint.find(path if step is None else checkpoint.step_dir(path, step), best, say)
-    spec = tokenizer or found.path.parent / "tokenizer.json"
+    spec = expand(tokenizer) if tokenizer else tok.of_run(found.path.parent, found.state.get("tokenizer"))
     here = machine(device, precision, False)
     try:
         with torch.device("meta"):  # no memory, no initialisation
@@ -181,7 +182,7 @@ def load(path, best=False, step: int | None = None, tokenizer=None, device="auto
         p.data = p.data.to(here.device, torch.float32 if routes else here.compute_dtype)
     model = model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
-    return model, tok.load(str(spec)) if tokenizer or spec.exists() else None, found.step
+    return model, tok.load(str(spec)) if spec else None, found.step
 
 
 # ---------------------------------------------------------------- the command
@@ -257,7 +258,7 @@ def read_prompts(args) -> list:
         prompts.append(_text(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt)
     for file in args.prompt_file:
         try:
-            prompts.append(_text(Path(file).read_bytes(), file))
+            prompts.append(_text(Path(expand(file)).read_bytes(), file))
         except OSError as error:
             raise UserError("E500", f"--prompt_file {file}: {error.strerror}") from error
     for ids in args.ids:

@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from operator import add
+from pathlib import Path
 
 import numpy as np
 import regex
@@ -54,6 +55,11 @@ _SAFE_PATTERN = regex.compile(
     rf"(?:{_SAFE_CLASS}|\\[pP]\{{\w+\}}|\\[sSdrnt]|\\[^\w\s]|\((?:\?(?:i:|:|!|=|>))?|\)"
     r"|\{\d+(?:,\d*)?\}(?!\+)|[?*+]\+?|[|.]|[^\\\[\](){}^$.|?*+])*+"
 )
+
+# A run of N in a genome, of = in a log: without a limit its merges double to tokens of any length, seldom met again.
+# 128 bytes hold what words, indentation and ruled lines need: the longest piece in the standard library has 95.
+LONGEST_TOKEN = 128
+LONGEST_PIECE = 1000  # characters: a longer one is trained on in pieces, else each merge would go over all of it
 
 EOT = "<|endoftext|>"
 SPECIALS = (EOT, "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
@@ -112,7 +118,21 @@ class Tokenizer:
             ids = self._encoding.encode_to_numpy(text, allowed_special=self._words, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode(mend_surrogates(text))
+        except ValueError:  # tiktoken's regex engine has no room for a run of some 100,000 blanks
+            return self._encode_by_pieces(text)
         return ids.copy()  # tiktoken's array is read-only
+
+    def _encode_by_pieces(self, text: str) -> np.ndarray:
+        """The same ids, slower: cut by Python's regex engine, which knows no such limit."""
+        whole = tiktoken.Encoding("piece", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={})
+        find = regex.compile(f"{self.pattern}|(?:(?!{self.pattern})(?s:.))+").finditer
+        ids, words = [], [regex.escape(word) for word in self.words]
+        for part in regex.split(f"({'|'.join(words)})", text) if words else [text]:
+            if part in self._words:
+                ids.append(self.words[part])
+            else:
+                ids += [i for piece in find(part) for i in whole.encode_ordinary(piece.group())]
+        return np.array(ids, np.uint32)
 
     def decode_bytes(self, ids) -> bytes:
         """The bytes of the ids (a sequence or array of integers); a control token gives its name. E113: no such id."""
@@ -126,8 +146,10 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into bits per byte."""
-        lengths = np.array([len(token) for token in self._bytes], dtype=np.uint16)
+        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into bits per byte.
+        uint32 for other people's vocabularies whose longest token does not fit."""
+        lengths = np.array([len(token) for token in self._bytes])
+        lengths = lengths.astype(np.uint16 if lengths.max() < 1 << 16 else np.uint32)
         lengths[list(self.specials.values())] = 0
         return lengths
 
@@ -157,6 +179,12 @@ class Tokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether both make the same ids of every text. Unlike sha256 it does not look at the name, which a file of
+        another program takes from its folder, nor at how a file is spelled."""
+        a, b = ((t.ranks, t.specials, t.words, t.pattern, t.nfc) for t in (self, other))
+        return a == b
+
     def save(self, path) -> None:
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write(self.to_json())
@@ -182,12 +210,24 @@ def _parts(token: bytes, ranks: dict) -> list[bytes]:
     """What BPE makes of the token's bytes with the ranks below its own. Two parts are the pair whose merge it is; more
     mean that no merge ever leads to it. When each merge is this pair, merging by rank (tiktoken) and by a list of pairs
     (tokenizers) are the same: before the merge's turn, its bytes are in just this state wherever they stand."""
-    parts, own = [bytes([byte]) for byte in token], ranks[token]
-    while len(parts) > 1:
-        rank, i = min((ranks.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank >= own:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    own, n = ranks[token], len(token)
+    ends = list(range(1, n + 1))  # of the part that starts there
+    starts = list(range(-1, n))  # of the part that ends there
+    heap = [(rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(token[i : i + 2], own)) < own]
+    heapq.heapify(heap)
+    while heap:  # the lowest rank, of equals the first: linear but for the heap, however long the token is
+        _, i, end = heapq.heappop(heap)
+        middle = ends[i]
+        if middle is None or middle >= n or ends[middle] != end:  # one of its parts is in another part since
+            continue
+        ends[i], ends[middle], starts[end] = end, None, i
+        for a, b in ((starts[i], end), (i, ends[end] if end < n else n)):
+            if a >= 0 and b - a > end - i and (rank := ranks.get(token[a:b], own)) < own:
+                heapq.heappush(heap, (rank, a, b))
+    parts, i = [], 0
+    while i < n:
+        parts.append(token[i : ends[i]])
+        i = ends[i]
     return parts
 
 
@@ -196,13 +236,18 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
 
     The next merge is that of the most frequent pair, of equals the one with the smallest ids, so the result depends on
     the texts only, not on their order. Takes memory for the distinct pieces of the texts, not for the texts. Texts
-    with too few different pairs give a smaller vocabulary. E002: n_vocab below 256 + specials."""
+    with too few different pairs give a smaller vocabulary. No token is longer than LONGEST_TOKEN bytes.
+    E002: n_vocab below 256 + specials."""
     lowest = 256 + len(SPECIALS)
     if n_vocab < lowest:
         raise UserError("E002", f"bpe:{n_vocab} is too small: 256 bytes and {len(SPECIALS)} specials make {lowest} ids")
     find, pieces = regex.compile(CL100K_PATTERN).findall, Counter()
     for text in texts:
         pieces.update(find(text[:max_chars]))
+    for piece in [piece for piece in pieces if len(piece) > LONGEST_PIECE]:
+        times = pieces.pop(piece)
+        for i in range(0, len(piece), LONGEST_PIECE):
+            pieces[piece[i : i + LONGEST_PIECE]] += times
     counts = list(pieces.values())
     words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]  # one character per token: chr(id)
     pair_count, where = Counter(), defaultdict(set)  # where: words that hold, or once held, the pair
@@ -219,20 +264,29 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
+        token = tokens[ord(pair[0])] + tokens[ord(pair[1])]
+        if len(token) > LONGEST_TOKEN:
+            continue
         new, touched = chr(len(tokens)), set()
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        tokens.append(token)
+        first, second = pair
         for i in where.pop(pair):
-            old, word = words[i], words[i].replace(pair, new)  # from left to right, without overlap: as BPE merges
-            if len(word) == len(old):
-                continue
-            for gone in map(add, old, old[1:]):
-                pair_count[gone] -= counts[i]
-            for come in map(add, word, word[1:]):
-                pair_count[come] += counts[i]
-                if new in come:
-                    where[come].add(i)
-                    touched.add(come)
-            words[i] = word
+            between = words[i].split(pair)  # from left to right, without overlap: as BPE merges
+            words[i], come = new.join(between), []
+            for n, (left, right) in enumerate(zip(between, between[1:])):  # pairs change beside an occurrence only
+                if left:
+                    pair_count[left[-1] + first] -= counts[i]
+                    come.append(left[-1] + new)
+                elif n:  # the occurrence before it ends here
+                    pair_count[second + first] -= counts[i]
+                    come.append(new + new)
+                if right:
+                    pair_count[second + right[0]] -= counts[i]
+                    come.append(new + right[0])
+            for made in come:
+                pair_count[made] += counts[i]
+                where[made].add(i)
+            touched.update(come)
         del pair_count[pair]
         for come in touched:
             heapq.heappush(heap, (-pair_count[come], come))
@@ -262,6 +316,17 @@ def load(spec: str) -> Tokenizer:
         raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names: {', '.join(('bytes', *NAMED))}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
+
+
+def of_run(folder, sha256: str | None = None) -> Path | None:
+    """The tokenizer.json in a run's folder for a step whose state.json names this sum. Where a run went on with another
+    tokenizer, the one of its steps before is kept as tokenizer.SUM.json. None: the run has none."""
+    files = [former(folder, sha256)] if sha256 else []
+    return next((file for file in (*files, Path(folder) / "tokenizer.json") if file.exists()), None)
+
+
+def former(folder, sha256: str) -> Path:
+    return Path(folder) / f"tokenizer.{sha256[:12]}.json"
 
 
 def _tiktoken_file(name: str, sha256: str) -> bytes:

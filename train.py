@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,8 +36,9 @@ import checkpoint
 import plan
 import tokenizer as tokenizers
 from config import Config, build_config, help_text, read_config
+from detectors import above_chance
 from errors import UserError, command
-from loader import Loader, Source, val_rows
+from loader import Loader, Source, Sums, val_rows
 from model import ModelConfig, Transformer, pick_attention
 from model_moe import (
     MOD_SUMS,
@@ -58,7 +60,7 @@ def lr_at(cfg: Config, step: int) -> float:
     """The learning rate of turn `step` (from 0) of cfg.max_steps; needs resolved warmup_steps and min_lr."""
     peak, low, n = cfg.learning_rate, cfg.min_lr, cfg.max_steps
     if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
-        up = max(1, int(0.3 * n))
+        up = rise(cfg)
         if step < up:
             return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
         return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
@@ -101,7 +103,36 @@ def mix(seed: int, row: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little") >> 1
 
 
+def rise(cfg: Config) -> int:
+    """Steps until the learning rate is at its peak."""
+    return max(1, int(0.3 * cfg.max_steps)) if cfg.lr_schedule == "onecycle" else cfg.warmup_steps
+
+
+def leap(before: dict, cfg: Config, step: int) -> str | None:
+    """A resumed run whose learning rate would leap: the rate that the resolved configuration `before` had for
+    `step` against that of `cfg`, and what makes the difference."""
+    then = types.SimpleNamespace(**dataclasses.asdict(cfg) | before)
+    was, now = lr_at(then, max(0, min(step, then.max_steps - 1))), lr_at(cfg, step)
+    if step >= cfg.max_steps or now <= 1.5 * was and was <= 1.5 * now:
+        return None
+    keys = "learning_rate min_lr lr_schedule max_steps warmup_steps decay_frac".split()
+    changed = [k for k in keys if getattr(then, k) != getattr(cfg, k)]
+    why = ", ".join(f"{k} {getattr(then, k)} -> {getattr(cfg, k)}" for k in changed)
+    text = f"the learning rate leaps from {was:.2e} to {now:.2e} at step {step} ({why}); lr_schedule: wsd"
+    return f"{text} can be made longer without that, init_from starts a new schedule"
+
+
 # ---------------------------------------------------------------- parallel
+
+
+def set_timeouts(seconds: int) -> None:
+    """How long a collective of any group of processes waits from now on. The list of groups is private to torch (the
+    same in 2.11 to 2.14); where it is gone, only the group of all processes changes: meshes keep the longest wait."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.14
+    world = getattr(c10d, "_world", None)
+    for group in [None] if world is None else list(world.pg_map):
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 class Parallel(Rows):
@@ -117,8 +148,8 @@ class Parallel(Rows):
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.layout = plan.Layout(self.world)
         self.device = plan.machine(cfg.device, "fp32", False, int(os.environ.get("LOCAL_RANK", 0))).device
+        self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             if cfg.deterministic is True:  # must be set before the first matrix product
@@ -219,8 +250,7 @@ class Parallel(Rows):
         """
         if self.world > 1:
             self.agree([0])  # the slowest has finished what it needed the long limit for
-            for group in list(dist.distributed_c10d._world.pg_map):  # private; the same in torch 2.11 to 2.13
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+            set_timeouts(seconds)
 
     def gather(self, obj) -> list:
         """What each rank says, in order of rank."""
@@ -278,13 +308,14 @@ STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", 
 STAT = {name: i for i, name in enumerate(STATS)}
 LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
-NUMBERS = f"{NUMBERS} best_parts".split()
+NUMBERS = f"{NUMBERS} best_parts measured_on".split()
 SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "reduce_dtype")
 RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
 OURS = (
     "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 )
-OURS += ["tokenizer.json", "token_bytes.npy"]
+OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl", "training.png"]
+WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
 
 
 class Writing(threading.Thread):
@@ -319,6 +350,7 @@ class Trainer(ByHand, Report):
             self.cfg, self.written, notes, _ = read_config(words)
         self.started = time.time()
         self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
+        self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
         self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
@@ -327,8 +359,12 @@ class Trainer(ByHand, Report):
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
+        self.measured_on = None  # which validation set val_loss and what follows from it are of
+        self.changes, self.origin = [], None  # what is not as in the checkpoint; where `resume: PATH` points
+        self.tokenizer_sum = self.tokenizer_then = None  # of the data; of the checkpoint: sha256
         self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
+        self.marks, self.on_device = [], {}  # see mark()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         self.dry_run = dry_run
@@ -337,8 +373,11 @@ class Trainer(ByHand, Report):
             precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
             dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
             self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
+        if not dry_run:
+            self.check_paths()
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
+        self.runs_ahead = self.parallel.device.type == "cuda"  # the host, of what it has queued
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.longest = self.patience = max(self.parallel.FIRST, self.cfg.comm_timeout)  # seconds ranks wait for others
         if self.parallel.alone:  # zero_stage 0 is what this is
@@ -347,19 +386,24 @@ class Trainer(ByHand, Report):
         self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
+        weights = self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
         self.start_block(notes)
         if dry_run:
             return
         replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
         replay = self.parallel.together(read_decisions, replay) if replay else None
         self.parallel.together(self.own_out_dir)
-        self.build(saved)
+        self.parallel.together(self.adopt, saved)
+        self.build(saved, weights)
         self.started_at = self.step
-        if saved is not None and "forecast" in saved.state:
+        if self.origin:
+            self.find_best()
+        same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
+        if same_data and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
         self.orchestrator = self.parallel.together(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
-            self.orchestrator.load(saved.state["orchestrator"])
+            self.orchestrator.load(saved.state["orchestrator"], not same_data, self.origin is not None)
         self.open_log()
         self.restart_clock()
 
@@ -382,12 +426,14 @@ class Trainer(ByHand, Report):
         self.sources = {n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()}
         val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
         self.val_sources = {n: s for n, s in val.items() if s.windows and cfg.val_fraction > 0}
-        tokenizers_used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
-        if len(tokenizers_used) > 1:
-            raise UserError("E113", f"data.sources {' and '.join(tokenizers_used.values())} have different tokenizers")
         made = next((s for s in self.sources.values() if s.manifest), None)
         self.token_bytes, self.tokenizer_dir = None, Path(made.path) if made else None
         if made:
+            self.tokenizer_sum = made.manifest["tokenizer"]["sha256"]
+            used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
+            for name in used.values():
+                if len(used) > 1 and not self.same_tokenizer(Path(self.sources[name].path)):
+                    raise UserError("E113", f"data.sources {' and '.join(used.values())} have different tokenizers")
             cfg.model.vocab_size = cfg.model.vocab_size or made.manifest["tokenizer"]["n_vocab"]
             self.token_bytes = np.load(Path(made.path) / "token_bytes.npy", allow_pickle=False).astype(np.int64)
         if not cfg.model.vocab_size:
@@ -395,10 +441,72 @@ class Trainer(ByHand, Report):
         for source in (*self.sources.values(), *self.val_sources.values()):
             source.check_vocab(cfg.model.vocab_size)
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
+        if cfg.early_stopping_patience and not self.val_sources:
+            text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
+            raise UserError("E114", f"{text}; {self.no_validation()}")
+
+    def same_tokenizer(self, other: Path) -> bool:
+        """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
+        return tokenizers.load(str(other)).same_ids(tokenizers.load(str(self.tokenizer_dir)))
+
+    def check_tokenizer(self, what: str, file: Path | None, sha256: str | None) -> None:
+        """E113 where `what`, weights, were made with another tokenizer than the data. `file`: theirs; `sha256`: its sum
+        as a manifest or checkpoint has it; either may be unknown."""
+        mine, said = self.tokenizer_sum, None
+        if mine and sha256 == mine:
+            return
+        try:
+            if mine is None or not (file or sha256):
+                side = what if mine else "the data"
+                said = f"{what}: made with the tokenizer of the data? {side} cannot say"
+            elif file and self.same_tokenizer(file):
+                return
+            sha256 = sha256 or (file and mine and tokenizers.load(str(file)).sha256)
+        except UserError as error:
+            said = f"{what}: made with the tokenizer of the data? Its own cannot be read: {error.text}"
+        if said is None:
+            said = f"{what}: made with another tokenizer (sha256 {sha256}) than the data (sha256 {mine}),"
+            said += " so that an id means another text"
+            if not self.cfg.allow_tokenizer_change:
+                fix = f"prepare the data with --tokenizer {file or 'of that run'}"
+                raise UserError("E113", f"{said}; {fix}, or allow_tokenizer_change: true if it is meant")
+        self.changes += [said] if said not in self.changes else []
+
+    def check_paths(self) -> None:
+        """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there. Neither is
+        looked at again once out_dir has steps of its own to go on from."""
+        cfg, steps = self.cfg, checkpoint.list_steps(self.out)
+        anew = cfg.resume == "none" and cfg.overwrite
+        if origin := self.find_origin():
+            try:
+                checkpoint.folders(origin)
+            except UserError as error:
+                raise UserError(error.code, f"resume: {error.text}") from error
+        if cfg.init_from and not origin and (anew or not steps):
+            path = Path(cfg.init_from)
+            if anew and self.out.resolve() in (path.resolve(), *path.resolve().parents):
+                raise UserError("E300", f"init_from {path} lies in {self.out}, which overwrite: true would delete")
+            try:
+                (path / "config.json").is_file() or checkpoint.folders(path)
+            except UserError as error:
+                raise UserError(error.code, f"init_from: {error.text}") from error
+
+    def find_origin(self) -> Path | None:
+        """What `resume: PATH` goes on from; None without a path, or where out_dir already holds what came from it: then
+        the newest there wins, else each restart would begin there again."""
+        if self.cfg.resume in ("auto", "none"):
+            return None
+        path, steps = Path(self.cfg.resume).resolve(), checkpoint.list_steps(self.out)
+        came = None
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            came = json.loads((self.out / "resumed.json").read_text())["from"]
+        if path == self.out.resolve() or (steps and came == str(path)):
+            return None
+        return path
 
     def claim_out_dir(self) -> checkpoint.Checkpoint | None:
         """Rank 0 picks the checkpoint to go on from, all ranks open it; None: a fresh start. Changes no run."""
-        cfg, found, text = self.cfg, None, None
+        cfg, found, text, origin = self.cfg, None, None, None
         self.model_written = dataclasses.asdict(cfg.model)
         if self.main:
             try:
@@ -408,73 +516,83 @@ class Trainer(ByHand, Report):
                     if not cfg.overwrite:
                         raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
                 else:
-                    found = steps
-                    for step in reversed(steps):  # before minutes are spent on every byte of another model's run
+                    found = [str(checkpoint.step_dir(self.out, step)) for step in reversed(steps)]
+                    if origin := self.find_origin():
+                        if steps and origin.parent != self.out.resolve():
+                            text = f"{self.out} holds a run at step {max(steps)}, and resume: {origin} is of another"
+                            raise UserError("E300", f"{text}: give a new out_dir")
+                        found = [str(folder) for folder in checkpoint.folders(origin)]
+                    for folder in found:  # before minutes are spent on every byte of another model's run
                         try:
-                            newest = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step))
+                            newest = checkpoint.Checkpoint(folder)
                         except UserError:
                             continue
                         self.same_run(newest)
                         break
             except UserError as error:
                 text = error
-        steps, error = self.parallel.broadcast((found, text))
+        folders, self.origin, error = self.parallel.broadcast((found, origin, text))
         if error:
             raise error
-        found = self.newest_whole([checkpoint.step_dir(self.out, s) for s in reversed(steps)]) if steps else None
-        if steps and found is None:
-            text = f"{self.out} holds no whole checkpoint; resume: none with overwrite: true starts anew"
-            raise UserError("E303", text)
+        found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
+        if folders and found is None:
+            text = f"{self.origin or self.out} holds no whole checkpoint, see `python checkpoint.py {self.out}`"
+            raise UserError("E303", f"{text}; another out_dir starts anew")
         saved = checkpoint.Checkpoint(found) if found else None
         if saved:
             self.same_run(saved)
+            self.tokenizer_then = saved.state.get("tokenizer")
         return saved
 
     def same_run(self, saved: checkpoint.Checkpoint) -> None:
-        """E300, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
+        """E300, E113, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
         if "imported" in saved.state:
             raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
+        if saved.state["fingerprints"] != self.fingerprints:
+            then = saved.state.get("tokenizer")
+            self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
         now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
         differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
         if differ:
-            raise UserError("E305", f"{saved.path}: model keys differ: {'; '.join(differ)}")
+            fix = f"{self.out} holds a run of another model: give another --out_dir, or write model: as it was"
+            raise UserError("E305", f"{saved.path}: {'; '.join(differ)}. {fix}")
         if saved.state["fingerprints"] != self.fingerprints and not self.cfg.allow_data_change:
             was = saved.state["fingerprints"]
             names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
-            raise UserError("E118", f"{saved.path} was trained on other data than {', '.join(names)} holds now")
+            text = f"{saved.path} was trained on other data than {', '.join(names)} holds now"
+            raise UserError("E118", f"{text}; data_dir was {saved.state['config'].get('data_dir')}")
 
     def newest_whole(self, folders: list[Path]) -> str | None:
         """The first of these checkpoints in which every byte is as it was written, None without one; each rank reads
-        its share of the files. E306 where one is newer than this program."""
+        its share of the files. E306 where one is newer than this program, E108 where we may not read it."""
         par = self.parallel
         for folder in folders:
             try:
                 mine = checkpoint.Checkpoint(folder).verify(par.rank, par.world), None
             except UserError as error:
-                mine = [error.text], error.code
+                mine = [error.text], error.code if checkpoint.final(error) else None
             rows = par.gather(mine)
             wrong = list(dict.fromkeys(text for texts, _ in rows for text in texts))
             if not wrong:
                 return str(folder)
-            if any(code == "E306" for _, code in rows):
-                raise UserError("E306", wrong[0])
-            self.say(f"E303: passed over {folder}: {'; '.join(wrong)}")
+            if code := next((code for _, code in rows if code), None):
+                raise UserError(code, wrong[0])
+            self.say(f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}")
         return None
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
         before = saved.state if saved else {"written": {}, "auto": {}}
-        self.changes, self.hint, self.measure_memory = [], None, False
-        keys = sorted(({*self.written, *before["written"]} - {"model"}) if saved else ())
-        for key in keys:
-            then, now = before["written"].get(key), self.written.get(key)
-            if then != now and key not in ("resume", "overwrite", "init_from"):
-                self.changes.append(f"{key}: {then} in the checkpoint, {now} now")
+        self.hint, self.measure_memory = None, False
 
         def kept(name, *keys):
             same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
             return before["auto"].get(name) if same else None
+
+        def kept_here(name, *keys):  # what suited a CPU does not suit a GPU; older checkpoints do not say
+            here = par.device.type
+            return kept(name, *keys) if before["auto"].get("device", here) == here else None
 
         # batch: rows per step stay what they were, on any world size
         rank_count, rows = par.rows()[1], kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens")
@@ -494,7 +612,7 @@ class Trainer(ByHand, Report):
                 )
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
-        kept_size = kept("micro_batch", "batch_size", "batch_tokens")
+        kept_size = kept_here("micro_batch", "batch_size", "batch_tokens")
         cfg.batch_size = par.broadcast(par.together(self.micro_batch, rows // rank_count, kept_size))
         micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
         if micro is None:
@@ -531,44 +649,55 @@ class Trainer(ByHand, Report):
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
+        self.warm_up = rise(cfg)
+        if saved and (said := leap(saved.state["config"], cfg, saved.state["step"])):
+            self.changes.append(said)
 
         # machine: what rank 0 finds, kept on resume
-        precision = kept("precision")
+        precision = kept_here("precision")
         machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
         if precision not in (None, machine.precision) and cfg.precision == "auto":
             with contextlib.suppress(UserError):  # the hardware of today cannot do it: today's choice, said
                 machine = plan.machine(cfg.device, precision, cfg.compile_model, int(os.environ.get("LOCAL_RANK", 0)))
-            self.changes.append(f"precision: {precision} in the checkpoint, {machine.precision} now")
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
+        self.misfit = par.together(self.check_memory, rows)
         self.peak = par.broadcast(plan.peak_flops(self.machine))
-        compiled = kept("compile_model")
-        if compiled is None:
+        compiled = kept_here("compile_model")
+        if compiled is None or machine.compile is False:  # there may be no compiler any more
             seconds = self.flops_per_token * rows * T * cfg.max_steps / (self.peak * rank_count)
             compiled = seconds > 600 if machine.compile is None else machine.compile
         cfg.compile_model = par.broadcast(compiled)
         try:
-            choice = kept("attention") or cfg.attention
+            choice = kept_here("attention") or cfg.attention
             back_end, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         cfg.attention, self.attention_why = par.broadcast((back_end, why))
         if cfg.model.n_experts:
-            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept("expert_back_end")))
-        deterministic = kept("deterministic")
+            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept_here("expert_back_end")))
+        deterministic = kept_here("deterministic")
         if deterministic is None:
             deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
         if deterministic not in (True, False):
             raise UserError("E002", f"deterministic: {deterministic!r} is not auto, true or false")
         cfg.deterministic = par.broadcast(deterministic)
         names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
-        self.auto = {"rows": rows, "micro_batch": micro, **{k: getattr(cfg, k) for k in names}}
+        self.auto = {
+            "rows": rows,
+            "micro_batch": micro,
+            "device": par.device.type,
+            **{k: getattr(cfg, k) for k in names},
+        }
         self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
         self.versions |= {"device": self.machine.name, "world": par.world}
         was = before.get("versions", {})
         differ = [f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v]
         if differ and cfg.deterministic:
             self.changes.append(f"equal bits to the run so far cannot be promised: {', '.join(differ)}")
+
+        if saved:
+            self.compare(before["config"] | {"batch_tokens": before["auto"]["rows"] * T})
 
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
@@ -594,6 +723,18 @@ class Trainer(ByHand, Report):
             segments = past + future
         self.segments = segments
 
+    def compare(self, before: dict) -> None:
+        """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
+        resolved = dataclasses.asdict(self.cfg) | {"batch_tokens": self.rows_per_step * self.cfg.model.max_seq_len}
+        apart = {"model", "resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change"}
+        for key, now in resolved.items():
+            then = before.get(key, now)  # a key that is newer than the checkpoint
+            pairs = [(key, then, now)]
+            if key == "orchestrator":
+                pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in now.items()]
+            if key not in apart:
+                self.changes += [f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b]
+
     def micro_batch(self, rows: int, kept: int | None) -> int:
         """Rows a micro-step, of `rows` a rank and step: as written, or as much as was found to fit, or for auto what
         the estimate says (on CUDA a probe has the last word; a CPU kills where CUDA raises, so there it decides)."""
@@ -610,8 +751,7 @@ class Trainer(ByHand, Report):
         if kept:
             return kept
         machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if machine.device.type == "cpu" else 1
-        have, precision = plan.total_memory(machine.device) / local, machine.precision
+        have, precision = plan.own_memory(machine.device), machine.precision
         if self.dry_run and self.dry_run["hardware"] != "measured":
             have = plan.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
             precision = self.dry_run["precision"]
@@ -619,19 +759,28 @@ class Trainer(ByHand, Report):
         fits = [r for r in range(1, rows + 1) if rows % r == 0]
         how = (precision, cfg.activation_checkpointing)
         need = {r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"] for r in fits}
-        best = max((r for r in fits if need[r] <= room), default=None)
-        if best is None:
-            text = f"one row needs about {need[1] / 2**30:.2f} GiB, target_memory leaves {room / 2**30:.2f}"
-            raise UserError(
-                "E200", f"batch_size: auto: {text}; set activation_checkpointing: block, or shorten max_seq_len"
-            )
+        best = max((r for r in fits if need[r] <= room), default=1)  # check_memory says where one row is too many
         self.measure_memory = machine.device.type == "cuda" and self.parallel.alone  # in parts no rank can try alone
         self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
         return best
 
+    def check_memory(self, rows: int) -> str:
+        """E200 where the run is sure not to fit; advice where it may not, and in a dry run, which is for elsewhere."""
+        cfg, machine = self.cfg, self.machine
+        if self.dry_run and self.dry_run["hardware"] != "measured":  # its lines say so
+            return ""
+        how, have = (machine.precision, cfg.activation_checkpointing), plan.own_memory(machine.device)
+        args = (self.counted, self.parallel.layout, cfg.batch_size, rows, how, have, cfg.target_memory)
+        why, sure = plan.misfit(*args)
+        if sure and not self.dry_run:
+            raise UserError("E200", why)
+        return why and f"this {'will' if sure else 'may'} not fit: {why}"
+
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
+        if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
+            return "slices", "nothing tried, since the run does not fit here"
         shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
         where = (self.parallel.device, self.machine.compute_dtype, *shape)
         if kept:
@@ -653,17 +802,41 @@ class Trainer(ByHand, Report):
                 shutil.rmtree(checkpoint.step_dir(self.out, step))
             for name in OURS:
                 (self.out / name).unlink(missing_ok=True)
+            for aside in self.out.glob("step_*.rolled_back"):
+                shutil.rmtree(aside)
+            for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
+                curve.unlink()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be made: {error}") from error
 
-    def build(self, saved) -> None:
-        """Model, optimizer, loader; then their state from a checkpoint, or the weights that init_from names."""
+    def adopt(self, saved) -> None:
+        """resume: PATH. Of this run: what was saved after it is set aside. Of another: it, and its best, become steps
+        of out_dir too. Either way the newest step here is then the one to go on from, also for a restart."""
+        if not self.origin or not self.main:
+            return
+        note, folder = {"from": str(self.origin), "step": saved.step}, saved.path.resolve()
+        try:
+            if folder.parent == self.out.resolve():
+                checkpoint.set_aside(self.out, saved.step)
+                checkpoint.write_json(self.out / "resumed.json", note)
+                return
+            checkpoint.write_json(self.out / "resumed.json", note)  # first: whoever dies in between begins here again
+            checkpoint.adopt(folder, self.out)
+            best = checkpoint.step_dir(folder.parent, saved.state["best_step"] or saved.step)
+            if best != folder and best.exists():
+                checkpoint.adopt(best, self.out)
+            if file := tokenizers.of_run(folder.parent, saved.state.get("tokenizer")):
+                shutil.copyfile(file, self.out / "tokenizer.json")
+        except OSError as error:
+            raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
+
+    def build(self, saved, weights) -> None:
+        """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
         cfg, par = self.cfg, self.parallel
-        if cfg.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+        torch.use_deterministic_algorithms(cfg.deterministic)  # off too: this may be a process's second run
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
         model = self.model = par.build(cfg, saved is None)
         model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
         model.recompute = cfg.activation_checkpointing
@@ -674,7 +847,7 @@ class Trainer(ByHand, Report):
         self.sparse_shapes = [(len(self.moe), len(SUMS) + n), (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len)]
         self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
         if cfg.compile_model:
-            torch._dynamo.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
+            torch.compiler.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
             for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
                 block.compile()
         self.weights = par.weights(model)
@@ -682,41 +855,85 @@ class Trainer(ByHand, Report):
         if cfg.precision == "mixed_fp16":
             self.scale = torch.tensor(65536.0, device=par.device)
             self.scale_good = torch.zeros((), device=par.device)  # steps since the last change
+        last = self.segments[-1][1]
+        shares = {n: float(last.get(n, 0)) for n in self.val_sources}
+        if not any(shares.values()):
+            shares = dict.fromkeys(shares, 1.0)
+        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
+        self.val_set = val_rows(self.val_sources, shares, count) if shares else []
+        self.measured_on = self.val_sum()
         if saved is not None:
             self.parallel.together(self.load, saved)
-        elif cfg.init_from:
-            self.load_weights(cfg.init_from)
+        elif weights:
+            par.together(self.take_weights, cfg.init_from, *weights)
+            self.say(f"weights    from {cfg.init_from}")
         if self.measure_memory:
             self.probe()
         micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
         self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
-        last = self.segments[-1][1]
-        weights = {n: float(last.get(n, 0)) for n in self.val_sources}
-        if not any(weights.values()):
-            weights = dict.fromkeys(weights, 1.0)
-        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
-        self.val_set = val_rows(self.val_sources, weights, count) if weights else []
+        if self.main:
+            every = [*self.sources.values(), *self.val_sources.values()]
+            self.loader.sums = Sums(every, str(self.out / "verified.jsonl"))
+
+    def val_sum(self) -> str:
+        """Stands for the validation set: its text, which rows of it, how long they are."""
+        said = {}
+        for name, source in self.val_sources.items():
+            shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
+            said[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
+        rows = [[name, int(i)] for name, i in self.val_set]
+        return hashlib.sha256(json.dumps([said, rows, self.cfg.model.max_seq_len]).encode()).hexdigest()
+
+    def take_numbers(self, numbers: dict) -> None:
+        """Those of a checkpoint or snapshot; what was measured on another validation set is not compared, and begins
+        anew."""
+        measured_on = self.measured_on
+        for name in NUMBERS:
+            setattr(self, name, numbers.get(name, getattr(self, name)))
+        self.measured_on, there = measured_on, numbers.get("measured_on")
+        # older checkpoints do not say on what: other data is another set there
+        if there == measured_on or (there is None and numbers.get("fingerprints") == self.fingerprints):
+            return
+        if self.best_val_loss is not None:
+            best = f"best {self.best_val_loss:.4f} at step {self.best_step}"
+            self.say(f"note       val_loss begins anew: {best} was of another validation set")
+        self.val_loss = self.best_val_loss = self.best_step = None
+        self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = 0, False, [], [], []
 
     def probe(self) -> None:
-        """batch_size: auto on CUDA: what rows need grows in a straight line, so after a look at one and at two the most
-        that fit are known (less an eighth for what else may come; with experts a third, as routing is uneven).
-        Weights, moments and seeds stay as they are. Never run on a GPU yet; its arithmetic is tested."""
+        """batch_size: auto on CUDA: the most rows, of those that divide a step's, whose forward and backward pass stays
+        within target_memory; tried out, by bisection. Weights, moments and seeds stay as they are, no gradient is left.
+        E200 where one row does not fit. Never run on a GPU yet: the search and what it leaves behind are tested."""
         cfg, device = self.cfg, self.parallel.device
-        rows = self.rows_per_step // self.parallel.rows()[1]
-        one, two = peak_bytes(self.model, 1, device), math.inf
-        if rows > 1:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                two = peak_bytes(self.model, 2, device)
-        each = max(1, two - one) * (1.3 if self.moe else 1.125)
-        room = cfg.target_memory * plan.total_memory(device) - (one - (two - one))
-        fits = [n for n in range(1, rows + 1) if rows % n == 0 and n * each <= room] if two < math.inf else []
-        best = -self.parallel.agree([-max(fits, default=1)])[0]  # the least of all ranks
+        rows, room = self.rows_per_step // self.parallel.rows()[1], cfg.target_memory * plan.total_memory(device)
+        sizes, peaks = [n for n in range(1, rows + 1) if rows % n == 0], {}
+
+        def fits(n: int) -> bool:
+            peaks[n] = math.inf
+            try:
+                for p in self.model.parameters() if n < rows else ():  # those of the micro-steps before
+                    p.grad = torch.zeros_like(p)
+                peaks[n] = peak_bytes(self.model, n, device)
+            except torch.OutOfMemoryError:
+                pass
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            free_memory(device)  # out here, where no traceback holds on to tensors any more
+            return peaks[n] <= room
+
+        low, high = 0, len(sizes)  # the first `low` sizes fit, those from `high` on do not
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
+        best = -self.parallel.agree([-sizes[low - 1] if low else 0])[0]  # the least of all ranks
+        if not best:
+            text = f"batch_size: auto: a probe found that one row does not fit into {room / 2**30:.2f} GiB"
+            raise UserError("E200", f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs")
         cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
         self.auto["micro_batch"] = self.versions["micro_batch"] = best
-        need = one if best == 1 else one - (two - one) + best * each
-        have = cfg.target_memory * plan.total_memory(device)
-        self.say(f"batch_size {best} rows a micro-step, by a probe: about {need / 2**30:.2f} of {have / 2**30:.2f} GiB")
+        need = peaks.get(best, 0) / 2**30  # 0: another rank's choice
+        self.say(f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
@@ -730,8 +947,9 @@ class Trainer(ByHand, Report):
         """Weights, moments and every number of the run, in place."""
         self.restore(saved)
         self.step, self.cursor = saved.state["step"], saved.state["cursor"]
-        for name in NUMBERS:
-            setattr(self, name, saved.state.get(name, getattr(self, name)))
+        self.take_numbers(saved.state)
+        if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
+            self.wandb_id = saved.state.get("wandb_id")
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -741,33 +959,42 @@ class Trainer(ByHand, Report):
                 if list(shape) != saved.tensors[theirs]["shape"]:
                     shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
                     raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
-                local.copy_(saved.read(theirs, offset, local.shape))
+                part = saved.read(theirs, offset, local.shape)
+                refuse_odd(f"{saved.path}: {theirs}", part)
+                local.copy_(part)
 
-    def load_weights(self, path: str) -> None:
-        """init_from: the weights only, of one of our runs or of a Hugging Face folder; schedule and data start anew."""
-        par = self.parallel
+    def find_weights(self) -> tuple:
+        """init_from, of one of our runs or of a Hugging Face folder: (its model, its weights as take_weights reads
+        them). Refused before anything is changed: E303, E304, E113, and E305 where the models do not go together."""
+        path, par = self.cfg.init_from, self.parallel
         if par.broadcast((Path(path) / "config.json").is_file()):
             from export import read_hf  # only here: nothing else in training knows foreign formats
 
-            model, state, _, _ = par.together(read_hf, path)
+            model, state, _, file = par.together(read_hf, path)
+            par.together(self.check_tokenizer, f"init_from {path}", file, None)
         else:
             folders = par.broadcast(par.together(lambda: checkpoint.folders(path) if self.main else None))
             if (found := self.newest_whole(folders)) is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
             state = checkpoint.Checkpoint(found)
+            then = state.state.get("tokenizer")
+            file = tokenizers.of_run(state.path.parent, then)
+            par.together(self.check_tokenizer, f"init_from {path}", file, then)
             model = model_of(state)
-        par.together(self.take_weights, path, model, state)
-        self.say(f"weights    from {path}")
-
-    def take_weights(self, path: str, model: ModelConfig, state) -> None:
-        """The rows of a state dict or checkpoint that are this rank's. E305 where the models do not go together."""
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
             free.append("n_experts_max")
         there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
         differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
         if differ:
-            raise UserError("E305", f"init_from {path}: {'; '.join(differ)}")
+            text = f"init_from {path}: {'; '.join(differ)}"
+            if there["vocab_size"] != here["vocab_size"] and file:
+                text += f"; vocab_size is the tokenizer's: prepare the data with --tokenizer {file}"
+            raise UserError("E305", text)
+        return model, state
+
+    def take_weights(self, path: str, model: ModelConfig, state) -> None:
+        """The rows of a state dict or checkpoint that are this rank's. E303 for weights that are NaN or inf."""
         slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
         mine, new = self.tensors(), slots - before
         for name in state if isinstance(state, dict) else [n[6:] for n in state.tensors if n.startswith("model.")]:
@@ -783,6 +1010,7 @@ class Trainer(ByHand, Report):
                     continue
                 where = tuple(slice(a, a + n) for a, n in zip(offset, size))
                 part = state.read(f"model.{name}", offset, size) if whole is None else whole[where]
+                refuse_odd(f"init_from {path}: {name}", part)
                 local[tuple(map(slice, size))].copy_(part)
         for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
             moe.router.retired.fill_(-1)  # the steps of another run
@@ -793,21 +1021,23 @@ class Trainer(ByHand, Report):
         if not self.main:
             return
         self.attempt = self.read_status().get("attempt", 0) + 1
-        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
         try:
             self.log_file = open(self.out / "train.log", "a", encoding="utf-8", buffering=1)
-            (self.out / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-            for name in ("tokenizer.json", "token_bytes.npy"):
-                if self.tokenizer_dir and not (self.out / name).exists():
-                    shutil.copyfile(self.tokenizer_dir / name, self.out / name)
+            self.write_config()
+            self.copy_tokenizer()
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
-        if self.step and self.best_step is not None:  # a process that was killed may have saved and not yet said so
+        if self.step:  # a process that was killed may have saved and not yet said so
+            best = {"step": self.best_step, "val_loss": self.best_val_loss}
             with contextlib.suppress(OSError):
-                checkpoint.write_json(self.out / "best.json", {"step": self.best_step, "val_loss": self.best_val_loss})
+                if self.best_step is None:  # the one it names is of another validation set
+                    (self.out / "best.json").unlink(missing_ok=True)
+                else:
+                    checkpoint.write_json(self.out / "best.json", best)
         self.write_status("running")
         if cfg.wandb_project:
-            self.wandb = start_wandb(cfg, self.say)
+            self.wandb = start_wandb(cfg, self.say, self.wandb_id)
+            self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
         if cfg.picture and importlib.util.find_spec("matplotlib") is None:
             raise UserError("E003", "picture: true needs its package: pip install matplotlib")
         if cfg.tensorboard:
@@ -816,6 +1046,34 @@ class Trainer(ByHand, Report):
             except ImportError as error:
                 raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
             self.board = SummaryWriter(str(self.out / "tensorboard"))
+
+    def write_config(self) -> None:
+        """config.yaml, as resolved: started with it the run goes on, or with another out_dir is repeated, on any number
+        of processes. A config.yaml that is not what Lumen wrote stays, and ours is resolved.yaml."""
+        cfg, theirs = self.cfg, self.out / "config.yaml"
+        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
+        resolved |= {"resume": "auto", "overwrite": False}  # they were said for this start
+        resolved["batch_tokens"] = self.rows_per_step * cfg.model.max_seq_len
+        del resolved["gradient_accumulation_steps"]  # follows from it
+        text = yaml.safe_dump(resolved, sort_keys=False)
+        free = [f for f in (theirs, self.out / "resolved.yaml") if not f.exists() or lumen_wrote(f)]
+        if free:
+            free[0].write_text(f"{WRITTEN} {text_sum(text)}\n{text}", encoding="utf-8")
+        if theirs not in free:
+            self.say(f"note       {theirs} is not what Lumen wrote and stays; as resolved: {[*free, 'nowhere'][0]}")
+
+    def copy_tokenizer(self) -> None:
+        """tokenizer.json and token_bytes.npy are those of the data that the run trains on now; a tokenizer that earlier
+        steps were made with is kept under its sum."""
+        if not self.tokenizer_dir:
+            return
+        file, then = self.out / "tokenizer.json", self.tokenizer_then
+        if then and file.exists() and then != self.tokenizer_sum:
+            file.rename(tokenizers.former(self.out, then))
+        for name in ("tokenizer.json", "token_bytes.npy"):
+            data = (self.tokenizer_dir / name).read_bytes()
+            if not (self.out / name).exists() or (self.out / name).read_bytes() != data:
+                (self.out / name).write_bytes(data)
 
     def open_log(self) -> None:
         """Files, a number for this attempt, signals."""
@@ -853,6 +1111,8 @@ class Trainer(ByHand, Report):
         model.train()
         while True:
             rolled = watch.act()  # what was decided a turn ago: a rollback, commands, a snapshot
+            begun = self.step
+            model.zero_grad(set_to_none=True)  # whatever came before, a step sums its own micro-steps only
             # schedule
             lr = lr_at(cfg, self.step) * watch.lr_factor()
             for group in optimizer.param_groups:
@@ -882,16 +1142,19 @@ class Trainer(ByHand, Report):
                         time.sleep(1)
                         self.save()
                 break
+            if self.step < begun:  # it was learned just now that the step before is void
+                continue
             # micro-steps
             stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
             sums = torch.zeros(3, dtype=double, device=par.device)
             sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
             if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
-            void = False
+            void, self.marks = False, []
             try:
                 for micro in range(cfg.gradient_accumulation_steps):
                     self.lap("compute" if micro else "other")
+                    self.mark("compute")
                     try:
                         row, x, y = self.loader.next()
                     except UserError as error:  # this rank cannot go on; the others learn it from the statistics
@@ -901,6 +1164,7 @@ class Trainer(ByHand, Report):
                             break
                         row, x, y = self.blank()  # its part of the collectives that forward and backward hold
                     self.lap("data")
+                    self.mark("data")
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
@@ -921,6 +1185,7 @@ class Trainer(ByHand, Report):
                 stats[STAT["oom"]] = 1
                 free_memory(par.device)
             self.lap("compute")
+            self.mark("compute")
             # reduce
             stats[:3] = sums
             for name, flag in (
@@ -955,8 +1220,8 @@ class Trainer(ByHand, Report):
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
-                overflow = ~torch.isfinite(norm)
-                self.scale_good = torch.where(overflow, 0.0, self.scale_good + 1)
+                overflow = ~torch.isfinite(norm) & ~watch.halted  # what ran out of memory has no norm, and comes again
+                self.scale_good = torch.where(overflow, 0.0, self.scale_good + ~watch.halted)
                 grow = self.scale_good >= 2000
                 self.scale = torch.where(overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
                 self.scale_good = torch.where(grow, 0.0, self.scale_good)
@@ -971,7 +1236,7 @@ class Trainer(ByHand, Report):
                     moe_sums = expert_numbers(self.moe, moe_sums)
                 numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
             self.sparse = sparse
-            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers))
+            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers), self.marks)
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1005,10 +1270,11 @@ class Trainer(ByHand, Report):
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
-        step, cursor, turn, lr, numbers, arrived = self.pending
+        step, cursor, turn, lr, numbers, arrived, marks = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
+        self.measure(marks)
         numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
         ce, z, count, unread, oom, stop, save, control, check, square, writing, norm, bad, exploded = numbers
         if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
@@ -1052,12 +1318,23 @@ class Trainer(ByHand, Report):
 
     def look_ahead(self) -> None:
         """Where the run stands and where it will end; what is justified to do about its length."""
-        cfg, T, efficient = self.cfg, self.cfg.model.max_seq_len, self.cfg.enable_compute_efficiency
+        cfg, T = self.cfg, self.cfg.model.max_seq_len
         planned = self.rows_per_step * T * cfg.max_steps
         unique = sum(s.windows for s in self.sources.values()) * T
-        found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
-        if not found:
-            return
+        try:
+            found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
+        except Exception as error:  # arithmetic on whatever the losses were: to know more is not worth a run
+            self.say(f"forecast   none: {type(error).__name__}: {error}")
+            found = None
+        advice = self.said_of(found, planned, unique) if found else None
+        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
+            advice = self.parallel.broadcast(advice)
+        if advice:
+            self.orchestrator.shorten(advice)
+
+    def said_of(self, found: dict, planned: float, unique: int) -> str | None:
+        """Say what the forecast found; returns the advice."""
+        cfg, efficient = self.cfg, self.cfg.enable_compute_efficiency
         text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
         if "final" in found:
             text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
@@ -1071,11 +1348,7 @@ class Trainer(ByHand, Report):
         rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
         epochs = found["share"] * planned / max(1, unique)
         gain = found.get("anneal_gain", 0.0)
-        advice = plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
-        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
-            advice = self.parallel.broadcast(advice)
-        if advice:
-            self.orchestrator.shorten(advice)
+        return plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
@@ -1127,26 +1400,30 @@ class Trainer(ByHand, Report):
         checkpoints after it are set aside."""
         self.end_save()
         self.pending, self.step = None, note["step"]
-        for name in NUMBERS:
-            setattr(self, name, note.get(name, getattr(self, name)))
+        self.take_numbers(note)
         if self.main:
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
+        self.find_best()
+        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
+        self.restart_clock()
+        if self.bar:
+            self.bar.n = self.step
+
+    def find_best(self) -> None:
+        """The best step may be gone with what was set aside: then the best of those still there."""
+        if self.main:
             steps = checkpoint.list_steps(self.out)
             if self.best_step is not None and self.best_step not in steps:  # it is gone: the best of those still there
                 found = []
                 for step in steps:
                     with contextlib.suppress(UserError):
                         state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
-                        found += (
-                            [(state["val_loss"], step)] if state["evaluated_at"] == step and state["val_loss"] else []
-                        )
+                        ours = state.get("measured_on", self.measured_on) == self.measured_on
+                        if ours and state["evaluated_at"] == step and state["val_loss"]:
+                            found.append((state["val_loss"], step))
                 self.best_val_loss, self.best_step = min(found, default=(None, None))
         self.best_val_loss, self.best_step = self.parallel.broadcast((self.best_val_loss, self.best_step))
-        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
-        self.restart_clock()
-        if self.bar:
-            self.bar.n = self.step
 
     def raise_data_error(self) -> None:
         if self.data_error:
@@ -1154,7 +1431,26 @@ class Trainer(ByHand, Report):
 
     def diagnose(self, cursor: int) -> str | None:
         """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite, or
-        the parameter nearest to the loss whose gradient is not."""
+        the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
+        did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
+        cfg, par, why = self.cfg, self.parallel, ""
+        for rows in (cfg.batch_size, 1) if par.alone else (1,):
+            try:
+                return self.repeat_rows(cursor, rows)
+            except Exception as error:  # to know more is not worth a run
+                if not par.alone:
+                    raise
+                memory = isinstance(error, torch.OutOfMemoryError)
+                why = "no memory" if memory else f"{type(error).__name__}: {error}"
+            finally:
+                self.model.zero_grad(set_to_none=True)
+            free_memory(par.device)  # out here, where no traceback holds on to tensors any more
+            if not memory:
+                break
+        return f"not repeated on rank {par.rank}: {why}"
+
+    def repeat_rows(self, cursor: int, rows: int) -> str | None:
+        """diagnose() with so many rows a micro-step; gradients are left."""
         cfg, model, par, found = self.cfg, self.model, self.parallel, []
 
         def look(name):
@@ -1169,10 +1465,12 @@ class Trainer(ByHand, Report):
         index, count = par.rows()
         try:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                for micro in range(cfg.gradient_accumulation_steps):
-                    row = cursor + (micro * count + index) * cfg.batch_size
+                each = cfg.batch_size
+                for part in range(cfg.gradient_accumulation_steps * each // rows):
+                    micro, inside = divmod(part * rows, each)
+                    row = cursor + (micro * count + index) * each + inside
                     try:
-                        x, y = self.loader.batch(row, cfg.batch_size)
+                        x, y = self.loader.batch(row, rows)
                     except UserError as error:
                         if par.alone:
                             return error.text
@@ -1187,8 +1485,6 @@ class Trainer(ByHand, Report):
         if not found:
             bad = [n for n, p in model.named_parameters() if p.grad is not None and not par.finite(p.grad)]
             found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
-        for p in model.parameters():
-            p.grad = None
         return found[0] if found else None
 
     # ---- evaluation and saving
@@ -1283,6 +1579,8 @@ class Trainer(ByHand, Report):
         self.orchestrator.evaluated(row)
         bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
         best = " (best)" if new_best else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
+        if above_chance(self.val_loss, cfg.model.vocab_size):
+            best += f", worse than guessing ({math.log(cfg.model.vocab_size):.2f})"
         took = time.perf_counter() - began
         right = f"{100 * row['val_accuracy']:.1f} % right"
         self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
@@ -1294,9 +1592,10 @@ class Trainer(ByHand, Report):
         self.lap("evaluation")
         return new_best
 
-    def save(self, wait: bool = True) -> bool:
+    def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on. With `wait`
-        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save."""
+        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save. `prune` false: no
+        older checkpoint is deleted for it."""
         self.drain()
         self.end_save()
         self.lap("other")
@@ -1320,11 +1619,11 @@ class Trainer(ByHand, Report):
         self.clock += writing.stall
         self.lap("checkpoint")
         if wait:
-            return self.end_save()
+            return self.end_save(prune)
         par.set_patience(self.patience)
         return True
 
-    def end_save(self) -> bool:
+    def end_save(self, prune: bool = True) -> bool:
         """Wait for what is being written, agree, and give it its name."""
         if self.writing is None:
             return True
@@ -1353,7 +1652,8 @@ class Trainer(ByHand, Report):
             self.say(f"E307       {w.final} could not be written ({said}); the run goes on and tries again")
         else:
             with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next save
-                self.main and checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
+                if self.main and prune:
+                    checkpoint.prune(self.out, self.cfg.save_total_limit, self.cfg.keep_every, self.best_step)
             now = time.perf_counter()
             stall = w.stall + now - began
             beside = f", of which training waited {stall:.1f} s" if self.cfg.save_async else ""
@@ -1368,7 +1668,7 @@ class Trainer(ByHand, Report):
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = dataclasses.asdict(self.cfg)
         names = ("step", "cursor", *NUMBERS, "segments", "auto", "written", "model_written", "fingerprints", "versions")
-        names += ("attempt",)
+        names += ("attempt", "wandb_id")
         knobs, model = self.orchestrator.knobs, config["model"]  # what was changed on the way and matters to samplers
         model["routing_temperature"] = knobs.get("routing_temperature", model["routing_temperature"])
         if (c := knobs.get("mod_capacity")) is not None:
@@ -1376,6 +1676,7 @@ class Trainer(ByHand, Report):
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
         scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
+        extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
 
@@ -1390,15 +1691,31 @@ class Trainer(ByHand, Report):
         """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""
         return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
-    def scheduled_lr(self) -> float:
-        """The learning rate of this step, before the orchestrator's factor."""
-        return lr_at(self.cfg, self.step)
+    def scheduled_lr(self, step: int | None = None) -> float:
+        """The learning rate of a step, by default of this one, before the orchestrator's factor."""
+        return lr_at(self.cfg, self.step if step is None else step)
 
     def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited for.)"""
+        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited
+        for. While it waits for data a GPU computes, and only measure() knows how long it did not.)"""
         now = time.perf_counter()
-        self.spent[name] += now - self.lapped
+        self.spent["compute" if self.runs_ahead and name == "data" else name] += now - self.lapped
         self.lapped = now
+
+    def mark(self, name: str) -> None:
+        """On CUDA: what is in the queue since the last mark is `name`. Between the marks before and after a
+        wait for data, no work between them, lies the time for which the GPU had nothing to do. Never run on one."""
+        if self.runs_ahead:
+            self.marks.append((name, event_now()))
+
+    def measure(self, marks: list) -> None:
+        """Seconds between the marks of a turn that is over, into `spent` and, for what ranks compare, `on_device`."""
+        for (_, before), (name, after) in zip(marks, marks[1:]):
+            seconds = before.elapsed_time(after) / 1000  # it says milliseconds
+            self.on_device[name] = self.on_device.get(name, 0.0) + seconds
+            if name == "data":
+                self.spent["data"] += seconds
+                self.spent["compute"] -= seconds
 
     def restart_clock(self) -> None:
         self.clock, self.clock_step, self.logged = time.perf_counter(), self.step, dict(self.spent)
@@ -1414,17 +1731,22 @@ class Trainer(ByHand, Report):
         took = clock(time.time() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
         what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.spent.values())):.2f} %"
+        worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
+        what += f"; {worse}" if worse else ""
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
         if state == "finished" and self.main:
             self.suggest()
         asked = state == "stopped" and self.stop_signal == 2  # else it was a signal: a scheduler may start it again
-        self.write_status(state, code, "the last checkpoint could not be written" if code else "as asked for" * asked)
+        reason = "as asked for" if asked else worse if state == "finished" else ""
+        self.write_status(state, code, "the last checkpoint could not be written" if code else reason)
         self.close()
 
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
             self.loader.close()
+            if self.loader.sums:
+                self.loader.sums.end()
         self.close_writers()
         self.parallel.close()
 
@@ -1435,6 +1757,24 @@ def model_of(saved: checkpoint.Checkpoint, key: str = "") -> ModelConfig:
         return ModelConfig(**(saved.state.get(key) or saved.state["config"]["model"]))
     except (TypeError, ValueError, KeyError) as error:
         raise UserError("E306", f"{saved.path}: {type(error).__name__}: {error}") from error
+
+
+def text_sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lumen_wrote(file: Path) -> bool:
+    """Whether a config.yaml is as Lumen left it there."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    head, _, rest = text.partition("\n")
+    before = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "  # when no sum stood on top
+    return head == f"{WRITTEN} {text_sum(rest)}" or (head.startswith("data_dir: ") and before in text)
+
+
+def refuse_odd(what: str, tensor: torch.Tensor) -> None:
+    """E303 for NaN and inf, with which nothing can be trained."""
+    if value := checkpoint.odd(tensor):
+        raise UserError("E303", f"{what} holds {value}: whoever wrote it had diverged; take an earlier step")
 
 
 def to_host(numbers: torch.Tensor) -> tuple:
@@ -1448,17 +1788,37 @@ def to_host(numbers: torch.Tensor) -> tuple:
     return host, arrived
 
 
+def event_now():
+    """A CUDA event that is over when all that was queued before it is."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def peak_bytes(model: Transformer, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less."""
-    ids = torch.zeros(rows, model.cfg.max_seq_len, dtype=torch.long, device=device)
+    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less. Gradients
+    are added to those that are there, and stay."""
+    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
+    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)  # unlike ones: they go to many experts
     free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.compiler.set_stance("force_eager"):
         model(ids, targets=ids)[0].backward()
-    model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_reserved(device)
-    free_memory(device)
-    return peak
+    return torch.cuda.max_memory_reserved(device)
+
+
+def check_states(cfg: Config, layout: plan.Layout) -> None:
+    """E200 where not even one row would fit: before data is prepared, processes meet and anything is built."""
+    machine = plan.machine(cfg.device, cfg.precision, False, int(os.environ.get("LOCAL_RANK", 0)))
+    layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
+    try:  # a vocabulary that the data will name can only make it larger
+        model = plan.on_meta(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
+    have = plan.own_memory(machine.device)
+    why, sure = plan.misfit(model, layout, 1, layout.world, (machine.precision, "block"), have, cfg.target_memory)
+    if sure:
+        raise UserError("E200", why)
 
 
 def free_memory(device) -> None:
@@ -1553,14 +1913,17 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
     if flags.get("dry_run"):
         world = flags.setdefault("world_size", int(os.environ.get("WORLD_SIZE", 1)))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
-        if flags["hardware"].lower() in plan.NO_BF16 and cfg.precision != "fp32":
+        kind = flags["hardware"] = plan.hardware_key(flags["hardware"])
+        if kind in plan.NO_BF16 and cfg.precision != "fp32":
             cfg.precision = "mixed_fp16"
         layout = check(cfg, world) if check else plan.Layout(world)
+        here = plan.machine(cfg.device, "fp32", False).device.type if kind == "measured" else kind
+        layout = dataclasses.replace(layout, cuda=here not in ("cpu", "mps"))
         Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
     try:
-        if check:  # before data is prepared
-            check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        world = int(os.environ.get("WORLD_SIZE", 1))  # both before data is prepared
+        check_states(cfg, check(cfg, world) if check else plan.Layout(world))
         trainer = Trainer(argv, parallel)
     except UserError as error:
         refused(error)

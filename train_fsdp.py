@@ -8,6 +8,7 @@ data and checkpoints are train.py's; a checkpoint of any layout is read by any o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 
@@ -171,7 +172,8 @@ class Sharded(Parallel):
     def __init__(self, cfg: Config):
         layout = check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
         super().__init__(cfg)
-        self.layout, self.stage, kind = layout, cfg.zero_stage, self.device.type
+        self.stage, kind = cfg.zero_stage, self.device.type
+        self.layout = dataclasses.replace(layout, cuda=kind == "cuda")
         self.dense, self.sparse = meshes(kind, layout)
         self.replicas = self.dense.size(0) if self.dense.ndim == 2 else 1
         self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0

@@ -5,30 +5,844 @@ docstring: what was done, and what must be there afterwards.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from safetensors.torch import load_file, save_file
 
+import bench
 import checkpoint
-from errors import UserError
-from train import Trainer
+import loader
+import model_moe
+import orchestrator
+import plan
+import prepare_data
+import tokenizer
+import train
+import train_fsdp
+from config import build_config, read_config
+from errors import ERRORS, UserError
+from export import main as export_main
+from model import HeadLoss, ModelConfig, Transformer
+from prepare_data import main as prepare_main
+from prepare_data import prepare
+from train import Parallel, Trainer, main
 
 # ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
 
 
 # ---------------------------------------------------------------- what belongs to the data; moved and resumed runs
 
+TEXTS = {  # three languages; the third speaks as the first does
+    "a": "".join(f"the cat {i % 7} sat on the mat {i % 5} and slept\n\n" for i in range(900)),
+    "b": "".join(f"zwei {i % 9} kleine jecke {i % 4} fuhren quer durch xyz\n\n" for i in range(900)),
+}
+TEXTS["more"] = TEXTS["a"].replace("cat", "dog") * 2
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """Folders of data: `a` and `b` with a tokenizer each of equally many ids, `more` with a's, `bytes` with bytes."""
+    top = tmp_path_factory.mktemp("spoken")
+    for name, text in TEXTS.items():
+        (top / f"{name}.txt").write_text(text)
+    for name, source, spec in (
+        ("a", "a", "bpe:270"),
+        ("b", "b", "bpe:270"),
+        ("more", "more", str(top / "a")),
+        ("bytes", "a", "bytes"),
+    ):
+        options = {"val_fraction": 0.2, "max_doc_chars": 500, "workers": 1, "quiet": True}
+        prepare([str(top / f"{source}.txt")], str(top / name), spec, **options)
+    return top
+
+
+def speak(tiny, data, name="run", **changes) -> dict:
+    """Keys of a run on prepared data."""
+    keys = tiny(name, {"vocab_size": 0}, val_fraction=..., save_interval=2, max_steps=4)
+    return keys | {"data_dir": str(data)} | changes
+
+
+def trained(keys) -> Trainer:
+    trainer = Trainer(keys)
+    assert trainer.fit() == 0
+    return trainer
+
+
+def sum_of(data) -> str:
+    return json.loads((data / "manifest.json").read_text())["tokenizer"]["sha256"]
+
+
+def damage(folder, name: str, value: float) -> None:
+    """Put `value` into a tensor of a checkpoint, with all sums right again: so a run that diverged leaves it."""
+    file = Path(folder) / "rank_00000.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    manifest["files"][file.name] = {"sha256": checkpoint.sha256(file), "size": file.stat().st_size}
+    checkpoint.write_json(Path(folder) / "manifest.json", manifest | {"sha256": checkpoint.digest(manifest)})
+
+
+def test_weights_of_another_tokenizer(tiny, spoken, tmp_path, capsys):
+    """init_from a run whose tokenizer is not that of the data, of as many ids: trained from noise, without a word."""
+    first = trained(speak(tiny, spoken / "a", "first"))
+    fresh = speak(tiny, spoken / "b", "second", init_from=str(first.out))
+    for init_from in (first.out, checkpoint.step_dir(first.out, 2)):
+        with pytest.raises(UserError, match="E113.*--tokenizer") as error:
+            Trainer(fresh | {"init_from": str(init_from)})
+        assert all(sum_of(spoken / name) in error.value.text for name in "ab")
+    assert not Path(fresh["out_dir"]).exists(), "who is refused changes nothing"
+    meant = Trainer(fresh | {"allow_tokenizer_change": True})
+    assert any("another tokenizer" in line for line in meant.changes)
+    meant.close()
+    good = Trainer(speak(tiny, spoken / "more", "third", init_from=str(first.out)))
+    assert not good.changes
+    good.close()
+    with pytest.raises(UserError, match="E113.*--tokenizer"):  # not: ten keys of the model differ
+        Trainer(fresh | {"data_dir": str(spoken / "bytes")})
+    with pytest.raises(UserError, match="E305.*vocab_size: 270 there, 260 here.*--tokenizer"):
+        Trainer(fresh | {"data_dir": str(spoken / "bytes"), "allow_tokenizer_change": True})
+
+
+def test_weights_and_tokenizer_of_a_hugging_face_folder(tiny, spoken, tmp_path):
+    """The same from a Hugging Face folder, whose tokenizer.json another program wrote anew: its content counts."""
+    from export import from_hf, to_hf
+
+    first = trained(speak(tiny, spoken / "a", "first", model=tiny()["model"] | {"vocab_size": 0, "dropout": 0.0}))
+    to_hf(first.out, folder := tmp_path / "hf", say=print)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    del whole["model"]["name"]
+    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2))
+    from_hf(folder, tmp_path / "imported")
+    for source in (folder, tmp_path / "imported"):
+        Trainer(speak(tiny, spoken / "a", f"good {source.name}", init_from=str(source))).close()
+        with pytest.raises(UserError, match=f"E113.*{sum_of(spoken / 'b')}"):
+            Trainer(speak(tiny, spoken / "b", "bad", init_from=str(source)))
+    (folder / "tokenizer.json").unlink()
+    silent = Trainer(speak(tiny, spoken / "b", "silent", init_from=str(folder)))
+    assert sum("cannot say" in line for line in silent.changes) == 1, "nothing to compare: one note"
+    silent.close()
+
+
+def test_a_run_goes_on_with_another_tokenizer(tiny, spoken, capsys):
+    """allow_data_change onto data of another tokenizer: out_dir kept the first one's tokenizer.json, and all its text
+    was nonsense. Refused; where it is meant, each step is read with its own."""
+    import sample
+
+    keys = speak(tiny, spoken / "a", save_total_limit=0)
+    out = trained(keys).out
+    other = keys | {"data_dir": str(spoken / "b"), "max_steps": 6, "allow_data_change": True}
+    with pytest.raises(UserError, match=f"E113.*{sum_of(spoken / 'a')}.*{sum_of(spoken / 'b')}"):
+        Trainer(other)
+    assert (out / "tokenizer.json").read_bytes() == (spoken / "a/tokenizer.json").read_bytes()
+    trained(other | {"allow_tokenizer_change": True})
+    for name in ("tokenizer.json", "token_bytes.npy"):
+        assert (out / name).read_bytes() == (spoken / "b" / name).read_bytes()
+    for step, name in ((4, "a"), (6, "b")):
+        assert sample.load(out, step=step)[1].sha256 == sum_of(spoken / name)
+
+
+def test_numbers_of_another_validation_set_are_not_compared(tiny, spoken, capsys):
+    """A run went on with other data: the best of the old validation text stayed the best for ever, --best gave the old
+    model and patience counted against it. All of that begins anew, and is kept where the set is the same."""
+    keys = speak(tiny, spoken / "a", early_stopping_patience=5)
+    first = trained(keys)
+    assert first.best_step == 4
+
+    def again(**changes):
+        trainer = Trainer(keys | {"allow_data_change": True, "max_steps": 6} | changes)
+        found = trainer.best_val_loss, trainer.best_step, (trainer.out / "best.json").exists()
+        trainer.close()
+        return found
+
+    assert again() == (first.best_val_loss, 4, True), "the same set"
+    capsys.readouterr()
+    for change in ({"data_dir": str(spoken / "more")}, {"eval_tokens": 512}):
+        shutil.copytree(first.out, copy := Path(f"{first.out}-{len(change)}-{[*change][0]}"))
+        assert again(**change, out_dir=str(copy)) == (None, None, False), change
+        assert capsys.readouterr().out.count("begins anew") == 1
+    last = trained(keys | {"allow_data_change": True, "max_steps": 6, "data_dir": str(spoken / "more")})
+    assert last.best_step == 6 and checkpoint.best_step(last.out) == 6 and not last.evaluations_since_best
+
+
+def test_more_text_for_training_leaves_the_validation_set_as_it_is(tiny, shards, tmp_path):
+    """Shards were added, the val_ shard is the same: its best is still the best."""
+    shutil.copytree(shards, folder := tmp_path / "data")
+    (folder / "part_2.npy").rename(folder / "val_0.npy")
+    best = trained(tiny(data_dir=str(folder), max_steps=4)).best_val_loss
+    np.save(folder / "part_9.npy", np.arange(3000, dtype=np.uint16) % 97)
+    again = Trainer(tiny(data_dir=str(folder), max_steps=5, allow_data_change=True))
+    assert again.best_val_loss == best
+    again.close()
+
+
+def test_weights_that_are_nan(tiny, tmp_path):
+    """A run that diverged was taken as init_from: three steps, then "lower learning_rate". Its export was "a bug"."""
+    from export import from_hf, to_hf
+
+    first = trained(tiny("first", {"dropout": 0.0}, max_steps=4))
+    to_hf(first.out, tmp_path / "hf")
+    step, name = checkpoint.step_dir(first.out, 4), "blocks.1.attn.wo.weight"
+    damage(step, f"model.{name}", 1e6)
+    with pytest.raises(UserError, match=f"E400.*float16 cannot hold.*{name}"):
+        to_hf(first.out, tmp_path / "x", dtype="float16")
+    for value, word in ((math.nan, "NaN"), (-math.inf, "inf")):
+        damage(step, f"model.{name}", value)
+        with pytest.raises(UserError, match=f"E303.*{name} holds {word}"):
+            Trainer(tiny("second", init_from=str(step)))
+        with pytest.raises(UserError, match=f"E303.*{name} holds {word}"):
+            to_hf(first.out, tmp_path / "x", check=True)
+    damage(step, f"model.{name}", 0.0)
+    damage(step, f"optim.{name}.exp_avg_sq", math.inf)
+    with pytest.raises(UserError, match="E303.*exp_avg_sq holds inf"):
+        Trainer(tiny("first", {"dropout": 0.0}, max_steps=6))
+    file = tmp_path / "hf/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="E401.*norm.weight holds NaN"):
+        from_hf(tmp_path / "hf", tmp_path / "imported")
+    with pytest.raises(UserError, match="E303.*norm.weight holds NaN"):
+        Trainer(tiny("third", {"dropout": 0.0}, init_from=str(tmp_path / "hf")))
+
+
+def test_resume_from_an_older_step(tiny, tmp_path):
+    """`--resume out/x/step_00000004` of 12: to the same bytes as never stopped, in its own folder and in another."""
+    whole = trained(tiny("whole")).out
+    shutil.copytree(whole, own := tmp_path / "own")
+    (own / "control.jsonl").write_text('{"action": "stop"}\n')  # written to a course that is left now
+    older = {"resume": str(own / "step_00000004")}
+    again = Trainer(tiny("own", **older))
+    assert again.step == 4 and checkpoint.list_steps(own) == [4]
+    assert again.fit() == 0 and fingerprint(own, 12) == fingerprint(whole, 12) | {
+        "orchestrator": json.loads((own / "step_00000012/state.json").read_text())["orchestrator"]
+    }
+    assert (own / "step_00000012.rolled_back/manifest.json").exists(), "set aside, not deleted"
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    other = trained(tiny("other", resume=str(whole / "step_00000004"))).out
+    assert fingerprint(other, 12) == fingerprint(whole, 12)
+    assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}, "the original is untouched"
+
+
+def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys):
+    """The same command again, or a requeue of it: what was done since is gone on with, also where PATH was pruned
+    since; and a death before the first save begins at PATH again."""
+    whole = trained(tiny("whole")).out
+    for name, path in (("whole", whole / "step_00000004"), ("other", whole / "step_00000004")):
+        keys = tiny(name, resume=str(path))
+        Trainer(keys).close()  # and dies
+        trainer = Trainer(keys)
+        assert trainer.step == 4
+        trainer.stop_signal = 1
+        trainer.fit()
+        step = max(checkpoint.list_steps(trainer.out))
+        assert step > 4
+        if name == "other":
+            shutil.rmtree(path)
+        again = Trainer(keys)
+        assert again.step == step
+        again.close()
+    with pytest.raises(UserError, match="E300.*is of another: give a new out_dir"):
+        Trainer(tiny("other", resume=str(tmp_path / "whole")))
+    monkeypatch.setattr("train.prepare_first", None)  # nothing is prepared
+    capsys.readouterr()
+    for changes in ({"resume": "/no/such/step_00000004"}, {"resume": str(tmp_path)}, {"init_from": str(tmp_path)}):
+        with pytest.raises(UserError, match="E304: (resume|init_from): "):
+            Trainer(tiny("new", **changes))
+    assert not capsys.readouterr().out, "before the start block"
+
+
+def test_a_run_that_was_moved(tiny, tmp_path, capsys):
+    """`mv out/x out/y`, `cp -r out/x out/z`, then `train.py out/y/config.yaml`: a new run began at the old place."""
+    old = trained(tiny("old", max_steps=4)).out
+    shutil.copytree(old, copy := tmp_path / "copy")
+    old.rename(moved := tmp_path / "moved")
+    capsys.readouterr()
+    for folder in (moved, copy):
+        trainer = Trainer([str(folder / "config.yaml"), "--max_steps", "5"])
+        assert (trainer.out, trainer.step) == (folder, 4)
+        assert "it says" in capsys.readouterr().out
+        assert [c for c in trainer.changes if not c.startswith(("out_dir", "the learning rate"))] == [
+            "max_steps: 4 in the checkpoint, 5 now"
+        ]
+        assert trainer.fit() == 0 and not old.exists()
+        assert main([str(folder / "config.yaml")]) == 0 and "is finished at step 5" in capsys.readouterr().out
+    typed = Trainer([str(moved / "config.yaml"), "--out_dir", str(tmp_path / "typed")])
+    assert typed.out == tmp_path / "typed" and typed.step == 0 and "as typed" in capsys.readouterr().out
+    typed.close()
+
+
+def test_what_really_changed_is_said(tiny):
+    """44 lines `X: None in the checkpoint, Y now` for a run that was gone on with by its own config.yaml."""
+    keys = tiny("run", max_steps=4, seed=1337, warmup_steps=..., precision="auto")
+    out = trained(keys).out
+    again = Trainer([str(out / "config.yaml")])
+    assert not again.changes
+    again.close()
+    del keys["seed"]
+    again = Trainer(keys | {"orchestrator": {"check_interval": 7}, "min_lr": 1e-4})
+    assert again.changes == [
+        "min_lr: 0.00030000000000000003 in the checkpoint, 0.0001 now",
+        "orchestrator.check_interval: 100 in the checkpoint, 7 now",
+    ]
+    again.close()
+
+
+class TwoRanks(Parallel):
+    """One process that shares the rows of a step as two do."""
+
+    def rows(self):
+        return 0, 2
+
+
+def test_config_yaml_on_another_number_of_processes(tiny):
+    """out/x/config.yaml of one process on two: `batch_tokens is 16 rows, ... 32: drop one`."""
+    for name, changes in (("a", {}), ("b", {"batch_tokens": 128, "gradient_accumulation_steps": ...})):
+        first = trained(tiny(name, max_steps=2, **changes))
+        again = Trainer([str(first.out / "config.yaml"), "--out_dir", str(first.out) + "-two"], TwoRanks)
+        assert again.rows_per_step == first.rows_per_step == 4
+        again.close()
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
+    """Begun on one kind of device, gone on with on another: fp32, no compiling and slices were kept for ever, or
+    compiling where there is no compiler. What `auto` means is found anew, and said."""
+    keys = tiny("run", max_steps=4, precision="auto", compile_model="auto", deterministic="auto")
+    trained(keys)
+    real, auto = checkpoint.Checkpoint.__init__, {}
+
+    def older(self, path):
+        real(self, path)
+        self.state["auto"] |= auto
+        self.state["config"] |= {k: v for k, v in auto.items() if k in self.state["config"] and k != "device"}
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "__init__", older)
+    here = Trainer(keys)
+    had = here.cfg
+    here.close()
+    auto |= {"device": "cuda", "deterministic": False, "compile_model": True, "precision": "mixed_fp16"}
+    there = Trainer(keys)
+    for key in ("precision", "compile_model", "deterministic", "attention"):
+        assert getattr(there.cfg, key) == getattr(had, key)
+    assert {c.partition(":")[0] for c in there.changes} == {"precision", "compile_model", "deterministic"}
+    there.close()
+    auto |= {"device": "cpu", "deterministic": True, "precision": had.precision}
+    monkeypatch.setattr("plan.find_compiler", lambda: None)
+    there = Trainer(keys)
+    assert there.cfg.compile_model is False and "compile_model: True in the checkpoint, False now" in there.changes
+    there.close()
+
+
+def test_paths_with_home_and_variables(tiny, tmp_path, shards, monkeypatch):
+    """`out_dir: ~/runs` made a folder called ~, which somebody will remove with rm -rf ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WORK", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(shards)
+    first = trained(tiny(max_steps=2) | {"out_dir": "~/runs/x", "data_dir": "$WORK/data"})
+    assert first.out == tmp_path / "runs/x" and not Path("~").exists()
+    keys = tiny("second", max_steps=1, init_from="${WORK}/runs/x", data_dir=...)
+    trained(keys | {"data": {"sources": {"s": {"dir": "~/data"}}}})
+    keys = {"orchestrator": {"mode": "replay", "replay": "~/d.jsonl"}, "resume": "~/runs/x", "data_dir": "d"}
+    prepared = {"sources": ["~/a.txt", "stdlib"], "out": "$WORK/d", "val_sources": ["~/v.txt"]}
+    cfg = build_config({"model": {}, "prepare": prepared} | keys, str, [])
+    assert (cfg.orchestrator.replay, cfg.resume) == (f"{tmp_path}/d.jsonl", f"{tmp_path}/runs/x")
+    assert cfg.prepare["sources"] == [f"{tmp_path}/a.txt", "stdlib"] and cfg.prepare["out"] == f"{tmp_path}/d"
+    with pytest.raises(UserError, match=r"\$NOWHERE is not set"):
+        build_config({"model": {}, "data_dir": "d", "orchestrator": {}, "out_dir": "$NOWHERE/x"}, str, [])
+    (tmp_path / "a.txt").write_text(TEXTS["a"])
+    prepare_main(["~/a.txt", "--out=~/made", "--tokenizer", "bytes", "--quiet", "--workers", "1"])
+    assert (tmp_path / "made/manifest.json").exists() and not Path("~").exists()
+    assert checkpoint.main(["~/runs/x"]) == 0
+    export_main(["to_hf", "~/runs/x", "~/hf"])
+    assert (tmp_path / "hf/config.json").exists()
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_a_colleague_may_read_what_umask_allows(tiny, tmp_path, mask, mode):
+    """The .safetensors of checkpoints and exports were 0600, all else 0644."""
+    from export import to_hf
+
+    before = os.umask(mask)
+    try:
+        run = trained(tiny(max_steps=2)).out
+        to_hf(run, tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [*(run / "step_00000002").iterdir(), *(tmp_path / "hf").iterdir()]
+    assert {p.name: p.stat().st_mode & 0o777 for p in files} == {p.name: mode for p in files}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank_00000.safetensors"])
+def test_a_checkpoint_that_we_may_not_read(tiny, monkeypatch, capsys, name):
+    """Another user's 0600 files: "damaged", and the advice was to overwrite the run. It is unreadable, nothing else;
+    and no older step is trained on over it."""
+    out = trained(tiny(max_steps=6)).out
+    file, real, sha256 = out / "step_00000006" / name, Path.read_text, checkpoint.sha256
+
+    def look(do, path, *words, **more):
+        if Path(path) == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return do(path, *words, **more)
+
+    monkeypatch.setattr(Path, "read_text", lambda *a, **k: look(real, *a, **k))
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: look(sha256, path))
+    before = sorted(out.rglob("*"))
+    for do in (lambda: Trainer(tiny(max_steps=8)), lambda: checkpoint.find(out)):
+        with pytest.raises(UserError, match="E108.*cannot be read.*Permission denied") as error:
+            do()
+        assert "overwrite" not in str(error.value) and "damaged" not in str(error.value)
+    assert checkpoint.main([str(out)]) == 2
+    assert "CANNOT BE READ" in (said := capsys.readouterr().out) and "DAMAGED" not in said
+    assert sorted(out.rglob("*")) == before
+
+
+def test_files_that_are_not_ours(tiny, tmp_path, shards):
+    """A config.yaml with notes in the run's folder, a folder beside an export, step_notes.tmp: overwritten, gone."""
+    from export import to_hf
+
+    keys = tiny(max_steps=2)
+    (out := Path(keys["out_dir"])).mkdir()
+    (out / "step_notes.tmp").mkdir()
+    (out / "step_by_step.rolled_back").mkdir()
+    mine = "# my notes\n" + json.dumps(keys)
+    (out / "config.yaml").write_text(mine)
+    for steps in ("2", "3"):
+        Trainer(
+            [str(out / "config.yaml"), "--max_steps", steps, "--save_total_limit", "1"] + ["--out_dir", str(out)]
+        ).fit()
+        assert (out / "config.yaml").read_text() == mine
+    assert main([str(out / "resolved.yaml")]) == 0, "the resolved one runs, too"
+    theirs = trained(tiny("other", max_steps=2)).out / "config.yaml"
+    for text in (theirs.read_text(), theirs.read_text().partition("\n")[2]):  # as now, and as before there was a sum
+        theirs.write_text(text)
+        Trainer(tiny("other", max_steps=3)).close()
+        assert "max_steps: 3" in theirs.read_text() and not (theirs.parent / "resolved.yaml").exists()
+    theirs.write_text(edited := theirs.read_text().replace("max_steps: 3", "max_steps: 4  # a day more"))
+    Trainer([str(theirs)]).close()
+    assert theirs.read_text() == edited, "edited, it is the user's"
+    assert (out / "step_notes.tmp").is_dir() and (out / "step_by_step.rolled_back").is_dir()
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp/mine").write_text("notes")
+    with pytest.raises(UserError, match="E117.*x.tmp.*not ours"):
+        to_hf(out, tmp_path / "x")
+    assert (tmp_path / "x.tmp/mine").exists() and not (tmp_path / "x").exists()
+    (tmp_path / "y.tmp").mkdir()
+    (tmp_path / "y.tmp/.lumen").touch()  # left by an export that was killed
+    to_hf(out, tmp_path / "y")
+    assert not (tmp_path / "y.tmp").exists() and not (tmp_path / "y/.lumen").exists()
+
+
+def test_two_models_in_one_out_dir(tiny):
+    """The preset and a copy of it name one out_dir: ten keys differ, "use the model: block"."""
+    trained(tiny(max_steps=1))
+    with pytest.raises(UserError, match="E305.*n_layers: 2 there, 3 here.*another --out_dir"):
+        Trainer(tiny(model={"n_layers": 3}))
+    with pytest.raises(UserError, match="E118.*data_dir was") as error:
+        Trainer(tiny(val_fraction=0.1))
+    assert "out_dir" in str(error.value)
+    keys = tiny(init_from=tiny()["out_dir"], resume="none", overwrite=True)
+    with pytest.raises(UserError, match="E300.*overwrite: true would delete"):
+        Trainer(keys)
+    assert checkpoint.list_steps(keys["out_dir"]) == [1]
+
 
 # ---------------------------------------------------------------- text, shards, sums
+
+
+def bytes_data(folder, sources, **options) -> dict:
+    """Prepares with the tokenizer `bytes`; its manifest."""
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    return prepare_data.prepare(list(map(str, sources)), str(folder), "bytes", **{"quiet": True, **options})
+
+
+def read_back(folder, split="train") -> list[str]:
+    """The documents of a split, found by the end-of-text id alone."""
+    made = tokenizer.load(str(folder))
+    files = sorted(Path(folder).glob(f"{split}_*[0-9].npy"))
+    text = made.decode(np.concatenate([np.load(f) for f in files])) if files else ""
+    assert text.endswith("<|endoftext|>") or not text
+    return text.split("<|endoftext|>")[:-1]
+
+
+BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i in range(900))
+
+
+def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
+    """A text file too long to be read at once, between notes: it lies in one split, whole and with one end, whatever
+    the seed, the shards and the number of workers."""
+    monkeypatch.setattr(prepare_data, "PIECE", 7_000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "book.txt").write_text(BOOK)
+    (tmp_path / "in" / "notes.jsonl").write_text("".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(30)))
+    (tmp_path / "in" / "same.txt").write_text(BOOK + "\n\n")  # duplicates are told by document too
+    (tmp_path / "in" / "z.jsonl").write_text(json.dumps({"text": BOOK}))
+    sides = set()
+    for seed in (1, 2, 3):
+        out = tmp_path / f"out{seed}"
+        manifest = bytes_data(out, tmp_path / "in", seed=seed, val_fraction=0.3, shard_tokens=7000, max_doc_chars=900)
+        train, val = read_back(out), read_back(out, "val")
+        assert (BOOK in train) + (BOOK in val) == 1 and len(train) + len(val) == 31 == manifest["counts"]["kept"]
+        assert manifest["counts"]["dropped"] == {"E107": 2} and manifest["counts"]["cut"] == 1
+        assert [manifest["splits"][s]["docs"] for s in ("train", "val")] == [len(train), len(val)]
+        assert json.loads((out / "report.json").read_text())["counts"]["parts"] > 80
+        sides.add(BOOK in val)
+    assert sides == {True, False}
+
+
+def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypatch):
+    """The preparation of long files ends at each of its journals: what goes on from there gives the same bytes."""
+    monkeypatch.setattr(prepare_data, "PIECE", 5_000)
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate((BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))):
+        (tmp_path / "in" / f"{i}.txt").write_text(text, newline="")
+    options = {"shard_tokens": 3_000, "max_doc_chars": 1_000, "val_fraction": 0.4}
+    whole = bytes_data(tmp_path / "whole", tmp_path / "in", **options)
+    journal, stops = prepare_data.Output.journal, 0
+
+    def stop(self):
+        journal(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data.Output, "journal", stop)
+    while True:
+        try:
+            again = bytes_data(tmp_path / "again", tmp_path / "in", **options)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 5 and again["counts"]["cleaned"] == 1 and again["counts"]["dropped"] == {"E107": 1}
+    for file in sorted((tmp_path / "whole").glob("*.*")):
+        if file.name != "manifest.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+    assert again["fingerprint"] == whole["fingerprint"]
+
+
+def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
+    """All the text is one long file: a share of it, its end, is held out, and the rest has one end of text."""
+    monkeypatch.setattr(prepare_data, "PIECE", 12_000)
+    (tmp_path / "book.txt").write_text(BOOK)
+    for fraction in (0.05, 0.4):  # it is drawn for training, or for validation
+        out = tmp_path / f"{fraction}"
+        manifest = bytes_data(out, tmp_path / "book.txt", val_fraction=fraction, shard_tokens=5000)
+        (head,), (tail,) = read_back(out), read_back(out, "val")
+        assert head + tail == BOOK and tail.startswith("Line")
+        assert fraction / 2 < len(tail) / len(BOOK) < 2 * fraction
+        assert manifest["counts"]["tail_held_out"] == 1
+
+
+def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
+    """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is named."""
+    monkeypatch.setattr(prepare_data, "PIECE", 9_000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode())
+    (tmp_path / "in" / "b.txt").write_text("a good one")
+    with pytest.raises(UserError, match="E109.*whole files lost.*a.txt") as caught:
+        bytes_data(tmp_path / "out", tmp_path / "in")
+    assert f"a.txt:{1 + BOOK.count(chr(10), 0, 30_000)}:" in caught.value.text and "--max_bad" in caught.value.text
+
+
+def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, capsys):
+    """Half of the text is drawn for validation where five percent were asked for: a line says so."""
+    rows = [{"text": f"short {i}"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + [{"text": "long " * 2000}]))
+    said = set()
+    for seed in range(6):
+        manifest = bytes_data(tmp_path / f"{seed}", tmp_path / "a.jsonl", seed=seed, val_fraction=0.2, quiet=False)
+        tokens = [manifest["splits"][s]["tokens"] for s in ("train", "val")]
+        far = not 0.1 <= tokens[1] / sum(tokens) <= 0.4
+        assert ("were asked for" in capsys.readouterr().out) == far
+        said.add(far)
+    assert True in said
+
+
+def old_rules(folder) -> None:
+    """Makes of a prepared folder one as the Lumen before this one left it."""
+    for name in ("manifest.json", "progress.json"):
+        if (path := Path(folder, name)).exists():
+            whole = json.loads(path.read_text())
+            whole["provenance"].pop("rules", None)
+            whole["provenance"].pop("not_read", None)
+            whole["provenance"]["inputs"] = [row[:8] for row in whole["provenance"]["inputs"]]
+            whole.get("state", {}).pop("open", None)
+            path.write_text(json.dumps(whole))
+
+
+def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
+    """The sources of finished data are prepared again after an upgrade: they are reused, and where documents were cut
+    a note says what is in them. What was begun is begun anew."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(BOOK)
+    (tmp_path / "in" / "b.txt").write_text("short")
+    made = bytes_data(tmp_path / "out", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)
+    old_rules(tmp_path / "out")
+    (tmp_path / "in" / "._a.txt").write_bytes(b"\x00\x05\x16\x07")
+    again = bytes_data(tmp_path / "out", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False)
+    said = capsys.readouterr().out
+    assert again["fingerprint"] == made["fingerprint"] and "end-of-text at every cut" in said and "--verify" in said
+
+    journal = prepare_data.Output.journal
+    for path in (tmp_path / "in").glob("[0-9]*"):
+        path.unlink()
+    (tmp_path / "in" / "c.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 900}) + "\n" for i in range(30)))
+
+    def stop(self):
+        journal(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data.Output, "journal", stop)
+        bytes_data(tmp_path / "half", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)
+    old_rules(tmp_path / "half")
+    half = bytes_data(tmp_path / "half", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False)
+    assert "begun anew" in capsys.readouterr().out
+    assert (
+        half["fingerprint"]
+        == bytes_data(tmp_path / "new", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)["fingerprint"]
+    )
+
+
+def test_a_run_of_a_million_letters(tmp_path):
+    """Genomes, ruled lines, base64 of zeros, and a blank file of a million spaces: a vocabulary is trained on them
+    and written; no token is longer than 128 bytes; what comes back is the text."""
+    for text in ("Some words. " * 80 + "N" * 200_000, "=" * 200_000 + "x", "ab" * 99_000, "x" + " " * 10**6 + "y"):
+        made = tokenizer.train_bpe([text], 600)
+        assert max(map(len, made.ranks)) <= tokenizer.LONGEST_TOKEN == 128
+        assert made.decode(made.encode(text)) == text and made.token_bytes().max() <= 128 and len(made.sha256) == 64
+
+
+def test_a_foreign_vocabulary_with_a_token_of_70000_letters(tmp_path):
+    """A tokenizer.json of somebody who trained without such a limit: it is read, written and measured."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"N" * 2**k: 255 + k for k in range(1, 17)}
+    made = tokenizer.Tokenizer("x", ranks, {name: 300 + i for i, name in enumerate(tokenizer.SPECIALS)})
+    made.save(tmp_path / "tokenizer.json")
+    again = tokenizer.load(str(tmp_path))
+    assert again.ranks == made.ranks and again.token_bytes().max() == 2**16
+    assert again.encode("N" * 2**16).tolist() == [255 + 16]
+
+
+def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
+    """One folder of the source is shut: that is an error, not half of the text."""
+    for name in ("open", "shut"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.txt").write_text(name)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="E108.*shut cannot be entered: Permission denied"):
+        bytes_data(tmp_path / "out", tmp_path / "in")
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    """A source with everything in it that is no text for us: each kind is counted and named in one line."""
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "x.txt").write_text("hidden")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "y.txt").write_text("elsewhere")
+    os.symlink(tmp_path / "else", folder / "link")
+    os.mkfifo(folder / "pipe")
+    (folder / "good.txt").write_text("good text " * 300)
+    (folder / "._good.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    for name in ("a.pdf", "b.pdf", "LICENSE"):
+        (folder / name).write_text("x")
+    bytes_data(folder / "data", folder)  # a data set of ours, in the source of the next
+    capsys.readouterr()
+    bytes_data(tmp_path / "out", folder, quiet=False)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not read:")]
+    for line in ("1 hidden folders, as .git", "1 links to folders, as link", "1 folders of prepared data, as data",
+                 "1 AppleDouble files, as ._good.txt", "1 pipes, sockets and dead links, as pipe",
+                 "3 files of other endings: .pdf 2, none 1"):  # fmt: skip
+        assert f"not read: {line}" in said
+    assert len(said) == 6 and json.loads((tmp_path / "out" / "report.json").read_text())["not_read"]["ending .pdf"]
+    assert [*read_back(tmp_path / "out"), *read_back(tmp_path / "out", "val")] != ["hidden"]
+
+
+def test_data_are_prepared_into_a_folder_inside_their_source(tmp_path, monkeypatch):
+    """--out texts/prepared: the same command finds it again, and goes on after it was killed there."""
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 20)
+    journal = prepare_data.Output.journal
+
+    def stop(self):
+        journal(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_data.Output, "journal", stop)
+        bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900)
+    (tmp_path / "prepared.error.json").write_text("{}")  # what train.py leaves where ranks must hear of an error
+    made = bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900)
+    assert bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900) == made and made["counts"]["rows"] == 40
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    """A file name in latin-1, good or with bad text in it: the second start finds the data, also of an older Lumen."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"caf\xe8.txt", b"b.txt"):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_text(f"a good text {len(name)} {name[3]}")
+    Path(os.fsdecode(bytes(folder) + b"/bad\xe9.txt")).write_bytes(b"\xff")
+    made = bytes_data(tmp_path / "out", folder, max_bad=1)
+    assert bytes_data(tmp_path / "out", folder, max_bad=1) == made
+    path = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["file"]
+    assert os.path.exists(path) and "bad" in path
+    old_rules(tmp_path / "out")
+    whole = (tmp_path / "out" / "manifest.json").read_text()
+    for escape in ("\\udce9", "\\udce8"):
+        whole = whole.replace(escape, "?")
+    (tmp_path / "out" / "manifest.json").write_text(whole)
+    assert bytes_data(tmp_path / "out", folder, max_bad=1)["fingerprint"] == made["fingerprint"]
+
+
+def test_two_runs_prepare_one_folder(tmp_path, capsys):
+    """The second of a sweep comes while the first prepares: it waits, says so, and takes what is made. Nothing tells
+    anybody to delete a folder."""
+    (tmp_path / "a.txt").write_text("text " * 900)
+    made, out = [], tmp_path / "out"
+    with prepare_data.holding(str(out)):
+        second = threading.Thread(
+            target=lambda: made.append(bytes_data(out, tmp_path / "a.txt", quiet=False)), daemon=True
+        )
+        second.start()
+        said, until = "", time.time() + 20
+        while "waiting for it" not in said and time.time() < until:
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+        assert "waiting for it" in said and not made
+    second.join(20)  # the first had nothing to leave there: its empty folder is gone, and made again
+    assert made and (out / "manifest.json").exists()
+    assert not [text for pair in ERRORS.values() for text in pair if "delete" in text]
+
+
+def test_ctrl_c_while_workers_prepare(tmp_path):
+    """Ctrl-C on the terminal reaches all processes: no traceback of any, and the same command goes on."""
+    words = [sys.executable, "prepare_data.py", "synthetic:30000", "--out", str(tmp_path / "out")]
+    words += ["--tokenizer", "bytes", "--workers", "2", "--shard_tokens", "100000"]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "out" / "progress.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)  # the workers are importing now
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+def make_hole(folder, fill: int) -> str:
+    """A hole in the first shard, as a broken copy leaves it: same size. Its path."""
+    path = Path(folder) / "train_00000.npy"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes([fill]) * (len(data) // 2 - len(data) // 3)
+    path.write_bytes(data)
+    return str(path)
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+def test_a_shard_with_a_hole(fill, tiny, tmp_path):
+    """100,000 zeros, or ids that no tokenizer has, in a shard of the right size: the run says which shard it is, saves
+    and stops, instead of training on them; --verify says the same."""
+    made = bytes_data(tmp_path / "data", "synthetic:60")
+    config = tiny(data_dir=str(tmp_path / "data"), max_steps=100_000, model={"vocab_size": 260}, log_interval=1000)
+    config |= {"save_interval": 100_000, "eval_interval": 0}
+    trainer = Trainer(config | {"max_steps": 3, "out_dir": str(tmp_path / "good")})
+    trainer.loader.sums.thread.join(20)
+    trainer.fit()
+    verified = read_lines(tmp_path / "good" / "verified.jsonl")
+    assert {row["sha256"] for row in verified} == {s["sha256"] for x in made["splits"].values() for s in x["shards"]}
+    prepare_data.main(["--verify", str(tmp_path / "data")])
+    path = make_hole(tmp_path / "data", fill)
+    with pytest.raises(UserError, match="E111") as caught:
+        trainer = Trainer(config)
+        if fill == 0:
+            trainer.loader.sums.thread.join(20)
+        trainer.fit()
+    assert path in caught.value.text and checkpoint.list_steps(trainer.out)
+    with pytest.raises(UserError, match="E111.*train_00000"):
+        prepare_data.main(["--verify", str(tmp_path / "data")])
+
+
+@pytest.mark.nightly
+def test_two_ranks_hear_of_a_hole(tiny, tmp_path):
+    """Rank 0 finds a wrong sum: both ranks end with E111 and a checkpoint, none waits for the other."""
+    bytes_data(tmp_path / "data", "synthetic:60")
+    path = make_hole(tmp_path / "data", 0)
+    config = tiny(data_dir=str(tmp_path / "data"), max_steps=100_000, model={"vocab_size": 260}, log_interval=1000)
+    result = run_python("train.py", write_yaml(tmp_path / "c.yaml", config | {"save_interval": 100_000}), ranks=2)
+    assert result.returncode == 1 and f"error E111: shard {path}" in result.stderr and "E601" not in result.stderr
+    assert checkpoint.list_steps(Path(config["out_dir"]))
+
+
+def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
+    """A run is resumed: shards that were verified and were not touched since are not read again; one that was is."""
+    bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
+    read, real = [], loader.sha256_of
+    monkeypatch.setattr(loader, "sha256_of", lambda path, *more: read.append(path) or real(path, *more))
+    for touched, wanted in ((False, None), (False, 0), (True, 1)):
+        source = loader.Source(str(tmp_path / "data"), "train", 16)
+        if touched:
+            os.utime(source.shards[0].path, (1, 1))
+            source = loader.Source(str(tmp_path / "data"), "train", 16)
+        read.clear()
+        sums = loader.Sums([source], str(tmp_path / "verified.jsonl"))
+        sums.thread.join(20)
+        assert sums.error is None and len(read) == (len(source.shards) if wanted is None else wanted)
+
+
+def test_text_is_given_where_tokens_belong(tmp_path):
+    """--data_dir my_texts, or a .jsonl: the message says what to type; nobody is told to write into it."""
+    (tmp_path / "my_texts" / "sub").mkdir(parents=True)
+    (tmp_path / "my_texts" / "sub" / "a.md").write_text("text")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for name, stem in (("my_texts", "my_texts"), ("rows.jsonl", "rows")):
+        with pytest.raises(UserError, match="E110.*is text, not tokens") as caught:
+            loader.Source(str(tmp_path / name), "train", 8)
+        assert f"python prepare_data.py {tmp_path / name} --out data/{stem}" in caught.value.text
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="E110.*--out data/NAME"):
+        loader.Source(str(tmp_path / "pictures"), "train", 8)
+
+
+def test_objects_over_several_lines(tmp_path):
+    """Three records, each over several lines, in a .jsonl or one after the other in a .json: they are read."""
+    records = "\n".join(json.dumps({"text": f"record {i}"}, indent=2) for i in range(3))
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(records)
+        assert bytes_data(tmp_path / f"out {name}", tmp_path / name, val_fraction=0)["counts"]["kept"] == 3
+    (tmp_path / "b.jsonl").write_text(records + "\n{")  # the cause is named once, not at each line
+    with pytest.raises(UserError, match="E109.*1 of 4 rows"):
+        bytes_data(tmp_path / "out b", tmp_path / "b.jsonl", val_fraction=0)
+
+
+def test_one_byte_of_text(tmp_path, capsys):
+    """A text of one letter is no data to train on: it is not called ready, and numbers in its manifest are numbers."""
+    (tmp_path / "a.txt").write_text("a")
+    made = bytes_data(tmp_path / "out", tmp_path / "a.txt", quiet=False)
+    assert "is ready" not in capsys.readouterr().out and read_back(tmp_path / "out") == ["a"]
+    assert type(made["counts"]["cut"]) is int and type(made["counts"]["cleaned"]) is int
 
 
 # ---------------------------------------------------------------- words on the command line and in the YAML
@@ -37,8 +851,742 @@ from train import Trainer
 # ---------------------------------------------------------------- what does not fit
 
 
+def memory_of(monkeypatch, size: float) -> None:
+    """This machine has `size` bytes."""
+    monkeypatch.setattr(plan, "total_memory", lambda device: size)
+
+
+def forbid(monkeypatch, *names) -> None:
+    """Whoever prepares data, meets others or builds a model fails the test."""
+    for name in names:
+        monkeypatch.setattr(train, name, lambda *a, **k: pytest.fail("too late: something was begun"))
+
+
+@pytest.mark.parametrize("name", ["b1", "b3_inference"])
+def test_a_preset_that_no_batch_size_makes_fit_is_refused_at_once(monkeypatch, name):
+    """`python train.py b1` on a laptop: refused before data are prepared, with what would hold it; nothing grows."""
+    memory_of(monkeypatch, 16 << 30)
+    forbid(monkeypatch, "prepare_first", "Transformer", "Parallel")
+    with pytest.raises(UserError) as e:
+        train.main([name])
+    text, whole = e.value.text, {"b1": "118.6 GiB a process, and there are 16.0 GiB", "b3_inference": "44.3 GiB"}
+    assert (e.value.code, e.value.exit_code) == ("E200", 2) and whole[name] in text and "no batch_size helps" in text
+    assert {"b1": "a GPU of 192 GB", "b3_inference": "a GPU of 80 GB"}[name] in text
+    assert {"b1": "train_fsdp.py needs 2 x 80 GB", "b3_inference": "train_fsdp.py needs 1 x 80 GB"}[name] in text
+
+
+def test_a_model_without_a_vocabulary_yet_is_refused_before_its_text_is_read(monkeypatch, tiny, tmp_path):
+    """vocab_size comes with data that are still to be prepared; the layers alone are too much."""
+    memory_of(monkeypatch, 1 << 30)
+    forbid(monkeypatch, "prepare_first", "Parallel")
+    keys = tiny(prepare={"sources": ["stdlib"]}, data_dir=..., model={"d_model": 2048, "n_layers": 24, "d_ff": 8192})
+    del keys["model"]["vocab_size"]
+    with pytest.raises(UserError, match="E200.*alone"):
+        train.main([str(write_yaml(tmp_path / "c.yaml", keys))])
+
+
+def test_what_is_too_large_for_whole_copies_may_fit_in_parts(monkeypatch):
+    """b1 on eight machines of 20 GiB: train.py keeps a copy on each and is refused, train_fsdp.py is not; on two it
+    is, by its own layout."""
+    memory_of(monkeypatch, 20 << 30)
+    cfg = read_config(["b1"])[0]
+    train.check_states(cfg, train_fsdp.check(cfg, 8))
+    for layout in (plan.Layout(8), train_fsdp.check(cfg, 2)):
+        with pytest.raises(UserError, match="E200.* gradients and moments alone"):
+            train.check_states(cfg, layout)
+
+
+def wide(tiny, **changes):
+    """A run whose activations are many times its states."""
+    return tiny(batch_size=64, model={"max_seq_len": 128, "dropout": 0.0}, max_steps=1, **changes)
+
+
+def need(keys) -> float:
+    cfg = train.build_config(keys | {"orchestrator": {}}, lambda key: "test", [])
+    rows = (cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps // cfg.batch_size)
+    model, how = plan.on_meta(cfg.model), ("fp32", cfg.activation_checkpointing)
+    return plan.rank_memory(model, plan.Layout(cuda=False), *rows, *how, plan.IMBALANCE)["total"]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.1])
+def test_too_many_rows_are_refused_and_what_is_named_instead_fits(monkeypatch, tiny, share):
+    """A batch that needs more than there is: the message names a batch_size and a recomputation, and each starts."""
+    keys = wide(tiny)
+    memory_of(monkeypatch, need(keys) * share)
+    with pytest.raises(UserError, match="E200") as e:
+        Trainer(keys)
+    assert not Path(keys["out_dir"]).exists()
+    named = [dict(pair.split(": ") for pair in words.split(" with ")) for words in re.findall(
+        r"((?:\w+: \w+)(?: with \w+: \w+)*)(?= or | would fit)", e.value.text)]  # fmt: skip
+    assert len(named) == 3 and {"batch_size", "activation_checkpointing"} == {k for found in named for k in found}
+    for found in named:
+        Trainer(keys | {k: int(v) if v.isdigit() else v for k, v in found.items()}).loader.close()
+
+
+def test_what_may_fit_is_advised_against_and_tried(monkeypatch, tiny, capsys):
+    """The estimate is a few percent above the memory, and may be wrong by that: the run starts, with a warning."""
+    keys = wide(tiny)
+    memory_of(monkeypatch, need(keys) / 1.07)
+    Trainer(keys).loader.close()
+    assert re.search(r"advice     this may not fit: about .* would fit", capsys.readouterr().out)
+    memory_of(monkeypatch, need(keys) * 1.01)
+    Trainer(keys | {"out_dir": keys["out_dir"] + "-2"}).loader.close()
+    assert "not fit" not in capsys.readouterr().out
+
+
+def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
+    """Its question is what would fit: it says that this does not, also where batch_size: auto finds nothing."""
+    memory_of(monkeypatch, 1000)
+    keys = tiny(batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4})
+    monkeypatch.setattr(train, "pick_back_end", lambda *a: pytest.fail("experts were made"))
+    assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
+    assert "this will not fit: weights, gradients and moments alone" in out and "cheapest   none" in out
+
+
+def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
+    """The trainer's probe meets a GPU of so many bytes, of which r rows take need(r): what does not fit ends in the
+    middle of backward. Made up: never run on a GPU."""
+
+    def peak(model, rows, device):
+        held = sum(p.grad is not None for p in model.parameters())
+        step = trainer.rows_per_step
+        assert held == (len(list(model.parameters())) if rows < step else 0), "an earlier micro-step's gradients"
+        ids = torch.zeros(2, 32, dtype=torch.long)
+        total, hook = model(ids, targets=ids)[0], model.blocks[0].attn.wqkv.weight.register_hook
+        hook = hook(lambda grad: full() if need(rows) > memory else None)
+        try:
+            total.backward()
+        finally:
+            hook.remove()
+        return need(rows)
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+
+    monkeypatch.setattr(train, "peak_bytes", peak)
+    memory_of(monkeypatch, memory)
+
+
+def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
+    """batch_size: auto drew a straight line through one and two rows, but the loss takes only so many logits at a time:
+    32 rows were found where 64 fitted, by the plan's own numbers."""
+    trainer = Trainer(tiny(model={"dropout": 0.0}))
+    for name, memory in (("gpt2_124m", 80e9), ("moe_124m", 80e9), ("lumi_base", 24e9)):
+        keys = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        cfg = ModelConfig(**keys["model"])
+        n, rows = plan.count(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
+        need = functools.cache(lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"])
+        on_a_gpu(monkeypatch, trainer, memory, need)
+        trainer.rows_per_step = rows
+        trainer.probe()
+        best = max(r for r in range(1, rows + 1) if rows % r == 0 and need(r) <= 0.92 * memory)
+        assert 1 < best < rows and trainer.cfg.batch_size == trainer.auto["micro_batch"] == best
+    trainer.loader.close()
+
+
+def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
+    """In the middle of backward, at one of the sizes it tries: what lay in .grad then was trained on. And where one row
+    is too much it says so; torch's error came out of it as a traceback."""
+    whole, trainer = (Trainer(tiny(name, model={"dropout": 0.0}, max_steps=2)) for name in ("whole", "run"))
+    on_a_gpu(monkeypatch, trainer, 2500, lambda rows: 1000 * rows)
+    trainer.probe()
+    assert trainer.cfg.batch_size == 2 and all(p.grad is None for p in trainer.model.parameters())
+    on_a_gpu(monkeypatch, trainer, 900, lambda rows: 1000 * rows)
+    with pytest.raises(UserError, match="E200: batch_size: auto.*one row does not fit") as e:
+        trainer.probe()
+    assert e.value.exit_code == 2 and all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.fit() == whole.fit() == 0
+    assert fingerprint(trainer.out, 2) == fingerprint(whole.out, 2)
+
+
+def test_memory_that_holds_only_files_is_free_for_snapshots(tmp_path):
+    """A container has read its data and the kernel keeps the pages: they count as used, and are given to whoever asks.
+    Limits may lie above the process's own group, as Slurm's do, and be of cgroups' version 1 or 2."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 200 kB\nMemAvailable:       104857600 kB\n")
+    assert plan.available_memory(tmp_path) == 100 << 30
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/x\n3:memory:/job/step\n0::/job/step\n")
+    for root, job, names in (
+        ("sys/fs/cgroup", "job", ("memory.max", "memory.current", "")),
+        ("sys/fs/cgroup/memory", "job/step", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+        ("sys/fs/cgroup/memory", "", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),  # a container's
+    ):
+        folder = tmp_path / root / job
+        folder.mkdir(parents=True)
+        (folder / names[0]).write_text(f"{64 << 30}\n")
+        (folder / names[1]).write_text(f"{63 << 30}\n")
+        assert plan.available_memory(tmp_path) == 1 << 30
+        lines = f"anon 5\n{names[2]}active_file {20 << 30}\n{names[2]}inactive_file {33 << 30}\n"
+        (folder / "memory.stat").write_text(lines)
+        assert plan.available_memory(tmp_path) == 54 << 30 and (64 << 30) in [n for n, _ in plan.cgroups(tmp_path)]
+        shutil.rmtree(tmp_path / "sys")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert plan.cgroups(tmp_path) == [] and plan.available_memory(tmp_path) == 100 << 30
+
+
+def test_where_the_system_does_not_say_what_is_free_there_are_snapshots(tmp_path):
+    """macOS has no /proc: nothing counted as free, so there was never a snapshot."""
+    assert plan.available_memory(tmp_path) == plan.total_memory("cpu") // 2 > 0
+
+
+def test_pinned_snapshots_count_as_large_as_torch_makes_them(monkeypatch):
+    """CUDA's host allocator rounds up to powers of two: what seemed to fit was up to twice as much."""
+    snapshots = orchestrator.Snapshots(None, True)
+    sizes = {"a": (3, True), "b": (1025, True), "c": (1025, False), "none": (0, True)}
+    regions = {k: types.SimpleNamespace(numel=lambda n=n: n, element_size=lambda: 4, is_cuda=c) for k, (n, c) in
+               sizes.items()}  # fmt: skip
+    monkeypatch.setattr(snapshots, "regions", lambda: regions)
+    assert snapshots.size() == 16 + 8192 + 4100
+
+
 # ---------------------------------------------------------------- numbers
+
+
+KINDS = {
+    "dense": {},
+    "moe": {"n_experts": 4, "d_expert": 32, "capacity_factor": 1.0},
+    "mod": {"mod_capacity": 0.5},
+    "hybrid": {"n_experts": 4, "d_expert": 32, "mod_capacity": 0.5, "mod_ffn_only": True},
+}
+
+
+def gradients(kind="dense", recompute="none", compiled=False, **more) -> dict[str, torch.Tensor]:
+    """Of a tiny model's second turn on the same ids."""
+    sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 48, "max_seq_len": 32}
+    model = Transformer(ModelConfig(**sizes | KINDS[kind] | more))
+    model.init_weights(0)
+    model.recompute = recompute
+    for block in model.blocks if compiled else ():
+        block.compile()
+    x, y = (torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(7)
+        model(x, targets=y)[0].backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def apart(a: dict, b: dict) -> float:
+    """The largest relative difference of two gradients, parameter by parameter."""
+    return max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-6)).item() for n in b)
+
+
+def test_selective_recomputation_of_a_compiled_model():
+    """--dry_run advises activation_checkpointing: selective, and on a GPU models are compiled: the first backward pass
+    crashed. Its gradients are those of the plain model."""
+    assert apart(gradients(recompute="selective", compiled=True), gradients()) < 1e-5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("noise", ({}, {"dropout": 0.5, "router_jitter": 0.5}), ids=("still", "noise"))
+@pytest.mark.parametrize("recompute", ("selective", "block"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
+    """As above, with experts, depths and both; with dropout and jitter the same numbers are drawn again: the gradient
+    is that of the loss, seen along itself."""
+    torch._dynamo.reset()
+    if not noise:
+        assert apart(gradients(kind, recompute, True), gradients(kind)) < 1e-4
+        return
+    sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 48, "max_seq_len": 32}
+    model = Transformer(ModelConfig(**sizes | KINDS[kind] | noise))
+    model.init_weights(0)
+    model.recompute = recompute
+    for block in model.blocks:
+        block.compile()
+    x, y = (torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
+
+    def loss(moved=0.0):
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), along):
+                p.add_(d, alpha=moved)
+        total = model(x, targets=y)[0]
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), along):
+                p.sub_(d, alpha=moved)
+        return total
+
+    along = [torch.zeros_like(p) for p in model.parameters()]
+    loss().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    along = [p.grad / norm for p in model.parameters()]
+    assert (loss(0.01) - loss(-0.01)).item() / 0.02 == pytest.approx(norm, rel=0.02)
+
+
+def test_gradients_that_somebody_left_behind(tiny):
+    """A notebook called backward() on the trainer's model, or a probe ran out of memory in the middle of one: the run
+    that follows is the same."""
+    trainer = Trainer(tiny("a", max_steps=2, eval_tokens=64))
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    assert trainer.fit() == 0 and Trainer(tiny("b", max_steps=2, eval_tokens=64)).fit() == 0
+    assert fingerprint(tiny("a")["out_dir"], 2) == fingerprint(tiny("b")["out_dir"], 2)
+
+
+@pytest.mark.parametrize("fits", ("a row", "nothing", "a fork's model"))
+def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
+    """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails
+    in another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
+    trainer = Trainer(tiny(max_steps=5, batch_size=4, eval_tokens=64))
+    forward, diagnose, looking, left = trainer.model.forward, trainer.diagnose, [], []
+
+    def poisoned(idx, **more):
+        if looking and fits == "a fork's model":
+            raise TypeError("unexpected")
+        if looking and len(idx) > (fits == "a row"):
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        total, stats = forward(idx, **more)
+        bad = trainer.step == 3 or looking
+        return total * float("nan") if bad and trainer.model.training else total, stats
+
+    def watched(cursor):
+        looking.append(1)
+        found = diagnose(cursor)
+        looking.clear()
+        left.extend(p.grad for p in trainer.model.parameters())
+        return found
+
+    trainer.model.forward, trainer.diagnose = poisoned, watched
+    assert trainer.fit() == 0 and trainer.orchestrator.dropped == 1 and trainer.cfg.batch_size == 4
+    assert left and not any(g is not None for g in left) and not (trainer.out / "oom_hint.json").exists()
+    (row,) = read_lines(trainer.out / "decisions.jsonl")
+    expected = {"a row": "is not finite on rank 0", "nothing": "not repeated on rank 0: no memory"}
+    assert expected.get(fits, "not repeated on rank 0: TypeError: unexpected") in row["reason"]
+
+
+def test_what_only_informs_fails(tiny, capsys):
+    """The forecast's arithmetic and the look at which parameter moved most fail: both are said, neither ends a run."""
+    trainer = Trainer(tiny(max_steps=5, eval_tokens=64, enable_early_stopping=True, orchestrator={"check_interval": 2}))
+
+    def fails(*args):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    trainer.forecast.status, trainer.orchestrator.furthest = fails, full
+    assert trainer.fit() == 0 and "forecast   none: LinAlgError: Singular matrix" in capsys.readouterr().out
+    trainer.orchestrator.snapshots.certified = [{"data": {}}]
+    assert trainer.orchestrator.worst().startswith("no memory")
+
+
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [(torch.bfloat16, 1 / (480 * 1024)), (torch.bfloat16, 1 / 1799), (torch.float16, 4 / 1_799_000)],
+)
+def test_a_batch_that_is_no_power_of_two(dtype, scale):
+    """The loss is divided by the targets of a step; in bf16 the trunk's gradient was off by 0.3 % against the head's,
+    and in fp16 too, once the loss scale had fallen."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4100, 16, generator=g), 10 * torch.randn(64, 16, generator=g)
+    y = torch.randint(64, (4100,), generator=g)
+    found = []
+    for kind in (dtype, torch.float32):
+        a, b = x.to(dtype).to(kind).requires_grad_(), w.to(dtype).float().requires_grad_()
+        (HeadLoss.apply(a, b, y, 0.0, True)[0] * scale).backward()
+        found.append((a.grad.double(), b.grad.double()))
+    for low, exact in zip(*found):
+        assert ((low * exact).sum() / exact.square().sum()).item() == pytest.approx(1, abs=7e-4)
+    assert not found[0][0][-4:].eq(0).all()  # the last piece too
+
+
+SHORT = {"max_steps": 8, "save_interval": 20, "eval_tokens": 64}
+
+
+def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
+    """In the order of a GPU, on the CPU: the numbers of a turn are seen in the next one. A save is asked for at step 3,
+    and step `hurt` runs out of memory once."""
+    trainer = Trainer(keys)
+    drain, forward, act, done = trainer.drain, trainer.model.forward, trainer.orchestrator.act, []
+
+    def late():
+        due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.cfg.max_steps
+        own = trainer.pending and trainer.pending[2] == trainer.orchestrator.turn
+        return None if own and not due and "late" in keys["out_dir"] else drain()
+
+    def full(idx, **more):
+        if trainer.model.training and trainer.step == hurt and not done:
+            done.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return forward(idx, **more)
+
+    def asked():
+        trainer.save_signal = trainer.save_signal or int(trainer.orchestrator.turn == 3)
+        return act()
+
+    trainer.drain, trainer.model.forward, trainer.orchestrator.act = late, full, asked
+    assert trainer.fit() == 0 and done
+    return trainer
+
+
+def test_out_of_memory_is_learned_of_by_a_save(tiny):
+    """On a GPU a step's numbers are seen a turn late, here by a save that was asked for. The void step is begun again
+    with its own learning rate, not the next one's."""
+    runs = [run_one_turn_late(tiny(name, **SHORT), 4) for name in ("late", "at_once")]
+    sums = [{k: v for k, v in fingerprint(t.out, 8).items() if k.endswith(".safetensors")} for t in runs]
+    rates = [{r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r} for t in runs]
+    assert sums[0] == sums[1] and sums[0]
+    assert rates[0] == rates[1] and len(rates[0]) == 8
+
+
+def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
+    """fp16: a step that was void for memory halved the loss scale, though nothing had overflowed."""
+    real = plan.machine
+
+    def machine(device, precision, compile_model=False, local_rank=0):
+        return dataclasses.replace(real(device, "fp32", compile_model, local_rank), precision="mixed_fp16")
+
+    monkeypatch.setattr(plan, "machine", machine)
+    for name in ("late", "at_once"):
+        trainer = run_one_turn_late(tiny(name, **SHORT, precision="mixed_fp16"), 5)
+        assert trainer.orchestrator.dropped == 0
+        assert (trainer.scale.item(), trainer.scale_good.item()) == (65536.0, 8.0)
+
+
+def test_a_weight_that_was_changed_on_the_way(tiny):
+    """aux_loss_weight is set by hand, or by the orchestrator: the aux_loss that is said is of the weight in force."""
+    trainer = Trainer(tiny(max_steps=2, eval_tokens=64, model={"n_experts": 4, "d_expert": 16}))
+    trainer.orchestrator.set_knob("aux_loss_weight", 1.0)
+    assert trainer.fit() == 0
+    row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "aux_loss" in r][-1]
+    assert row["aux_loss"] == pytest.approx(2 * trainer.get_expert_statistics()["load_balance_loss"], rel=1e-4)
+
+
+def test_a_second_run_in_one_notebook(tiny):
+    """The first was deterministic, the second says that it is not: so it is not."""
+    try:
+        for name, flag in (("a", True), ("b", False), ("c", True)):
+            Trainer(tiny(name, deterministic=flag)).close()
+            assert torch.are_deterministic_algorithms_enabled() is flag
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_slow_kernel_is_timed_without_its_warm_up(monkeypatch):
+    """A kernel of a second on a GPU that works behind the host's back: only one run is timed, and it took a second."""
+    now, queue = [0.0], [0.0]
+
+    def kernel():
+        queue[0] += 1.0
+
+    def wait(device=None):
+        now[0], queue[0] = now[0] + queue[0], 0.0
+
+    monkeypatch.setattr(model_moe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    assert model_moe.best_time(kernel, "cuda") == 1.0
+
+
+def test_text_is_made_while_training_by_another_back_end(monkeypatch):
+    """A sample at the end of a run on a GPU: triton would tune its kernels for one token, slices wait in each layer. It
+    is made by grouped_mm; afterwards, and when nobody listens to the end, the layer is as it was."""
+    assert model_moe.for_generation("triton", "cpu", torch.float32, 32, 32) == "triton"
+    for reason, expected in ((None, "grouped_mm"), ("too old", "slices")):
+        monkeypatch.setattr(model_moe, "back_ends", lambda *a, r=reason: {"grouped_mm": r})
+        assert model_moe.for_generation("triton", "cuda", torch.float32, 32, 32) == expected
+    model = Transformer(ModelConfig(97, 32, 1, 2, d_ff=48, max_seq_len=32, n_experts=4, d_expert=32))
+    model.init_weights(0)
+    own = [row[0] for row in model.generate([[1, 2, 3]], 6, [0], temperature=0)]
+    monkeypatch.setattr("model.for_generation", lambda *a: "grouped_mm")
+    steps = model.generate([[1, 2, 3]], 6, [0], temperature=0)
+    found, (moe,) = [next(steps)[0]], model.sparse_layers("moe").values()
+    assert moe.back_end == "grouped_mm"
+    assert found + [row[0] for row in steps] == own and moe.back_end == "slices"
+    steps = model.generate([[1, 2, 3]], 6, [0], temperature=0)
+    next(steps)
+    steps.close()
+    assert moe.back_end == "slices"
 
 
 # ---------------------------------------------------------------- health and messages
 
+
+def steps_of(keys, *lines, at=5):
+    """Trains; `lines` of control.jsonl are there when turn `at` begins."""
+    trainer = Trainer(keys)
+    act = trainer.orchestrator.act
+
+    def first_that():
+        if trainer.orchestrator.turn + 1 == at:
+            with open(trainer.out / "control.jsonl", "a") as f:
+                f.write("".join(line if "{" in line else json.dumps({"method": line}) + "\n" for line in lines))
+        return act()
+
+    trainer.orchestrator.act = first_that
+    assert trainer.fit() == 0
+    return trainer
+
+
+def decided(trainer) -> list[dict]:
+    path = trainer.out / "decisions.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def told(trainer) -> str:
+    return (trainer.out / "train.log").read_text()
+
+
+@pytest.mark.parametrize("rate, warmup, steps", [(5, 1, 40), (50, 100, 20)])
+def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
+    """The loss explodes before anything could be learned, or rises in a warm-up without an end. It is said before, in
+    the log, in decisions.jsonl, in the last line and in status.json; nothing is stopped."""
+    keys = tiny(learning_rate=rate, min_lr=rate, lr_schedule="constant", warmup_steps=warmup, max_steps=steps)
+    keys |= {"save_interval": 0, "orchestrator": {"check_interval": 19}}
+    trainer = Trainer(keys)
+    assert f"advice     learning_rate {rate} is far above" in capsys.readouterr().out
+    assert trainer.fit() == 0
+    rows = decided(trainer)
+    assert [(r["trigger"], r["action"], r["level"]) for r in rows] == [("chance", "warn", 0)], "once"
+    assert "lower learning_rate" in rows[0]["reason"]
+    health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if r.get("health")]
+    last = told(trainer).splitlines()[-1]
+    assert "finished" in last and "worse than guessing" in last and set(health) == {"critical"}
+    assert "worse than guessing" in json.loads((trainer.out / "status.json").read_text())["reason"]
+
+
+def test_guessing_is_no_fault_of_a_young_run(tiny):
+    """A run that is healthy, one whose weights begin far above chance and fall, one of two steps: no word of it."""
+    wide = {"init_std": 0.2}  # begins above ln(vocab_size), as wide models do
+    for name, model, steps, rate in (("plain", {}, 40, 3e-3), ("wide", wide, 40, 1e-2), ("two", wide, 2, 1e-3)):
+        keys = tiny(name, model, max_steps=steps, learning_rate=rate, save_interval=0)
+        trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
+        assert decided(trainer) == [] and "worse than guessing" not in told(trainer).splitlines()[-1]
+
+
+def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
+    """No rate at all under weights that begin badly; or a training loss that is fine beside a validation loss that is
+    not: each is told with its own remedy."""
+    keys = tiny(model={"init_std": 0.3}, max_steps=40, learning_rate=0.0, min_lr=0.0, save_interval=0)
+    trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
+    assert "nothing was learned" in decided(trainer)[0]["reason"]
+    watch = trainer.orchestrator
+    watch.recent.extend([2.0] * 8)
+    trainer.val_loss = 9.0
+    assert "fewer epochs" in watch.worse_than_guessing()[1]
+    trainer.val_loss = float("nan")
+    assert "val_loss is nan" in watch.worse_than_guessing()[0]
+    trainer.val_loss = 4.6
+    assert watch.worse_than_guessing() is None
+
+
+def test_the_rate_leaps_where_a_run_goes_on(tiny, capsys):
+    """A finished run is made longer, or its schedule, rate or warm-up changed: one line says from what to what, why,
+    and what would not. A run that just goes on, and wsd that is made longer in its stable part, hear nothing."""
+    keys = tiny(max_steps=20, save_interval=10)
+    steps_of(keys)
+    for change, why in (
+        ({"max_steps": 60}, "max_steps 20 -> 60"),
+        ({"max_steps": 60, "lr_schedule": "constant"}, "lr_schedule cosine -> constant"),
+        ({"max_steps": 21, "learning_rate": 3e-2, "min_lr": 3e-2}, "learning_rate 0.003 -> 0.03"),
+        ({"max_steps": 60, "warmup_steps": 600}, "warmup_steps 2 -> 600"),
+        ({"max_steps": 22}, None),
+        ({}, None),
+    ):
+        capsys.readouterr()
+        Trainer(keys | change).close()
+        lines = [line for line in capsys.readouterr().out.splitlines() if "rate leaps" in line]
+        assert len(lines) == (why is not None), (change, lines)
+        assert why is None or (why in lines[0] and " 3.21e-04 to" in lines[0] and "wsd" in lines[0]), lines
+    stable = tiny("wsd", max_steps=40, save_interval=10, lr_schedule="wsd")
+    steps_of(stable, "stop", at=20)
+    Trainer(stable | {"max_steps": 90}).close()
+    assert "rate leaps" not in capsys.readouterr().out
+
+
+def test_a_schedule_that_cannot_rise(tiny, capsys):
+    """A warm-up longer than the run, one that reaches into wsd's decay, and onecycle, which has its own rise."""
+    for change, said in (
+        ({"warmup_steps": 2000}, "warmup_steps 2000 of 12 steps: the rate never comes above 1.8e-05 of 0.003"),
+        ({"warmup_steps": 11, "lr_schedule": "wsd", "decay_frac": 0.5}, "decay begins within the warm-up"),
+        ({"warmup_steps": 2000, "lr_schedule": "onecycle"}, "onecycle 0.003 -> 0.0003, 30 % of it upwards: 3 warm-up"),
+    ):
+        Trainer(tiny(**change)).close()
+        out = capsys.readouterr().out
+        assert said in out and ("never comes" in out) == ("never comes" in said)
+
+
+def test_an_evaluation_that_cannot_be(tiny, shards, tmp_path, capsys):
+    """Less held out than one window, nothing at all, one of two sources without any, and a handful of rows: a line
+    each. With early_stopping_patience, which could then never stop anything, E114."""
+    ids = (np.arange(3000) % 97).astype(np.uint16)
+    np.save(tmp_path / "part_0.npy", ids)
+    np.save(tmp_path / "val_0.npy", ids[:30])
+    few = {"data_dir": str(tmp_path)}
+    both = {"data_dir": ..., "data": {"sources": {"much": {"dir": shards}, "little": {"dir": str(tmp_path)}}}}
+    for change, said in (
+        (few, "no source has a validation window of 33 tokens"),
+        ({"val_fraction": 0.0}, "as val_fraction is 0"),
+        (both, "no validation in little: val_loss is of the others alone"),
+        ({"val_fraction": 0.01}, "an evaluation reads 7 rows of 32 tokens"),
+        ({"eval_tokens": 64}, "an evaluation reads 2 rows of 32 tokens"),
+    ):
+        Trainer(tiny(**change)).close()
+        out = capsys.readouterr().out
+        assert said in out, (said, out)
+    Trainer(tiny()).close()
+    assert "advice     an evaluation" not in capsys.readouterr().out
+    for change in (few, {"val_fraction": 0.0}):
+        with pytest.raises(UserError, match="E114.*early_stopping_patience: 2"):
+            Trainer(tiny(**change, early_stopping_patience=2))
+
+
+def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
+    """The host waits for data while a GPU computes (its queue is emulated): that is no wait of the run; what the GPU
+    waited is; and what ranks compare is the GPU's time, not that of launching."""
+    trainer = Trainer(tiny(max_steps=8, log_interval=8))
+    trainer.runs_ahead = True
+    clock = {"host": 0.0, "device": 0.0}  # seconds; the device begins a piece of work when it was queued, or later
+
+    class Event:
+        def __init__(self):
+            self.at = clock["device"] = max(clock["device"], clock["host"])
+
+        def elapsed_time(self, other):
+            return 1000 * (other.at - self.at)
+
+    following, forward = trainer.loader.next, trainer.model.forward
+
+    def late():
+        clock["host"] += 0.3
+        return following()
+
+    def work(*args, **more):
+        clock["device"] = max(clock["device"], clock["host"]) + 0.5
+        return forward(*args, **more)
+
+    trainer.loader.next, trainer.model.forward = late, work
+    monkeypatch.setattr(train, "event_now", Event)
+    assert trainer.fit() == 0
+    on = trainer.on_device
+    assert on["compute"] == pytest.approx(0.5 * 8 * 2), "of the queue, not of the host"
+    assert on["data"] == pytest.approx(0.3), "the first read alone; later the device still worked"
+    assert trainer.spent["data"] == on["data"], "the host's wait is none of the run's"
+    assert trainer.orchestrator.counters()["compute"] == on["compute"]
+
+
+def test_commands_in_one_go_are_done_in_their_order(tiny):
+    """`save` and then `rollback_steps`, written into control.jsonl at once: what was there is saved, then it goes back.
+    A rollback alone saves too, and does not delete the checkpoint it needs."""
+    back = json.dumps({"method": "rollback_steps", "args": [3]}) + "\n"
+    for name, lines, limit in (("both", ("save", back), 0), ("alone", (back,), 1)):
+        keys = tiny(name, max_steps=14, save_interval=4, save_total_limit=limit)
+        keys |= {"orchestrator": {"snapshot_interval": 0}}
+        trainer = steps_of(keys, *lines, at=7)
+        rows = [r for r in decided(trainer) if r.get("trigger") == "user"]
+        assert [r["action"] for r in rows] == [json.loads(line)["method"] if line[0] == "{" else line for line in lines]
+        gone = rows[-1]
+        assert gone["executed"] and gone["args"]["to_step"] == 4 and gone["before"]["step"] == 7
+        aside = {p.name for p in trainer.out.glob("*.rolled_back")}
+        assert "step_00000007.rolled_back" in aside, "what was undone is still there"
+        assert trainer.step == 14
+
+
+def test_commands_as_other_programs_write_them(tiny):
+    """A byte order mark before the first line, and no newline after the last: both are read, once."""
+    line = json.dumps({"method": "adjust_weight_decay", "args": [0.05]}) + "\n"
+    trainer = steps_of(tiny(), "\ufeff" + line, json.dumps({"method": "save"}), at=3)
+    rows = [(r["action"], r.get("refused")) for r in decided(trainer) if r.get("trigger") == "user"]
+    assert rows == [("adjust_weight_decay", None), ("save", None)]
+
+
+def test_the_story_of_a_run_in_which_nothing_happened(tiny, capsys, tmp_path):
+    """`bench.py decisions` of a healthy run, which has no decisions.jsonl, is no error; of no run it is."""
+    trainer = steps_of(tiny())
+    capsys.readouterr()
+    assert bench.main(["decisions", str(trainer.out)]) == 0
+    assert "nothing had to be decided" in capsys.readouterr().out
+    with pytest.raises(UserError, match="E108"):
+        bench.main(["decisions", str(tmp_path / "none")])
+
+
+def test_a_presets_prompt_goes_with_its_data(tmp_path, shards):
+    """quickstart on one's own data: its sample_prompt, a piece of Python, is not continued. One that is typed is,
+    and so is that of one's own YAML, and the preset's on its own data."""
+    own = write_yaml(tmp_path / "own.yaml", {"data_dir": "x", "sample_prompt": "Once"})
+    for words, prompt in (
+        (["quickstart", "--prepare", "null", "--data_dir", shards], None),
+        (["quickstart", "--prepare", "null", "--data_dir", shards, "--sample_prompt", "Once"], "Once"),
+        ([str(own), "--data_dir", shards], "Once"),
+    ):
+        assert read_config(words)[0].sample_prompt == prompt
+    assert read_config(["quickstart"])[0].sample_prompt.startswith("class")
+
+
+def test_advice_on_memory_only_where_something_is_read_twice(tiny, capsys):
+    """A short look at much data cannot memorise it."""
+    for steps, said in ((12, False), (400, True)):
+        Trainer(tiny(model={"d_model": 128, "d_ff": 256}, max_steps=steps)).close()
+        assert ("memorises" in capsys.readouterr().out) == said
+
+
+def test_the_log_line_has_what_people_look_for(tiny):
+    """Perplexity, the balance loss of experts, elapsed and remaining time, on one line."""
+    trainer = steps_of(tiny(model={"n_experts": 4, "d_expert": 16}))
+    line = next(x for x in told(trainer).splitlines() if x.startswith("step "))
+    assert all(word in line for word in ("loss ", "ppl ", "aux ", "lr ", "norm ", "tok/s", " gone, ", " left"))
+    plain = steps_of(tiny("dense"))
+    assert "  aux " not in told(plain)
+
+
+def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
+    """Curves, a picture and checkpoints set aside belong to the run that is overwritten; a file of the user's stays."""
+    trainer = steps_of(tiny())
+    for name in ("tensorboard/events.out.tfevents.1", "step_00000008.rolled_back/state.json", "training.png"):
+        (trainer.out / name).parent.mkdir(exist_ok=True)
+        (trainer.out / name).write_text("old")
+    for name in ("tensorboard/mine.txt", "notes.md"):
+        (trainer.out / name).write_text("mine")
+    Trainer(tiny(resume="none", overwrite=True, max_steps=2)).close()
+    left = {str(p.relative_to(trainer.out)) for p in trainer.out.rglob("*") if p.is_file()}
+    assert {"tensorboard/mine.txt", "notes.md"} <= left and not [p for p in left if "rolled" in p or "tfevents" in p]
+    assert "training.png" not in left
+
+
+def test_wandb_goes_on_with_the_run_and_is_quiet(tiny, monkeypatch, capfd):
+    """Stopped and started again it is one run of wandb, also offline, in one line; overwritten it is another, and so is
+    one that goes on from another run's checkpoint."""
+    made = []
+
+    class Settings(dict):
+        def __init__(self, **options):
+            self.update(options)
+
+    class Run:
+        url = None
+
+        def __init__(self, **options):
+            made.append(options)
+            self.id, self.dir = options["id"] or f"id{len(made)}", "w/offline-run/files"
+
+        def define_metric(self, *args, **more): ...
+
+    fake = types.SimpleNamespace(init=Run, Settings=Settings, log=lambda row: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(Run, "log", lambda self, row: None, raising=False)
+    monkeypatch.setattr(Run, "finish", lambda self: None, raising=False)
+    steps_of(tiny(max_steps=4, wandb_project="p"))
+    trainer = steps_of(tiny(max_steps=8, wandb_project="p"))
+    steps_of(tiny(max_steps=4, wandb_project="p", resume="none", overwrite=True))
+    assert [(o["id"], o["resume"]) for o in made] == [(None, "allow"), ("id1", "allow"), (None, "allow")]
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("wandb")]
+    assert len(lines) == 3 and "run id1, offline:" in lines[1] and trainer.wandb_id == "id1"
+
+
+def test_the_picture_names_only_what_happened(tmp_path, monkeypatch):
+    """A run without a rollback and without an evaluation: its legend speaks of neither."""
+    figure, legends = pytest.importorskip("matplotlib.figure"), []
+
+    def savefig(self, path, **options):
+        legends.append([text.get_text() for text in self.axes[0].get_legend().get_texts()])
+
+    monkeypatch.setattr(figure.Figure, "savefig", savefig)
+    row = {"loss": 3.0, "lr": 1e-3, "grad_norm": 1.0}
+    for more in ([], [row | {"step": 2}, {"step": 3, "val_loss": 3.1}]):
+        rows = [row | {"step": 2}, row | {"step": 3}, *more]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        assert bench.main(["picture", str(tmp_path)]) == 0
+    assert legends == [["training"], ["training", "rolled back", "validation"]]

@@ -11,9 +11,10 @@ from conftest import ROOT, run_python, write_yaml
 
 import plan
 import train
+import train_fsdp
 from config import read_config
 from errors import UserError
-from model import ModelConfig, Transformer
+from model import HeadLoss, ModelConfig, Transformer
 
 SMALL = {"vocab_size": 96, "d_model": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
 DENSE, MOE = ModelConfig(**SMALL), ModelConfig(**SMALL, n_experts=8, d_expert=32, n_shared_experts=1, n_dense_layers=1)
@@ -131,16 +132,73 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
             now += event.nbytes()
             most = max(most, now)
     n = plan.count(model)
-    parts = plan.memory(cfg, n, 4, "fp32", recompute)
+    parts = plan.memory(cfg, n, 4, "fp32", recompute, cuda=False)
     estimate = parts["total"] - 16 * n
     kind, off = "moe" if sparse else "dense", estimate / most - 1
     print(f"{kind} {recompute}: {most / 2**20:.1f} MiB measured, {estimate / 2**20:.1f} planned, {off:+.1%}")
     assert 0.9 < estimate / most < 1.12
 
 
-def dry(capsys, *words) -> str:
-    import train_fsdp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_takes_what_the_plan_says_on_this_device(dtype):
+    """Its chunk of logits is a CPU's or a GPU's, whatever the precision; the last chunk is gone before the next."""
+    V, C, N = 50304, 16, 256
+    x, w = torch.randn(N, C).to(dtype).requires_grad_(), torch.randn(V, C, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        HeadLoss.apply(x, w, torch.zeros(N, dtype=torch.long), 0.0, True)
+    now = most = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    precision = "fp32" if dtype == torch.float32 else "mixed_bf16"
+    cfg = ModelConfig(vocab_size=V, d_model=C, n_heads=2, n_layers=1, max_seq_len=N)
+    cpu, gpu = (plan.kept_bytes(cfg, 1, precision, cuda=cuda)["head"] for cuda in (False, True))
+    print(f"{precision}: {most / 2**20:.1f} MiB measured, {cpu / 2**20:.1f} planned, {gpu / 2**20:.1f} on CUDA")
+    copy = 0 if precision == "fp32" else 2 * V * C  # of the weights, which counts as states
+    assert 0.9 * cpu < most - copy < 1.15 * cpu < gpu
 
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
+def test_a_gpu_is_planned_as_a_gpu_from_a_machine_without_one(tiny, tmp_path, capsys, precision):
+    keys = tiny(model={"vocab_size": 50304, "max_seq_len": 256}, batch_size=8, precision=precision, batch_tokens=2**15)
+    keys.pop("gradient_accumulation_steps")
+    path = write_yaml(tmp_path / "c.yaml", keys)
+    found = []
+    for words in (("--hardware=h100",), ("--hardware=cpu",), ()):
+        assert train.main([str(path), "--dry_run", *words]) == 0
+        found.append(capsys.readouterr().out)
+    gpu, *cpus = (float(re.search(r"^  none .*  ([\d.]+) +[\d.]+  [\d -]+$", out, re.M)[1]) for out in found)
+    assert gpu > 0.35 and max(cpus) < 0.1, "GiB of work"
+    assert "GPU-hours" in found[0] and all("core-hours" in out and "GPU-hours" not in out for out in found[1:])
+
+
+def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypatch):
+    """Too large for any one GPU: train.py's dry run names train_fsdp.py, whose own has nothing to add; a card that is
+    not known is named before a line is printed."""
+    monkeypatch.setattr(train_fsdp, "fake_run", None)
+    wide = {"d_model": 8192, "n_layers": 12, "d_ff": 32768, "max_seq_len": 64}
+    path = write_yaml(tmp_path / "c.yaml", tiny(model=wide, batch_size=1, gradient_accumulation_steps=8))
+    assert train.main([str(path), "--dry_run", "--hardware=h100"]) == 0
+    text = "none x 80 GB, none x 141 GB hold it in whole copies; train_fsdp.py needs 4 x 80 GB or 2 x 141 GB"
+    assert text in capsys.readouterr().out
+    out = dry(capsys, path, "--world_size=4", "--hardware=h100")
+    assert "4 x 80 GB, 2 x 141 GB hold it (powers" in out and "whole copies" not in out
+    with pytest.raises(UserError, match="a100-80gb or a100-40gb"):
+        train.main([str(path), "--dry_run", "--hardware=a100"])
+    assert capsys.readouterr().out == ""
+
+
+def test_years_on_a_cpu_are_called_years(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "matrix_peak", lambda *a: 1e5)
+    path = write_yaml(tmp_path / "c.yaml", tiny(max_steps=10**6))
+    assert train.main([str(path), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^length .* years, .* core-hours: not on this machine$", out, re.M)
+    assert re.search(r"^compute .* years if every FLOP ran at the matrix peak, 100 kFLOP/s measured here$", out, re.M)
+
+
+def dry(capsys, *words) -> str:
     assert train_fsdp.main([*map(str, words), "--dry_run"]) == 0
     return capsys.readouterr().out
 

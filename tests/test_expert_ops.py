@@ -1,9 +1,11 @@
 """The expert operator: every back end equals one plain loop, in every odd shape; no wasted memory, no host sync."""
 
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model_moe as ops
 
 warnings.filterwarnings("ignore", message=".*overflow encountered.*|.*invalid value.*")
-OLD = ops.triton is not None and tuple(map(int, ops.triton.__version__.split(".")[:2])) < (3, 9)
+OLD = ops.triton is not None and tuple(map(int, ops.triton.__version__.split(".")[:2])) < (3, 8)
 no_triton = pytest.mark.skipif(
     ops.triton is None or (OLD and ops.INTERPRET),
-    reason="no triton, or one below 3.9, whose interpreter fails with today's NumPy (3.6 does)",
+    reason="no triton, or one below 3.8, whose interpreter fails with NumPy 2.4 (3.6 does, 3.7 was not tried)",
 )
 BACK_ENDS = ["slices", "grouped_mm", pytest.param("triton", marks=no_triton)]
 SYNC_FREE = BACK_ENDS[1:]
@@ -281,6 +283,54 @@ def test_triton_needs_a_gpu(monkeypatch):
     assert ops.back_ends("cpu", torch.float32, 16, 16)["triton"]
     with pytest.raises(ValueError, match="triton cannot work here"):
         ops.pick_back_end("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
+    assert "; no triton: triton" in ops.pick_back_end("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
+
+
+VERSION = "triton 3.4.5"
+
+
+@pytest.mark.parametrize(
+    "changes, dtype, reason",
+    [
+        ({"triton": None}, torch.float32, f"{VERSION} is there, but torch {torch.__version__} is a CPU build"),
+        ({"triton": None, "BROKEN": "OSError: no libcuda"}, torch.float32, f"{VERSION} cannot be imported (OSError"),
+        ({"INTERPRET": False}, torch.float32, f"{VERSION} needs a GPU"),
+        ({"INTERPRET": True}, torch.bfloat16, VERSION),
+        ({}, torch.float64, VERSION),
+    ],
+)
+def test_where_triton_cannot_work_its_version_is_said(changes, dtype, reason, monkeypatch):
+    monkeypatch.setattr(ops, "triton", SimpleNamespace(__version__="3.4.5"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.5")
+    for name, value in changes.items():
+        monkeypatch.setattr(ops, name, value)
+    assert reason in ops.back_ends("cpu", dtype, 16, 16)["triton"]
+    assert (
+        f"no triton: {ops.back_ends('cpu', dtype, 16, 16)['triton']}"
+        in ops.pick_back_end("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
+    )
+
+
+def test_a_triton_that_is_not_there_or_cannot_be_imported(monkeypatch, tmp_path):
+    """A package of another torch can fail in any way, and must not take the whole of Lumen with it."""
+    (tmp_path / "triton.py").write_text("raise AttributeError('made for another torch')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location("expert_ops_broken", ops.__file__)
+    broken = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "expert_ops_broken", broken)
+    spec.loader.exec_module(broken)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.5")
+    why = broken.back_ends("cpu", torch.float32, 16, 16)["triton"]
+    assert why == "triton 3.4.5 cannot be imported (AttributeError: made for another torch)"
+
+    def nowhere(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nowhere)
+    assert "not installed" in broken.back_ends("cpu", torch.float32, 16, 16)["triton"]
 
 
 def test_auto_refuses_a_wrong_back_end(monkeypatch):

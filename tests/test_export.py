@@ -418,10 +418,9 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with refused("E403", "No space"):
         export.to_hf(run, tmp_path / "b", say=str)
-    monkeypatch.setattr(checkpoint, "save_file", full)
     with refused("E403", "No space"):
         export.from_hf(target, tmp_path / "again", say=str)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good", "hf"]

@@ -482,7 +482,7 @@ def test_recompute_gives_equal_loss_and_gradients(dropout, dtype, how):
     model, x, y = make(dropout=dropout, std=0.1), ids(2, 12), ids(2, 12, seed=1)
     model.compute_dtype = dtype
     calls = []
-    model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.blocks[1].attn.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.manual_seed(5)
     kept = grads(model, x, y)
     model.recompute = how

@@ -7,11 +7,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 import plan
 from config import read_config
 from errors import UserError
 from model import ModelConfig, Transformer
+from train import Trainer
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be
@@ -130,8 +132,84 @@ def test_every_preset_is_there_and_in_the_readme():
 def test_the_gpus_that_the_readme_names_hold_the_preset(name):
     cfg = read_config([str(ROOT / f"configs/{name}.yaml")])[0]
     model, rows = plan.on_meta(cfg.model), cfg.batch_tokens // cfg.model.max_seq_len
-    found = [plan.smallest(model, 3, rows, "mixed_bf16", plan.HARDWARE["h100"], 0.92 * gb * 1e9) for gb in (80, 141)]
+    found = [plan.smallest(model, 3, rows, "mixed_bf16", 0.92 * gb * 1e9) for gb in (80, 141)]
     assert re.search(rf"\| `{name}` \|.*\| {found[0]} / {found[1]} \|", (ROOT / "README.md").read_text()), found
+
+
+def test_what_presets_say_of_their_memory_is_what_the_plan_says():
+    """States in all, and how full a GPU is: by the first lines of each preset."""
+    found = {}
+    for path in PRESETS:
+        head, cfg = path.read_text().split("\n\n")[0], read_config([str(path)])[0]
+        if not (said := re.search(r"States (?:alone )?are (\d+) GiB", head)):
+            continue
+        found[path.stem], model = head, plan.on_meta(cfg.model)
+
+        def need(rows, world=1, model=model, mode=cfg.activation_checkpointing):
+            layout = plan.Layout(world, 3 if world > 1 else 0)
+            return plan.rank_memory(model, layout, rows, 2, "mixed_bf16", mode, plan.IMBALANCE)["total"]
+
+        assert round(16 * plan.count(model) / 2**30) == int(said[1])
+        for rows, gib in re.findall(r"with batch_size (\d+) \((\d+) GiB\)", head):
+            assert round(need(int(rows)) / 2**30) == int(gib)
+        for gib in re.findall(r"as it is \((\d+) GiB\)", head):
+            assert round(need(cfg.batch_size) / 2**30) == int(gib)
+        if full := re.search(r"two GPUs of (\d+) GB under .* one of (\d+) GB would be (\d+) % full", head):
+            assert need(1, 2) < 0.92 * float(full[1]) * 1e9 and round(100 * need(1) / float(full[2]) / 1e9) == int(
+                full[3]
+            )
+    assert set(found) == {"b1", "moe_124m", "hybrid_124m"}
+
+
+OTHERS = "L40|T400 4GB|GH200 480GB|GB200|H100 PCIe|H100 NVL|H100 80GB HBM3 MIG 1g.10gb|GeForce RTX 4090 Laptop GPU"
+OTHERS += "|GeForce RTX 3090 Ti|A10|B300|H800|H20|RTX 5090|RTX 6000 Ada Generation|GeForce RTX 4090 D|H200 NVL|A100X"
+OTHERS += "|A100-SXM4-40GB MIG 3g.20gb|GRID T4-16Q|Tesla V100-SXM2-16GB|A100-PCIE-40GB|L40G|Jetson AGX Orin"
+CARDS = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200", "NVIDIA L40S": "l40s"}
+CARDS |= {"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A10G": "a10g"}
+CARDS |= {"NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA GeForce RTX 3090": "3090", "NVIDIA L4": "l4", "Tesla T4": "t4"}
+CARDS |= {"Tesla V100-SXM2-32GB": "v100"}
+
+
+def test_a_card_is_known_by_all_words_of_its_name_or_not_at_all():
+    for name, key in CARDS.items():
+        assert plan.known(name) is plan.HARDWARE[key], name
+        assert plan.hardware_key(name) == key
+    for name in OTHERS.split("|"):
+        assert plan.known(name) is plan.known(f"NVIDIA {name}") is None, name
+    assert plan.known("") is plan.known("x86_64") is plan.known("NVIDIA") is None
+
+
+def test_the_peak_of_an_unknown_card_is_measured_never_a_neighbours(monkeypatch):
+    monkeypatch.setattr(plan, "matrix_peak", lambda device, dtype: 1e12)
+    for name, peak in (("NVIDIA L40", 1e12), ("NVIDIA H100 PCIe", 1e12), ("NVIDIA L40S", 362e12)):
+        m = plan.Machine(torch.device("cpu"), name, "mixed_bf16", False)
+        assert plan.peak_flops(m) == peak and (plan.sheet_flops(m) == peak) == (peak > 1e12)
+
+
+def test_a_card_as_people_type_it():
+    typed = {"rtx3090": "3090", "RTX_4090": "rtx4090", "4090": "rtx4090", "tesla-t4": "t4", "cpu": "cpu"}
+    typed |= {"A100_80GB": "a100-80gb", "h100-sxm": "h100", "Measured": "measured"}
+    assert {name: plan.hardware_key(name) for name in typed} == typed
+    hints = {"a100": "it may be a100-80gb or a100-40gb;", "80gb": "it may be h100 or a100-80gb;", "h10": "mean h100?"}
+    hints |= {
+        "m1-max": None,
+        "apple": None,
+        "tpu-v5": None,
+        "rtx": None,
+        "h100-pcie": None,
+        "b300": None,
+        "mi300x": None,
+    }
+    for name, hint in hints.items():
+        with pytest.raises(UserError, match="E002.* is not known; .*--peak_flops") as e:
+            plan.hardware_key(name)
+        assert (hint or "is not known; known: b200") in e.value.text, e.value.text
+
+
+def test_lengths_of_time_are_in_units_that_one_thinks_in():
+    spans = {0.5: "0.5 s", 100: "100 s", 600: "10 minutes", 1e4: "2.78 hours", 1e6: "11.6 days", 1e8: "3.17 years"}
+    spans |= {1.3e12: "41,200 years", 4.3e14: "13,600,000 years"}
+    assert {s: plan.span(s) for s in spans} == spans
 
 
 def test_lunaris_yaml_is_as_its_readme_has_it():
@@ -186,6 +264,31 @@ def test_env_reports_and_says_when_training_cannot_work(capsys, monkeypatch):
         assert word in out
     monkeypatch.setattr(plan.torch, "__version__", "2.5.1")
     assert plan.main(["env"]) == 2 and "PROBLEM      torch 2.5.1" in capsys.readouterr().out
+    monkeypatch.setattr(plan.torch, "__version__", "2.99.0a0+git1234567")
+    assert plan.main(["env"]) == 0, "what was not tried is said, not forbidden"
+    assert f"torch 2.99.0a0+git1234567 is newer than {plan.TRIED[-1]}" in capsys.readouterr().out
+
+
+def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    (wanted,) = (Requirement(line).specifier for line in lines if line.startswith("torch"))
+    assert all(f"{version}.0" in wanted for version in plan.TRIED)
+    assert f"torch>={plan.TRIED[0]}," in "\n".join(lines), "the oldest that pip takes was tried"
+    assert [plan.untried(f"{version}.9+cu130") for version in plan.TRIED] == [[]] * len(plan.TRIED)
+    assert plan.release("2.9.1") < plan.release("2.11.0") < plan.release("3.0"), "numbers, not letters"
+
+
+def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "TRIED", ("2.9", "2.10"))
+    Trainer(tiny(max_steps=1))
+    assert capsys.readouterr().out.count("is newer than 2.10, the newest on which Lumen's tests were run") == 1
+
+
+def test_bf16_of_a_cpu_is_known_without_torchs_private_word(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    for flags, there in ((["avx2"], False), (["avx2", "amx_bf16"], True)):
+        monkeypatch.setattr(plan, "cpu_flags", lambda flags=flags: flags)
+        assert plan.cpu_has_bf16() is there
 
 
 def test_matrix_peak_is_a_speed():
@@ -241,6 +344,7 @@ def test_plan_of_a_sound_run_and_of_one_without_data():
     assert starved["data_limited"] and 2e6 < starved["fitting_params"][1] < 5e6
     assert starved["extrapolated"] == ["tokens", "FLOPs"]
     text = "\n".join(plan.plan_lines(starved))
+    assert re.search(r"needs [\d.]+ times the compute that the best size and length would need for this loss", text)
     for words in ("50.00 epochs", "extrapolated", "MoE", "beyond 4 epochs", "data-limited", "3.11M parameters"):
         assert words in text
     assert "nats" not in text and "loss 2" not in text, "no absolute loss: it would be another text's"

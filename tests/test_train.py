@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
 
 import checkpoint
@@ -766,3 +769,21 @@ def test_compiled_resume_equals_never_stopped(tiny):
     plain = finish(tiny("plain", still))
     a, b = losses(whole["out_dir"]), losses(plain.out)
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+
+
+def test_how_long_ranks_wait_is_set_for_every_group_in_each_version_of_torch(monkeypatch):
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        groups = [dist.group.WORLD, dist.new_group([0])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch 2.14 warns of the private call that older ones need
+            train.set_timeouts(77)
+        assert [g._get_backend(torch.device("cpu")).options._timeout.seconds for g in groups] == [77, 77]
+    finally:
+        dist.destroy_process_group()
+    told = []
+    without = SimpleNamespace(_set_pg_timeout=lambda *words: told.append(words))  # a torch without its private list
+    monkeypatch.setattr(dist, "distributed_c10d", without)
+    monkeypatch.setattr(dist, "set_timeout", without._set_pg_timeout, raising=False)
+    train.set_timeouts(78)
+    assert [(time.seconds, group) for time, group in told] == [(78, None)]
