@@ -5,8 +5,6 @@ With all that is Lumen's by default (initial weights, balance loss) the curves m
 worse one (nightly; EXPERIMENTS.md says what was found when it was).
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -117,29 +115,16 @@ def test_from_equal_weights_both_take_the_same_steps(kind, source, tmp_path):
     assert found[-1] < found[0] - 0.005, "and they do learn"
 
 
-def test_both_start_from_weights_of_one_distribution(source, tmp_path):
-    trainer = Trainer(keys(source, tmp_path / "run", "top-2", 1, 1))
-    own, other = trainer.model.state_dict(), theirs(trainer, copy=False).state_dict()
-    for name, their_name, first, shape in layout(trainer.cfg.model, fused=True):
-        part, there = own[name][tuple(slice(a, a + n) for a, n in zip(first, shape))], other[their_name]
-        if part.dim() == 1:
-            assert torch.equal(part, there), name
-        else:  # of n draws the std is known to 1 / sqrt(2 n)
-            n = part.numel()
-            assert abs(math.log(part.std() / there.std())) < 6 / math.sqrt(n), (name, part.std(), there.std())
-    trainer.close()
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_as_fast_as_transformers(kind, source, tmp_path):
-    """240 steps, three seeds; transformers starts from the same draws, as both draw from one distribution (above), with
-    the balance loss of its own formula at the same weight. Runs differ by some hundredths of a nat by chance alone: a
-    seed's order of rows decides when a model finds out that two symbols matter."""
+    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss of its own formula at
+    the same weight. Runs differ by some hundredths of a nat by chance alone: when a model finds out that the symbol
+    before the last matters too depends on the draw."""
     gaps = []
     for seed in (1, 2, 3):
         trainer = Trainer(keys(source, tmp_path / str(seed), kind, seed, 240))
-        _, val = train_theirs(theirs(trainer, copy=True), trainer, balance=0.01)
+        _, val = train_theirs(theirs(trainer, copy=False), trainer, balance=0.01)
         _, my_val = run(trainer)
         gaps.append(my_val - val)
         print(f"{kind}, seed {seed}: transformers {val:.4f}, Lumen {my_val:.4f}", flush=True)
