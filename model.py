@@ -48,7 +48,7 @@ class ModelConfig:
     rope_first: bool = False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
     dropout: float = 0.0  # on the embedding and on what attention and FFN add to the stream, 0 to 1
     norm_eps: float = 1e-6  # RMSNorm's epsilon
-    init_std: float = 0.02  # standard deviation of the initial weights
+    init_std: float | None = None  # standard deviation of the initial weights; null: 0.02 sqrt(512 / d_model)
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
     norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
@@ -99,6 +99,8 @@ class ModelConfig:
             check(abs(number) <= most, f"model.{f.name}: {number} is not finite, or beyond {most}")
         for key in ("d_model", "n_layers", "n_heads", "max_seq_len", "multiple_of"):
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
+        if self.init_std is None:
+            self.init_std = 0.02 * math.sqrt(512 / self.d_model)
         for key in ("vocab_size", "n_kv_heads", "head_dim", "ffn_hidden_multiplier", "norm_eps", "init_std"):
             check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
         check(self.rope_theta > 0, f"model.rope_theta: {self.rope_theta} must be above 0")
@@ -652,6 +654,8 @@ class Transformer(nn.Module):
         | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
         | MoD's predictor                 | 0: at first it is the router         |
 
+        By default init_std follows the width, so that a matrix's output is about 0.45 of its input at any: with 0.02 at
+        width 128, three matrices in a row leave next to nothing, and a model learns late (EXPERIMENTS.md).
         Each expert has a generator of its own too, so spare slots change no other expert (routers they do).
         """
         for name, p in self.named_parameters():

@@ -420,11 +420,16 @@ SUMS = ("balance", "z", "tokens", "dropped", "entropy", "confidence")  # of a Mo
 
 
 class Router(nn.Module):
-    """Chooses K experts for each token and weighs them; x (T, C) -> gates (T, K) fp32, ids (T, K), statistics.
+    """Chooses K experts for each token and weighs them; x (B, T, C) -> gates (BT, K) fp32, ids (BT, K), statistics.
 
     softmax: gates are the probabilities of the chosen (renormalised with norm_topk: Mixtral, Qwen3). sigmoid: the bias
     takes part in choosing only, gates are the unbiased scores (DeepSeek-V3, Wang et al. 2024). Ids from S = slots on
     compute nothing: null experts, then what was dropped for capacity. All of it is fp32.
+
+    The balance loss takes an expert's load from the row itself (DeepSeek-V3, eq. 17 to 20). So no split of a batch over
+    micro-steps or ranks changes it, and it answers at once. Loads of the whole batch are known one step late only, and
+    Adam makes so much of that one step that it cost up to 0.2 nats (EXPERIMENTS.md). Rows of one topic are balanced
+    too, which a load of the whole batch would not ask for (Qiu et al. 2025): what that costs was not measured.
 
     Buffers, in checkpoints: bias (S + nulls,), load (S + nulls,): the share of each in the previous optimizer step;
     with slots also alive (S,), sibling (S,): the twin of a split expert, itself without one, retired (S,): the step at
@@ -458,6 +463,8 @@ class Router(nn.Module):
 
     def forward(self, x):
         cfg, K = self.cfg, self.cfg.n_experts_per_token
+        B = len(x) if x.dim() == 3 else 1
+        x = x.reshape(-1, x.shape[-1])
         if self.training and cfg.router_jitter:
             x = x * torch.empty_like(x).uniform_(1 - cfg.router_jitter, 1 + cfg.router_jitter)
         logits = RouterLogits.apply(x, self.weight)  # (T, n)
@@ -475,18 +482,20 @@ class Router(nn.Module):
             share = share / share.sum(-1, keepdim=True)
         with torch.no_grad():
             ids = self.select(score.detach() + self.bias).topk(K, -1).indices
+            chosen = ids.view(B, -1)  # (B, T K)
+            counts = logits.new_zeros(B, self.n).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=logits.dtype))
         p = score.gather(1, ids)  # (T, K)
         if cfg.norm_topk:
             p = p / (p.sum(-1, keepdim=True) + 1e-20)
         if cfg.route_scale != 1.0:
             p = p * cfg.route_scale
-        # sums over tokens; balance is 1.0 a token when loads are equal: Switch (Fedus et al. 2021), with the loads of
-        # the previous optimizer step over the whole batch (Qiu et al. 2025), so that no split changes the gradient
-        balance = live * (share @ self.load).sum()
+        # sums over tokens; balance is 1.0 a token when loads are equal: Switch (Fedus et al. 2021), row by row
+        load = counts / chosen.shape[1]  # (B, n), sums to 1
+        balance = live * (share.view(B, -1, self.n) * load[:, None]).sum()
         z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square().sum()
         loss = self.aux_weight * balance + cfg.router_z_loss_weight * z
         with torch.no_grad():
-            counts = logits.new_zeros(self.n).scatter_add_(0, ids.flatten(), logits.new_ones(ids.numel()))
+            counts = counts.sum(0)
             dropped = logits.new_zeros(())
             if self.capacity_factor and self.training:
                 ids, dropped = self.drop(ids, live)
@@ -549,9 +558,8 @@ class MoE(nn.Module):
         self.back_end = "slices"
 
     def forward(self, x):
-        flat = x.reshape(-1, x.shape[-1])
-        p, ids, loss, sums = self.router(flat)
-        y = self.experts(flat, p, ids, self.back_end).view_as(x)
+        p, ids, loss, sums = self.router(x)
+        y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.back_end).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, {"loss": loss, "moe": sums}
@@ -577,7 +585,7 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
 @torch.no_grad()
 def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Tensor) -> None:
     """After an optimizer step, from the tokens per expert (n,) over all its micro-steps and ranks, layer by layer:
-    the load shares of the next balance loss, and the selection bias: b += rate * sign(mean - count), centred.
+    the load shares (what surgery goes by), and the selection bias: b += rate * sign(mean - count), centred.
     Nothing changes where `bad`, a 0-d bool: that step was dropped. No host sync.
     """
     for moe, count in zip(layers, counts):

@@ -563,7 +563,8 @@ class Trainer(ByHand, Report):
             then = saved.state.get("tokenizer")
             self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
         now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
-        differ = [f"{k}: {model.get(k)} there, {now[k]} here" for k in now if model.get(k) != now[k]]
+        here = {k: v for k, v in now.items() if k != "init_std"}  # of what has long been changed by training
+        differ = [f"{k}: {model.get(k)} there, {v} here" for k, v in here.items() if model.get(k) != v]
         if differ:
             fix = f"{self.out} holds a run of another model: give another --out_dir, or write model: as it was"
             raise UserError("E305", f"{saved.path}: {'; '.join(differ)}. {fix}")

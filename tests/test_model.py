@@ -465,6 +465,14 @@ def test_init_is_seeded_per_name_with_the_stds_of_the_table():
         assert p.dim() == 1 or not torch.equal(p, other[name])
 
 
+@pytest.mark.parametrize("d_model", (64, 128, 512, 768))
+def test_initial_weights_follow_the_width(d_model):
+    """A matrix of fan-in d_model passes on the same share of its input at any width."""
+    cfg = ModelConfig(vocab_size=97, d_model=d_model, n_layers=1, n_heads=2)
+    assert cfg.init_std * d_model**0.5 == pytest.approx(0.02 * 512**0.5)
+    assert ModelConfig(vocab_size=97, d_model=d_model, n_layers=1, n_heads=2, init_std=0.02).init_std == 0.02
+
+
 def test_dropout_is_off_in_eval_and_on_in_training():
     model, plain, x = make(dropout=0.3), make(), ids(2, 8)
     assert torch.equal(model.eval()(x), plain(x))

@@ -542,27 +542,38 @@ def test_the_bias_balances_a_lopsided_router():
 
 
 @pytest.mark.parametrize("router", ("softmax", "sigmoid"))
-def test_balance_loss_is_one_a_token_and_flat_at_equal_loads(router):
+def test_balance_loss_by_hand_row_by_row(router):
+    """n times the sum over tokens of share times the load of the token's own row; 1.0 a token at equal loads."""
     weights = dict(aux_loss_weight=0.5, router_z_loss_weight=0.0)
     for slots in ({}, {"n_experts_max": 11}):
-        moe, x = layer(router=router, **weights, **slots), normal(100, 32)
-        _, _, loss, sums = moe.router(x)
-        assert sums[SUMS.index("balance")].item() == pytest.approx(100, rel=1e-5)
-        assert loss.item() == pytest.approx(50, rel=1e-5)
-        loss.backward()
-        assert moe.router.weight.grad.abs().max() < 1e-4, "uniform loads say nothing about a direction"
-        moe.router.weight.grad = None
-        moe.router.load[:8] = torch.tensor([0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
-        _, _, loss, sums = moe.router(x)
-        logits = (x @ moe.router.weight.t())[:, :8]
+        moe, x = layer(router=router, **weights, **slots), normal(4, 25, 32)
+        _, ids, loss, sums = moe.router(x)
+        logits = (x @ moe.router.weight.t())[..., :8]
         share = logits.softmax(-1) if router == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-        want = 8 * (share * moe.router.load[:8]).sum()
+        load = F.one_hot(ids.view(4, -1), 8).float().mean(1)  # (rows, experts), of 2 x 25 choices
+        want = 8 * (share * load[:, None]).sum()
+        assert sums[SUMS.index("balance")].item() == pytest.approx(want.item(), rel=1e-4)
         assert loss.item() == pytest.approx(0.5 * want.item(), rel=1e-4)
         loss.backward()
         step = moe.router.weight.detach() - 1e-3 * moe.router.weight.grad
+        alone = sum(moe.router(row[None])[2] for row in x)
+        assert alone.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
         with torch.no_grad():
             moe.router.weight.copy_(step)
             assert moe.router(x)[2] < loss
+
+
+def test_balance_loss_is_one_a_token_at_equal_loads():
+    moe = layer(aux_loss_weight=0.5, router_z_loss_weight=0.0, router="softmax")
+    with torch.no_grad():  # of unit vectors each goes to the two experts of its number, in turn
+        moe.router.weight.zero_()
+        for e in range(8):
+            moe.router.weight[e, e // 2 * 2 : e // 2 * 2 + 2] = 5.0
+    x = torch.eye(32)[torch.arange(8).repeat(3)][None]
+    _, _, loss, sums = moe.router(x)
+    assert sums[SUMS.index("balance")].item() == pytest.approx(24, rel=1e-5)
+    loss.backward()
+    assert moe.router.weight.grad.abs().max() < 1e-4, "equal loads say nothing about a direction"
 
 
 @torch.no_grad()
@@ -623,7 +634,7 @@ def test_balance_is_updated_once_a_step_from_all_micro_steps(tiny, monkeypatch):
         for counts, _, _, after in run:
             assert (counts.sum(1) == 4 * 32 * 2).all(), "4 rows of 32 tokens, K = 2: neither more nor less"
             for layer_counts, load in zip(counts, after[2:]):
-                assert torch.allclose(load.double(), layer_counts / 256, atol=1e-6), "the load of the next step"
+                assert torch.allclose(load.double(), layer_counts / 256, atol=1e-6), "the load of the step"
     for name in ("one", "recomputed"):
         assert all(torch.equal(a[0], b[0]) for a, b in zip(runs["four"], runs[name])), name
 
@@ -642,7 +653,7 @@ SPLIT = dict(aux_loss_weight=0.5, router_z_loss_weight=0.01, dropout=0.0)
 
 @pytest.mark.parametrize("kind", ("null", "hybrid"))
 def test_any_split_of_the_batch_trains_alike(tiny, kind):
-    """The balance loss takes its loads from the step before, MoD chooses row by row: a split changes neither."""
+    """The balance loss takes its loads from its row, MoD chooses row by row: a split changes neither."""
     model, found = KINDS[kind] | SPLIT, []
     for micro in (4, 1):
         rows = dict(batch_size=micro, gradient_accumulation_steps=4 // micro)
@@ -679,8 +690,8 @@ def test_losses_are_logged_apart(tiny, kind):
     trainer.fit()
     row = next(r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r)
     assert row["loss"] == pytest.approx(np.mean([c.item() for c in ce]), abs=1e-5), "the language model's alone"
-    part = 0.5 if kind == "hybrid" else 1.0  # of the tokens, which a router inside MoD sees
-    assert row["aux_loss"] == pytest.approx(0.5 * 2 * part, rel=1e-4), "weight x layers x 1.0"
+    balance = sum(p["moe"][:, SUMS.index("balance")].sum().item() for p in parts) / (4 * 32)
+    assert row["aux_loss"] == pytest.approx(0.5 * balance, rel=1e-4), "weight x what all layers add up to"
     z = sum(p["moe"][:, SUMS.index("z")].sum().item() for p in parts) / (4 * 32)
     assert row["router_z_loss"] == pytest.approx(0.01 * z, rel=1e-4) and row["router_z_loss"] > 0
     if kind == "hybrid":
