@@ -758,7 +758,7 @@ class PutRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, rows, n):
         ctx.save_for_backward(rows)
-        return y.new_zeros(n, y.shape[1]).index_copy_(0, rows, y)
+        return y.new_zeros(n, y.shape[1]).index_copy(0, rows, y)  # in place, torch 2.11 compiles to a gradient of zero
 
     @staticmethod
     def backward(ctx, grad):
