@@ -470,7 +470,8 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
 
 def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
     """A loss that leaves its course again waits until 200 turns have passed; a NaN never waits (tests above)."""
-    trainer = run(tiny(**LONG | {"max_steps": 420, "min_lr": 1e-5}), at={150: glitch, 230: glitch})
+    keys = tiny(model={"init_std": 0.02}, **LONG | {"max_steps": 420, "min_lr": 1e-5})
+    trainer = run(keys, at={150: glitch, 230: glitch})
     rows = [d for d in decisions(trainer) if d.get("trigger") == "divergence"]
     assert [d["action"] for d in rows] == ["wait", "rollback", "wait", "rollback"] and rows[3]["level"] == 3
     first, again = rows[1]["turn"], rows[3]["turn"]
