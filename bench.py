@@ -359,7 +359,7 @@ def fastest(name: str, variants: list, limit: float, device):
 def speed(words: list[str]) -> int:
     """Train some steps of a configuration into a temporary folder, in about ten parts: the first two are warm-up, and
     those in which something was compiled are left out."""
-    parser = Words(add_help=False, allow_abbrev=False)
+    parser = Words(prog="bench.py speed", add_help=False)
     parser.add_argument("--max_steps", "--max-steps", type=int, default=40)
     o, words = parser.parse_known_args(words)
     if o.max_steps < 3:
