@@ -118,9 +118,9 @@ def test_from_equal_weights_both_take_the_same_steps(kind, source, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_as_fast_as_transformers(kind, source, tmp_path):
-    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss of its own formula,
-    at the weight of this script. Runs differ by some hundredths of a nat by chance alone: when a model finds out that the symbol
-    before the last matters too depends on the draw."""
+    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss of its own formula.
+    Runs differ by some hundredths of a nat by chance alone: when a model finds out that the symbol before the last
+    matters too depends on the draw."""
     gaps = []
     for seed in (1, 2, 3):
         trainer = Trainer(keys(source, tmp_path / str(seed), kind, seed, 240))
