@@ -443,9 +443,9 @@ def install() -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return pread(*args)
 
-    def building(self, saved):
+    def building(self, *args):
         HERE["trainer"] = self
-        return build(self, saved)
+        return build(self, *args)
 
     os.pread, Trainer.build = failing, building
 
