@@ -322,7 +322,7 @@ class Orchestrator:
         losses, first = {} if t.val_loss is None else {"val_loss": t.val_loss}, math.log(n) + 3
         if len(self.recent) == 8 and self.turn - self.went_back > 8:  # all made by the weights of now
             losses = {"the loss": statistics.median(self.recent)} | losses
-            first = self.course.first[0]  # of weights that no step had touched
+            first = next(iter(self.course.first), first)  # of weights that no step had touched, or of new data
         for name, loss in losses.items():
             risen = not loss <= 1.1 * first
             if not above_chance(loss, n) or not (risen or t.step >= t.warm_up + self.LEARNED):

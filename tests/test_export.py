@@ -68,7 +68,8 @@ MODELS = SHAPES | SPARSE
 
 
 def config(**keys):
-    return ModelConfig(**({"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} | keys))
+    sizes = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "init_std": 0.02}
+    return ModelConfig(**sizes | keys)
 
 
 def random_state(cfg, seed=0, dead=None):

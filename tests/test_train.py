@@ -72,7 +72,7 @@ def test_it_learns_and_leaves_what_it_promises(tiny):
     rows = read_lines(trainer.out / "metrics.jsonl")
     loss = losses(trainer.out)
     # the language has entropy ln 3 = 1.0986; an untrained model has ln 97 = 4.57
-    assert loss[1] > 4.2 and loss[60] < 2.0
+    assert loss[1] > 4.0 and loss[60] < 2.0
     stable = {"step", "attempt", "tokens", "loss", "ppl", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait"}
     stable |= {"mem_allocated", "mem_reserved", "ram"}
     assert all(stable <= set(r) for r in rows if "loss" in r)
