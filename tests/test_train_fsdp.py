@@ -241,8 +241,10 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, rank
             assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
         a, b = (whole(c["out_dir"], base["max_steps"]) for c in (job, base))
         assert a.keys() == b.keys(), name
+        # fresh moments make a whole step of a gradient that is nearly zero: its rounding shows more
+        limit = 1e-5 if name == "init_from" else 2e-6
         for tensor in a:
-            assert (a[tensor].double() - b[tensor].double()).abs().max() <= 2e-6, (name, tensor)
+            assert (a[tensor].double() - b[tensor].double()).abs().max() <= limit, (name, tensor)
 
 
 def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_path):
