@@ -30,7 +30,7 @@ from errors import UserError, Words, command, environment
 from model import ModelConfig, Transformer, head_rows, pick_attention
 from model_moe import back_ends
 
-TRIED = ("2.11", "2.13", "2.14")  # torch, oldest first: the versions on which the tests were run
+TRIED = ("2.11", "2.13", "2.14")  # torch, oldest first: on which the tests were run (2.11, 2.14: most)
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
 
 

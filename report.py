@@ -271,7 +271,8 @@ class Report:
         row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
         row |= {"ppl": math.exp(min(seen["loss"], 50.0)), "lr": seen["lr"], "grad_norm": seen["grad_norm"]}
         flops = self.model.flops_per_token() if self.mod else self.flops_per_token  # MoD's capacity may be annealed
-        row |= {"tokens_per_second": speed, "mfu": speed * flops / (self.peak * self.parallel.world)}
+        mfu = speed * flops / (self.peak * self.parallel.world)
+        row |= {"tokens_per_second": speed, "mfu": mfu if mfu <= 1 else None}  # None: the peak was measured too low
         times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
         row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
         row |= {f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()}
@@ -286,7 +287,8 @@ class Report:
         row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
         self.record(row)
         left = (cfg.max_steps - done) * seconds / steps
-        share = f"mfu {100 * row['mfu']:.0f} %, data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
+        share = "mfu -" if row["mfu"] is None else f"mfu {100 * mfu:.0f} %"
+        share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
         numbers = f"loss {seen['loss']:.4f}  ppl {row['ppl']:.4g}"
         numbers += f"  aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
         numbers += f"  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}  {plan.describe(speed)} tok/s"

@@ -2383,6 +2383,15 @@ def test_the_log_line_has_what_people_look_for(tiny):
     assert "  aux " not in told(plain)
 
 
+def test_the_peak_was_measured_while_the_machine_was_busy(tiny):
+    """A run then came out above 100 % of what the machine can do: such a share is not a number."""
+    trainer = Trainer(tiny(max_steps=2))
+    trainer.peak = 1.0
+    trainer.fit()
+    assert "mfu -, data" in told(trainer)
+    assert [r["mfu"] for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r] == [None, None]
+
+
 def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
     """Curves, a picture and checkpoints set aside belong to the run that is overwritten; a file of the user's stays."""
     trainer = steps_of(tiny())
