@@ -44,6 +44,7 @@ FAULT_RUN = {"data_dir": "@one", "max_steps": 600, "batch_size": 16, "learning_r
 FAULT_RUN |= {"precision": "fp32", "compile_model": False, "eval_tokens": 16384, "save_interval": 200, "seed": 1337}
 FAULT_RUN |= {"save_total_limit": 2, "log_interval": 100, "expert_back_end": "slices"}
 FAULT_MODEL = {"vocab_size": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 128, "max_seq_len": 64}
+FAULT_MODEL |= {"init_std": 0.02}  # as when README's table was made: by width it would be 0.057
 FAULT_MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 64}
 FAULT_MOD = {"mod_capacity": 0.5, "mod_layers": [1], "mod_ffn_only": True}
 KINDS = {"dense": {}, "moe": FAULT_MOE, "mod": FAULT_MOD, "hybrid": FAULT_MOE | FAULT_MOD}
