@@ -2407,8 +2407,7 @@ def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
 
 
 def test_wandb_goes_on_with_the_run_and_is_quiet(tiny, monkeypatch, capfd):
-    """Stopped and started again it is one run of wandb, also offline, in one line; overwritten it is another, and so is
-    one that goes on from another run's checkpoint."""
+    """Stopped and started again it is one run of wandb, also offline, in one line; overwritten it is another."""
     made = []
 
     class Settings(dict):
