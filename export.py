@@ -27,10 +27,11 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-import checkpoint
-from errors import UserError, Words, a_path, command, expand
+from lumen import checkpoint, files
+from lumen.errors import UserError, a_path, expand
+from lumen.launch import Words, command
+from lumen.tokenizer import Tokenizer, load, of_run
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer, load, of_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # largest difference of fp32 logits that the check accepts
@@ -39,9 +40,21 @@ ROPE_KEYS = {  # what rope_tables() in model.py reads of rope_scaling; transform
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+    ),
 }
-CLASSES = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "dots1": "Dots1"}
+CLASSES = {
+    "llama": "Llama",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "dots1": "Dots1",
+}
 DENSE = {  # our keys in the words of config.json
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
@@ -57,10 +70,20 @@ KEYS = {
                     "norm_topk": "norm_topk_prob", "n_dense_layers": "first_k_dense_replace",
                     "route_scale": "routed_scaling_factor"},
 }  # fmt: skip
-MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-DOTS1_MUST = {"n_group": 1, "topk_group": 1}  # and, for vLLM, which scales the shared expert too (as of 2025):
+MUST = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
+DOTS1_MUST = {
+    "n_group": 1,
+    "topk_group": 1,
+}  # and, for vLLM, which scales the shared expert too (as of 2025):
 DOTS1_MUST |= {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-DEAD = -1e9  # Dots1's selection bias of an empty slot: no score, which is below 1, can make up for it
+DEAD = (
+    -1e9
+)  # Dots1's selection bias of an empty slot: no score, which is below 1, can make up for it
 
 
 def model_type(cfg: ModelConfig) -> str:
@@ -70,13 +93,20 @@ def model_type(cfg: ModelConfig) -> str:
     return "dots1" if cfg.router == "sigmoid" else "qwen3_moe" if cfg.qk_norm else "mixtral"
 
 
-def layout(cfg: ModelConfig, kept: dict | None = None, fused=False) -> list[tuple[str, str, list[int], list[int]]]:
+def layout(
+    cfg: ModelConfig, kept: dict | None = None, fused=False
+) -> list[tuple[str, str, list[int], list[int]]]:
     """(our tensor, Hugging Face's tensor, where it starts in ours, its shape) for every one of theirs.
 
     kept: {layer: slots whose experts there are}, by default all. fused: transformers 5 can write a layer's experts as
     two 3-D tensors, as we do; everybody reads a tensor per expert.
     """
-    d, q, kv, I = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_expert
+    d, q, kv, I = (
+        cfg.d_model,
+        cfg.n_heads * cfg.head_dim,
+        cfg.n_kv_heads * cfg.head_dim,
+        cfg.d_expert,
+    )
     kind, table = model_type(cfg), []
 
     def add(ours, *parts):
@@ -109,14 +139,33 @@ def layout(cfg: ModelConfig, kept: dict | None = None, fused=False) -> list[tupl
             m, names = f"{h}.block_sparse_moe", ("w1", "w3", "w2")
         add(f"{b}.ffn.router", (f"{m}.gate", len(slots), d))
         if kind == "dots1":
-            table.append((f"{b}.ffn.router.bias", f"{m}.gate.e_score_correction_bias", [0], [len(slots)]))
-            swiglu(f"{b}.ffn.shared", f"{m}.shared_experts", cfg.n_shared_experts * I)  # of width 0 without any
-        parts = [("w13", names[0], 0, [I, d]), ("w13", names[1], I, [I, d]), ("w2", names[2], 0, [d, I])]
+            table.append(
+                (f"{b}.ffn.router.bias", f"{m}.gate.e_score_correction_bias", [0], [len(slots)])
+            )
+            swiglu(
+                f"{b}.ffn.shared", f"{m}.shared_experts", cfg.n_shared_experts * I
+            )  # of width 0 without any
+        parts = [
+            ("w13", names[0], 0, [I, d]),
+            ("w13", names[1], I, [I, d]),
+            ("w2", names[2], 0, [d, I]),
+        ]
         for j, slot in enumerate(slots if not fused else ()):
             for w, name, first, shape in parts:
-                table.append((f"{b}.ffn.experts.{w}", f"{m}.experts.{j}.{name}.weight", [slot, first, 0], shape))
-        for w, name, *shape in (("w13", "gate_up_proj", 2 * I, d), ("w2", "down_proj", d, I)) if fused else ():
-            table.append((f"{b}.ffn.experts.{w}", f"{m}.experts.{name}", [0, 0, 0], [len(slots), *shape]))
+                table.append(
+                    (
+                        f"{b}.ffn.experts.{w}",
+                        f"{m}.experts.{j}.{name}.weight",
+                        [slot, first, 0],
+                        shape,
+                    )
+                )
+        for w, name, *shape in (
+            (("w13", "gate_up_proj", 2 * I, d), ("w2", "down_proj", d, I)) if fused else ()
+        ):
+            table.append(
+                (f"{b}.ffn.experts.{w}", f"{m}.experts.{name}", [0, 0, 0], [len(slots), *shape])
+            )
     add("norm", ("model.norm", d))
     if not cfg.tie_embeddings:
         add("head", ("lm_head", cfg.vocab_size, d))
@@ -130,7 +179,11 @@ def odd_rope(scaling: dict) -> list[str]:
         return [f"rope_scaling: type {kind!r} is not one of {', '.join(ROPE_KEYS)}"]
     odd = []
     for key, value in scaling.items():
-        if key in ("type", "rope_type", "rope_theta") or value is None or (key, value) == ("truncate", True):
+        if (
+            key in ("type", "rope_type", "rope_theta")
+            or value is None
+            or (key, value) == ("truncate", True)
+        ):
             continue
         if key not in ROPE_KEYS[kind]:
             odd.append(f"rope_scaling.{key}: {value!r} has no meaning here for type {kind}")
@@ -162,7 +215,10 @@ def new_folder(path, used: str):
     tmp = path.with_name(path.name + ".tmp")
     mark = tmp / ".lumen"  # what bears it was begun here and never finished
     if os.path.lexists(tmp) and not mark.exists():
-        raise UserError(used, f"{tmp}, where {path.name} would be made, is there and not ours: give another name")
+        raise UserError(
+            used,
+            f"{tmp}, where {path.name} would be made, is there and not ours: give another name",
+        )
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
@@ -172,9 +228,11 @@ def new_folder(path, used: str):
         if path.exists():
             path.rmdir()
         tmp.rename(path)
-        checkpoint.sync(path.parent)
+        files.sync(path.parent)
     except BaseException as error:
-        if not (isinstance(error, UserError) and error.code == "E402"):  # that one is kept, to be looked into
+        if not (
+            isinstance(error, UserError) and error.code == "E402"
+        ):  # that one is kept, to be looked into
             shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError("E403", f"{path}: {error}") from error
@@ -227,18 +285,29 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
 
     alive = {i: read(i, "alive") if cfg.n_experts_max else own >= 0 for i in layers}
     counts = {i: int(a.sum()) for i, a in alive.items()}
-    every = kind == "dots1" and (len({*counts.values()}) > 1 or 1 in counts.values())  # its class needs two
+    every = kind == "dots1" and (
+        len({*counts.values()}) > 1 or 1 in counts.values()
+    )  # its class needs two
     if len({*counts.values()}) > 1 and not every:
-        why.append(f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ")
+        why.append(
+            f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ"
+        )
     for i, a in alive.items():
-        bias, twins = read(i, "bias")[:S], a & (read(i, "sibling") != own) if cfg.n_experts_max else ~a
+        bias, twins = (
+            read(i, "bias")[:S],
+            a & (read(i, "sibling") != own) if cfg.n_experts_max else ~a,
+        )
         if kind != "dots1" and bias[a].any():
-            why.append(f"layer {i}: its router has a selection bias, and {CLASSES[kind]}'s has none")
+            why.append(
+                f"layer {i}: its router has a selection bias, and {CLASSES[kind]}'s has none"
+            )
         if twins.any():
             text = "only one can be chosen, which no class knows: train on until they have parted"
             why.append(f"layer {i}: of the twins {own[twins].tolist()} {text}")
         kept[i] = own[a | every].tolist()
-        ready[f"blocks.{i}.ffn.router.weight"] = read(i, "weight")[kept[i]] / cfg.routing_temperature
+        ready[f"blocks.{i}.ffn.router.weight"] = (
+            read(i, "weight")[kept[i]] / cfg.routing_temperature
+        )
         ready[f"blocks.{i}.ffn.router.bias"] = bias.masked_fill(~a, DEAD)[kept[i]]
     return kept, ready, why
 
@@ -262,7 +331,9 @@ def hf_config(cfg: ModelConfig, dtype: str, ids: dict, n_experts: int = 0) -> di
     return config | extra.get(kind, {})
 
 
-def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=print, shard_bytes=5 * 10**9) -> dict:
+def to_hf(
+    run, folder, dtype: str | None = None, best=False, check=False, say=print, shard_bytes=5 * 10**9
+) -> dict:
     """Write the run's newest (or best) step as a Hugging Face folder; returns what EXPORT.json says.
 
     dtype: default float32, for an imported step 0 the one it came in. UserError E400 with every reason when the model
@@ -271,18 +342,29 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
     source = checkpoint.find(run, best, say)
     keys, imported = source.state["config"]["model"], source.state.get("imported") or {}
     if unknown := sorted(set(keys) - {f.name for f in dataclasses.fields(ModelConfig)}):
-        raise UserError("E400", f"{source.path}: model.{', model.'.join(unknown)}: not known to this version")
+        raise UserError(
+            "E400", f"{source.path}: model.{', model.'.join(unknown)}: not known to this version"
+        )
     cfg, dtype = ModelConfig(**keys), dtype or imported.get("dtype", "float32")
     with torch.device("meta"):
-        shapes = {f"model.{name}": list(t.shape) for name, t in Transformer(cfg).state_dict().items()}
+        shapes = {
+            f"model.{name}": list(t.shape) for name, t in Transformer(cfg).state_dict().items()
+        }
     saved = {name: t["shape"] for name, t in source.tensors.items() if name.startswith("model.")}
     wrong = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
     kept, ready, why = routers(source, cfg) if not wrong else ({}, {}, [])
-    why = refusals(cfg) + why + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
+    why = (
+        refusals(cfg)
+        + why
+        + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
+    )
     if why:
         raise UserError("E400", f"{source.path}: {'; '.join(why)}")
     if wrong:
-        raise UserError("E305", f"{source.path}: not the same in its weights and its config: {', '.join(wrong[:8])}")
+        raise UserError(
+            "E305",
+            f"{source.path}: not the same in its weights and its config: {', '.join(wrong[:8])}",
+        )
     transformers = import_transformers() if check else None
 
     tokenizer_file = of_run(source.path.parent, source.state.get("tokenizer"))
@@ -292,26 +374,36 @@ def to_hf(run, folder, dtype: str | None = None, best=False, check=False, say=pr
         # A pad id that can occur in a prompt makes generate() mask it there: a real pad token or none.
         ids = dict(zip(TOKEN_IDS, (tokenizer.eot_id, tokenizer.eot_id, tokenizer.pad_id)))
     config = hf_config(cfg, dtype, ids, max(map(len, kept.values()), default=0))
-    report = {"architecture": config["architectures"][0], "dtype": dtype, "source": str(source.path)}
+    report = {
+        "architecture": config["architectures"][0],
+        "dtype": dtype,
+        "source": str(source.path),
+    }
     report |= {"source_step": source.step, "versions": versions()}
     with new_folder(folder, "E117") as tmp:
         write_shards(source, layout(cfg, kept), ready, folded(cfg), DTYPES[dtype], tmp, shard_bytes)
-        checkpoint.write_json(tmp / "config.json", config)
-        checkpoint.write_json(tmp / "generation_config.json", ids)
+        files.write_json(tmp / "config.json", config)
+        files.write_json(tmp / "generation_config.json", ids)
         if tokenizer:
             shutil.copy(tokenizer_file, tmp / "tokenizer.json")
-            checkpoint.write_json(tmp / "tokenizer_config.json", tokenizer_config(tokenizer, ids, cfg.max_seq_len))
+            files.write_json(
+                tmp / "tokenizer_config.json", tokenizer_config(tokenizer, ids, cfg.max_seq_len)
+            )
         if check:
             report |= compare(transformers, source, cfg, dtype, tokenizer, tmp)
             report["versions"]["transformers"] = transformers.__version__
-        checkpoint.write_json(tmp / "EXPORT.json", report)
+        files.write_json(tmp / "EXPORT.json", report)
         found = [report.get(key) for key in ("max_diff", "greedy_equal", "ids_equal")]
         text = "max_diff {}, greedy_equal {}, ids_equal {}".format(*found)
-        if check and not (found[0] <= TOLERANCE and found[1] and found[2] is not False):  # a NaN is not <= either
+        if check and not (
+            found[0] <= TOLERANCE and found[1] and found[2] is not False
+        ):  # a NaN is not <= either
             raise UserError("E402", f"{tmp / 'EXPORT.json'}: {text}")
     if not tokenizer:
         say(f"exported without a tokenizer: {why_not}")
-    say(f"{report['architecture']}, step {source.step}, {dtype}{', ' + text if check else ''}: {folder}")
+    say(
+        f"{report['architecture']}, step {source.step}, {dtype}{', ' + text if check else ''}: {folder}"
+    )
     return report
 
 
@@ -320,7 +412,9 @@ def folded(cfg: ModelConfig) -> float:
     return 1.0 if model_type(cfg) == "dots1" else cfg.route_scale
 
 
-def write_shards(source, table, ready: dict, scale: float, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
+def write_shards(
+    source, table, ready: dict, scale: float, dtype: torch.dtype, folder: Path, shard_bytes: int
+) -> None:
     """model.safetensors, or numbered shards and their index; holds one shard in memory."""
 
     def to(ours):  # a bias decides between near-equal scores
@@ -335,7 +429,11 @@ def write_shards(source, table, ready: dict, scale: float, dtype: torch.dtype, f
         room -= size
     weight_map = {}
     for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         tensors = {}
         for ours, theirs, first, shape in shard:
             tensor = ready.get(ours, torch.empty(shape) if 0 in shape else None)
@@ -346,14 +444,16 @@ def write_shards(source, table, ready: dict, scale: float, dtype: torch.dtype, f
             tensors[theirs] = tensor.to(to(ours))
             if value := checkpoint.odd(tensors[theirs]):
                 if checkpoint.odd(tensor):
-                    raise UserError("E303", f"{source.path}: model.{ours} holds {value}: the run had diverged")
+                    raise UserError(
+                        "E303", f"{source.path}: model.{ours} holds {value}: the run had diverged"
+                    )
                 text = f"dtype: {dtype} cannot hold all of model.{ours}"
                 raise UserError("E400", f"{source.path}: {text}; take bfloat16 or float32")
         checkpoint.save_tensors(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        checkpoint.write_json(folder / "model.safetensors.index.json", index)
+        files.write_json(folder / "model.safetensors.index.json", index)
 
 
 def tokenizer_config(tokenizer: Tokenizer, ids: dict, max_seq_len: int) -> dict:
@@ -380,38 +480,52 @@ def import_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise UserError("E003", f"the check needs transformers: pip install transformers ({error})") from error
+        raise UserError(
+            "E003", f"the check needs transformers: pip install transformers ({error})"
+        ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
 
 
 @torch.no_grad()
-def compare(transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokenizer, folder: Path) -> dict:
+def compare(
+    transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokenizer, folder: Path
+) -> dict:
     """Logits, 32 greedy tokens and token ids under transformers against ours, in fp32 on the CPU.
 
     Ours are the checkpoint's weights rounded to `dtype`, so what rounding costs is not part of the difference.
     """
     ours, state = Transformer(cfg).eval(), source.model_state()
     for name in {name for name, _ in ours.named_parameters()}:
-        heat = cfg.routing_temperature if name.endswith("router.weight") else 1.0  # folded in before the rounding
+        heat = (
+            cfg.routing_temperature if name.endswith("router.weight") else 1.0
+        )  # folded in before the rounding
         heat = 1 / folded(cfg) if name.endswith("experts.w2") else heat
         state[name] = (state[name] / heat).to(DTYPES[dtype]).float() * heat
     ours.load_state_dict(state)
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32
+        ).eval()
         other = transformers.AutoTokenizer.from_pretrained(folder) if tokenizer else None
     except Exception as error:  # whatever it raises, the folder does not do what it promises
-        raise UserError("E402", f"transformers {transformers.__version__} cannot load {folder}: {error}") from error
+        raise UserError(
+            "E402", f"transformers {transformers.__version__} cannot load {folder}: {error}"
+        ) from error
     n = tokenizer.n_vocab if tokenizer else cfg.vocab_size
-    idx = torch.randint(n, (2, min(64, cfg.max_seq_len)), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(
+        n, (2, min(64, cfg.max_seq_len)), generator=torch.Generator().manual_seed(0)
+    )
     diff = (ours(idx) - theirs(idx).logits).abs().max().item()
     # Their cached decoding against our full forward: each token they choose has our largest logit, or ties with it.
     theirs.generation_config.eos_token_id = None  # go on for 32 tokens
     out = theirs.generate(idx[:1, :8], max_new_tokens=32, do_sample=False)
     logits, new = ours(out)[0, -33:-1], out[0, -32:]
     gap = (logits.max(-1).values - logits[torch.arange(32), new]).max().item()
-    equal = other and all(tokenizer.encode(t).tolist() == other(t, add_special_tokens=False).input_ids for t in TEXTS)
+    equal = other and all(
+        tokenizer.encode(t).tolist() == other(t, add_special_tokens=False).input_ids for t in TEXTS
+    )
     return {"max_diff": diff, "greedy_equal": gap <= 2 * TOLERANCE, "ids_equal": equal}
 
 
@@ -430,7 +544,11 @@ DEFAULTS = {
     "initializer_range": 0.02, "tie_word_embeddings": False, "norm_topk_prob": False, "n_shared_experts": 0,
     "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
 }  # fmt: skip
-QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": None}  # has use_sliding_window
+QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}  # has use_sliding_window
 OWN = {
     "llama": {},
     "qwen3": QWEN | {"head_dim": 128},
@@ -452,19 +570,28 @@ def model_config(config: dict, where) -> ModelConfig:
     must, experts = MUST | (DOTS1_MUST if kind == "dots1" else {}), config.get("num_local_experts")
     if kind == "qwen3_moe" and config.setdefault("num_experts", experts) == experts:
         known.add("num_local_experts")  # what transformers 5 calls it
-    if kind == "dots1" and not config.get("layer_types") and config["num_hidden_layers"] > config["max_window_layers"]:
+    if (
+        kind == "dots1"
+        and not config.get("layer_types")
+        and config["num_hidden_layers"] > config["max_window_layers"]
+    ):
         known.remove("sliding_window")
     for key, value in config.items():
         if key == "layer_types":
             off = all(v == "full_attention" for v in value or [])
         elif key in must:
-            off = value in (None, must[key]) or (key, value) == ("scoring_func", "noaux_tc")  # a name for the same
+            off = value in (None, must[key]) or (key, value) == (
+                "scoring_func",
+                "noaux_tc",
+            )  # a name for the same
         else:
             off = not value or key in known or key.startswith(("_", "transformers"))
         why += [] if off else [f"{key}: {value!r} cannot be imported"]
     places = [config, *(config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))]
     if not all(isinstance(place, dict) for place in places):
-        raise UserError("E401", f"{where}: rope_scaling and rope_parameters must be objects, not {places[1:]}")
+        raise UserError(
+            "E401", f"{where}: rope_scaling and rope_parameters must be objects, not {places[1:]}"
+        )
     thetas = {float(place["rope_theta"]) for place in places if place.get("rope_theta") is not None}
     rope = dict(places[1] or places[2])
     why += [f"rope_theta: {sorted(thetas)} contradict one another"] if len(thetas) > 1 else []
@@ -476,14 +603,18 @@ def model_config(config: dict, where) -> ModelConfig:
     rope = {k: v for k, v in rope.items() if v is not None and k not in ("rope_theta", "truncate")}
     plain = rope.get("rope_type", rope.get("type", "default")) == "default"
     config = DEFAULTS | config
-    ours = {ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()}
+    ours = {
+        ours: 0 if config[theirs] is None else config[theirs] for ours, theirs in KEYS[kind].items()
+    }
     ours |= {"mixtral": {"norm_topk": True}, "dots1": {"router": "sigmoid"}}.get(kind, {})
     if kind == "qwen3_moe" and ours["n_experts"]:
         step, dense = config["decoder_sparse_step"] or 1, config["mlp_only_layers"] or ()
         sparse = [i for i in range(ours["n_layers"]) if i not in dense and (i + 1) % step == 0]
         ours["moe_layers"] = sparse if len(sparse) < ours["n_layers"] else None
     ours |= {"rope_theta": max(thetas, default=1e6 if kind == "mixtral" else 1e4)}
-    return ModelConfig(rope_scaling=None if plain else rope, qk_norm=kind not in ("llama", "mixtral"), **ours)
+    return ModelConfig(
+        rope_scaling=None if plain else rope, qk_norm=kind not in ("llama", "mixtral"), **ours
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -517,7 +648,8 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
         files = [folder / str(name) for name in sorted(set(weight_map.values()))]
     elif not files[0].exists():
         raise UserError(
-            "E401", f"{folder}: no model.safetensors and no index of shards; pickled .bin files are not read"
+            "E401",
+            f"{folder}: no model.safetensors and no index of shards; pickled .bin files are not read",
         )
     where, parts, dtypes = {}, {}, set()
     try:
@@ -525,25 +657,45 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
             where |= dict.fromkeys((handle := safe_open(file, "pt")).keys(), handle)
         table = layout(cfg, fused=any(n.endswith("experts.gate_up_proj") for n in where))
         wanted = {theirs for _, theirs, *_ in table}
-        extra = {n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")}  # a table of old files
+        extra = {
+            n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")
+        }  # a table of old files
         if cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= set(where):
-            head, embed = (where[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight"))
-            extra -= {"lm_head.weight"} if torch.equal(head, embed) else set()  # some files hold a tied head twice
+            head, embed = (
+                where[n].get_tensor(n) for n in ("lm_head.weight", "model.embed_tokens.weight")
+            )
+            extra -= (
+                {"lm_head.weight"} if torch.equal(head, embed) else set()
+            )  # some files hold a tied head twice
         why = [f"{n}: has no place in this {config['model_type']}" for n in sorted(extra)]
-        table = [row for row in table if row[1] in where or 0 not in row[3]]  # shared experts of width 0: there or not
+        table = [
+            row for row in table if row[1] in where or 0 not in row[3]
+        ]  # shared experts of width 0: there or not
         why += [f"{n}: missing" for n in sorted({theirs for _, theirs, *_ in table} - set(where))]
         for ours, theirs, _, shape in table if not why else []:
             tensor = where[theirs].get_tensor(theirs)
             if list(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
-                why.append(f"{theirs}: {tensor.dtype} {list(tensor.shape)}, expected {shape} of {', '.join(DTYPES)}")
+                why.append(
+                    f"{theirs}: {tensor.dtype} {list(tensor.shape)}, expected {shape} of {', '.join(DTYPES)}"
+                )
             if 0 not in shape:
-                dtypes |= {str(tensor.dtype).removeprefix("torch.")} if not ours.endswith(".bias") else set()
+                dtypes |= (
+                    {str(tensor.dtype).removeprefix("torch.")}
+                    if not ours.endswith(".bias")
+                    else set()
+                )
                 parts.setdefault(ours, []).append(tensor.float())
     except (OSError, SafetensorError) as error:
         raise UserError("E401", f"{folder}: {error}") from error
     if why:
-        raise UserError("E401", f"{folder}: {'; '.join(why[:8])}{f'; {len(why) - 8} more' if len(why) > 8 else ''}")
-    state = {ours: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for ours, tensors in parts.items()}
+        raise UserError(
+            "E401",
+            f"{folder}: {'; '.join(why[:8])}{f'; {len(why) - 8} more' if len(why) > 8 else ''}",
+        )
+    state = {
+        ours: torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        for ours, tensors in parts.items()
+    }
     for name in [n for n in state if ".experts." in n]:
         state[name] = state[name].view(cfg.n_experts, -1, state[name].shape[-1])
     cfg = add_buffers(cfg, state)
@@ -553,7 +705,10 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
 
 def add_buffers(cfg: ModelConfig, state: dict) -> ModelConfig:
     """Put the routers' buffers that only training needs into `state`; experts that are never chosen are empty slots."""
-    E, names = cfg.n_experts, [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)]
+    E, names = (
+        cfg.n_experts,
+        [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)],
+    )
     alive = [state.setdefault(r + "bias", torch.zeros(E)) > DEAD / 2 for r in names]
     counts = [int(a.sum()) for a in alive]
     slots = names and cfg.n_experts_per_token <= min(counts) < E
@@ -561,7 +716,11 @@ def add_buffers(cfg: ModelConfig, state: dict) -> ModelConfig:
         state[r + "load"] = a / a.sum() if slots else torch.full((E,), 1 / E)
         if slots:
             state[r + "bias"] = state[r + "bias"].masked_fill(~a, 0.0)
-            state |= {r + "alive": a, r + "sibling": torch.arange(E), r + "retired": torch.full((E,), -1)}
+            state |= {
+                r + "alive": a,
+                r + "sibling": torch.arange(E),
+                r + "retired": torch.full((E,), -1),
+            }
     return dataclasses.replace(cfg, n_experts=max(counts), n_experts_max=E) if slots else cfg
 
 
@@ -574,18 +733,30 @@ def from_hf(folder, out_dir, say=print) -> None:
     """Make a run out of a Hugging Face folder: step 0, without an optimizer."""
     cfg, state, dtype, tokenizer_file = read_hf(folder)
     config = read_json(Path(folder) / "config.json")
-    imported = {"from": str(Path(folder).resolve()), "dtype": dtype, **{key: config.get(key) for key in TOKEN_IDS}}
+    imported = {
+        "from": str(Path(folder).resolve()),
+        "dtype": dtype,
+        **{key: config.get(key) for key in TOKEN_IDS},
+    }
     write_run(out_dir, cfg, state, imported, tokenizer_file, say)
 
 
-def write_run(out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_file: Path | None, say) -> None:
+def write_run(
+    out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_file: Path | None, say
+) -> None:
     """out_dir with step_00000000, config.yaml and, where we can read it, the tokenizer. UserError E300 when used."""
     with torch.device("meta"):
         model = Transformer(cfg)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    if wrong := [n for n in sorted({*shapes, *state}) if n not in state or state[n].shape != shapes.get(n)]:
-        raise UserError("E401", f"{imported['from']}: do not fit the configuration: {', '.join(wrong[:8])}")
-    if broken := [f"{name} holds {value}" for name, t in state.items() if (value := checkpoint.odd(t))]:
+    if wrong := [
+        n for n in sorted({*shapes, *state}) if n not in state or state[n].shape != shapes.get(n)
+    ]:
+        raise UserError(
+            "E401", f"{imported['from']}: do not fit the configuration: {', '.join(wrong[:8])}"
+        )
+    if broken := [
+        f"{name} holds {value}" for name, t in state.items() if (value := checkpoint.odd(t))
+    ]:
         raise UserError("E401", f"{imported['from']}: {'; '.join(broken[:8])}")
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
     config = {"model": dataclasses.asdict(cfg)}
@@ -610,151 +781,31 @@ def write_run(out_dir, cfg: ModelConfig, state: dict, imported: dict, tokenizer_
 # ---------------------------------------------------------------- from Lunaris Codex
 
 
-LUNARIS_MOE = (
-    "--moe scaled is its older code, imported exactly: outputs times the router's probability. --moe unscaled is its "
-    "newer code, which has no exact equivalent and is imported only if you say so: outputs times 1, done by a routing "
-    "temperature near 0 (set it to 1 to train on); it drops tokens of full experts in evaluation too, Lumen does not; "
-    "and it was trained with a destroyed RoPE (cosines only), Lumen's is whole"
-)
-
-
-class LunarisConfig:
-    """Stands in for the dataclass that some of their files pickle: it takes attributes and runs nothing."""
-
-
-def read_lunaris(file, say=print, moe=None, **given) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
-    """(configuration, fp32 state dict, dtype) of a Lunaris Codex .pt.
-
-    given: n_heads, max_seq_len, rope_theta, rope_ntk_scale_base, dropout, where the file does not say them.
-    moe: see `main`'s help.
-    """
-    theirs = [(LunarisConfig, f"{module}.LunarisCodexConfig") for module in ("model", "model_moe", "__main__")]
-    try:
-        with torch.serialization.safe_globals(theirs):
-            data = torch.load(file, map_location="cpu", weights_only=True)
-        weights, said = data["model"], data.get("config") or {}
-        weights = {n.replace("_orig_mod.", "").replace("module.", ""): t for n, t in weights.items()}
-        said = said.get("model", said)
-        said = dict(said if isinstance(said, dict) else vars(said))
-        for key, value in given.items():
-            if value is not None and said.setdefault(key, value) != value:
-                raise UserError("E401", f"{file}: --{key} {value}: the file says {said[key]}")
-        return convert_lunaris(weights, said, file, say, moe)
-    except UserError:
-        raise
-    except Exception as error:  # damaged bytes make torch.load raise anything, and a .pt can hold anything
-        first = str(error).strip().split("\n")[0][:300]
-        raise UserError("E401", f"{file}: no Lunaris checkpoint: {type(error).__name__}: {first}") from error
-
-
-def convert_lunaris(weights: dict, said: dict, file, say, moe) -> tuple[ModelConfig, dict[str, torch.Tensor], str]:
-    """Three layouts: the MoE branch (fused wqkv and w13, QK-norm over whole vectors, no norm before attention), with or
-    without experts; main (one norm per head, after RoPE); main before it had QK-norm, which is a Llama, and the MoE
-    branch's first days, the same with experts."""
-    dtypes = set()
-
-    def take(name):
-        if name not in weights:
-            raise UserError("E401", f"{file}: {name}: missing")
-        dtypes.add(str(weights[name].dtype).removeprefix("torch."))
-        return weights.pop(name).float()
-
-    def unpair(w):
-        """Their RoPE turns pairs (0, 1), (2, 3), ..., ours (0, D/2), (1, D/2 + 1), ...: rows to 0, 2, ..., 1, 3, ..."""
-        return w.reshape(-1, head_dim // 2, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
-
-    embed = take("transformer.wte.weight")
-    head = take("lm_head.weight") if "lm_head.weight" in weights else embed
-    d, n_layers = embed.shape[1], sum(name.endswith(".ffn_norm.weight") for name in weights)
-    fused = "transformer.h.0.attention.wqkv.weight" in weights
-    qk_norm = "transformer.h.0.attention.q_norm.weight" in weights
-    if qk_norm and not fused:  # the norm says the width of a head
-        said.setdefault("n_heads", d // len(weights["transformer.h.0.attention.q_norm.weight"]))
-    if lacking := [key for key in ("n_heads", "max_seq_len") if not said.get(key)]:
-        raise UserError("E401", f"{file}: does not say {', '.join(lacking)}: give --{' N --'.join(lacking)} N")
-    gate = weights.get("transformer.h.0.feed_forward.gate.weight")
-    E = 0 if gate is None else len(gate)
-    code = "unscaled" if "capacity_factor" in said else "scaled" if "n_experts" in said else moe
-    if E and (moe or "scaled") != code:
-        raise UserError("E401", f"{file}: a MoE model of the {code or 'older or the newer'} code: {LUNARIS_MOE}")
-    n_heads, T, theta = int(said["n_heads"]), int(said["max_seq_len"]), float(said.get("rope_theta", 10000.0))
-    if d % (2 * n_heads):
-        raise UserError("E401", f"{file}: n_heads: {n_heads} heads of even width do not fit into d_model {d}")
-    head_dim, state = d // n_heads, {"embed.weight": embed}
-
-    def swiglu(name):
-        w13 = [take(f"{name}.{w}.weight") for w in (("w13",) if fused else ("w1", "w3"))]
-        return torch.cat(w13), take(f"{name}.w2.weight")
-
-    for i in range(n_layers):
-        h, b = f"transformer.h.{i}.", f"blocks.{i}."
-        if fused:
-            wqkv = take(h + "attention.wqkv.weight")
-            kv = (len(wqkv) - d) // 2
-            q, k, v = wqkv.split([d, kv, kv])
-        else:
-            q, k, v = (take(h + f"attention.{x}_proj.weight") for x in "qkv")
-            state[b + "attn_norm.weight"] = take(h + "attention_norm.weight")
-        state[b + "attn.wqkv.weight"] = torch.cat([unpair(q), unpair(k), v])
-        for x in "qk" if qk_norm else "":
-            state[b + f"attn.{x}_norm.weight"] = unpair(take(h + f"attention.{x}_norm.weight"))
-        state[b + "attn.wo.weight"] = take(h + "attention.o_proj.weight")
-        state[b + "ffn_norm.weight"] = take(h + "ffn_norm.weight")
-        f = h + "feed_forward"
-        if E:
-            experts = zip(*(swiglu(f"{f}.experts.{e}") for e in range(E)))
-            state[b + "ffn.experts.w13"], state[b + "ffn.experts.w2"] = map(torch.stack, experts)
-            state[b + "ffn.router.weight"] = take(f + ".gate.weight")
-        else:
-            state[b + "ffn.w13.weight"], state[b + "ffn.w2.weight"] = swiglu(f)
-    state["norm.weight"] = take("transformer.ln_f.weight")
-    if not (tied := torch.equal(embed, head)):
-        state["head.weight"] = head
-    if weights:
-        raise UserError("E401", f"{file}: no place for {', '.join(sorted(weights)[:8])}")
-    if not fused:  # main stretches theta by the ratio of contexts; before it had QK-norm it did not
-        theta *= max(1.0, T / max(1, int(said.get("rope_ntk_scale_base", 2048 if qk_norm else T))))
-    elif code != "scaled":
-        say(
-            f"note: {file} may come from the newer code of Lunaris' MoE branch, which trained with a destroyed RoPE "
-            "(cast to real numbers: cosines only). Lumen computes RoPE right, so its logits differ from those there"
-        )
-    dropout = said.get("dropout", 0.0) if said.get("resid_dropout") is None else said["resid_dropout"]
-    if said.get("attn_dropout"):
-        say(f"note: attn_dropout {said['attn_dropout']} is left out: Lumen has no dropout on attention weights")
-    sparse = {"n_experts": E, "n_experts_per_token": 1, "router_z_loss_weight": 0.0} if E else {}
-    sparse |= {"aux_loss_weight": float(said.get("aux_loss_weight", 1e-2))} if E else {}
-    if E and code == "unscaled":  # so cold that the best expert's probability is 1.0
-        sparse |= {"routing_temperature": 1e-6, "capacity_factor": said.get("capacity_factor")}
-    w2 = state["blocks.0.ffn.experts.w2" if E else "blocks.0.ffn.w2.weight"]
-    cfg = ModelConfig(
-        vocab_size=len(embed), d_model=d, n_layers=n_layers, n_heads=n_heads, n_kv_heads=len(k) // head_dim,
-        d_ff=w2.shape[-1], max_seq_len=T, rope_theta=theta, norm_eps=1e-5,
-        dropout=dropout, tie_embeddings=tied, qk_norm=qk_norm,
-        rope_first=qk_norm and not fused, norm_order="lunaris" if fused else "pre", **sparse,
-    )  # fmt: skip
-    return add_buffers(cfg, state), state, one_dtype(dtypes)
-
-
-def from_lunaris(file, out_dir, say=print, moe=None, **given) -> None:
-    """Make a run out of a Lunaris Codex .pt: step 0, without an optimizer or (it has none) a tokenizer."""
-    cfg, state, dtype = read_lunaris(file, say, moe, **given)
-    write_run(out_dir, cfg, state, {"from": str(Path(file).resolve()), "dtype": dtype}, None, say)
-
-
 # ---------------------------------------------------------------- command
 
 
 def main(argv: list[str]) -> None:
-    parser = Words(prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    from tools.import_lunaris import LUNARIS_MOE, from_lunaris
+
+    parser = Words(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("to_hf", help="a run to a Hugging Face folder")
     p.add_argument("run", type=a_path, help="out/run, or one of its step folders")
     p.add_argument("folder", type=a_path)
-    p.add_argument("--dtype", choices=DTYPES, help="default: float32; for an imported run the dtype it came in")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="default: float32; for an imported run the dtype it came in"
+    )
     p.add_argument("--best", action="store_true", help="the best step instead of the newest")
-    p.add_argument("--check", action="store_true", help="compare logits, greedy tokens and token ids with transformers")
-    p = commands.add_parser("from_hf", help="a folder of Llama, Qwen3, Mixtral, Qwen3Moe or Dots1 to a run")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="compare logits, greedy tokens and token ids with transformers",
+    )
+    p = commands.add_parser(
+        "from_hf", help="a folder of Llama, Qwen3, Mixtral, Qwen3Moe or Dots1 to a run"
+    )
     p.add_argument("folder", type=a_path)
     p.add_argument("out_dir", type=a_path)
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")

@@ -20,15 +20,33 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from model_moe import MoD, MoE, for_generation
+from kernels import attend, for_generation
+from model_moe import MoD, MoE
 
 # ---------------------------------------------------------------- configuration
 
-ROPE_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+ROPE_NUMBERS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 ROPE_NUMBERS += ("original_max_position_embeddings",)
-MOST = {"d_model": 1 << 20, "n_layers": 1 << 14, "n_heads": 1 << 16, "head_dim": 1 << 16, "max_seq_len": 1 << 30}
+MOST = {
+    "d_model": 1 << 20,
+    "n_layers": 1 << 14,
+    "n_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_seq_len": 1 << 30,
+}
 
 
 @dataclass
@@ -44,36 +62,64 @@ class ModelConfig:
     multiple_of: int = 256  # ... a multiple of this
     max_seq_len: int = 1024  # T, tokens in a training row
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = None  # longer contexts, as in transformers: {type: linear | yarn | llama3, factor}
-    rope_first: bool = False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
+    rope_scaling: dict | None = (
+        None  # longer contexts, as in transformers: {type: linear | yarn | llama3, factor}
+    )
+    rope_first: bool = (
+        False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
+    )
     dropout: float = 0.0  # on the embedding and on what attention and FFN add to the stream, 0 to 1
     norm_eps: float = 1e-6  # RMSNorm's epsilon
-    init_std: float | None = None  # standard deviation of the initial weights; null: 0.02 sqrt(512 / d_model)
+    init_std: float | None = (
+        None  # standard deviation of the initial weights; null: 0.02 sqrt(512 / d_model)
+    )
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
-    norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
+    norm_order: str = (
+        "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
+    )
     # Mixture of Experts (n_experts: 0 is a dense model)
     n_experts: int = 0  # routed experts per MoE layer
     n_experts_per_token: int = 2  # K, experts that each token visits
     d_expert: int = 0  # hidden width of an expert; 0: d_ff
-    n_shared_experts: int = 0  # experts that every token visits, as one SwiGLU of this many times d_expert
+    n_shared_experts: int = (
+        0  # experts that every token visits, as one SwiGLU of this many times d_expert
+    )
     n_dense_layers: int = 0  # the first layers keep the dense FFN of width d_ff
     moe_every: int = 1  # of the layers after them, every n-th is MoE (the n-th, the 2n-th ...)
     moe_layers: list | None = None  # or: exactly these layers, counted from 0
-    router: str = "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
-    norm_topk: bool | None = None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
+    router: str = (
+        "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
+    )
+    norm_topk: bool | None = (
+        None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
+    )
     route_scale: float = 1.0  # factor on the gates
     aux_loss_weight: float | None = None  # load balancing loss; null: 1e-2, for sigmoid 1e-4
-    router_z_loss_weight: float | None = None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
-    bias_update_rate: float | None = None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
-    capacity_factor: float | None = None  # at most so many times the fair share per expert; null: nothing is dropped
+    router_z_loss_weight: float | None = (
+        None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
+    )
+    bias_update_rate: float | None = (
+        None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
+    )
+    capacity_factor: float | None = (
+        None  # at most so many times the fair share per expert; null: nothing is dropped
+    )
     routing_temperature: float = 1.0  # divides the router's logits
     router_jitter: float = 0.0  # training noise on the router's input: times uniform(1 - x, 1 + x)
-    expert_dropout: float = 0.0  # share of experts that cannot be chosen, drawn anew each step, training only
-    n_experts_max: int = 0  # slots, for adding, splitting and pruning experts while training; 0: no surgery
-    n_null_experts: int = 0  # choices that compute nothing; n of E + n are used, so depth varies by token
+    expert_dropout: float = (
+        0.0  # share of experts that cannot be chosen, drawn anew each step, training only
+    )
+    n_experts_max: int = (
+        0  # slots, for adding, splitting and pruning experts while training; 0: no surgery
+    )
+    n_null_experts: int = (
+        0  # choices that compute nothing; n of E + n are used, so depth varies by token
+    )
     # Mixture of Depths (mod_capacity: 1.0 is off)
-    mod_capacity: float | list = 1.0  # share of tokens that a MoD layer computes; or a list, one number per layer
+    mod_capacity: float | list = (
+        1.0  # share of tokens that a MoD layer computes; or a list, one number per layer
+    )
     mod_routing: str = "learned"  # learned | static (evenly spaced positions) | random
     mod_start_layer: int = 0  # first layer, from 0
     mod_end_layer: int | None = None  # last layer; null: the last there is
@@ -89,7 +135,9 @@ class ModelConfig:
             if not ok:
                 raise ValueError(text)
 
-        for f in dataclasses.fields(self):  # of which kind, finite, and not so large that counting it would hang
+        for f in dataclasses.fields(
+            self
+        ):  # of which kind, finite, and not so large that counting it would hang
             value, kinds = getattr(self, f.name), f.type.split(" | ")
             ok = type(value).__name__ in kinds or (value is None and "None" in kinds)
             ok = ok or (type(value) is int and "float" in kinds)
@@ -101,26 +149,45 @@ class ModelConfig:
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
         if self.init_std is None:
             self.init_std = 0.02 * math.sqrt(512 / self.d_model)
-        for key in ("vocab_size", "n_kv_heads", "head_dim", "ffn_hidden_multiplier", "norm_eps", "init_std"):
+        for key in (
+            "vocab_size",
+            "n_kv_heads",
+            "head_dim",
+            "ffn_hidden_multiplier",
+            "norm_eps",
+            "init_std",
+        ):
             check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
         check(self.rope_theta > 0, f"model.rope_theta: {self.rope_theta} must be above 0")
         if not self.head_dim:
             even = [h for h in range(1, self.d_model + 1) if self.d_model % (2 * h) == 0]
             near = sorted(sorted(even, key=lambda h: abs(h - self.n_heads))[:3])
             ok = self.d_model % self.n_heads == 0
-            check(ok, f"model.n_heads: {self.n_heads} does not divide d_model {self.d_model}; near it: {near}")
+            check(
+                ok,
+                f"model.n_heads: {self.n_heads} does not divide d_model {self.d_model}; near it: {near}",
+            )
             self.head_dim = self.d_model // self.n_heads
-        check(self.head_dim % 2 == 0, f"model.head_dim: {self.head_dim} is odd; RoPE turns pairs, take an even one")
+        check(
+            self.head_dim % 2 == 0,
+            f"model.head_dim: {self.head_dim} is odd; RoPE turns pairs, take an even one",
+        )
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         near = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
         ok = self.n_heads % self.n_kv_heads == 0
-        check(ok, f"model.n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}; possible: {near}")
+        check(
+            ok,
+            f"model.n_kv_heads: {self.n_kv_heads} does not divide n_heads {self.n_heads}; possible: {near}",
+        )
         if not self.d_ff:
             hidden = int(2 * int(self.ffn_hidden_multiplier * self.d_model) / 3)
             self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
         check(self.d_ff >= 1, f"model.d_ff: {self.d_ff} must be at least 1")
         check(0 <= self.dropout < 1, f"model.dropout: {self.dropout} is not in [0, 1)")
-        check(self.norm_order in ("pre", "lunaris"), f"model.norm_order: {self.norm_order!r} is not pre or lunaris")
+        check(
+            self.norm_order in ("pre", "lunaris"),
+            f"model.norm_order: {self.norm_order!r} is not pre or lunaris",
+        )
         check(
             self.norm_order == "pre" or self.qk_norm,
             "model.qk_norm: false does not go with norm_order lunaris: no norm",
@@ -129,7 +196,12 @@ class ModelConfig:
         if scaling is not None:
             kind = scaling.get("rope_type", scaling.get("type"))
             need = {"linear": ["factor"], "yarn": ["factor"], "default": []}
-            need["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+            need["llama3"] = [
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ]
             check(
                 isinstance(kind, str) and kind in need,
                 f"model.rope_scaling: type {kind!r} is not one of {', '.join(need)}",
@@ -137,7 +209,8 @@ class ModelConfig:
             missing = [k for k in need[kind] if scaling.get(k) is None]
             check(not missing, f"model.rope_scaling: {kind} needs {', '.join(missing)}")
             check(
-                kind != "yarn" or self.rope_theta > 1, f"model.rope_theta: {self.rope_theta} must be above 1 for yarn"
+                kind != "yarn" or self.rope_theta > 1,
+                f"model.rope_theta: {self.rope_theta} must be above 1 for yarn",
             )
             for key in set(ROPE_NUMBERS) & set(scaling):
                 value = scaling[key]
@@ -149,7 +222,10 @@ class ModelConfig:
                 f"model.rope_scaling: low_freq_factor and high_freq_factor are both {low}",
             )
             extra = set(scaling) & {"mscale", "mscale_all_dim", "truncate"}
-            check(not extra, f"model.rope_scaling: {', '.join(sorted(extra))} of DeepSeek's yarn is not supported")
+            check(
+                not extra,
+                f"model.rope_scaling: {', '.join(sorted(extra))} of DeepSeek's yarn is not supported",
+            )
         self.check_sparse(check)
 
     def check_sparse(self, check) -> None:
@@ -158,7 +234,10 @@ class ModelConfig:
         sigmoid = self.router == "sigmoid"
         self.d_expert = self.d_expert or self.d_ff
         self.norm_topk = K > 1 if self.norm_topk is None else self.norm_topk
-        for key, soft, other in (("aux_loss_weight", 1e-2, 1e-4), ("router_z_loss_weight", 1e-3, 0.0)):
+        for key, soft, other in (
+            ("aux_loss_weight", 1e-2, 1e-4),
+            ("router_z_loss_weight", 1e-3, 0.0),
+        ):
             if getattr(self, key) is None:
                 setattr(self, key, other if sigmoid else soft)
         if self.bias_update_rate is None:
@@ -168,40 +247,69 @@ class ModelConfig:
             check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
         for key in ("moe_every", "mod_every"):
             check(getattr(self, key) >= 1, f"model.{key}: {getattr(self, key)} must be at least 1")
-        for kind, others in (("moe", ("n_dense_layers", "moe_every")), ("mod", ("mod_start_layer", "mod_every"))):
+        for kind, others in (
+            ("moe", ("n_dense_layers", "moe_every")),
+            ("mod", ("mod_start_layer", "mod_every")),
+        ):
             layers = getattr(self, f"{kind}_layers")
             if layers is None:
                 continue
-            ok = all(type(i) is int and 0 <= i < L for i in layers) and len(set(layers)) == len(layers)
-            check(ok, f"model.{kind}_layers: {layers} must be different whole numbers from 0 to {L - 1}")
+            ok = all(type(i) is int and 0 <= i < L for i in layers) and len(set(layers)) == len(
+                layers
+            )
+            check(
+                ok,
+                f"model.{kind}_layers: {layers} must be different whole numbers from 0 to {L - 1}",
+            )
             both = [k for k in others if getattr(self, k) != (1 if k.endswith("every") else 0)]
-            check(not both, f"model.{kind}_layers: says which layers, and so does model.{', '.join(both)}; drop one")
+            check(
+                not both,
+                f"model.{kind}_layers: says which layers, and so does model.{', '.join(both)}; drop one",
+            )
         text = "model.mod_layers: says which layers, and so does model.mod_end_layer; drop one"
         check(self.mod_layers is None or self.mod_end_layer is None, text)
-        check(self.n_dense_layers <= L, f"model.n_dense_layers: {self.n_dense_layers} is more than n_layers {L}")
+        check(
+            self.n_dense_layers <= L,
+            f"model.n_dense_layers: {self.n_dense_layers} is more than n_layers {L}",
+        )
         if E:
             check(1 <= K <= E, f"model.n_experts_per_token: {K} must be from 1 to n_experts, {E}")
-            check(self.router in ("softmax", "sigmoid"), f"model.router: {self.router!r} is not softmax or sigmoid")
+            check(
+                self.router in ("softmax", "sigmoid"),
+                f"model.router: {self.router!r} is not softmax or sigmoid",
+            )
             text = "each gate would be 1 and the router could not learn; set norm_topk: false"
-            check(K > 1 or not self.norm_topk, f"model.norm_topk: true does not go with n_experts_per_token: 1: {text}")
-            for key in ("d_model", "d_expert"):  # rows of 16 bytes in every precision: what grouped GEMMs need
+            check(
+                K > 1 or not self.norm_topk,
+                f"model.norm_topk: true does not go with n_experts_per_token: 1: {text}",
+            )
+            for key in (
+                "d_model",
+                "d_expert",
+            ):  # rows of 16 bytes in every precision: what grouped GEMMs need
                 near = max(8, round(getattr(self, key) / 8) * 8)
                 ok = getattr(self, key) % 8 == 0
-                check(ok, f"model.{key}: {getattr(self, key)} must be a multiple of 8 in a MoE; near it: {near}")
+                check(
+                    ok,
+                    f"model.{key}: {getattr(self, key)} must be a multiple of 8 in a MoE; near it: {near}",
+                )
             factor, least = self.capacity_factor, 1 / E
             text = f"model.capacity_factor: {factor} is below 1 / n_experts: experts would get no token; try 1.25"
             check(factor is None or factor >= least, text)
             for key in ("routing_temperature", "route_scale"):
                 check(getattr(self, key) > 0, f"model.{key}: {getattr(self, key)} must be above 0")
             for key in ("aux_loss_weight", "router_z_loss_weight", "bias_update_rate"):
-                check(getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more")
+                check(
+                    getattr(self, key) >= 0, f"model.{key}: {getattr(self, key)} must be 0 or more"
+                )
             for key in ("router_jitter", "expert_dropout"):
-                check(0 <= getattr(self, key) < 1, f"model.{key}: {getattr(self, key)} is not in [0, 1)")
+                check(
+                    0 <= getattr(self, key) < 1,
+                    f"model.{key}: {getattr(self, key)} is not in [0, 1)",
+                )
             text = f"model.n_experts_max: {self.n_experts_max} is below n_experts {E}; one spare slot: {E + 1}"
             check(not self.n_experts_max or self.n_experts_max >= E, text)
-            text = (
-                "model.n_experts_max: raw softmax gates depend on the experts not chosen, so a split would change them"
-            )
+            text = "model.n_experts_max: raw softmax gates depend on the experts not chosen, so a split would change them"
             ok = not self.n_experts_max or sigmoid or self.norm_topk
             check(ok, f"{text}; set norm_topk: true or router: sigmoid")
             text = "model.n_null_experts: their share is held by the selection bias; set bias_update_rate: 1e-3"
@@ -209,27 +317,47 @@ class ModelConfig:
             text = f"model.expert_dropout: {self.expert_dropout} can mute none where every token needs all {E}"
             check(not self.expert_dropout or K < E, text)
         else:
-            check(not self.n_null_experts, "model.n_null_experts: needs n_experts; they are choices beside real ones")
+            check(
+                not self.n_null_experts,
+                "model.n_null_experts: needs n_experts; they are choices beside real ones",
+            )
             check(not self.moe_layers, "model.moe_layers: needs n_experts")
         if self.mod_capacity == 1:
-            check(not self.mod_layers, "model.mod_layers: needs mod_capacity below 1, 0.5 for example")
+            check(
+                not self.mod_layers, "model.mod_layers: needs mod_capacity below 1, 0.5 for example"
+            )
         if self.mod_end_layer is not None:
             ok = self.mod_start_layer <= self.mod_end_layer < L
             text = f"from mod_start_layer {self.mod_start_layer} to {L - 1}"
             check(ok, f"model.mod_end_layer: {self.mod_end_layer} must be {text}")
-        check(0 <= self.mod_start_layer < L, f"model.mod_start_layer: {self.mod_start_layer} must be from 0 to {L - 1}")
+        check(
+            0 <= self.mod_start_layer < L,
+            f"model.mod_start_layer: {self.mod_start_layer} must be from 0 to {L - 1}",
+        )
         routings = ("learned", "static", "random")
-        check(self.mod_routing in routings, f"model.mod_routing: {self.mod_routing!r} is not learned, static or random")
+        check(
+            self.mod_routing in routings,
+            f"model.mod_routing: {self.mod_routing!r} is not learned, static or random",
+        )
         if isinstance(self.mod_capacity, list):
             n, c = len(self.mod_capacity), self.mod_capacity
-            check(n == L, f"model.mod_capacity: a list needs {L} numbers, one per layer (1.0: not this one), not {n}")
+            check(
+                n == L,
+                f"model.mod_capacity: a list needs {L} numbers, one per layer (1.0: not this one), not {n}",
+            )
             text = "model.mod_capacity: a list says which layers (1.0: not this one); drop mod_layers, mod_every ..."
             ok = self.mod_layers is None and self.mod_end_layer is None and self.mod_every == 1
             check(ok and not self.mod_start_layer, text)
         for c in self.mod_capacity if isinstance(self.mod_capacity, list) else [self.mod_capacity]:
             ok = type(c) in (int, float) and 0 < c <= 1
-            check(ok, f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual")
-            check(c * T >= 1, f"model.mod_capacity: {c} of {T} tokens is less than one; at least {1 / T:.3g}")
+            check(
+                ok,
+                f"model.mod_capacity: {c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual",
+            )
+            check(
+                c * T >= 1,
+                f"model.mod_capacity: {c} of {T} tokens is less than one; at least {1 / T:.3g}",
+            )
         # asked for, and no layer would be so: a mistake that would train without a word
         moe = not E or any(map(self.is_moe, range(L)))
         mod = isinstance(self.mod_capacity, list) or self.mod_capacity == 1
@@ -237,14 +365,19 @@ class ModelConfig:
         for name in "moe_layers moe_every n_dense_layers mod_layers mod_every".split():
             value, some = getattr(self, name), mod if name.startswith("mod") else moe
             text = f"model.{name}: {value} leaves none of the {L} layers to "
-            check(some or value == getattr(ModelConfig, name), text + ("n_experts" if mod else "mod_capacity"))
+            check(
+                some or value == getattr(ModelConfig, name),
+                text + ("n_experts" if mod else "mod_capacity"),
+            )
 
     def idle(self) -> list[str]:
         """Keys that were given and have no effect, since what they belong to is off."""
         experts = "d_expert n_shared_experts n_dense_layers moe_every n_experts_max router capacity_factor "
         experts += "routing_temperature router_jitter expert_dropout"
         depth = "mod_routing mod_start_layer mod_end_layer mod_every mod_ffn_only mod_anneal_steps"
-        off = (experts.split() if not self.n_experts else []) + (depth.split() if self.mod_capacity == 1 else [])
+        off = (experts.split() if not self.n_experts else []) + (
+            depth.split() if self.mod_capacity == 1 else []
+        )
         defaults = vars(ModelConfig) | {"d_expert": self.d_ff}
         return [key for key in off if getattr(self, key) != defaults[key]]
 
@@ -288,7 +421,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight.to(
+            x.dtype
+        )
 
 
 def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,7 +439,9 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     if kind == "linear":
         freq = freq / s["factor"]
     elif kind == "llama3":
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the original context
+        turns = (
+            s["original_max_position_embeddings"] * freq / (2 * math.pi)
+        )  # over the original context
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: slowed by factor
         freq = freq * (keep + (1 - keep) / s["factor"])
@@ -315,10 +452,14 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
             for n in (s.get("beta_fast", 32), s.get("beta_slow", 1))
         ]
         low, high = max(math.floor(dim[0]), 0), min(math.ceil(dim[1]), D - 1)
-        ramp = (torch.arange(D // 2, device=device, dtype=torch.float32) - low) / max(high - low, 1e-3)
+        ramp = (torch.arange(D // 2, device=device, dtype=torch.float32) - low) / max(
+            high - low, 1e-3
+        )
         keep = 1 - ramp.clamp(0, 1)
         freq = freq * (keep + (1 - keep) / s["factor"])
-        gain = s.get("attention_factor") or 0.1 * math.log(max(s["factor"], 1.0)) + 1.0  # it is above 0, or not given
+        gain = (
+            s.get("attention_factor") or 0.1 * math.log(max(s["factor"], 1.0)) + 1.0
+        )  # it is above 0, or not given
     angle = pos[..., None, None].float() * freq
     return angle.cos() * gain, angle.sin() * gain
 
@@ -344,7 +485,9 @@ class KVCache:
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.filled = torch.zeros(batch, dtype=torch.long, device=device)
         routed = () if cfg.mod_ffn_only else [i for i in range(cfg.n_layers) if cfg.capacity(i) < 1]
-        self.kept = {i: torch.zeros(batch, length + 1, dtype=torch.bool, device=device) for i in routed}
+        self.kept = {
+            i: torch.zeros(batch, length + 1, dtype=torch.bool, device=device) for i in routed
+        }
         self.length, self.used, self.rows = length, 0, torch.arange(batch, device=device)[:, None]
 
     def place(self, idx: torch.Tensor) -> torch.Tensor:
@@ -353,7 +496,9 @@ class KVCache:
         pos = self.filled[:, None] + torch.arange(T, device=idx.device)
         pos = pos.masked_fill(idx < 0, self.length)
         self.used = min(self.used + T, self.length)
-        self.mask = torch.arange(self.used, device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+        self.mask = (
+            torch.arange(self.used, device=idx.device) <= pos[:, None, :, None]
+        )  # (B, 1, T, used)
         return pos
 
     def write(self, layer: int, pos: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
@@ -375,74 +520,15 @@ class KVCache:
 # ---------------------------------------------------------------- attention
 
 
-def attend(q, k, v, back_end: str = "sdpa") -> torch.Tensor:
-    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; returns (B, T, H, D)."""
-    if back_end == "flash":
-        from flash_attn import flash_attn_func  # optional package, CUDA only; pick_attention has tried it
-
-        return flash_attn_func(q, k, v, causal=True)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if back_end == "flex":
-        y = _flex(q, k, v)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-    return y.transpose(1, 2)
-
-
-def _causal(b, h, q, kv):
-    return q >= kv
-
-
-@functools.cache
-def _flex_kernel(compiled: bool):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if compiled else flex_attention  # uncompiled it holds all T x T scores
-
-
-def _flex(q, k, v):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    mask = create_block_mask(_causal, None, None, q.shape[2], k.shape[2], device=q.device)
-    return _flex_kernel(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-
-
-def pick_attention(choice: str, cfg: ModelConfig, device, dtype=torch.float32, train: bool = True) -> tuple[str, str]:
-    """The attention back end that works here and why: (sdpa | flash | flex, reason). ValueError on an unknown choice.
-
-    flash and flex are tried on a small problem against sdpa, with backward when training; what raises or disagrees
-    falls back to sdpa, and the reason says so.
-    """
-    if choice not in ("auto", "sdpa", "flash", "flex"):
-        raise ValueError(f"attention: {choice!r} is not auto, sdpa, flash or flex")
-    if choice in ("auto", "sdpa"):
-        return "sdpa", "torch picks its fastest kernel for this device"
-    gen = torch.Generator().manual_seed(0)
-    heads = (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)
-    qkv = [torch.randn(1, 128, h, cfg.head_dim, generator=gen).to(device, dtype).requires_grad_(train) for h in heads]
-
-    def run(back_end):
-        with torch.set_grad_enabled(train):
-            y = attend(*qkv, back_end)
-            return [y, *(torch.autograd.grad(y.float().square().sum(), qkv) if train else ())]
-
-    try:
-        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(run(choice), run("sdpa"))]
-        if not all(e <= tolerance for e in errors):  # so written that a NaN fails too
-            raise RuntimeError(f"differs from sdpa by {max(errors):.1e}")
-    except Exception as error:  # a third party's kernel can fail in any way: it must never stop a run
-        first = str(error).strip().split("\n")[0][:120]
-        return "sdpa", f"{choice} does not work here ({type(error).__name__}: {first})"
-    return choice, "as asked; agrees with sdpa"
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and optional QK-norm; x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.sizes = cfg, [h * cfg.head_dim for h in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)]
+        self.cfg, self.sizes = (
+            cfg,
+            [h * cfg.head_dim for h in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads)],
+        )
         self.wqkv = Linear(cfg.d_model, sum(self.sizes))
         self.wo = Linear(self.sizes[0], cfg.d_model)
         if cfg.qk_norm:  # per head, or over the whole vector in Lunaris' order
@@ -466,8 +552,14 @@ class Attention(nn.Module):
             y = attend(q, k, v, back_end)
         else:
             k, v = cache.write(layer, pos, k, v)
-            q, gqa, mask = q.transpose(1, 2), cfg.n_kv_heads != cfg.n_heads, cache.visible(layer, pos)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
+            q, gqa, mask = (
+                q.transpose(1, 2),
+                cfg.n_kv_heads != cfg.n_heads,
+                cache.visible(layer, pos),
+            )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(
+                1, 2
+            )
         return self.wo(y.reshape(B, T, -1))
 
 
@@ -493,7 +585,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.norm_order == "pre" else nn.Identity()
+        self.attn_norm = (
+            RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.norm_order == "pre" else nn.Identity()
+        )
         self.attn = Attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         if cfg.is_moe(layer):
@@ -511,12 +605,17 @@ class Block(nn.Module):
         y, stats = y if isinstance(y, tuple) else (y, {})
         return F.dropout(y, self.dropout, self.training), stats
 
-    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"):
+    def forward(
+        self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"
+    ):
         """`recompute`: see recomputed(). In here only where the block is compiled."""
         if recompute == "none":
             return self.change(x, rope, back_end, cache, layer, pos, causal)
         return recomputed(
-            lambda x: self.change(x, rope, back_end, cache, layer, pos, causal), recompute, self.random, x
+            lambda x: self.change(x, rope, back_end, cache, layer, pos, causal),
+            recompute,
+            self.random,
+            x,
         )
 
     def change(self, x, rope, back_end, cache, layer, pos, causal):
@@ -568,7 +667,9 @@ class HeadLoss(torch.autograd.Function):
             if not need_grad:
                 correct += ((logits.argmax(-1) == t) & (t >= 0)).sum()
             top = logits.amax(-1, keepdim=True)  # (n, 1)
-            p = logits.sub_(top).exp_()  # in place and once: on CPU this costs as much as a fifth of the products
+            p = logits.sub_(
+                top
+            ).exp_()  # in place and once: on CPU this costs as much as a fifth of the products
             total = p.sum(-1, keepdim=True)
             lse = top + total.log()
             ce += ((lse - right) * valid).sum()
@@ -619,7 +720,9 @@ def recomputed(run, how: str, random: bool, *args):
     one: around it, selective would save buffers that the compiled code uses again, and backward would fail."""
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_products)
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, keep_products
+        )
     return checkpoint(run, *args, **options)
 
 
@@ -671,10 +774,16 @@ class Transformer(nn.Module):
         if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
             std /= math.sqrt(2 * self.cfg.n_layers)
         for e, part in enumerate(p if p.dim() == 3 else [p], first):
-            digest = hashlib.blake2b(f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(
+                f"{seed}:{name}{f':{e}' if e else ''}".encode(), digest_size=8
+            ).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            there = part.device.type == "cpu" and part.is_contiguous() and part.dtype == torch.float32
-            value = torch.randn(part.shape, generator=generator, out=part.data if there else None).mul_(std)
+            there = (
+                part.device.type == "cpu" and part.is_contiguous() and part.dtype == torch.float32
+            )
+            value = torch.randn(
+                part.shape, generator=generator, out=part.data if there else None
+            ).mul_(std)
             if not there:
                 part.copy_(value)
 
@@ -729,19 +838,29 @@ class Transformer(nn.Module):
             for kind in ("moe", "mod"):  # (layers, numbers): see SUMS and MOD_SUMS in model_moe.py
                 if rows := [s[kind] for s in found if kind in s]:
                     stats[kind] = torch.stack(rows)
-        elif kept := [s for s in found if "kept" in s]:  # (layers, 2): kept and agreeing among the valid tokens
-            stats["depth"] = torch.stack([torch.stack([(s[k] & valid).sum() for k in ("kept", "agree")]) for s in kept])
+        elif kept := [
+            s for s in found if "kept" in s
+        ]:  # (layers, 2): kept and agreeing among the valid tokens
+            stats["depth"] = torch.stack(
+                [torch.stack([(s[k] & valid).sum() for k in ("kept", "agree")]) for s in kept]
+            )
         return total, stats
 
     def sparse_layers(self, kind: str) -> dict[int, nn.Module]:
         """The MoE (kind moe) or MoD (kind mod) modules by layer."""
-        picked = {i: block.ffn if kind == "moe" else block.mod for i, block in enumerate(self.blocks)}
+        picked = {
+            i: block.ffn if kind == "moe" else block.mod for i, block in enumerate(self.blocks)
+        }
         return {i: m for i, m in picked.items() if isinstance(m, (MoE, MoD))}
 
     def set_step(self, step: int) -> None:
         """Anneal MoD's capacity: from 1.0 to its target in eight equal steps over cfg.mod_anneal_steps."""
         for mod in self.sparse_layers("mod").values():
-            done = min(1.0, 8 * step // self.cfg.mod_anneal_steps / 8) if self.cfg.mod_anneal_steps else 1.0
+            done = (
+                min(1.0, 8 * step // self.cfg.mod_anneal_steps / 8)
+                if self.cfg.mod_anneal_steps
+                else 1.0
+            )
             if (capacity := 1 - (1 - mod.target) * done) != mod.capacity:
                 mod.set_capacity(capacity)
 
@@ -764,7 +883,9 @@ class Transformer(nn.Module):
         was_training, device = self.training, self.embed.weight.device
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         longest = max(map(len, prompts))
-        cache = KVCache(self.cfg, len(prompts), longest + max_new_tokens, device, self.compute_dtype)
+        cache = KVCache(
+            self.cfg, len(prompts), longest + max_new_tokens, device, self.compute_dtype
+        )
         idx = torch.tensor([p + [-1] * (longest - len(p)) for p in prompts], device=device)
         seen = torch.zeros(len(prompts), self.cfg.vocab_size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -825,9 +946,15 @@ class Transformer(nn.Module):
             ffn = sum(p.numel() for p in block.ffn.parameters() if p.dim() == 2)
             if cfg.is_moe(i):
                 ffn += self.experts_used() * 3 * cfg.d_model * cfg.d_expert
-            mod = sum(p.numel() for p in block.mod.parameters() if p.dim() == 2) if block.mod is not None else 0
+            mod = (
+                sum(p.numel() for p in block.mod.parameters() if p.dim() == 2)
+                if block.mod is not None
+                else 0
+            )
             deep = 1.0 if cfg.mod_ffn_only else c  # the share of tokens that attention computes
-            flops += 6 * (deep * attn + c * ffn + mod) + 12 * cfg.n_heads * cfg.head_dim * T * deep**2
+            flops += (
+                6 * (deep * attn + c * ffn + mod) + 12 * cfg.n_heads * cfg.head_dim * T * deep**2
+            )
         return round(flops)
 
     def kv_cache_bytes(self, tokens: int = 1, bytes_per_value: int = 2) -> int:
@@ -852,10 +979,14 @@ def choose(
         logits = torch.where(seen, punished, logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature is too small
+    logits = (
+        logits - logits.amax(-1, keepdim=True)
+    ) / temperature  # at most 0: no temperature is too small
     k, order = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1], None
     if k < logits.shape[-1] or top_p < 1.0:  # from here on only the candidates, most likely first
-        logits, order = logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(-1, descending=True)
+        logits, order = (
+            logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(-1, descending=True)
+        )
     p = logits.softmax(-1)
     if top_p < 1.0:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what is likelier suffices

@@ -47,12 +47,16 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from errors import ERRORS, UserError, Words, command, expand, speak
-from loader import DAMAGED, sha256_of
-from tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
+from lumen.errors import ERRORS, UserError, expand
+from lumen.launch import Words, command, speak
+from lumen.loader import DAMAGED, sha256_of
+from lumen.tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
 OPTIONS = {  # of prepare() and of the command line: (default, meaning); a default of None depends on the text
-    "val_fraction": (None, "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005"),
+    "val_fraction": (
+        None,
+        "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005",
+    ),
     "seed": (1337, "of the split and of synthetic text"),
     "shard_tokens": (100_000_000, "a shard is closed before it would be longer"),
     "max_doc_chars": (200_000, "longer documents are given to the tokenizer in parts"),
@@ -63,14 +67,29 @@ OPTIONS = {  # of prepare() and of the command line: (default, meaning); a defau
     "quiet": (False, "no lines and no progress bar"),
 }
 KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json"}
-PIECE = 8 << 20  # bytes: a text file of more than two pieces is read in pieces, cut at line ends; the last is longer
-RULES = 2  # in provenance: 2 since a document has one end of text; before, each of its parts had one
+PIECE = (
+    8 << 20
+)  # bytes: a text file of more than two pieces is read in pieces, cut at line ends; the last is longer
+RULES = (
+    2  # in provenance: 2 since a document has one end of text; before, each of its parts had one
+)
 TRAIN_BYTES = 200_000_000  # a BPE vocabulary is trained on this much, taken from all files alike, and then on the first
 TRAIN_CHARS = 10_000  # ... so many characters of a document; where there is less text, on all of it
 LISTED_DUPLICATES = 1000  # in rejected.jsonl; all are counted
-NOT_STDLIB = {"test", "tests", "idle_test", "lib2to3", "encodings", "site-packages", "dist-packages", "__pycache__"}
+NOT_STDLIB = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 JOURNAL = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|.*\.tmp")
-OURS = re.compile(rf"{JOURNAL.pattern}|(train|val)_\d{{5}}(\.docs)?\.npy|token_bytes\.npy|(report|tokenizer)\.json")
+OURS = re.compile(
+    rf"{JOURNAL.pattern}|(train|val)_\d{{5}}(\.docs)?\.npy|token_bytes\.npy|(report|tokenizer)\.json"
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: what there is to read
@@ -120,31 +139,51 @@ def ours(folder: str) -> bool:
     return False
 
 
-def find_inputs(spec: str, source: int, split: str, out: str = "", unread: dict | None = None) -> list[Input]:
+def find_inputs(
+    spec: str, source: int, split: str, out: str = "", unread: dict | None = None
+) -> list[Input]:
     """The inputs of one source, in a fixed order; what lies there and is none goes into unread: {why: [how
     many, the first]}. The
     folder `out` is none, nor is any other of ours. E108: not there, nothing readable in it, a folder that is shut."""
     stdlib = builtin(spec) and spec == "stdlib"
     if builtin(spec) and not stdlib:
         documents = int(spec.partition(":")[2] or 2000)
-        return [Input(source, split, "synthetic", spec, spec, 600 * documents, documents)]  # mtime is their number
+        return [
+            Input(source, split, "synthetic", spec, spec, 600 * documents, documents)
+        ]  # mtime is their number
     root, files = sysconfig.get_path("stdlib") if stdlib else spec, [spec]
     if not os.path.exists(root):
         raise UserError("E108", f"source {spec}: there is no such file or folder")
     if os.path.isdir(root):
-        files = list(walk(root, out, {} if stdlib or unread is None else unread, NOT_STDLIB if stdlib else ()))
+        files = list(
+            walk(
+                root, out, {} if stdlib or unread is None else unread, NOT_STDLIB if stdlib else ()
+            )
+        )
     elif os.path.splitext(spec)[1].lower() not in KINDS:
-        raise UserError("E108", f"source {spec}: only {' '.join(KINDS)} can be read; unpack or convert it first")
+        raise UserError(
+            "E108", f"source {spec}: only {' '.join(KINDS)} can be read; unpack or convert it first"
+        )
     inputs = []
     for path in sorted(files, key=lambda path: path.replace(os.sep, "/")):
-        name = label(spec) if path == spec else f"{label(spec)}/{os.path.relpath(path, root)}".replace(os.sep, "/")
-        given = Input(source, split, KINDS[os.path.splitext(path)[1].lower()], name, path).looked_at()
+        name = (
+            label(spec)
+            if path == spec
+            else f"{label(spec)}/{os.path.relpath(path, root)}".replace(os.sep, "/")
+        )
+        given = Input(
+            source, split, KINDS[os.path.splitext(path)[1].lower()], name, path
+        ).looked_at()
         if stdlib and name.endswith("pydoc_data/topics.py"):
             given = given._replace(kind="topics")  # a table of English prose
         if not stdlib or path.endswith(".py") and given.size and "_sysconfigdata" not in name:
             inputs.append(given)
     if not inputs:
-        what = "it is data that was prepared already" if ours(root) else f"no {' '.join(KINDS)} files in it"
+        what = (
+            "it is data that was prepared already"
+            if ours(root)
+            else f"no {' '.join(KINDS)} files in it"
+        )
         raise UserError("E108", f"source {spec}: {what}")
     return inputs
 
@@ -153,7 +192,9 @@ def walk(root: str, out: str, unread: dict, passed_over):
     """The paths of the text files in a folder; why others are not read, and which, goes into `unread`."""
 
     def shut(error: OSError):
-        raise UserError("E108", f"source {root}: {error.filename} cannot be entered: {error.strerror}")
+        raise UserError(
+            "E108", f"source {root}: {error.filename} cannot be entered: {error.strerror}"
+        )
 
     def leave(why: str, path: str) -> None:
         unread.setdefault(why, [0, os.path.relpath(path, root)])[0] += 1
@@ -207,11 +248,16 @@ def document_key(given: Input) -> str:
     cuts are behind line ends and blanks, so the cleaned pieces are the cleaned text. Empty: no UTF-8, or no text."""
     digest, held, begun = hashlib.blake2b(digest_size=16), "", False
     with suppress(OSError, UnicodeDecodeError), open(given.path, "rb") as file:
-        for *_, data, last in text_pieces(file, 3 * (file.read(3) == b"\xef\xbb\xbf"), 1, given.size):
+        for *_, data, last in text_pieces(
+            file, 3 * (file.read(3) == b"\xef\xbb\xbf"), 1, given.size
+        ):
             text = held + clean(data.decode())
             text = text if begun else text.lstrip()
             whole = text.rstrip()
-            begun, held = begun or bool(whole), text[len(whole) :]  # blanks count where more text comes
+            begun, held = (
+                begun or bool(whole),
+                text[len(whole) :],
+            )  # blanks count where more text comes
             digest.update(whole.encode())
             if last:
                 return digest.hexdigest() if begun else ""
@@ -220,7 +266,9 @@ def document_key(given: Input) -> str:
 
 def synthetic_document(seed: int, n: int) -> str:
     """Document n: sums, sorted lists, things to recall and small stories. Integers only, so equal everywhere."""
-    state = int.from_bytes(hashlib.blake2b(f"{seed}:{n}".encode(), digest_size=8).digest(), "little")
+    state = int.from_bytes(
+        hashlib.blake2b(f"{seed}:{n}".encode(), digest_size=8).digest(), "little"
+    )
 
     def pick(below: int) -> int:  # splitmix64 (Steele, Lea and Flood 2014)
         nonlocal state
@@ -232,23 +280,34 @@ def synthetic_document(seed: int, n: int) -> str:
     def one(words: str) -> str:
         return words.split()[pick(words.count(" ") + 1)]
 
-    names = "Ada Ben Cleo Dan Eva Finn Gwen Hugo Iris Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tess Uma"
+    names = (
+        "Ada Ben Cleo Dan Eva Finn Gwen Hugo Iris Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tess Uma"
+    )
     things = "apple book candle drum egg feather glove hat jar key lamp map nut orange pen ring shell spoon stone"
     places = "garden kitchen forest market river school attic harbour station tower bakery library"
     colours, paragraphs = "red blue green yellow black white brown silver", []
     for _ in range(3 + pick(5)):
-        a, b, kind, who, other, thing, colour = pick(900), pick(30), pick(4), *map(one, (names, names, things, colours))
+        a, b, kind, who, other, thing, colour = (
+            pick(900),
+            pick(30),
+            pick(4),
+            *map(one, (names, names, things, colours)),
+        )
         if kind == 0:
             text = f"{a} + {b} = {a + b}. {a + b} - {a} = {b}. {a} * {b} = {a * b}."
         elif kind == 1:
             numbers = [pick(100) for _ in range(4 + pick(6))]
             text = f"Sort: {' '.join(map(str, numbers))}\nSorted: {' '.join(map(str, sorted(numbers)))}"
         elif kind == 2:
-            owners = {one(names): f"the {one(colours)} {one(things)}" for _ in range(2 + pick(4))} | {who: f"a {thing}"}
+            owners = {
+                one(names): f"the {one(colours)} {one(things)}" for _ in range(2 + pick(4))
+            } | {who: f"a {thing}"}
             facts = ". ".join(f"{owner} has {it}" for owner, it in sorted(owners.items()))
             text = f"{facts}.\nQuestion: What does {who} have?\nAnswer: {owners[who]}."
         else:
-            text = f"{who} went to the {one(places)} to look for a {thing}. There {who} met {other}. "
+            text = (
+                f"{who} went to the {one(places)} to look for a {thing}. There {who} met {other}. "
+            )
             text += f'"I have only a {colour} {thing}," said {other}. {who} took the {colour} {thing} home.'
         paragraphs.append(text)
     return "\n\n".join(paragraphs) + "\n"
@@ -275,7 +334,10 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
             from pydoc_data.topics import topics
 
             texts = [topics[key] for key in sorted(topics)][offset:]
-        yield from (Item(index, "row", n, n + 1, json.dumps({"text": t}).encode()) for n, t in enumerate(texts, offset))
+        yield from (
+            Item(index, "row", n, n + 1, json.dumps({"text": t}).encode())
+            for n, t in enumerate(texts, offset)
+        )
         return
     try:
         if not os.path.isfile(given.path):
@@ -283,10 +345,14 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
         with open(given.path, "rb") as file:
             head = file.read(4)
             if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                yield Item(index, "E103", 0, 1, b"this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+                yield Item(
+                    index, "E103", 0, 1, b"this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+                )
             elif head[:2] == b"\x1f\x8b" or head in (b"PK\3\4", b"\x28\xb5\x2f\xfd"):
                 yield Item(index, "E108", 0, 1, b"this is a compressed file; unpack it first")
-            elif given.kind == "json" or given.kind == "jsonl" and spread(head + file.read(1 << 20)):
+            elif (
+                given.kind == "json" or given.kind == "jsonl" and spread(head + file.read(1 << 20))
+            ):
                 file.seek(0)
                 yield from json_items(index, file.read(), offset)
             elif given.long:
@@ -299,7 +365,9 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
                 if not known:
                     yield Item(index, "E104", 0, 1, b"the file is empty")
             elif given.kind == "text":
-                file.seek(offset := 3 * (head[:3] == b"\xef\xbb\xbf"))  # a byte order mark is no text
+                file.seek(
+                    offset := 3 * (head[:3] == b"\xef\xbb\xbf")
+                )  # a byte order mark is no text
                 yield Item(index, "text", offset, line, file.read())
             else:
                 offset, size = offset or 3 * (head[:3] == b"\xef\xbb\xbf"), block
@@ -318,7 +386,9 @@ def read_items(index: int, given: Input, offset: int, line: int, block: int, see
                         size *= 2  # a long line
     except UnicodeDecodeError as error:
         place, line = at + error.start, row + data.count(b"\n", 0, error.start)
-        reason = f"byte {data[error.start]:#04x} at {place} is not UTF-8; nothing of the file is read"
+        reason = (
+            f"byte {data[error.start]:#04x} at {place} is not UTF-8; nothing of the file is read"
+        )
         yield Item(index, "E103", place, line, reason.encode())
     except OSError as error:
         yield Item(index, "E108", offset, line, str(error.strerror or error).encode())
@@ -372,11 +442,17 @@ def json_items(index: int, data: bytes, skip: int):
             elif text[end : end + 1] != "{":
                 break
         if text[end:].strip() != "]" * many:
-            raise ValueError("no ] after the last row" if many else "no { where the next row would begin")
+            raise ValueError(
+                "no ] after the last row" if many else "no { where the next row would begin"
+            )
     except (ValueError, RecursionError) as error:
         code, reason = "E101", f"{getattr(error, 'msg', error)}; nothing from here on is read"
         if isinstance(error, UnicodeDecodeError):
-            code, reason, line = "E103", f"no UTF-8 at byte {error.start}", 1 + data.count(b"\n", 0, error.start)
+            code, reason, line = (
+                "E103",
+                f"no UTF-8 at byte {error.start}",
+                1 + data.count(b"\n", 0, error.start),
+            )
         yield Item(index, code, n, line, reason.encode())
 
 
@@ -388,7 +464,9 @@ def item_rows(item: Item):
         yield offset, line, kind, (data.decode(), "", True)
         return
     blank = 0
-    lines = data.split(b"\n") if kind == "jsonl" else [data]  # str.splitlines would also split at U+2028 and the like
+    lines = (
+        data.split(b"\n") if kind == "jsonl" else [data]
+    )  # str.splitlines would also split at U+2028 and the like
     for raw in lines if lines[-1] or kind != "jsonl" else lines[:-1]:
         if kind == "jsonl" and not raw.strip():
             blank += 1
@@ -401,8 +479,16 @@ def item_rows(item: Item):
                 code, value = text_of(text) if kind in ("jsonl", "row") else (None, text)
                 yield offset, line, code, (value, excerpt(raw), False) if code else value
             except UnicodeDecodeError as error:
-                at, reason = error.start, f"byte {raw[error.start]:#04x} at {offset + error.start} is not UTF-8"
-                yield offset, line + raw.count(b"\n", 0, at), "E103", (reason, excerpt(raw[max(0, at - 40) :]), False)
+                at, reason = (
+                    error.start,
+                    f"byte {raw[error.start]:#04x} at {offset + error.start} is not UTF-8",
+                )
+                yield (
+                    offset,
+                    line + raw.count(b"\n", 0, at),
+                    "E103",
+                    (reason, excerpt(raw[max(0, at - 40) :]), False),
+                )
         offset, line = offset + len(raw) + 1, line + 1
     if blank:
         yield offset - 1, line - 1, "blank", blank
@@ -414,7 +500,11 @@ def excerpt(raw: bytes) -> str:
 
 def text_of(line: str):
     """(None, text) of a row, or (code, reason)."""
-    hint = "; a file that is one JSON list should be named .json" if line.lstrip().startswith("[") else ""
+    hint = (
+        "; a file that is one JSON list should be named .json"
+        if line.lstrip().startswith("[")
+        else ""
+    )
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -486,7 +576,9 @@ def share_of(key: bytes, seed: int) -> float:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, salt=salt).digest(), "little") / 2**64
 
 
-def encode_parts(text: str, tokenizer: Tokenizer, limit: int, dtype, last=True) -> tuple[np.ndarray, list]:
+def encode_parts(
+    text: str, tokenizer: Tokenizer, limit: int, dtype, last=True
+) -> tuple[np.ndarray, list]:
     """The ids of all parts of a text, and where each part ends."""
     arrays = [tokenizer.encode(part) for part in cut_text(text, limit)]
     if last:
@@ -507,11 +599,22 @@ def work(batch: list[Item]):
                     key = hashlib.blake2b(stripped.encode(), digest_size=16).digest()
                     share = share_of(key, settings["seed"])
                 if key or not whole:
-                    ids, ends = encode_parts(text, tokenizer, settings["max_doc_chars"], dtype, last)
+                    ids, ends = encode_parts(
+                        text, tokenizer, settings["max_doc_chars"], dtype, last
+                    )
                     size = len(text) if text.isascii() else len(text.encode())
-                    value = Document(key, share, ids, ends, size, text is not value and text != value, last)
+                    value = Document(
+                        key, share, ids, ends, size, text is not value and text != value, last
+                    )
                 else:
-                    code, value = "E104", ("the file is empty" if item.kind == "text" else '"text" is empty', "", False)
+                    code, value = (
+                        "E104",
+                        (
+                            "the file is empty" if item.kind == "text" else '"text" is empty',
+                            "",
+                            False,
+                        ),
+                    )
             results.append((item.index, offset, line, code, value))
     return results, time.process_time() - started
 
@@ -521,7 +624,9 @@ def start_worker(*given) -> None:
     global _worker
     _worker = given
     if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal: the parent answers
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C goes to all of a terminal: the parent answers
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
@@ -532,7 +637,9 @@ def in_order(batches, workers: int, given: tuple):
         yield from ((batch, work(batch)) for batch in batches)
         return
     waiting = deque()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, given) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), start_worker, given
+    ) as pool:
         try:
             for batch in batches:
                 with deaf():  # a process that begins here inherits it, and is not interrupted while it imports
@@ -585,12 +692,17 @@ def writing(path: str, length: int | None = None):
         raise UserError("E119", f"{path}: {error.strerror or error}") from None
 
 
-NAMES = ("utf-8", "backslashreplace")  # a file name that is no UTF-8 becomes a JSON escape, and comes back from it
+NAMES = (
+    "utf-8",
+    "backslashreplace",
+)  # a file name that is no UTF-8 becomes a JSON escape, and comes back from it
 
 
 def write_json(path: str, value) -> None:
     with writing(path) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(*NAMES))
+        file.write(
+            (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(*NAMES)
+        )
 
 
 class Shards:
@@ -621,12 +733,21 @@ class Shards:
         if not self.size:
             return
         name = f"{self.split}_{len(self.closed):05d}"
-        path, ids, starts = os.path.join(self.out, name), np.concatenate(self.arrays), [*self.starts, self.size]
+        path, ids, starts = (
+            os.path.join(self.out, name),
+            np.concatenate(self.arrays),
+            [*self.starts, self.size],
+        )
         with writing(path + ".npy") as file:
             np.save(file, ids)
         with writing(path + ".docs.npy") as file:
             np.save(file, np.array(starts, dtype="<u8"))
-        shard = {"file": name + ".npy", "docs_file": name + ".docs.npy", "tokens": self.size, "docs": len(self.starts)}
+        shard = {
+            "file": name + ".npy",
+            "docs_file": name + ".docs.npy",
+            "tokens": self.size,
+            "docs": len(self.starts),
+        }
         shard |= {"min_id": int(ids.min()), "max_id": int(ids.max())}
         shard |= {"bytes": os.path.getsize(path + ".npy"), "sha256": file_sha256(path + ".npy")}
         self.closed.append(shard)
@@ -636,24 +757,65 @@ class Shards:
 class Output:
     """All that the parent decides, in the order of the rows, and the journal from which a killed run goes on."""
 
-    STATE = ("position", "rejected_bytes", "journals", "counts", "rows", "kept", "examples", "lost", "open")
+    STATE = (
+        "position",
+        "rejected_bytes",
+        "journals",
+        "counts",
+        "rows",
+        "kept",
+        "examples",
+        "lost",
+        "open",
+    )
 
-    def __init__(self, out: str, header: dict, inputs: list[Input], strict: bool, tokenizer: Tokenizer):
-        self.out, self.header, self.inputs, self.strict, self.tokenizer = out, header, inputs, strict, tokenizer
+    def __init__(
+        self, out: str, header: dict, inputs: list[Input], strict: bool, tokenizer: Tokenizer
+    ):
+        self.out, self.header, self.inputs, self.strict, self.tokenizer = (
+            out,
+            header,
+            inputs,
+            strict,
+            tokenizer,
+        )
         self.settings = header["settings"]
-        self.splits = {split: Shards(out, split, self.settings["shard_tokens"]) for split in ("train", "val")}
+        self.splits = {
+            split: Shards(out, split, self.settings["shard_tokens"]) for split in ("train", "val")
+        }
         self.position = (0, 0, 1)  # input, offset and line of the row at hand; None: after the last
         self.open = []  # of the long file that is being written: its split, or "dropped"; whether it was cleaned
-        self.reserve = None  # the document with the smallest share so far: it waits until the end (see settle)
+        self.reserve = (
+            None  # the document with the smallest share so far: it waits until the end (see settle)
+        )
         # Long files do not wait. Where there is nothing else and all are drawn for one side, one gives its tail to val.
         fraction, seed = self.settings["val_fraction"], self.settings["seed"]
-        drawn = [given for given in inputs if given.split == "hash" and (given.key or not given.long)]
+        drawn = [
+            given for given in inputs if given.split == "hash" and (given.key or not given.long)
+        ]
         shares = [share_of(bytes.fromhex(given.key), seed) for given in drawn if given.long]
         self.tail = None
-        if fraction and shares and len(shares) == len(drawn) and len({share < fraction for share in shares}) == 1:
-            self.tail = inputs.index(drawn[shares.index(min(shares) if min(shares) >= fraction else max(shares))])
-        self.seen, self.new_keys, self.rejects, self.rejected_bytes, self.journals = set(), [], [], 0, 0
-        self.counts, self.rows, self.kept = Counter(), Counter(), Counter()  # by kind or code; by source
+        if (
+            fraction
+            and shares
+            and len(shares) == len(drawn)
+            and len({share < fraction for share in shares}) == 1
+        ):
+            self.tail = inputs.index(
+                drawn[shares.index(min(shares) if min(shares) >= fraction else max(shares))]
+            )
+        self.seen, self.new_keys, self.rejects, self.rejected_bytes, self.journals = (
+            set(),
+            [],
+            [],
+            0,
+            0,
+        )
+        self.counts, self.rows, self.kept = (
+            Counter(),
+            Counter(),
+            Counter(),
+        )  # by kind or code; by source
         self.examples, self.lost = {}, []
 
     def take(self, index: int, offset: int, line: int, code: str | None, value) -> None:
@@ -691,15 +853,22 @@ class Output:
         key, source = bytes.fromhex(given.key), str(given.source)
         split, cleaned = self.open or ("", False)
         if first:
-            val = share_of(key, self.settings["seed"]) < self.settings["val_fraction"] and index != self.tail
+            val = (
+                share_of(key, self.settings["seed"]) < self.settings["val_fraction"]
+                and index != self.tail
+            )
             split = given.split if given.split != "hash" else "val" if val else "train"
             split = "dropped" if key in self.seen else split
         if split == "dropped":
             if first:
-                self.reject(given, 0, line, "E107", "the same text as an earlier document", "", False)
+                self.reject(
+                    given, 0, line, "E107", "the same text as an earlier document", "", False
+                )
         elif piece.last and index == self.tail:
             total = sum(given.size for given in self.inputs if given.split == "hash")
-            self.hold_out(piece, self.settings["val_fraction"] * total / max(piece.size, 1), begins=False)
+            self.hold_out(
+                piece, self.settings["val_fraction"] * total / max(piece.size, 1), begins=False
+            )
         else:
             self.write(piece, split, first)
         if split != "dropped":
@@ -708,27 +877,43 @@ class Output:
                 self.new_keys.append(key)
                 self.kept[source] += 1
             newly = int(piece.cleaned and not cleaned)
-            self.counts.update(kept=int(first), cleaned=newly, cut=int(first), parts=len(piece.ends))
+            self.counts.update(
+                kept=int(first), cleaned=newly, cut=int(first), parts=len(piece.ends)
+            )
         self.counts["rows"] += int(first)
         self.rows[source] += int(first)
         self.open = [] if piece.last else [split, cleaned or piece.cleaned]
 
-    def reject(self, given: Input, offset: int, line: int, code: str, reason: str, text: str, lost: bool) -> None:
+    def reject(
+        self, given: Input, offset: int, line: int, code: str, reason: str, text: str, lost: bool
+    ) -> None:
         said = f"{given.path}:{line}: {reason}" + (f": {text[:100]}" if text else "")
-        harmless = code == "E107" or code == "E104" and given.kind == "text"  # an empty __init__.py is no mistake
+        harmless = (
+            code == "E107" or code == "E104" and given.kind == "text"
+        )  # an empty __init__.py is no mistake
         if self.strict and not harmless:
             raise UserError(code, said)
         self.counts.update({code: 1, "bad": not harmless})
         if len(self.examples.setdefault(code, [])) < 5:
             self.examples[code].append(said)
         if code != "E107" or self.counts[code] <= LISTED_DUPLICATES:
-            row = {"file": given.path, "line": line, "byte_offset": offset, "code": code, "reason": reason}
+            row = {
+                "file": given.path,
+                "line": line,
+                "byte_offset": offset,
+                "code": code,
+                "reason": reason,
+            }
             self.rejects.append(json.dumps(row | {"excerpt": text}, ensure_ascii=False) + "\n")
         if lost and (given.kind != "text" or given.long):
             self.lost.append(given.path)
 
-    def write(self, document: Document, split: str | None = None, begins=True, journal=True) -> None:
-        shards = self.splits[split or ("val" if document.share < self.settings["val_fraction"] else "train")]
+    def write(
+        self, document: Document, split: str | None = None, begins=True, journal=True
+    ) -> None:
+        shards = self.splits[
+            split or ("val" if document.share < self.settings["val_fraction"] else "train")
+        ]
         for start, end in zip([0, *document.ends], document.ends):
             if shards.full(end - start):
                 shards.close()
@@ -746,7 +931,9 @@ class Output:
             self.write(document, "train")
             return
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
-            ids, ends = encode_parts(part, self.tokenizer, self.settings["max_doc_chars"], document.ids.dtype)
+            ids, ends = encode_parts(
+                part, self.tokenizer, self.settings["max_doc_chars"], document.ids.dtype
+            )
             half = document._replace(ids=ids, ends=ends, size=len(part.encode()))
             self.write(half, split, begins or split == "val", journal=split == "train")
         self.counts["tail_held_out"] = 1
@@ -754,9 +941,16 @@ class Output:
     def settle(self) -> None:
         """Writes the reserve and the last shards. When no document but the reserve can be val, it is; a large one (in
         a corpus of few documents, or of one) gives only its tail, about as much as val_fraction asks for."""
-        self.position, reserve, train, val = None, self.reserve, self.splits["train"], self.splits["val"]
+        self.position, reserve, train, val = (
+            None,
+            self.reserve,
+            self.splits["train"],
+            self.splits["val"],
+        )
         if reserve:
-            share = self.settings["val_fraction"] * (train.tokens + len(reserve.ids)) / len(reserve.ids)
+            share = (
+                self.settings["val_fraction"] * (train.tokens + len(reserve.ids)) / len(reserve.ids)
+            )
             if val.tokens or train.tokens and (share > 1 / 3 or len(reserve.ids) < 4000):
                 self.write(reserve, "val")
             else:
@@ -774,15 +968,25 @@ class Output:
     def journal(self) -> None:
         """Keys, rejects, what is in no shard yet, and then, atomically, the progress.json that refers to them."""
         self.write_rejects()
-        with writing(os.path.join(self.out, "seen.bin"), 16 * (len(self.seen) - len(self.new_keys))) as file:
+        with writing(
+            os.path.join(self.out, "seen.bin"), 16 * (len(self.seen) - len(self.new_keys))
+        ) as file:
             file.write(b"".join(self.new_keys))
         self.new_keys, self.journals, reserve = [], self.journals + 1, self.reserve
         arrays = {"reserve": reserve.ids} if reserve else {}
-        state = {name: getattr(self, name) for name in self.STATE} | {"seen": len(self.seen), "splits": {}}
+        state = {name: getattr(self, name) for name in self.STATE} | {
+            "seen": len(self.seen),
+            "splits": {},
+        }
         for split, shards in self.splits.items():
             arrays[split] = np.concatenate(shards.arrays) if shards.arrays else np.zeros(0)
             state["splits"][split] = [shards.closed, shards.bytes_text, shards.starts]
-        state["reserve"] = reserve and [reserve.key.hex(), reserve.share, reserve.ends, reserve.size]
+        state["reserve"] = reserve and [
+            reserve.key.hex(),
+            reserve.share,
+            reserve.ends,
+            reserve.size,
+        ]
         with writing(os.path.join(self.out, f"pending_{self.journals}.npz")) as file:
             np.savez(file, **arrays)
         write_json(os.path.join(self.out, "progress.json"), self.header | {"state": state})
@@ -794,14 +998,18 @@ class Output:
             setattr(self, name, type(getattr(self, name))(state[name]))
         with open(os.path.join(self.out, "seen.bin"), "rb") as file:
             self.seen = {file.read(16) for _ in range(state["seen"])}
-        with np.load(os.path.join(self.out, f"pending_{self.journals}.npz"), allow_pickle=False) as pending:
+        with np.load(
+            os.path.join(self.out, f"pending_{self.journals}.npz"), allow_pickle=False
+        ) as pending:
             for split, shards in self.splits.items():
                 shards.closed, shards.bytes_text, shards.starts = state["splits"][split]
                 shards.size = len(pending[split])
                 shards.arrays = [pending[split]] if shards.size else []
             if state["reserve"]:
                 key, share, ends, size = state["reserve"]
-                self.reserve = Document(bytes.fromhex(key), share, pending["reserve"], ends, size, False)
+                self.reserve = Document(
+                    bytes.fromhex(key), share, pending["reserve"], ends, size, False
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -856,38 +1064,57 @@ def remove(out: str, pattern: re.Pattern) -> None:
 def changed_input(stored: list, inputs: list[Input], rules: int) -> str | None:
     """The first input that is not what it was; size and time are looked at first, contents where those differ."""
     before = [Input(*given) for given in stored]
-    if rules < 2:  # then names that are no UTF-8 were kept with a ?, and AppleDouble files were tried
+    if (
+        rules < 2
+    ):  # then names that are no UTF-8 were kept with a ?, and AppleDouble files were tried
         before = [given for given in before if not os.path.basename(given.path).startswith("._")]
-        inputs = [given._replace(name=given.name.encode("utf-8", "replace").decode()) for given in inputs]
+        inputs = [
+            given._replace(name=given.name.encode("utf-8", "replace").decode()) for given in inputs
+        ]
     old, new = ({(given.source, given.name): given for given in many} for many in (before, inputs))
     for key in [*old, *new]:
         if key not in old or key not in new:
             return f"{(old.get(key) or new[key]).path} is {'new' if key in new else 'gone'}"
         a, b = old[key], new[key]
-        if (a.size, a.mtime) != (b.size, b.mtime) and (a.kind == "synthetic" or a.sha256 != file_sha256(b.path)):
+        if (a.size, a.mtime) != (b.size, b.mtime) and (
+            a.kind == "synthetic" or a.sha256 != file_sha256(b.path)
+        ):
             return f"{b.path} has changed"
     return None
 
 
-def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dict | None, dict | None]:
+def look_into(
+    out: str, settings: dict, inputs: list[Input] | None
+) -> tuple[dict | None, dict | None]:
     """(manifest, None) of a finished folder, (None, progress) of an unfinished one, (None, None) of an empty one. E117:
     it was made, or begun, by another command or from other text, or holds other things; E111: a shard is damaged."""
-    manifest, progress = (read_json(os.path.join(out, name)) for name in ("manifest.json", "progress.json"))
+    manifest, progress = (
+        read_json(os.path.join(out, name)) for name in ("manifest.json", "progress.json")
+    )
     if old := manifest or progress:
         for key, value in settings.items():
             if value is not None and value != old["settings"].get(key):
-                raise UserError("E117", f"{out} was made with {key} {old['settings'].get(key)}, not {value}")
+                raise UserError(
+                    "E117", f"{out} was made with {key} {old['settings'].get(key)}, not {value}"
+                )
         was = old["provenance"]
-        if inputs is not None and (change := changed_input(was["inputs"], inputs, was.get("rules", 1))):
+        if inputs is not None and (
+            change := changed_input(was["inputs"], inputs, was.get("rules", 1))
+        ):
             raise UserError("E117", f"{out} was made from other text: {change}")
     elif others := [n for n in os.listdir(out) if n != "rejected.jsonl" and not n.endswith(".tmp")]:
-        raise UserError("E117", f"{out} holds files that are no dataset of ours: {', '.join(sorted(others)[:3])}")
+        raise UserError(
+            "E117",
+            f"{out} holds files that are no dataset of ours: {', '.join(sorted(others)[:3])}",
+        )
     if not manifest:
         return None, progress
     for shard in manifest["splits"]["train"]["shards"] + manifest["splits"]["val"]["shards"]:
         path = os.path.join(out, shard["file"])
         if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
-            raise UserError("E111", f"{path} is not there, or has another size than manifest.json says")
+            raise UserError(
+                "E111", f"{path} is not there, or has another size than manifest.json says"
+            )
     for name in ("tokenizer.json", "token_bytes.npy"):
         if not os.path.exists(os.path.join(out, name)):
             raise UserError("E111", f"{os.path.join(out, name)} is not there")
@@ -909,7 +1136,9 @@ def holding(out: str, say=print):
             import fcntl
 
             handle = os.open(out, os.O_RDONLY)
-            finished = os.path.exists(os.path.join(out, "manifest.json"))  # then it is only read, by any number
+            finished = os.path.exists(
+                os.path.join(out, "manifest.json")
+            )  # then it is only read, by any number
             fcntl.flock(handle, (fcntl.LOCK_SH if finished else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if os.fstat(handle).st_ino == os.stat(out).st_ino:
                 break
@@ -935,7 +1164,11 @@ def holding(out: str, say=print):
 
 
 def prepare(
-    sources: list[str], out: str, tokenizer="bpe:8192", val_sources: list[str] | None = None, **options
+    sources: list[str],
+    out: str,
+    tokenizer="bpe:8192",
+    val_sources: list[str] | None = None,
+    **options,
 ) -> dict:
     """Makes the dataset `out`, goes on with one that was interrupted, or finds it finished; returns its manifest.
     Options: OPTIONS, with its defaults.
@@ -943,27 +1176,50 @@ def prepare(
     E002 options; E003 a worker died; E101 to E104 and E108 with strict; E109 too many bad rows; E111 a finished shard
     is damaged; E115, E116 tokenizer; E117 out holds something else; E119 disk full (the same command goes on later)."""
     if unknown := set(options) - set(OPTIONS):
-        raise UserError("E002", f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}")
+        raise UserError(
+            "E002",
+            f"prepare has no option {', '.join(sorted(unknown))}; it has {', '.join(OPTIONS)}",
+        )
     options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
-    sources, val_sources = ([s] if isinstance(s, str) else list(s or []) for s in (sources, val_sources))
+    sources, val_sources = (
+        [s] if isinstance(s, str) else list(s or []) for s in (sources, val_sources)
+    )
     sources, val_sources = ([expand(s) for s in specs] for specs in (sources, val_sources))
     out, tokenizer = expand(out), expand(tokenizer)
     val_fraction = options["val_fraction"]
     if val_sources and val_fraction is not None:
-        raise UserError("E002", "val and val_fraction exclude each other: with val all sources are for training")
-    sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [options["workers"]]
+        raise UserError(
+            "E002", "val and val_fraction exclude each other: with val all sources are for training"
+        )
+    sizes = [options[name] for name in ("shard_tokens", "max_doc_chars", "batch_bytes")] + [
+        options["workers"]
+    ]
     sizes = [1 if size is None else size for size in sizes]
-    if not 0 <= (val_fraction or 0) <= 0.5 or not 0 <= options["max_bad"] <= 1 or min(sizes) < 1 or sizes[-1] > 1024:
+    if (
+        not 0 <= (val_fraction or 0) <= 0.5
+        or not 0 <= options["max_bad"] <= 1
+        or min(sizes) < 1
+        or sizes[-1] > 1024
+    ):
         text = "val_fraction is 0 to 0.5, max_bad 0 to 1; shard_tokens, max_doc_chars, batch_bytes at least 1"
         raise UserError("E002", f"{text}, workers 1 to 1024")
     if not out or not tokenizer:
         raise UserError("E002", f"{'tokenizer' if out else 'out'} is empty")
     own = tokenizer.startswith("bpe:")
     if own and not re.fullmatch(r"bpe:\d{3,7}", tokenizer):
-        raise UserError("E002", f"tokenizer {tokenizer}: bpe:8192 means a vocabulary of 8,192 ids, specials included")
+        raise UserError(
+            "E002",
+            f"tokenizer {tokenizer}: bpe:8192 means a vocabulary of 8,192 ids, specials included",
+        )
     from_file = not own and tokenizer != "bytes" and tokenizer not in NAMED
-    settings = {"version": 1, "sources": list(map(label, sources)), "val_sources": list(map(label, val_sources))}
-    settings |= {key: options[key] for key in ("val_fraction", "seed", "shard_tokens", "max_doc_chars")}
+    settings = {
+        "version": 1,
+        "sources": list(map(label, sources)),
+        "val_sources": list(map(label, val_sources)),
+    }
+    settings |= {
+        key: options[key] for key in ("val_fraction", "seed", "shard_tokens", "max_doc_chars")
+    }
     settings |= {"tokenizer": label(tokenizer) if from_file else tokenizer}
     if val_sources:
         settings["val_fraction"] = 0.0
@@ -980,7 +1236,9 @@ def prepare(
             specs += [(spec, i, split) for i, spec in enumerate(sources)]
             inputs = [given for spec in specs for given in find_inputs(*spec, out, unread)]
             if from_file:
-                inputs.append(Input(-1, "val", "tokenizer", label(tokenizer), tokenizer).looked_at())
+                inputs.append(
+                    Input(-1, "val", "tokenizer", label(tokenizer), tokenizer).looked_at()
+                )
         except UserError:
             if not os.path.exists(os.path.join(out, "manifest.json")):
                 raise
@@ -989,29 +1247,43 @@ def prepare(
         if manifest:
             tokens, cut = manifest["splits"]["train"]["tokens"], manifest["counts"]["cut"]
             say(f"{out} is already there: {tokens:,} train tokens")
-            say(f"its files have the right sizes; python prepare_data.py --verify {out} looks at every byte")
+            say(
+                f"its files have the right sizes; python prepare_data.py --verify {out} looks at every byte"
+            )
             if cut and manifest["provenance"].get("rules", 1) < RULES:
-                say(f"note: an older Lumen made it: its {cut:,} longest documents hold an end-of-text at every cut")
+                say(
+                    f"note: an older Lumen made it: its {cut:,} longest documents hold an end-of-text at every cut"
+                )
             return manifest
         for line in unread_lines(unread):
             say(line)
         if progress and progress["provenance"].get("rules", 1) < RULES:
-            say(f"note: an older Lumen began {out}, with an end-of-text at every cut in a document: it is begun anew")
+            say(
+                f"note: an older Lumen began {out}, with an end-of-text at every cut in a document: it is begun anew"
+            )
             remove(out, OURS)
             progress = None
         made = None if own else load(tokenizer)
         try:
             if not progress:
                 inputs = [given._replace(sha256=file_sha256(given.path)) for given in inputs]
-                inputs = [given._replace(key=document_key(given) if given.long else "") for given in inputs]
+                inputs = [
+                    given._replace(key=document_key(given) if given.long else "")
+                    for given in inputs
+                ]
                 if settings["val_fraction"] is None:
-                    settings["val_fraction"] = 0.05 if sum(given.size for given in inputs) < 100_000_000 else 0.005
+                    settings["val_fraction"] = (
+                        0.05 if sum(given.size for given in inputs) < 100_000_000 else 0.005
+                    )
                 facts = {"inputs": inputs, "rules": RULES, "not_read": unread}
                 progress = {"settings": settings, "provenance": facts}
                 write_json(os.path.join(out, "progress.json"), progress)
             return fill(out, progress, made, options, say)
         except UserError as error:
-            if error.code not in ("E119", "E003"):  # after those the same command goes on; after others it starts anew
+            if error.code not in (
+                "E119",
+                "E003",
+            ):  # after those the same command goes on; after others it starts anew
                 remove(out, OURS)
             raise
 
@@ -1019,10 +1291,16 @@ def prepare(
 def unread_lines(unread: dict) -> list[str]:
     """What lies in the sources and is not read, a line for each reason."""
     endings = {why[7:]: n for why, (n, _) in unread.items() if why.startswith("ending ")}
-    lines = [f"not read: {n:,} {why}, as {name}" for why, (n, name) in unread.items() if why[7:] not in endings]
+    lines = [
+        f"not read: {n:,} {why}, as {name}"
+        for why, (n, name) in unread.items()
+        if why[7:] not in endings
+    ]
     if endings:
         most = sorted(endings, key=lambda ending: (-endings[ending], ending))
-        these = ", ".join(f"{ending} {endings[ending]:,}" for ending in most[:6]) + ", ..." * (len(most) > 6)
+        these = ", ".join(f"{ending} {endings[ending]:,}" for ending in most[:6]) + ", ..." * (
+            len(most) > 6
+        )
         lines.append(f"not read: {sum(endings.values()):,} files of other endings: {these}")
     return lines
 
@@ -1033,7 +1311,9 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
     every = [Input(*given) for given in progress["provenance"]["inputs"]]
     inputs = [given for given in every if given.kind != "tokenizer"]
     total, path = sum(given.size for given in inputs), os.path.join(out, "tokenizer.json")
-    say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{', going on where it was' if 'state' in progress else ''}")
+    say(
+        f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{', going on where it was' if 'state' in progress else ''}"
+    )
     if os.path.exists(path):
         tokenizer = load(path)
     else:
@@ -1041,8 +1321,14 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
             n_vocab = int(settings["tokenizer"].partition(":")[2])
             much = sum(given.size for given in inputs if given.split != "val") > TRAIN_BYTES
             texts = training_texts(inputs, settings["seed"])
-            tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None)
-            less = "" if tokenizer.n_vocab == n_vocab else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
+            tokenizer = train_bpe(
+                texts, n_vocab, settings["tokenizer"], TRAIN_CHARS if much else None
+            )
+            less = (
+                ""
+                if tokenizer.n_vocab == n_vocab
+                else f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
+            )
             say(f"tokenizer {tokenizer.name}: trained in {time.monotonic() - clock:.1f} s{less}")
         with writing(path) as file:
             file.write(tokenizer.to_json().encode())
@@ -1054,7 +1340,9 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
     workers = options["workers"] or (1 if total < 32 << 20 else min(os.cpu_count() or 1, 8))
     batches = read_batches(inputs, output.position, options["batch_bytes"], settings["seed"])
     clock, cpu, done = time.monotonic(), time.process_time(), 0
-    with tqdm(total=total, unit="B", unit_scale=True, disable=True if options["quiet"] else None) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, disable=True if options["quiet"] else None
+    ) as bar:
         for batch, (rows, seconds) in in_order(batches, workers, (tokenizer, settings, dtype)):
             for row in rows:
                 output.take(*row)
@@ -1066,20 +1354,37 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
 
     counts, (train, val) = output.counts, output.splits.values()
     for code, lines in sorted(output.examples.items()):
-        say(f"{code} {ERRORS[code][0]}: {counts[code]:,}" + "".join(f"\n  {line}" for line in lines))
+        say(
+            f"{code} {ERRORS[code][0]}: {counts[code]:,}" + "".join(f"\n  {line}" for line in lines)
+        )
     bad, rows = counts["bad"], counts["rows"]
-    if bad > options["max_bad"] * rows or not train.tokens or output.lost and options["max_bad"] < 1:
-        first = next((lines[0] for code, lines in sorted(output.examples.items()) if code != "E107"), "no text at all")
+    if (
+        bad > options["max_bad"] * rows
+        or not train.tokens
+        or output.lost
+        and options["max_bad"] < 1
+    ):
+        first = next(
+            (lines[0] for code, lines in sorted(output.examples.items()) if code != "E107"),
+            "no text at all",
+        )
         lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
-        text = f"{bad:,} of {rows:,} rows are bad{lost}; {train.tokens:,} train tokens; first: {first}"
+        text = (
+            f"{bad:,} of {rows:,} rows are bad{lost}; {train.tokens:,} train tokens; first: {first}"
+        )
         if train.tokens:
             share = 1 if lost else math.ceil(100 * bad / rows) / 100
             text += f"\n  --max_bad {share:g} does without them (now {options['max_bad']:g} of the rows may be bad)"
         raise UserError("E109", text)
     tokens, text = train.tokens + val.tokens, train.bytes_text + val.bytes_text
     parts = f" in {counts['parts']:,} parts" if counts["parts"] > counts["kept"] else ""
-    share, asked = val.tokens / tokens, settings["val_fraction"] if any(g.split == "hash" for g in inputs) else 0
-    say(f"{counts['kept']:,} documents{parts}; tokens: train {train.tokens:,}, val {val.tokens:,} ({share:.2%})")
+    share, asked = (
+        val.tokens / tokens,
+        settings["val_fraction"] if any(g.split == "hash" for g in inputs) else 0,
+    )
+    say(
+        f"{counts['kept']:,} documents{parts}; tokens: train {train.tokens:,}, val {val.tokens:,} ({share:.2%})"
+    )
     if asked and not asked / 2 <= share <= asked * 2:
         say(f"note: {share:.1%} are validation, {asked:.1%} were asked for; documents are drawn whole, and they are "
             "few or of very unequal length; another --seed draws anew, --val FILE names what to hold out")  # fmt: skip
@@ -1089,10 +1394,24 @@ def fill(out: str, progress: dict, tokenizer: Tokenizer | None, options: dict, s
         np.save(file, tokenizer.token_bytes())
     write_json(os.path.join(out, "report.json"), report(output))
     manifest = fingerprinted(output, tokenizer, np.dtype(dtype).name)
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "tiktoken": tiktoken.__version__}
-    manifest["provenance"] = progress["provenance"] | {"versions": versions, "unicode": unicodedata.unidata_version}
-    manifest["provenance"] |= {"folder": os.path.abspath(out), "host": platform.node(), "seconds": round(wall, 2)}
-    manifest["provenance"] |= {"utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cpu_seconds": round(cpu, 2)}
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "tiktoken": tiktoken.__version__,
+    }
+    manifest["provenance"] = progress["provenance"] | {
+        "versions": versions,
+        "unicode": unicodedata.unidata_version,
+    }
+    manifest["provenance"] |= {
+        "folder": os.path.abspath(out),
+        "host": platform.node(),
+        "seconds": round(wall, 2),
+    }
+    manifest["provenance"] |= {
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpu_seconds": round(cpu, 2),
+    }
     write_json(os.path.join(out, "manifest.json"), manifest)
     remove(out, JOURNAL)
     if train.tokens > 1024:
@@ -1109,18 +1428,35 @@ def report(output: Output) -> dict:
     for split, shards in output.splits.items():
         at, begins = 0, []
         for shard in shards.closed:
-            begins += [np.load(os.path.join(output.out, shard["docs_file"]), allow_pickle=False)[:-1].astype(int) + at]
+            begins += [
+                np.load(os.path.join(output.out, shard["docs_file"]), allow_pickle=False)[
+                    :-1
+                ].astype(int)
+                + at
+            ]
             at += shard["tokens"]
-        lengths = np.diff(np.concatenate([*begins, [at]]))  # of documents, over the borders of shards
+        lengths = np.diff(
+            np.concatenate([*begins, [at]])
+        )  # of documents, over the borders of shards
         made = {"documents": len(lengths), "tokens": shards.tokens, "bytes_text": shards.bytes_text}
         if len(lengths):
             made["bytes_per_token"] = round(shards.bytes_text / shards.tokens, 4)
             values = lengths.mean(), lengths.std(), *np.percentile(lengths, (0, 50, 95, 100))
             names = ("mean", "std", "min", "median", "p95", "max")
-            made["tokens_per_document"] = {name: round(float(value), 1) for name, value in zip(names, values)}
+            made["tokens_per_document"] = {
+                name: round(float(value), 1) for name, value in zip(names, values)
+            }
         splits[split] = made
-    rejected = {c: {"rows": counts[c], "meaning": ERRORS[c][0], "first": lines} for c, lines in output.examples.items()}
-    made = {"splits": splits, "rejected": rejected, "counts": counts, "sources": output.settings["sources"]}
+    rejected = {
+        c: {"rows": counts[c], "meaning": ERRORS[c][0], "first": lines}
+        for c, lines in output.examples.items()
+    }
+    made = {
+        "splits": splits,
+        "rejected": rejected,
+        "counts": counts,
+        "sources": output.settings["sources"],
+    }
     return made | {"not_read": output.header["provenance"]["not_read"]}
 
 
@@ -1130,21 +1466,53 @@ def fingerprinted(output: Output, tokenizer: Tokenizer, dtype: str) -> dict:
     def sha256(value) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    keys = ("name", "sha256", "n_vocab", "eot_id", "pad_id", "im_start_id", "im_end_id", "specials", "pattern")
-    manifest = {"format": "npy-tokens", "version": 1, "dtype": dtype, "doc_layout": "append_eot", "splits": {}}
-    manifest["tokenizer"] = {"file": "tokenizer.json"} | {key: getattr(tokenizer, key) for key in keys}
+    keys = (
+        "name",
+        "sha256",
+        "n_vocab",
+        "eot_id",
+        "pad_id",
+        "im_start_id",
+        "im_end_id",
+        "specials",
+        "pattern",
+    )
+    manifest = {
+        "format": "npy-tokens",
+        "version": 1,
+        "dtype": dtype,
+        "doc_layout": "append_eot",
+        "splits": {},
+    }
+    manifest["tokenizer"] = {"file": "tokenizer.json"} | {
+        key: getattr(tokenizer, key) for key in keys
+    }
     for split, shards in output.splits.items():
         made = {"tokens": shards.tokens, "docs": sum(shard["docs"] for shard in shards.closed)}
-        manifest["splits"][split] = made | {"bytes_text": shards.bytes_text, "shards": shards.closed}
+        manifest["splits"][split] = made | {
+            "bytes_text": shards.bytes_text,
+            "shards": shards.closed,
+        }
     manifest["sources"] = []
     for i, name in enumerate(output.settings["sources"] + output.settings["val_sources"]):
         files = [given for given in output.inputs if given.source == i]
         entry = {"name": name, "files": len(files), "bytes": sum(given.size for given in files)}
-        entry |= {"rows": output.rows[str(i)], "docs": output.kept[str(i)], "kinds": sorted({g.kind for g in files})}
-        manifest["sources"].append(entry | {"sha256": sha256([[given.name, given.sha256] for given in files])})
+        entry |= {
+            "rows": output.rows[str(i)],
+            "docs": output.kept[str(i)],
+            "kinds": sorted({g.kind for g in files}),
+        }
+        manifest["sources"].append(
+            entry | {"sha256": sha256([[given.name, given.sha256] for given in files])}
+        )
     manifest |= {"settings": output.settings, "settings_sha256": sha256(output.settings)}
-    counts = {key: output.counts[key] for key in ("rows", "kept", "blank_lines", "cleaned", "cut", "tail_held_out")}
-    manifest["counts"] = counts | {"dropped": {code: output.counts[code] for code in sorted(output.examples)}}
+    counts = {
+        key: output.counts[key]
+        for key in ("rows", "kept", "blank_lines", "cleaned", "cut", "tail_held_out")
+    }
+    manifest["counts"] = counts | {
+        "dropped": {code: output.counts[code] for code in sorted(output.examples)}
+    }
     return manifest | {"fingerprint": sha256(manifest)}
 
 
@@ -1168,7 +1536,9 @@ def verify(folder: str) -> None:
             bad.append(path)
             print(f"{path}: {problem}", flush=True)
     size = sum(shard["bytes"] for shard in shards)
-    print(f"{folder}: {len(sums) - len(bad):,} of {len(sums):,} files, {size / 1e6:,.1f} MB, are as they were prepared")
+    print(
+        f"{folder}: {len(sums) - len(bad):,} of {len(sums):,} files, {size / 1e6:,.1f} MB, are as they were prepared"
+    )
     if bad:
         raise UserError("E111", f"{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}: {DAMAGED}")
 
@@ -1182,17 +1552,26 @@ def main(argv: list[str]) -> None:
         description=__doc__.partition("\n")[0],
         epilog="python prepare_data.py --verify FOLDER holds finished data against the sums in its manifest.json",
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib, synthetic:N (documents)")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="file, folder, stdlib, synthetic:N (documents)"
+    )
     parser.add_argument("--out", required=True, help="folder of the dataset")
     names = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, " + ", ".join(NAMED)
     parser.add_argument("--tokenizer", default="bpe:8192", help=names)
     parser.add_argument(
-        "--val", nargs="+", dest="val_sources", metavar="FILE", help="validation text, instead of a share"
+        "--val",
+        nargs="+",
+        dest="val_sources",
+        metavar="FILE",
+        help="validation text, instead of a share",
     )
     for name, (default, meaning) in OPTIONS.items():
         kind = {"type": float if name in ("val_fraction", "max_bad") else int}
         parser.add_argument(
-            f"--{name}", default=default, help=meaning, **({"action": "store_true"} if default is False else kind)
+            f"--{name}",
+            default=default,
+            help=meaning,
+            **({"action": "store_true"} if default is False else kind),
         )
     prepare(**vars(parser.parse_args(argv)))
 

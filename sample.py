@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import tokenizer as tok
-from errors import UserError, Words, a_path, command, expand
+from lumen import checkpoint
+from lumen import tokenizer as tok
+from lumen.errors import UserError, a_path, expand
+from lumen.launch import Words, command
+from lumen.machine import detect
 from model import ModelConfig, Transformer
-from plan import machine
 
 RANGES = {  # option: (lowest, highest, in words)
     "max_new_tokens": (1, 2**31, "at least 1"),
@@ -40,9 +41,25 @@ RANGES = {  # option: (lowest, highest, in words)
 class Stream:
     """One sequence on its way to text. `reason` says why it ended: eot, stop, length (max_new_tokens) or context."""
 
-    def __init__(self, tokenizer, ids: list[int], stop: tuple[str, ...], eot: int | None, limit: int, room: int):
-        self.tokenizer, self.stop, self.eot, self.limit, self.room = tokenizer, stop, eot, limit, room
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
+    def __init__(
+        self,
+        tokenizer,
+        ids: list[int],
+        stop: tuple[str, ...],
+        eot: int | None,
+        limit: int,
+        room: int,
+    ):
+        self.tokenizer, self.stop, self.eot, self.limit, self.room = (
+            tokenizer,
+            stop,
+            eot,
+            limit,
+            room,
+        )
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(
+            "replace"
+        )  # keeps the bytes of an unfinished character
         self.ids, self.n_new, self.held, self.text, self.reason = ids, 0, "", "", None
 
     def add(self, token: int) -> str:
@@ -51,7 +68,11 @@ class Stream:
         if token == self.eot:
             self.reason = "eot"
         else:
-            self.held += self.utf8.decode(self.tokenizer.decode_bytes([token])) if self.tokenizer else f" {token}"
+            self.held += (
+                self.utf8.decode(self.tokenizer.decode_bytes([token]))
+                if self.tokenizer
+                else f" {token}"
+            )
             ends = [(at + len(s), at) for s in self.stop if (at := self.held.find(s)) >= 0]
             if ends:  # the one completed first, however the text was cut into tokens
                 self.held, self.reason = self.held[: min(ends)[1]], "stop"
@@ -67,7 +88,9 @@ class Stream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that could begin stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 # ---------------------------------------------------------------- generation
@@ -98,33 +121,50 @@ def sample(
     stop: tuple[str, ...] = (),  # a sequence ends before the first of these
     ignore_eot: bool = False,  # False: it ends at the tokenizer's <|endoftext|>
     on_text=None,  # called as on_text(sequence, piece of text, None or why it ended)
-    stats: dict | None = None,  # filled in: prompt_tokens, prefill_seconds, new_tokens, decode_seconds, reasons
+    stats: dict
+    | None = None,  # filled in: prompt_tokens, prefill_seconds, new_tokens, decode_seconds, reasons
 ) -> list[str]:
     """The continuations without their prompts: num_samples for the first prompt, then for the next ...
 
     An empty prompt starts from <|endoftext|>. A sequence ends at model.cfg.max_seq_len tokens at the latest (reason
     "context"). UserError E500: an option or a prompt that cannot work, E501: text without a tokenizer.
     """
-    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    choice = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     check(stop=stop, max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples, **choice)
     n_vocab = tokenizer.n_vocab if tokenizer else model.cfg.vocab_size
     if n_vocab > model.cfg.vocab_size:
-        raise UserError("E113", f"the tokenizer has {n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}")
+        raise UserError(
+            "E113",
+            f"the tokenizer has {n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}",
+        )
     eot = None if ignore_eot or tokenizer is None else tokenizer.eot_id
 
     streams = []
     for number, prompt in enumerate(prompts, 1):
         ids, room = _encode(prompt, number, tokenizer, n_vocab, model.cfg.max_seq_len)
         reader = tokenizer if isinstance(prompt, str) else None
-        streams += [Stream(reader, ids, tuple(stop), eot, max_new_tokens, room) for _ in range(num_samples)]
+        streams += [
+            Stream(reader, ids, tuple(stop), eot, max_new_tokens, room) for _ in range(num_samples)
+        ]
     if not streams:
         return []
     seeds = [seed + i for _ in prompts for i in range(num_samples)]
     longest = max(min(s.limit, s.room) for s in streams)
-    steps = model.generate([s.ids for s in streams], longest, seeds, () if eot is None else (eot,), n_vocab, **choice)
+    steps = model.generate(
+        [s.ids for s in streams], longest, seeds, () if eot is None else (eot,), n_vocab, **choice
+    )
     start, first = time.perf_counter(), None
     try:
-        with contextlib.closing(steps), torch.inference_mode():  # a tenth faster than no_grad on a CPU
+        with (
+            contextlib.closing(steps),
+            torch.inference_mode(),
+        ):  # a tenth faster than no_grad on a CPU
             for tokens in steps:
                 first = first or time.perf_counter()
                 for i, (stream, token) in enumerate(zip(streams, tokens)):
@@ -135,9 +175,13 @@ def sample(
                 if all(s.reason for s in streams):
                     break
     except FloatingPointError as error:
-        raise UserError("E500", f"{error}: the run has diverged, or --precision fp32 helps") from error
+        raise UserError(
+            "E500", f"{error}: the run has diverged, or --precision fp32 helps"
+        ) from error
     if stats is not None:
-        stats.update(prompt_tokens=sum(len(s.ids) for s in streams), new_tokens=sum(s.n_new for s in streams))
+        stats.update(
+            prompt_tokens=sum(len(s.ids) for s in streams), new_tokens=sum(s.n_new for s in streams)
+        )
         stats.update(prefill_seconds=first - start, decode_seconds=time.perf_counter() - first)
         stats.update(reasons=[s.reason for s in streams])
     return [s.text if s.tokenizer else s.text.strip() for s in streams]
@@ -146,11 +190,16 @@ def sample(
 def _encode(prompt, number: int, tokenizer, n_vocab: int, context: int) -> tuple[list[int], int]:
     """The ids of a prompt and how many more fit. UserError as in `sample`."""
     if tokenizer is None and (isinstance(prompt, str) or not prompt):
-        raise UserError("E501", f"prompt {number} is text or empty, and this run has no tokenizer.json")
+        raise UserError(
+            "E501", f"prompt {number} is text or empty, and this run has no tokenizer.json"
+        )
     ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else [int(i) for i in prompt]
     ids = ids or [tokenizer.eot_id]
     if not 0 <= min(ids) <= max(ids) < n_vocab:
-        raise UserError("E500", f"prompt {number} has ids {min(ids)} to {max(ids)}; they must be 0 to {n_vocab - 1}")
+        raise UserError(
+            "E500",
+            f"prompt {number} has ids {min(ids)} to {max(ids)}; they must be 0 to {n_vocab - 1}",
+        )
     if len(ids) >= context:
         text = f"prompt {number} has {len(ids)} tokens, the model's max_seq_len is {context}: no room for a new one"
         raise UserError("E500", f"{text}; shorten it to {context - 1} at most")
@@ -160,14 +209,26 @@ def _encode(prompt, number: int, tokenizer, n_vocab: int, context: int) -> tuple
 # ---------------------------------------------------------------- a run from disk
 
 
-def load(path, best=False, step: int | None = None, tokenizer=None, device="auto", precision="auto", say=print):
+def load(
+    path,
+    best=False,
+    step: int | None = None,
+    tokenizer=None,
+    device="auto",
+    precision="auto",
+    say=print,
+):
     """A run's (model ready to generate, tokenizer or None, step). UserError E305, and checkpoint.find's and others'."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
     path = expand(str(path))
     found = checkpoint.find(path if step is None else checkpoint.step_dir(path, step), best, say)
-    spec = expand(tokenizer) if tokenizer else tok.of_run(found.path.parent, found.state.get("tokenizer"))
-    here = machine(device, precision, False)
+    spec = (
+        expand(tokenizer)
+        if tokenizer
+        else tok.of_run(found.path.parent, found.state.get("tokenizer"))
+    )
+    here = detect(device, precision, False)
     try:
         with torch.device("meta"):  # no memory, no initialisation
             model = Transformer(ModelConfig(**found.state["config"]["model"]))
@@ -209,23 +270,43 @@ class Printer:
 class Parser(Words):
     def add(self, name: str, *others: str, **kwargs) -> None:
         if name in RANGES:
-            kwargs["help"] = f"{kwargs.get('help', '')} ({RANGES[name][2]}; default {kwargs['default']})".strip()
+            kwargs["help"] = (
+                f"{kwargs.get('help', '')} ({RANGES[name][2]}; default {kwargs['default']})".strip()
+            )
         self.add_argument(f"--{name}", *others, **kwargs)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     p = Parser(prog="sample.py", description="Generate text from a trained run.")
     p.add_argument("run", type=a_path, help="a run's out_dir, or one of its step_* folders")
-    p.add("prompt", action="append", default=[], metavar="TEXT", help="repeatable; - reads it from stdin")
     p.add(
-        "prompt_file", action="append", default=[], metavar="F", help="a prompt per file; one final newline is dropped"
+        "prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="repeatable; - reads it from stdin",
     )
-    p.add("ids", action="append", default=[], metavar="'1 2 3'", help="a prompt as token ids: ids in, ids out")
+    p.add(
+        "prompt_file",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a prompt per file; one final newline is dropped",
+    )
+    p.add(
+        "ids",
+        action="append",
+        default=[],
+        metavar="'1 2 3'",
+        help="a prompt as token ids: ids in, ids out",
+    )
     p.add("max_new_tokens", "--max_tokens", type=int, default=200)
     p.add("temperature", type=float, default=0.8)
     p.add("top_k", type=int, default=50, help="keep the k most likely tokens")
     p.add("top_p", type=float, default=1.0, help="keep the smallest set with this much probability")
-    p.add("min_p", type=float, default=0.0, help="keep what has this share of the largest probability")
+    p.add(
+        "min_p", type=float, default=0.0, help="keep what has this share of the largest probability"
+    )
     p.add("repetition_penalty", type=float, default=1.0)
     p.add("seed", type=int, default=1, help="sample i draws with seed + i")
     p.add("num_samples", type=int, default=1, help="of each prompt")
@@ -238,7 +319,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     p.add("ignore_eot", action="store_true", help="go on after <|endoftext|>")
     p.add("tokenizer", metavar="FILE", help="default: the run's tokenizer.json")
-    p.add("best", action="store_true", help="the checkpoint with the lowest validation loss, not the newest")
+    p.add(
+        "best",
+        action="store_true",
+        help="the checkpoint with the lowest validation loss, not the newest",
+    )
     p.add("step", type=int, metavar="N", help="the checkpoint of step N")
     p.add("device", default="auto", help="auto, cpu, cuda, mps")
     p.add("precision", default="auto", help="auto, fp32, bf16, fp16")
@@ -261,7 +346,9 @@ def read_prompts(args) -> list:
         try:
             prompts.append([int(i) for i in ids.replace(",", " ").split()])
         except ValueError as error:
-            raise UserError("E500", f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'") from error
+            raise UserError(
+                "E500", f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'"
+            ) from error
     return prompts
 
 
@@ -277,12 +364,20 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     check(args.stop, **{name: getattr(args, name) for name in RANGES})
     prompts = read_prompts(args)
-    model, tokenizer, step = load(args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say)
+    model, tokenizer, step = load(
+        args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
+    )
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(f"{args.run}: step {step}, {model.n_params()['total']:,} parameters, {model.embed.weight.device}, {dtype}")
-    texts = [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in prompts]
+    say(
+        f"{args.run}: step {step}, {model.n_params()['total']:,} parameters, {model.embed.weight.device}, {dtype}"
+    )
+    texts = [
+        prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in prompts
+    ]
     heads = [
-        f"--- prompt {n}, sample {i + 1} ---\n{t}" for n, t in enumerate(texts, 1) for i in range(args.num_samples)
+        f"--- prompt {n}, sample {i + 1} ---\n{t}"
+        for n, t in enumerate(texts, 1)
+        for i in range(args.num_samples)
     ]
     heads = texts if len(heads) == 1 else heads
     sys.stdout.reconfigure(errors="replace")
@@ -291,8 +386,13 @@ def main(argv: list[str]) -> int:
 
     cut = sum(reason == "context" for reason in stats["reasons"])
     if cut:
-        say(f"note: {cut} of {len(heads)} sequences stopped at the model's max_seq_len, {model.cfg.max_seq_len} tokens")
-    for name, n in (("prefill", stats["prompt_tokens"]), ("decode", stats["new_tokens"] - len(heads))):
+        say(
+            f"note: {cut} of {len(heads)} sequences stopped at the model's max_seq_len, {model.cfg.max_seq_len} tokens"
+        )
+    for name, n in (
+        ("prefill", stats["prompt_tokens"]),
+        ("decode", stats["new_tokens"] - len(heads)),
+    ):
         seconds = stats[f"{name}_seconds"]
         say(f"{name} {n} tokens in {seconds:.2f} s: {n / max(seconds, 1e-9):,.1f} tokens/s")
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import importlib.util
 import json
@@ -19,7 +18,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 from datetime import timedelta
@@ -31,27 +29,25 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-import checkpoint
-import launch
-import plan
-import tokenizer as tokenizers
-from config import SHARDING, Config, build_config, help_text, printed, read_config
-from detectors import above_chance
-from errors import UserError, check_launch, command, environment
-from loader import Loader, Source, Sums, val_rows
-from model import ModelConfig, Transformer, pick_attention
-from model_moe import (
-    MOD_SUMS,
-    SUMS,
-    Rows,
-    draw_dropout,
-    expert_numbers,
-    pick_back_end,
-    release_twins,
-    update_balance,
-)
-from orchestrator import ByHand, Orchestrator, read_decisions
-from report import Report, clock, open_log_file, start_wandb
+from kernels import pick_attention, pick_back_end
+from lumen import checkpoint, files, forecast, launch, owner, plan
+from lumen import machine as machines
+from lumen import tokenizer as tokenizers
+from lumen.checkpoint import Writing, model_of, refuse_odd
+from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
+from lumen.control import ByHand
+from lumen.detectors import above_chance
+from lumen.errors import UserError
+from lumen.experts import Rows, expert_numbers, release_twins
+from lumen.launch import check_launch, clock, command, environment
+from lumen.loader import Loader, Source, Sums, val_rows
+from lumen.machine import event_now, free_memory, peak_bytes, to_host
+from lumen.optim import build_optimizer
+from lumen.orchestrate import Orchestrator, read_decisions
+from lumen.report import Report, open_log_file, start_wandb
+from lumen.resume import prepare_first
+from model import ModelConfig, Transformer
+from model_moe import MOD_SUMS, SUMS, draw_dropout, update_balance
 
 # ---------------------------------------------------------------- schedule and optimizer
 
@@ -70,37 +66,18 @@ def lr_at(cfg: Config, step: int) -> float:
         decay = max(1, round(cfg.decay_frac * n))
         return low + (peak - low) * min(1.0, (n - step) / decay)
     done = (step - cfg.warmup_steps) / max(1, n - cfg.warmup_steps)
-    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[cfg.lr_schedule]
-    return peak if cfg.lr_schedule == "constant" else low + (peak - low) * share
-
-
-def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
-    """Fused AdamW with its state allocated at once; matrices decay, norms do not; every parameter in one group.
-
-    Routers are a group of their own; `lr_factor` is what each group multiplies the schedule by.
-    """
-    routing = [p for name, p in named.items() if ".router." in name or ".predictor." in name]
-    routers, factor = {id(p) for p in routing}, cfg.router_lr_factor
-    others = [p for p in named.values() if id(p) not in routers]
-    groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [p for p in routing if p.dim() >= 2], "weight_decay": cfg.weight_decay, "lr_factor": factor},
-        {"params": [p for p in routing if p.dim() < 2], "weight_decay": 0.0, "lr_factor": factor},
+    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[
+        cfg.lr_schedule
     ]
-    groups = [{"lr_factor": 1.0} | g for g in groups if g["params"]]
-    ids = [id(p) for g in groups for p in g["params"]]
-    assert sorted(ids) == sorted(id(p) for p in named.values()), "groups must cover every parameter exactly once"
-    optimizer = torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.eps, fused=True)
-    for p in named.values():
-        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-    return optimizer
+    return peak if cfg.lr_schedule == "constant" else low + (peak - low) * share
 
 
 def mix(seed: int, row: int) -> int:
     """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little")
+        >> 1
+    )
 
 
 def rise(cfg: Config) -> int:
@@ -129,10 +106,19 @@ def set_timeouts(seconds: int) -> None:
     """How long a collective of any group of processes waits from now on. The list of groups is private to torch (the
     same in 2.11 to 2.14); where it is gone, only the group of all processes changes: meshes keep the longest wait."""
     c10d = dist.distributed_c10d
-    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # public since torch 2.14
+    set_timeout = (
+        getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
+    )  # public since torch 2.14
     world = getattr(c10d, "_world", None)
     for group in [None] if world is None else list(world.pg_map):
         set_timeout(timedelta(seconds=seconds), group)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed: NCCL has a type for that, gloo only words."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 class Parallel(Rows):
@@ -148,7 +134,9 @@ class Parallel(Rows):
 
     def __init__(self, cfg: Config):
         self.rank, self.world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-        self.device = plan.machine(cfg.device, "fp32", False, environment("LOCAL_RANK", 0)).device
+        self.device = machines.detect(
+            cfg.device, "fp32", False, environment("LOCAL_RANK", 0)
+        ).device
         self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -157,9 +145,15 @@ class Parallel(Rows):
         if self.world > 1 and not dist.is_initialized():
             # objects and flags travel over gloo, so that asking a question never waits for the GPU
             back_end, store = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", None
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps its store when it restarts all ranks here:
-                store, *_ = next(dist.rendezvous("env://"))  # they would call the dead at their addresses, and hang
-                store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            if (
+                os.environ.get("GROUP_WORLD_SIZE") == "1"
+            ):  # torchrun keeps its store when it restarts all ranks here:
+                store, *_ = next(
+                    dist.rendezvous("env://")
+                )  # they would call the dead at their addresses, and hang
+                store = dist.PrefixStore(
+                    f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+                )
             limit = timedelta(seconds=max(self.FIRST, cfg.comm_timeout))
             try:
                 dist.init_process_group(back_end, None, limit, self.world, self.rank, store)
@@ -290,47 +284,28 @@ class Parallel(Rows):
             dist.destroy_process_group()
 
 
-class Planned(Parallel):
-    """One process that counts as `world`: for dry runs."""
-
-    def __init__(self, cfg: Config, layout: plan.Layout):
-        self.rank, self.world, self.layout, self.buffer = environment("RANK", 0), 1, layout, None
-        self.device, self.alone = plan.machine(cfg.device, "fp32", False).device, layout.shard == 1
-
-    def rows(self) -> tuple[int, int]:
-        return 0, self.layout.world
-
-
 # ---------------------------------------------------------------- trainer
 
 # what is summed over ranks in each step
 STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square", "writing")
 STAT = {name: i for i, name in enumerate(STATS)}
-LAPS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")  # what a run's time goes to
+LAPS = (
+    "data",
+    "compute",
+    "communication",
+    "update",
+    "evaluation",
+    "checkpoint",
+    "other",
+)  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
 NUMBERS = f"{NUMBERS} best_parts measured_on".split()
-RELEASE_EVERY = 50  # steps between looks at whether the halves of split experts have parted: a host sync
-OURS = (
-    "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
+RELEASE_EVERY = (
+    50  # steps between looks at whether the halves of split experts have parted: a host sync
 )
+OURS = "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl", "training.png"]
 WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
-
-
-class Writing(threading.Thread):
-    """A checkpoint on its way to the disk: this rank's half of it."""
-
-    def __init__(self, folder: Path, final: Path, rank: int, pieces: dict, state: str | None, turn: int, began: float):
-        super().__init__(name="checkpoint", daemon=True)
-        self.folder, self.final, self.rank, self.pieces = folder, final, rank, pieces
-        self.state, self.turn, self.began, self.stall, self.error = state, turn, began, 0.0, None
-
-    def run(self) -> None:
-        try:
-            self.error = checkpoint.write(self.folder, self.rank, self.pieces)
-        except Exception as error:  # nobody else would hear of it
-            self.error = f"{type(error).__name__}: {error}"
-        self.pieces = None
 
 
 class Trainer(ByHand, Report):
@@ -351,25 +326,50 @@ class Trainer(ByHand, Report):
         self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
         self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
-        self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = None, None, None, 0
-        self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = None, False, False, None
+        self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = (
+            None,
+            None,
+            None,
+            0,
+        )
+        self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = (
+            None,
+            False,
+            False,
+            None,
+        )
         self.stop_signal = self.save_signal = self.left = 0
         self.writing: Writing | None = None
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.scale, self.seen = None, None, None, {}
-        self.forecast, self.outlook, self.val_parts, self.best_parts = plan.Forecast(), {}, [], []
+        self.forecast, self.outlook, self.val_parts, self.best_parts = (
+            forecast.Forecast(),
+            {},
+            [],
+            [],
+        )
         self.measured_on = None  # which validation set val_loss and what follows from it are of
-        self.changes, self.origin = [], None  # what is not as in the checkpoint; where `resume: PATH` points
+        self.changes, self.origin = (
+            [],
+            None,
+        )  # what is not as in the checkpoint; where `resume: PATH` points
         self.tokenizer_sum = self.tokenizer_then = None  # of the data; of the checkpoint: sha256
-        self.gains, self.rises = [], []  # of successive checks and evaluations: see plan.justified_stop
+        self.gains, self.rises = (
+            [],
+            [],
+        )  # of successive checks and evaluations: see forecast.justified_stop
         self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
         self.marks, self.on_device = [], {}  # see mark()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         self.dry_run = dry_run
-        if dry_run and dry_run["hardware"] != "measured":  # what this machine cannot do does not matter
-            low = "mixed_fp16" if dry_run["hardware"].lower() in plan.NO_BF16 else "mixed_bf16"
-            precision = "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
+        if (
+            dry_run and dry_run["hardware"] != "measured"
+        ):  # what this machine cannot do does not matter
+            low = "mixed_fp16" if dry_run["hardware"].lower() in machines.NO_BF16 else "mixed_bf16"
+            precision = (
+                "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
+            )
             dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
             self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
         if not dry_run:
@@ -378,11 +378,21 @@ class Trainer(ByHand, Report):
         self.parallel = parallel(self.cfg)
         self.runs_ahead = self.parallel.device.type == "cuda"  # the host, of what it has queued
         self.main = self.parallel.rank == 0  # this rank speaks and writes
-        self.longest = self.patience = max(self.parallel.FIRST, self.cfg.comm_timeout)  # seconds ranks wait for others
+        self.longest = self.patience = max(
+            self.parallel.FIRST, self.cfg.comm_timeout
+        )  # seconds ranks wait for others
         if self.parallel.alone:  # zero_stage 0 is what this is
-            given = [key for key in SHARDING if key in self.written and (key, self.cfg.zero_stage) != ("zero_stage", 0)]
-            notes += [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"] if given else []
-        self.owner = launch.Owner(self.out, self.main)
+            given = [
+                key
+                for key in SHARDING
+                if key in self.written and (key, self.cfg.zero_stage) != ("zero_stage", 0)
+            ]
+            notes += (
+                [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"]
+                if given
+                else []
+            )
+        self.owner = owner.Owner(self.out, self.main)
         try:
             self.begin(notes)
         except BaseException:
@@ -395,7 +405,9 @@ class Trainer(ByHand, Report):
         self.parallel.together(self.open_data, bool(dry_run))
         saved = None if dry_run else self.parallel.together(self.claim_out_dir)
         self.resolve(saved)
-        weights = self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
+        weights = (
+            self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
+        )
         self.start_block(notes)
         if dry_run:
             return
@@ -412,7 +424,9 @@ class Trainer(ByHand, Report):
             self.forecast.load_state_dict(saved.state["forecast"])
         self.orchestrator = self.parallel.together(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
-            self.orchestrator.load(saved.state["orchestrator"], not same_data, self.origin is not None)
+            self.orchestrator.load(
+                saved.state["orchestrator"], not same_data, self.origin is not None
+            )
         self.open_log()
         self.restart_clock()
 
@@ -422,28 +436,47 @@ class Trainer(ByHand, Report):
         """Sources, their validation splits, tokenizer and vocabulary; every mismatch is refused here."""
         cfg, T = self.cfg, self.cfg.model.max_seq_len
         if dry_run and cfg.prepare and not (Path(cfg.data_dir) / "manifest.json").exists():
-            spec = cfg.prepare.get("tokenizer") or "bpe:8192"  # not prepared yet, and a dry run does not start it
+            spec = (
+                cfg.prepare.get("tokenizer") or "bpe:8192"
+            )  # not prepared yet, and a dry run does not start it
             n_vocab = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
             cfg.model.vocab_size = cfg.model.vocab_size or n_vocab
-            self.weights, self.sources, self.val_sources, self.fingerprints = {"data": 1.0}, {}, {}, {}
+            self.weights, self.sources, self.val_sources, self.fingerprints = (
+                {"data": 1.0},
+                {},
+                {},
+                {},
+            )
             return
         folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
         self.weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
-        self.sources = {n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()}
+        self.sources = {
+            n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()
+        }
         val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
         self.val_sources = {n: s for n, s in val.items() if s.windows and cfg.val_fraction > 0}
         made = next((s for s in self.sources.values() if s.manifest), None)
         self.token_bytes, self.tokenizer_dir = None, Path(made.path) if made else None
         if made:
             self.tokenizer_sum = made.manifest["tokenizer"]["sha256"]
-            used = {s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest}
+            used = {
+                s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest
+            }
             for name in used.values():
                 if len(used) > 1 and not self.same_tokenizer(Path(self.sources[name].path)):
-                    raise UserError("E113", f"data.sources {' and '.join(used.values())} have different tokenizers")
+                    raise UserError(
+                        "E113",
+                        f"data.sources {' and '.join(used.values())} have different tokenizers",
+                    )
             cfg.model.vocab_size = cfg.model.vocab_size or made.manifest["tokenizer"]["n_vocab"]
-            self.token_bytes = np.load(Path(made.path) / "token_bytes.npy", allow_pickle=False).astype(np.int64)
+            self.token_bytes = np.load(
+                Path(made.path) / "token_bytes.npy", allow_pickle=False
+            ).astype(np.int64)
         if not cfg.model.vocab_size:
-            raise UserError("E113", "model.vocab_size must be set: bare shards do not say which tokenizer made them")
+            raise UserError(
+                "E113",
+                "model.vocab_size must be set: bare shards do not say which tokenizer made them",
+            )
         for source in (*self.sources.values(), *self.val_sources.values()):
             source.check_vocab(cfg.model.vocab_size)
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
@@ -469,20 +502,28 @@ class Trainer(ByHand, Report):
                 return
             sha256 = sha256 or (file and mine and tokenizers.load(str(file)).sha256)
         except UserError as error:
-            said = f"{what}: made with the tokenizer of the data? Its own cannot be read: {error.text}"
+            said = (
+                f"{what}: made with the tokenizer of the data? Its own cannot be read: {error.text}"
+            )
         if said is None:
             said = f"{what}: made with another tokenizer (sha256 {sha256}) than the data (sha256 {mine}),"
             said += " so that an id means another text"
             if not self.cfg.allow_tokenizer_change:
                 fix = f"prepare the data with --tokenizer {file or 'of that run'}"
-                raise UserError("E113", f"{said}; {fix}, or allow_tokenizer_change: true if it is meant")
+                raise UserError(
+                    "E113", f"{said}; {fix}, or allow_tokenizer_change: true if it is meant"
+                )
         self.changes += [said] if said not in self.changes else []
 
     def check_paths(self) -> None:
         """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there. Neither is
         looked at again once out_dir has steps of its own to go on from."""
         cfg, steps = self.cfg, checkpoint.list_steps(self.out)
-        anew = cfg.resume == "none" and cfg.overwrite and not launch.again(launch.read(self.out / launch.Owner.NAME))
+        anew = (
+            cfg.resume == "none"
+            and cfg.overwrite
+            and not owner.again(files.read(self.out / owner.Owner.NAME))
+        )
         if origin := self.find_origin():
             try:
                 checkpoint.folders(origin)
@@ -491,7 +532,10 @@ class Trainer(ByHand, Report):
         if cfg.init_from and not origin and (anew or not steps):
             path = Path(cfg.init_from)
             if anew and self.out.resolve() in (path.resolve(), *path.resolve().parents):
-                raise UserError("E300", f"init_from {path} lies in {self.out}, which overwrite: true would delete")
+                raise UserError(
+                    "E300",
+                    f"init_from {path} lies in {self.out}, which overwrite: true would delete",
+                )
             try:
                 (path / "config.json").is_file() or checkpoint.folders(path)
             except UserError as error:
@@ -514,18 +558,26 @@ class Trainer(ByHand, Report):
         """Rank 0 owns out_dir from here on, and picks the checkpoint to go on from; all ranks open it; None: a fresh
         start. Changes no run."""
         cfg, found, text, origin = self.cfg, None, None, None
-        self.model_written, self.damaged, self.anew = dataclasses.asdict(cfg.model), [], cfg.resume == "none"
+        self.model_written, self.damaged, self.anew = (
+            dataclasses.asdict(cfg.model),
+            [],
+            cfg.resume == "none",
+        )
         if self.main:
             try:
                 self.owner.take(self.say)
-                if self.anew and launch.again(self.owner.found):
+                if self.anew and owner.again(self.owner.found):
                     self.anew = False
-                    self.say("note       resume: none speaks of the launch's first start; this restart goes on")
+                    self.say(
+                        "note       resume: none speaks of the launch's first start; this restart goes on"
+                    )
                 checkpoint.clean_up(self.out)
                 steps = checkpoint.list_steps(self.out)
                 if self.anew and (steps or (self.out / "metrics.jsonl").exists()):
                     if not cfg.overwrite:
-                        raise UserError("E300", f"{self.out} holds a run at step {max(steps, default=0)}")
+                        raise UserError(
+                            "E300", f"{self.out} holds a run at step {max(steps, default=0)}"
+                        )
                 else:
                     found = [str(checkpoint.step_dir(self.out, step)) for step in reversed(steps)]
                     if origin := self.find_origin():
@@ -533,7 +585,9 @@ class Trainer(ByHand, Report):
                             text = f"{self.out} holds a run at step {max(steps)}, and resume: {origin} is of another"
                             raise UserError("E300", f"{text}: give a new out_dir")
                         found = [str(folder) for folder in checkpoint.folders(origin)]
-                    for folder in found:  # before minutes are spent on every byte of another model's run
+                    for (
+                        folder
+                    ) in found:  # before minutes are spent on every byte of another model's run
                         try:
                             newest = checkpoint.Checkpoint(folder)
                         except UserError:
@@ -542,7 +596,9 @@ class Trainer(ByHand, Report):
                         break
             except UserError as error:
                 text = error
-        folders, self.origin, self.anew, error = self.parallel.broadcast((found, origin, self.anew, text))
+        folders, self.origin, self.anew, error = self.parallel.broadcast(
+            (found, origin, self.anew, text)
+        )
         if error:
             raise error
         found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
@@ -558,19 +614,28 @@ class Trainer(ByHand, Report):
     def same_run(self, saved: checkpoint.Checkpoint) -> None:
         """E300, E113, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
         if "imported" in saved.state:
-            raise UserError("E300", f"{self.out} holds an imported model: give it as init_from, with another out_dir")
+            raise UserError(
+                "E300",
+                f"{self.out} holds an imported model: give it as init_from, with another out_dir",
+            )
         if saved.state["fingerprints"] != self.fingerprints:
             then = saved.state.get("tokenizer")
             self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
         now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
-        here = {k: v for k, v in now.items() if k != "init_std"}  # of what has long been changed by training
-        differ = [f"{k}: {model.get(k)} there, {v} here" for k, v in here.items() if model.get(k) != v]
+        here = {
+            k: v for k, v in now.items() if k != "init_std"
+        }  # of what has long been changed by training
+        differ = [
+            f"{k}: {model.get(k)} there, {v} here" for k, v in here.items() if model.get(k) != v
+        ]
         if differ:
             fix = f"{self.out} holds a run of another model: give another --out_dir, or write model: as it was"
             raise UserError("E305", f"{saved.path}: {'; '.join(differ)}. {fix}")
         if saved.state["fingerprints"] != self.fingerprints and not self.cfg.allow_data_change:
             was = saved.state["fingerprints"]
-            names = [n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)]
+            names = [
+                n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)
+            ]
             text = f"{saved.path} was trained on other data than {', '.join(names)} holds now"
             raise UserError("E118", f"{text}; data_dir was {saved.state['config'].get('data_dir')}")
 
@@ -589,7 +654,9 @@ class Trainer(ByHand, Report):
                 return str(folder)
             if code := next((code for _, code in rows if code), None):
                 raise UserError(code, wrong[0])
-            self.say(f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}")
+            self.say(
+                f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}"
+            )
             if folder.parent.resolve() == self.out.resolve() and not checkpoint.unreadable(wrong):
                 self.damaged.append(folder)
         return None
@@ -598,7 +665,9 @@ class Trainer(ByHand, Report):
         """Rank 0, once it may change the run: what was found damaged counts nowhere any more."""
         for folder in self.damaged if self.main else ():
             try:
-                self.say(f"note       {folder} is now {checkpoint.set_damaged_aside(folder).name}: it is damaged")
+                self.say(
+                    f"note       {folder} is now {checkpoint.set_damaged_aside(folder).name}: it is damaged"
+                )
             except OSError as error:  # it stays where it is: what is saved now is kept all the same
                 self.say(f"note       {folder} is damaged and cannot be renamed: {error.strerror}")
         self.damaged = []
@@ -613,38 +682,53 @@ class Trainer(ByHand, Report):
             same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
             return before["auto"].get(name) if same else None
 
-        def kept_here(name, *keys):  # what suited a CPU does not suit a GPU; older checkpoints do not say
+        def kept_here(
+            name, *keys
+        ):  # what suited a CPU does not suit a GPU; older checkpoints do not say
             here = par.device.type
             return kept(name, *keys) if before["auto"].get("device", here) == here else None
 
         # batch: rows per step stay what they were, on any world size
-        rank_count, rows = par.rows()[1], kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens")
+        rank_count, rows = (
+            par.rows()[1],
+            kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens"),
+        )
         if rows is None and cfg.batch_tokens:
             unit = T * rank_count
             if cfg.batch_tokens % unit:
                 near = max(1, round(cfg.batch_tokens / unit)) * unit
-                text = (
-                    f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len, {rank_count} x {T}"
-                )
+                text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len, {rank_count} x {T}"
                 raise UserError("E002", f"{text}; the nearest that is: {near}")
             rows = cfg.batch_tokens // T
-            fixed = rows if cfg.batch_size == "auto" else cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+            fixed = (
+                rows
+                if cfg.batch_size == "auto"
+                else cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
+            )
             if "gradient_accumulation_steps" in self.written and fixed != rows:
                 raise UserError(
-                    "E002", f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}: drop one"
+                    "E002",
+                    f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}: drop one",
                 )
         elif rows is None:
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
         kept_size = kept_here("micro_batch", "batch_size", "batch_tokens")
-        cfg.batch_size = par.broadcast(par.together(self.micro_batch, rows // rank_count, kept_size))
-        micro = next((m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0), None)
+        cfg.batch_size = par.broadcast(
+            par.together(self.micro_batch, rows // rank_count, kept_size)
+        )
+        micro = next(
+            (m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0),
+            None,
+        )
         if micro is None:
             can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
             near = sorted(can, key=lambda w: abs(w - rank_count))[:2]
             text = f"{rows} rows per step cannot be shared by {rank_count} processes"
             raise UserError("E600", f"{text}; can: {sorted(near)}")
         if micro != cfg.batch_size and self.written.get("batch_size", "auto") != "auto":
-            self.changes.append(f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}")
+            self.changes.append(
+                f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}"
+            )
         self.rows_per_step = rows
         cfg.batch_size, cfg.gradient_accumulation_steps = micro, rows // (micro * rank_count)
 
@@ -658,7 +742,9 @@ class Trainer(ByHand, Report):
         whole = dataclasses.replace(cfg.model, mod_capacity=1.0, mod_layers=None)
         self.flops_undiminished = plan.on_meta(whole).flops_per_token()  # without MoD
         # what works on a token: MoE's active parameters, MoD's weighted by its FLOPs
-        self.n_working = round(self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished)
+        self.n_working = round(
+            self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished
+        )
         keys = ("auto_epoch_scaling", "chinchilla_multiplier", "min_auto_epochs", "max_auto_epochs")
         steps = kept("max_steps", "max_steps", "num_epochs", *keys)
         cfg.max_steps = cfg.max_steps if steps is None else steps
@@ -667,10 +753,15 @@ class Trainer(ByHand, Report):
             cfg.max_steps, why = plan.auto_steps(self.n_working, windows * T, rows * T, *limits)
             self.changes.append(why)
         if cfg.max_steps is None:
-            cfg.max_steps = int(windows * (1.0 if cfg.num_epochs is None else cfg.num_epochs)) // rows
+            cfg.max_steps = (
+                int(windows * (1.0 if cfg.num_epochs is None else cfg.num_epochs)) // rows
+            )
         asked = "max_steps" in self.written or cfg.num_epochs == 0  # for no step at all
         if cfg.max_steps < 1 and not asked and self.sources:
-            raise UserError("E114", f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch")
+            raise UserError(
+                "E114",
+                f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch",
+            )
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
@@ -680,14 +771,20 @@ class Trainer(ByHand, Report):
 
         # machine: what rank 0 finds, kept on resume
         precision = kept_here("precision")
-        machine = plan.machine(cfg.device, cfg.precision, cfg.compile_model, environment("LOCAL_RANK", 0))
+        machine = machines.detect(
+            cfg.device, cfg.precision, cfg.compile_model, environment("LOCAL_RANK", 0)
+        )
         if precision not in (None, machine.precision) and cfg.precision == "auto":
-            with contextlib.suppress(UserError):  # the hardware of today cannot do it: today's choice, said
-                machine = plan.machine(cfg.device, precision, cfg.compile_model, environment("LOCAL_RANK", 0))
+            with contextlib.suppress(
+                UserError
+            ):  # the hardware of today cannot do it: today's choice, said
+                machine = machines.detect(
+                    cfg.device, precision, cfg.compile_model, environment("LOCAL_RANK", 0)
+                )
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
         self.misfit = par.together(self.check_memory, rows)
-        self.peak = par.broadcast(plan.peak_flops(self.machine))
+        self.peak = par.broadcast(machines.peak_flops(self.machine))
         compiled = kept_here("compile_model")
         if compiled is None or machine.compile is False:  # there may be no compiler any more
             seconds = self.flops_per_token * rows * T * cfg.max_steps / (self.peak * rank_count)
@@ -695,29 +792,50 @@ class Trainer(ByHand, Report):
         cfg.compile_model = par.broadcast(compiled)
         try:
             choice = kept_here("attention") or cfg.attention
-            back_end, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
+            back_end, why = pick_attention(
+                choice, cfg.model, par.device, self.machine.compute_dtype
+            )
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         cfg.attention, self.attention_why = par.broadcast((back_end, why))
         if cfg.model.n_experts:
-            cfg.expert_back_end, self.experts_why = par.broadcast(self.pick_experts(kept_here("expert_back_end")))
+            cfg.expert_back_end, self.experts_why = par.broadcast(
+                self.pick_experts(kept_here("expert_back_end"))
+            )
         deterministic = kept_here("deterministic")
         if deterministic is None:
-            deterministic = cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
+            deterministic = (
+                cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
+            )
         cfg.deterministic = par.broadcast(deterministic)
-        names = ("max_steps", "precision", "compile_model", "attention", "deterministic", "expert_back_end")
+        names = (
+            "max_steps",
+            "precision",
+            "compile_model",
+            "attention",
+            "deterministic",
+            "expert_back_end",
+        )
         self.auto = {
             "rows": rows,
             "micro_batch": micro,
             "device": par.device.type,
             **{k: getattr(cfg, k) for k in names},
         }
-        self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "micro_batch": micro}
+        self.versions = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "micro_batch": micro,
+        }
         self.versions |= {"device": self.machine.name, "world": par.world}
         was = before.get("versions", {})
-        differ = [f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v]
+        differ = [
+            f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v
+        ]
         if differ and cfg.deterministic:
-            self.changes.append(f"equal bits to the run so far cannot be promised: {', '.join(differ)}")
+            self.changes.append(
+                f"equal bits to the run so far cannot be promised: {', '.join(differ)}"
+            )
 
         if saved:
             self.compare(before["config"] | {"batch_tokens": before["auto"]["rows"] * T})
@@ -731,7 +849,9 @@ class Trainer(ByHand, Report):
             start = round(until * cfg.max_steps) if until <= 1 else int(until)
         if saved and before["segments"] != segments:
             self.cursor = before["cursor"]
-            past = [s for s in before["segments"] if s[0] < self.cursor and set(s[1]) <= set(weights)]
+            past = [
+                s for s in before["segments"] if s[0] < self.cursor and set(s[1]) <= set(weights)
+            ]
             future = [s for s in segments if s[0] > self.cursor]
             current = next(s[1] for s in reversed(segments) if s[0] <= self.cursor)
             if not past:
@@ -743,15 +863,26 @@ class Trainer(ByHand, Report):
 
     def compare(self, before: dict) -> None:
         """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
-        resolved = dataclasses.asdict(self.cfg) | {"batch_tokens": self.rows_per_step * self.cfg.model.max_seq_len}
-        apart = {"model", "resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change"}
+        resolved = dataclasses.asdict(self.cfg) | {
+            "batch_tokens": self.rows_per_step * self.cfg.model.max_seq_len
+        }
+        apart = {
+            "model",
+            "resume",
+            "overwrite",
+            "init_from",
+            "allow_data_change",
+            "allow_tokenizer_change",
+        }
         for key, now in resolved.items():
             then = before.get(key, now)  # a key that is newer than the checkpoint
             pairs = [(key, then, now)]
             if key == "orchestrator":
                 pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in now.items()]
             if key not in apart:
-                self.changes += [f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b]
+                self.changes += [
+                    f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b
+                ]
 
     def micro_batch(self, rows: int, kept: int | None) -> int:
         """Rows a micro-step, of `rows` a rank and step: as written, or as much as was found to fit, or for auto what
@@ -761,7 +892,10 @@ class Trainer(ByHand, Report):
             if cfg.overwrite and not self.dry_run and self.anew:
                 raise OSError("it is about to be deleted")
             hint = json.loads((self.out / "oom_hint.json").read_text())
-            same = hint.get("device") in (None, self.memory_at_hand())  # another device, another limit
+            same = hint.get("device") in (
+                None,
+                self.memory_at_hand(),
+            )  # another device, another limit
             if same and hint["written"] == self.written.get("batch_size"):
                 kept = min(hint["micro_batch"], kept or hint["micro_batch"])
                 self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({self.out / 'oom_hint.json'})"
@@ -769,18 +903,27 @@ class Trainer(ByHand, Report):
             return min(cfg.batch_size, kept or cfg.batch_size)
         if kept:
             return kept
-        machine = plan.machine(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
-        have, precision = plan.own_memory(machine.device), machine.precision
+        machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
+        have, precision = machines.own_memory(machine.device), machine.precision
         if self.dry_run and self.dry_run["hardware"] != "measured":
-            have = plan.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
+            have = machines.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
             precision = self.dry_run["precision"]
         room, model, layout = cfg.target_memory * have, plan.on_meta(m), self.parallel.layout
         fits = [r for r in range(1, rows + 1) if rows % r == 0]
         how = (precision, cfg.activation_checkpointing)
-        need = {r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"] for r in fits}
-        best = max((r for r in fits if need[r] <= room), default=1)  # check_memory says where one row is too many
-        self.measure_memory = machine.device.type == "cuda" and self.parallel.alone  # in parts no rank can try alone
-        self.hint = f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        need = {
+            r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"]
+            for r in fits
+        }
+        best = max(
+            (r for r in fits if need[r] <= room), default=1
+        )  # check_memory says where one row is too many
+        self.measure_memory = (
+            machine.device.type == "cuda" and self.parallel.alone
+        )  # in parts no rank can try alone
+        self.hint = (
+            f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        )
         return best
 
     def check_memory(self, rows: int) -> str:
@@ -788,8 +931,19 @@ class Trainer(ByHand, Report):
         cfg, machine = self.cfg, self.machine
         if self.dry_run and self.dry_run["hardware"] != "measured":  # its lines say so
             return ""
-        how, have = (machine.precision, cfg.activation_checkpointing), plan.own_memory(machine.device)
-        args = (self.counted, self.parallel.layout, cfg.batch_size, rows, how, have, cfg.target_memory)
+        how, have = (
+            (machine.precision, cfg.activation_checkpointing),
+            machines.own_memory(machine.device),
+        )
+        args = (
+            self.counted,
+            self.parallel.layout,
+            cfg.batch_size,
+            rows,
+            how,
+            have,
+            cfg.target_memory,
+        )
         why, sure = plan.misfit(*args)
         if sure and not self.dry_run:
             raise UserError("E200", why)
@@ -797,15 +951,21 @@ class Trainer(ByHand, Report):
 
     def memory_at_hand(self) -> list:
         """Which device ran out of memory, or would: its name and GiB."""
-        machine = plan.machine(self.cfg.device, "fp32", False, environment("LOCAL_RANK", 0))
-        return [machine.name, round(plan.total_memory(machine.device) / 2**30)]
+        machine = machines.detect(self.cfg.device, "fp32", False, environment("LOCAL_RANK", 0))
+        return [machine.name, round(machines.total_memory(machine.device) / 2**30)]
 
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
         """The back end of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
         if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
             return "slices", "nothing tried, since the run does not fit here"
-        shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, cfg.batch_size * m.max_seq_len)
+        shape = (
+            m.d_model,
+            m.d_expert,
+            m.n_experts,
+            m.n_experts_per_token,
+            cfg.batch_size * m.max_seq_len,
+        )
         where = (self.parallel.device, self.machine.compute_dtype, *shape)
         if kept:
             try:
@@ -843,9 +1003,11 @@ class Trainer(ByHand, Report):
         try:
             if folder.parent == self.out.resolve():
                 checkpoint.set_aside(self.out, saved.step)
-                checkpoint.write_json(self.out / "resumed.json", note)
+                files.write_json(self.out / "resumed.json", note)
                 return
-            checkpoint.write_json(self.out / "resumed.json", note)  # first: whoever dies in between begins here again
+            files.write_json(
+                self.out / "resumed.json", note
+            )  # first: whoever dies in between begins here again
             checkpoint.adopt(folder, self.out)
             best = checkpoint.step_dir(folder.parent, saved.state["best_step"] or saved.step)
             if best != folder and best.exists():
@@ -858,20 +1020,35 @@ class Trainer(ByHand, Report):
     def build(self, saved, weights) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
         cfg, par = self.cfg, self.parallel
-        torch.use_deterministic_algorithms(cfg.deterministic)  # off too: this may be a process's second run
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+        torch.use_deterministic_algorithms(
+            cfg.deterministic
+        )  # off too: this may be a process's second run
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # a debugging aid that costs a pass over memory
+        )
         model = self.model = par.build(cfg, saved is None)
-        model.compute_dtype, model.z_loss, model.back_end = self.machine.compute_dtype, cfg.z_loss, cfg.attention
+        model.compute_dtype, model.z_loss, model.back_end = (
+            self.machine.compute_dtype,
+            cfg.z_loss,
+            cfg.attention,
+        )
         model.recompute = cfg.activation_checkpointing
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
             moe.back_end = cfg.expert_back_end
         n = next(iter(self.moe.values())).router.n if self.moe else 0
-        self.sparse_shapes = [(len(self.moe), len(SUMS) + n), (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len)]
+        self.sparse_shapes = [
+            (len(self.moe), len(SUMS) + n),
+            (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len),
+        ]
         self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
         if cfg.compile_model:
-            torch.compiler.config.recompile_limit = 64  # dense, MoE and MoD blocks, each while training and evaluating
-            for block in model.blocks:  # one graph serves all layers: fast to compile, and nothing else gains by it
+            torch.compiler.config.recompile_limit = (
+                64  # dense, MoE and MoD blocks, each while training and evaluating
+            )
+            for block in (
+                model.blocks
+            ):  # one graph serves all layers: fast to compile, and nothing else gains by it
                 block.compile()
         self.weights = par.weights(model)
         self.optimizer = build_optimizer(cfg, self.weights)
@@ -906,7 +1083,9 @@ class Trainer(ByHand, Report):
             shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
             said[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
         rows = [[name, int(i)] for name, i in self.val_set]
-        return hashlib.sha256(json.dumps([said, rows, self.cfg.model.max_seq_len]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([said, rows, self.cfg.model.max_seq_len]).encode()
+        ).hexdigest()
 
     def take_numbers(self, numbers: dict) -> None:
         """Those of a checkpoint or snapshot; what was measured on another validation set is not compared, and begins
@@ -916,26 +1095,39 @@ class Trainer(ByHand, Report):
             setattr(self, name, numbers.get(name, getattr(self, name)))
         self.measured_on, there = measured_on, numbers.get("measured_on")
         # older checkpoints do not say on what: other data is another set there
-        if there == measured_on or (there is None and numbers.get("fingerprints") == self.fingerprints):
+        if there == measured_on or (
+            there is None and numbers.get("fingerprints") == self.fingerprints
+        ):
             return
         if self.best_val_loss is not None:
             best = f"best {self.best_val_loss:.4f} at step {self.best_step}"
             self.say(f"note       val_loss begins anew: {best} was of another validation set")
         self.val_loss = self.best_val_loss = self.best_step = None
-        self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = 0, False, [], [], []
+        self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = (
+            0,
+            False,
+            [],
+            [],
+            [],
+        )
 
     def probe(self) -> None:
         """batch_size: auto on CUDA: the most rows, of those that divide a step's, whose forward and backward pass stays
         within target_memory; tried out, by bisection. Weights, moments and seeds stay as they are, no gradient is left.
         E200 where one row does not fit. Never run on a GPU yet: the search and what it leaves behind are tested."""
         cfg, device = self.cfg, self.parallel.device
-        rows, room = self.rows_per_step // self.parallel.rows()[1], cfg.target_memory * plan.total_memory(device)
+        rows, room = (
+            self.rows_per_step // self.parallel.rows()[1],
+            cfg.target_memory * machines.total_memory(device),
+        )
         sizes, peaks = [n for n in range(1, rows + 1) if rows % n == 0], {}
 
         def fits(n: int) -> bool:
             peaks[n] = math.inf
             try:
-                for p in self.model.parameters() if n < rows else ():  # those of the micro-steps before
+                for p in (
+                    self.model.parameters() if n < rows else ()
+                ):  # those of the micro-steps before
                     p.grad = torch.zeros_like(p)
                 peaks[n] = peak_bytes(self.model, n, device)
             except torch.OutOfMemoryError:
@@ -952,16 +1144,24 @@ class Trainer(ByHand, Report):
         best = -self.parallel.agree([-sizes[low - 1] if low else 0])[0]  # the least of all ranks
         if not best:
             text = f"batch_size: auto: a probe found that one row does not fit into {room / 2**30:.2f} GiB"
-            raise UserError("E200", f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs")
+            raise UserError(
+                "E200",
+                f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs",
+            )
         cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
         self.auto["micro_batch"] = self.versions["micro_batch"] = best
         need = peaks.get(best, 0) / 2**30  # 0: another rank's choice
-        self.say(f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB")
+        self.say(
+            f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB"
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
         own = {name: p.detach() for name, p in self.weights.items()}
-        out = {f"model.{name}": own.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+        out = {
+            f"model.{name}": own.get(name, tensor)
+            for name, tensor in self.model.state_dict().items()
+        }
         for name, p in self.weights.items():
             out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         return out
@@ -991,12 +1191,14 @@ class Trainer(ByHand, Report):
         them). Refused before anything is changed: E303, E304, E113, and E305 where the models do not go together."""
         path, par = self.cfg.init_from, self.parallel
         if par.broadcast((Path(path) / "config.json").is_file()):
-            from export import read_hf  # only here: nothing else in training knows foreign formats
+            from export import read_hf
 
             model, state, _, file = par.together(read_hf, path)
             par.together(self.check_tokenizer, f"init_from {path}", file, None)
         else:
-            folders = par.broadcast(par.together(lambda: checkpoint.folders(path) if self.main else None))
+            folders = par.broadcast(
+                par.together(lambda: checkpoint.folders(path) if self.main else None)
+            )
             if (found := self.newest_whole(folders)) is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
             state = checkpoint.Checkpoint(found)
@@ -1005,10 +1207,16 @@ class Trainer(ByHand, Report):
             par.together(self.check_tokenizer, f"init_from {path}", file, then)
             model = model_of(state)
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
-        if self.cfg.model.n_experts_max >= model.n_experts_max:  # slots may be added: the first rows are the same
+        if (
+            self.cfg.model.n_experts_max >= model.n_experts_max
+        ):  # slots may be added: the first rows are the same
             free.append("n_experts_max")
         there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
-        differ = [f"{k}: {there[k]} there, {here[k]} here" for k in here if there[k] != here[k] and k not in free]
+        differ = [
+            f"{k}: {there[k]} there, {here[k]} here"
+            for k in here
+            if there[k] != here[k] and k not in free
+        ]
         if differ:
             text = f"init_from {path}: {'; '.join(differ)}"
             if there["vocab_size"] != here["vocab_size"] and file:
@@ -1020,15 +1228,25 @@ class Trainer(ByHand, Report):
         """The rows of a state dict or checkpoint that are this rank's. E303 for weights that are NaN or inf."""
         slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
         mine, new = self.tensors(), slots - before
-        for name in state if isinstance(state, dict) else [n[6:] for n in state.tensors if n.startswith("model.")]:
+        for name in (
+            state
+            if isinstance(state, dict)
+            else [n[6:] for n in state.tensors if n.startswith("model.")]
+        ):
             whole = state[name] if isinstance(state, dict) else None
-            if new and model.n_null_experts and name.endswith(("router.weight", "router.bias", "router.load")):
+            if (
+                new
+                and model.n_null_experts
+                and name.endswith(("router.weight", "router.bias", "router.load"))
+            ):
                 whole = state.read(f"model.{name}") if whole is None else whole
                 real, null = whole[:before], whole[before:]
                 whole = torch.cat([real, whole.new_zeros(new, *whole.shape[1:]), null])
             shape = state.tensors[f"model.{name}"]["shape"] if whole is None else whole.shape
             for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
-                size = [max(0, min(n, m - a)) for a, n, m in zip(offset, local.shape, shape)]  # fewer slots there
+                size = [
+                    max(0, min(n, m - a)) for a, n, m in zip(offset, local.shape, shape)
+                ]  # fewer slots there
                 if math.prod(size) == 0:
                     continue
                 where = tuple(slice(a, a + n) for a, n in zip(offset, size))
@@ -1056,7 +1274,7 @@ class Trainer(ByHand, Report):
                 if self.best_step is None:  # the one it names is of another validation set
                     (self.out / "best.json").unlink(missing_ok=True)
                 else:
-                    checkpoint.write_json(self.out / "best.json", best)
+                    files.write_json(self.out / "best.json", best)
         self.write_status("running")
         if cfg.wandb_project:
             self.wandb = start_wandb(cfg, self.say, self.wandb_id)
@@ -1067,7 +1285,9 @@ class Trainer(ByHand, Report):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise UserError("E003", "tensorboard: true needs its package: pip install tensorboard") from error
+                raise UserError(
+                    "E003", "tensorboard: true needs its package: pip install tensorboard"
+                ) from error
             with self.nicety("TensorBoard"):
                 self.board = SummaryWriter(str(self.out / "tensorboard"))
 
@@ -1078,7 +1298,7 @@ class Trainer(ByHand, Report):
         for name in ("tokenizer.json", "token_bytes.npy"):
             if self.tokenizer_dir and not (self.out / name).exists():
                 shutil.copyfile(self.tokenizer_dir / name, self.out / name)
-        if not launch.same_file(self.log_file, self.out / "train.log"):
+        if not owner.same_file(self.log_file, self.out / "train.log"):
             old, self.log_file = self.log_file, open_log_file(self.out / "train.log")
             with contextlib.suppress(OSError):
                 old.close()
@@ -1087,7 +1307,10 @@ class Trainer(ByHand, Report):
         """config.yaml, as resolved: started with it the run goes on, or with another out_dir is repeated, on any number
         of processes. A config.yaml that is not what Lumen wrote stays, and ours is resolved.yaml."""
         cfg, theirs = self.cfg, self.out / "config.yaml"
-        resolved = dataclasses.asdict(cfg) | {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
+        resolved = dataclasses.asdict(cfg) | {
+            "num_epochs": None,
+            "auto_epoch_scaling": False,
+        }  # max_steps says it
         resolved |= {"resume": "auto", "overwrite": False}  # they were said for this start
         resolved["batch_tokens"] = self.rows_per_step * cfg.model.max_seq_len
         del resolved["gradient_accumulation_steps"]  # follows from it
@@ -1096,7 +1319,9 @@ class Trainer(ByHand, Report):
         if free:
             free[0].write_text(f"{WRITTEN} {text_sum(text)}\n{text}", encoding="utf-8")
         if theirs not in free:
-            self.say(f"note       {theirs} is not what Lumen wrote and stays; as resolved: {[*free, 'nowhere'][0]}")
+            self.say(
+                f"note       {theirs} is not what Lumen wrote and stays; as resolved: {[*free, 'nowhere'][0]}"
+            )
 
     def copy_tokenizer(self) -> None:
         """tokenizer.json and token_bytes.npy are those of the data that the run trains on now; a tokenizer that earlier
@@ -1119,9 +1344,15 @@ class Trainer(ByHand, Report):
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
         self.first_interrupt = None
-        for name in ("SIGTERM", "SIGINT", "SIGHUP") + (("SIGUSR1",) if "RANK" not in os.environ else ()):
-            with contextlib.suppress(ValueError, AttributeError):  # not the main thread; not on this system
-                if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's word stands
+        for name in ("SIGTERM", "SIGINT", "SIGHUP") + (
+            ("SIGUSR1",) if "RANK" not in os.environ else ()
+        ):
+            with contextlib.suppress(
+                ValueError, AttributeError
+            ):  # not the main thread; not on this system
+                if (
+                    name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+                ):  # nohup's word stands
                     signal.signal(getattr(signal, name), self.on_signal)
 
     def on_signal(self, number, frame) -> None:
@@ -1130,17 +1361,24 @@ class Trainer(ByHand, Report):
             return
         now = time.monotonic()
         if number == signal.SIGINT:
-            if self.first_interrupt and now - self.first_interrupt > 2:  # sooner: it came by two ways, torchrun's too
+            if (
+                self.first_interrupt and now - self.first_interrupt > 2
+            ):  # sooner: it came by two ways, torchrun's too
                 os._exit(130)
-            if self.main and not self.first_interrupt:  # no print: it may have been interrupted itself
+            if (
+                self.main and not self.first_interrupt
+            ):  # no print: it may have been interrupted itself
                 with contextlib.suppress(OSError):
-                    os.write(2, b"\nstopping after this step and saving; Ctrl-C again leaves at once, without saving\n")
+                    os.write(
+                        2,
+                        b"\nstopping after this step and saving; Ctrl-C again leaves at once, without saving\n",
+                    )
             self.first_interrupt = self.first_interrupt or now
         self.stop_signal = self.stop_signal or 1
 
     # ---- the loop
 
-    @launch.owning
+    @owner.owning
     def fit(self) -> int:
         """Train to max_steps, or until a signal. Returns the exit code: 0, or 4 when the last save failed."""
         cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
@@ -1155,28 +1393,53 @@ class Trainer(ByHand, Report):
         while True:
             rolled = watch.act()  # what was decided a turn ago: a rollback, commands, a snapshot
             begun = self.step
-            model.zero_grad(set_to_none=True)  # whatever came before, a step sums its own micro-steps only
+            model.zero_grad(
+                set_to_none=True
+            )  # whatever came before, a step sums its own micro-steps only
             # schedule
             lr = lr_at(cfg, self.step) * watch.lr_factor()
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)
-            for layer, moe in self.moe.items() if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0 else ():
+            for layer, moe in (
+                self.moe.items()
+                if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0
+                else ()
+            ):
                 for pair in release_twins(moe, par.broadcast, par):
-                    self.say(f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen")
+                    self.say(
+                        f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen"
+                    )
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
-            owed = self.evaluated_at != self.step and (last or self.step > 0)  # left for a signal, before this start
+            owed = self.evaluated_at != self.step and (
+                last or self.step > 0
+            )  # left for a signal, before this start
             here = self.step != self.started_at or owed
             due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
-            due_eval = due_save or wants_save or rolled or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
-            fresh = (here and self.evaluated_at != self.step) or rolled  # a void turn comes here twice
+            due_eval = (
+                due_save
+                or wants_save
+                or rolled
+                or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
+            )
+            fresh = (
+                here and self.evaluated_at != self.step
+            ) or rolled  # a void turn comes here twice
             new_best = fresh and due_eval and not stop and self.evaluate()
             stop = stop or self.left
             last = last or self.stopped_early
-            retry = self.unsaved and self.writing is None and self.step % max(1, cfg.save_interval // 10) == 0
+            retry = (
+                self.unsaved
+                and self.writing is None
+                and self.step % max(1, cfg.save_interval // 10) == 0
+            )
             moved = self.step != self.started_at
-            if (here and (due_save or new_best or last)) or (moved and (stop or wants_save or retry)) or rolled:
+            if (
+                (here and (due_save or new_best or last))
+                or (moved and (stop or wants_save or retry))
+                or rolled
+            ):
                 self.save(wait=not cfg.save_async or last or stop or rolled)
             if last or stop:
                 self.end_save()
@@ -1188,9 +1451,13 @@ class Trainer(ByHand, Report):
             if self.step < begun:  # it was learned just now that the step before is void
                 continue
             # micro-steps
-            stats = torch.zeros(len(STATS), dtype=double, device=par.device)  # filled there: a copy would be a sync
+            stats = torch.zeros(
+                len(STATS), dtype=double, device=par.device
+            )  # filled there: a copy would be a sync
             sums = torch.zeros(3, dtype=double, device=par.device)
-            sparse = torch.zeros(self.n_sparse, dtype=double, device=par.device)  # what MoE and MoD layers counted
+            sparse = torch.zeros(
+                self.n_sparse, dtype=double, device=par.device
+            )  # what MoE and MoD layers counted
             if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
             void, self.marks = False, []
@@ -1200,12 +1467,16 @@ class Trainer(ByHand, Report):
                     self.mark("compute")
                     try:
                         row, x, y = self.loader.next()
-                    except UserError as error:  # this rank cannot go on; the others learn it from the statistics
+                    except (
+                        UserError
+                    ) as error:  # this rank cannot go on; the others learn it from the statistics
                         self.data_error = error
                         stats[STAT["unread"]] = 1
                         if par.alone:
                             break
-                        row, x, y = self.blank()  # its part of the collectives that forward and backward hold
+                        row, x, y = (
+                            self.blank()
+                        )  # its part of the collectives that forward and backward hold
                     self.lap("data")
                     self.mark("data")
                     x, y = self.to_device(x), self.to_device(y)
@@ -1216,8 +1487,12 @@ class Trainer(ByHand, Report):
                         (loss if self.scale is None else loss * self.scale).backward()
                     sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
                     if self.n_sparse:
-                        sparse += torch.cat([parts[k].flatten() for k in ("moe", "mod") if k in parts]).to(double)
-            except torch.OutOfMemoryError:  # this rank's step is void, so everybody's is; drain() begins it again
+                        sparse += torch.cat(
+                            [parts[k].flatten() for k in ("moe", "mod") if k in parts]
+                        ).to(double)
+            except (
+                torch.OutOfMemoryError
+            ):  # this rank's step is void, so everybody's is; drain() begins it again
                 if not par.alone:
                     raise
                 void = True
@@ -1240,10 +1515,18 @@ class Trainer(ByHand, Report):
                     stats[STAT[name]] = 1
             if self.writing and self.writing.is_alive():
                 stats[STAT["writing"]] = 1
-            if par.world > 1 and watch.watching and self.step % cfg.orchestrator.check_interval == 0:
-                stats[STAT["sum"]] = check = par.checksum(model).to(double)  # do all ranks hold the same weights?
+            if (
+                par.world > 1
+                and watch.watching
+                and self.step % cfg.orchestrator.check_interval == 0
+            ):
+                stats[STAT["sum"]] = check = par.checksum(model).to(
+                    double
+                )  # do all ranks hold the same weights?
                 stats[STAT["square"]] = check * check
-            stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split([len(STATS), self.n_sparse])
+            stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split(
+                [len(STATS), self.n_sparse]
+            )
             # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
             # goes into the clip coefficient (exactly 1.0 without either)
             factor = (nominal / stats[STAT["count"]]).float()
@@ -1252,9 +1535,15 @@ class Trainer(ByHand, Report):
             norm = par.grad_norm(model) * factor
             self.lap("communication")
             # guard
-            bad, exploded = watch.guard(stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]])
+            bad, exploded = watch.guard(
+                stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]]
+            )
             # step
-            clip = (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0) if cfg.grad_clip else torch.ones_like(norm)
+            clip = (
+                (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+                if cfg.grad_clip
+                else torch.ones_like(norm)
+            )
             torch._foreach_mul_([p.grad for p in self.weights.values()], clip * factor)
             optimizer.found_inf = bad.float()
             optimizer.step()
@@ -1263,14 +1552,20 @@ class Trainer(ByHand, Report):
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
-                overflow = ~torch.isfinite(norm) & ~watch.halted  # what ran out of memory has no norm, and comes again
+                overflow = (
+                    ~torch.isfinite(norm) & ~watch.halted
+                )  # what ran out of memory has no norm, and comes again
                 self.scale_good = torch.where(overflow, 0.0, self.scale_good + ~watch.halted)
                 grow = self.scale_good >= 2000
-                self.scale = torch.where(overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
+                self.scale = torch.where(
+                    overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale)
+                )
                 self.scale_good = torch.where(grow, 0.0, self.scale_good)
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
-            if seen and seen["oom"]:  # the step before was void, and so was this one: it waits for that to be made good
+            if (
+                seen and seen["oom"]
+            ):  # the step before was void, and so was this one: it waits for that to be made good
                 continue
             numbers = torch.cat([stats, torch.stack([x.to(double) for x in (norm, bad, exploded)])])
             every = (cfg.expert_log_interval or cfg.log_interval, cfg.orchestrator.check_interval)
@@ -1286,9 +1581,17 @@ class Trainer(ByHand, Report):
             if self.step == self.started_at + 1:
                 self.patience = cfg.comm_timeout
                 par.set_patience(self.patience)
-            due = (cfg.save_interval and self.step % cfg.save_interval == 0) or self.step >= cfg.max_steps
-            if par.device.type == "cpu" or due or (cfg.eval_interval and self.step % cfg.eval_interval == 0):
-                seen = self.drain() or seen  # the CPU has nothing to overlap; a save must not leave a step half counted
+            due = (
+                cfg.save_interval and self.step % cfg.save_interval == 0
+            ) or self.step >= cfg.max_steps
+            if (
+                par.device.type == "cpu"
+                or due
+                or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
+            ):
+                seen = (
+                    self.drain() or seen
+                )  # the CPU has nothing to overlap; a save must not leave a step half counted
             stop, wants_save = bool(seen and seen["stop"]), bool(seen and seen["save"])
             if wants_save:
                 self.save_signal = 0
@@ -1319,7 +1622,22 @@ class Trainer(ByHand, Report):
             arrived.synchronize()
         self.measure(marks)
         numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
-        ce, z, count, unread, oom, stop, save, control, check, square, writing, norm, bad, exploded = numbers
+        (
+            ce,
+            z,
+            count,
+            unread,
+            oom,
+            stop,
+            save,
+            control,
+            check,
+            square,
+            writing,
+            norm,
+            bad,
+            exploded,
+        ) = numbers
         if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
             self.end_save()
         if unread:  # its step was dropped: go back to before it, save, and say what happened
@@ -1341,16 +1659,24 @@ class Trainer(ByHand, Report):
             self.out_of_memory(step, cursor)
             return seen
         self.tokens += 0 if bad else int(count)
-        seen |= {"loss": ce / max(count, 1), "z_loss": z / max(count, 1), "loss_finite": math.isfinite(ce)}
+        seen |= {
+            "loss": ce / max(count, 1),
+            "z_loss": z / max(count, 1),
+            "loss_finite": math.isfinite(ce),
+        }
         seen |= {"grad_norm": norm, "bad": bool(bad), "exploded": bool(exploded)}
-        seen["apart"] = self.parallel.world * square != check * check  # sums over ranks: equal where all are equal
+        seen["apart"] = (
+            self.parallel.world * square != check * check
+        )  # sums over ranks: equal where all are equal
         if len(sparse):
             seen |= self.routing(sparse)
         self.seen = seen
         if not bad:
             self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen["loss"], lr)
         self.orchestrator.observe(seen)
-        due = (step + 1) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
+        due = (
+            step + 1
+        ) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
         if due and (self.cfg.enable_loss_landscape or self.cfg.enable_early_stopping):
             self.look_ahead()
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
@@ -1365,12 +1691,18 @@ class Trainer(ByHand, Report):
         planned = self.rows_per_step * T * cfg.max_steps
         unique = sum(s.windows for s in self.sources.values()) * T
         try:
-            found = self.forecast.status(planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique)
-        except Exception as error:  # arithmetic on whatever the losses were: to know more is not worth a run
+            found = self.forecast.status(
+                planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique
+            )
+        except (
+            Exception
+        ) as error:  # arithmetic on whatever the losses were: to know more is not worth a run
             self.say(f"forecast   none: {type(error).__name__}: {error}")
             found = None
         advice = self.said_of(found, planned, unique) if found else None
-        if cfg.enable_early_stopping:  # it will be acted on: unlike machines may have computed unlike last digits
+        if (
+            cfg.enable_early_stopping
+        ):  # it will be acted on: unlike machines may have computed unlike last digits
             advice = self.parallel.broadcast(advice)
         if advice:
             self.orchestrator.shorten(advice)
@@ -1387,11 +1719,13 @@ class Trainer(ByHand, Report):
                 slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
                 text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
         self.say(f"forecast   {text}; {found['recommendation']}")
-        self.outlook = {f"forecast/{k}": v for k, v in found.items() if efficient or not k.startswith("slope")}
+        self.outlook = {
+            f"forecast/{k}": v for k, v in found.items() if efficient or not k.startswith("slope")
+        }
         rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
         epochs = found["share"] * planned / max(1, unique)
         gain = found.get("anneal_gain", 0.0)
-        return plan.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
+        return forecast.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
@@ -1403,14 +1737,23 @@ class Trainer(ByHand, Report):
         if smaller is None:
             self.save()
             advice = "activation_checkpointing: block, a shorter max_seq_len, or a smaller model"
-            raise UserError("E200", f"{said} at step {step}, and there are none smaller; try {advice}")
+            raise UserError(
+                "E200", f"{said} at step {step}, and there are none smaller; try {advice}"
+            )
         self.orchestrator.halted.zero_()
         self.set_micro_batch(smaller)
         args = {"new_size": smaller}
         self.hint = f"a rank ran out of memory at step {step} with {micro}"
         at = {"step": step, "cursor": cursor, "turn": self.orchestrator.turn}
         self.orchestrator.decide(
-            "oom", "adjust_batch_size", f"{said}: same rows again", 1, at, always=True, args=args, before=micro
+            "oom",
+            "adjust_batch_size",
+            f"{said}: same rows again",
+            1,
+            at,
+            always=True,
+            args=args,
+            before=micro,
         )
 
     def set_micro_batch(self, size: int) -> None:
@@ -1418,8 +1761,12 @@ class Trainer(ByHand, Report):
         cfg, (index, count) = self.cfg, self.parallel.rows()
         rows = self.rows_per_step // count
         if not 0 < size <= rows or rows % size:
-            near = sorted((m for m in range(1, rows + 1) if rows % m == 0), key=lambda m: abs(m - size))[:2]
-            raise ValueError(f"batch_size: {size} does not divide the {rows} rows of a rank and step; near it: {near}")
+            near = sorted(
+                (m for m in range(1, rows + 1) if rows % m == 0), key=lambda m: abs(m - size)
+            )[:2]
+            raise ValueError(
+                f"batch_size: {size} does not divide the {rows} rows of a rank and step; near it: {near}"
+            )
         cfg.batch_size, cfg.gradient_accumulation_steps = size, rows // size
         self.auto["micro_batch"] = self.versions["micro_batch"] = size
         self.loader.start(self.cursor, index, count, size, cfg.gradient_accumulation_steps)
@@ -1428,7 +1775,10 @@ class Trainer(ByHand, Report):
         """Tensors and loss scale of a checkpoint, in place."""
         mine = self.tensors()
         if set(mine) != set(saved.tensors):
-            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}")
+            raise UserError(
+                "E305",
+                f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}",
+            )
         self.copy_in(saved, {name: name for name in mine})
         if self.scale is not None and saved.state["scaler"]:
             self.scale.fill_(saved.state["scaler"][0])
@@ -1458,7 +1808,9 @@ class Trainer(ByHand, Report):
         """If the best step is gone (set aside, damaged, deleted) the best of those still there takes its place."""
         if self.main:
             steps = checkpoint.list_steps(self.out)
-            if self.best_step is not None and self.best_step not in steps:  # it is gone: the best of those still there
+            if (
+                self.best_step is not None and self.best_step not in steps
+            ):  # it is gone: the best of those still there
                 found = []
                 for step in steps:
                     with contextlib.suppress(UserError):
@@ -1467,7 +1819,9 @@ class Trainer(ByHand, Report):
                         if ours and state["evaluated_at"] == step and state["val_loss"]:
                             found.append((state["val_loss"], step))
                 self.best_val_loss, self.best_step = min(found, default=(None, None))
-        self.best_val_loss, self.best_step = self.parallel.broadcast((self.best_val_loss, self.best_step))
+        self.best_val_loss, self.best_step = self.parallel.broadcast(
+            (self.best_val_loss, self.best_step)
+        )
 
     def raise_data_error(self) -> None:
         if self.data_error:
@@ -1527,7 +1881,11 @@ class Trainer(ByHand, Report):
             for hook in hooks:
                 hook.remove()
         if not found:
-            bad = [n for n, p in model.named_parameters() if p.grad is not None and not par.finite(p.grad)]
+            bad = [
+                n
+                for n, p in model.named_parameters()
+                if p.grad is not None and not par.finite(p.grad)
+            ]
             found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
         return found[0] if found else None
 
@@ -1546,8 +1904,12 @@ class Trainer(ByHand, Report):
         (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
         names = list(self.val_sources)
         double = torch.float32 if par.device.type == "mps" else torch.float64
-        sums = torch.zeros(len(names), 4, dtype=double, device=par.device)  # ce, targets, correct; ce as MoD trains
-        depth = torch.zeros(len(self.mod), 2, dtype=double, device=par.device)  # tokens kept; agreeing with training
+        sums = torch.zeros(
+            len(names), 4, dtype=double, device=par.device
+        )  # ce, targets, correct; ce as MoD trains
+        depth = torch.zeros(
+            len(self.mod), 2, dtype=double, device=par.device
+        )  # tokens kept; agreeing with training
         learned = any(mod.routing == "learned" for mod in self.mod.values())
         sizes, means = torch.zeros(len(names), 1, dtype=double), []  # bytes; loss of each batch
         model.eval()
@@ -1557,17 +1919,26 @@ class Trainer(ByHand, Report):
                 chosen = [i for n, i in mine if n == name]
                 if not chosen and par.alone:
                     continue
-                window = np.full((rows, T + 1), -1, dtype=np.int64)  # short batches are padded with ignored rows
+                window = np.full(
+                    (rows, T + 1), -1, dtype=np.int64
+                )  # short batches are padded with ignored rows
                 try:
                     for r, i in enumerate(chosen):
                         window[r] = self.val_sources[name].window(i)
-                except UserError as error:  # the other ranks are about to agree: they learn it there
+                except (
+                    UserError
+                ) as error:  # the other ranks are about to agree: they learn it there
                     self.data_error = error
                     if par.alone:
                         break
                 x, y = window[:, :-1].clip(min=0), window[:, 1:]
-                sizes[k] += int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
-                x, y = self.to_device(np.ascontiguousarray(x)), self.to_device(np.ascontiguousarray(y))
+                sizes[k] += (
+                    int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
+                )
+                x, y = (
+                    self.to_device(np.ascontiguousarray(x)),
+                    self.to_device(np.ascontiguousarray(y)),
+                )
                 _, parts = model(x, targets=y)
                 as_trained = parts["ce"]
                 if self.mod:
@@ -1576,7 +1947,9 @@ class Trainer(ByHand, Report):
                     model.causal = False
                     as_trained = model(x, targets=y)[1]["ce"]
                     model.causal = True
-                sums[k] += torch.stack([parts["ce"], parts["count"], parts["correct"], as_trained]).to(double)
+                sums[k] += torch.stack(
+                    [parts["ce"], parts["count"], parts["correct"], as_trained]
+                ).to(double)
                 means += [parts["ce"] / parts["count"]] if chosen else []
             self.left, failed = par.agree([self.stop_signal, int(self.data_error is not None)])
             if self.left or failed:
@@ -1598,23 +1971,44 @@ class Trainer(ByHand, Report):
         better = self.best_val_loss is None or self.val_loss < self.best_val_loss
         new_best = better and math.isfinite(self.val_loss)
         if new_best:
-            self.best_val_loss, self.best_step, self.evaluations_since_best = self.val_loss, self.step, 0
+            self.best_val_loss, self.best_step, self.evaluations_since_best = (
+                self.val_loss,
+                self.step,
+                0,
+            )
             self.best_parts, self.rises = means, []
         else:
             self.evaluations_since_best += 1
             if len(means) == len(self.best_parts):  # the same batches as at the best
-                self.rises = [*self.rises[-1:], plan.paired_rise(np.array(self.best_parts), np.array(means))]
-        if cfg.early_stopping_patience and self.evaluations_since_best >= cfg.early_stopping_patience:
+                self.rises = [
+                    *self.rises[-1:],
+                    forecast.paired_rise(np.array(self.best_parts), np.array(means)),
+                ]
+        if (
+            cfg.early_stopping_patience
+            and self.evaluations_since_best >= cfg.early_stopping_patience
+        ):
             said = f"early stop: {self.evaluations_since_best} evaluations without a new best"
             self.say(said)
             self.orchestrator.decide("patience", "stop", said, 2, basis="rule", always=True)
             self.stopped_early = True
-        row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens, "val_loss": self.val_loss}
-        row |= {"val_accuracy": correct / targets, "val_bpb": ce / math.log(2) / size if size else None}
+        row = {
+            "step": self.step,
+            "attempt": self.attempt,
+            "tokens": self.tokens,
+            "val_loss": self.val_loss,
+        }
+        row |= {
+            "val_accuracy": correct / targets,
+            "val_bpb": ce / math.log(2) / size if size else None,
+        }
         row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
         if self.mod:  # a model makes text by the causal rule, so that is val_loss
             usage, agree = (depth / targets).T.tolist()
-            row |= {"val_loss_as_trained": as_trained / targets, "mod_gap": (ce - as_trained) / targets}
+            row |= {
+                "val_loss_as_trained": as_trained / targets,
+                "mod_gap": (ce - as_trained) / targets,
+            }
             row |= {"mod_agreement": sum(agree) / len(agree)}
             row |= {"mod_depth": cfg.model.n_layers - sum(1 - u for u in usage)}
         if len(names) > 1:
@@ -1622,12 +2016,18 @@ class Trainer(ByHand, Report):
         self.record(row)
         self.orchestrator.evaluated(row)
         bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
-        best = " (best)" if new_best else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
+        best = (
+            " (best)"
+            if new_best
+            else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
+        )
         if above_chance(self.val_loss, cfg.model.vocab_size):
             best += f", worse than guessing ({math.log(cfg.model.vocab_size):.2f})"
         took = time.perf_counter() - began
         right = f"{100 * row['val_accuracy']:.1f} % right"
-        self.say(f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s")
+        self.say(
+            f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s"
+        )
         if self.mod:
             text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}, the rules agree on "
             text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
@@ -1643,21 +2043,36 @@ class Trainer(ByHand, Report):
         self.drain()
         self.end_save()
         self.lap("other")
-        began, par, final = time.perf_counter(), self.parallel, checkpoint.step_dir(self.out, self.step)
+        began, par, final = (
+            time.perf_counter(),
+            self.parallel,
+            checkpoint.step_dir(self.out, self.step),
+        )
         folder = Path(f"{final}.tmp")
         if self.best_val_loss is None:
             self.best_step = self.step  # nothing to compare by: the last is the best
         if self.main:
             shutil.rmtree(folder, ignore_errors=True)
-        par.set_patience(self.longest)  # a disk takes its time; and nobody writes before the old one is gone
+        par.set_patience(
+            self.longest
+        )  # a disk takes its time; and nobody writes before the old one is gone
         pieces = {}
         for name, tensor in self.tensors().items():
-            own = [(shape, offset, local) for offset, shape, local, writes in par.pieces(name, tensor) if writes]
+            own = [
+                (shape, offset, local)
+                for offset, shape, local, writes in par.pieces(name, tensor)
+                if writes
+            ]
             if not wait:
-                own = [(shape, offset, local.detach().to("cpu", copy=True)) for shape, offset, local in own]
+                own = [
+                    (shape, offset, local.detach().to("cpu", copy=True))
+                    for shape, offset, local in own
+                ]
             pieces |= {name: own} if own else {}
         state = json.dumps(self.state()) if self.main else None
-        self.writing = writing = Writing(folder, final, par.rank, pieces, state, self.orchestrator.turn, began)
+        self.writing = writing = Writing(
+            folder, final, par.rank, pieces, state, self.orchestrator.turn, began
+        )
         writing.run() if wait else writing.start()
         writing.stall = time.perf_counter() - began
         self.clock += writing.stall
@@ -1691,7 +2106,9 @@ class Trainer(ByHand, Report):
             said = "; ".join(e for e in par.gather(error) if e)
             if self.main:
                 shutil.rmtree(w.folder, ignore_errors=True)
-            self.say(f"E307       {w.final} could not be written ({said}); the run goes on and tries again")
+            self.say(
+                f"E307       {w.final} could not be written ({said}); the run goes on and tries again"
+            )
         else:
             if self.main:
                 self.after_save(w, prune)
@@ -1714,7 +2131,7 @@ class Trainer(ByHand, Report):
         with self.nicety(f"beside {w.final.name}"):
             self.furnish()
         with self.nicety("best.json"):
-            checkpoint.write_json(self.out / "best.json", best)
+            files.write_json(self.out / "best.json", best)
             keep = (cfg.save_total_limit, cfg.keep_every, self.best_step)
             if prune:
                 checkpoint.prune(self.out, *keep, saved=checkpoint.step_of(w.final))
@@ -1722,10 +2139,25 @@ class Trainer(ByHand, Report):
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = dataclasses.asdict(self.cfg)
-        names = ("step", "cursor", *NUMBERS, "segments", "auto", "written", "model_written", "fingerprints", "versions")
+        names = (
+            "step",
+            "cursor",
+            *NUMBERS,
+            "segments",
+            "auto",
+            "written",
+            "model_written",
+            "fingerprints",
+            "versions",
+        )
         names += ("attempt", "wandb_id")
-        knobs, model = self.orchestrator.knobs, config["model"]  # what was changed on the way and matters to samplers
-        model["routing_temperature"] = knobs.get("routing_temperature", model["routing_temperature"])
+        knobs, model = (
+            self.orchestrator.knobs,
+            config["model"],
+        )  # what was changed on the way and matters to samplers
+        model["routing_temperature"] = knobs.get(
+            "routing_temperature", model["routing_temperature"]
+        )
         if (c := knobs.get("mod_capacity")) is not None:
             was = model["mod_capacity"]
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
@@ -1781,7 +2213,11 @@ class Trainer(ByHand, Report):
         if self.bar:
             self.bar.close()
             self.bar = None
-        if state == "finished" and (self.main or not self.parallel.alone) and self.cfg.sample_prompt is not None:
+        if (
+            state == "finished"
+            and (self.main or not self.parallel.alone)
+            and self.cfg.sample_prompt is not None
+        ):
             with self.nicety("sample"):
                 self.print_sample()
         took = clock(time.monotonic() - self.started)
@@ -1793,9 +2229,13 @@ class Trainer(ByHand, Report):
         if state == "finished" and self.main:
             with self.nicety("suggested.yaml"):
                 self.suggest()
-        asked = state == "stopped" and self.stop_signal == 2  # else it was a signal: a scheduler may start it again
+        asked = (
+            state == "stopped" and self.stop_signal == 2
+        )  # else it was a signal: a scheduler may start it again
         reason = "as asked for" if asked else worse if state == "finished" else ""
-        self.write_status(state, code, "the last checkpoint could not be written" if code else reason)
+        self.write_status(
+            state, code, "the last checkpoint could not be written" if code else reason
+        )
         self.close()
 
     def close(self) -> None:
@@ -1809,14 +2249,6 @@ class Trainer(ByHand, Report):
         self.owner.release()
 
 
-def model_of(saved: checkpoint.Checkpoint, key: str = "") -> ModelConfig:
-    """The model that a checkpoint holds; keys that are newer than it have their defaults. E306."""
-    try:
-        return ModelConfig(**(saved.state.get(key) or saved.state["config"]["model"]))
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError("E306", f"{saved.path}: {type(error).__name__}: {error}") from error
-
-
 def text_sum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -1826,110 +2258,28 @@ def lumen_wrote(file: Path) -> bool:
     text = file.read_text(encoding="utf-8", errors="replace")
     head, _, rest = text.partition("\n")
     before = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "  # when no sum stood on top
-    return head == f"{WRITTEN} {text_sum(rest)}" or (head.startswith("data_dir: ") and before in text)
-
-
-def refuse_odd(what: str, tensor: torch.Tensor) -> None:
-    """E303 for NaN and inf, with which nothing can be trained."""
-    if value := checkpoint.odd(tensor):
-        raise UserError("E303", f"{what} holds {value}: whoever wrote it had diverged; take an earlier step")
-
-
-def to_host(numbers: torch.Tensor) -> tuple:
-    """A copy on its way to the host, and the event that says it has arrived (None: it has)."""
-    if not numbers.is_cuda:
-        return numbers, None
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    host.copy_(numbers, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
-
-
-def event_now():
-    """A CUDA event that is over when all that was queued before it is."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def peak_bytes(model: Transformer, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less. Gradients
-    are added to those that are there, and stay."""
-    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
-    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)  # unlike ones: they go to many experts
-    free_memory(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    with torch.compiler.set_stance("force_eager"):
-        model(ids, targets=ids)[0].backward()
-    return torch.cuda.max_memory_reserved(device)
+    return head == f"{WRITTEN} {text_sum(rest)}" or (
+        head.startswith("data_dir: ") and before in text
+    )
 
 
 def check_states(cfg: Config, layout: plan.Layout) -> None:
     """E200 where not even one row would fit: before data is prepared, processes meet and anything is built."""
-    machine = plan.machine(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
+    machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
     layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
     try:  # a vocabulary that the data will name can only make it larger
         model = plan.on_meta(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
     except ValueError as error:
         raise UserError("E002", str(error)) from error
-    have = plan.own_memory(machine.device)
-    why, sure = plan.misfit(model, layout, 1, layout.world, (machine.precision, "block"), have, cfg.target_memory)
+    have = machines.own_memory(machine.device)
+    why, sure = plan.misfit(
+        model, layout, 1, layout.world, (machine.precision, "block"), have, cfg.target_memory
+    )
     if sure:
         raise UserError("E200", why)
 
 
-def free_memory(device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 # ---------------------------------------------------------------- main
-
-
-def prepare_first(cfg: Config, dry_run: bool = False) -> None:
-    """The `prepare` key: rank 0 makes the data before the process group exists, the others wait for it or its error."""
-    if cfg.prepare is None or dry_run:
-        return
-    out = Path(cfg.prepare["out"])
-    failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet
-    keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
-    this, began, waits = "/".join(os.environ.get(k, "") for k in keys), time.time(), time.monotonic()
-    if environment("RANK", 0) == 0:
-        import prepare_data  # only when asked for: training from shards does not need it
-
-        with contextlib.suppress(OSError):  # the data may lie finished on a disk that nobody can write to
-            failure.unlink()
-        try:
-            spec = {
-                "tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192",
-                "val_sources": cfg.prepare.get("val_sources"),
-            }
-            prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
-        except UserError as error:
-            if environment("WORLD_SIZE", 1) > 1:
-                row = {"launch": this, "time": time.time(), "code": error.code, "text": error.text}
-                with contextlib.suppress(OSError):
-                    failure.parent.mkdir(parents=True, exist_ok=True)
-                    checkpoint.write_json(failure, row)
-            raise
-        return
-    told = waits
-    while not (out / "manifest.json").exists():
-        with contextlib.suppress(OSError, ValueError):
-            said = json.loads(failure.read_text())
-            if said["launch"] == this and said["time"] > began - 60:
-                raise UserError(said["code"], said["text"])
-        if time.monotonic() - told > 60:
-            told = time.monotonic()
-            print(f"rank {os.environ['RANK']} waits for {out} ({clock(told - waits)})", file=sys.stderr, flush=True)
-        time.sleep(0.2)
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed: NCCL has a type for that, gloo only words."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
@@ -1943,21 +2293,27 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
     if flags.get("print_config"):
         print(printed(cfg, sharded=check is not None) if rank == 0 else "", end="")
         return 0
-    if status := launch.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
+    if status := owner.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
         if rank == 0:
             print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
+            time.sleep(
+                5
+            )  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
         return status["code"]
     if flags.get("dry_run"):
         world = flags.setdefault("world_size", environment("WORLD_SIZE", 1))
         flags.setdefault("hardware", "measured" if world == 1 else "h100")
-        kind = flags["hardware"] = plan.hardware_key(flags["hardware"])
-        if kind in plan.NO_BF16 and cfg.precision != "fp32":
+        kind = flags["hardware"] = machines.hardware_key(flags["hardware"])
+        if kind in machines.NO_BF16 and cfg.precision != "fp32":
             cfg.precision = "mixed_fp16"
         layout = check(cfg, world) if check else plan.Layout(world)
-        here = plan.machine(cfg.device, "fp32", False).device.type if kind == "measured" else kind
+        here = (
+            machines.detect(cfg.device, "fp32", False).device.type if kind == "measured" else kind
+        )
         layout = dataclasses.replace(layout, cuda=here not in ("cpu", "mps"))
+        from tools.simulate import Planned
+
         Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
         return 0
     try:
@@ -1966,9 +2322,11 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
         check_states(cfg, check(cfg, world) if check else plan.Layout(world))
         trainer = Trainer(argv, parallel)
     except UserError as error:
-        launch.refused(error)
+        owner.refused(error)
         raise
-    if (trainer.step >= trainer.cfg.max_steps or trainer.stopped_early) and trainer.evaluated_at == trainer.step:
+    if (
+        trainer.step >= trainer.cfg.max_steps or trainer.stopped_early
+    ) and trainer.evaluated_at == trainer.step:
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")
         trainer.close()
@@ -1977,21 +2335,31 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
         return trainer.fit()
     except UserError as error:
         trainer.close_writers()
-        trainer.write_status("diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error))
+        trainer.write_status(
+            "diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error)
+        )
         raise
-    except torch.OutOfMemoryError as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
+    except (
+        torch.OutOfMemoryError
+    ) as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
         trainer.close_writers()
         first = (str(error).splitlines() or ["?"])[0]
         if trainer.cfg.batch_size == 1:
             text = f"step {trainer.step}, one row a micro-step: {first}"
             trainer.write_status("input_error", 2, text, anyone=True)
-            raise UserError("E200", f"{text}; try activation_checkpointing: block, or a smaller model") from error
+            raise UserError(
+                "E200", f"{text}; try activation_checkpointing: block, or a smaller model"
+            ) from error
         smaller = trainer.cfg.batch_size // 2
-        hint = {"micro_batch": smaller, "written": trainer.written.get("batch_size"), "step": trainer.step}
+        hint = {
+            "micro_batch": smaller,
+            "written": trainer.written.get("batch_size"),
+            "step": trainer.step,
+        }
         hint |= {"device": trainer.memory_at_hand()}
         own = trainer.out / f"oom_hint.{rank}.json"  # whichever rank it was, or all of them
         with contextlib.suppress(OSError):
-            checkpoint.write_json(own, hint)
+            files.write_json(own, hint)
             own.replace(trainer.out / "oom_hint.json")
         text = f"step {trainer.step}: {first}; a restart goes on with {smaller} rows a micro-step (oom_hint.json)"
         trainer.write_status("restart", 75, text, anyone=True)

@@ -18,12 +18,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-import plan
 import train
-from config import Config
-from errors import UserError, command, environment
-from model import ModelConfig, Transformer
-from model_moe import Experts, run_experts
+from kernels import run_experts
+from lumen import plan
+from lumen.config import Config
+from lumen.errors import UserError
+from lumen.launch import command, environment
+from model import Transformer
+from model_moe import Experts
 from train import Parallel
 
 # ---------------------------------------------------------------- experts on other ranks
@@ -52,7 +54,9 @@ class Combine(torch.autograd.Function):
     def forward(ctx, y, order, T, K):
         ctx.tokens = order // K
         out = y.new_zeros(T, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
-        at = order.new_full((T * K,), len(y)).index_copy_(0, order, torch.arange(len(y), device=y.device))
+        at = order.new_full((T * K,), len(y)).index_copy_(
+            0, order, torch.arange(len(y), device=y.device)
+        )
         y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # for the pairs that went to nobody
         for k in range(K):
             out += y[at[k::K]]
@@ -70,16 +74,25 @@ def exchange(group, x, p, ids, w13, w2, back_end: str):
     w13 and w2 those of this rank -> (T, d). The sizes that travel are known to the host: one sync."""
     here, ranks = len(w2), group.size()
     flat = ids.flatten()
-    counts = torch.bincount(flat.clamp(max=here * ranks), minlength=here * ranks + 1)[: here * ranks]
+    counts = torch.bincount(flat.clamp(max=here * ranks), minlength=here * ranks + 1)[
+        : here * ranks
+    ]
     theirs = torch.empty_like(counts)
     dist.all_to_all_single(theirs, counts, group=group)
     ins, outs = torch.stack([c.view(ranks, here).sum(1) for c in (counts, theirs)]).tolist()
     order = flat.argsort(stable=True)[: sum(ins)]  # what goes to nobody is last
     tokens = order // ids.shape[1]
     rows, gates = (AllToAll.apply(t, outs, ins, group) for t in (x[tokens], p.flatten()[order]))
-    expert = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(theirs, output_size=sum(outs))
+    expert = (
+        torch.arange(here, device=x.device)
+        .repeat(ranks)
+        .repeat_interleave(theirs, output_size=sum(outs))
+    )
     if not len(rows):  # a row for nobody, so that the weights get their (zero) gradients
-        rows, gates = rows.new_zeros(1, rows.shape[1]) + rows.sum(), gates.new_zeros(1) + gates.sum()
+        rows, gates = (
+            rows.new_zeros(1, rows.shape[1]) + rows.sum(),
+            gates.new_zeros(1) + gates.sum(),
+        )
         expert = expert.new_full((1,), here)
     y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, back_end)[: sum(outs)]
     return Combine.apply(AllToAll.apply(y, ins, outs, group), order, *ids.shape)
@@ -95,10 +108,14 @@ def meshes(kind: str, layout: plan.Layout):
         dense = init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
     else:
         dense = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    return dense, init_device_mesh(kind, (world // ep, ep), mesh_dim_names=("shard", "experts")) if ep > 1 else None
+    return dense, init_device_mesh(
+        kind, (world // ep, ep), mesh_dim_names=("shard", "experts")
+    ) if ep > 1 else None
 
 
-def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dtype=torch.float32, run=exchange) -> None:
+def parallelize(
+    model: Transformer, cfg: Config, dense, sparse=None, compute_dtype=torch.float32, run=exchange
+) -> None:
     """FSDP2 on a model on the meta device, block by block; embedding, last norm and head are one unit, gathered once a
     step. `dense`, `sparse`: see meshes; with the latter each rank gets its share of the experts, which `run` computes.
 
@@ -122,7 +139,11 @@ def parallelize(model: Transformer, cfg: Config, dense, sparse=None, compute_dty
             moe.experts = Experts(*own, functools.partial(run, group))
     for block in model.blocks:
         for name, module in list(block.named_modules()):
-            if low and name.endswith(("router", "predictor")) and any(True for _ in module.parameters(recurse=False)):
+            if (
+                low
+                and name.endswith(("router", "predictor"))
+                and any(True for _ in module.parameters(recurse=False))
+            ):
                 unit(module, dense, whole)
             if sparse is not None and isinstance(module, Experts):
                 unit(module, sparse["shard"], policy)
@@ -152,15 +173,23 @@ def check(cfg: Config, world: int) -> plan.Layout:
     if not cfg.zero_stage:
         given = {"hsdp_shard_size": 0, "expert_parallel": 1, "reduce_dtype": "fp32"}
         if wrong := [key for key, default in given.items() if getattr(cfg, key) != default]:
-            raise UserError("E002", f"zero_stage: 0 keeps whole copies on all ranks, so it takes no {', '.join(wrong)}")
+            raise UserError(
+                "E002",
+                f"zero_stage: 0 keeps whole copies on all ranks, so it takes no {', '.join(wrong)}",
+            )
         return plan.Layout(world)
     if cfg.precision == "mixed_fp16":
         raise UserError("E002", FP16)
     if cfg.reduce_dtype == "bf16" and (cfg.zero_stage == 1 or 0 < cfg.hsdp_shard_size < world):
-        raise UserError("E002", "reduce_dtype: bf16 would also sum micro-steps in bf16 with zero_stage 1 or HSDP")
+        raise UserError(
+            "E002",
+            "reduce_dtype: bf16 would also sum micro-steps in bf16 with zero_stage 1 or HSDP",
+        )
     slots = (cfg.model.n_experts_max or cfg.model.n_experts) if cfg.model.n_experts else 0
     bytes_sent = 2 if cfg.reduce_dtype == "bf16" else 4
-    return plan.Layout(world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, bytes_sent).check(slots)
+    return plan.Layout(
+        world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, bytes_sent
+    ).check(slots)
 
 
 class Sharded(Parallel):
@@ -198,13 +227,21 @@ class Sharded(Parallel):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 local = p.to_local()
-                shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                shape, offset = compute_local_shape_and_global_offset(
+                    p.shape, p.device_mesh, p.placements
+                )
                 whole = list(p.shape)
                 if self.sparse is not None and ".experts." in name:
                     ep, index = self.sparse["experts"].size(), self.sparse.get_local_rank("experts")
-                    offset, whole = (offset[0] + index * whole[0], *offset[1:]), [whole[0] * ep, *whole[1:]]
+                    offset, whole = (
+                        (offset[0] + index * whole[0], *offset[1:]),
+                        [whole[0] * ep, *whole[1:]],
+                    )
                 assert tuple(local.shape) == tuple(shape), name
-                self.parts[name], self.regions[name] = (p, local.detach()), (tuple(offset), tuple(whole))
+                self.parts[name], self.regions[name] = (
+                    (p, local.detach()),
+                    (tuple(offset), tuple(whole)),
+                )
                 self.names[id(p)] = name
                 where = region(offset, shape)
                 if not fill:
@@ -274,7 +311,10 @@ class Sharded(Parallel):
         """Of a whole copy, the same on all ranks that share it; without a second copy there is nothing to compare."""
         if self.replicas == 1:
             return torch.zeros((), device=self.device)
-        words = torch.stack([local.view(torch.int32).sum() for _, local in self.parts.values()]).sum() % 1048573
+        words = (
+            torch.stack([local.view(torch.int32).sum() for _, local in self.parts.values()]).sum()
+            % 1048573
+        )
         dist.all_reduce(words, group=self.dense.get_group("shard"))
         return words % 1048573
 
@@ -287,62 +327,14 @@ class Sharded(Parallel):
         return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
 
 
-# ---------------------------------------------------------------- the dry run's look at the real thing
-
-
-def balanced(group, x, p, ids, w13, w2, back_end: str):
-    """exchange() where every rank sends and gets equally many rows: no host looks at data, of which there is none."""
-    ranks, rows = group.size(), ids.numel() // group.size() * group.size()
-    sizes = [rows // ranks] * ranks
-    order = ids.flatten().argsort(stable=True)[:rows]
-    tokens = order // ids.shape[1]
-    came, gates = (AllToAll.apply(t, sizes, sizes, group) for t in (x[tokens], p.flatten()[order]))
-    expert = torch.arange(rows, device=x.device) % len(w2)
-    y = run_experts(came, gates[:, None], expert[:, None], w13, w2, back_end)
-    return Combine.apply(AllToAll.apply(y, sizes, sizes, group), order, *ids.shape)
-
-
-def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, int]:
-    """Bytes of rank 0 at the peak of a forward and backward pass of a shallow model: the real classes under FSDP2 on
-    tensors without content and a group of processes that are not there, watched by torch's FSDPMemTracker."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group("fake", rank=0, world_size=layout.world, store=FakeStore())
-    try:
-        with torch.device("meta"):
-            model = Transformer(small)
-        dtype = Sharded.compute_dtype(cfg)
-        parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
-        model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)  # its moments are not counted here
-            ids = torch.zeros(cfg.batch_size, small.max_seq_len, dtype=torch.long)
-            tracker = FSDPMemTracker(model, optimizer)
-            tracker.track_inputs((ids,))
-            with tracker:
-                model(ids, targets=ids)[0].backward()
-    finally:
-        if mine:
-            dist.destroy_process_group()
-    peak = {}
-    for found in tracker.get_tracker_snapshot("peak").values():
-        for kind, n in found.items():
-            kind = str(getattr(kind, "value", kind))
-            peak[kind] = peak.get(kind, 0) + n
-    return peak
-
-
 def layout(cfg: Config) -> Parallel:
     """zero_stage 0, and a single process, are train.py's."""
     return Sharded(cfg) if check(cfg, environment("WORLD_SIZE", 1)).zero_stage else Parallel(cfg)
 
 
 def main(argv: list[str]) -> int:
+    from tools.simulate import fake_run  # upward, and only a dry run calls it
+
     return train.main(argv, layout, fake_run, check)
 
 

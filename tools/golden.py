@@ -105,8 +105,9 @@ def make_data(folder: Path) -> None:
 
 def hurt(out: Path, fault: str, at: list[int]) -> None:
     """Make the forward passes number `at` (while training, from 0) fail in this way."""
-    import model
     import torch
+
+    import model
 
     real, passes = model.Transformer.forward, [0]
 
@@ -139,15 +140,19 @@ def fake_fp16() -> None:
 
     try:
         from lumen import machine as home
-    except ImportError:
+
+        name = "detect"
+    except ImportError:  # as it was until 77c1c6b
         import plan as home
-    real = home.machine
+
+        name = "machine"
+    real = getattr(home, name)
 
     def machine(device, precision, *args, **more):
         found = real(device, "fp32", *args, **more)
         return dataclasses.replace(found, precision="mixed_fp16")
 
-    home.machine = machine
+    setattr(home, name, machine)
 
 
 def train_once(name: str, top: Path) -> None:
@@ -266,7 +271,9 @@ def this_machine() -> dict:
 def run_commit(commit: str, names: list[str]) -> dict:
     """The sums of another commit, checked out beside this one, on this machine."""
     folder = tempfile.mkdtemp(prefix="golden_tree_")
-    subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "-f", "--detach", folder, commit], check=True)
+    subprocess.run(
+        ["git", "-C", ROOT, "worktree", "add", "-q", "-f", "--detach", folder, commit], check=True
+    )
     try:
         return run_all(Path(folder), names)
     finally:

@@ -19,35 +19,17 @@ import os
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import checkpoint
-import plan
-from detectors import Divergence, NormLimit, above_chance
-from errors import UserError, environment
-from loader import Loader
-from model_moe import add_expert, prune_expert, recycle_expert, restore_expert
+from lumen import checkpoint
+from lumen import machine as machines
+from lumen.control import METHODS, RESEED, ROUTER_KNOBS, WRONG, compiled_graphs
+from lumen.detectors import Divergence, NormLimit, above_chance
+from lumen.errors import UserError
+from lumen.launch import environment
 
-
-@dataclass
-class OrchestratorConfig:
-    mode: str = "act"  # act | shadow (decides and writes down, does nothing) | off | replay (repeats the file below)
-    intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 0.99
-    check_interval: int = 100  # steps between the slow health checks; the guards look at every step
-    enable_emergency_recovery: bool = True  # roll back, and stop a run that cannot be saved
-    enable_architecture_adaptation: bool = False  # re-seed dead experts by itself (adding and pruning are yours)
-    snapshot_interval: int = 50  # steps between copies in memory to roll back to; 0: none, checkpoints only
-    replay: str | None = None  # mode replay: decisions.jsonl of the run to repeat
-
-
-MODES = ("act", "shadow", "off", "replay")
-RESEED = "re-seed a dead expert"
-NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
-# what an argument of the wrong kind raises somewhere
-WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
 
 
@@ -68,7 +50,11 @@ class Snapshots:
     def regions(self) -> dict[str, torch.Tensor]:
         """Every local region of every tensor, and the loss scale."""
         t = self.trainer
-        out = {f"{n}@{at}": local for n, x in t.tensors().items() for at, _, local, _ in t.parallel.pieces(n, x)}
+        out = {
+            f"{n}@{at}": local
+            for n, x in t.tensors().items()
+            for at, _, local, _ in t.parallel.pieces(n, x)
+        }
         return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
 
     def size(self) -> int:
@@ -81,7 +67,10 @@ class Snapshots:
         if self.free:
             data = self.free.pop()
         else:
-            data = {k: torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda) for k, x in mine.items()}
+            data = {
+                k: torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+                for k, x in mine.items()
+            }
         for name, x in mine.items():
             data[name].copy_(x, non_blocking=True)
         return note | {"data": data}
@@ -122,25 +111,22 @@ class Snapshots:
 def read_decisions(path: str) -> list[dict]:
     """The rows of a decisions.jsonl to be repeated, outcomes left out. E310 where that is something else."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [
+            json.loads(line)
+            for line in Path(path).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         rows = [r for r in rows if r.get("kind") != "outcome"]
         wrong = [
-            r for r in rows if not {"run", "id", "turn", "cursor", "action"} <= set(r) and r.get("kind") != "start"
+            r
+            for r in rows
+            if not {"run", "id", "turn", "cursor", "action"} <= set(r) and r.get("kind") != "start"
         ]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError("E310", f"orchestrator.replay: {path}: {error}") from error
     if wrong or not rows:
         raise UserError("E310", f"orchestrator.replay: {path} holds no decisions of a run")
     return rows
-
-
-METHODS = (  # what a line of control.jsonl may name: the methods that LuminaAI's users know, and a few of ours
-    "add_expert prune_expert _initialize_new_expert adjust_capacity_factor adjust_routing_temperature "
-    "enable_expert_dropout get_expert_statistics adjust_mod_capacity get_mod_statistics adjust_batch_size "
-    "_recreate_dataloader get_current_metrics _extract_moe_routing_stats _calculate_throughput "
-    "emergency_lr_reduction rollback_steps adjust_weight_decay _update_optimizer_param_groups "
-    "restore_expert recycle_expert save stop"
-).split()
 
 
 class Orchestrator:
@@ -150,12 +136,25 @@ class Orchestrator:
     since; 3 an older one and a lower rate for a while; 4 stop with a diagnosis (E301).
     """
 
-    LIMIT = 50  # bad steps in a row before the run counts as diverged, where nothing may be rolled back
-    IN_A_ROW, OFTEN, AMONG = 3, 5, 200  # not finite so many times in a row, or in so many turns: level 2
+    LIMIT = (
+        50  # bad steps in a row before the run counts as diverged, where nothing may be rolled back
+    )
+    IN_A_ROW, OFTEN, AMONG = (
+        3,
+        5,
+        200,
+    )  # not finite so many times in a row, or in so many turns: level 2
     STREAK = 3  # explosions dropped in a row; what explodes more often is for the other detector to judge
-    WAIT, PATIENCE = 20, 3  # turns in which a spike may heal by itself, and how often they are granted anew
+    WAIT, PATIENCE = (
+        20,
+        3,
+    )  # turns in which a spike may heal by itself, and how often they are granted anew
     SKIPS = (20, 1000)  # explosions dropped in so many turns: more is no accident
-    AGAIN, BUDGET, MOST = 1000, (3, 10_000), 10  # turns within which an alarm escalates; rollbacks in turns; in all
+    AGAIN, BUDGET, MOST = (
+        1000,
+        (3, 10_000),
+        10,
+    )  # turns within which an alarm escalates; rollbacks in turns; in all
     COOL = 200  # turns after a rollback in which only what is observed, not what is inferred, brings another
     CUT, CUT_TURNS = 0.7, 500  # level 3: the learning rate times this, back to 1 along a cosine
     SAVED = "dropped in_a_row rollbacks last_source cut due next_id read_to failures warned letting together gaps"
@@ -170,19 +169,43 @@ class Orchestrator:
         self.turn, self.norms, self.course = 0, NormLimit(), Divergence()
         self.streak = torch.zeros((), dtype=torch.int32, device=t.parallel.device)
         self.halted = torch.zeros((), dtype=torch.bool, device=t.parallel.device)
-        self.dropped, self.in_a_row, self.reason, self.bad_turns = 0, 0, "", deque(maxlen=self.OFTEN)
+        self.dropped, self.in_a_row, self.reason, self.bad_turns = (
+            0,
+            0,
+            "",
+            deque(maxlen=self.OFTEN),
+        )
         self.alarm, self.todo, self.warned = None, [], -self.AGAIN
-        self.rollbacks, self.last_source, self.cut = [], None, None  # turns; where to; (turn, factor)
-        self.went_back, self.skipped = 0, deque(maxlen=self.SKIPS[0] + 1)  # the last turn that did; turns dropped
-        self.regain, self.recent = None, deque(maxlen=8)  # what the loss must be again after a rollback; the last ones
+        self.rollbacks, self.last_source, self.cut = (
+            [],
+            None,
+            None,
+        )  # turns; where to; (turn, factor)
+        self.went_back, self.skipped = (
+            0,
+            deque(maxlen=self.SKIPS[0] + 1),
+        )  # the last turn that did; turns dropped
+        self.regain, self.recent = (
+            None,
+            deque(maxlen=8),
+        )  # what the loss must be again after a rollback; the last ones
         self.knobs, self.due, self.next_id = {}, [], 1
-        self.read_to = self.taken = self.sized = 0  # of control.jsonl: carried out, read, size when read
+        self.read_to = self.taken = self.sized = (
+            0  # of control.jsonl: carried out, read, size when read
+        )
         self.unbalanced, self.failures, self.letting = {}, {}, False
         self.at, self.together, self.gaps, self.advised = t.cursor, 0, 0, []
         self.seconds, self.health, self.causes = 0.0, None, []  # health: nobody has looked yet
-        self.checked, self.slow, self.paces = None, 0, []  # counters at the last check; steps/s at the first ones
+        self.checked, self.slow, self.paces = (
+            None,
+            0,
+            [],
+        )  # counters at the last check; steps/s at the first ones
         words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
-        words += [getattr(t.cfg, k) for k in ("learning_rate", "lr_schedule", "optimizer", "grad_clip", "z_loss")]
+        words += [
+            getattr(t.cfg, k)
+            for k in ("learning_rate", "lr_schedule", "optimizer", "grad_clip", "z_loss")
+        ]
         self.run = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
         self.commands = t.out / "control.jsonl"
         self.snapshots = Snapshots(t, False)
@@ -217,21 +240,29 @@ class Orchestrator:
             self.repeat(row)
         rolled = self.went_back == self.turn
         if self.watching or self.mode == "replay":
-            self.keep_snapshot(first=self.turn == 1 or t.step == t.started_at and not self.snapshots.certified)
+            self.keep_snapshot(
+                first=self.turn == 1 or t.step == t.started_at and not self.snapshots.certified
+            )
         self.seconds += time.perf_counter() - began
         return rolled
 
-    def guard(self, ce: torch.Tensor, norm: torch.Tensor, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def guard(
+        self, ce: torch.Tensor, norm: torch.Tensor, lost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(drop this step?, did its gradient explode?), 0-d bools on the device, without waiting for it.
 
         ce: the summed loss; norm: of the true gradient; lost: ranks that have no gradient to give (data, memory).
         """
         began = time.perf_counter()
         bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (lost > 0) | self.halted
-        self.halted = self.halted | (lost > 0)  # on CUDA the host learns of it a turn late: that turn is void too
+        self.halted = self.halted | (
+            lost > 0
+        )  # on CUDA the host learns of it a turn late: that turn is void too
         exploded = torch.zeros_like(bad)
         if self.mode == "replay":
-            for row in (row for row in self.at_cursor() if row["action"] == "drop"):  # what broke then may not now
+            for row in (
+                row for row in self.at_cursor() if row["action"] == "drop"
+            ):  # what broke then may not now
                 bad = torch.ones_like(bad)
                 exploded = bad if row["trigger"] == "explosion" else exploded
         elif self.watching and (limit := self.norms.limit(self.turn)) is not None:
@@ -265,7 +296,11 @@ class Orchestrator:
                 self.follow(seen)
         if not seen["bad"]:
             self.mature(turn)
-        if self.watching and "experts" in seen and (seen["step"] + 1) % self.cfg.check_interval == 0:
+        if (
+            self.watching
+            and "experts" in seen
+            and (seen["step"] + 1) % self.cfg.check_interval == 0
+        ):
             self.check_experts(seen)
         if self.watching and (seen["step"] + 1) % self.cfg.check_interval == 0:
             self.examine(seen)
@@ -279,12 +314,14 @@ class Orchestrator:
         t = self.trainer
         sums = t.parallel.gather(int(t.parallel.checksum(t.model)))
         odd = [rank for rank, x in enumerate(sums) if sums.count(x) < (len(sums) + 1) // 2]
-        who = f"rank {', '.join(map(str, odd))} differs from most" if odd else "there is no majority"
+        who = (
+            f"rank {', '.join(map(str, odd))} differs from most" if odd else "there is no majority"
+        )
         said = f"the ranks' weights differ at step {seen['step']} ({who}): a memory or transfer error of that machine"
         self.todo.append(lambda: self.recover("desync", self.together + 1, 1.0, "observed", said))
 
     def shorten(self, advice: str) -> None:
-        """What plan.justified_stop advises, done where enable_early_stopping allows it."""
+        """What forecast.justified_stop advises, done where enable_early_stopping allows it."""
         t = self.trainer
         kind = advice.partition(":")[0]
         if kind in self.advised or not self.watching:
@@ -295,13 +332,17 @@ class Orchestrator:
             if kind == "stop":
                 t.stopped_early = True
                 return {}
-            steps = max(t.step + 1, round(t.step / (1 - t.cfg.decay_frac)))  # of which the decay is that share
+            steps = max(
+                t.step + 1, round(t.step / (1 - t.cfg.decay_frac))
+            )  # of which the decay is that share
             before, t.cfg.max_steps = t.cfg.max_steps, min(steps, t.cfg.max_steps)
             t.auto["max_steps"] = t.cfg.max_steps
             return {"args": {"max_steps": t.cfg.max_steps}, "before": {"max_steps": before}}
 
         blocked = None if t.cfg.enable_early_stopping else "enable_early_stopping: false"
-        self.todo.append(lambda: self.decide("length", kind, advice, 2, do=do, basis="rule", blocked=blocked))
+        self.todo.append(
+            lambda: self.decide("length", kind, advice, 2, do=do, basis="rule", blocked=blocked)
+        )
 
     def evaluated(self, row: dict) -> None:
         """What an evaluation shows that training does not."""
@@ -320,9 +361,13 @@ class Orchestrator:
         wide models more than a little."""
         t, n = self.trainer, self.trainer.cfg.model.vocab_size
         losses, first = {} if t.val_loss is None else {"val_loss": t.val_loss}, math.log(n) + 3
-        if len(self.recent) == 8 and self.turn - self.went_back > 8:  # all made by the weights of now
+        if (
+            len(self.recent) == 8 and self.turn - self.went_back > 8
+        ):  # all made by the weights of now
             losses = {"the loss": statistics.median(self.recent)} | losses
-            first = next(iter(self.course.first), first)  # of weights that no step had touched, or of new data
+            first = next(
+                iter(self.course.first), first
+            )  # of weights that no step had touched, or of new data
         for name, loss in losses.items():
             risen = not loss <= 1.1 * first
             if not above_chance(loss, n) or not (risen or t.step >= t.warm_up + self.LEARNED):
@@ -330,7 +375,10 @@ class Orchestrator:
             chance = f"guessing costs ln(vocab_size) = {math.log(n):.2f}"
             said = f"worse than guessing: {name} is {loss:.2f}, {chance}"
             if name == "val_loss" and "the loss" in losses:
-                return said, "training alone is well: fewer epochs, or more data of validation's kind"
+                return (
+                    said,
+                    "training alone is well: fewer epochs, or more data of validation's kind",
+                )
             if risen:
                 return said, "lower learning_rate, or lengthen warmup_steps"
             return said, "nothing was learned: try another learning_rate, and look at the data"
@@ -350,7 +398,9 @@ class Orchestrator:
     def not_finite(self, seen: dict) -> None:
         t, turn = self.trainer, seen["turn"]
         self.in_a_row += 1
-        scaling = t.scale is not None and seen["loss_finite"]  # fp16: an overflow while the loss scale finds its place
+        scaling = (
+            t.scale is not None and seen["loss_finite"]
+        )  # fp16: an overflow while the loss scale finds its place
         if self.in_a_row == 1 and not scaling:
             found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]
             found.sort(key=lambda f: f.startswith("not repeated"))  # another rank may have seen it
@@ -365,9 +415,17 @@ class Orchestrator:
             often = len(self.bad_turns) == self.OFTEN and turn - self.bad_turns[0] < self.AMONG
             if self.in_a_row % self.IN_A_ROW == 0 or often:
                 n, onset = self.in_a_row, self.bad_turns[0] if often else turn - self.in_a_row + 1
-                said = f"{n} steps in a row not finite" if not often else f"{self.OFTEN} in {self.AMONG} not finite"
+                said = (
+                    f"{n} steps in a row not finite"
+                    if not often
+                    else f"{self.OFTEN} in {self.AMONG} not finite"
+                )
                 self.bad_turns.clear()
-                self.todo.append(lambda: self.recover("nonfinite", onset, 1.0, "observed", f"{said}; {self.reason}"))
+                self.todo.append(
+                    lambda: self.recover(
+                        "nonfinite", onset, 1.0, "observed", f"{said}; {self.reason}"
+                    )
+                )
                 if self.acting and self.cfg.enable_emergency_recovery:
                     self.in_a_row = 0
                     return
@@ -381,17 +439,35 @@ class Orchestrator:
         said = f"gradient norm {norm:.3g}, at most {math.exp(limit):.3g} was to be expected"
         confidence = self.norms.confidence(seen["turn"], norm)
         if seen["bad"] or not self.acting:
-            self.decide("explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue")
+            self.decide(
+                "explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue"
+            )
             self.skipped.append(seen["turn"])
-            often = len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]
+            often = (
+                len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]
+            )
             if often and seen["turn"] >= self.cool():
-                onset, said = self.skipped[0], f"more than {self.SKIPS[0]} of {self.SKIPS[1]} steps exploded"
+                onset, said = (
+                    self.skipped[0],
+                    f"more than {self.SKIPS[0]} of {self.SKIPS[1]} steps exploded",
+                )
                 self.skipped.clear()
                 self.todo.append(lambda: self.recover("explosion", onset, 1.0, "rule", said))
         elif not self.letting:
             self.letting = True  # said once
-            said += f"; {self.STREAK} were dropped in a row, so it is let through, and so are the next"
-            self.decide("explosion", "accept", said, 0, seen, stat=stat, confidence=confidence, basis="pvalue")
+            said += (
+                f"; {self.STREAK} were dropped in a row, so it is let through, and so are the next"
+            )
+            self.decide(
+                "explosion",
+                "accept",
+                said,
+                0,
+                seen,
+                stat=stat,
+                confidence=confidence,
+                basis="pvalue",
+            )
 
     def cool(self) -> int:
         """The turn from which on a loss may bring a rollback: what was gone back to gets the time to settle."""
@@ -416,7 +492,13 @@ class Orchestrator:
             if level > half:
                 onset = self.rollbacks[-1]
                 said = f"what was lost is not back: the loss is {level:.3f}, {half:.3f}"
-                self.alarm = {"turn": turn, "onset": onset, "until": turn, "half": half, "acting": True}
+                self.alarm = {
+                    "turn": turn,
+                    "onset": onset,
+                    "until": turn,
+                    "half": half,
+                    "acting": True,
+                }
                 said += f" would be half of it, {turn - onset} steps after a rollback"
                 self.regain_by(half, lambda: self.recover("divergence", onset, 0.91, "rule", said))
                 return
@@ -434,13 +516,31 @@ class Orchestrator:
             if c.too_low() and turn - self.warned >= 100:
                 self.warned = turn
                 said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen['cursor']}"
-                self.decide("low_loss", "warn", said, 0, seen, stat={"residual": c.residual}, basis="rule")
+                self.decide(
+                    "low_loss", "warn", said, 0, seen, stat={"residual": c.residual}, basis="rule"
+                )
             if c.alarm(self.cfg.intervention_threshold):
                 floor, onset = c.floor(), c.onset()
-                stat = {"E": c.E, "onset": onset, "excess": c.excess(7), "floor": floor, "rho1": c.correlation(onset)}
-                self.alarm = {"turn": turn, "onset": onset, "until": until, "peak": c.excess(7), "waits": 0}
+                stat = {
+                    "E": c.E,
+                    "onset": onset,
+                    "excess": c.excess(7),
+                    "floor": floor,
+                    "rho1": c.correlation(onset),
+                }
+                self.alarm = {
+                    "turn": turn,
+                    "onset": onset,
+                    "until": until,
+                    "peak": c.excess(7),
+                    "waits": 0,
+                }
                 said = f"the loss is {c.excess(7):.3f} nats above its course, floor {floor:.3f}; most spikes heal"
-                said += f", and the last rollback gets {self.COOL} turns" if until > turn + self.WAIT else ""
+                said += (
+                    f", and the last rollback gets {self.COOL} turns"
+                    if until > turn + self.WAIT
+                    else ""
+                )
                 more = {"stat": stat, "confidence": c.confidence, "basis": "evalue"}
                 self.alarm["id"] = self.decide("divergence", "wait", said, 0, seen, **more)["id"]
             return
@@ -453,7 +553,9 @@ class Orchestrator:
             elif turn >= a["until"]:
                 a["acting"] = True
                 said = f"what was learned is lost: the loss is {c.level():.3f}, half of it would be {a['half']:.3f}"
-                self.regain_by(a["half"], lambda: self.recover("divergence", a["onset"], 0.91, "rule", said))
+                self.regain_by(
+                    a["half"], lambda: self.recover("divergence", a["onset"], 0.91, "rule", said)
+                )
             return
         now, floor = c.excess(5), c.floor()
         a["peak"] = max(a["peak"], now)
@@ -467,10 +569,20 @@ class Orchestrator:
                 return
             a["acting"] = True
             said = f"{now:.3f} nats above its course {turn - a['turn']} steps after the alarm (floor {floor:.3f})"
-            stat = {"E": c.E, "onset": a["onset"], "excess": now, "floor": floor, "rho1": c.correlation(a["onset"])}
-            self.todo.append(lambda: self.recover("divergence", a["onset"], c.confidence, "evalue", said, stat))
+            stat = {
+                "E": c.E,
+                "onset": a["onset"],
+                "excess": now,
+                "floor": floor,
+                "rho1": c.correlation(a["onset"]),
+            }
+            self.todo.append(
+                lambda: self.recover("divergence", a["onset"], c.confidence, "evalue", said, stat)
+            )
 
-    def recover(self, trigger: str, onset: int, confidence: float, basis: str, reason: str, stat=None) -> None:
+    def recover(
+        self, trigger: str, onset: int, confidence: float, basis: str, reason: str, stat=None
+    ) -> None:
         """Levels 2 to 4. `onset`: the turn from which on the run is not to be trusted."""
         t, more = self.trainer, {"stat": stat, "confidence": confidence, "basis": basis}
         if self.went_back == self.turn:  # two alarms of one turn: the first has been answered
@@ -483,12 +595,16 @@ class Orchestrator:
             blocked = f"losses are correlated ({stat['rho1']:.2f}): shuffle the data"
         source = None if level > 3 or spent else self.source(onset, older=level == 3)
         if source is None:
-            why = "rolling back did not help" if self.rollbacks else "there is nothing to go back to"
+            why = (
+                "rolling back did not help" if self.rollbacks else "there is nothing to go back to"
+            )
             why = f"{why}; {self.worst()}"
             text = f"{reason}; {why}; step {t.step}"
             row = self.decide(trigger, "stop", f"{reason}; {why}", 4, blocked=blocked, **more)
             if row["executed"]:
-                raise UserError("E301", f"{text}; the newest clean checkpoint in {t.out} is not touched")
+                raise UserError(
+                    "E301", f"{text}; the newest clean checkpoint in {t.out} is not touched"
+                )
         else:
             lr = self.CUT if level == 3 else 1.0
             reason += f"; {self.worst()}"
@@ -496,7 +612,9 @@ class Orchestrator:
             row = self.decide(trigger, "rollback", reason, level, **more)
             if row["executed"]:
                 self.rollbacks.append(self.turn)  # by hand they are no failed attempts
-                self.due.append({"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": "rollback"})
+                self.due.append(
+                    {"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": "rollback"}
+                )
         if not row["executed"]:  # shadow: say it once, then follow the new course
             self.course.forget()
         self.alarm = None
@@ -504,9 +622,15 @@ class Orchestrator:
     def source(self, before: int | None = None, step: int | None = None, older: bool = False):
         """The newest certified snapshot from before turn `before` (or of at most `step`), else a clean checkpoint's
         path; `older`: older than what the last rollback took, if there is such a one."""
-        snaps = self.snapshots.certified if step is None else [*self.snapshots.certified, self.snapshots.candidate]
+        snaps = (
+            self.snapshots.certified
+            if step is None
+            else [*self.snapshots.certified, self.snapshots.candidate]
+        )
         snaps = [
-            s for s in snaps if s and (before is None or s["turn"] < before) and (step is None or s["step"] <= step)
+            s
+            for s in snaps
+            if s and (before is None or s["turn"] < before) and (step is None or s["step"] <= step)
         ]
         last = self.last_source if older else None
         fresh = [s for s in snaps if last is None or s["step"] < last]
@@ -521,8 +645,12 @@ class Orchestrator:
                 turn = saved.state.get("orchestrator", {}).get("turn", 0)
                 if saved.state.get("clean", True) and (before is None or turn < before):
                     good.append(s)
-        found = t.newest_whole([checkpoint.step_dir(t.out, s) for s in reversed(t.parallel.broadcast(good))])
-        if fresh and (found is None or fresh[-1]["step"] >= checkpoint.step_of(found)):  # by hand: the newer of the two
+        found = t.newest_whole(
+            [checkpoint.step_dir(t.out, s) for s in reversed(t.parallel.broadcast(good))]
+        )
+        if fresh and (
+            found is None or fresh[-1]["step"] >= checkpoint.step_of(found)
+        ):  # by hand: the newer of the two
             return fresh[-1]
         return found or (snaps[-1] if snaps else None)
 
@@ -531,10 +659,13 @@ class Orchestrator:
         if not self.snapshots.certified:
             return "no snapshot to compare with"
         most, name = -1.0, ""
-        with contextlib.suppress(torch.OutOfMemoryError):  # this is no more than a hint, and what follows goes without
+        with contextlib.suppress(
+            torch.OutOfMemoryError
+        ):  # this is no more than a hint, and what follows goes without
             most, name = self.furthest()
         most, name = max(
-            self.trainer.parallel.gather((most, name)), key=lambda x: math.inf if math.isnan(x[0]) else x[0]
+            self.trainer.parallel.gather((most, name)),
+            key=lambda x: math.inf if math.isnan(x[0]) else x[0],
         )
         if not name:
             return "no memory to see which parameter moved most"
@@ -547,7 +678,9 @@ class Orchestrator:
         for key, x in self.snapshots.regions().items():
             if key.removeprefix("model.").partition("@")[0] in t.weights:
                 was = data[key].to(x.device)
-                least = t.cfg.model.init_std * math.sqrt(x.numel())  # what was zero at first may move
+                least = t.cfg.model.init_std * math.sqrt(
+                    x.numel()
+                )  # what was zero at first may move
                 moved = ((x - was).norm() / was.norm().clamp(min=least)).item()
                 if not moved <= most:
                     most, name = moved, key
@@ -570,7 +703,8 @@ class Orchestrator:
         self.snapshots.discard(turn + 1)
         self.course.restart(before=turn + 1 if onset is None else onset)
         self.norms.seen = deque(
-            ((at, x) for at, x in self.norms.seen if onset is None or at < onset), self.norms.seen.maxlen
+            ((at, x) for at, x in self.norms.seen if onset is None or at < onset),
+            self.norms.seen.maxlen,
         )
         self.went_back = self.turn
         self.last_source, self.alarm, self.in_a_row = t.step, None, 0
@@ -578,9 +712,17 @@ class Orchestrator:
             self.cut = [self.turn, lr]
         args = {"to_step": t.step, "next_row": t.cursor, "lr_mult": lr, "onset": onset}
         memory = isinstance(source, dict)
-        args |= {"from": "memory" if memory else str(source), "to_cursor": source["cursor"] if memory else None}
+        args |= {
+            "from": "memory" if memory else str(source),
+            "to_cursor": source["cursor"] if memory else None,
+        }
         after = {"step": t.step, "tokens": t.tokens}
-        return {"args": args, "before": before, "after": after, "cost": {"steps": before["step"] - t.step}}
+        return {
+            "args": args,
+            "before": before,
+            "after": after,
+            "cost": {"steps": before["step"] - t.step},
+        }
 
     def lr_factor(self) -> float:
         """What the schedule is multiplied by: exactly 1.0 in a run nobody touched."""
@@ -594,7 +736,13 @@ class Orchestrator:
 
     def keep_snapshot(self, first: bool) -> None:
         t, every = self.trainer, self.cfg.snapshot_interval
-        note = {"step": t.step, "cursor": t.cursor, "turn": self.turn, "healthy": 0, "late": t.pending is not None}
+        note = {
+            "step": t.step,
+            "cursor": t.cursor,
+            "turn": self.turn,
+            "healthy": 0,
+            "late": t.pending is not None,
+        }
         if self.mode == "replay":
             if t.cursor in self.targets:
                 self.snapshots.candidate = None
@@ -602,10 +750,12 @@ class Orchestrator:
             return
         if first:
             size = 3 * self.snapshots.size() * environment("LOCAL_WORLD_SIZE", 1)
-            room = every > 0 and size < plan.available_memory() / 4
+            room = every > 0 and size < machines.available_memory() / 4
             self.snapshots.allowed = not t.parallel.agree([not room])[0]
             if every and not self.snapshots.allowed:
-                t.say("note       no room for snapshots in memory: a rollback takes the newest clean checkpoint")
+                t.say(
+                    "note       no room for snapshots in memory: a rollback takes the newest clean checkpoint"
+                )
         if not self.snapshots.allowed or not self.clean:
             return
         if first or (self.snapshots.candidate is None and t.step % every == 0):
@@ -639,47 +789,89 @@ class Orchestrator:
             self.advised.remove("guessing")
         if (above := self.course.above_start()) > 0.1:
             said = f"the loss is {above:.2f} nats above where this run began"
-            found.append((2, said, "lower learning_rate, lengthen warmup_steps, or look at the data"))
+            found.append(
+                (2, said, "lower learning_rate, lengthen warmup_steps, or look at the data")
+            )
         if t.unsaved:
             found.append((2, "the last checkpoint could not be written", "free disk space"))
         if steps:
             if (wait := max(r["data"] for r in rows) / work) > 0.2:
                 found.append(
-                    (1, f"{100 * wait:.0f} % of the time is waiting for data", "use a faster disk, or copy the data")
+                    (
+                        1,
+                        f"{100 * wait:.0f} % of the time is waiting for data",
+                        "use a faster disk, or copy the data",
+                    )
                 )
             for rank, r in enumerate(rows):
                 others = [o["compute"] for i, o in enumerate(rows) if i != rank]
-                if others and r["compute"] > 1.2 * statistics.median(others) and r["compute"] > 0.02 * work:
+                if (
+                    others
+                    and r["compute"] > 1.2 * statistics.median(others)
+                    and r["compute"] > 0.02 * work
+                ):
                     ratio = r["compute"] / max(1e-9, statistics.median(others))
                     found.append(
-                        (1, f"rank {rank} computes {ratio:.1f} times as long as the others", "look at its machine")
+                        (
+                            1,
+                            f"rank {rank} computes {ratio:.1f} times as long as the others",
+                            "look at its machine",
+                        )
                     )
             if any(r["retries"] for r in rows):
                 found.append(
-                    (1, "the allocator ran out of memory and tried again", "lower batch_size (adjust_batch_size)")
+                    (
+                        1,
+                        "the allocator ran out of memory and tried again",
+                        "lower batch_size (adjust_batch_size)",
+                    )
                 )
-            looked = t.evaluated_at is not None and t.evaluated_at > seen["step"] - self.cfg.check_interval
-            if any(r["graphs"] for r in rows) and self.paces and not looked:  # evaluation has a graph of its own
-                found.append((1, f"{mine['graphs']} graphs were compiled anew", "keep shapes and capacities constant"))
+            looked = (
+                t.evaluated_at is not None
+                and t.evaluated_at > seen["step"] - self.cfg.check_interval
+            )
+            if (
+                any(r["graphs"] for r in rows) and self.paces and not looked
+            ):  # evaluation has a graph of its own
+                found.append(
+                    (
+                        1,
+                        f"{mine['graphs']} graphs were compiled anew",
+                        "keep shapes and capacities constant",
+                    )
+                )
             pace = steps / work
             self.paces = [*self.paces, pace] if len(self.paces) < 5 else self.paces
             usual = statistics.median(self.paces)
             self.slow = self.slow + 1 if pace < usual / 1.25 else 0
             if self.slow >= 3:
                 found.append(
-                    (1, f"{pace:.3g} steps/s, at first it was {usual:.3g}", "is something else on this machine?")
+                    (
+                        1,
+                        f"{pace:.3g} steps/s, at first it was {usual:.3g}",
+                        "is something else on this machine?",
+                    )
                 )
         if self.unbalanced and max(self.unbalanced.values()) >= 5:
             layers = [i for i, n in self.unbalanced.items() if n >= 5]
             found.append(
-                (1, f"experts of layers {layers} stay unbalanced", "raise bias_update_rate or aux_loss_weight")
+                (
+                    1,
+                    f"experts of layers {layers} stay unbalanced",
+                    "raise bias_update_rate or aux_loss_weight",
+                )
             )
         found.sort(key=lambda f: -f[0])
         status = ("healthy", "warning", "critical")[found[0][0] if found else 0]
         causes = [text for _, text, _ in found]
         kinds = [text.split(" ")[:3] for text in causes]
-        if status != (self.health or "healthy") or kinds != [text.split(" ")[:3] for text in self.causes]:
-            t.say(f"health     {status}" + (f": {'; '.join(causes)}; advice: {found[0][2]}" if found else ""))
+        if status != (self.health or "healthy") or kinds != [
+            text.split(" ")[:3] for text in self.causes
+        ]:
+            t.say(
+                f"health     {status}"
+                + (f": {'; '.join(causes)}; advice: {found[0][2]}" if found else "")
+            )
         self.health, self.causes = status, causes
 
     def counters(self) -> dict:
@@ -689,18 +881,24 @@ class Orchestrator:
         out |= t.on_device  # launching takes alike on all ranks, whatever their GPUs do
         if t.cfg.compile_model:
             out["graphs"] = compiled_graphs()
-        return out | {"retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0}
+        return out | {
+            "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0
+        }
 
     # ---- experts
 
     def check_experts(self, seen: dict) -> None:
         """The selection bias is the standing response; what stays unbalanced for five checks gets more of it."""
         m, e = self.trainer.cfg.model, seen["experts"]
-        most = min(4.0, 0.75 * (m.n_experts / m.n_experts_per_token - 1))  # of the largest violation there can be
+        most = min(
+            4.0, 0.75 * (m.n_experts / m.n_experts_per_token - 1)
+        )  # of the largest violation there can be
         for i, x in e["layers"].items():
             wrong = x["dead"] > 0 or x["max_violation"] > most
             self.unbalanced[i] = self.unbalanced.get(i, 0) + 1 if wrong else 0
-        if seen["step"] + 1 < 10 * self.cfg.check_interval or any(d["kind"] == "experts" for d in self.due):
+        if seen["step"] + 1 < 10 * self.cfg.check_interval or any(
+            d["kind"] == "experts" for d in self.due
+        ):
             return
         layers = [i for i, n in self.unbalanced.items() if n >= 5]
         if layers:
@@ -714,14 +912,29 @@ class Orchestrator:
         """Twice the pull for ten checks: of the bias, then of the loss; then, where allowed, dead ones are re-made."""
         for knob in ("bias_update_rate", "aux_loss_weight"):
             if (now := self.get_knob(knob)) and self.failures.get(knob, 0) < 1:
-                row = self.change(knob, 2 * now, "experts", f"{reason}; twice the pull for 10 checks", 2, stat=stat)
+                row = self.change(
+                    knob,
+                    2 * now,
+                    "experts",
+                    f"{reason}; twice the pull for 10 checks",
+                    2,
+                    stat=stat,
+                )
                 if not row["executed"]:  # mode shadow: said once
                     self.failures[knob] = 1
                 else:
-                    due = {"kind": "experts", "turn": self.turn + 10 * self.cfg.check_interval, "stat": stat}
+                    due = {
+                        "kind": "experts",
+                        "turn": self.turn + 10 * self.cfg.check_interval,
+                        "stat": stat,
+                    }
                     self.due.append(due | {"id": row["id"], "knob": knob, "was": now})
                 return
-        blocked = None if self.cfg.enable_architecture_adaptation else "enable_architecture_adaptation: false"
+        blocked = (
+            None
+            if self.cfg.enable_architecture_adaptation
+            else "enable_architecture_adaptation: false"
+        )
         layer = next((i for i, dead in stat["dead"].items() if dead), None)
         if layer is None or self.failures.get("recycle", 0) >= 2:
             return
@@ -731,7 +944,13 @@ class Orchestrator:
         more = {"stat": stat, "blocked": blocked, "do": lambda: self.reseed(layer)}
         row = self.decide("experts", RESEED, reason, 3, args={"layer": layer}, **more)
         if row["executed"]:
-            self.due.append({"kind": "reseed", "turn": self.turn + 10 * self.cfg.check_interval, "id": row["id"]})
+            self.due.append(
+                {
+                    "kind": "reseed",
+                    "turn": self.turn + 10 * self.cfg.check_interval,
+                    "id": row["id"],
+                }
+            )
             self.due[-1] |= {"layers": [layer]}
 
     def reseed(self, layer: int) -> dict:
@@ -745,7 +964,9 @@ class Orchestrator:
         def do():
             self.set_knob(knob, value)
 
-        return self.decide(trigger, f"set {knob}", reason, level, do=do, value=value, before=was, **more)
+        return self.decide(
+            trigger, f"set {knob}", reason, level, do=do, value=value, before=was, **more
+        )
 
     def get_knob(self, name: str):
         t = self.trainer
@@ -775,13 +996,26 @@ class Orchestrator:
         elif name in ("beta1", "beta2", "eps"):
             for group in t.optimizer.param_groups:
                 b1, b2 = group["betas"]
-                group |= {"eps": value} if name == "eps" else {"betas": (value, b2) if name == "beta1" else (b1, value)}
+                group |= (
+                    {"eps": value}
+                    if name == "eps"
+                    else {"betas": (value, b2) if name == "beta1" else (b1, value)}
+                )
         self.knobs[name] = value
 
     # ---- decisions
 
     def decide(
-        self, trigger, action, reason, level, seen=None, do=None, confidence=1.0, basis="observed", **more
+        self,
+        trigger,
+        action,
+        reason,
+        level,
+        seen=None,
+        do=None,
+        confidence=1.0,
+        basis="observed",
+        **more,
     ) -> dict:
         """Write a decision down and, unless something stands against it, do it. `always`: not a matter of the mode."""
         t, blocked, always = self.trainer, more.pop("blocked", None), more.pop("always", False)
@@ -791,7 +1025,12 @@ class Orchestrator:
             elif confidence < self.cfg.intervention_threshold:
                 blocked = f"confidence below {self.cfg.intervention_threshold}"
         at = seen or {"step": t.step, "cursor": t.cursor, "turn": self.turn}
-        row = {"v": 1, "id": self.next_id, "run": self.run, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        row = {
+            "v": 1,
+            "id": self.next_id,
+            "run": self.run,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         row |= {
             "step": at["step"],
             "cursor": at["cursor"],
@@ -799,9 +1038,24 @@ class Orchestrator:
             "tokens": t.tokens,
             "attempt": t.attempt,
         }
-        row |= {"mode": self.mode, "level": level, "trigger": trigger, "action": action, "reason": reason}
-        row |= {"confidence": round(confidence, 4), "basis": basis, "threshold": self.cfg.intervention_threshold}
-        row |= {"executed": blocked is None, "blocked_by": blocked, "ranks": t.parallel.world, **more}
+        row |= {
+            "mode": self.mode,
+            "level": level,
+            "trigger": trigger,
+            "action": action,
+            "reason": reason,
+        }
+        row |= {
+            "confidence": round(confidence, 4),
+            "basis": basis,
+            "threshold": self.cfg.intervention_threshold,
+        }
+        row |= {
+            "executed": blocked is None,
+            "blocked_by": blocked,
+            "ranks": t.parallel.world,
+            **more,
+        }
         self.next_id += 1
         if do and blocked is None:
             try:
@@ -813,11 +1067,24 @@ class Orchestrator:
         t.append("decisions.jsonl", row)
         kind = "user" if trigger == "user" and level else "drop" if action == "drop" else None
         if kind and row["executed"] and not any(d["kind"] == kind == "drop" for d in self.due):
-            due = {"id": row["id"], "turn": self.turn + self.OUTCOME, "kind": kind, "loss": self.course.level()}
+            due = {
+                "id": row["id"],
+                "turn": self.turn + self.OUTCOME,
+                "kind": kind,
+                "loss": self.course.level(),
+            }
             self.due.append(due)
-        state = f"{row['refused']} refused: " if "refused" in row else "" if row["executed"] else "not done: "
+        state = (
+            f"{row['refused']} refused: "
+            if "refused" in row
+            else ""
+            if row["executed"]
+            else "not done: "
+        )
         args = row.get("args") or ""
-        t.say(f"decision   #{row['id']} step {row['step']}, {trigger}: {state}{action} {args}".rstrip())
+        t.say(
+            f"decision   #{row['id']} step {row['step']}, {trigger}: {state}{action} {args}".rstrip()
+        )
         t.say(f"reasoning  {row['reason']}" + (f" [{blocked}]" if blocked else ""))
         t.say(f"confidence {confidence:.2f} ({basis}), level {level}")
         return row
@@ -845,10 +1112,14 @@ class Orchestrator:
                 again = any(r > d["turn"] - self.OUTCOME for r in self.rollbacks)
                 gone = self.regain is not None and statistics.median(self.recent) > self.regain
                 verdict = "did not hold" if again or self.alarm or gone else "helped"
-                self.outcome(d["id"], verdict, excess=self.course.excess(7), floor=self.course.floor())
+                self.outcome(
+                    d["id"], verdict, excess=self.course.excess(7), floor=self.course.floor()
+                )
             elif d["kind"] == "drop":
                 more = sum(x > d["turn"] - self.OUTCOME for x in self.skipped)
-                self.outcome(d["id"], f"{more} more were dropped since" if more else "it stayed the only one")
+                self.outcome(
+                    d["id"], f"{more} more were dropped since" if more else "it stayed the only one"
+                )
             elif d["kind"] == "user":
                 self.outcome(d["id"], "seen", loss_before=d["loss"], loss_after=self.course.level())
             elif d["kind"] == "reseed":
@@ -860,7 +1131,9 @@ class Orchestrator:
                 self.failures[d["knob"]] = self.failures.get(d["knob"], 0) + (not helped)
                 self.outcome(d["id"], "helped" if helped else "did not help", reverted=True)
                 said = f"the time of #{d['id']} is over"
-                self.todo.append(lambda d=d, s=said: self.change(d["knob"], d["was"], "experts", s, 2))
+                self.todo.append(
+                    lambda d=d, s=said: self.change(d["knob"], d["was"], "experts", s, 2)
+                )
 
     # ---- commands and replay
 
@@ -884,11 +1157,17 @@ class Orchestrator:
                 with contextlib.suppress(ValueError):  # unless it is all of a line but its end
                     whole = data if isinstance(json.loads(data[len(whole) :]), dict) else whole
                 end += len(whole)
-                lines = [line for line in whole.decode("utf-8-sig", "replace").split("\n") if line.strip(" \r\t\0")]
+                lines = [
+                    line
+                    for line in whole.decode("utf-8-sig", "replace").split("\n")
+                    if line.strip(" \r\t\0")
+                ]
         lines, self.taken, self.sized = self.trainer.parallel.broadcast((lines, end, size))
         for line in lines:
             self.todo.append(lambda line=line: self.command(line))
-        self.todo.append(lambda end=end: setattr(self, "read_to", end))  # a process that dies before reads them again
+        self.todo.append(
+            lambda end=end: setattr(self, "read_to", end)
+        )  # a process that dies before reads them again
 
     def command(self, line: str) -> None:
         """One line {"method": NAME, "args": [...] or {...}}; what cannot be is refused (E309), and the run goes on."""
@@ -896,33 +1175,47 @@ class Orchestrator:
         try:
             try:
                 if "\0" in line:  # PowerShell's echo
-                    raise UserError("E309", f"control.jsonl is UTF-16 here; write UTF-8: {line[:200]!r}")
+                    raise UserError(
+                        "E309", f"control.jsonl is UTF-16 here; write UTF-8: {line[:200]!r}"
+                    )
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError("E309", f"not valid JSON ({error}): {line[:200]}") from error
             if not isinstance(row, dict) or set(row) - {"method", "args"} or "method" not in row:
-                raise UserError("E309", f"{{'method': NAME, 'args': [...]}} is expected, not {line[:200]}")
+                raise UserError(
+                    "E309", f"{{'method': NAME, 'args': [...]}} is expected, not {line[:200]}"
+                )
             name, args = row["method"], row.get("args", [])
             if name not in METHODS:
                 raise UserError("E309", f"no method {name!r}; there are: {', '.join(METHODS)}")
-            args, kwargs = ([], args) if isinstance(args, dict) else (args if isinstance(args, list) else [args], {})
+            args, kwargs = (
+                ([], args)
+                if isinstance(args, dict)
+                else (args if isinstance(args, list) else [args], {})
+            )
             method = getattr(t, {"save": "save_now", "stop": "request_stop"}.get(name, name))
             try:
                 inspect.signature(method).bind(*args, **kwargs)
             except TypeError as error:
                 raise UserError("E309", f"{name}{inspect.signature(method)}: {error}") from error
         except UserError as error:
-            self.decide("user", str(name), error.text, 1, refused=error.code, stat={"line": line[:500]})
+            self.decide(
+                "user", str(name), error.text, 1, refused=error.code, stat={"line": line[:500]}
+            )
             return
         try:
             answer = method(*args, **kwargs)
         except WRONG as error:
             answer = {"refused": "E309", "reason": f"{name}: {error}"}
-        if not isinstance(answer, dict) or "action" not in answer:  # a question, or save: nothing else wrote it down
+        if (
+            not isinstance(answer, dict) or "action" not in answer
+        ):  # a question, or save: nothing else wrote it down
             said = {"answer": answer} if answer is not None else {}
             if isinstance(answer, dict) and "refused" in answer:
                 said = {"refused": answer["refused"], "answer": answer}
-            self.decide("user", name, "asked for in control.jsonl", 0, args=row.get("args", []), **said)
+            self.decide(
+                "user", name, "asked for in control.jsonl", 0, args=row.get("args", []), **said
+            )
 
     def by_hand(self, action: str, do, reason: str = "asked for", **args) -> dict:
         """A decision of the user's; `do` raises UserError or ValueError where it cannot be, and nothing is changed."""
@@ -940,23 +1233,44 @@ class Orchestrator:
         path, world = self.cfg.replay, self.trainer.parallel.world
         if others := {r["run"] for r in rows if r["run"] != self.run}:
             text = f"orchestrator.replay: {path} was written by another run ({', '.join(others)}, this is {self.run})"
-            raise UserError("E310", f"{text}: seed, model, data, schedule, optimizer and rows a step must be the same")
+            raise UserError(
+                "E310",
+                f"{text}: seed, model, data, schedule, optimizer and rows a step must be the same",
+            )
         if others := {r["ranks"] for r in rows if r.get("ranks", world) != world}:
-            raise UserError("E310", f"orchestrator.replay: {path} is of a run on {others} ranks, this one has {world}")
+            raise UserError(
+                "E310",
+                f"orchestrator.replay: {path} is of a run on {others} ranks, this one has {world}",
+            )
         script: dict[int, list[dict]] = {}
         for row in rows:
-            if row.get("kind") == "start":  # what came after this point in an attempt before did not survive
-                script = {c: [r for r in done if r["id"] < row["next_id"]] for c, done in script.items()}
+            if (
+                row.get("kind") == "start"
+            ):  # what came after this point in an attempt before did not survive
+                script = {
+                    c: [r for r in done if r["id"] < row["next_id"]] for c, done in script.items()
+                }
             elif row.get("executed"):
                 script.setdefault(row["cursor"], []).append(row)
-        back = [r["args"]["to_cursor"] for done in script.values() for r in done if r["action"].startswith("rollback")]
+        back = [
+            r["args"]["to_cursor"]
+            for done in script.values()
+            for r in done
+            if r["action"].startswith("rollback")
+        ]
         self.targets = dict.fromkeys(back)
         return script
 
     def begin(self) -> None:
         """A resumed attempt: whatever decisions.jsonl holds from here on did not survive."""
         if self.trainer.attempt > 1 and (self.trainer.out / "decisions.jsonl").exists():
-            row = {"v": 1, "kind": "start", "run": self.run, "attempt": self.trainer.attempt, "next_id": self.next_id}
+            row = {
+                "v": 1,
+                "kind": "start",
+                "run": self.run,
+                "attempt": self.trainer.attempt,
+                "next_id": self.next_id,
+            }
             self.trainer.append("decisions.jsonl", row)
 
     def at_cursor(self) -> list[dict]:
@@ -966,8 +1280,12 @@ class Orchestrator:
         """Carry out a decision of the run that is repeated."""
         action, args = row["action"], row.get("args") or {}
         if action.startswith("rollback"):
-            own = self.trainer.out / Path(args["from"]).name  # this run's own checkpoint of that step, if it has one
-            source = self.targets.get(args["to_cursor"]) or (str(own) if own.exists() else args["from"])
+            own = (
+                self.trainer.out / Path(args["from"]).name
+            )  # this run's own checkpoint of that step, if it has one
+            source = self.targets.get(args["to_cursor"]) or (
+                str(own) if own.exists() else args["from"]
+            )
 
             def do():
                 return self.go_back(source, args["onset"], args["lr_mult"])
@@ -986,14 +1304,19 @@ class Orchestrator:
         elif row["trigger"] == "oom":
             self.trainer.set_micro_batch(args["new_size"])
         elif row["trigger"] == "user" and action in METHODS and action not in ("save", "stop"):
-            getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(self.trainer, action)(*args)
+            getattr(self.trainer, action)(**args) if isinstance(args, dict) else getattr(
+                self.trainer, action
+            )(*args)
 
     # ---- state
 
     def state(self) -> dict:
         """For state.json. A save happens within a turn, which a resumed run begins again."""
         names = (*self.SAVED, "knobs", "unbalanced")
-        out = {name: getattr(self, name) for name in names} | {"turn": self.turn - 1, "run": self.run}
+        out = {name: getattr(self, name) for name in names} | {
+            "turn": self.turn - 1,
+            "run": self.run,
+        }
         out |= {"norms": list(self.norms.seen), "course": self.course.state()}
         out |= {
             "streak": int(self.streak),
@@ -1021,247 +1344,12 @@ class Orchestrator:
         self.bad_turns.extend(s["bad_turns"])
         self.recent.extend(s.get("recent", ()))
         self.skipped.extend(s.get("skipped", ()))
-        self.unbalanced = {int(k): v for k, v in s["unbalanced"].items()}  # JSON has no integer keys
+        self.unbalanced = {
+            int(k): v for k, v in s["unbalanced"].items()
+        }  # JSON has no integer keys
         self.streak.fill_(s["streak"])
         for name, value in s["knobs"].items():
             self.set_knob(name, value)
 
 
-ROUTER_KNOBS = {
-    "capacity_factor": "capacity_factor",
-    "routing_temperature": "temperature",
-    "expert_dropout": "expert_dropout",
-    "bias_update_rate": "bias_rate",
-    "aux_loss_weight": "aux_weight",
-}
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process; 0 where torch's private counter is gone."""
-    counters = getattr(torch._dynamo.utils, "counters", {})
-    return counters.get("stats", {}).get("unique_graphs", 0)
-
-
-def resident_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm", encoding="utf-8") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
 # ---------------------------------------------------------------- by hand
-
-
-class ByHand:
-    """The methods that LuminaAI's users know, for Trainer: each returns a decision, refused with its reason where it
-    cannot apply. Call them on all ranks between two turns, or write a line to control.jsonl, which does."""
-
-    def surgery(self, action: str, layer_idx: int, do, **args) -> dict:
-        def change():
-            if layer_idx not in self.moe:
-                has = list(self.moe) or "none"
-                raise UserError("E308", f"layer {layer_idx} has no experts; layers that have: {has}")
-            try:  # the same bits on every rank, so the same choice, and the same refusal
-                return do(self.moe[layer_idx]) or {}
-            except WRONG as error:
-                raise UserError("E308", f"layer {layer_idx}: {error}") from error
-
-        return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
-
-    def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
-        """Split an expert, by default the hottest, into a free slot of the layer."""
-
-        def do(moe):
-            pair = add_expert(moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel)
-            return dict(zip(("parent", "expert"), pair))
-
-        return self.surgery("add_expert", layer_idx, do, parent=parent)
-
-    def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
-        """Take an expert out of the choice; restore_expert undoes it while its window is open."""
-
-        def do(moe):
-            prune_expert(moe, self.step, expert_idx, force, self.optimizer, self.parallel)
-
-        return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
-
-    def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
-        """Undo prune_expert."""
-
-        def do(moe):
-            restore_expert(moe, self.step, expert_idx)
-
-        return self.surgery("restore_expert", layer_idx, do, expert_idx=expert_idx)
-
-    def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
-        """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
-
-        def do(moe):
-            self.save()  # it cannot be undone
-            return self.recycle(layer_idx, expert_idx)
-
-        return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
-
-    def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
-        options = (self.split_seed(layer), self.parallel, parents)
-        try:
-            pair = recycle_expert(self.moe[layer], self.optimizer, self.step, expert, *options)
-        except ValueError as error:
-            raise UserError("E308", f"layer {layer}: {error}") from error
-        return dict(zip(("parent", "expert"), pair))
-
-    def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
-        """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
-        free or its expert dead: one that works is not overwritten."""
-        layer, slot = new_expert
-
-        def do(moe):
-            self.save()  # it cannot be undone
-            return self.recycle(layer, slot, existing_experts)
-
-        named = {"new_expert": new_expert, "existing_experts": existing_experts}
-        return self.surgery("_initialize_new_expert", layer, do, **named)
-
-    def knob(self, action: str, args: dict, name: str, value, low: float, high: float, has=True, needs="") -> dict:
-        def do():
-            if not has:
-                raise UserError("E308", f"this model has no {needs}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-                raise UserError("E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}")
-            before = self.orchestrator.get_knob(name)
-            self.orchestrator.set_knob(name, value)
-            return {"before": {name: before}, "after": {name: value}}
-
-        return self.orchestrator.by_hand(action, do, **args)
-
-    def adjust_capacity_factor(self, factor: float) -> dict:
-        """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
-        m = self.cfg.model
-        low = 1 / max(1, m.n_experts)
-        args = {"factor": factor}
-        return self.knob("adjust_capacity_factor", args, "capacity_factor", factor, low, 1e6, self.moe, NO_MOE)
-
-    def adjust_routing_temperature(self, temp: float) -> dict:
-        """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
-        args = {"temp": temp}
-        return self.knob("adjust_routing_temperature", args, "routing_temperature", temp, 0.01, 100, self.moe, NO_MOE)
-
-    def enable_expert_dropout(self, prob: float) -> dict:
-        """Mute experts with this probability, drawn anew each step, while training."""
-        m, most = self.cfg.model, 0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0
-        has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
-        return self.knob("enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, 0.0, most, has, NO_MOE)
-
-    def adjust_mod_capacity(self, factor: float) -> dict:
-        """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
-        low = 1 / self.cfg.model.max_seq_len
-        return self.knob("adjust_mod_capacity", {"factor": factor}, "mod_capacity", factor, low, 1.0, self.mod, NO_MOD)
-
-    def adjust_batch_size(self, new_size: int) -> dict:
-        """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
-        return self.orchestrator.by_hand(
-            "adjust_batch_size", lambda: self.set_micro_batch(int(new_size)), new_size=new_size
-        )
-
-    def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
-        """Close the reader and open another at the same row: what it read ahead is read again. `dataset`, a dict of
-        loader.Source by name, takes the place of the sources it had."""
-
-        def do():
-            if dataset is not None:
-                if set(dataset) != set(self.sources):
-                    raise UserError("E309", f"dataset: sources named {list(self.sources)} are expected")
-                loader = Loader(dataset, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
-                self.loader.close()
-                self.sources, self.loader = dataset, loader
-            self.set_micro_batch(self.cfg.batch_size)
-
-        return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
-
-    def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
-        """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
-        scale = self.orchestrator.knobs.get("lr_scale", 1.0)
-        ok = isinstance(factor, (int, float)) and factor >= 1  # less would raise it
-        value = scale / factor if ok else None
-        return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
-
-    def rollback_steps(self, num_steps: int = 100) -> dict:
-        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where
-        it is. The run is saved before: that checkpoint is set aside as step_N.rolled_back."""
-        self.drain()
-        watch = self.orchestrator
-
-        def do():
-            source = watch.source(step=self.step - int(num_steps)) if int(num_steps) > 0 else None
-            if source is None:
-                raise UserError(
-                    "E309", f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before"
-                )
-            self.save(prune=False)  # what is gone back to may be the oldest that is kept
-            return watch.go_back(source, None)
-
-        return watch.by_hand("rollback_steps", do, num_steps=num_steps)
-
-    def adjust_weight_decay(self, value: float) -> dict:
-        """Weight decay of all matrices from the next step on."""
-        return self.knob("adjust_weight_decay", {"value": value}, "weight_decay", value, 0.0, 10.0)
-
-    def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
-        """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
-        action, named = "_update_optimizer_param_groups", {"param": param, "value": value}
-        limits = {"lr": (0.0, 1e3), "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.99999), "beta2": (0.0, 0.999999)}
-        limits["eps"] = (0.0, 1.0)
-        low, high = limits.get(param, (1, 0))
-        has = f"parameter {param!r}; there are {', '.join(limits)}"
-        if param == "lr" and isinstance(value, (int, float)):
-            value, param = value / max(self.scheduled_lr(), 1e-30), "lr_scale"
-            low, high = 0.0, 1e6
-        return self.knob(action, named, param, value, low, high, high > low, has)
-
-    def get_current_metrics(self) -> dict:
-        """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
-        memory_usage (share of what this process may use), epoch, step."""
-        self.drain()
-        seen, cuda = self.seen, self.parallel.device.type == "cuda"
-        if not seen:
-            return {"refused": "E308", "reason": "no step has been made yet"}
-        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
-        return {
-            "loss": seen["loss"],
-            "learning_rate": seen["lr"],
-            "grad_norm": seen["grad_norm"],
-            "throughput": self._calculate_throughput(),
-            "memory_usage": used / plan.total_memory(self.parallel.device),
-            "epoch": max(epochs.values()),
-            "step": seen["step"] + 1,
-        }
-
-    def _calculate_throughput(self) -> float:
-        """Tokens a second over all ranks since the last log line, without evaluation and saving."""
-        steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
-        if steps <= 0:
-            return self.speed
-        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
-
-    def _extract_moe_routing_stats(self) -> dict:
-        """get_expert_statistics, by the name it has in LuminaAI."""
-        return self.get_expert_statistics()
-
-    def save_now(self) -> None:
-        """Evaluate and save between two turns: what a command after it changes is changed after it."""
-        if self.step == 0:
-            self.request_save()
-            return
-        if self.step != self.started_at and self.evaluated_at != self.step:
-            self.evaluate()
-        self.save()
-
-    def request_save(self) -> None:
-        """A checkpoint at the next step."""
-        self.save_signal = 1
-
-    def request_stop(self) -> None:
-        """Finish the step, save, end in order; slurm/train.sbatch does not start such a run again."""
-        self.stop_signal = 2

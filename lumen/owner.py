@@ -1,8 +1,4 @@
-"""One start of a run: who owns out_dir, whether this is a restart, and why it was refused.
-
-A run has one owner: rank 0's process, from before anything in out_dir is touched until it ends. `Owner` says how that
-holds after a kill -9, after a restart of the machine, and on a network file system.
-"""
+"""TODO."""
 
 from __future__ import annotations
 
@@ -18,103 +14,25 @@ import time
 import weakref
 from pathlib import Path
 
-from errors import UserError
+from lumen.errors import UserError
+from lumen.files import read
+from lumen.launch import launch_id, parent, process, restarts
 
 try:
     import fcntl
 except ImportError:  # Windows: what stands in owner.json must do
     fcntl = None
 
+
 BEAT = 30  # seconds between an owner's signs of life
 STALE = 300  # seconds without one, after which an owner on another host counts as dead
 GRACE = 3  # seconds that a first start waits for an owner who may be ending
 SETTLE = 0.3  # seconds in which another start would show, where there are no locks
 
-# ---------------------------------------------------------------- what the environment says
 
-
-def restarts() -> int:
-    """How often torchrun or Slurm has started this launch again."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return max(int(os.environ.get(name, 0) or 0) for name in names)
-
-
-def launch_id() -> str:
-    """What all starts of one launch have in common; "" where that cannot be known."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return f"slurm {job}"
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"torchrun {socket.gethostname()} {parent()}" if name == "none" else f"torchrun {name}" if name else ""
-
-
-def check_tasks() -> None:
-    """E600 where srun or mpirun started several of us without torchrun: each would be a whole run of its own."""
-    if "RANK" in os.environ:
-        return
-
-    def number(name: str) -> int:
-        value = os.environ.get(name, "")
-        return int(value) if value.isdigit() else 0
-
-    # SLURM_NTASKS alone says nothing: a batch script has it too, and runs once
-    step = number("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else 0
-    counts = {"srun": max(number("SLURM_STEP_NUM_TASKS"), step, number("SLURM_PROCID") + 1)}
-    counts["mpirun"] = max(number("OMPI_COMM_WORLD_SIZE"), number("PMI_SIZE"))
-    for by, n in counts.items():
-        if n > 1:
-            text = f"{by} started {n} processes, and without torchrun each would be a whole run in the same out_dir"
-            raise UserError("E600", f"{text}: sbatch slurm/train.sbatch, or {by} with one task a node that is torchrun")
-
-
-def process(pid: int) -> str:
-    """When the process of this number began, for the number alone may come again; "" without one that is alive."""
-    with contextlib.suppress(OSError, IndexError):
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else rest[18]
-    return ""
-
-
-def parent() -> str:
-    return f"{os.getppid()}-{process(os.getppid())}"
-
-
-def refused(error: UserError | None = None) -> str:
-    """Why this launch was refused at its start, "" where it was not; with `error` that is written down. Not into
-    out_dir, which may be another run's: into a file of torchrun's process, or the one slurm/train.sbatch looks at."""
-    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent()}.refused"
-    path = Path(os.environ.get("LUMEN_REFUSED") or own)
-    with contextlib.suppress(OSError):
-        if error is None:
-            return path.read_text() if path.stat().st_uid == os.getuid() else ""
-        if error.exit_code == 2 and "RANK" in os.environ:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-                f.write(str(error))
-    return ""
-
-
-def hopeless(out) -> dict | None:
-    """At a restart: {code, reason} where an earlier start of this launch failed in a way that comes again."""
-    if not restarts():
-        return None
-    if reason := refused():
-        return {"code": 2, "reason": reason}
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((Path(out) / "status.json").read_text())
-        if status["state"] in ("diverged", "input_error") and again(read(Path(out) / Owner.NAME)):
-            return status
-    return None
-
-
-def again(row: dict) -> bool:
-    """Whether this is a restart, and an earlier start of the same launch has come to own the folder of this `row`.
-    Words of the launch that speak of its beginning (resume: none, overwrite) have been obeyed then."""
-    mine = launch_id()
-    return restarts() > 0 and (not mine or row.get("launch") == mine)
-
-
-# ---------------------------------------------------------------- the owner of a folder
-
-OWNERS: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()  # real path: of this process
+OWNERS: weakref.WeakValueDictionary[str, Owner] = (
+    weakref.WeakValueDictionary()
+)  # real path: of this process
 
 
 class Owner:
@@ -148,7 +66,9 @@ class Owner:
         """Owns the folder from now on, and makes it if need be. E300 where another does: nothing was changed then."""
         if not self.main:
             return
-        wait = STALE + BEAT if restarts() else GRACE  # at a restart it is most likely our own predecessor
+        wait = (
+            STALE + BEAT if restarts() else GRACE
+        )  # at a restart it is most likely our own predecessor
         until, told = time.monotonic() + wait, False
         while other := self._try():
             if time.monotonic() > until:
@@ -231,7 +151,9 @@ class Hold:
 
     def __init__(self, file, path: Path, row: dict, made: list[Path]):
         self.file, self.path, self.row, self.made = file, path, row, made
-        self.before: bytes | None = os.pread(file.fileno(), 1 << 16, 0)  # None: the start was not refused
+        self.before: bytes | None = os.pread(
+            file.fileno(), 1 << 16, 0
+        )  # None: the start was not refused
         self.stop = threading.Event()
 
     def write(self, data: bytes) -> None:
@@ -283,7 +205,13 @@ def owning(fit):
 
 def identity() -> dict:
     """Which process this is, among all that may see the folder."""
-    row = {"host": socket.gethostname(), "boot": "", "space": "", "pid": os.getpid(), "began": process(os.getpid())}
+    row = {
+        "host": socket.gethostname(),
+        "boot": "",
+        "space": "",
+        "pid": os.getpid(),
+        "began": process(os.getpid()),
+    }
     with contextlib.suppress(OSError):
         row["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.suppress(OSError):
@@ -300,14 +228,6 @@ def lock(file) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
-
-
-def read(path) -> dict:
-    """What stands in an owner.json; {} where there is none, or nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        row = json.loads(Path(path).read_text())
-        return row if isinstance(row, dict) else {}
-    return {}
 
 
 def alive(row: dict, locked: bool, path: Path) -> bool:
@@ -356,3 +276,37 @@ def describe(row: dict) -> str:
     if not row.get("pid"):
         return "a process that is just beginning or ending"
     return f"process {row['pid']} on {row.get('host')}, since {row.get('since')}"
+
+
+def refused(error: UserError | None = None) -> str:
+    """Why this launch was refused at its start, "" where it was not; with `error` that is written down. Not into
+    out_dir, which may be another run's: into a file of torchrun's process, or the one slurm/train.sbatch looks at."""
+    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent()}.refused"
+    path = Path(os.environ.get("LUMEN_REFUSED") or own)
+    with contextlib.suppress(OSError):
+        if error is None:
+            return path.read_text() if path.stat().st_uid == os.getuid() else ""
+        if error.exit_code == 2 and "RANK" in os.environ:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+                f.write(str(error))
+    return ""
+
+
+def hopeless(out) -> dict | None:
+    """At a restart: {code, reason} where an earlier start of this launch failed in a way that comes again."""
+    if not restarts():
+        return None
+    if reason := refused():
+        return {"code": 2, "reason": reason}
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((Path(out) / "status.json").read_text())
+        if status["state"] in ("diverged", "input_error") and again(read(Path(out) / Owner.NAME)):
+            return status
+    return None
+
+
+def again(row: dict) -> bool:
+    """Whether this is a restart, and an earlier start of the same launch has come to own the folder of this `row`.
+    Words of the launch that speak of its beginning (resume: none, overwrite) have been obeyed then."""
+    mine = launch_id()
+    return restarts() > 0 and (not mine or row.get("launch") == mine)

@@ -13,7 +13,6 @@ any number of ranks reads what any other number wrote. Nothing is ever unpickled
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -21,14 +20,19 @@ import os
 import re
 import shutil
 import stat
-import sys
+import threading
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import UserError, Words, a_path, command, expand, speak
+import prepare_data
+from lumen import checkpoint
+from lumen.errors import UserError, a_path, expand
+from lumen.files import sha256, sync, write_json
+from lumen.launch import Words, command
+from model import ModelConfig
 
 FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
 STEP = re.compile(r"step_(\d{8,})")
@@ -40,39 +44,6 @@ def step_dir(out_dir, step: int) -> Path:
 
 def step_of(folder) -> int:
     return int(STEP.fullmatch(Path(folder).name)[1])
-
-
-CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
-UNSYNCED: set[str] = set()  # what was said once
-
-
-def sync(path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power loss. OSError where they are lost already; that a file
-    system cannot do it (some FUSE, CIFS) or does not allow it is noted once, for it matters only if the power fails."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno not in CANNOT:
-            raise
-        what = "folders" if os.path.isdir(path) else "files"
-        if what not in UNSYNCED and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            text = f"note       {what} cannot be synced here ({path}: {error.strerror}): what was saved just before"
-            speak(f"{text} a power loss may be gone", lambda text: print(text, file=sys.stderr, flush=True))
-        UNSYNCED.add(what)
-
-
-def write_json(path, data) -> None:
-    """Replace a JSON file atomically: readers see the old or the new one, never a part."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1, sort_keys=True)
-    sync(tmp)
-    os.replace(tmp, path)
-    sync(tmp.parent)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -95,14 +66,6 @@ def odd(tensor: torch.Tensor) -> str:
     return "inf" if math.isinf(low) or math.isinf(high) else ""
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def digest(manifest: dict) -> str:
     """sha256 of a manifest without its own: one flipped bit in an offset would fill a tensor with what is not its."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -123,13 +86,17 @@ def write(folder: Path, rank: int, pieces: dict[str, list]) -> str | None:
         file, tensors, index = folder / f"{name}.safetensors", {}, {}
         for tensor_name, parts in pieces.items():
             for shape, offset, local in parts:
-                key = tensor_name if not any(offset) else f"{tensor_name}@{'.'.join(map(str, offset))}"
+                key = (
+                    tensor_name
+                    if not any(offset)
+                    else f"{tensor_name}@{'.'.join(map(str, offset))}"
+                )
                 tensors[key] = local.detach().contiguous().cpu()
                 dtype = str(local.dtype).removeprefix("torch.")
                 part = [list(offset), list(local.shape), file.name, key]
-                index.setdefault(tensor_name, {"shape": list(shape), "dtype": dtype, "pieces": []})["pieces"].append(
-                    part
-                )
+                index.setdefault(tensor_name, {"shape": list(shape), "dtype": dtype, "pieces": []})[
+                    "pieces"
+                ].append(part)
         files = {}
         if tensors:
             save_tensors(tensors, file)
@@ -149,7 +116,9 @@ def commit(folder: Path, final: Path, world: int, state: dict) -> None:
         file.unlink()
         manifest["files"] |= index["files"]
         for name, tensor in index["tensors"].items():
-            manifest["tensors"].setdefault(name, tensor | {"pieces": []})["pieces"] += tensor["pieces"]
+            manifest["tensors"].setdefault(name, tensor | {"pieces": []})["pieces"] += tensor[
+                "pieces"
+            ]
     write_json(folder / "state.json", state | {"format": FORMAT})
     size = (folder / "state.json").stat().st_size
     manifest["files"]["state.json"] = {"sha256": sha256(folder / "state.json"), "size": size}
@@ -188,7 +157,9 @@ def prune(out_dir, limit: int, keep_every: int, best: int | None, saved: int | N
     keep = {best, clean, *steps[-limit:], *(s for s in steps if keep_every and s % keep_every == 0)}
     for step in steps:
         if limit and step not in keep:
-            doomed = step_dir(out_dir, step).with_suffix(".tmp")  # a crash in the middle of deleting leaves no half one
+            doomed = step_dir(out_dir, step).with_suffix(
+                ".tmp"
+            )  # a crash in the middle of deleting leaves no half one
             step_dir(out_dir, step).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     aside = sorted(_called(out_dir, "rolled_back"), key=lambda path: (path.stat().st_mtime, path))
@@ -269,8 +240,15 @@ class Checkpoint:
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
             self.state = json.loads((self.path / "state.json").read_text())
-            made_by, self.step, self.tensors = self.manifest["format"], self.state["step"], self.manifest["tensors"]
-            whole = self.manifest.get("sha256", "") in ("", digest(self.manifest))  # older ones have none
+            made_by, self.step, self.tensors = (
+                self.manifest["format"],
+                self.state["step"],
+                self.manifest["tensors"],
+            )
+            whole = self.manifest.get("sha256", "") in (
+                "",
+                digest(self.manifest),
+            )  # older ones have none
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError("E303", f"{self.path}: {type(error).__name__}: {error}") from error
         except OSError as error:
@@ -320,22 +298,32 @@ class Checkpoint:
                     self._open[file] = safe_open(self.path / file, "pt")
                 piece = self._open[file].get_slice(key)
                 source = (
-                    piece[tuple(slice(l - b, h - b) for l, h, b in zip(low, high, p_offset))] if shape else piece[...]
+                    piece[tuple(slice(l - b, h - b) for l, h, b in zip(low, high, p_offset))]
+                    if shape
+                    else piece[...]
                 )
             except (FileNotFoundError, SafetensorError) as error:
                 raise UserError("E303", f"{self.path / file}: {error}") from error
             except OSError as error:
                 raise UserError("E108", f"{self.path / file} cannot be read: {error}") from error
-            target = out[tuple(slice(l - a, h - a) for l, h, a in zip(low, high, offset))] if shape else out
+            target = (
+                out[tuple(slice(l - a, h - a) for l, h, a in zip(low, high, offset))]
+                if shape
+                else out
+            )
             target.copy_(source)
             missing -= source.numel()
         if missing:
-            raise UserError("E303", f"{self.path}: {missing} values of {name} are in none of its files")
+            raise UserError(
+                "E303", f"{self.path}: {missing} values of {name} are in none of its files"
+            )
         return out
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The model's tensors, whole, named as in Transformer.state_dict()."""
-        return {n.removeprefix("model."): self.read(n) for n in self.tensors if n.startswith("model.")}
+        return {
+            n.removeprefix("model."): self.read(n) for n in self.tensors if n.startswith("model.")
+        }
 
 
 def best_step(out_dir) -> int | None:
@@ -360,7 +348,9 @@ def folders(path, best: bool = False) -> list[Path]:
         return [path]
     if best:
         if (step := best_step(path)) is None:
-            raise UserError("E304", f"{path} has no readable best.json: no evaluation has named a best step")
+            raise UserError(
+                "E304", f"{path} has no readable best.json: no evaluation has named a best step"
+            )
         return [step_dir(path, step)]
     if not (steps := list_steps(path)):
         raise UserError("E304", f"{path} holds no checkpoint")
@@ -386,7 +376,7 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
     for folder in folders(path, best):
         try:
             checkpoint = Checkpoint(folder)
-            wrong = checkpoint.verify()
+            wrong = prepare_data.verify()
         except UserError as error:
             if asked or final(error):
                 raise
@@ -410,8 +400,12 @@ def main(argv: list[str]) -> int:
         step = step_of(folder)
         try:
             checkpoint = Checkpoint(folder)
-            wrong, state = checkpoint.verify(), checkpoint.state
-            size, tokens, val_loss = checkpoint.size() / 1e6, state.get("tokens", 0), state.get("val_loss")
+            wrong, state = prepare_data.verify(), checkpoint.state
+            size, tokens, val_loss = (
+                checkpoint.size() / 1e6,
+                state.get("tokens", 0),
+                state.get("val_loss"),
+            )
         except UserError as error:
             wrong, size, tokens, val_loss, state = [error.text], 0, 0, None, {}
         bad = "CANNOT BE READ" if unreadable(wrong) else "DAMAGED"
@@ -426,3 +420,44 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     command(main)
+
+
+class Writing(threading.Thread):
+    """A checkpoint on its way to the disk: this rank's half of it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        final: Path,
+        rank: int,
+        pieces: dict,
+        state: str | None,
+        turn: int,
+        began: float,
+    ):
+        super().__init__(name="checkpoint", daemon=True)
+        self.folder, self.final, self.rank, self.pieces = folder, final, rank, pieces
+        self.state, self.turn, self.began, self.stall, self.error = state, turn, began, 0.0, None
+
+    def run(self) -> None:
+        try:
+            self.error = write(self.folder, self.rank, self.pieces)
+        except Exception as error:  # nobody else would hear of it
+            self.error = f"{type(error).__name__}: {error}"
+        self.pieces = None
+
+
+def model_of(saved: Checkpoint, key: str = "") -> ModelConfig:
+    """The model that a checkpoint holds; keys that are newer than it have their defaults. E306."""
+    try:
+        return ModelConfig(**(saved.state.get(key) or saved.state["config"]["model"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError("E306", f"{saved.path}: {type(error).__name__}: {error}") from error
+
+
+def refuse_odd(what: str, tensor: torch.Tensor) -> None:
+    """E303 for NaN and inf, with which nothing can be trained."""
+    if value := checkpoint.odd(tensor):
+        raise UserError(
+            "E303", f"{what} holds {value}: whoever wrote it had diverged; take an earlier step"
+        )

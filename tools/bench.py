@@ -12,7 +12,6 @@ layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]: what each key of trai
     processes of this machine, and one process beside them: tokens/s, communication, bytes, memory.
 faults [--only ROWS] [--kinds K] [--arms A] [--out FILE] [--table] [--quick] [--healthy N]: the 25 faults of
     faults.py on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
-decisions RUN: its decisions.jsonl as a story. picture RUN: training.png of its metrics and decisions.
 gpu [PART ...]: all that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models, speed.
     `--device cpu` runs its logic at toy sizes. Written without a GPU at hand: the CUDA paths were never run.
 """
@@ -34,19 +33,21 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import faults
+import kernels as expert_kernels
 import model_moe
-import plan
-from config import Config, find_yaml, load_yaml
-from errors import UserError, Words, a_path, command, nearest
-from faults import read_lines
+from lumen import checkpoint, files, plan
+from lumen import machine as machines
+from lumen.config import Config, find_yaml, load_yaml
+from lumen.errors import UserError, a_path, nearest
+from lumen.launch import Words, command
+from lumen.machine import commit, free_memory
+from lumen.optim import build_optimizer
 from model import KVCache, ModelConfig, Transformer
-from train import Parallel, Trainer, build_optimizer
+from tools import faults, simulate
+from train import Parallel, Trainer
 
 # ---------------------------------------------------------------- what is measured
 
@@ -55,12 +56,24 @@ KERNELS = {  # tokens, d_model, an expert's width, experts, experts per token
     "cpu": [(4096, 384, 512, 8, 2), (4096, 384, 64, 64, 8)],
     "cuda": [(32768, 1536, 512, 128, 10), (32768, 2048, 768, 128, 8)],
 }
-STEP = {"vocab_size": 8192, "d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 2, "max_seq_len": 512}
+STEP = {
+    "vocab_size": 8192,
+    "d_model": 384,
+    "n_layers": 6,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "max_seq_len": 512,
+}
 GRAINS = {  # name: the MoE, and d_ff of the dense model with the same active width
     "8 experts of 512, top-2": ({"n_experts": 8, "n_experts_per_token": 2, "d_expert": 512}, 1024),
     "64 experts of 64, top-8": ({"n_experts": 64, "n_experts_per_token": 8, "d_expert": 64}, 512),
 }
-PAIRS = (("our MoE", "our dense"), ("peer MoE", "peer dense"), ("peer MoE", "our MoE"), ("peer dense", "our dense"))
+PAIRS = (
+    ("our MoE", "our dense"),
+    ("peer MoE", "peer dense"),
+    ("peer MoE", "our MoE"),
+    ("peer dense", "our dense"),
+)
 MOE = {"n_experts": 8, "n_experts_per_token": 2, "d_expert": 176}  # 2 x 176 is quickstart's d_ff
 HALF = {"mod_capacity": 0.5, "mod_every": 2}
 LEARN = {  # what each changes of quickstart's model
@@ -71,7 +84,14 @@ LEARN = {  # what each changes of quickstart's model
     "hybrid": {**MOE, **HALF, "mod_ffn_only": True},
 }
 TOY = {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": 32}
-SMALL = {"vocab_size": 1024, "d_model": 256, "n_layers": 2, "n_heads": 4, "d_ff": 512, "max_seq_len": 256}
+SMALL = {
+    "vocab_size": 1024,
+    "d_model": 256,
+    "n_layers": 2,
+    "n_heads": 4,
+    "d_ff": 512,
+    "max_seq_len": 256,
+}
 SYNC = {  # no step of these may wait for the GPU
     "dense": {},
     "softmax": {"n_experts": 8, "d_expert": 64},
@@ -82,10 +102,30 @@ SYNC = {  # no step of these may wait for the GPU
     "MoE + MoD": {"n_experts": 8, "d_expert": 64, **HALF, "mod_ffn_only": True},
 }
 # four layers of the preset b1: 128 experts of 512, top-10, one shared
-B1 = {"vocab_size": 50304, "d_model": 1536, "n_layers": 4, "n_heads": 12, "n_kv_heads": 4, "head_dim": 128}
-B1 |= {"d_ff": 5632, "max_seq_len": 2048, "n_experts": 128, "n_experts_per_token": 10, "d_expert": 512}
+B1 = {
+    "vocab_size": 50304,
+    "d_model": 1536,
+    "n_layers": 4,
+    "n_heads": 12,
+    "n_kv_heads": 4,
+    "head_dim": 128,
+}
+B1 |= {
+    "d_ff": 5632,
+    "max_seq_len": 2048,
+    "n_experts": 128,
+    "n_experts_per_token": 10,
+    "d_expert": 512,
+}
 B1 |= {"n_shared_experts": 1, "router": "sigmoid", "tie_embeddings": False}
-WIDE = {"vocab_size": 50304, "d_model": 1024, "n_layers": 8, "n_heads": 16, "n_kv_heads": 4, "d_ff": 2816}
+WIDE = {
+    "vocab_size": 50304,
+    "d_model": 1024,
+    "n_layers": 8,
+    "n_heads": 16,
+    "n_kv_heads": 4,
+    "d_ff": 2816,
+}
 MODELS = {  # equal active width; step times on a GPU
     "dense": {},
     "MoE 64 x 352, top-8": {"n_experts": 64, "n_experts_per_token": 8, "d_expert": 352},
@@ -93,9 +133,28 @@ MODELS = {  # equal active width; step times on a GPU
     "MoD block, half of every 2nd layer": HALF,
 }
 # a model of which the layouts of train_fsdp.py hold parts; 4 rows a process and micro-step
-SPREAD = {"device": "cpu", "precision": "fp32", "compile_model": False, "batch_size": 4, "save_interval": 0, "seed": 1}
-SPREAD |= {"eval_tokens": 1, "log_interval": 1000, "use_adaptive_training": False, "expert_back_end": "slices"}
-SPREAD["model"] = {"vocab_size": 4096, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff": 1024, "max_seq_len": 256}
+SPREAD = {
+    "device": "cpu",
+    "precision": "fp32",
+    "compile_model": False,
+    "batch_size": 4,
+    "save_interval": 0,
+    "seed": 1,
+}
+SPREAD |= {
+    "eval_tokens": 1,
+    "log_interval": 1000,
+    "use_adaptive_training": False,
+    "expert_back_end": "slices",
+}
+SPREAD["model"] = {
+    "vocab_size": 4096,
+    "d_model": 384,
+    "n_layers": 6,
+    "n_heads": 6,
+    "d_ff": 1024,
+    "max_seq_len": 256,
+}
 SPREAD["model"] |= {"n_experts": 8, "n_experts_per_token": 2, "d_expert": 256, "n_dense_layers": 1}
 LAYOUTS = {
     "whole copies (train.py)": {"zero_stage": 0},
@@ -104,13 +163,24 @@ LAYOUTS = {
     "zero_stage 1": {"zero_stage": 1},
     "expert_parallel 2": {"zero_stage": 3, "expert_parallel": 2},
     "hsdp_shard_size 2": {"zero_stage": 3, "hsdp_shard_size": 2},
-    "activation_checkpointing selective": {"zero_stage": 3, "activation_checkpointing": "selective"},
+    "activation_checkpointing selective": {
+        "zero_stage": 3,
+        "activation_checkpointing": "selective",
+    },
     "activation_checkpointing full": {"zero_stage": 3, "activation_checkpointing": "full"},
     "reduce_dtype bf16": {"zero_stage": 3, "reduce_dtype": "bf16"},
     "mixed_bf16": {"zero_stage": 3, "precision": "mixed_bf16"},
 }
 # parts of the gpu command: seconds that each may take, and all together
-PARTS = {"tests": 90, "selftest": 90, "kernels": 100, "sync": 60, "slice": 110, "models": 120, "speed": 150}
+PARTS = {
+    "tests": 90,
+    "selftest": 90,
+    "kernels": 100,
+    "sync": 60,
+    "slice": 110,
+    "models": 120,
+    "speed": 150,
+}
 GPU_SECONDS = 570
 
 # ---------------------------------------------------------------- common parts
@@ -128,18 +198,21 @@ def options(words: list[str], **known) -> argparse.Namespace:
             parser.add_argument(f"--{name}", type=type(default), default=default)
     found = parser.parse_intermixed_args(words)
     if getattr(found, "size", "") not in ("", *KERNELS):
-        raise UserError("E002", f"command line: bench.py: --size: {found.size!r} is not one of {', '.join(KERNELS)}")
+        raise UserError(
+            "E002",
+            f"command line: tools.bench: --size: {found.size!r} is not one of {', '.join(KERNELS)}",
+        )
     return found
 
 
-def machine_line(m: plan.Machine | None = None) -> str:
+def machine_line(m: machines.Machine | None = None) -> str:
     """Hardware, flags, measured peak, versions, commit and date: what every number is printed with."""
-    m = m or plan.machine()
-    peak = plan.describe(plan.matrix_peak(m.device, m.compute_dtype, 1.0), "FLOP/s")
-    flags = " ".join(plan.cpu_flags())
+    m = m or machines.detect()
+    peak = plan.describe(machines.matrix_peak(m.device, m.compute_dtype, 1.0), "FLOP/s")
+    flags = " ".join(machines.cpu_flags())
     return (
         f"{m.device.type} {m.name} ({flags}), {torch.get_num_threads()} threads, {m.precision} matrices {peak}, "
-        f"torch {torch.__version__}, commit {plan.commit()}, {time.strftime('%Y-%m-%d')}"
+        f"torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}"
     )
 
 
@@ -177,15 +250,19 @@ def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, 
     return times
 
 
-def mfu(rates: list[float], m: plan.Machine, peak: float) -> str:
+def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
     """FLOP/s as shares of `peak`. Above 100 % it was measured while the machine was busy: it is measured again, in this
     process, its dtype and its threads; where that does not help there is no MFU, and the reason."""
     if max(rates) > peak:
-        peak = max(peak, plan.matrix_peak(m.device, m.compute_dtype, 1.0))
+        peak = max(peak, machines.matrix_peak(m.device, m.compute_dtype, 1.0))
     if max(rates) > peak:
         peak = plan.describe(peak, "FLOP/s")
         return f"- ({plan.describe(max(rates), 'FLOP/s')} is above the peak, {peak}: was the machine busy?)"
-    return spread([rate / peak for rate in rates]) if len(rates) > 1 else f"{100 * rates[0] / peak:.1f} %"
+    return (
+        spread([rate / peak for rate in rates])
+        if len(rates) > 1
+        else f"{100 * rates[0] / peak:.1f} %"
+    )
 
 
 def ratio(a: list[float], b: list[float]) -> str:
@@ -198,11 +275,10 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.compiler.reset()  # compiled graphs hold on to models
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def forget_graphs() -> None:
+    """Give back what compiled graphs and dead models hold."""
+    torch.compiler.reset()
+    free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextlib.contextmanager
@@ -227,22 +303,43 @@ class Ours:
     The learning rate is 0: the same work, and the routing of the first step in all rounds.
     """
 
-    def __init__(self, model: ModelConfig, machine: plan.Machine, rows: int, compiled=False, back_end="auto"):
+    def __init__(
+        self,
+        model: ModelConfig,
+        machine: machines.Machine,
+        rows: int,
+        compiled=False,
+        back_end="auto",
+    ):
         cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
         self.cfg, self.machine, self.parallel = cfg, machine, Parallel(cfg)
         with torch.device(machine.device):
             self.model = Transformer(model)
-        with torch.no_grad():  # init_weights draws on the CPU, which takes long for a billion numbers
+        with (
+            torch.no_grad()
+        ):  # init_weights draws on the CPU, which takes long for a billion numbers
             for name, p in self.model.named_parameters():
-                p.fill_(1.0) if p.dim() < 2 else p.zero_() if "predictor" in name else p.normal_(0, model.init_std)
+                p.fill_(1.0) if p.dim() < 2 else p.zero_() if "predictor" in name else p.normal_(
+                    0, model.init_std
+                )
         self.model.compute_dtype = machine.compute_dtype
         self.moe = list(self.model.sparse_layers("moe").values())
-        shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token, rows * model.max_seq_len)
+        shape = (
+            model.d_model,
+            model.d_expert,
+            model.n_experts,
+            model.n_experts_per_token,
+            rows * model.max_seq_len,
+        )
         if self.moe:
-            picked = model_moe.pick_back_end(back_end, machine.device, machine.compute_dtype, *shape)[0]
+            picked = expert_kernels.pick_back_end(
+                back_end, machine.device, machine.compute_dtype, *shape
+            )[0]
             for moe in self.moe:
                 moe.back_end = picked
-        self.name = (self.moe[0].back_end + ", " if self.moe else "") + ("compiled" if compiled else "eager")
+        self.name = (self.moe[0].back_end + ", " if self.moe else "") + (
+            "compiled" if compiled else "eager"
+        )
         if compiled:
             torch.compiler.config.recompile_limit = 64
             for block in self.model.blocks:
@@ -253,7 +350,9 @@ class Ours:
         self.model.train()
 
     def __call__(self) -> torch.Tensor:
-        torch.use_deterministic_algorithms(self.machine.device.type == "cpu")  # what `deterministic: auto` means
+        torch.use_deterministic_algorithms(
+            self.machine.device.type == "cpu"
+        )  # what `deterministic: auto` means
         torch.utils.deterministic.fill_uninitialized_memory = False
         model, optimizer, par = self.model, self.optimizer, self.parallel
         total, parts = model(self.x, targets=self.y)
@@ -278,17 +377,38 @@ class Peer:
     precision: fp32; autocast (bf16 by torch.autocast); masters (a bf16 model beside fp32 weights in the optimizer).
     """
 
-    def __init__(self, model: ModelConfig, machine, rows: int, compiled=False, experts="eager", precision="fp32"):
+    def __init__(
+        self,
+        model: ModelConfig,
+        machine,
+        rows: int,
+        compiled=False,
+        experts="eager",
+        precision="fp32",
+    ):
         import transformers
 
-        keys = {"vocab_size": model.vocab_size, "hidden_size": model.d_model, "num_hidden_layers": model.n_layers}
+        keys = {
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "num_hidden_layers": model.n_layers,
+        }
         keys |= {"num_attention_heads": model.n_heads, "num_key_value_heads": model.n_kv_heads}
         keys |= {"head_dim": model.head_dim, "intermediate_size": model.d_ff, "use_cache": False}
-        keys |= {"max_position_embeddings": model.max_seq_len, "tie_word_embeddings": model.tie_embeddings}
+        keys |= {
+            "max_position_embeddings": model.max_seq_len,
+            "tie_word_embeddings": model.tie_embeddings,
+        }
         kind, sparse = "Qwen3", {}
         if model.n_experts:
-            kind, sparse = "Qwen3Moe", {"num_experts": model.n_experts, "moe_intermediate_size": model.d_expert}
-            sparse |= {"num_experts_per_tok": model.n_experts_per_token, "norm_topk_prob": model.norm_topk}
+            kind, sparse = (
+                "Qwen3Moe",
+                {"num_experts": model.n_experts, "moe_intermediate_size": model.d_expert},
+            )
+            sparse |= {
+                "num_experts_per_tok": model.n_experts_per_token,
+                "norm_topk_prob": model.norm_topk,
+            }
             sparse |= {"output_router_logits": False}
         config = getattr(transformers, f"{kind}Config")(**keys, **sparse)
         with torch.device(machine.device):
@@ -300,12 +420,18 @@ class Peer:
             self.model.bfloat16()
         else:
             self.masters = list(self.model.parameters())
-        self.params, self.precision, self.device = list(self.model.parameters()), precision, machine.device
+        self.params, self.precision, self.device = (
+            list(self.model.parameters()),
+            precision,
+            machine.device,
+        )
         if compiled:
             self.model.compile()
         names = [experts] if model.n_experts else []
         self.name = ", ".join([*names, precision, "compiled" if compiled else "eager"])
-        self.optimizer = torch.optim.AdamW(self.masters, 0.0, (0.9, 0.95), weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.masters, 0.0, (0.9, 0.95), weight_decay=0.1, fused=True
+        )
         self.x, self.y = batch(model, rows, machine.device)
         self.tokens = rows * model.max_seq_len
 
@@ -327,7 +453,9 @@ class Peer:
 
 
 def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(model.vocab_size, (rows, model.max_seq_len + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.vocab_size, (rows, model.max_seq_len + 1), generator=torch.Generator().manual_seed(0)
+    )
     return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
 
 
@@ -335,7 +463,7 @@ def fastest(name: str, variants: list, limit: float, device):
     """Build each variant (a function) and time two of its steps; returns the fastest, still built, or None."""
     best, best_time = None, math.inf
     for label, make, compiled in variants:
-        if compiled and (not limit or not plan.find_compiler()):
+        if compiled and (not limit or not machines.find_compiler()):
             continue
         made = None
         try:
@@ -346,7 +474,9 @@ def fastest(name: str, variants: list, limit: float, device):
             print(f"  {name}, {label}: {1e3 * seconds:.0f} ms, loss {loss:.4f}", flush=True)
             if seconds < best_time:
                 best, best_time = made, seconds
-        except Exception as error:  # a variant of somebody's code that does not work here is said, not fatal
+        except (
+            Exception
+        ) as error:  # a variant of somebody's code that does not work here is said, not fatal
             print(f"  {name}, {label}: left out: {said(error)}", flush=True)
         made = None
         gc.collect()
@@ -363,12 +493,27 @@ def speed(words: list[str]) -> int:
     parser.add_argument("--max_steps", "--max-steps", type=int, default=40)
     o, words = parser.parse_known_args(words)
     if o.max_steps < 3:
-        raise UserError("E002", f"speed: --max_steps {o.max_steps} is too few: the first two are warm-up; from 3 on")
-    fixed = {"save_interval": 0, "val_fraction": 0, "log_interval": max(1, o.max_steps // 10), "sample_prompt": "null"}
+        raise UserError(
+            "E002",
+            f"speed: --max_steps {o.max_steps} is too few: the first two are warm-up; from 3 on",
+        )
+    fixed = {
+        "save_interval": 0,
+        "val_fraction": 0,
+        "log_interval": max(1, o.max_steps // 10),
+        "sample_prompt": "null",
+    }
     fixed |= {"resume": "none", "overwrite": "true"}
-    typed = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    typed = {
+        word.lstrip("-").partition("=")[0].replace("-", "_")
+        for word in words
+        if word.startswith("--")
+    }
     if given := sorted(typed & {"out_dir", "eval_interval", "eval_tokens", *fixed}):
-        raise UserError("E002", f"speed: it trains without evaluation or saving, so it takes no {', '.join(given)}")
+        raise UserError(
+            "E002",
+            f"speed: it trains without evaluation or saving, so it takes no {', '.join(given)}",
+        )
     with tempfile.TemporaryDirectory() as folder:
         fixed |= {"max_steps": o.max_steps, "out_dir": folder}
         trainer = Trainer([*words, *(f"--{key}={value}" for key, value in fixed.items())])
@@ -384,9 +529,11 @@ def speed(words: list[str]) -> int:
     if not clean:
         print("tokens/s  - (something was compiled in all of them; more --max_steps)")
         return 0
-    flops = trainer.model.flops_per_token() / trainer.parallel.world  # now: MoD's capacity may have been annealed
+    flops = (
+        trainer.model.flops_per_token() / trainer.parallel.world
+    )  # now: MoD's capacity may have been annealed
     rates = [r["tokens_per_second"] * flops for r in clean]
-    sheet = plan.known(trainer.machine.name) and trainer.machine.precision != "fp32"
+    sheet = machines.known(trainer.machine.name) and trainer.machine.precision != "fp32"
     print("tokens/s  " + spread([r["tokens_per_second"] for r in clean]))
     kind = "of the data sheet's peak" if sheet else "of the measured matrix peak"
     print(f"mfu       {mfu(rates, trainer.machine, trainer.peak)} {kind}")
@@ -402,7 +549,9 @@ def decode(words: list[str]) -> int:
         model.load_state_dict(saved.model_state())
     else:
         model = Transformer(
-            ModelConfig(vocab_size=8192, d_model=256, n_layers=8, n_heads=4, d_ff=704, max_seq_len=1024)
+            ModelConfig(
+                vocab_size=8192, d_model=256, n_layers=8, n_heads=4, d_ff=704, max_seq_len=1024
+            )
         )
         model.init_weights(0)
     model.eval()
@@ -422,7 +571,11 @@ def decode(words: list[str]) -> int:
     @torch.inference_mode()
     def last_token() -> tuple[float, float]:
         """Seconds of the last of `total` tokens, recomputed and cached: best of 5 each."""
-        row, cache, best = torch.tensor([ids[cached]]), KVCache(model.cfg, 1, total + 5), [math.inf, math.inf]
+        row, cache, best = (
+            torch.tensor([ids[cached]]),
+            KVCache(model.cfg, 1, total + 5),
+            [math.inf, math.inf],
+        )
         model(row, cache=cache)
         for _ in range(5):
             for k, run in enumerate((lambda: model(row), lambda: model(row[:, -1:], cache=cache))):
@@ -439,11 +592,19 @@ def decode(words: list[str]) -> int:
             ids[run] = run()
             times[run].append(time.perf_counter() - began)
     print(machine_line())
-    print(f"model {model.n_params()['total']:,} parameters, {total} tokens; same ids: {ids[recompute] == ids[cached]}")
-    print("recompute s " + spread(times[recompute]))
-    print("cached    s " + spread(times[cached]) + f", {(total - 1) / min(times[cached]):.0f} tokens/s at best")
     print(
-        "ratio       " + spread([a / b for a, b in zip(times[recompute], times[cached])]) + " over the whole generation"
+        f"model {model.n_params()['total']:,} parameters, {total} tokens; same ids: {ids[recompute] == ids[cached]}"
+    )
+    print("recompute s " + spread(times[recompute]))
+    print(
+        "cached    s "
+        + spread(times[cached])
+        + f", {(total - 1) / min(times[cached]):.0f} tokens/s at best"
+    )
+    print(
+        "ratio       "
+        + spread([a / b for a, b in zip(times[recompute], times[cached])])
+        + " over the whole generation"
     )
     at_end = [last_token() for _ in range(5)]
     slow, fast = (min(t) * 1e3 for t in zip(*at_end))
@@ -476,26 +637,31 @@ def kernels(words: list[str]) -> int:
     """Forward, and forward + backward, of one expert layer with given routing; weights as the trainer has them, in
     fp32 and cast by the layer, and where that differs once more in the compute dtype, as others measure."""
     o = options(words, rounds=10, device="auto", size="")
-    m = plan.machine(o.device)
+    m = machines.detect(o.device)
     print(machine_line(m))
     for shape in KERNELS[o.size or ("cuda" if m.device.type == "cuda" else "cpu")]:
         for weights in dict.fromkeys((torch.float32, m.compute_dtype)):
             print(
-                "T {}, d {}, I {}, E {}, K {}".format(*shape) + f", x {m.compute_dtype}, weights {weights}", flush=True
+                "T {}, d {}, I {}, E {}, K {}".format(*shape)
+                + f", x {m.compute_dtype}, weights {weights}",
+                flush=True,
             )
             try:
                 kernel_shape(m, shape, weights, o.rounds)
             except Exception as error:  # the next shape may work
                 print(f"  left out: {said(error)}")
-            free_memory()
+            forget_graphs()
     return 0
 
 
-def kernel_shape(m: plan.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
+def kernel_shape(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
     (T, C, I, _, K), dtype = shape, m.compute_dtype
-    (x, p, ids, w13, w2), dout = model_moe.sample(m.device, dtype, *shape)
+    (x, p, ids, w13, w2), dout = expert_kernels.sample(m.device, dtype, *shape)
     w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
-    one, two = (torch.randn(n, device=m.device, dtype=weights) * n[1] ** -0.5 for n in ((2 * K * I, C), (C, K * I)))
+    one, two = (
+        torch.randn(n, device=m.device, dtype=weights) * n[1] ** -0.5
+        for n in ((2 * K * I, C), (C, K * I))
+    )
     one, two = one.requires_grad_(), two.requires_grad_()
 
     def dense():
@@ -503,22 +669,34 @@ def kernel_shape(m: plan.Machine, shape: tuple, weights: torch.dtype, rounds: in
         return F.linear(F.silu(gate) * up, two.to(dtype))
 
     layers, wrt, first = {"dense": dense}, {"dense": [x, one, two]}, None
-    for name, why in reversed(model_moe.back_ends(m.device, dtype, C, I).items()):
+    for name, why in reversed(expert_kernels.back_ends(m.device, dtype, C, I).items()):
         try:
             if why:
                 raise ValueError(why)
-            layer = functools.partial(model_moe.run_experts, x, p, ids, w13, w2, name)
+            layer = functools.partial(expert_kernels.run_experts, x, p, ids, w13, w2, name)
             y = layer()
             found = [y.detach(), *torch.autograd.grad(y, [x, p, w13, w2], dout)]
         except Exception as error:
             print(f"  {name}: left out: {said(error)}")
             continue
         layers[name], wrt[name], first = layer, [x, p, w13, w2], first or (name, found)
-        errors = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, first[1])]
-        print(f"  {name}: differs from {first[0]} by {max(errors):.1e} (output and all gradients)", flush=True)
+        errors = [
+            ((a.float() - b.float()).norm() / b.float().norm()).item()
+            for a, b in zip(found, first[1])
+        ]
+        print(
+            f"  {name}: differs from {first[0]} by {max(errors):.1e} (output and all gradients)",
+            flush=True,
+        )
     y = found = first = None  # free their memory
-    whole = {name: lambda name=name: torch.autograd.grad(layers[name](), wrt[name], dout) for name in layers}
-    forward, whole = interleaved(layers, rounds, m.device, 2), interleaved(whole, rounds, m.device, 2)
+    whole = {
+        name: lambda name=name: torch.autograd.grad(layers[name](), wrt[name], dout)
+        for name in layers
+    }
+    forward, whole = (
+        interleaved(layers, rounds, m.device, 2),
+        interleaved(whole, rounds, m.device, 2),
+    )
     flops, formula = 6 * T * C * K * I, dout.element_size() * (T * C + 2 * T * K * I)
     for name in layers:
         a, b, kept = forward[name], whole[name], kept_bytes(layers[name], [w13, w2, one, two])
@@ -527,7 +705,9 @@ def kernel_shape(m: plan.Machine, shape: tuple, weights: torch.dtype, rounds: in
         print(f"  {name:<10} {text}")
         if name != "dense":
             print(f"    time against dense: forward {ratio(a, forward['dense'])}")
-            print(f"    with backward {ratio(b, whole['dense'])}; kept is {kept / formula:.3f} of 2Td + 4TKI")
+            print(
+                f"    with backward {ratio(b, whole['dense'])}; kept is {kept / formula:.3f} of 2Td + 4TKI"
+            )
 
 
 # ---------------------------------------------------------------- whole models
@@ -538,8 +718,10 @@ def step(words: list[str]) -> int:
     import torch._inductor.config as inductor
 
     o = options(words, rounds=7, no_peer=False, limit=120.0, device="auto", size="")
-    inductor.compile_threads = 1  # a compilation that is given up must not go on beside the measurement
-    m, rows = plan.machine(o.device), 2 if o.size == "toy" else 8
+    inductor.compile_threads = (
+        1  # a compilation that is given up must not go on beside the measurement
+    )
+    m, rows = machines.detect(o.device), 2 if o.size == "toy" else 8
     print(machine_line(m))
     peer = not o.no_peer
     if peer:
@@ -551,11 +733,19 @@ def step(words: list[str]) -> int:
             peer = print("no peer: transformers is not installed")
     for grain, (moe, d_ff) in GRAINS.items():
         shape = TOY if o.size == "toy" else STEP
-        print(f"{grain}; {shape['n_layers']} x {shape['d_model']}, {rows} rows x {shape['max_seq_len']} tokens")
-        configs = {"MoE": ModelConfig(**shape | moe | {"d_ff": d_ff}), "dense": ModelConfig(**shape | {"d_ff": d_ff})}
+        print(
+            f"{grain}; {shape['n_layers']} x {shape['d_model']}, {rows} rows x {shape['max_seq_len']} tokens"
+        )
+        configs = {
+            "MoE": ModelConfig(**shape | moe | {"d_ff": d_ff}),
+            "dense": ModelConfig(**shape | {"d_ff": d_ff}),
+        }
         built = {}
         for kind, cfg in configs.items():
-            tries = [(w, lambda cfg=cfg, c=c: Ours(cfg, m, rows, c), c) for c, w in enumerate(("eager", "compiled"))]
+            tries = [
+                (w, lambda cfg=cfg, c=c: Ours(cfg, m, rows, c), c)
+                for c, w in enumerate(("eager", "compiled"))
+            ]
             built[f"our {kind}"] = fastest(f"our {kind}", tries, o.limit, m.device)
             if peer:
                 tries = peer_variants(cfg, m, rows)
@@ -570,28 +760,45 @@ def step(words: list[str]) -> int:
             if a in times and b in times:
                 print(f"  {a} / {b}: time {ratio(times[a], times[b])}")
         built = made = None
-        free_memory()
+        forget_graphs()
     return 0
 
 
-def peer_variants(cfg: ModelConfig, m: plan.Machine, rows: int) -> list:
+def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
     """(label, function, compiled?) of every way to run transformers' model here that fits into memory."""
     experts, found = [""], []
     if cfg.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         experts = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-    bf16 = m.device.type == "cuda" or plan.cpu_has_bf16()
+    bf16 = m.device.type == "cuda" or machines.cpu_has_bf16()
     for name in experts:
         # batched_mm copies the weights of its expert for every choice of every token, and keeps them for backward
-        need = 4 * rows * cfg.max_seq_len * cfg.n_experts_per_token * 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
-        if name == "batched_mm" and need > plan.total_memory(m.device) / 2:
-            print(f"  peer MoE, {name}: left out: it would keep {need / 2**30:.0f} GiB of copied weights")
+        need = (
+            4
+            * rows
+            * cfg.max_seq_len
+            * cfg.n_experts_per_token
+            * 3
+            * cfg.d_model
+            * cfg.d_expert
+            * cfg.n_layers
+        )
+        if name == "batched_mm" and need > machines.total_memory(m.device) / 2:
+            print(
+                f"  peer MoE, {name}: left out: it would keep {need / 2**30:.0f} GiB of copied weights"
+            )
             continue
         for precision in ("fp32", "autocast", "masters") if bf16 else ("fp32",):
             for c in (False, True):
                 make = functools.partial(Peer, cfg, m, rows, c, name, precision)
-                found.append((", ".join(w for w in (name, precision, "compiled" if c else "eager") if w), make, c))
+                found.append(
+                    (
+                        ", ".join(w for w in (name, precision, "compiled" if c else "eager") if w),
+                        make,
+                        c,
+                    )
+                )
     return found
 
 
@@ -614,24 +821,44 @@ def learn(words: list[str]) -> int:
     for seed in range(o.seeds):
         for name in only:
             tree = load_yaml(find_yaml("quickstart"))[0]
-            tree |= {"seed": 1337 + seed, "max_steps": o.steps or tree["max_steps"], "save_interval": 0}
-            tree |= {"sample_prompt": None, "compile_model": False, "resume": "none", "expert_back_end": "slices"}
+            tree |= {
+                "seed": 1337 + seed,
+                "max_steps": o.steps or tree["max_steps"],
+                "save_interval": 0,
+            }
+            tree |= {
+                "sample_prompt": None,
+                "compile_model": False,
+                "resume": "none",
+                "expert_back_end": "slices",
+            }
             tree["model"] |= LEARN[name]
             path, keys = out / f"{name}-{1337 + seed}.json", json.loads(json.dumps(tree))
             with contextlib.suppress(OSError, ValueError):
                 if json.loads(path.read_text())["keys"] == keys:
                     continue
-            row = train_once(tree, path.with_suffix(".log")) | {"variant": name, "seed": 1337 + seed, "keys": keys}
-            checkpoint.write_json(path, row | {"threads": o.threads, "machine": line})
+            row = train_once(tree, path.with_suffix(".log")) | {
+                "variant": name,
+                "seed": 1337 + seed,
+                "keys": keys,
+            }
+            files.write_json(path, row | {"threads": o.threads, "machine": line})
             print(f"{time.strftime('%T')} {path}: val_loss {row['val_loss']:.4f}", flush=True)
     rows = [json.loads(p.read_text()) for p in sorted(out.glob("*.json"))]
     if set(LEARN) <= {r["variant"] for r in rows}:
-        built, m = {}, plan.machine("cpu", tree.get("precision", "auto"))
+        built, m = {}, machines.detect("cpu", tree.get("precision", "auto"))
         for name, changes in LEARN.items():
-            model = ModelConfig(**{"vocab_size": 2048} | load_yaml(find_yaml("quickstart"))[0]["model"] | changes)
+            model = ModelConfig(
+                **{"vocab_size": 2048} | load_yaml(find_yaml("quickstart"))[0]["model"] | changes
+            )
             built[name] = Ours(model, m, tree["batch_size"], back_end="slices")
         times = interleaved(built, o.rounds, "cpu")
-        print("\n".join(f"step of {name}, time against dense: {ratio(t, times['dense'])}" for name, t in times.items()))
+        print(
+            "\n".join(
+                f"step of {name}, time against dense: {ratio(t, times['dense'])}"
+                for name, t in times.items()
+            )
+        )
         for r in (r for r in rows if r["variant"] in times):
             r["tokens_per_second"] = built["dense"].tokens / min(times[r["variant"]])
     print(line)
@@ -652,10 +879,23 @@ def train_once(tree: dict, log: Path) -> dict:
     last = next(r for r in reversed(rows) if "val_loss" in r)
     names = ("val_loss", "val_bpb", "val_loss_as_trained", "mod_gap", "mod_agreement", "mod_depth")
     found = {k: last.get(k) for k in names}
-    n, speeds = trainer.model.n_params(), [r["tokens_per_second"] for r in rows if "tokens_per_second" in r]
-    found |= {"total": n["total"], "active": n["active"], "flops_per_token": trainer.flops_per_token}
-    found |= {"router": sum(p.numel() for k, p in trainer.model.named_parameters() if ".router." in k)}
-    found |= {"steps": trainer.step, "tokens": trainer.tokens, "tokens_per_second": statistics.median(speeds)}
+    n, speeds = (
+        trainer.model.n_params(),
+        [r["tokens_per_second"] for r in rows if "tokens_per_second" in r],
+    )
+    found |= {
+        "total": n["total"],
+        "active": n["active"],
+        "flops_per_token": trainer.flops_per_token,
+    }
+    found |= {
+        "router": sum(p.numel() for k, p in trainer.model.named_parameters() if ".router." in k)
+    }
+    found |= {
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "tokens_per_second": statistics.median(speeds),
+    }
     return found | {"seconds": time.perf_counter() - began}
 
 
@@ -668,9 +908,7 @@ def learn_table(rows: list[dict]) -> list[str]:
         ", "
     )
     tokens = next(r["tokens"] for r in rows if r["steps"] == steps)
-    text = (
-        f"{steps} steps, {tokens:,} tokens each. Val loss: mean (lowest to highest) over seeds, for MoD by the causal"
-    )
+    text = f"{steps} steps, {tokens:,} tokens each. Val loss: mean (lowest to highest) over seeds, for MoD by the causal"
     text += " rule; gap: what the rule of training, which looks ahead, would gain."
     lines = [text, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
@@ -688,7 +926,9 @@ def learn_table(rows: list[dict]) -> list[str]:
         cells += [plan.describe(mine[0]["flops_per_token"])]
         cells += [plan.describe(statistics.median(r["tokens_per_second"] for r in mine))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    others = [f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps]
+    others = [
+        f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps
+    ]
     return lines + ([f"left out: {', '.join(others)}"] if others else [])
 
 
@@ -700,14 +940,26 @@ def gpu(words: list[str]) -> int:
     o = options(words, parts=None, device="cuda", inside=False)
     if unknown := [p for p in o.parts if p not in PARTS]:
         raise UserError("E002", f"gpu: no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    m = plan.machine(o.device)  # E003 without such a device
+    m = machines.detect(o.device)  # E003 without such a device
     toy = m.device.type == "cpu"
     if o.inside:
         return {"sync": sync_check, "slice": slice_step, "models": model_steps}[o.parts[0]](m, toy)
     print(machine_line(m), flush=True)
     here = [sys.executable, str(Path(__file__).resolve())]
-    run = {name: [*here, "gpu", name, "--device", o.device, "--inside"] for name in ("sync", "slice", "models")}
-    run["tests"] = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
+    run = {
+        name: [*here, "gpu", name, "--device", o.device, "--inside"]
+        for name in ("sync", "slice", "models")
+    }
+    run["tests"] = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--durations=5",
+    ]
     run["selftest"] = [sys.executable, "model_moe.py", "--selftest"]
     run["kernels"] = [*here, "kernels", "--device", o.device, *(("--size", "toy") if toy else ())]
     run["speed"] = [*here, "speed", *(("quickstart", "--device", "cpu") if toy else ("gpt2_124m",))]
@@ -717,9 +969,14 @@ def gpu(words: list[str]) -> int:
         left = min(PARTS[name], until - began)
         print(f"\n== {name}", flush=True)
         try:
-            where = {"cwd": Path(__file__).resolve().parent, "env": os.environ | {"TRITON_INTERPRET": "0"}}
+            where = {
+                "cwd": Path(__file__).resolve().parent,
+                "env": os.environ | {"TRITON_INTERPRET": "0"},
+            }
             code = subprocess.run(run[name], timeout=max(1, left), **where).returncode
-            text = {0: "done", 5: "no tests" if name == "tests" else "failed (5)"}.get(code, f"FAILED ({code})")
+            text = {0: "done", 5: "no tests" if name == "tests" else "failed (5)"}.get(
+                code, f"FAILED ({code})"
+            )
         except subprocess.TimeoutExpired:
             text = f"FAILED (not done after {left:.0f} s)"
         failed += [name] * text.startswith("FAILED")
@@ -728,14 +985,20 @@ def gpu(words: list[str]) -> int:
     return 1 if failed else 0
 
 
-def sync_check(m: plan.Machine, toy: bool) -> int:
+def sync_check(m: machines.Machine, toy: bool) -> int:
     """Steps under set_sync_debug_mode("error"), which makes every wait for the GPU an error."""
     failed, cuda = 0, m.device.type == "cuda"
     for name, keys in SYNC.items():
         cfg, tries = ModelConfig(**(TOY if toy else SMALL) | keys), [("auto", False)]
-        if cfg.n_experts:  # slices ask how long each slice is: they must wait, and are left out on a GPU
-            there = model_moe.back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
-            tries = [(b, False) for b, why in there.items() if why is None and not (cuda and b == "slices")]
+        if (
+            cfg.n_experts
+        ):  # slices ask how long each slice is: they must wait, and are left out on a GPU
+            there = expert_kernels.back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
+            tries = [
+                (b, False)
+                for b, why in there.items()
+                if why is None and not (cuda and b == "slices")
+            ]
         if name in ("softmax", "MoE + MoD"):  # compiling takes long
             tries += [(b, True) for b, _ in tries] if cuda else []
         for back_end, compiled in tries:
@@ -750,14 +1013,17 @@ def sync_check(m: plan.Machine, toy: bool) -> int:
                 print(f"  {name}: {run.name}: no sync", flush=True)
             except Exception as error:
                 failed = 1
-                print(f"  {name}: {back_end}{', compiled' * compiled}: FAILED: {said(error)}", flush=True)
+                print(
+                    f"  {name}: {back_end}{', compiled' * compiled}: FAILED: {said(error)}",
+                    flush=True,
+                )
             finally:
                 if cuda:
                     torch.cuda.set_sync_debug_mode("default")
     return failed
 
 
-def fitting(cfg: ModelConfig, m: plan.Machine, rows: list[int]) -> Ours:
+def fitting(cfg: ModelConfig, m: machines.Machine, rows: list[int]) -> Ours:
     """The model with the first of these batches that fits, after three steps; compiled on a GPU."""
     for n in rows:
         try:
@@ -779,15 +1045,19 @@ def tell(run: Ours, times: list[float], peak: float) -> str:
     rate = speed * run.model.flops_per_token()
     text = f"{1e3 * min(times):.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}), "
     m = run.machine
-    text += f"{plan.describe(speed)} tokens/s, MFU {mfu([rate], m, plan.peak_flops(m))} (of the measured peak "
-    text += f"{mfu([rate], m, peak)}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
+    text += f"{plan.describe(speed)} tokens/s, MFU {mfu([rate], m, machines.peak_flops(m))} (of the measured peak "
+    text += (
+        f"{mfu([rate], m, peak)}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
+    )
     return text
 
 
-def slice_step(m: plan.Machine, toy: bool) -> int:
+def slice_step(m: machines.Machine, toy: bool) -> int:
     """Four layers of b1: step time, MFU, memory."""
-    cfg = ModelConfig(**TOY | {"n_experts": 8, "n_shared_experts": 1, "router": "sigmoid"} if toy else B1)
-    peak = plan.matrix_peak(m.device, m.compute_dtype, 1.0)
+    cfg = ModelConfig(
+        **TOY | {"n_experts": 8, "n_shared_experts": 1, "router": "sigmoid"} if toy else B1
+    )
+    peak = machines.matrix_peak(m.device, m.compute_dtype, 1.0)
     run = fitting(cfg, m, [2] if toy else [16, 8, 4, 2, 1])
     if m.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -798,13 +1068,15 @@ def slice_step(m: plan.Machine, toy: bool) -> int:
     return 0
 
 
-def model_steps(m: plan.Machine, toy: bool) -> int:
+def model_steps(m: machines.Machine, toy: bool) -> int:
     """Dense, MoE and MoD of equal active width, interleaved."""
-    runs, peak = {}, plan.matrix_peak(m.device, m.compute_dtype, 1.0)
+    runs, peak = {}, machines.matrix_peak(m.device, m.compute_dtype, 1.0)
     for name, keys in MODELS.items():
         try:
             runs[name] = fitting(
-                ModelConfig(**TOY | keys | {"d_expert": 8} if toy else WIDE | keys), m, [2 if toy else 16]
+                ModelConfig(**TOY | keys | {"d_expert": 8} if toy else WIDE | keys),
+                m,
+                [2 if toy else 16],
             )
         except Exception as error:
             print(f"  {name}: {said(error)}", flush=True)
@@ -822,7 +1094,12 @@ def model_steps(m: plan.Machine, toy: bool) -> int:
 def fault_table(words: list[str]) -> int:
     """The runs that --out does not hold yet, then the table. --quick: six rows, dense, act; exit code 1 where one is
     not as expected. --healthy N: until the file holds N steps without a fault."""
-    known = {"only": "", "arms": "act,off,reference", "kinds": "dense,moe", "out": "out/faults.json"}
+    known = {
+        "only": "",
+        "arms": "act,off,reference",
+        "kinds": "dense,moe",
+        "out": "out/faults.json",
+    }
     o = options(words, **known, table=False, quick=False, healthy=0)
     book = faults.run(o)
     rows, wrong = faults.fault_table(book.data["runs"])
@@ -838,32 +1115,65 @@ def layouts(words: list[str]) -> int:
     o = options(words, ranks=2, rounds=3, steps=12, only="", inside="")
     if o.inside:
         return layout_run(json.loads(Path(o.inside).read_text()))
-    chosen = {n: k for n, k in {"one process": {}, **LAYOUTS}.items() if not o.only or n in o.only.split(",")}
+    chosen = {
+        n: k
+        for n, k in {"one process": {}, **LAYOUTS}.items()
+        if not o.only or n in o.only.split(",")
+    }
     if unknown := [n for n in o.only.split(",") if n and n not in chosen]:
-        raise UserError("E002", f"layouts: no {', '.join(unknown)}; there are: one process, {', '.join(LAYOUTS)}")
+        raise UserError(
+            "E002",
+            f"layouts: no {', '.join(unknown)}; there are: one process, {', '.join(LAYOUTS)}",
+        )
     left_out = {"hsdp_shard_size"} if o.ranks < 4 else set()
-    if not {"avx512_bf16", "amx_bf16"} & set(plan.cpu_flags()):
+    if not {"avx512_bf16", "amx_bf16"} & set(machines.cpu_flags()):
         left_out.add("precision")
-        print("mixed_bf16 is left out: this CPU has no units for it; --only mixed_bf16 measures it all the same")
+        print(
+            "mixed_bf16 is left out: this CPU has no units for it; --only mixed_bf16 measures it all the same"
+        )
     chosen = {n: k for n, k in chosen.items() if o.only or not left_out & k.keys()}
     runs, ones = {n: [] for n in chosen}, [n for n in chosen if "one process" in n]
     with tempfile.TemporaryDirectory() as top:
         faults.corpus(Path(top, "data"))
         for n in range(o.rounds + 1):
             for name, changes in chosen.items():
-                ranks, job, out = 1 if name in ones else o.ranks, Path(top, "job.json"), Path(top, "out.json")
-                config = SPREAD | {"data_dir": f"{top}/data", "out_dir": f"{top}/run", "max_steps": o.steps if n else 4}
-                config |= {"zero_stage": 0, "batch_tokens": 2 * ranks * 4 * SPREAD["model"]["max_seq_len"]} | changes
+                ranks, job, out = (
+                    1 if name in ones else o.ranks,
+                    Path(top, "job.json"),
+                    Path(top, "out.json"),
+                )
+                config = SPREAD | {
+                    "data_dir": f"{top}/data",
+                    "out_dir": f"{top}/run",
+                    "max_steps": o.steps if n else 4,
+                }
+                config |= {
+                    "zero_stage": 0,
+                    "batch_tokens": 2 * ranks * 4 * SPREAD["model"]["max_seq_len"],
+                } | changes
                 job.write_text(json.dumps({"config": config, "out": str(out), "memory": n == 0}))
                 env = os.environ | {"OMP_NUM_THREADS": "1"}
-                env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
+                env |= (
+                    {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
+                )
                 here = [str(Path(__file__).resolve()), "layouts", "--inside", str(job)]
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                done = subprocess.run([*torchrun, *here], env=env, capture_output=True, text=True, timeout=900)
+                torchrun = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={ranks}",
+                ]
+                done = subprocess.run(
+                    [*torchrun, *here], env=env, capture_output=True, text=True, timeout=900
+                )
                 if not out.exists():
                     raise UserError("E001", f"layouts: {name}: {done.stderr[-2000:]}")
                 runs[name].append(json.loads(out.read_text()))
-                print(f"{time.strftime('%T')} {name}: {runs[name][-1]['seconds']:.2f} s a step", flush=True)
+                print(
+                    f"{time.strftime('%T')} {name}: {runs[name][-1]['seconds']:.2f} s a step",
+                    flush=True,
+                )
                 out.unlink()
     print(machine_line())
     shape = ModelConfig(**SPREAD["model"])
@@ -877,10 +1187,15 @@ def layouts(words: list[str]) -> int:
     for name, (memory, *timed) in runs.items():
         times = [r["seconds"] for r in timed]
         cells = [name, plan.describe(statistics.median(r["tokens"] / r["seconds"] for r in timed))]
-        cells += [ratio(times, [r["seconds"] for r in base[1:]]) if name not in ones and base else "-"]
+        cells += [
+            ratio(times, [r["seconds"] for r in base[1:]]) if name not in ones and base else "-"
+        ]
         cells += [f"{100 * statistics.median(r['share'] for r in timed):.0f} %"]
         cells += [", ".join(f"{x / 1e6:.0f} ({y / 1e6:.0f})" for x, y in memory["bytes"])]
-        cells += [f"{memory['build'] / 1e6:.0f}", f"{memory['peak'] / 1e6:.0f} ({memory['plan'] / 1e6:.0f})"]
+        cells += [
+            f"{memory['build'] / 1e6:.0f}",
+            f"{memory['peak'] / 1e6:.0f} ({memory['plan'] / 1e6:.0f})",
+        ]
         print(f"| {' | '.join(cells)} |")
     return 0
 
@@ -915,7 +1230,9 @@ def layout_run(job: dict) -> int:
                 inside[0] = False
                 spent[0] += time.perf_counter() - began
                 tensors = [x for x in (*args, *kw.values()) if torch.is_tensor(x)]
-                sent[kind] += max(x.nbytes for x in tensors) * (1 + (name == "all_reduce"))  # there and back
+                sent[kind] += max(x.nbytes for x in tensors) * (
+                    1 + (name == "all_reduce")
+                )  # there and back
 
         setattr(dist, name, timed)
 
@@ -949,7 +1266,12 @@ def layout_run(job: dict) -> int:
 
         trainer.orchestrator.act = turn
         trainer.save = lambda *a, **k: True
-        states = [x for s in trainer.optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim()]
+        states = [
+            x
+            for s in trainer.optimizer.state.values()
+            for x in s.values()
+            if torch.is_tensor(x) and x.dim()
+        ]
         states += trainer.parallel.weights(trainer.model).values()
         before = high_water(reset=True) - sum(x.nbytes for x in states)
         trainer.fit()
@@ -957,12 +1279,24 @@ def layout_run(job: dict) -> int:
     steps, seconds = len(marks) - 1, marks[-1][0] - marks[0][0]
     cfg, world = trainer.cfg, trainer.parallel.world
     at = plan.Layout(
-        world, cfg.zero_stage, cfg.hsdp_shard_size, cfg.expert_parallel, 2 if cfg.reduce_dtype == "bf16" else 4
+        world,
+        cfg.zero_stage,
+        cfg.hsdp_shard_size,
+        cfg.expert_parallel,
+        2 if cfg.reduce_dtype == "bf16" else 4,
     )
     args = (trainer.counted, at, cfg.batch_size, 2, cfg.precision, cfg.activation_checkpointing)
-    planned = plan.traffic(*args)
-    kinds = {"gather": ("all-gather",), "reduce": ("reduce-scatter", "all-reduce"), "all": ("all-to-all",)}
-    found = {"seconds": seconds / steps, "tokens": trainer.rows_per_step * cfg.model.max_seq_len, "build": build[0]}
+    planned = simulate.traffic(*args)
+    kinds = {
+        "gather": ("all-gather",),
+        "reduce": ("reduce-scatter", "all-reduce"),
+        "all": ("all-to-all",),
+    }
+    found = {
+        "seconds": seconds / steps,
+        "tokens": trainer.rows_per_step * cfg.model.max_seq_len,
+        "build": build[0],
+    }
     found |= {"share": (marks[-1][1] - marks[0][1]) / seconds, "peak": high_water() - before}
     found["bytes"] = []
     for k, names in kinds.items():
@@ -975,108 +1309,15 @@ def layout_run(job: dict) -> int:
     os._exit(0)
 
 
-# ---------------------------------------------------------------- what a run decided, for people
-
-
-def of_run(words: list[str], name: str) -> tuple[Path, list[dict]]:
-    """The folder of a run and the rows of one of its files; none of decisions.jsonl, which a healthy run
-    does not have. E002, E108, E104."""
-    folders = options(words, run=None).run
-    if len(folders) != 1:
-        raise UserError("E002", "which run? python bench.py decisions out/NAME, python bench.py picture out/NAME")
-    path = Path(folders[0], name)
-    if not path.is_file():
-        if name == "decisions.jsonl" and (path.parent / "config.yaml").exists():
-            return path.parent, []
-        raise UserError("E108", f"there is no {path}")
-    try:
-        rows = read_lines(path)
-    except ValueError as error:
-        raise UserError("E108", f"{path}: {said(error)}") from error
-    if not rows:
-        raise UserError("E104", f"{path} is empty")
-    return path.parent, rows
-
-
-def decisions(words: list[str]) -> int:
-    """decisions.jsonl as a story: what happened, why, what was done, how it turned out. What lies within 100 turns
-    belongs together; what is the same in turns on end is said once."""
-    out, rows = of_run(words, "decisions.jsonl")
-    if not rows:
-        print(f"{out}: nothing had to be decided")
-        return 0
-    outcomes, told = {r["id"]: r for r in rows if r.get("kind") == "outcome"}, []
-    for r in (r for r in rows if "trigger" in r):
-        last = told[-1] if told else None
-        same = last and all(r[k] == last[k] for k in ("trigger", "action", "executed", "attempt"))
-        if same and r["id"] not in outcomes and r["turn"] - last["until"] <= 1:
-            last |= {"until": r["turn"], "to": r["step"]}
-        else:
-            told.append(r | {"until": r["turn"], "to": r["step"], "last": last})
-    print(f"{out}: {len(rows) - len(outcomes)} decisions")
-    for r in told:
-        if not (last := r["last"]) or r["attempt"] != last["attempt"] or r["turn"] - last["until"] > 100:
-            print(f"\n{r['time']}, attempt {r['attempt']}, mode {r['mode']}")
-        state = "done" if r["executed"] else f"NOT done: {r.get('refused') or r['blocked_by']}"
-        state = f"level {r['level']}, {state}" if r["level"] else "a note"
-        steps = f"step {r['step']}" + (f" to {r['to']}" if r["to"] != r["step"] else "")
-        print(f"  {steps}: {r['trigger']}: {r['action']} (#{r['id']}, {state})")
-        print(f"    why     {r['reason']}; confidence {r['confidence']:.2f} ({r['basis']})")
-        if isinstance(how := r.get("args") or {}, dict) and how:
-            print("    how     " + ", ".join(f"{k} {v}" for k, v in how.items() if v is not None))
-        if o := outcomes.get(r["id"]):
-            print(f"    outcome {o['verdict']}, seen at step {o['step']}")
-    return 0
-
-
-def picture(words: list[str]) -> int:
-    """RUN/training.png: loss, learning rate, gradient norm, expert shares, and where something was decided."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("E003", "a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    out, rows = of_run(words, "metrics.jsonl")
-    marks = [d for d in read_lines(out / "decisions.jsonl") if "trigger" in d and d["executed"]]
-    kept, lost = [], []  # a step that comes again was rolled back
-    for r in rows:
-        while kept and kept[-1]["step"] > r["step"]:
-            lost.append(kept.pop())
-        kept.append(r)
-    shares = sorted({k for r in kept for k in r if k.startswith("experts/share/")})
-    panels = ["loss", "lr", "grad_norm", *shares]
-    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(10, 2.2 * len(panels)), squeeze=False)
-
-    def draw(ax, rows, name, style, **more):
-        found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-        if found:  # the legend names what happened only
-            ax.plot([step for step, _ in found], [x for _, x in found], style, **more)
-
-    for name, ax in zip(panels, axes[:, 0]):
-        if name in shares:
-            here = [r for r in kept if name in r]
-            ax.stackplot([r["step"] for r in here], np.array([[x or 0.0 for x in r[name]] for r in here]).T)
-        else:
-            draw(ax, kept, name, "-", label="training")
-            draw(ax, lost, name, ".", color="0.7", label="rolled back")
-        for d in marks:
-            ax.axvline(d["step"], color=("0.8", "tab:orange", "tab:red", "tab:red", "black")[d["level"]], linewidth=0.8)
-        ax.set_ylabel(name.removeprefix("experts/"))
-    draw(axes[0, 0], kept, "val_loss", "o-", markersize=3, label="validation")
-    axes[0, 0].legend(fontsize=8)
-    axes[2, 0].set_yscale("log")
-    for d in (d for d in marks if d["level"] > 1 or d["trigger"] == "user"):
-        axes[0, 0].annotate(d["action"], (d["step"], 1.02), xycoords=("data", "axes fraction"), rotation=30, fontsize=7)
-    axes[-1, 0].set_xlabel("step")
-    figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
-    print(out / "training.png")
-    return 0
-
-
-COMMANDS = {"speed": speed, "decode": decode, "kernels": kernels, "step": step, "learn": learn, "gpu": gpu}
-COMMANDS |= {"layouts": layouts, "faults": fault_table, "decisions": decisions, "picture": picture}
+COMMANDS = {
+    "speed": speed,
+    "decode": decode,
+    "kernels": kernels,
+    "step": step,
+    "learn": learn,
+    "gpu": gpu,
+}
+COMMANDS |= {"layouts": layouts, "faults": fault_table}
 
 
 def main(argv: list[str]) -> int:
@@ -1088,7 +1329,7 @@ def main(argv: list[str]) -> int:
     near = nearest(argv[0], COMMANDS) if argv else None
     what = f"{argv[0]!r} is not one of" if argv else "what is to be measured? One of"
     hint = f"did you mean {near}?" if near else "--help explains them"
-    raise UserError("E002", f"command line: bench.py: {what} {', '.join(COMMANDS)}; {hint}")
+    raise UserError("E002", f"command line: tools.bench: {what} {', '.join(COMMANDS)}; {hint}")
 
 
 if __name__ == "__main__":

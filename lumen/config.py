@@ -17,37 +17,78 @@ from pathlib import Path
 
 import yaml
 
-from errors import UserError, expand, nearest, no_path
+from lumen.errors import UserError, expand, nearest, no_path
 from model import ModelConfig
-from orchestrator import MODES, OrchestratorConfig
+
+
+@dataclass
+class OrchestratorConfig:
+    mode: str = "act"  # act | shadow (decides and writes down, does nothing) | off | replay (repeats the file below)
+    intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 0.99
+    check_interval: int = 100  # steps between the slow health checks; the guards look at every step
+    enable_emergency_recovery: bool = True  # roll back, and stop a run that cannot be saved
+    enable_architecture_adaptation: bool = (
+        False  # re-seed dead experts by itself (adding and pruning are yours)
+    )
+    snapshot_interval: int = (
+        50  # steps between copies in memory to roll back to; 0: none, checkpoints only
+    )
+    replay: str | None = None  # mode replay: decisions.jsonl of the run to repeat
+
+
+MODES = ("act", "shadow", "off", "replay")
 
 
 @dataclass
 class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
-    data: dict | None = None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
-    prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
-    val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
-    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
-    allow_tokenizer_change: bool = False  # take weights although the data has another tokenizer than theirs had
+    data: dict | None = (
+        None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
+    )
+    prepare: dict | None = (
+        None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
+    )
+    val_fraction: float = (
+        0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
+    )
+    allow_data_change: bool = (
+        False  # resume although the data is not what the checkpoint was trained on
+    )
+    allow_tokenizer_change: bool = (
+        False  # take weights although the data has another tokenizer than theirs had
+    )
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
-    auto_epoch_scaling: bool = False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
-    chinchilla_multiplier: float = 20.0  # tokens an active parameter; the optimum is flat from 10 to 40
-    min_auto_epochs: float = 0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
+    auto_epoch_scaling: bool = (
+        False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
+    )
+    chinchilla_multiplier: float = (
+        20.0  # tokens an active parameter; the optimum is flat from 10 to 40
+    )
+    min_auto_epochs: float = (
+        0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
+    )
     max_auto_epochs: float = 50.0  # ... and at most so often
-    batch_size: int | str = 16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
+    batch_size: int | str = (
+        16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
+    )
     gradient_accumulation_steps: int = 1  # micro-steps per step
-    batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
+    batch_tokens: int | None = (
+        None  # tokens per step over all processes; accumulation follows from it
+    )
     target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
     # optimizer and schedule
     learning_rate: float = 3e-4  # the peak, absolute
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
-    lr_schedule: str = "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
+    lr_schedule: str = (
+        "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
+    )
     decay_frac: float = 0.2  # wsd: the last part of max_steps that decays linearly
-    warmup_steps: float | None = None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
+    warmup_steps: float | None = (
+        None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
+    )
     optimizer: str = "adamw"  # adamw
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squares
@@ -60,15 +101,23 @@ class Config:
     eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
     eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
     early_stopping_patience: int = 0  # stop after so many evaluations without a new best; 0: never
-    enable_early_stopping: bool = False  # stop, or begin wsd's decay, where that is justified; false: only say so
-    enable_loss_landscape: bool = True  # forecast: phase, predicted final loss, every orchestrator.check_interval
+    enable_early_stopping: bool = (
+        False  # stop, or begin wsd's decay, where that is justified; false: only say so
+    )
+    enable_loss_landscape: bool = (
+        True  # forecast: phase, predicted final loss, every orchestrator.check_interval
+    )
     enable_compute_efficiency: bool = True  # in it: nats gained per doubling of compute
     save_interval: int = 1000  # steps; 0: only the last
-    save_async: bool = False  # write checkpoints beside training, which waits for a copy in memory only
+    save_async: bool = (
+        False  # write checkpoints beside training, which waits for a copy in memory only
+    )
     save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
     log_interval: int = 20  # steps
-    expert_log_interval: int = 0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
+    expert_log_interval: int = (
+        0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
+    )
     wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
     wandb_entity: str | None = None  # team or user
     wandb_run_name: str | None = None  # null: the name of out_dir
@@ -78,43 +127,83 @@ class Config:
     # machine
     seed: int = 1337  # of weights, order of data, dropout
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
+    precision: str = (
+        "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
+    )
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
-    deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
-    attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
-    expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
-    activation_checkpointing: str = "none"  # none | selective: recompute all but products | block (full): whole blocks
+    deterministic: bool | str = (
+        "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
+    )
+    attention: str = (
+        "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
+    )
+    expert_back_end: str = (
+        "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
+    )
+    activation_checkpointing: str = (
+        "none"  # none | selective: recompute all but products | block (full): whole blocks
+    )
     # several processes
-    comm_timeout: int = 600  # seconds without a word from a rank, after the first step, until it counts as lost
+    comm_timeout: int = (
+        600  # seconds without a word from a rank, after the first step, until it counts as lost
+    )
     # several processes, under train_fsdp.py only
     zero_stage: int = 3  # 3: weights in parts, gathered for use; 2: once a step; 1: and gradients summed once; 0: whole
-    hsdp_shard_size: int = 0  # ranks that share one copy of the weights (of one machine, say); 0: all
-    expert_parallel: int = 1  # ranks that share the experts of a layer among them; tokens travel to them
+    hsdp_shard_size: int = (
+        0  # ranks that share one copy of the weights (of one machine, say); 0: all
+    )
+    expert_parallel: int = (
+        1  # ranks that share the experts of a layer among them; tokens travel to them
+    )
     cpu_offload: bool = False  # true is refused: not there, never measured
-    reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
+    reduce_dtype: str = (
+        "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
+    )
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = "auto"  # auto: the newest whole step in out_dir; none: anew; a run or step folder: from there
-    init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
+    init_from: str | None = (
+        None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
+    )
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     use_adaptive_training: bool = True  # false: orchestrator.mode off
-    orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys, see below
+    orchestrator: OrchestratorConfig = field(
+        default_factory=OrchestratorConfig
+    )  # its keys, see below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys, see below
 
 
-SHARDING = ("zero_stage", "hsdp_shard_size", "expert_parallel", "reduce_dtype")  # of train_fsdp.py only
-IGNORED = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "save_latest_always", "backend")
+SHARDING = (
+    "zero_stage",
+    "hsdp_shard_size",
+    "expert_parallel",
+    "reduce_dtype",
+)  # of train_fsdp.py only
+IGNORED = (
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "save_latest_always",
+    "backend",
+)
 FLAGS = ("dry_run", "print_config", "help")  # of the command line only
 SIMULATED = {  # with --dry_run: what it simulates. name: (type, meaning)
     "world_size": (int, "processes, one a GPU; default: 1"),
-    "hardware": (str, "h100, h200, b200, a100-80gb, rtx4090 ... (plan.HARDWARE), cpu or measured; several: h100"),
+    "hardware": (
+        str,
+        "h100, h200, b200, a100-80gb, rtx4090 ... (plan.HARDWARE), cpu or measured; several: h100",
+    ),
     "peak_flops": (float, "FLOP/s of matrix products, instead of the hardware's"),
     "memory_gb": (float, "GB of a GPU, likewise"),
     "link_gb_s": (float, "GB/s to the GPUs of one machine, one way, likewise"),
     "network_gb_s": (float, "GB/s to other machines, one way and GPU, likewise"),
     "gpus_per_node": (int, "GPUs in a machine, likewise"),
     "mfu": (float, "share of the peak while computing; default: what others published"),
-    "imbalance": (float, "rows of the busiest rank with expert_parallel, times the fair share; default: 1.25"),
+    "imbalance": (
+        float,
+        "rows of the busiest rank with expert_parallel, times the fair share; default: 1.25",
+    ),
     "disk_gb_s": (float, "GB/s that a machine writes of a checkpoint; default: 2"),
 }
 CHOICES = {
@@ -128,9 +217,19 @@ CHOICES = {
     "reduce_dtype": ("fp32", "bf16"),
     "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
 }
-AT_LEAST = {"batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 0, "batch_tokens": 1, "eval_tokens": 1}
-AT_LEAST |= dict.fromkeys(("eval_interval", "save_interval", "save_total_limit", "keep_every", "weight_decay"), 0)
-AT_LEAST |= dict.fromkeys(("grad_clip", "z_loss", "warmup_steps", "min_lr", "num_epochs", "val_fraction", "seed"), 0)
+AT_LEAST = {
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 0,
+    "batch_tokens": 1,
+    "eval_tokens": 1,
+}
+AT_LEAST |= dict.fromkeys(
+    ("eval_interval", "save_interval", "save_total_limit", "keep_every", "weight_decay"), 0
+)
+AT_LEAST |= dict.fromkeys(
+    ("grad_clip", "z_loss", "warmup_steps", "min_lr", "num_epochs", "val_fraction", "seed"), 0
+)
 AT_LEAST |= {
     "expert_log_interval": 0,
     "router_lr_factor": 0,
@@ -141,14 +240,29 @@ AT_LEAST |= {
     "beta2": 0,
 }
 AT_LEAST |= {"zero_stage": 0, "hsdp_shard_size": 0, "expert_parallel": 1, "comm_timeout": 1}
-AT_MOST = {"zero_stage": 3, "batch_size": 1 << 24, "gradient_accumulation_steps": 1 << 24, "comm_timeout": 10**8}
-AT_MOST |= {"batch_tokens": 1 << 40, "max_steps": 10**12, "num_epochs": 10**6, "max_auto_epochs": 10**6}
+AT_MOST = {
+    "zero_stage": 3,
+    "batch_size": 1 << 24,
+    "gradient_accumulation_steps": 1 << 24,
+    "comm_timeout": 10**8,
+}
+AT_MOST |= {
+    "batch_tokens": 1 << 40,
+    "max_steps": 10**12,
+    "num_epochs": 10**6,
+    "max_auto_epochs": 10**6,
+}
 ABOVE_ZERO = ("eps", "chinchilla_multiplier", "max_auto_epochs")
 BELOW_ONE = ("beta1", "beta2", "val_fraction")
-BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that are mappings of keys
+BLOCKS = {
+    "model": ModelConfig,
+    "orchestrator": OrchestratorConfig,
+}  # keys that are mappings of keys
 KINDS = {cls: typing.get_type_hints(cls) for cls in (Config, *BLOCKS.values())}
 MAY_BE_EMPTY = ("sample_prompt",)
-PATHS = re.compile(r"data_dir|out_dir|resume|init_from|orchestrator\.replay|prepare\.out|data\.sources\..*\.dir")
+PATHS = re.compile(
+    r"data_dir|out_dir|resume|init_from|orchestrator\.replay|prepare\.out|data\.sources\..*\.dir"
+)
 INSIDE = {  # what stands inside a value: a type, [what each item is], {key: what it is}; "*": any name
     "data": {
         "sources": {"*": {"dir": str, "weight": float}},
@@ -160,8 +274,12 @@ INSIDE = {  # what stands inside a value: a type, [what each item is], {key: wha
     "model.mod_capacity": [float],
     "model.rope_scaling": {
         **dict.fromkeys(("type", "rope_type"), str),
-        **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), float),
-        **dict.fromkeys(("beta_fast", "beta_slow", "rope_theta", "mscale", "mscale_all_dim"), float),
+        **dict.fromkeys(
+            ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), float
+        ),
+        **dict.fromkeys(
+            ("beta_fast", "beta_slow", "rope_theta", "mscale", "mscale_all_dim"), float
+        ),
         **{"original_max_position_embeddings": int, "truncate": bool},
     },
 }
@@ -350,7 +468,9 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         what = f"byte 0x{data[error.start]:02x} is not {error.encoding.upper()}"
-        raise UserError("E002", f"{path}:{line}: {what}; convert the file, for instance with iconv") from error
+        raise UserError(
+            "E002", f"{path}:{line}: {what}; convert the file, for instance with iconv"
+        ) from error
     if not path.is_file():
         PIPES[str(path)] = text
     return text
@@ -372,7 +492,10 @@ def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
             merge = key.tag == "tag:yaml.org,2002:merge"
             name = prefix if merge else f"{prefix}.{key.value}" if prefix else str(key.value)
             if name in lines and not merge:
-                raise UserError("E002", f"{path}:{key.start_mark.line + 1}: {name} stands here for the second time")
+                raise UserError(
+                    "E002",
+                    f"{path}:{key.start_mark.line + 1}: {name} stands here for the second time",
+                )
             lines[name] = key.start_mark.line + 1
             walk(value, name)
 
@@ -386,10 +509,14 @@ def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
         line = f":{mark.line + 1}" if mark else ""
         raise UserError("E002", f"{path}{line}: not valid YAML: {error}") from error
     except RecursionError as error:
-        raise UserError("E002", f"{path}: not a configuration: nested too deeply, or in itself") from error
+        raise UserError(
+            "E002", f"{path}: not a configuration: nested too deeply, or in itself"
+        ) from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError("E002", f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}")
+        raise UserError(
+            "E002", f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}"
+        )
     return tree, lines
 
 
@@ -420,7 +547,9 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
         word = words.pop(0)
         word = "--help" if word == "-h" else word
         if not word.startswith("--"):
-            raise UserError("E002", f"{TYPED}: {short(word)}: options look like --key value or --key=value")
+            raise UserError(
+                "E002", f"{TYPED}: {short(word)}: options look like --key value or --key=value"
+            )
         key, has_value, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if key in FLAGS:
@@ -438,25 +567,35 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
             if not isinstance(flags[key], str) and flags[key] <= 0:
                 raise UserError("E002", f"{TYPED}: --{key}: {value} must be above 0")
             continue
-        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is a text
+        with contextlib.suppress(
+            yaml.YAMLError, ValueError, RecursionError
+        ):  # what is no YAML is a text
             value = yaml.load(value, Plain) if value else None  # Plain is a SafeLoader
         target[name] = value
-        places = {old: p for old, p in places.items() if not old.startswith((f"{key}.", f"{key}["))} | {key: TYPED}
+        places = {
+            old: p for old, p in places.items() if not old.startswith((f"{key}.", f"{key}["))
+        } | {key: TYPED}
         open_blocks(tree, place)
     preset = path and path.resolve().parent == Path(__file__).resolve().parent / "configs"
     own = next((key for key in ("prepare", "data_dir", "data") if places.get(key) == TYPED), None)
     if preset and own and places.get("sample_prompt", TYPED) != TYPED:
         tree.pop("sample_prompt")  # it continues the preset's own text
-        notes.append(f"the preset's sample_prompt goes with its own data, not with --{own}: no sample")
+        notes.append(
+            f"the preset's sample_prompt goes with its own data, not with --{own}: no sample"
+        )
     if (extra := [k for k in flags if k in SIMULATED]) and not flags.get("dry_run"):
-        raise UserError("E002", f"{TYPED}: --{extra[0]} goes with --dry_run only; torchrun sets the real number")
+        raise UserError(
+            "E002", f"{TYPED}: --{extra[0]} goes with --dry_run only; torchrun sets the real number"
+        )
     typed_wins(tree, {key for key, where in places.items() if where == TYPED}, notes)
     if path is None and not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
         usage = "usage: python train.py CONFIG [--key value ...]; CONFIG is your YAML file or one of the presets"
         raise UserError("E001", f"which configuration? {usage}: {', '.join(presets())}")
     cfg = build_config(tree, place, notes)
     if moved and tree.get("out_dir") == home:
-        notes.append(f"out_dir: {home}, where this config.yaml lies; it says {moved}: the run was moved or copied")
+        notes.append(
+            f"out_dir: {home}, where this config.yaml lies; it says {moved}: the run was moved or copied"
+        )
     elif home and cfg.out_dir and not same_place(cfg.out_dir, home):
         notes.append(f"out_dir: {cfg.out_dir}, as typed; {path} is of the run in {home}")
     if cfg.out_dir is None:
@@ -471,7 +610,9 @@ def same_place(a, b) -> bool:
 def run_of(path: Path) -> str | None:
     """The run's folder that a configuration lies in: a run that was moved or copied is gone on with where it lies."""
     folder, names = path.parent, ("config.yaml", "resolved.yaml")
-    if path.name in names and ((folder / "status.json").exists() or any(folder.glob("step_*/manifest.json"))):
+    if path.name in names and (
+        (folder / "status.json").exists() or any(folder.glob("step_*/manifest.json"))
+    ):
         return str(folder)
     return None
 
@@ -481,7 +622,10 @@ def open_blocks(tree: dict, place) -> None:
     for block in BLOCKS:
         tree[block] = {} if tree.get(block) is None else tree[block]
         if not isinstance(tree[block], dict):
-            raise UserError("E002", f"{place(block)}: {block}: a mapping of keys is expected, not {short(tree[block])}")
+            raise UserError(
+                "E002",
+                f"{place(block)}: {block}: a mapping of keys is expected, not {short(tree[block])}",
+            )
 
 
 def slot(tree: dict, key: str) -> tuple[dict, str]:
@@ -496,12 +640,22 @@ def typed_wins(tree: dict, typed: set[str], notes: list[str]) -> None:
         target, name = slot(tree, key)
         for other in INSTEAD[key]:
             where, theirs = slot(tree, other)
-            if target.get(name) in (None, False) or where.get(theirs) in (None, False) or other in typed:
+            if (
+                target.get(name) in (None, False)
+                or where.get(theirs) in (None, False)
+                or other in typed
+            ):
                 continue
-            made = where[theirs].get("out") if other == "prepare" and isinstance(where[theirs], dict) else None
+            made = (
+                where[theirs].get("out")
+                if other == "prepare" and isinstance(where[theirs], dict)
+                else None
+            )
             if made is not None and made == target.get(name):  # data_dir is what the file prepares
                 continue
-            notes.append(f"{key} was typed: {other}: {short(where.pop(theirs))} of the file is left out")
+            notes.append(
+                f"{key} was typed: {other}: {short(where.pop(theirs))} of the file is left out"
+            )
 
 
 def find_yaml(name: str) -> Path:
@@ -514,16 +668,26 @@ def find_yaml(name: str) -> Path:
             return known[name]
         inner = path / "config.yaml"
         if path.is_dir():
-            hint = f"did you mean {inner}?" if inner.is_file() else "a YAML file, or the name of a preset, is expected"
+            hint = (
+                f"did you mean {inner}?"
+                if inner.is_file()
+                else "a YAML file, or the name of a preset, is expected"
+            )
             raise UserError("E001", f"{name} is a folder; {hint}")
         here = {str(p): p for p in path.parent.glob("*.y*ml")}
         elsewhere = Path(__file__).resolve().parent / name
         if elsewhere.is_file():
             hint = f"{elsewhere} does"
-            hint += f": {path.stem} alone names that preset" if known.get(path.stem) == elsewhere else ""
+            hint += (
+                f": {path.stem} alone names that preset"
+                if known.get(path.stem) == elsewhere
+                else ""
+            )
             raise UserError("E001", f"{name} does not exist in {Path.cwd()}; {hint}")
     except (OSError, ValueError) as error:  # too long for a name, a NUL in it
-        raise UserError("E001", f"{short(name)}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(
+            "E001", f"{short(name)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     near = nearest(path.stem, known)
     near = nearest(str(path), here) or (f"configs/{near}.yaml" if near else None)
     hint = f"did you mean {near}?" if near else f"presets: {', '.join(known)}"
@@ -544,7 +708,11 @@ def meant(key: str) -> str:
         return f"it belongs on the command line: {fits[0]}"
     if fits:
         there = fits[0].rpartition(".")[0]
-        return f"it belongs under {there}:" if there else f"it belongs at the top level, not under {block}:"
+        return (
+            f"it belongs under {there}:"
+            if there
+            else f"it belongs at the top level, not under {block}:"
+        )
     if name in FOREIGN:
         return f"it is {FOREIGN[name]} here"
     if near := nearest(name, bare):
@@ -561,11 +729,20 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         notes.append(f"{key} has no effect in Lumen and is ignored")
     open_blocks(tree, where)
     lunaris_keys(tree["model"], where, notes)
-    named = [("", Config, tree), *((f"{block}.", cls, tree[block]) for block, cls in BLOCKS.items())]
+    named = [
+        ("", Config, tree),
+        *((f"{block}.", cls, tree[block]) for block, cls in BLOCKS.items()),
+    ]
     unknown = [f"{prefix}{k}" for prefix, cls, keys in named for k in keys if k not in KINDS[cls]]
     if unknown:
-        told = [f"{where(key)}: unknown key {short(key).strip(repr('')[0])}; {meant(key)}" for key in unknown]
-        raise UserError("E002", told[0] if len(told) == 1 else f"{len(told)} unknown keys\n  " + "\n  ".join(told))
+        told = [
+            f"{where(key)}: unknown key {short(key).strip(repr('')[0])}; {meant(key)}"
+            for key in unknown
+        ]
+        raise UserError(
+            "E002",
+            told[0] if len(told) == 1 else f"{len(told)} unknown keys\n  " + "\n  ".join(told),
+        )
     for prefix, cls, keys in named:
         for key in [k for k in keys if k not in BLOCKS]:
             place, name = where(prefix + key), prefix + key
@@ -627,17 +804,28 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         refuse("orchestrator.mode", f"{short(o.mode)} is not one of {', '.join(MODES)}")
     if not cfg.use_adaptive_training:
         if o.mode in ("act", "replay") and "mode" in tree["orchestrator"]:
-            refuse("orchestrator.mode", f"{o.mode} does not go with use_adaptive_training: false; drop one")
+            refuse(
+                "orchestrator.mode",
+                f"{o.mode} does not go with use_adaptive_training: false; drop one",
+            )
         o.mode = "off" if o.mode == "act" else o.mode
     if not 0.5 <= o.intervention_threshold <= 0.99:
-        refuse("orchestrator.intervention_threshold", f"{o.intervention_threshold} is not from 0.5 to 0.99")
+        refuse(
+            "orchestrator.intervention_threshold",
+            f"{o.intervention_threshold} is not from 0.5 to 0.99",
+        )
     for key, low in (("check_interval", 1), ("snapshot_interval", 0)):
         if getattr(o, key) < low:
             refuse(f"orchestrator.{key}", f"{getattr(o, key)} must be at least {low}")
     if (o.mode == "replay") != bool(o.replay):
-        refuse("orchestrator.replay", "mode: replay and replay: FILE (decisions.jsonl of a run) go together")
+        refuse(
+            "orchestrator.replay",
+            "mode: replay and replay: FILE (decisions.jsonl of a run) go together",
+        )
     if cfg.auto_epoch_scaling and (cfg.max_steps is not None or cfg.num_epochs is not None):
-        refuse("auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one")
+        refuse(
+            "auto_epoch_scaling", "sets the length, and so does max_steps or num_epochs; drop one"
+        )
     if not 0 <= cfg.min_auto_epochs <= cfg.max_auto_epochs:
         refuse("min_auto_epochs", "0 <= min_auto_epochs <= max_auto_epochs is expected")
     if cfg.cpu_offload:
@@ -652,7 +840,9 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
     if cfg.prepare is not None:
         if not cfg.prepare.get("sources"):
             refuse("prepare", "needs sources: [...]; may have val_sources, tokenizer, out")
-        out = cfg.prepare.setdefault("out", cfg.data_dir or f"data/{Path(cfg.prepare['sources'][0]).stem}")
+        out = cfg.prepare.setdefault(
+            "out", cfg.data_dir or f"data/{Path(cfg.prepare['sources'][0]).stem}"
+        )
         cfg.data_dir = cfg.data_dir or out
     if not cfg.data_dir and cfg.data is None:
         raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
@@ -660,7 +850,10 @@ def build_config(tree: dict, where, notes: list[str]) -> Config:
         check_data(cfg.data, refuse)
     expand_paths(cfg, where)
     if cfg.expert_log_interval % cfg.log_interval:
-        refuse("expert_log_interval", f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}")
+        refuse(
+            "expert_log_interval",
+            f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}",
+        )
     if cfg.wandb_project and os.environ.get("WANDB_MODE", "online") not in WANDB_MODES:
         text = f"WANDB_MODE={os.environ['WANDB_MODE']!r} in the environment is not one of {', '.join(WANDB_MODES)}"
         refuse("wandb_project", f"{text}; unset it")
@@ -690,19 +883,32 @@ def expand_paths(cfg: Config, where) -> None:
 
 def check_data(data: dict, refuse) -> None:
     """The `data` key: sources that say where they are, and phases that weigh them."""
-    sources = data.get("sources") or refuse("data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
+    sources = data.get("sources") or refuse(
+        "data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected"
+    )
     for name, source in sources.items():
         if not source.get("dir") or source.get("weight", 1.0) < 0:
-            refuse(f"data.sources.{name}", "{dir: FOLDER, weight: 1.0} is expected, the weight not below 0")
+            refuse(
+                f"data.sources.{name}",
+                "{dir: FOLDER, weight: 1.0} is expected, the weight not below 0",
+            )
     phases = [{"weights": {name: source.get("weight", 1.0) for name, source in sources.items()}}]
     for i, phase in enumerate(data.get("phases") or phases):
         key, weights = f"data.phases[{i}]", phase.get("weights") or {}
         if not weights or set(weights) - set(sources):
-            refuse(key, f"{{until: STEP, weights: {{NAME: ...}}}} with names of {', '.join(sources)} is expected")
+            refuse(
+                key,
+                f"{{until: STEP, weights: {{NAME: ...}}}} with names of {', '.join(sources)} is expected",
+            )
         if not min(weights.values()) >= 0 < max(weights.values()):
-            refuse(key if "phases" in data else "data.sources", f"weights {weights}: none below 0, not all 0")
+            refuse(
+                key if "phases" in data else "data.sources",
+                f"weights {weights}: none below 0, not all 0",
+            )
         if phase.get("until", 1) < 0:
-            refuse(f"{key}.until", f"{phase['until']} is neither a step nor a fraction of max_steps")
+            refuse(
+                f"{key}.until", f"{phase['until']} is neither a step nor a fraction of max_steps"
+            )
 
 
 def lunaris_keys(model: dict, where, notes: list[str]) -> None:
@@ -710,7 +916,11 @@ def lunaris_keys(model: dict, where, notes: list[str]) -> None:
 
     def number(key: str, default: float, take=model.get) -> float:
         value = take(key, None)
-        return default if value is None else convert(value, float, f"{where(f'model.{key}')}: model.{key}")
+        return (
+            default
+            if value is None
+            else convert(value, float, f"{where(f'model.{key}')}: model.{key}")
+        )
 
     for old, new in (("use_qk_norm", "qk_norm"), ("resid_dropout", "dropout")):
         if model.get(old) is not None:
@@ -719,9 +929,13 @@ def lunaris_keys(model: dict, where, notes: list[str]) -> None:
         model.pop(old, None)
     if number("attn_dropout", 0, model.pop):
         raise UserError(
-            "E002", f"{where('model.attn_dropout')}: dropout inside attention is not supported; use dropout"
+            "E002",
+            f"{where('model.attn_dropout')}: dropout inside attention is not supported; use dropout",
         )
-    base, length = number("rope_ntk_scale_base", 0, model.pop), number("max_seq_len", ModelConfig.max_seq_len)
+    base, length = (
+        number("rope_ntk_scale_base", 0, model.pop),
+        number("max_seq_len", ModelConfig.max_seq_len),
+    )
     if length > base > 0:
         theta = number("rope_theta", ModelConfig.rope_theta) * length / base
         model["rope_theta"] = theta
@@ -735,12 +949,22 @@ def lunaris_keys(model: dict, where, notes: list[str]) -> None:
 def printed(cfg: Config, sharded: bool) -> str:
     """YAML that runs as it is; its comments say what only a start decides, and what has no effect under train.py."""
     tree = dataclasses.asdict(cfg)
-    later = [f"{key}: {value}" for key, value in tree.items() if value == "auto" and key != "resume"]
-    later += [f"{key}: null" for key in ("max_steps", "min_lr", "warmup_steps") if tree[key] is None]
+    later = [
+        f"{key}: {value}" for key, value in tree.items() if value == "auto" and key != "resume"
+    ]
+    later += [
+        f"{key}: null" for key in ("max_steps", "min_lr", "warmup_steps") if tree[key] is None
+    ]
     later += ["model.vocab_size: 0"] if not cfg.model.vocab_size else []
-    notes = [f"decided at the start of the run, see config.yaml in its out_dir: {', '.join(later)}"] if later else []
+    notes = (
+        [f"decided at the start of the run, see config.yaml in its out_dir: {', '.join(later)}"]
+        if later
+        else []
+    )
     if not sharded:
-        notes.append(f"without effect under train.py, for train_fsdp.py only: {', '.join(SHARDING)}")
+        notes.append(
+            f"without effect under train.py, for train_fsdp.py only: {', '.join(SHARDING)}"
+        )
     return "".join(f"# {note}\n" for note in notes) + yaml.safe_dump(tree, sort_keys=False)
 
 
@@ -758,5 +982,7 @@ def help_text() -> str:
     usage = "usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]\n"
     rows += ["\nwith --dry_run: a simulation of"]
     rows += [f"  --{name:<32} {text}" for name, (_, text) in SIMULATED.items()]
-    flags = "       --dry_run: sizes, memory, time and length, no training; --print_config; --help\n"
+    flags = (
+        "       --dry_run: sizes, memory, time and length, no training; --print_config; --help\n"
+    )
     return usage + flags + "\n".join(rows)

@@ -32,7 +32,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from errors import UserError
+from lumen.errors import UserError
 
 # The split patterns as they were published. tiktoken's newer spellings (`\s++$`, `{1,3}+`) mean the same to tiktoken's
 # regex engine but not to that of `tokenizers` (Oniguruma, where $ matches at every line end), so they are not used.
@@ -47,7 +47,11 @@ O200K_PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-COMPLETE_PATTERNS = (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)  # every character of every text is in some match
+COMPLETE_PATTERNS = (
+    GPT2_PATTERN,
+    CL100K_PATTERN,
+    O200K_PATTERN,
+)  # every character of every text is in some match
 
 # What of a foreign pattern means the same in both engines. Not among it: ^ $ \b \w \h {1,3}+ [a&&b] (?<=...).
 _SAFE_CLASS = r"\[\^?(?:\\[pP]\{\w+\}|\\[sSdrnt]|\\[^\w\s]|\w-\w|[^\\\[\]&~-])+\]"
@@ -75,7 +79,9 @@ _FILES = {  # tiktoken's: pattern, special ids, sha256
     "o200k_base": (O200K_PATTERN, {EOT: 199999, _END: 200018},
                    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
 }  # fmt: skip
-NAMED = {"gpt2": "r50k_base"} | {name: name for name in _FILES}  # one vocabulary; r50k_base has it in one file, not two
+NAMED = {"gpt2": "r50k_base"} | {
+    name: name for name in _FILES
+}  # one vocabulary; r50k_base has it in one file, not two
 
 # tokenizer.json writes a byte as a printable character: itself where it is one, else the next free one from U+0100 on
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -93,18 +99,33 @@ class Tokenizer:
     words: added tokens that stand for their text wherever it occurs (`<tool_call>` in Qwen's files); they are no
     control tokens. n_vocab is the largest id + 1, specials included."""
 
-    def __init__(self, name: str, ranks: dict, specials: dict, pattern=CL100K_PATTERN, words=None, nfc=False):
-        self.name, self.ranks, self.specials, self.pattern, self.nfc = name, ranks, specials, pattern, nfc
+    def __init__(
+        self, name: str, ranks: dict, specials: dict, pattern=CL100K_PATTERN, words=None, nfc=False
+    ):
+        self.name, self.ranks, self.specials, self.pattern, self.nfc = (
+            name,
+            ranks,
+            specials,
+            pattern,
+            nfc,
+        )
         self.words = words or {}
         self.n_vocab = 1 + max((*ranks.values(), *specials.values(), *self.words.values()))
         self.eot_id = next(specials[name] for name in EOT_NAMES if name in specials)
-        self.pad_id, self.im_start_id, self.im_end_id = (specials.get(name) for name in SPECIALS[1:])
+        self.pad_id, self.im_start_id, self.im_end_id = (
+            specials.get(name) for name in SPECIALS[1:]
+        )
         specials_and_words = {**specials, **self.words}
         self._encoding = tiktoken.Encoding(
-            name, pat_str=_engine_pattern(pattern), mergeable_ranks=ranks, special_tokens=specials_and_words
+            name,
+            pat_str=_engine_pattern(pattern),
+            mergeable_ranks=ranks,
+            special_tokens=specials_and_words,
         )
         self._words = set(self.words)
-        self._bytes = [b""] * self.n_vocab  # ids that mean nothing (cl100k_base has some) decode to nothing
+        self._bytes = [
+            b""
+        ] * self.n_vocab  # ids that mean nothing (cl100k_base has some) decode to nothing
         for token, i in ranks.items():
             self._bytes[i] = token
         for text, i in specials_and_words.items():
@@ -115,7 +136,9 @@ class Tokenizer:
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         try:
-            ids = self._encoding.encode_to_numpy(text, allowed_special=self._words, disallowed_special=())
+            ids = self._encoding.encode_to_numpy(
+                text, allowed_special=self._words, disallowed_special=()
+            )
         except UnicodeEncodeError:
             return self.encode(mend_surrogates(text))
         except ValueError:  # tiktoken's regex engine has no room for a run of some 100,000 blanks
@@ -124,7 +147,9 @@ class Tokenizer:
 
     def _encode_by_pieces(self, text: str) -> np.ndarray:
         """The same ids, slower: cut by Python's regex engine, which knows no such limit."""
-        whole = tiktoken.Encoding("piece", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={})
+        whole = tiktoken.Encoding(
+            "piece", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
+        )
         find = regex.compile(f"{self.pattern}|(?:(?!{self.pattern})(?s:.))+").finditer
         ids, words = [], [regex.escape(word) for word in self.words]
         for part in regex.split(f"({'|'.join(words)})", text) if words else [text]:
@@ -138,7 +163,10 @@ class Tokenizer:
         """The bytes of the ids (a sequence or array of integers); a control token gives its name. E113: no such id."""
         ids = np.asarray(ids).ravel()
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
-            raise UserError("E113", f"token ids {ids.min()} to {ids.max()}, but {self.name} has {self.n_vocab} ids")
+            raise UserError(
+                "E113",
+                f"token ids {ids.min()} to {ids.max()}, but {self.name} has {self.n_vocab} ids",
+            )
         return b"".join([self._bytes[i] for i in ids.tolist()])
 
     def decode(self, ids) -> str:
@@ -160,16 +188,42 @@ class Tokenizer:
         added = sorted((i, text) for text, i in {**self.specials, **self.words}.items())
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         # Added tokens stand in the vocabulary too: otherwise tokenizers numbers them anew, without cl100k_base's gaps.
-        vocab = {_chars(token): i for token, i in self.ranks.items()} | {text: i for i, text in added}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-        model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "name": self.name}
-        model["ignore_merges"] = any(len(pair) != 2 for pair in pairs)  # tokens that only a whole piece can be
+        vocab = {_chars(token): i for token, i in self.ranks.items()} | {
+            text: i for i, text in added
+        }
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": self.pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+        }
+        model |= {
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "name": self.name,
+        }
+        model["ignore_merges"] = any(
+            len(pair) != 2 for pair in pairs
+        )  # tokens that only a whole piece can be
         model["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
         model["merges"] = [" ".join(map(_chars, pair)) for pair in pairs if len(pair) == 2]
         whole = {"version": "1.0", "truncation": None, "padding": None}
-        whole["added_tokens"] = [{"id": i, "content": t, **flags, "special": t in self.specials} for i, t in added]
+        whole["added_tokens"] = [
+            {"id": i, "content": t, **flags, "special": t in self.specials} for i, t in added
+        ]
         whole["normalizer"] = {"type": "NFC"} if self.nfc else None
         whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
         whole |= {"post_processor": None, "decoder": byte_level, "model": model}
@@ -213,12 +267,18 @@ def _parts(token: bytes, ranks: dict) -> list[bytes]:
     own, n = ranks[token], len(token)
     ends = list(range(1, n + 1))  # of the part that starts there
     starts = list(range(-1, n))  # of the part that ends there
-    heap = [(rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(token[i : i + 2], own)) < own]
+    heap = [
+        (rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(token[i : i + 2], own)) < own
+    ]
     heapq.heapify(heap)
-    while heap:  # the lowest rank, of equals the first: linear but for the heap, however long the token is
+    while (
+        heap
+    ):  # the lowest rank, of equals the first: linear but for the heap, however long the token is
         _, i, end = heapq.heappop(heap)
         middle = ends[i]
-        if middle is None or middle >= n or ends[middle] != end:  # one of its parts is in another part since
+        if (
+            middle is None or middle >= n or ends[middle] != end
+        ):  # one of its parts is in another part since
             continue
         ends[i], ends[middle], starts[end] = end, None, i
         for a, b in ((starts[i], end), (i, ends[end] if end < n else n)):
@@ -231,7 +291,9 @@ def _parts(token: bytes, ranks: dict) -> list[bytes]:
     return parts
 
 
-def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_chars: int | None = None) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], n_vocab: int, name: str | None = None, max_chars: int | None = None
+) -> Tokenizer:
     """A vocabulary of n_vocab ids in all, specials included, from the texts (the first max_chars characters of each).
 
     The next merge is that of the most frequent pair, of equals the one with the smallest ids, so the result depends on
@@ -240,7 +302,10 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
     E002: n_vocab below 256 + specials."""
     lowest = 256 + len(SPECIALS)
     if n_vocab < lowest:
-        raise UserError("E002", f"bpe:{n_vocab} is too small: 256 bytes and {len(SPECIALS)} specials make {lowest} ids")
+        raise UserError(
+            "E002",
+            f"bpe:{n_vocab} is too small: 256 bytes and {len(SPECIALS)} specials make {lowest} ids",
+        )
     find, pieces = regex.compile(CL100K_PATTERN).findall, Counter()
     for text in texts:
         pieces.update(find(text[:max_chars]))
@@ -249,8 +314,13 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
         for i in range(0, len(piece), LONGEST_PIECE):
             pieces[piece[i : i + LONGEST_PIECE]] += times
     counts = list(pieces.values())
-    words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]  # one character per token: chr(id)
-    pair_count, where = Counter(), defaultdict(set)  # where: words that hold, or once held, the pair
+    words = [
+        piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces
+    ]  # one character per token: chr(id)
+    pair_count, where = (
+        Counter(),
+        defaultdict(set),
+    )  # where: words that hold, or once held, the pair
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             pair_count[pair] += counts[i]
@@ -260,7 +330,9 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
     heapq.heapify(heap)
     while heap and len(tokens) < n_vocab - len(SPECIALS):
         count, pair = heapq.heappop(heap)
-        if -count != pair_count[pair]:  # counts fall without a word to the heap, so look again when the pair comes up
+        if (
+            -count != pair_count[pair]
+        ):  # counts fall without a word to the heap, so look again when the pair comes up
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
@@ -273,7 +345,9 @@ def train_bpe(texts: Iterable[str], n_vocab: int, name: str | None = None, max_c
         for i in where.pop(pair):
             between = words[i].split(pair)  # from left to right, without overlap: as BPE merges
             words[i], come = new.join(between), []
-            for n, (left, right) in enumerate(zip(between, between[1:])):  # pairs change beside an occurrence only
+            for n, (left, right) in enumerate(
+                zip(between, between[1:])
+            ):  # pairs change beside an occurrence only
                 if left:
                     pair_count[left[-1] + first] -= counts[i]
                     come.append(left[-1] + new)
@@ -307,13 +381,17 @@ def load(spec: str) -> Tokenizer:
     if spec in NAMED:
         pattern, specials, sha256 = _FILES[NAMED[spec]]
         lines = [line.split() for line in _tiktoken_file(spec, sha256).splitlines()]
-        return Tokenizer(spec, {base64.b64decode(token): int(rank) for token, rank in lines}, specials, pattern)
+        return Tokenizer(
+            spec, {base64.b64decode(token): int(rank) for token, rank in lines}, specials, pattern
+        )
     path = os.path.join(spec, "tokenizer.json") if os.path.isdir(spec) else spec
     try:
         with open(path, encoding="utf-8") as file:
             return _from_json(json.load(file), path)
     except OSError as error:
-        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; names: {', '.join(('bytes', *NAMED))}") from None
+        raise UserError(
+            "E115", f"tokenizer {spec}: {error.strerror}; names: {', '.join(('bytes', *NAMED))}"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise UserError("E116", f"{path} has not the form of a tokenizer.json: {error!r}") from None
 
@@ -350,9 +428,7 @@ def _tiktoken_file(name: str, sha256: str) -> bytes:
         if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise ValueError("what came has another sha256")
     except Exception as error:
-        text = (
-            f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n  fetch "
-        )
+        text = f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n  fetch "
         text += f"{url} elsewhere and put it there under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder"
         raise UserError("E115", text) from None
     with contextlib.suppress(OSError):  # keeping it only saves the next download
@@ -379,54 +455,92 @@ def _from_json(whole: dict, path: str) -> Tokenizer:
     need(kind(normalizer) in (None, "NFC"), f"normalizer is {kind(normalizer)}, not null or NFC")
     need(kind(decoder) == "ByteLevel", f"decoder is {kind(decoder)}, not ByteLevel")
     for part in post["processors"] if kind(post) == "Sequence" else [post]:
-        need(kind(part) in (None, "ByteLevel", "TemplateProcessing"), f"post_processor is {kind(part)}")
+        need(
+            kind(part) in (None, "ByteLevel", "TemplateProcessing"),
+            f"post_processor is {kind(part)}",
+        )
 
     steps = pre["pretokenizers"] if kind(pre) == "Sequence" else [pre]
     kinds, byte_level = [kind(step) for step in steps], steps[-1] or {}
     need(
-        kinds in (["ByteLevel"], ["Split", "ByteLevel"]), f"pre_tokenizer is {kinds}, not ByteLevel or Split, ByteLevel"
+        kinds in (["ByteLevel"], ["Split", "ByteLevel"]),
+        f"pre_tokenizer is {kinds}, not ByteLevel or Split, ByteLevel",
     )
-    need(not byte_level.get("add_prefix_space", True), "pre_tokenizer ByteLevel has add_prefix_space")
+    need(
+        not byte_level.get("add_prefix_space", True), "pre_tokenizer ByteLevel has add_prefix_space"
+    )
     use_regex, pattern = byte_level.get("use_regex", True), GPT2_PATTERN
     need(use_regex == (len(steps) == 1), f"pre_tokenizer ByteLevel has use_regex {use_regex}")
     if len(steps) == 2:
-        pattern, behavior = steps[0]["pattern"].get("Regex"), (steps[0].get("behavior"), steps[0].get("invert"))
-        need(behavior == ("Isolated", False), f"pre_tokenizer Split has behavior and invert {behavior}")
+        pattern, behavior = (
+            steps[0]["pattern"].get("Regex"),
+            (steps[0].get("behavior"), steps[0].get("invert")),
+        )
+        need(
+            behavior == ("Isolated", False),
+            f"pre_tokenizer Split has behavior and invert {behavior}",
+        )
         need(isinstance(pattern, str), "pre_tokenizer Split has no Regex")
-        known = pattern in COMPLETE_PATTERNS or _SAFE_PATTERN.fullmatch(pattern) and not regex.fullmatch(pattern, "")
+        known = (
+            pattern in COMPLETE_PATTERNS
+            or _SAFE_PATTERN.fullmatch(pattern)
+            and not regex.fullmatch(pattern, "")
+        )
         need(known, f"pre_tokenizer Split: the regex {pattern} may mean something else to us")
 
     specials, words = {}, {}
     for token in whole.get("added_tokens") or []:
         text, special = token["content"], token.get("special")
         (specials if special else words)[text] = token["id"]
-        strips = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag) and not special]
+        strips = [
+            flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag) and not special
+        ]
         need(text and not strips, f"added token {text!r} has {strips}")
-    need(any(name in specials for name in EOT_NAMES), f"no end of document: none of {EOT_NAMES} is a special token")
+    need(
+        any(name in specials for name in EOT_NAMES),
+        f"no end of document: none of {EOT_NAMES} is a special token",
+    )
     clash = [(a, b) for a in words for b in words if a != b and a in b]
     need(not clash, f"added tokens contain one another: {clash[:1]}")
 
-    vocab = {text: i for text, i in model["vocab"].items() if text not in specials and text not in words}
+    vocab = {
+        text: i for text, i in model["vocab"].items() if text not in specials and text not in words
+    }
     strange = [text for text in vocab if not all(char in _BYTE for char in text)]
     need(not strange, f"vocabulary entry {strange[:1]} is not byte-level")
     ranks = {bytes(_BYTE[char] for char in text): i for text, i in vocab.items()}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     need(not missing, f"the vocabulary lacks the bytes {missing[:5]}")
     ids = [*ranks.values(), *specials.values(), *words.values()]
-    need(len(set(ids)) == len(ids) and 0 <= min(ids) <= max(ids) < 1 << 24, "two tokens have one id, or it is absurd")
+    need(
+        len(set(ids)) == len(ids) and 0 <= min(ids) <= max(ids) < 1 << 24,
+        "two tokens have one id, or it is absurd",
+    )
 
     pairs, last = defaultdict(set), -1
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        need(left in vocab and right in vocab and left + right in vocab, f"merge {merge} is not in the vocabulary")
-        need(vocab[left + right] >= last, f"merge {merge} is out of order: merges and ids must have the same order")
+        need(
+            left in vocab and right in vocab and left + right in vocab,
+            f"merge {merge} is not in the vocabulary",
+        )
+        need(
+            vocab[left + right] >= last,
+            f"merge {merge} is out of order: merges and ids must have the same order",
+        )
         last = vocab[left + right]
         pairs[last].add((left, right))
     for token, i in ranks.items():
         parts = tuple(map(_chars, _parts(token, ranks))) if len(token) > 1 else ()
         if len(parts) == 2:
-            need(parts in pairs[i], f"merges make {_chars(token)} of {sorted(pairs[i])}, its ranks make it of {parts}")
+            need(
+                parts in pairs[i],
+                f"merges make {_chars(token)} of {sorted(pairs[i])}, its ranks make it of {parts}",
+            )
         elif parts:
-            need(bool(model.get("ignore_merges")), f"no merges lead to {_chars(token)}, and ignore_merges is false")
+            need(
+                bool(model.get("ignore_merges")),
+                f"no merges lead to {_chars(token)}, and ignore_merges is false",
+            )
     name = model.get("name") or os.path.basename(os.path.dirname(os.path.abspath(path)))
     return Tokenizer(str(name), ranks, specials, pattern, words, nfc=bool(normalizer))

@@ -7,14 +7,10 @@ into one message and an exit code: 2 the user's input, 3 diverged, 75 please res
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import os
 import re
 import reprlib
-import signal
-import sys
-import time
 
 ERRORS = {  # code: (meaning, remedy)
     "E001": ("no such configuration file or preset", "ls configs/ shows the presets; your own YAML works too"),
@@ -59,6 +55,8 @@ ERRORS = {  # code: (meaning, remedy)
     "E600": ("the processes disagree", "start them with the same files, versions and command"),
     "E601": ("another process of the run was lost", "start again, as torchrun --max-restarts does: it resumes"),
 }  # fmt: skip
+
+
 EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
 
 
@@ -82,30 +80,6 @@ def expand(path: str, where: str = "") -> str:
     if (unset := re.search(r"\$\w+|\$\{\w+\}", whole)) and not os.path.exists(whole):
         raise UserError("E002", f"{where and f'{where}: '}{path}: {unset[0]} is not set")
     return whole
-
-
-class Words(argparse.ArgumentParser):
-    """The command line of a command: - and _ in an option's name are the same, nothing is abbreviated, and a mistake
-    is UserError E002 with the nearest option instead of a page of usage."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
-        words = [(w.replace("-", "_").replace("__", "--", 1) if w[:2] == "--" else w) + eq + v for w, eq, v in words]
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str):
-        wrong = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
-        known = list(self._option_string_actions)  # private, and as old as argparse
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                known += [name for parser in action.choices.values() for name in parser._option_string_actions]
-        near = [nearest(word.partition("=")[0], known) for word in wrong]
-        hints = ", ".join(dict.fromkeys(name for name in near if name))
-        text = f"{message}; did you mean {hints}?" if hints else message
-        raise UserError("E002", f"command line: {self.prog}: {text}")
 
 
 def nearest(word: str, names) -> str | None:
@@ -132,114 +106,13 @@ def a_path(text: str) -> str:
     return text
 
 
-def environment(name: str, default: int) -> int:
-    """A whole number that a launcher leaves in the environment, RANK for example. E600 names what is none."""
-    value = os.environ.get(name)
-    if value is None:
-        return default
-    if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise UserError("E600", f"{name}={value!r} in the environment is no number; unset {name}, or use torchrun")
-    return int(value)
-
-
-def check_launch() -> None:
-    """E600 where what a launcher leaves in the environment cannot be: half of it is there, or a rank too many."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-    for name in (*names, "SLURM_RESTART_COUNT"):
-        environment(name, 0)
-    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    if not rank < world:
-        text = f"RANK={rank} and WORLD_SIZE={world} in the environment: the last rank is {world - 1}"
-        raise UserError("E600", f"{text}; unset both for one process, or use torchrun")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        text = f"WORLD_SIZE={world} in the environment without {', '.join(missing)}"
-        raise UserError("E600", f"{text}: unset WORLD_SIZE for one process, or start all of them with torchrun")
-
-
-class Console:
-    """stdout or stderr of a program whose work is not what it says: a pipe that was closed, a terminal that went, a
-    full disk take the words and nothing else."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-
-def print_now(text: str) -> None:
-    print(text, flush=True)
-
-
-def speak(text: str, write=print_now) -> None:
-    """One line to the console, as far as it takes it; whatever becomes of it, who speaks goes on."""
-    with contextlib.suppress(OSError, ValueError):
-        try:
-            write(text)
-        except UnicodeError:
-            write(text.encode("ascii", "backslashreplace").decode())
-
-
-def open_console(lasting: bool) -> None:
-    """A letter that the console does not have is written as \\x.., never an error."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:  # closed by who started us: else the next file opened would be taken for it
-            os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Console(stream) if lasting else stream)
-
-
-def command(main, lasting: bool = False) -> None:
-    """Run `main(argv) -> exit code or None` as a program. Under torchrun rank 0 speaks, and first; another
-    rank only where rank 0 has nothing to say. `lasting`: its work goes on whatever becomes of the console."""
-    open_console(lasting)
-    rank = 0
-    try:
-        rank = environment("RANK", 0)
-        code = main(sys.argv[1:]) or 0
-    except UserError as error:
-        code = error.exit_code
-        if rank == 0 or error.code == "E601":  # rank 0 may be the one that was lost
-            print(f"error {error}", file=sys.stderr)
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
-            # torchrun ends all ranks of a host as soon as one has failed: rank 0 must have said why by then, and where
-            # there is no rank 0 one is enough
-            local = os.environ.get("LOCAL_RANK", "")
-            time.sleep(5 + (int(local) if local.isdigit() else 0))
-            print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only this rank knows
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # `| head` closed our output
-        if lasting:  # not ours, for that raises nothing: a service, another process
-            raise
-        code = 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # a full disk, a closed pipe; Python would try again and make it exit code 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if "RANK" in os.environ:
-        os._exit(code)  # gloo's threads can abort the process in its own exit handlers although all work is done
-    sys.exit(code)
+EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
 
 
 if __name__ == "__main__":
     print("| code | means | do |\n|---|---|---|")
-    print("\n".join(f"| {code} | {meaning} | {remedy} |" for code, (meaning, remedy) in ERRORS.items()))
+    print(
+        "\n".join(
+            f"| {code} | {meaning} | {remedy} |" for code, (meaning, remedy) in ERRORS.items()
+        )
+    )

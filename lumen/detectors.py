@@ -88,7 +88,9 @@ class Divergence:
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
         self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
         self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
-        self.levels: deque = deque(maxlen=32)  # [turn, median of 32 accepted losses], one in 8 turns
+        self.levels: deque = deque(
+            maxlen=32
+        )  # [turn, median of 32 accepted losses], one in 8 turns
         self.slow = None  # where a slow rise began
         self.first: list = []  # the first 8 losses
 
@@ -106,7 +108,9 @@ class Divergence:
         self.last.append((turn, self.residual))
         if self.sigma is None or turn % 16 == 0:
             self.sigma = self.scale()
-        low = self.residual - self.sigma  # the allowance of a CUSUM: less than that is curvature, not a fault
+        low = (
+            self.residual - self.sigma
+        )  # the allowance of a CUSUM: less than that is curvature, not a fault
         n = sum(r >= low for _, r in self.residuals)
         if self.E <= 1.0:
             self.began = turn
@@ -166,7 +170,11 @@ class Divergence:
         return self.residual < -0.1 and self.residual < -12 * self.scale()
 
     def spread(self) -> float:
-        return centre([r for _, r in self.residuals])[1] if len(self.residuals) >= self.START else math.inf
+        return (
+            centre([r for _, r in self.residuals])[1]
+            if len(self.residuals) >= self.START
+            else math.inf
+        )
 
     def scale(self) -> float:
         """The noise of now: that of what was accepted, or of the last 64 turns if larger, up to three times. A young
@@ -193,7 +201,9 @@ class Divergence:
         return self.E > self.FREEZE and self.excess(3) > self.floor() / 2
 
     def alarm(self, threshold: float) -> bool:
-        return self.confidence >= threshold and len(self.last) >= 7 and self.excess(7) > self.floor()
+        return (
+            self.confidence >= threshold and len(self.last) >= 7 and self.excess(7) > self.floor()
+        )
 
     def onset(self) -> int:
         """The turn at which it began: where E did, but no earlier than ten turns before the last rise out of what does
@@ -212,7 +222,9 @@ class Divergence:
         differences, which do not know a trend: theirs is -(1 - rho) / 2."""
         d = np.diff([r for t, r in self.residuals if t < before])
         d = d - d.mean() if len(d) else d
-        return 1 + 2 * float((d[1:] * d[:-1]).sum() / max((d * d).sum(), 1e-30)) if len(d) > 8 else 0.0
+        return (
+            1 + 2 * float((d[1:] * d[:-1]).sum() / max((d * d).sum(), 1e-30)) if len(d) > 8 else 0.0
+        )
 
     def restart(self, before: int | None = None) -> None:
         """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
