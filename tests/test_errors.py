@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT, run_python
 
-import errors
 from errors import ERRORS, UserError
 
 CODE = """
@@ -56,12 +55,26 @@ def test_every_code_that_is_raised_stands_in_the_table_and_every_code_is_used():
     assert set(ERRORS) <= used, set(ERRORS) - used
 
 
-def test_readme_holds_the_table_and_names_what_exists():
-    readme = (ROOT / "README.md").read_text()
-    result = run_python("errors.py")
-    assert result.stdout.strip() in readme, "python errors.py prints it"
-    for path in re.findall(r"(?:configs|slurm)/[\w.]+\w", readme):
+PRINT_TABLE = ("errors.py",)  # in lumen/: ("-m", "lumen.errors")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_page_of_errors_holds_the_table():
+    """docs/errors.md is written from ERRORS: paste what the command prints."""
+    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    result = run_python(*PRINT_TABLE)
+    assert result.stdout.startswith("| code") and result.stdout.strip() in page, result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages_are_short_and_name_what_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.encode()) <= (12_288 if page.name == "README.md" else 9_216)
+    for path in re.findall(r"\b(?:configs|slurm|lumen|tools|docs)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python (\w+\.py)", readme):
+    for path in re.findall(r"python ([\w/]+\.py)", text):
         assert (ROOT / path).exists(), path
-    assert errors.ERRORS
+    for module in re.findall(r"python -m ((?:lumen|tools)\.\w+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link

@@ -120,20 +120,20 @@ def test_preset_says_its_true_size_and_can_start(path):
     assert (spare > 0) == (path.stem in ("debug", "hybrid_124m")), "dynamic experts need an empty slot"
 
 
-def test_every_preset_is_there_and_in_the_readme():
+def test_every_preset_is_there_and_in_the_docs():
     assert not set(PROMISES) - {p.stem for p in PRESETS}
-    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| .* \| (.+) \|", (ROOT / "README.md").read_text())
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| .* \| (.+) \|", (ROOT / "docs/presets.md").read_text())
     said = [re.match(r"# (\w+): ([\d,]+) parameters total, ([\d,]+)", p.read_text()).groups() for p in PRESETS]
     assert sorted(row[:3] for row in rows) == sorted(said)
     assert {name for name, *_, ran in rows if ran == "never"} == NEVER_RUN
 
 
 @pytest.mark.parametrize("name", ["b1", "b7", "b14"])
-def test_the_gpus_that_the_readme_names_hold_the_preset(name):
+def test_the_gpus_that_the_docs_name_hold_the_preset(name):
     cfg = read_config([str(ROOT / f"configs/{name}.yaml")])[0]
     model, rows = plan.on_meta(cfg.model), cfg.batch_tokens // cfg.model.max_seq_len
     found = [plan.smallest(model, 3, rows, "mixed_bf16", 0.92 * gb * 1e9) for gb in (80, 141)]
-    assert re.search(rf"\| `{name}` \|.*\| {found[0]} / {found[1]} \|", (ROOT / "README.md").read_text()), found
+    assert re.search(rf"\| `{name}` \|.*\| {found[0]} / {found[1]} \|", (ROOT / "docs/presets.md").read_text()), found
 
 
 def test_what_presets_say_of_their_memory_is_what_the_plan_says():
