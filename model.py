@@ -51,6 +51,7 @@ MOST = {
 
 @dataclass
 class ModelConfig:
+    # fmt: off
     vocab_size: int = 0  # ids; 0: the tokenizer's
     d_model: int = 768  # width of the residual stream
     n_layers: int = 12  # blocks
@@ -62,64 +63,36 @@ class ModelConfig:
     multiple_of: int = 256  # ... a multiple of this
     max_seq_len: int = 1024  # T, tokens in a training row
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = (
-        None  # longer contexts, as in transformers: {type: linear | yarn | llama3, factor}
-    )
-    rope_first: bool = (
-        False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
-    )
+    rope_scaling: dict | None = None  # longer contexts, as in transformers: {type: linear | yarn | llama3, factor}
+    rope_first: bool = False  # QK-norm after RoPE (Lunaris' main branch): trains, imports its .pt, does not export
     dropout: float = 0.0  # on the embedding and on what attention and FFN add to the stream, 0 to 1
     norm_eps: float = 1e-6  # RMSNorm's epsilon
-    init_std: float | None = (
-        None  # standard deviation of the initial weights; null: 0.02 sqrt(512 / d_model)
-    )
+    init_std: float | None = None  # standard deviation of the initial weights; null: 0.02 sqrt(512 / d_model)
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
-    norm_order: str = (
-        "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
-    )
+    norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over the whole q and k vectors)
     # Mixture of Experts (n_experts: 0 is a dense model)
     n_experts: int = 0  # routed experts per MoE layer
     n_experts_per_token: int = 2  # K, experts that each token visits
     d_expert: int = 0  # hidden width of an expert; 0: d_ff
-    n_shared_experts: int = (
-        0  # experts that every token visits, as one SwiGLU of this many times d_expert
-    )
+    n_shared_experts: int = 0  # experts that every token visits, as one SwiGLU of this many times d_expert
     n_dense_layers: int = 0  # the first layers keep the dense FFN of width d_ff
     moe_every: int = 1  # of the layers after them, every n-th is MoE (the n-th, the 2n-th ...)
     moe_layers: list | None = None  # or: exactly these layers, counted from 0
-    router: str = (
-        "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
-    )
-    norm_topk: bool | None = (
-        None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
-    )
+    router: str = "softmax"  # softmax | sigmoid (the bias chooses, the unbiased score weighs: DeepSeek-V3)
+    norm_topk: bool | None = None  # gates of a token sum to 1; null: where K > 1 (at K = 1 the router could not learn)
     route_scale: float = 1.0  # factor on the gates
     aux_loss_weight: float | None = None  # load balancing loss; null: 1e-2, for sigmoid 1e-4
-    router_z_loss_weight: float | None = (
-        None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
-    )
-    bias_update_rate: float | None = (
-        None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
-    )
-    capacity_factor: float | None = (
-        None  # at most so many times the fair share per expert; null: nothing is dropped
-    )
+    router_z_loss_weight: float | None = None  # logsumexp(router logits)^2; null: 1e-3, for sigmoid 0
+    bias_update_rate: float | None = None  # balancing by selection bias, a step; null: 0, for sigmoid or nulls 1e-3
+    capacity_factor: float | None = None  # at most so many times the fair share per expert; null: nothing is dropped
     routing_temperature: float = 1.0  # divides the router's logits
     router_jitter: float = 0.0  # training noise on the router's input: times uniform(1 - x, 1 + x)
-    expert_dropout: float = (
-        0.0  # share of experts that cannot be chosen, drawn anew each step, training only
-    )
-    n_experts_max: int = (
-        0  # slots, for adding, splitting and pruning experts while training; 0: no surgery
-    )
-    n_null_experts: int = (
-        0  # choices that compute nothing; n of E + n are used, so depth varies by token
-    )
+    expert_dropout: float = 0.0  # share of experts that cannot be chosen, drawn anew each step, training only
+    n_experts_max: int = 0  # slots, for adding, splitting and pruning experts while training; 0: no surgery
+    n_null_experts: int = 0  # choices that compute nothing; n of E + n are used, so depth varies by token
     # Mixture of Depths (mod_capacity: 1.0 is off)
-    mod_capacity: float | list = (
-        1.0  # share of tokens that a MoD layer computes; or a list, one number per layer
-    )
+    mod_capacity: float | list = 1.0  # share of tokens that a MoD layer computes; or a list, one number per layer
     mod_routing: str = "learned"  # learned | static (evenly spaced positions) | random
     mod_start_layer: int = 0  # first layer, from 0
     mod_end_layer: int | None = None  # last layer; null: the last there is
@@ -127,6 +100,7 @@ class ModelConfig:
     mod_layers: list | None = None  # or: exactly these layers, counted from 0
     mod_ffn_only: bool = False  # only the FFN skips tokens, attention sees all
     mod_anneal_steps: int = 0  # capacity falls from 1.0 in eight equal steps over this many steps
+    # fmt: on
 
     def __post_init__(self):
         """Fill in what follows from the rest. Raises ValueError naming the key, its value and what would work."""

@@ -603,7 +603,7 @@ class Trainer(ByHand, Report):
             raise error
         found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
         if folders and found is None:
-            text = f"{self.origin or self.out} holds no whole checkpoint, see `python checkpoint.py {self.out}`"
+            text = f"{self.origin or self.out} holds no whole checkpoint, see `python -m lumen.checkpoint {self.out}`"
             raise UserError("E303", f"{text}; another out_dir starts anew")
         saved = checkpoint.Checkpoint(found) if found else None
         if saved:

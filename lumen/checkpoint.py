@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON only, checksummed, whole or not there. `python checkpoint.py out/run` lists them.
+"""Checkpoints: safetensors and JSON only, checksummed, whole or not there. `python -m lumen.checkpoint out/run` lists them.
 
     out/run/step_00001000/rank_00000.safetensors  the pieces of tensors that this rank owns
                           state.json              step, cursor, tokens, configuration, versions, metrics
@@ -27,7 +27,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import prepare_data
 from lumen import checkpoint
 from lumen.errors import UserError, a_path, expand
 from lumen.files import sha256, sync, write_json
@@ -376,7 +375,7 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
     for folder in folders(path, best):
         try:
             checkpoint = Checkpoint(folder)
-            wrong = prepare_data.verify()
+            wrong = checkpoint.verify()
         except UserError as error:
             if asked or final(error):
                 raise
@@ -391,7 +390,7 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
 
 def main(argv: list[str]) -> int:
     """List a run's checkpoints with size and metrics, and verify every byte. Exit code 2 when one is damaged."""
-    parser = Words(prog="checkpoint.py", description=main.__doc__)
+    parser = Words(prog="python -m lumen.checkpoint", description=main.__doc__)
     parser.add_argument("out_dir", type=a_path, help="folder of a run")
     run = expand(parser.parse_args(argv).out_dir)
     best, damaged = best_step(run), 0
@@ -400,7 +399,7 @@ def main(argv: list[str]) -> int:
         step = step_of(folder)
         try:
             checkpoint = Checkpoint(folder)
-            wrong, state = prepare_data.verify(), checkpoint.state
+            wrong, state = checkpoint.verify(), checkpoint.state
             size, tokens, val_loss = (
                 checkpoint.size() / 1e6,
                 state.get("tokens", 0),

@@ -23,72 +23,48 @@ from model import ModelConfig
 
 @dataclass
 class OrchestratorConfig:
+    # fmt: off
     mode: str = "act"  # act | shadow (decides and writes down, does nothing) | off | replay (repeats the file below)
     intervention_threshold: float = 0.75  # confidence from which it acts, 0.5 to 0.99
     check_interval: int = 100  # steps between the slow health checks; the guards look at every step
     enable_emergency_recovery: bool = True  # roll back, and stop a run that cannot be saved
-    enable_architecture_adaptation: bool = (
-        False  # re-seed dead experts by itself (adding and pruning are yours)
-    )
-    snapshot_interval: int = (
-        50  # steps between copies in memory to roll back to; 0: none, checkpoints only
-    )
+    enable_architecture_adaptation: bool = False  # re-seed dead experts by itself (adding and pruning are yours)
+    snapshot_interval: int = 50  # steps between copies in memory to roll back to; 0: none, checkpoints only
     replay: str | None = None  # mode replay: decisions.jsonl of the run to repeat
+    # fmt: on
 
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODES = ("act", "shadow", "off", "replay")
 
 
 @dataclass
 class Config:
+    # fmt: off
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
-    data: dict | None = (
-        None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
-    )
-    prepare: dict | None = (
-        None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
-    )
-    val_fraction: float = (
-        0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
-    )
-    allow_data_change: bool = (
-        False  # resume although the data is not what the checkpoint was trained on
-    )
-    allow_tokenizer_change: bool = (
-        False  # take weights although the data has another tokenizer than theirs had
-    )
+    data: dict | None = None  # several: {sources: {name: {dir, weight}}, phases: [{until: step or fraction, weights}]}
+    prepare: dict | None = None  # made on first start: {sources: [...], val_sources, tokenizer: bpe:8192, out}
+    val_fraction: float = 0.005  # tail of windows held out where bare shards have no val_*; 0: no evaluation
+    allow_data_change: bool = False  # resume although the data is not what the checkpoint was trained on
+    allow_tokenizer_change: bool = False  # take weights although the data has another tokenizer than theirs had
     # length and batch
     max_steps: int | None = None  # turns of the loop; null: one pass over the data
     num_epochs: float | None = None  # passes over the data, instead of max_steps
-    auto_epoch_scaling: bool = (
-        False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
-    )
-    chinchilla_multiplier: float = (
-        20.0  # tokens an active parameter; the optimum is flat from 10 to 40
-    )
-    min_auto_epochs: float = (
-        0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
-    )
+    auto_epoch_scaling: bool = False  # max_steps from the model: chinchilla_multiplier tokens an active parameter
+    chinchilla_multiplier: float = 20.0  # tokens an active parameter; the optimum is flat from 10 to 40
+    min_auto_epochs: float = 0.0  # auto_epoch_scaling passes over the data at least so often (LuminaAI: 1) ...
     max_auto_epochs: float = 50.0  # ... and at most so often
-    batch_size: int | str = (
-        16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
-    )
+    batch_size: int | str = 16  # rows of max_seq_len tokens per process and micro-step; auto: as many as fit
     gradient_accumulation_steps: int = 1  # micro-steps per step
-    batch_tokens: int | None = (
-        None  # tokens per step over all processes; accumulation follows from it
-    )
+    batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows from it
     target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
     # optimizer and schedule
     learning_rate: float = 3e-4  # the peak, absolute
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
-    lr_schedule: str = (
-        "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
-    )
+    lr_schedule: str = "cosine"  # cosine | linear | wsd | constant | onecycle (peak at 30 %, from a 25th of it)
     decay_frac: float = 0.2  # wsd: the last part of max_steps that decays linearly
-    warmup_steps: float | None = (
-        None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
-    )
+    warmup_steps: float | None = None  # steps, or below 1 a fraction of max_steps; null: min(2000, max_steps / 20)
     optimizer: str = "adamw"  # adamw
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squares
@@ -101,23 +77,15 @@ class Config:
     eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
     eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
     early_stopping_patience: int = 0  # stop after so many evaluations without a new best; 0: never
-    enable_early_stopping: bool = (
-        False  # stop, or begin wsd's decay, where that is justified; false: only say so
-    )
-    enable_loss_landscape: bool = (
-        True  # forecast: phase, predicted final loss, every orchestrator.check_interval
-    )
+    enable_early_stopping: bool = False  # stop, or begin wsd's decay, where that is justified; false: only say so
+    enable_loss_landscape: bool = True  # forecast: phase, predicted final loss, every orchestrator.check_interval
     enable_compute_efficiency: bool = True  # in it: nats gained per doubling of compute
     save_interval: int = 1000  # steps; 0: only the last
-    save_async: bool = (
-        False  # write checkpoints beside training, which waits for a copy in memory only
-    )
+    save_async: bool = False  # write checkpoints beside training, which waits for a copy in memory only
     save_total_limit: int = 3  # newest checkpoints kept, besides the best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
     log_interval: int = 20  # steps
-    expert_log_interval: int = (
-        0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
-    )
+    expert_log_interval: int = 0  # steps between the statistics of MoE and MoD, a multiple of log_interval; 0: that
     wandb_project: str | None = None  # set: log to Weights & Biases, offline without key or network
     wandb_entity: str | None = None  # team or user
     wandb_run_name: str | None = None  # null: the name of out_dir
@@ -127,50 +95,29 @@ class Config:
     # machine
     seed: int = 1337  # of weights, order of data, dropout
     device: str = "auto"  # auto | cuda | mps | cpu
-    precision: str = (
-        "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
-    )
+    precision: str = "auto"  # auto | fp32 | mixed_bf16 | mixed_fp16; master weights and moments are fp32 in all
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
-    deterministic: bool | str = (
-        "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
-    )
-    attention: str = (
-        "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
-    )
-    expert_back_end: str = (
-        "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
-    )
-    activation_checkpointing: str = (
-        "none"  # none | selective: recompute all but products | block (full): whole blocks
-    )
+    deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
+    attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
+    expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
+    activation_checkpointing: str = "none"  # none | selective: recompute all but products | block (full): whole blocks
     # several processes
-    comm_timeout: int = (
-        600  # seconds without a word from a rank, after the first step, until it counts as lost
-    )
+    comm_timeout: int = 600  # seconds without a word from a rank, after the first step, until it counts as lost
     # several processes, under train_fsdp.py only
     zero_stage: int = 3  # 3: weights in parts, gathered for use; 2: once a step; 1: and gradients summed once; 0: whole
-    hsdp_shard_size: int = (
-        0  # ranks that share one copy of the weights (of one machine, say); 0: all
-    )
-    expert_parallel: int = (
-        1  # ranks that share the experts of a layer among them; tokens travel to them
-    )
+    hsdp_shard_size: int = 0  # ranks that share one copy of the weights (of one machine, say); 0: all
+    expert_parallel: int = 1  # ranks that share the experts of a layer among them; tokens travel to them
     cpu_offload: bool = False  # true is refused: not there, never measured
-    reduce_dtype: str = (
-        "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
-    )
+    reduce_dtype: str = "fp32"  # fp32 | bf16: in which gradients are summed over ranks; bf16 halves what is sent
     # where
     out_dir: str | None = None  # null: out/NAME-of-the-yaml
     resume: str = "auto"  # auto: the newest whole step in out_dir; none: anew; a run or step folder: from there
-    init_from: str | None = (
-        None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
-    )
+    init_from: str | None = None  # start from the weights of a run, a step folder, a Hugging Face folder (read by all)
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     use_adaptive_training: bool = True  # false: orchestrator.mode off
-    orchestrator: OrchestratorConfig = field(
-        default_factory=OrchestratorConfig
-    )  # its keys, see below
+    orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys, see below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys, see below
+    # fmt: on
 
 
 SHARDING = (
@@ -521,7 +468,7 @@ def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
 
 
 def presets() -> dict[str, Path]:
-    return {p.stem: p for p in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    return {p.stem: p for p in sorted(CONFIGS.rglob("*.yaml")) if p.stem != "aliases"}
 
 
 def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
@@ -576,7 +523,7 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
             old: p for old, p in places.items() if not old.startswith((f"{key}.", f"{key}["))
         } | {key: TYPED}
         open_blocks(tree, place)
-    preset = path and path.resolve().parent == Path(__file__).resolve().parent / "configs"
+    preset = path and CONFIGS in path.resolve().parents
     own = next((key for key in ("prepare", "data_dir", "data") if places.get(key) == TYPED), None)
     if preset and own and places.get("sample_prompt", TYPED) != TYPED:
         tree.pop("sample_prompt")  # it continues the preset's own text
@@ -675,7 +622,7 @@ def find_yaml(name: str) -> Path:
             )
             raise UserError("E001", f"{name} is a folder; {hint}")
         here = {str(p): p for p in path.parent.glob("*.y*ml")}
-        elsewhere = Path(__file__).resolve().parent / name
+        elsewhere = CONFIGS.parent / name
         if elsewhere.is_file():
             hint = f"{elsewhere} does"
             hint += (

@@ -1,4 +1,4 @@
-"""What this machine is, and the arithmetic before a run: parameters, FLOPs, memory, time. `python plan.py env`.
+"""What this machine is, and the arithmetic before a run: parameters, FLOPs, memory, time. `python -m lumen.machine`.
 
 Takes a ModelConfig and plain numbers, never the run's configuration; `python train.py CONFIG --dry_run` prints it all.
 """
@@ -319,11 +319,7 @@ def rank_memory(
             "gradients": gradients,
             "gathered": gathered + everything,
             "reducing": reducing + waiting,
-        } | {
-            "activations": activations,
-            "work": work,
-            "peak": name,
-        }
+        } | {"activations": activations, "work": work, "peak": name}
 
     lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
     phases = [
@@ -592,7 +588,7 @@ def auto_steps(
 # ---------------------------------------------------------------- during the run
 
 
-# ---------------------------------------------------------------- python plan.py env
+# ---------------------------------------------------------------- python -m lumen.machine
 
 
 def candidates(

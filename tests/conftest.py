@@ -11,7 +11,9 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two processes share two cores here
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on the CPU: before model_moe is imported; GPU: 0
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # Triton kernels on the CPU: before model_moe is imported; GPU: 0
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
@@ -38,7 +40,9 @@ def pytest_configure(config):
     os.environ["LUMEN_TESTS"] = MARK.partition("=")[2]
     STDERR.append(os.dup(2))
     if getattr(config.option, "maxworkerrestart", "") is None:
-        config.option.maxworkerrestart = "0"  # else a test that hangs has eight more workers to do it again
+        config.option.maxworkerrestart = (
+            "0"  # else a test that hangs has eight more workers to do it again
+        )
 
 
 def orphans() -> dict[int, str]:
@@ -53,7 +57,13 @@ def orphans() -> dict[int, str]:
             if MARK.encode() not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            line = (
+                (folder / "cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except OSError:  # it has ended, or is another user's
             continue
         if os.getpid() not in (int(pid), parent) and not any(name in line for name in HELPERS):
@@ -81,7 +91,9 @@ def end_orphans(patience: float = 0) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    if not session.config.pluginmanager.hasplugin("dsession"):  # else pytest-xdist's controller, whose workers look
+    if not session.config.pluginmanager.hasplugin(
+        "dsession"
+    ):  # else pytest-xdist's controller, whose workers look
         LEFT.extend(end_orphans(10))
     if hasattr(session.config, "workeroutput"):  # a worker's exit status and output go nowhere
         session.config.workeroutput["left"] = LEFT
@@ -116,7 +128,9 @@ def shards(tmp_path_factory) -> str:
     """Three bare shards of a language that is easy to learn: each id is the last one plus 0, 1 or 2, modulo 97."""
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     for i in range(3):
-        np.save(folder / f"part_{i}.npy", (np.cumsum(rng.integers(0, 3, 7000)) % 97).astype(np.uint16))
+        np.save(
+            folder / f"part_{i}.npy", (np.cumsum(rng.integers(0, 3, 7000)) % 97).astype(np.uint16)
+        )
     return str(folder)
 
 
@@ -125,13 +139,33 @@ def tiny(shards, tmp_path):
     """tiny(**changes) -> the keys of a run that takes a second; dropout on, two micro-steps."""
 
     def make(name="run", model=None, **changes) -> dict:
-        shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+        shape = {
+            "vocab_size": 97,
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "d_ff": 48,
+        }
         shape |= {"max_seq_len": 32, "dropout": 0.1}
-        run = {"data_dir": shards, "out_dir": str(tmp_path / name), "max_steps": 12, "batch_size": 2, "device": "cpu"}
-        run |= {"gradient_accumulation_steps": 2, "learning_rate": 3e-3, "warmup_steps": 2, "save_interval": 4}
+        run = {
+            "data_dir": shards,
+            "out_dir": str(tmp_path / name),
+            "max_steps": 12,
+            "batch_size": 2,
+            "device": "cpu",
+        }
+        run |= {
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "save_interval": 4,
+        }
         run |= {"log_interval": 1, "eval_tokens": 1024, "val_fraction": 0.05, "precision": "fp32"}
         run |= {"compile_model": False, "save_total_limit": 0}
-        return {k: v for k, v in (run | changes).items() if v is not ...} | {"model": shape | (model or {})}
+        return {k: v for k, v in (run | changes).items() if v is not ...} | {
+            "model": shape | (model or {})
+        }
 
     return make
 
@@ -142,7 +176,9 @@ def read_lines(path) -> list[dict]:
 
 def losses(out_dir) -> dict[int, float]:
     """step -> training loss; the last line of a step counts."""
-    return {r["step"]: r["loss"] for r in read_lines(Path(out_dir) / "metrics.jsonl") if "loss" in r}
+    return {
+        r["step"]: r["loss"] for r in read_lines(Path(out_dir) / "metrics.jsonl") if "loss" in r
+    }
 
 
 def fingerprint(out_dir, step: int) -> dict:
@@ -150,8 +186,20 @@ def fingerprint(out_dir, step: int) -> dict:
     folder = Path(out_dir) / f"step_{step:08d}"
     files = json.loads((folder / "manifest.json").read_text())["files"]
     state = json.loads((folder / "state.json").read_text())
-    names = ("step", "cursor", "tokens", "segments", "val_loss", "best_val_loss", "best_step", "scaler", "orchestrator")
-    return {k: v["sha256"] for k, v in files.items() if k != "state.json"} | {k: state[k] for k in names}
+    names = (
+        "step",
+        "cursor",
+        "tokens",
+        "segments",
+        "val_loss",
+        "best_val_loss",
+        "best_step",
+        "scaler",
+        "orchestrator",
+    )
+    return {k: v["sha256"] for k, v in files.items() if k != "state.json"} | {
+        k: state[k] for k in names
+    }
 
 
 def run(command: list, timeout: float, **options) -> subprocess.CompletedProcess:

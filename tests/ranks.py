@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT  # noqa: F401 - sets the threads before torch starts them
 
-from errors import UserError
+from lumen.errors import UserError
 from train import Parallel, Trainer
 
 

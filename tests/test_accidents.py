@@ -33,23 +33,18 @@ import yaml
 from conftest import ROOT, fingerprint, read_lines, run_python, write_yaml
 from safetensors.torch import load_file, save_file
 
-import bench
-import checkpoint
-import launch
-import loader
-import model_moe
-import orchestrator
-import plan
+import kernels
 import prepare_data
-import report
-import tokenizer
 import train
 import train_fsdp
-from config import Config, build_config, read_config
-from errors import ERRORS, UserError
 from export import main as export_main
+from lumen import checkpoint, config, files, launch, loader, plan, report, tokenizer
+from lumen import machine as machines
+from lumen import orchestrate as orchestrator
+from lumen import owner as owners
+from lumen.config import Config, OrchestratorConfig, build_config, presets, read_config
+from lumen.errors import ERRORS, UserError
 from model import HeadLoss, ModelConfig, Transformer
-from orchestrator import OrchestratorConfig
 from prepare_data import main as prepare_main
 from prepare_data import prepare
 from train import Parallel, Trainer, main
@@ -57,8 +52,9 @@ from train import Parallel, Trainer, main
 # ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
 
 HOLDER = """
-import sys, time, launch
-owner = launch.Owner(sys.argv[1])
+import sys, time
+from lumen import owner as owners
+owner = owners.Owner(sys.argv[1])
 owner.take()
 print("mine", flush=True)
 time.sleep(99)
@@ -80,8 +76,13 @@ def owned(out):
 
 def everything(folder) -> dict:
     """Every file and folder: bytes and time of the last change."""
-    found = {str(p): (p.read_bytes() if p.is_file() else b"", p.stat().st_mtime_ns) for p in Path(folder).rglob("*")}
-    return {k: v for k, v in found.items() if not k.endswith("owner.json")} | {k: v[0] for k, v in found.items()}
+    found = {
+        str(p): (p.read_bytes() if p.is_file() else b"", p.stat().st_mtime_ns)
+        for p in Path(folder).rglob("*")
+    }
+    return {k: v for k, v in found.items() if not k.endswith("owner.json")} | {
+        k: v[0] for k, v in found.items()
+    }
 
 
 def stop_at(trainer, step, then=None):
@@ -123,18 +124,22 @@ def test_a_second_start_into_a_live_run(tiny, monkeypatch):
     (out / "step_00000009.tmp").mkdir()
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"half')
-    monkeypatch.setattr(launch, "GRACE", 0.1)
+    monkeypatch.setattr(owners, "GRACE", 0.1)
     with owned(out) as first:
         before = everything(out)
-        for changes in ({}, {"resume": "none", "overwrite": True}, {"model": keys["model"] | {"n_layers": 3}}):
+        for changes in (
+            {},
+            {"resume": "none", "overwrite": True},
+            {"model": keys["model"] | {"n_layers": 3}},
+        ):
             with pytest.raises(UserError) as e:
                 Trainer(keys | changes)
-            who = f"process {first.pid} on {launch.identity()['host']}"
+            who = f"process {first.pid} on {owners.identity()['host']}"
             assert e.value.code == "E300" and e.value.exit_code == 2 and who in e.value.text
         assert everything(out) == before
     trainer = Trainer(keys | {"max_steps": 6})
     assert trainer.step == 4 and not (out / "step_00000009.tmp").exists() and trainer.fit() == 0
-    assert checkpoint.list_steps(out)[-1] == 6 and launch.read(out / "owner.json")["pid"] is None
+    assert checkpoint.list_steps(out)[-1] == 6 and files.read(out / "owner.json")["pid"] is None
 
 
 def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
@@ -156,34 +161,56 @@ def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
 def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
     """A file of a host that is not this one blocks while it is touched, by the clock of the file system; one from
     before this host's last boot, of a dead process, or not touched for long, blocks nobody."""
-    monkeypatch.setattr(launch, "GRACE", 0)
-    here, file = launch.identity(), tmp_path / "owner.json"
-    elsewhere, rebooted = here | {"host": "elsewhere", "locked": True}, here | {"boot": "before", "locked": True}
-    contained = here | {"space": "pid:[1]", "locked": False}  # a container beside this one: the same number is another
+    monkeypatch.setattr(owners, "GRACE", 0)
+    here, file = owners.identity(), tmp_path / "owner.json"
+    elsewhere, rebooted = (
+        here | {"host": "elsewhere", "locked": True},
+        here | {"boot": "before", "locked": True},
+    )
+    contained = here | {
+        "space": "pid:[1]",
+        "locked": False,
+    }  # a container beside this one: the same number is another
     dead = here | {"pid": 2**22 - 1, "began": "1", "locked": False}
-    reused = here | {"pid": os.getppid(), "began": "1", "locked": False}  # the number has come again
+    reused = here | {
+        "pid": os.getppid(),
+        "began": "1",
+        "locked": False,
+    }  # the number has come again
     parent = here | {"pid": os.getppid(), "began": launch.process(os.getppid()), "locked": False}
-    cases = [(elsewhere, 0, True), (elsewhere, launch.STALE + 60, False), (rebooted, 0, False), (dead, 0, False)]
-    cases += [(contained, 0, True), (contained, 9999, False), (reused, 0, False), (parent, 9999, True)]
-    cases += [(parent | {"locked": True}, 0, False)]  # its lock is not there: it was a copy of the folder
+    cases = [
+        (elsewhere, 0, True),
+        (elsewhere, owners.STALE + 60, False),
+        (rebooted, 0, False),
+        (dead, 0, False),
+    ]
+    cases += [
+        (contained, 0, True),
+        (contained, 9999, False),
+        (reused, 0, False),
+        (parent, 9999, True),
+    ]
+    cases += [
+        (parent | {"locked": True}, 0, False)
+    ]  # its lock is not there: it was a copy of the folder
     cases += [({"pid": 5}, 0, True), ({}, 0, False), (elsewhere | {"pid": None}, 0, False)]
-    monkeypatch.setattr(launch.time, "time", lambda: 0.0)  # the clock of this host says nothing
+    monkeypatch.setattr(owners.time, "time", lambda: 0.0)  # the clock of this host says nothing
     for row, seconds, blocks in cases:
         file.write_text(json.dumps(row))
         now = os.stat(file).st_mtime
         os.utime(file, (now - seconds, now - seconds))
-        owner = launch.Owner(tmp_path)
+        owner = owners.Owner(tmp_path)
         if blocks:
             with pytest.raises(UserError, match="E300.*in use by process"):
                 owner.take()
             assert json.loads(file.read_text()) == row
         else:
             owner.take()
-            assert launch.read(file)["pid"] == os.getpid(), row
+            assert files.read(file)["pid"] == os.getpid(), row
         owner.release()
         assert json.loads(file.read_text() or "{}") == row, "never accepted: as it was"
     file.write_text('{"half')
-    launch.Owner(tmp_path).take()
+    owners.Owner(tmp_path).take()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -194,33 +221,35 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     def flock(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(launch, "GRACE", 0)
-    monkeypatch.setattr(launch.fcntl, "flock", flock)
-    monkeypatch.setattr(launch, "SETTLE", 0.01)
-    owner = launch.Owner(tmp_path)
+    monkeypatch.setattr(owners, "GRACE", 0)
+    monkeypatch.setattr(owners.fcntl, "flock", flock)
+    monkeypatch.setattr(owners, "SETTLE", 0.01)
+    owner = owners.Owner(tmp_path)
     with owned(tmp_path):
         with pytest.raises(UserError, match="E300"):
             owner.take()
     owner.take()
     owner.accept()
-    assert launch.read(owner.path)["locked"] is False
+    assert files.read(owner.path)["locked"] is False
     owner.keep()
-    other = launch.identity() | {"host": "elsewhere", "pid": 7, "since": "now"}
+    other = owners.identity() | {"host": "elsewhere", "pid": 7, "since": "now"}
     owner.path.write_text(json.dumps(other))
     with pytest.raises(OSError, match="process 7 on elsewhere"):
         owner.keep()
     owner.release()
     owner.path.unlink()
-    sleep = launch.time.sleep
-    monkeypatch.setattr(launch.time, "sleep", lambda s: (owner.path.write_text(json.dumps(other)), sleep(s)))
+    sleep = owners.time.sleep
+    monkeypatch.setattr(
+        owners.time, "sleep", lambda s: (owner.path.write_text(json.dumps(other)), sleep(s))
+    )
     with pytest.raises(UserError, match="E300"):
-        launch.Owner(tmp_path).take()
+        owners.Owner(tmp_path).take()
 
 
 def test_signs_of_life(tmp_path, monkeypatch):
     """An owner touches its file, so that other hosts see it live; nobody does once it has ended."""
-    monkeypatch.setattr(launch, "BEAT", 0.02)
-    owner = launch.Owner(tmp_path)
+    monkeypatch.setattr(owners, "BEAT", 0.02)
+    owner = owners.Owner(tmp_path)
     owner.take()
     os.utime(owner.path, (1, 1))
     until = time.monotonic() + 20
@@ -231,7 +260,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
     del owner  # nobody closed it
     gc.collect()
     time.sleep(0.1)
-    assert launch.read(tmp_path / "owner.json")["pid"] is None
+    assert files.read(tmp_path / "owner.json")["pid"] is None
     os.utime(tmp_path / "owner.json", (1, 1))
     time.sleep(0.1)
     assert os.stat(tmp_path / "owner.json").st_mtime < 2
@@ -240,7 +269,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
 def test_a_restart_waits_for_the_one_before_it(tiny, monkeypatch):
     """Slurm starts a job again while its last process is still dying: it waits instead of being refused for good."""
     keys = tiny(max_steps=2)
-    monkeypatch.setattr(launch, "GRACE", 0)
+    monkeypatch.setattr(owners, "GRACE", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with owned(keys["out_dir"]) as first:
         threading.Timer(0.5, first.kill).start()
@@ -249,7 +278,7 @@ def test_a_restart_waits_for_the_one_before_it(tiny, monkeypatch):
 
 def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
     """After an exception, or without one, a new Trainer in the same process has the run; not while the other trains."""
-    monkeypatch.setattr(launch, "GRACE", 0)
+    monkeypatch.setattr(owners, "GRACE", 0)
     keys, said = tiny(max_steps=6), []
 
     def again():
@@ -270,7 +299,12 @@ def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
 @pytest.mark.parametrize(
     "env",
     [
-        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+        {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_ID": "0",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": "1",
+        },
         {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"},
         {"OMPI_COMM_WORLD_SIZE": "2"},
         {"PMI_SIZE": "4"},
@@ -279,7 +313,9 @@ def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
 def test_srun_without_torchrun(tiny, tmp_path, monkeypatch, env):
     """`srun -n 2 python train.py`, or mpirun: two whole runs in one folder are refused at once, with what to type. A
     batch script that asked for many tasks and starts one, and ranks of torchrun under srun, are none of that."""
-    path = write_yaml(tmp_path / "c.yaml", tiny(prepare={"sources": ["stdlib"], "out": str(tmp_path / "data")}))
+    path = write_yaml(
+        tmp_path / "c.yaml", tiny(prepare={"sources": ["stdlib"], "out": str(tmp_path / "data")})
+    )
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="E600.*slurm/train.sbatch"):
@@ -328,9 +364,9 @@ def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
     trainer = Trainer(keys)
     trainer.write_status("diverged", 3, "E301: it diverged")
     trainer.close()
-    assert launch.hopeless(keys["out_dir"])["code"] == 3
+    assert owners.hopeless(keys["out_dir"])["code"] == 3
     monkeypatch.setenv("SLURM_JOB_ID", "2")
-    assert launch.hopeless(keys["out_dir"]) is None
+    assert owners.hopeless(keys["out_dir"]) is None
 
 
 @pytest.mark.nightly
@@ -341,10 +377,18 @@ def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
     code += "    if self.step == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), 9)\n"
     code += "    return take(self)\ntrain.Trainer.drain = drain\nerrors.command(train.main, lasting=True)\n"
     (tmp_path / "dies.py").write_text(code)
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--master_port=29617"]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        "--master_port=29617",
+    ]
     result = run_python(*words, tmp_path / "dies.py", write_yaml(tmp_path / "c.yaml", keys))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
-    rows = [r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["attempt"] == 2 and "loss" in r]
+    rows = [
+        r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["attempt"] == 2 and "loss" in r
+    ]
     assert rows[0]["step"] == 5, "from the checkpoint at 4"
 
 
@@ -379,7 +423,9 @@ def test_the_best_was_damaged(tiny):
     out = Path(keys["out_dir"])
     good = checkpoint.Checkpoint(checkpoint.step_dir(out, 4)).state["val_loss"]
     assert checkpoint.best_step(out) == 8
-    stop_at(Trainer(keys | {"max_steps": 10, "learning_rate": 1.0, "warmup_steps": 0}), 9).fit()  # and worse
+    stop_at(
+        Trainer(keys | {"max_steps": 10, "learning_rate": 1.0, "warmup_steps": 0}), 9
+    ).fit()  # and worse
     checkpoint.set_damaged_aside(checkpoint.step_dir(out, 8))
     trainer = Trainer(keys | {"max_steps": 10})
     assert trainer.step == 10 and (trainer.best_step, trainer.best_val_loss) == (4, good)
@@ -389,7 +435,7 @@ def test_the_best_was_damaged(tiny):
 
 def test_what_cannot_be_read_now_is_not_called_damaged(tiny, monkeypatch):
     """A disk that fails for a moment: passed over, left as it is, and it does not push out what is saved meanwhile."""
-    keys, real = tiny(max_steps=12), checkpoint.sha256
+    keys, real = tiny(max_steps=12), files.sha256
     assert Trainer(keys).fit() == 0
 
     def failing(path):
@@ -400,7 +446,9 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tiny, monkeypatch):
     monkeypatch.setattr(checkpoint, "sha256", failing)
     trainer = stop_at(Trainer(keys | {"save_total_limit": 1}), 9)
     assert trainer.step == 8 and trainer.fit() == 0
-    assert {10, 12} <= set(checkpoint.list_steps(trainer.out)) and not list(trainer.out.glob("*.damaged"))
+    assert {10, 12} <= set(checkpoint.list_steps(trainer.out)) and not list(
+        trainer.out.glob("*.damaged")
+    )
     monkeypatch.undo()
     assert checkpoint.find(trainer.out).step == 12
 
@@ -420,8 +468,12 @@ def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
     closed = io.StringIO()
     closed.close()
     streams = {"closed pipe": Broken(), "closed file": closed}
-    stream = streams.get(console) or io.TextIOWrapper(io.BytesIO(), encoding=console.replace("full disk", "utf-8"))
-    keys = tiny(data_dir=text, model={"vocab_size": 0}, max_steps=2, sample_prompt="Ada \u2192 \udce9")
+    stream = streams.get(console) or io.TextIOWrapper(
+        io.BytesIO(), encoding=console.replace("full disk", "utf-8")
+    )
+    keys = tiny(
+        data_dir=text, model={"vocab_size": 0}, max_steps=2, sample_prompt="Ada \u2192 \udce9"
+    )
     trainer = Trainer(keys)
     if console == "full disk":
         trainer.log_file.close()
@@ -435,16 +487,19 @@ def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
 
 
 LASTS = """
-import sys, errors
+import sys
+from lumen import launch
 def main(argv):
     for i in range(3000): print("caf\\u00e9 \\u2192 \\udce9", i)
     print("still here", file=sys.stderr)
     open(argv[0], "w").write("done")
-errors.command(main, lasting=True)
+launch.command(main, lasting=True)
 """
 
 
-@pytest.mark.parametrize("end", ["| head -n 1", "> /dev/full", ">&-", "<&- >&- 2>&-", "> /dev/full 2>&1", "| true"])
+@pytest.mark.parametrize(
+    "end", ["| head -n 1", "> /dev/full", ">&-", "<&- >&- 2>&-", "> /dev/full 2>&1", "| true"]
+)
 def test_a_program_lasts_longer_than_its_console(tmp_path, end):
     """`| head`, a full disk behind the redirection, no stdout at all: the work is done, and that is what the exit code
     says. (prepare_data.py, export.py and both trainers are started so.)"""
@@ -458,9 +513,9 @@ def test_a_program_lasts_longer_than_its_console(tmp_path, end):
 
 def test_a_pipe_that_is_not_the_console(tmp_path):
     """Something else that a run talks to has gone: that is no order to stop with exit code 0."""
-    code = "import errors\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
-    assert run_python("-c", code + "errors.command(main, lasting=True)").returncode == 1
-    assert run_python("-c", code + "errors.command(main)").returncode == 0
+    code = "from lumen import launch\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
+    assert run_python("-c", code + "launch.command(main, lasting=True)").returncode == 1
+    assert run_python("-c", code + "launch.command(main)").returncode == 0
 
 
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGINT", "SIGTERM"])
@@ -471,7 +526,14 @@ def test_the_terminal_goes(tiny, monkeypatch, capfd, number):
     before = {n: signal.getsignal(n) for n in names}
     try:
         trainer = Trainer(tiny(max_steps=12))
-        stop_at(trainer, 5, lambda: (setattr(trainer, "stop_signal", 0), signal.raise_signal(getattr(signal, number))))
+        stop_at(
+            trainer,
+            5,
+            lambda: (
+                setattr(trainer, "stop_signal", 0),
+                signal.raise_signal(getattr(signal, number)),
+            ),
+        )
         assert trainer.fit() == 0 and checkpoint.list_steps(trainer.out) == [4, 6]
         status = json.loads((trainer.out / "status.json").read_text())
         assert (status["state"], status["code"]) == ("stopped", 0)
@@ -518,7 +580,7 @@ def test_a_file_system_that_cannot_sync_a_folder(tiny, tmp_path, monkeypatch, ca
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return opens(path, flags, *args, **options)
 
-    monkeypatch.setattr(checkpoint, "UNSYNCED", set())
+    monkeypatch.setattr(files, "UNSYNCED", set())
     monkeypatch.setattr(os, "fsync", no_folders)
     monkeypatch.setattr(os, "open", no_opening)
     for failing[0] in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
@@ -543,14 +605,22 @@ class Poor:
     calls = 0
 
 
-@pytest.mark.parametrize("what", ["generate", "tokenizer", "suggest", "charts", "best.json", "draw"])
+@pytest.mark.parametrize(
+    "what", ["generate", "tokenizer", "suggest", "charts", "best.json", "draw"]
+)
 def test_a_nicety_fails(tiny, text, monkeypatch, what):
     """The sample's logits are NaN, its tokenizer.json cannot be read, suggested.yaml, best.json or a chart cannot be
     written: that is said, and the run is finished all the same. A chart that failed once is not tried again."""
-    trainer = Trainer(tiny(data_dir=text, model={"vocab_size": 0}, max_steps=4, save_interval=2, sample_prompt="A"))
+    trainer = Trainer(
+        tiny(
+            data_dir=text, model={"vocab_size": 0}, max_steps=4, save_interval=2, sample_prompt="A"
+        )
+    )
 
     def fails(*args, **options):
-        raise FloatingPointError("not finite") if what == "generate" else RuntimeError("of a nicety")
+        raise (
+            FloatingPointError("not finite") if what == "generate" else RuntimeError("of a nicety")
+        )
 
     if what == "generate":
         monkeypatch.setattr(trainer.model, "generate", fails)
@@ -570,10 +640,16 @@ def test_a_nicety_fails(tiny, text, monkeypatch, what):
     assert (status["state"], status["code"]) == ("finished", 0)
     assert checkpoint.find(trainer.out).step == 4
     said = (trainer.out / "train.log").read_text()
-    words = {"generate": "sample: FloatingPointError", "tokenizer": "sample: E116", "best.json": "best.json: Is"}
+    words = {
+        "generate": "sample: FloatingPointError",
+        "tokenizer": "sample: E116",
+        "best.json": "best.json: Is",
+    }
     assert said.count("note ") >= 1 and words.get(what, "") in said, said
     if what == "charts":
-        assert [c.calls for c in charts] == [1, 1] and said.count("nothing more is written to it") == 2
+        assert [c.calls for c in charts] == [1, 1] and said.count(
+            "nothing more is written to it"
+        ) == 2
 
 
 def test_data_finished_on_a_disk_that_is_read_only(text, tmp_path, monkeypatch):
@@ -589,7 +665,13 @@ def test_data_finished_on_a_disk_that_is_read_only(text, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", unlink)
     spec = {"sources": ["synthetic:60"], "tokenizer": "bytes", "out": text}
     model = {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}
-    keys = {"prepare": spec, "out_dir": str(tmp_path / "run"), "max_steps": 1, "device": "cpu", "precision": "fp32"}
+    keys = {
+        "prepare": spec,
+        "out_dir": str(tmp_path / "run"),
+        "max_steps": 1,
+        "device": "cpu",
+        "precision": "fp32",
+    }
     assert Trainer(keys | {"model": model, "compile_model": False, "batch_size": 2}).fit() == 0
 
 
@@ -600,9 +682,19 @@ def test_out_dir_is_deleted_under_the_run(tiny, text):
     stop_at(trainer, 5, lambda: shutil.rmtree(trainer.out))
     assert trainer.fit() == 0
     names = {p.name for p in trainer.out.iterdir()}
-    assert {"tokenizer.json", "token_bytes.npy", "config.yaml", "train.log", "owner.json", "best.json"} <= names
-    assert "saved" in (trainer.out / "train.log").read_text() and checkpoint.find(trainer.out).step == 6
-    assert launch.read(trainer.out / "owner.json")["pid"] is None
+    assert {
+        "tokenizer.json",
+        "token_bytes.npy",
+        "config.yaml",
+        "train.log",
+        "owner.json",
+        "best.json",
+    } <= names
+    assert (
+        "saved" in (trainer.out / "train.log").read_text()
+        and checkpoint.find(trainer.out).step == 6
+    )
+    assert files.read(trainer.out / "owner.json")["pid"] is None
     from sample import load
 
     assert load(str(trainer.out))[1] is not None
@@ -616,7 +708,12 @@ def test_a_hint_of_another_device(tiny):
     trainer = Trainer(keys)
     here = trainer.memory_at_hand()
     trainer.close()
-    for device, rows in ((here, 2), (["NVIDIA H100", 80], 4), ([here[0], here[1] + 8], 4), (None, 2)):
+    for device, rows in (
+        (here, 2),
+        (["NVIDIA H100", 80], 4),
+        ([here[0], here[1] + 8], 4),
+        (None, 2),
+    ):
         hint = {"micro_batch": 2, "written": 4, "step": 1} | ({"device": device} if device else {})
         checkpoint.write_json(out / "oom_hint.json", hint)
         trainer = Trainer(keys)
@@ -628,7 +725,9 @@ def test_a_hint_of_another_device(tiny):
 
 TEXTS = {  # three languages; the third speaks as the first does
     "a": "".join(f"the cat {i % 7} sat on the mat {i % 5} and slept\n\n" for i in range(900)),
-    "b": "".join(f"zwei {i % 9} kleine jecke {i % 4} fuhren quer durch xyz\n\n" for i in range(900)),
+    "b": "".join(
+        f"zwei {i % 9} kleine jecke {i % 4} fuhren quer durch xyz\n\n" for i in range(900)
+    ),
 }
 TEXTS["more"] = TEXTS["a"].replace("cat", "dog") * 2
 
@@ -673,8 +772,10 @@ def damage(folder, name: str, value: float) -> None:
     tensors[name].view(-1)[3] = value
     save_file(tensors, file, metadata={"format": "pt"})
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    manifest["files"][file.name] = {"sha256": checkpoint.sha256(file), "size": file.stat().st_size}
-    checkpoint.write_json(Path(folder) / "manifest.json", manifest | {"sha256": checkpoint.digest(manifest)})
+    manifest["files"][file.name] = {"sha256": files.sha256(file), "size": file.stat().st_size}
+    checkpoint.write_json(
+        Path(folder) / "manifest.json", manifest | {"sha256": checkpoint.digest(manifest)}
+    )
 
 
 def test_weights_of_another_tokenizer(tiny, spoken, tmp_path, capsys):
@@ -702,7 +803,11 @@ def test_weights_and_tokenizer_of_a_hugging_face_folder(tiny, spoken, tmp_path):
     """The same from a Hugging Face folder, whose tokenizer.json another program wrote anew: its content counts."""
     from export import from_hf, to_hf
 
-    first = trained(speak(tiny, spoken / "a", "first", model=tiny()["model"] | {"vocab_size": 0, "dropout": 0.0}))
+    first = trained(
+        speak(
+            tiny, spoken / "a", "first", model=tiny()["model"] | {"vocab_size": 0, "dropout": 0.0}
+        )
+    )
     to_hf(first.out, folder := tmp_path / "hf", say=print)
     whole = json.loads((folder / "tokenizer.json").read_text())
     del whole["model"]["name"]
@@ -755,8 +860,14 @@ def test_numbers_of_another_validation_set_are_not_compared(tiny, spoken, capsys
         shutil.copytree(first.out, copy := Path(f"{first.out}-{len(change)}-{[*change][0]}"))
         assert again(**change, out_dir=str(copy)) == (None, None, False), change
         assert capsys.readouterr().out.count("begins anew") == 1
-    last = trained(keys | {"allow_data_change": True, "max_steps": 6, "data_dir": str(spoken / "more")})
-    assert last.best_step == 6 and checkpoint.best_step(last.out) == 6 and not last.evaluations_since_best
+    last = trained(
+        keys | {"allow_data_change": True, "max_steps": 6, "data_dir": str(spoken / "more")}
+    )
+    assert (
+        last.best_step == 6
+        and checkpoint.best_step(last.out) == 6
+        and not last.evaluations_since_best
+    )
 
 
 def test_more_text_for_training_leaves_the_validation_set_as_it_is(tiny, shards, tmp_path):
@@ -804,7 +915,9 @@ def test_resume_from_an_older_step(tiny, tmp_path):
     """`--resume out/x/step_00000004` of 12: to the same bytes as never stopped, in its own folder and in another."""
     whole = trained(tiny("whole")).out
     shutil.copytree(whole, own := tmp_path / "own")
-    (own / "control.jsonl").write_text('{"action": "stop"}\n')  # written to a course that is left now
+    (own / "control.jsonl").write_text(
+        '{"action": "stop"}\n'
+    )  # written to a course that is left now
     older = {"resume": str(own / "step_00000004")}
     again = Trainer(tiny("own", **older))
     assert again.step == 4 and checkpoint.list_steps(own) == [4]
@@ -815,7 +928,9 @@ def test_resume_from_an_older_step(tiny, tmp_path):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     other = trained(tiny("other", resume=str(whole / "step_00000004"))).out
     assert fingerprint(other, 12) == fingerprint(whole, 12)
-    assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}, "the original is untouched"
+    assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}, (
+        "the original is untouched"
+    )
 
 
 def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys):
@@ -840,7 +955,11 @@ def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys
         Trainer(tiny("other", resume=str(tmp_path / "whole")))
     monkeypatch.setattr("train.prepare_first", None)  # nothing is prepared
     capsys.readouterr()
-    for changes in ({"resume": "/no/such/step_00000004"}, {"resume": str(tmp_path)}, {"init_from": str(tmp_path)}):
+    for changes in (
+        {"resume": "/no/such/step_00000004"},
+        {"resume": str(tmp_path)},
+        {"init_from": str(tmp_path)},
+    ):
         with pytest.raises(UserError, match="E304: (resume|init_from): "):
             Trainer(tiny("new", **changes))
     assert not capsys.readouterr().out, "before the start block"
@@ -856,13 +975,20 @@ def test_a_run_that_was_moved(tiny, tmp_path, capsys):
         trainer = Trainer([str(folder / "config.yaml"), "--max_steps", "5"])
         assert (trainer.out, trainer.step) == (folder, 4)
         assert "it says" in capsys.readouterr().out
-        assert [c for c in trainer.changes if not c.startswith(("out_dir", "the learning rate"))] == [
-            "max_steps: 4 in the checkpoint, 5 now"
-        ]
+        assert [
+            c for c in trainer.changes if not c.startswith(("out_dir", "the learning rate"))
+        ] == ["max_steps: 4 in the checkpoint, 5 now"]
         assert trainer.fit() == 0 and not old.exists()
-        assert main([str(folder / "config.yaml")]) == 0 and "is finished at step 5" in capsys.readouterr().out
+        assert (
+            main([str(folder / "config.yaml")]) == 0
+            and "is finished at step 5" in capsys.readouterr().out
+        )
     typed = Trainer([str(moved / "config.yaml"), "--out_dir", str(tmp_path / "typed")])
-    assert typed.out == tmp_path / "typed" and typed.step == 0 and "as typed" in capsys.readouterr().out
+    assert (
+        typed.out == tmp_path / "typed"
+        and typed.step == 0
+        and "as typed" in capsys.readouterr().out
+    )
     typed.close()
 
 
@@ -891,9 +1017,14 @@ class TwoRanks(Parallel):
 
 def test_config_yaml_on_another_number_of_processes(tiny):
     """out/x/config.yaml of one process on two: `batch_tokens is 16 rows, ... 32: drop one`."""
-    for name, changes in (("a", {}), ("b", {"batch_tokens": 128, "gradient_accumulation_steps": ...})):
+    for name, changes in (
+        ("a", {}),
+        ("b", {"batch_tokens": 128, "gradient_accumulation_steps": ...}),
+    ):
         first = trained(tiny(name, max_steps=2, **changes))
-        again = Trainer([str(first.out / "config.yaml"), "--out_dir", str(first.out) + "-two"], TwoRanks)
+        again = Trainer(
+            [str(first.out / "config.yaml"), "--out_dir", str(first.out) + "-two"], TwoRanks
+        )
         assert again.rows_per_step == first.rows_per_step == 4
         again.close()
 
@@ -908,22 +1039,36 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     def older(self, path):
         real(self, path)
         self.state["auto"] |= auto
-        self.state["config"] |= {k: v for k, v in auto.items() if k in self.state["config"] and k != "device"}
+        self.state["config"] |= {
+            k: v for k, v in auto.items() if k in self.state["config"] and k != "device"
+        }
 
     monkeypatch.setattr(checkpoint.Checkpoint, "__init__", older)
     here = Trainer(keys)
     had = here.cfg
     here.close()
-    auto |= {"device": "cuda", "deterministic": False, "compile_model": True, "precision": "mixed_fp16"}
+    auto |= {
+        "device": "cuda",
+        "deterministic": False,
+        "compile_model": True,
+        "precision": "mixed_fp16",
+    }
     there = Trainer(keys)
     for key in ("precision", "compile_model", "deterministic", "attention"):
         assert getattr(there.cfg, key) == getattr(had, key)
-    assert {c.partition(":")[0] for c in there.changes} == {"precision", "compile_model", "deterministic"}
+    assert {c.partition(":")[0] for c in there.changes} == {
+        "precision",
+        "compile_model",
+        "deterministic",
+    }
     there.close()
     auto |= {"device": "cpu", "deterministic": True, "precision": had.precision}
-    monkeypatch.setattr("plan.find_compiler", lambda: None)
+    monkeypatch.setattr("lumen.machine.find_compiler", lambda: None)
     there = Trainer(keys)
-    assert there.cfg.compile_model is False and "compile_model: True in the checkpoint, False now" in there.changes
+    assert (
+        there.cfg.compile_model is False
+        and "compile_model: True in the checkpoint, False now" in there.changes
+    )
     there.close()
 
 
@@ -937,13 +1082,22 @@ def test_paths_with_home_and_variables(tiny, tmp_path, shards, monkeypatch):
     assert first.out == tmp_path / "runs/x" and not Path("~").exists()
     keys = tiny("second", max_steps=1, init_from="${WORK}/runs/x", data_dir=...)
     trained(keys | {"data": {"sources": {"s": {"dir": "~/data"}}}})
-    keys = {"orchestrator": {"mode": "replay", "replay": "~/d.jsonl"}, "resume": "~/runs/x", "data_dir": "d"}
+    keys = {
+        "orchestrator": {"mode": "replay", "replay": "~/d.jsonl"},
+        "resume": "~/runs/x",
+        "data_dir": "d",
+    }
     prepared = {"sources": ["~/a.txt", "stdlib"], "out": "$WORK/d", "val_sources": ["~/v.txt"]}
     cfg = build_config({"model": {}, "prepare": prepared} | keys, str, [])
     assert (cfg.orchestrator.replay, cfg.resume) == (f"{tmp_path}/d.jsonl", f"{tmp_path}/runs/x")
-    assert cfg.prepare["sources"] == [f"{tmp_path}/a.txt", "stdlib"] and cfg.prepare["out"] == f"{tmp_path}/d"
+    assert (
+        cfg.prepare["sources"] == [f"{tmp_path}/a.txt", "stdlib"]
+        and cfg.prepare["out"] == f"{tmp_path}/d"
+    )
     with pytest.raises(UserError, match=r"\$NOWHERE is not set"):
-        build_config({"model": {}, "data_dir": "d", "orchestrator": {}, "out_dir": "$NOWHERE/x"}, str, [])
+        build_config(
+            {"model": {}, "data_dir": "d", "orchestrator": {}, "out_dir": "$NOWHERE/x"}, str, []
+        )
     (tmp_path / "a.txt").write_text(TEXTS["a"])
     prepare_main(["~/a.txt", "--out=~/made", "--tokenizer", "bytes", "--quiet", "--workers", "1"])
     assert (tmp_path / "made/manifest.json").exists() and not Path("~").exists()
@@ -972,7 +1126,7 @@ def test_a_checkpoint_that_we_may_not_read(tiny, monkeypatch, capsys, name):
     """Another user's 0600 files: "damaged", and the advice was to overwrite the run. It is unreadable, nothing else;
     and no older step is trained on over it."""
     out = trained(tiny(max_steps=6)).out
-    file, real, sha256 = out / "step_00000006" / name, Path.read_text, checkpoint.sha256
+    file, real, sha256 = out / "step_00000006" / name, Path.read_text, files.sha256
 
     def look(do, path, *words, **more):
         if Path(path) == file:
@@ -1003,16 +1157,24 @@ def test_files_that_are_not_ours(tiny, tmp_path, shards):
     (out / "config.yaml").write_text(mine)
     for steps in ("2", "3"):
         Trainer(
-            [str(out / "config.yaml"), "--max_steps", steps, "--save_total_limit", "1"] + ["--out_dir", str(out)]
+            [str(out / "config.yaml"), "--max_steps", steps, "--save_total_limit", "1"]
+            + ["--out_dir", str(out)]
         ).fit()
         assert (out / "config.yaml").read_text() == mine
     assert main([str(out / "resolved.yaml")]) == 0, "the resolved one runs, too"
     theirs = trained(tiny("other", max_steps=2)).out / "config.yaml"
-    for text in (theirs.read_text(), theirs.read_text().partition("\n")[2]):  # as now, and as before there was a sum
+    for text in (
+        theirs.read_text(),
+        theirs.read_text().partition("\n")[2],
+    ):  # as now, and as before there was a sum
         theirs.write_text(text)
         Trainer(tiny("other", max_steps=3)).close()
-        assert "max_steps: 3" in theirs.read_text() and not (theirs.parent / "resolved.yaml").exists()
-    theirs.write_text(edited := theirs.read_text().replace("max_steps: 3", "max_steps: 4  # a day more"))
+        assert (
+            "max_steps: 3" in theirs.read_text() and not (theirs.parent / "resolved.yaml").exists()
+        )
+    theirs.write_text(
+        edited := theirs.read_text().replace("max_steps: 3", "max_steps: 4  # a day more")
+    )
     Trainer([str(theirs)]).close()
     assert theirs.read_text() == edited, "edited, it is the user's"
     assert (out / "step_notes.tmp").is_dir() and (out / "step_by_step.rolled_back").is_dir()
@@ -1047,7 +1209,9 @@ def test_two_models_in_one_out_dir(tiny):
 def bytes_data(folder, sources, **options) -> dict:
     """Prepares with the tokenizer `bytes`; its manifest."""
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    return prepare_data.prepare(list(map(str, sources)), str(folder), "bytes", **{"quiet": True, **options})
+    return prepare_data.prepare(
+        list(map(str, sources)), str(folder), "bytes", **{"quiet": True, **options}
+    )
 
 
 def read_back(folder, split="train") -> list[str]:
@@ -1068,15 +1232,21 @@ def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "PIECE", 7_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "book.txt").write_text(BOOK)
-    (tmp_path / "in" / "notes.jsonl").write_text("".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(30)))
+    (tmp_path / "in" / "notes.jsonl").write_text(
+        "".join(json.dumps({"text": f"note {i}"}) + "\n" for i in range(30))
+    )
     (tmp_path / "in" / "same.txt").write_text(BOOK + "\n\n")  # duplicates are told by document too
     (tmp_path / "in" / "z.jsonl").write_text(json.dumps({"text": BOOK}))
     sides = set()
     for seed in (1, 2, 3):
         out = tmp_path / f"out{seed}"
-        manifest = bytes_data(out, tmp_path / "in", seed=seed, val_fraction=0.3, shard_tokens=7000, max_doc_chars=900)
+        manifest = bytes_data(
+            out, tmp_path / "in", seed=seed, val_fraction=0.3, shard_tokens=7000, max_doc_chars=900
+        )
         train, val = read_back(out), read_back(out, "val")
-        assert (BOOK in train) + (BOOK in val) == 1 and len(train) + len(val) == 31 == manifest["counts"]["kept"]
+        assert (BOOK in train) + (BOOK in val) == 1 and len(train) + len(val) == 31 == manifest[
+            "counts"
+        ]["kept"]
         assert manifest["counts"]["dropped"] == {"E107": 2} and manifest["counts"]["cut"] == 1
         assert [manifest["splits"][s]["docs"] for s in ("train", "val")] == [len(train), len(val)]
         assert json.loads((out / "report.json").read_text())["counts"]["parts"] > 80
@@ -1088,7 +1258,9 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
     """The preparation of long files ends at each of its journals: what goes on from there gives the same bytes."""
     monkeypatch.setattr(prepare_data, "PIECE", 5_000)
     (tmp_path / "in").mkdir()
-    for i, text in enumerate((BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))):
+    for i, text in enumerate(
+        (BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))
+    ):
         (tmp_path / "in" / f"{i}.txt").write_text(text, newline="")
     options = {"shard_tokens": 3_000, "max_doc_chars": 1_000, "val_fraction": 0.4}
     whole = bytes_data(tmp_path / "whole", tmp_path / "in", **options)
@@ -1105,7 +1277,9 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
             break
         except KeyboardInterrupt:
             stops += 1
-    assert stops > 5 and again["counts"]["cleaned"] == 1 and again["counts"]["dropped"] == {"E107": 1}
+    assert (
+        stops > 5 and again["counts"]["cleaned"] == 1 and again["counts"]["dropped"] == {"E107": 1}
+    )
     for file in sorted((tmp_path / "whole").glob("*.*")):
         if file.name != "manifest.json":
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
@@ -1129,20 +1303,29 @@ def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
     """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is named."""
     monkeypatch.setattr(prepare_data, "PIECE", 9_000)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_bytes(BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode())
+    (tmp_path / "in" / "a.txt").write_bytes(
+        BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode()
+    )
     (tmp_path / "in" / "b.txt").write_text("a good one")
     with pytest.raises(UserError, match="E109.*whole files lost.*a.txt") as caught:
         bytes_data(tmp_path / "out", tmp_path / "in")
-    assert f"a.txt:{1 + BOOK.count(chr(10), 0, 30_000)}:" in caught.value.text and "--max_bad" in caught.value.text
+    assert (
+        f"a.txt:{1 + BOOK.count(chr(10), 0, 30_000)}:" in caught.value.text
+        and "--max_bad" in caught.value.text
+    )
 
 
 def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, capsys):
     """Half of the text is drawn for validation where five percent were asked for: a line says so."""
     rows = [{"text": f"short {i}"} for i in range(40)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + [{"text": "long " * 2000}]))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows + [{"text": "long " * 2000}])
+    )
     said = set()
     for seed in range(6):
-        manifest = bytes_data(tmp_path / f"{seed}", tmp_path / "a.jsonl", seed=seed, val_fraction=0.2, quiet=False)
+        manifest = bytes_data(
+            tmp_path / f"{seed}", tmp_path / "a.jsonl", seed=seed, val_fraction=0.2, quiet=False
+        )
         tokens = [manifest["splits"][s]["tokens"] for s in ("train", "val")]
         far = not 0.1 <= tokens[1] / sum(tokens) <= 0.4
         assert ("were asked for" in capsys.readouterr().out) == far
@@ -1171,14 +1354,22 @@ def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
     made = bytes_data(tmp_path / "out", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)
     old_rules(tmp_path / "out")
     (tmp_path / "in" / "._a.txt").write_bytes(b"\x00\x05\x16\x07")
-    again = bytes_data(tmp_path / "out", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False)
+    again = bytes_data(
+        tmp_path / "out", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False
+    )
     said = capsys.readouterr().out
-    assert again["fingerprint"] == made["fingerprint"] and "end-of-text at every cut" in said and "--verify" in said
+    assert (
+        again["fingerprint"] == made["fingerprint"]
+        and "end-of-text at every cut" in said
+        and "--verify" in said
+    )
 
     journal = prepare_data.Output.journal
     for path in (tmp_path / "in").glob("[0-9]*"):
         path.unlink()
-    (tmp_path / "in" / "c.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 900}) + "\n" for i in range(30)))
+    (tmp_path / "in" / "c.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} " * 900}) + "\n" for i in range(30))
+    )
 
     def stop(self):
         journal(self)
@@ -1188,27 +1379,42 @@ def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
         patch.setattr(prepare_data.Output, "journal", stop)
         bytes_data(tmp_path / "half", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)
     old_rules(tmp_path / "half")
-    half = bytes_data(tmp_path / "half", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False)
+    half = bytes_data(
+        tmp_path / "half", tmp_path / "in", max_doc_chars=900, shard_tokens=9000, quiet=False
+    )
     assert "begun anew" in capsys.readouterr().out
     assert (
         half["fingerprint"]
-        == bytes_data(tmp_path / "new", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)["fingerprint"]
+        == bytes_data(tmp_path / "new", tmp_path / "in", max_doc_chars=900, shard_tokens=9000)[
+            "fingerprint"
+        ]
     )
 
 
 def test_a_run_of_a_million_letters(tmp_path):
     """Genomes, ruled lines, base64 of zeros, and a blank file of a million spaces: a vocabulary is trained on them
     and written; no token is longer than 128 bytes; what comes back is the text."""
-    for text in ("Some words. " * 80 + "N" * 200_000, "=" * 200_000 + "x", "ab" * 99_000, "x" + " " * 10**6 + "y"):
+    for text in (
+        "Some words. " * 80 + "N" * 200_000,
+        "=" * 200_000 + "x",
+        "ab" * 99_000,
+        "x" + " " * 10**6 + "y",
+    ):
         made = tokenizer.train_bpe([text], 600)
         assert max(map(len, made.ranks)) <= tokenizer.LONGEST_TOKEN == 128
-        assert made.decode(made.encode(text)) == text and made.token_bytes().max() <= 128 and len(made.sha256) == 64
+        assert (
+            made.decode(made.encode(text)) == text
+            and made.token_bytes().max() <= 128
+            and len(made.sha256) == 64
+        )
 
 
 def test_a_foreign_vocabulary_with_a_token_of_70000_letters(tmp_path):
     """A tokenizer.json of somebody who trained without such a limit: it is read, written and measured."""
     ranks = {bytes([i]): i for i in range(256)} | {b"N" * 2**k: 255 + k for k in range(1, 17)}
-    made = tokenizer.Tokenizer("x", ranks, {name: 300 + i for i, name in enumerate(tokenizer.SPECIALS)})
+    made = tokenizer.Tokenizer(
+        "x", ranks, {name: 300 + i for i, name in enumerate(tokenizer.SPECIALS)}
+    )
     made.save(tmp_path / "tokenizer.json")
     again = tokenizer.load(str(tmp_path))
     assert again.ranks == made.ranks and again.token_bytes().max() == 2**16
@@ -1253,7 +1459,10 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
                  "1 AppleDouble files, as ._good.txt", "1 pipes, sockets and dead links, as pipe",
                  "3 files of other endings: .pdf 2, none 1"):  # fmt: skip
         assert f"not read: {line}" in said
-    assert len(said) == 6 and json.loads((tmp_path / "out" / "report.json").read_text())["not_read"]["ending .pdf"]
+    assert (
+        len(said) == 6
+        and json.loads((tmp_path / "out" / "report.json").read_text())["not_read"]["ending .pdf"]
+    )
     assert [*read_back(tmp_path / "out"), *read_back(tmp_path / "out", "val")] != ["hidden"]
 
 
@@ -1270,9 +1479,14 @@ def test_data_are_prepared_into_a_folder_inside_their_source(tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_data.Output, "journal", stop)
         bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900)
-    (tmp_path / "prepared.error.json").write_text("{}")  # what train.py leaves where ranks must hear of an error
+    (tmp_path / "prepared.error.json").write_text(
+        "{}"
+    )  # what train.py leaves where ranks must hear of an error
     made = bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900)
-    assert bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900) == made and made["counts"]["rows"] == 40
+    assert (
+        bytes_data(tmp_path / "prepared", tmp_path, shard_tokens=900) == made
+        and made["counts"]["rows"] == 40
+    )
 
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -1280,7 +1494,9 @@ def test_names_that_are_no_utf8(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in (b"caf\xe9.txt", b"caf\xe8.txt", b"b.txt"):
-        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_text(f"a good text {len(name)} {name[3]}")
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_text(
+            f"a good text {len(name)} {name[3]}"
+        )
     Path(os.fsdecode(bytes(folder) + b"/bad\xe9.txt")).write_bytes(b"\xff")
     made = bytes_data(tmp_path / "out", folder, max_bad=1)
     assert bytes_data(tmp_path / "out", folder, max_bad=1) == made
@@ -1301,7 +1517,8 @@ def test_two_runs_prepare_one_folder(tmp_path, capsys):
     made, out = [], tmp_path / "out"
     with prepare_data.holding(str(out)):
         second = threading.Thread(
-            target=lambda: made.append(bytes_data(out, tmp_path / "a.txt", quiet=False)), daemon=True
+            target=lambda: made.append(bytes_data(out, tmp_path / "a.txt", quiet=False)),
+            daemon=True,
         )
         second.start()
         said, until = "", time.time() + 20
@@ -1309,7 +1526,9 @@ def test_two_runs_prepare_one_folder(tmp_path, capsys):
             time.sleep(0.05)
             said += capsys.readouterr().out
         assert "waiting for it" in said and not made
-    second.join(20)  # the first had nothing to leave there: its empty folder is gone, and made again
+    second.join(
+        20
+    )  # the first had nothing to leave there: its empty folder is gone, and made again
     assert made and (out / "manifest.json").exists()
     assert not [text for pair in ERRORS.values() for text in pair if "delete" in text]
 
@@ -1318,7 +1537,9 @@ def test_ctrl_c_while_workers_prepare(tmp_path):
     """Ctrl-C on the terminal reaches all processes: no traceback of any, and the same command goes on."""
     words = [sys.executable, "prepare_data.py", "synthetic:30000", "--out", str(tmp_path / "out")]
     words += ["--tokenizer", "bytes", "--workers", "2", "--shard_tokens", "100000"]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (tmp_path / "out" / "progress.json").exists() and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.3)  # the workers are importing now
@@ -1341,13 +1562,20 @@ def test_a_shard_with_a_hole(fill, tiny, tmp_path):
     """100,000 zeros, or ids that no tokenizer has, in a shard of the right size: the run says which shard it is, saves
     and stops, instead of training on them; --verify says the same."""
     made = bytes_data(tmp_path / "data", "synthetic:60")
-    config = tiny(data_dir=str(tmp_path / "data"), max_steps=100_000, model={"vocab_size": 260}, log_interval=1000)
+    config = tiny(
+        data_dir=str(tmp_path / "data"),
+        max_steps=100_000,
+        model={"vocab_size": 260},
+        log_interval=1000,
+    )
     config |= {"save_interval": 100_000, "eval_interval": 0}
     trainer = Trainer(config | {"max_steps": 3, "out_dir": str(tmp_path / "good")})
     trainer.loader.sums.thread.join(20)
     trainer.fit()
     verified = read_lines(tmp_path / "good" / "verified.jsonl")
-    assert {row["sha256"] for row in verified} == {s["sha256"] for x in made["splits"].values() for s in x["shards"]}
+    assert {row["sha256"] for row in verified} == {
+        s["sha256"] for x in made["splits"].values() for s in x["shards"]
+    }
     prepare_data.main(["--verify", str(tmp_path / "data")])
     path = make_hole(tmp_path / "data", fill)
     with pytest.raises(UserError, match="E111") as caught:
@@ -1365,9 +1593,20 @@ def test_two_ranks_hear_of_a_hole(tiny, tmp_path):
     """Rank 0 finds a wrong sum: both ranks end with E111 and a checkpoint, none waits for the other."""
     bytes_data(tmp_path / "data", "synthetic:60")
     path = make_hole(tmp_path / "data", 0)
-    config = tiny(data_dir=str(tmp_path / "data"), max_steps=100_000, model={"vocab_size": 260}, log_interval=1000)
-    result = run_python("train.py", write_yaml(tmp_path / "c.yaml", config | {"save_interval": 100_000}), ranks=2)
-    assert result.returncode == 1 and f"error E111: shard {path}" in result.stderr and "E601" not in result.stderr
+    config = tiny(
+        data_dir=str(tmp_path / "data"),
+        max_steps=100_000,
+        model={"vocab_size": 260},
+        log_interval=1000,
+    )
+    result = run_python(
+        "train.py", write_yaml(tmp_path / "c.yaml", config | {"save_interval": 100_000}), ranks=2
+    )
+    assert (
+        result.returncode == 1
+        and f"error E111: shard {path}" in result.stderr
+        and "E601" not in result.stderr
+    )
     assert checkpoint.list_steps(Path(config["out_dir"]))
 
 
@@ -1375,7 +1614,9 @@ def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
     """A run is resumed: shards that were verified and were not touched since are not read again; one that was is."""
     bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
     read, real = [], loader.sha256_of
-    monkeypatch.setattr(loader, "sha256_of", lambda path, *more: read.append(path) or real(path, *more))
+    monkeypatch.setattr(
+        loader, "sha256_of", lambda path, *more: read.append(path) or real(path, *more)
+    )
     for touched, wanted in ((False, None), (False, 0), (True, 1)):
         source = loader.Source(str(tmp_path / "data"), "train", 16)
         if touched:
@@ -1384,7 +1625,9 @@ def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
         read.clear()
         sums = loader.Sums([source], str(tmp_path / "verified.jsonl"))
         sums.thread.join(20)
-        assert sums.error is None and len(read) == (len(source.shards) if wanted is None else wanted)
+        assert sums.error is None and len(read) == (
+            len(source.shards) if wanted is None else wanted
+        )
 
 
 def test_text_is_given_where_tokens_belong(tmp_path):
@@ -1407,7 +1650,10 @@ def test_objects_over_several_lines(tmp_path):
     records = "\n".join(json.dumps({"text": f"record {i}"}, indent=2) for i in range(3))
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(records)
-        assert bytes_data(tmp_path / f"out {name}", tmp_path / name, val_fraction=0)["counts"]["kept"] == 3
+        assert (
+            bytes_data(tmp_path / f"out {name}", tmp_path / name, val_fraction=0)["counts"]["kept"]
+            == 3
+        )
     (tmp_path / "b.jsonl").write_text(records + "\n{")  # the cause is named once, not at each line
     with pytest.raises(UserError, match="E109.*1 of 4 rows"):
         bytes_data(tmp_path / "out b", tmp_path / "b.jsonl", val_fraction=0)
@@ -1423,14 +1669,60 @@ def test_one_byte_of_text(tmp_path, capsys):
 
 # ---------------------------------------------------------------- words on the command line and in the YAML
 
-WRONG_VALUES = [None, [], {}, "", " ", "x", "a\0b", -1, 0, 0.5, 3, 1e30, 10**30, 10**400, math.nan, math.inf, -math.inf]
-WRONG_VALUES += [True, False, [1], [0, 0], [{}], ["x"], [None], {"a": {"b": [1]}}, [[[]]], "x" * 300, "x/" * 3000]
-WRONG_VALUES += ["010", "1:30", "0x10", "1_0", "-0", "1e400", "\u0663", {"sources": "x"}, {"sources": {"a": 5}}]
+WRONG_VALUES = [
+    None,
+    [],
+    {},
+    "",
+    " ",
+    "x",
+    "a\0b",
+    -1,
+    0,
+    0.5,
+    3,
+    1e30,
+    10**30,
+    10**400,
+    math.nan,
+    math.inf,
+    -math.inf,
+]
+WRONG_VALUES += [
+    True,
+    False,
+    [1],
+    [0, 0],
+    [{}],
+    ["x"],
+    [None],
+    {"a": {"b": [1]}},
+    [[[]]],
+    "x" * 300,
+    "x/" * 3000,
+]
+WRONG_VALUES += [
+    "010",
+    "1:30",
+    "0x10",
+    "1_0",
+    "-0",
+    "1e400",
+    "\u0663",
+    {"sources": "x"},
+    {"sources": {"a": 5}},
+]
 WRONG_VALUES += [{"sources": {"a": {"dir": "d", "weight": "x"}}}, {"sources": {"a": {"dir": []}}}]
-WRONG_VALUES += [{"sources": ["x"], "tokenizer": [5]}, {"sources": ["x"], "out": []}, {"sources": [[]]}]
+WRONG_VALUES += [
+    {"sources": ["x"], "tokenizer": [5]},
+    {"sources": ["x"], "out": []},
+    {"sources": [[]]},
+]
 WRONG_VALUES += [{"type": "yarn", "factor": "x"}, {"type": []}, {"type": "linear", "factor": 0}]
 PHASES = [("x", {"a": 1}), (1, {"b": 1}), (math.nan, {"a": 1}), (1, {"a": -1}), (1, 5)]
-WRONG_VALUES += [{"sources": {"a": {"dir": "d"}}, "phases": [{"until": u, "weights": w}]} for u, w in PHASES]
+WRONG_VALUES += [
+    {"sources": {"a": {"dir": "d"}}, "phases": [{"until": u, "weights": w}]} for u, w in PHASES
+]
 
 
 def answer(words, main=read_config) -> str:
@@ -1453,9 +1745,9 @@ def test_every_key_with_every_wrong_value():
                     build_config(tree, lambda key: "there", [])
                     seen["right"] += 1
                 except UserError as error:
-                    assert error.code == "E002" and re.match("there: |model\\.|no data|. unknown keys", error.text), (
-                        error.text
-                    )
+                    assert error.code == "E002" and re.match(
+                        "there: |model\\.|no data|. unknown keys", error.text
+                    ), error.text
                     seen["refused"] += 1
     assert min(seen["right"], seen["refused"] / 3) > 300, seen
 
@@ -1494,7 +1786,9 @@ NESTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "line", "part"), NESTED, ids=lambda v: "" if isinstance(v, str) else str(v))
+@pytest.mark.parametrize(
+    ("text", "line", "part"), NESTED, ids=lambda v: "" if isinstance(v, str) else str(v)
+)
 def test_a_mistake_deep_in_the_yaml(text, line, part, tmp_path):
     """A value within a value is wrong. The message names the line of that value."""
     path = tmp_path / "c.yaml"
@@ -1507,9 +1801,16 @@ def test_a_mistake_deep_in_the_yaml(text, line, part, tmp_path):
 def test_words_that_are_no_numbers_keep_their_letters(tmp_path):
     """A folder is called 0.10, 007 or 2026-01-02; a source is one word. YAML reads them as something else."""
     path = tmp_path / "c.yaml"
-    path.write_text("out_dir: 0.10\nwandb_run_name: 2026-01-02\nprepare: {sources: stdlib, out: 007}\nseed: '12'\n")
+    path.write_text(
+        "out_dir: 0.10\nwandb_run_name: 2026-01-02\nprepare: {sources: stdlib, out: 007}\nseed: '12'\n"
+    )
     cfg, tree, *_ = read_config([str(path)])
-    assert (cfg.out_dir, cfg.wandb_run_name, cfg.seed, tree["seed"]) == ("0.10", "2026-01-02", 12, 12)
+    assert (cfg.out_dir, cfg.wandb_run_name, cfg.seed, tree["seed"]) == (
+        "0.10",
+        "2026-01-02",
+        12,
+        12,
+    )
     assert cfg.prepare == {"sources": ["stdlib"], "out": "007"}
 
 
@@ -1550,11 +1851,26 @@ def test_a_configuration_that_is_not_where_it_was_looked_for(tmp_path, monkeypat
 def test_all_unknown_keys_at_once(tmp_path):
     """A YAML of another trainer: every unknown key is named in one message, with its line and what it is here."""
     path = tmp_path / "c.yaml"
-    keys = ("n_layer", "num_heads", "hidden_size", "temperature", "load_balancing_weight", "epochs", "n_experts")
+    keys = (
+        "n_layer",
+        "num_heads",
+        "hidden_size",
+        "temperature",
+        "load_balancing_weight",
+        "epochs",
+        "n_experts",
+    )
     keys += ("dry_run", "learnin_rate", "finetuning_paths")
     path.write_text("".join(f"{key}: 1\n" for key in keys) + "model:\n  snapshot_interval: 5\n")
     said = answer([path, "--use_moe", "--mod_capcity", "0.5"])
-    wanted = ["model.n_layers", "model.n_heads", "model.d_model", None, "model.aux_loss_weight", "num_epochs"]
+    wanted = [
+        "model.n_layers",
+        "model.n_heads",
+        "model.d_model",
+        None,
+        "model.aux_loss_weight",
+        "num_epochs",
+    ]
     wanted += ["under model", "--dry_run", "learning_rate", None]
     for i, (key, ours) in enumerate(zip(keys, wanted), 1):
         line = next(row for row in said.splitlines() if f"{path}:{i}: unknown key {key};" in row)
@@ -1576,11 +1892,16 @@ def test_all_unknown_keys_at_once(tmp_path):
 def test_what_is_typed_beats_what_the_file_says(text, words, gone, kept, tmp_path):
     """One key is typed, the file says the same in another way: the typed one holds, and a note names the other."""
     path = tmp_path / "c.yaml"
-    path.write_text(text + ("\n" if "d" in text.partition(":")[0][:1] or "prepare" in text else "\ndata_dir: d\n"))
+    path.write_text(
+        text
+        + ("\n" if "d" in text.partition(":")[0][:1] or "prepare" in text else "\ndata_dir: d\n")
+    )
     cfg, tree, notes, _ = read_config([str(path), *words])
     assert {key: getattr(cfg, key) for key in kept} == kept
     assert (gone is None and not notes) or (gone not in tree and f"{gone}: " in notes[0])
-    path.write_text("data_dir: d\nmax_steps: 5\nnum_epochs: 2\n")  # in one place they still contradict each other
+    path.write_text(
+        "data_dir: d\nmax_steps: 5\nnum_epochs: 2\n"
+    )  # in one place they still contradict each other
     assert "--max_steps null" in answer([path])
 
 
@@ -1608,9 +1929,9 @@ COMMANDS = {
     "export": [[], ["nope"], ["to_hf"], ["to_hf", "nope", "o"], ["to_hf", "FILE", "o"], ["to_hf", LONG, "o"],
                ["to_hf", "FOLDER", "o", "--dtype", "x"], ["from_hf", "FOLDER", "o"], ["from_hf", "FILE", "o"],
                ["from_lunaris", "FOLDER", "o"], ["from_lunaris", "FILE", "o", "--n_heads", "x"]],
-    "checkpoint": [[], ["--nope"], ["nope"], ["FOLDER"], ["FILE"], ["a", "b"], [LONG]],
-    "plan": [[], ["--nope"], ["envv"], ["env", "x"]],
-    "bench": [[], ["--nope"], ["nope"], ["decisions"], ["decisions", "nope"], ["picture", "FILE"], ["speed"], [LONG],
+    "lumen.checkpoint": [[], ["--nope"], ["nope"], ["FOLDER"], ["FILE"], ["a", "b"], [LONG]],
+    "lumen.machine": [["--nope"], ["envv"]],
+    "tools.bench": [[], ["--nope"], ["nope"], ["decisions"], ["decisions", "nope"], ["picture", "FILE"], ["speed"], [LONG],
               ["speed", "nope"], ["step", "--rounds", "x"], ["step", "--no"], ["kernels", "--size", "huge"],
               ["gpu", "nope"], ["decode", "nope"], ["learn", "--out", "FILE"], ["decisions", LONG]],
 }  # fmt: skip
@@ -1624,7 +1945,9 @@ def test_wrong_words_to_every_command(name, tmp_path, monkeypatch):
     (tmp_path / "FILE.txt").write_text("words")
     main = importlib.import_module(name).main
     for words in COMMANDS[name]:
-        assert re.match(r"E\d{3}: .", answer([w.replace("FILE", "FILE.txt") for w in words], main)), words
+        assert re.match(
+            r"E\d{3}: .", answer([w.replace("FILE", "FILE.txt") for w in words], main)
+        ), words
 
 
 def test_one_style_of_options():
@@ -1634,9 +1957,13 @@ def test_one_style_of_options():
 
     assert sample.parse(["run", "--max-tokens", "5"]).max_new_tokens == 5
     assert "did you mean --temperature?" in answer(["run", "--temp", "1"], sample.main)
-    assert "did you mean --val_fraction?" in answer(["x", "--out", "o", "--val-frac", "1"], prepare_data.main)
+    assert "did you mean --val_fraction?" in answer(
+        ["x", "--out", "o", "--val-frac", "1"], prepare_data.main
+    )
     assert "did you mean --best?" in answer(["to_hf", "run", "o", "--besst"], export.main)
-    assert run_python("model_moe.py", "--selftes").stderr.startswith("error E002: command line: model_moe.py: ")
+    assert run_python("kernels.py", "--selftes").stderr.startswith(
+        "error E002: command line: kernels.py: "
+    )
 
 
 @pytest.mark.parametrize("env", [
@@ -1655,7 +1982,9 @@ def test_half_of_a_launch_in_the_environment(env, tiny, tmp_path, monkeypatch):
 def test_a_process_whose_rank_is_no_number():
     """The rank is needed to say who speaks: it is said nevertheless, by a process, with exit code 2."""
     result = run_python("train.py", "quickstart", RANK="x")
-    assert result.returncode == 2 and result.stderr.startswith("error E600: RANK='x'"), result.stderr
+    assert result.returncode == 2 and result.stderr.startswith("error E600: RANK='x'"), (
+        result.stderr
+    )
 
 
 def test_wandb_mode_is_no_mode(tmp_path, monkeypatch):
@@ -1671,7 +2000,10 @@ def test_print_config_says_what_it_does_not_know(capsys, tmp_path):
     for module, sharded in ((train, False), (train_fsdp, True)):
         assert module.main(["quickstart", "--print_config"]) == 0
         text = capsys.readouterr().out
-        assert "precision: auto" in text.splitlines()[0] and "model.vocab_size: 0" in text.splitlines()[0]
+        assert (
+            "precision: auto" in text.splitlines()[0]
+            and "model.vocab_size: 0" in text.splitlines()[0]
+        )
         assert ("without effect under train.py" in text) != sharded
         (tmp_path / "p.yaml").write_text(text)
         assert read_config([str(tmp_path / "p.yaml")])[0] == read_config(["quickstart"])[0]
@@ -1704,13 +2036,15 @@ def test_commands_from_powershell(tiny):
 
 def memory_of(monkeypatch, size: float) -> None:
     """This machine has `size` bytes."""
-    monkeypatch.setattr(plan, "total_memory", lambda device: size)
+    monkeypatch.setattr(machines, "total_memory", lambda device: size)
 
 
 def forbid(monkeypatch, *names) -> None:
     """Whoever prepares data, meets others or builds a model fails the test."""
     for name in names:
-        monkeypatch.setattr(train, name, lambda *a, **k: pytest.fail("too late: something was begun"))
+        monkeypatch.setattr(
+            train, name, lambda *a, **k: pytest.fail("too late: something was begun")
+        )
 
 
 @pytest.mark.parametrize("name", ["b1", "b3_inference"])
@@ -1720,17 +2054,32 @@ def test_a_preset_that_no_batch_size_makes_fit_is_refused_at_once(monkeypatch, n
     forbid(monkeypatch, "prepare_first", "Transformer", "Parallel")
     with pytest.raises(UserError) as e:
         train.main([name])
-    text, whole = e.value.text, {"b1": "118.6 GiB a process, and there are 16.0 GiB", "b3_inference": "44.3 GiB"}
-    assert (e.value.code, e.value.exit_code) == ("E200", 2) and whole[name] in text and "no batch_size helps" in text
+    text, whole = (
+        e.value.text,
+        {"b1": "118.6 GiB a process, and there are 16.0 GiB", "b3_inference": "44.3 GiB"},
+    )
+    assert (
+        (e.value.code, e.value.exit_code) == ("E200", 2)
+        and whole[name] in text
+        and "no batch_size helps" in text
+    )
     assert {"b1": "a GPU of 192 GB", "b3_inference": "a GPU of 80 GB"}[name] in text
-    assert {"b1": "train_fsdp.py needs 2 x 80 GB", "b3_inference": "train_fsdp.py needs 1 x 80 GB"}[name] in text
+    assert {"b1": "train_fsdp.py needs 2 x 80 GB", "b3_inference": "train_fsdp.py needs 1 x 80 GB"}[
+        name
+    ] in text
 
 
-def test_a_model_without_a_vocabulary_yet_is_refused_before_its_text_is_read(monkeypatch, tiny, tmp_path):
+def test_a_model_without_a_vocabulary_yet_is_refused_before_its_text_is_read(
+    monkeypatch, tiny, tmp_path
+):
     """vocab_size comes with data that are still to be prepared; the layers alone are too much."""
     memory_of(monkeypatch, 1 << 30)
     forbid(monkeypatch, "prepare_first", "Parallel")
-    keys = tiny(prepare={"sources": ["stdlib"]}, data_dir=..., model={"d_model": 2048, "n_layers": 24, "d_ff": 8192})
+    keys = tiny(
+        prepare={"sources": ["stdlib"]},
+        data_dir=...,
+        model={"d_model": 2048, "n_layers": 24, "d_ff": 8192},
+    )
     del keys["model"]["vocab_size"]
     with pytest.raises(UserError, match="E200.*alone"):
         train.main([str(write_yaml(tmp_path / "c.yaml", keys))])
@@ -1753,7 +2102,7 @@ def wide(tiny, **changes):
 
 
 def need(keys) -> float:
-    cfg = train.build_config(keys | {"orchestrator": {}}, lambda key: "test", [])
+    cfg = config.build_config(keys | {"orchestrator": {}}, lambda key: "test", [])
     rows = (cfg.batch_size, cfg.batch_size * cfg.gradient_accumulation_steps // cfg.batch_size)
     model, how = plan.on_meta(cfg.model), ("fp32", cfg.activation_checkpointing)
     return plan.rank_memory(model, plan.Layout(cuda=False), *rows, *how, plan.IMBALANCE)["total"]
@@ -1769,7 +2118,9 @@ def test_too_many_rows_are_refused_and_what_is_named_instead_fits(monkeypatch, t
     assert not Path(keys["out_dir"]).exists()
     named = [dict(pair.split(": ") for pair in words.split(" with ")) for words in re.findall(
         r"((?:\w+: \w+)(?: with \w+: \w+)*)(?= or | would fit)", e.value.text)]  # fmt: skip
-    assert len(named) == 3 and {"batch_size", "activation_checkpointing"} == {k for found in named for k in found}
+    assert len(named) == 3 and {"batch_size", "activation_checkpointing"} == {
+        k for found in named for k in found
+    }
     for found in named:
         Trainer(keys | {k: int(v) if v.isdigit() else v for k, v in found.items()}).loader.close()
 
@@ -1788,12 +2139,17 @@ def test_what_may_fit_is_advised_against_and_tried(monkeypatch, tiny, capsys):
 def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     """Its question is what would fit: it says that this does not, also where batch_size: auto finds nothing."""
     memory_of(monkeypatch, 1000)
-    keys = tiny(batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4})
+    keys = tiny(
+        batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
+    )
     monkeypatch.setattr(train, "pick_back_end", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
-    assert "this will not fit: weights, gradients and moments alone" in out and "cheapest   none" in out
+    assert (
+        "this will not fit: weights, gradients and moments alone" in out
+        and "cheapest   none" in out
+    )
 
 
 def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
@@ -1803,7 +2159,9 @@ def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
     def peak(model, rows, device):
         held = sum(p.grad is not None for p in model.parameters())
         step = trainer.rows_per_step
-        assert held == (len(list(model.parameters())) if rows < step else 0), "an earlier micro-step's gradients"
+        assert held == (len(list(model.parameters())) if rows < step else 0), (
+            "an earlier micro-step's gradients"
+        )
         ids = torch.zeros(2, 32, dtype=torch.long)
         total, hook = model(ids, targets=ids)[0], model.blocks[0].attn.wqkv.weight.register_hook
         hook = hook(lambda grad: full() if need(rows) > memory else None)
@@ -1825,10 +2183,12 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
     32 rows were found where 64 fitted, by the plan's own numbers."""
     trainer = Trainer(tiny(model={"dropout": 0.0}))
     for name, memory in (("gpt2_124m", 80e9), ("moe_124m", 80e9), ("lumi_base", 24e9)):
-        keys = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        keys = yaml.safe_load(presets()[name].read_text())
         cfg = ModelConfig(**keys["model"])
         n, rows = plan.count(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
-        need = functools.cache(lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"])
+        need = functools.cache(
+            lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"]
+        )
         on_a_gpu(monkeypatch, trainer, memory, need)
         trainer.rows_per_step = rows
         trainer.probe()
@@ -1840,7 +2200,9 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
 def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
     """In the middle of backward, at one of the sizes it tries: what lay in .grad then was trained on. And where one row
     is too much it says so; torch's error came out of it as a traceback."""
-    whole, trainer = (Trainer(tiny(name, model={"dropout": 0.0}, max_steps=2)) for name in ("whole", "run"))
+    whole, trainer = (
+        Trainer(tiny(name, model={"dropout": 0.0}, max_steps=2)) for name in ("whole", "run")
+    )
     on_a_gpu(monkeypatch, trainer, 2500, lambda rows: 1000 * rows)
     trainer.probe()
     assert trainer.cfg.batch_size == 2 and all(p.grad is None for p in trainer.model.parameters())
@@ -1857,30 +2219,42 @@ def test_memory_that_holds_only_files_is_free_for_snapshots(tmp_path):
     Limits may lie above the process's own group, as Slurm's do, and be of cgroups' version 1 or 2."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 200 kB\nMemAvailable:       104857600 kB\n")
-    assert plan.available_memory(tmp_path) == 100 << 30
-    (tmp_path / "proc/self/cgroup").write_text("4:cpu,cpuacct:/x\n3:memory:/job/step\n0::/job/step\n")
+    assert machines.available_memory(tmp_path) == 100 << 30
+    (tmp_path / "proc/self/cgroup").write_text(
+        "4:cpu,cpuacct:/x\n3:memory:/job/step\n0::/job/step\n"
+    )
     for root, job, names in (
         ("sys/fs/cgroup", "job", ("memory.max", "memory.current", "")),
-        ("sys/fs/cgroup/memory", "job/step", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
-        ("sys/fs/cgroup/memory", "", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),  # a container's
+        (
+            "sys/fs/cgroup/memory",
+            "job/step",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ),
+        (
+            "sys/fs/cgroup/memory",
+            "",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ),  # a container's
     ):
         folder = tmp_path / root / job
         folder.mkdir(parents=True)
         (folder / names[0]).write_text(f"{64 << 30}\n")
         (folder / names[1]).write_text(f"{63 << 30}\n")
-        assert plan.available_memory(tmp_path) == 1 << 30
+        assert machines.available_memory(tmp_path) == 1 << 30
         lines = f"anon 5\n{names[2]}active_file {20 << 30}\n{names[2]}inactive_file {33 << 30}\n"
         (folder / "memory.stat").write_text(lines)
-        assert plan.available_memory(tmp_path) == 54 << 30 and (64 << 30) in [n for n, _ in plan.cgroups(tmp_path)]
+        assert machines.available_memory(tmp_path) == 54 << 30 and (64 << 30) in [
+            n for n, _ in machines.cgroups(tmp_path)
+        ]
         shutil.rmtree(tmp_path / "sys")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
-    assert plan.cgroups(tmp_path) == [] and plan.available_memory(tmp_path) == 100 << 30
+    assert machines.cgroups(tmp_path) == [] and machines.available_memory(tmp_path) == 100 << 30
 
 
 def test_where_the_system_does_not_say_what_is_free_there_are_snapshots(tmp_path):
     """macOS has no /proc: nothing counted as free, so there was never a snapshot."""
-    assert plan.available_memory(tmp_path) == plan.total_memory("cpu") // 2 > 0
+    assert machines.available_memory(tmp_path) == machines.total_memory("cpu") // 2 > 0
 
 
 def test_pinned_snapshots_count_as_large_as_torch_makes_them(monkeypatch):
@@ -1906,13 +2280,22 @@ KINDS = {
 
 def gradients(kind="dense", recompute="none", compiled=False, **more) -> dict[str, torch.Tensor]:
     """Of a tiny model's second turn on the same ids."""
-    sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 48, "max_seq_len": 32}
+    sizes = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 1,
+        "n_heads": 2,
+        "d_ff": 48,
+        "max_seq_len": 32,
+    }
     model = Transformer(ModelConfig(**sizes | KINDS[kind] | more))
     model.init_weights(0)
     model.recompute = recompute
     for block in model.blocks if compiled else ():
         block.compile()
-    x, y = (torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x, y = (
+        torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2)
+    )
     for _ in range(2):
         model.zero_grad()
         torch.manual_seed(7)
@@ -1932,7 +2315,9 @@ def test_selective_recomputation_of_a_compiled_model():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("noise", ({}, {"dropout": 0.5, "router_jitter": 0.5}), ids=("still", "noise"))
+@pytest.mark.parametrize(
+    "noise", ({}, {"dropout": 0.5, "router_jitter": 0.5}), ids=("still", "noise")
+)
 @pytest.mark.parametrize("recompute", ("selective", "block"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
@@ -1942,13 +2327,22 @@ def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
     if not noise:
         assert apart(gradients(kind, recompute, True), gradients(kind)) < 1e-4
         return
-    sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 48, "max_seq_len": 32}
+    sizes = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "d_ff": 48,
+        "max_seq_len": 32,
+    }
     model = Transformer(ModelConfig(**sizes | KINDS[kind] | noise))
     model.init_weights(0)
     model.recompute = recompute
     for block in model.blocks:
         block.compile()
-    x, y = (torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x, y = (
+        torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(2)
+    )
 
     def loss():
         torch.manual_seed(7)
@@ -2003,7 +2397,11 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
 
     trainer.model.forward, trainer.diagnose = poisoned, watched
     assert trainer.fit() == 0 and trainer.orchestrator.dropped == 1 and trainer.cfg.batch_size == 4
-    assert left and not any(g is not None for g in left) and not (trainer.out / "oom_hint.json").exists()
+    assert (
+        left
+        and not any(g is not None for g in left)
+        and not (trainer.out / "oom_hint.json").exists()
+    )
     (row,) = read_lines(trainer.out / "decisions.jsonl")
     expected = {"a row": "is not finite on rank 0", "nothing": "not repeated on rank 0: no memory"}
     assert expected.get(fits, "not repeated on rank 0: TypeError: unexpected") in row["reason"]
@@ -2011,7 +2409,14 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
 
 def test_what_only_informs_fails(tiny, capsys):
     """The forecast's arithmetic and the look at which parameter moved most fail: both are said, neither ends a run."""
-    trainer = Trainer(tiny(max_steps=5, eval_tokens=64, enable_early_stopping=True, orchestrator={"check_interval": 2}))
+    trainer = Trainer(
+        tiny(
+            max_steps=5,
+            eval_tokens=64,
+            enable_early_stopping=True,
+            orchestrator={"check_interval": 2},
+        )
+    )
 
     def fails(*args):
         raise np.linalg.LinAlgError("Singular matrix")
@@ -2020,14 +2425,21 @@ def test_what_only_informs_fails(tiny, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
     trainer.forecast.status, trainer.orchestrator.furthest = fails, full
-    assert trainer.fit() == 0 and "forecast   none: LinAlgError: Singular matrix" in capsys.readouterr().out
+    assert (
+        trainer.fit() == 0
+        and "forecast   none: LinAlgError: Singular matrix" in capsys.readouterr().out
+    )
     trainer.orchestrator.snapshots.certified = [{"data": {}}]
     assert trainer.orchestrator.worst().startswith("no memory")
 
 
 @pytest.mark.parametrize(
     "dtype, scale",
-    [(torch.bfloat16, 1 / (480 * 1024)), (torch.bfloat16, 1 / 1799), (torch.float16, 4 / 1_799_000)],
+    [
+        (torch.bfloat16, 1 / (480 * 1024)),
+        (torch.bfloat16, 1 / 1799),
+        (torch.float16, 4 / 1_799_000),
+    ],
 )
 def test_a_batch_that_is_no_power_of_two(dtype, scale):
     """The loss is divided by the targets of a step; in bf16 the trunk's gradient was off by 0.3 % against the head's,
@@ -2078,20 +2490,26 @@ def test_out_of_memory_is_learned_of_by_a_save(tiny):
     """On a GPU a step's numbers are seen a turn late, here by a save that was asked for. The void step is begun again
     with its own learning rate, not the next one's."""
     runs = [run_one_turn_late(tiny(name, **SHORT), 4) for name in ("late", "at_once")]
-    sums = [{k: v for k, v in fingerprint(t.out, 8).items() if k.endswith(".safetensors")} for t in runs]
-    rates = [{r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r} for t in runs]
+    sums = [
+        {k: v for k, v in fingerprint(t.out, 8).items() if k.endswith(".safetensors")} for t in runs
+    ]
+    rates = [
+        {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r} for t in runs
+    ]
     assert sums[0] == sums[1] and sums[0]
     assert rates[0] == rates[1] and len(rates[0]) == 8
 
 
 def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
     """fp16: a step that was void for memory halved the loss scale, though nothing had overflowed."""
-    real = plan.machine
+    real = machines.detect
 
     def machine(device, precision, compile_model=False, local_rank=0):
-        return dataclasses.replace(real(device, "fp32", compile_model, local_rank), precision="mixed_fp16")
+        return dataclasses.replace(
+            real(device, "fp32", compile_model, local_rank), precision="mixed_fp16"
+        )
 
-    monkeypatch.setattr(plan, "machine", machine)
+    monkeypatch.setattr(machines, "detect", machine)
     for name in ("late", "at_once"):
         trainer = run_one_turn_late(tiny(name, **SHORT, precision="mixed_fp16"), 5)
         assert trainer.orchestrator.dropped == 0
@@ -2104,7 +2522,9 @@ def test_a_weight_that_was_changed_on_the_way(tiny):
     trainer.orchestrator.set_knob("aux_loss_weight", 1.0)
     assert trainer.fit() == 0
     row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "aux_loss" in r][-1]
-    assert row["aux_loss"] == pytest.approx(2 * trainer.get_expert_statistics()["load_balance_loss"], rel=1e-4)
+    assert row["aux_loss"] == pytest.approx(
+        2 * trainer.get_expert_statistics()["load_balance_loss"], rel=1e-4
+    )
 
 
 def test_a_second_run_in_one_notebook(tiny):
@@ -2127,19 +2547,21 @@ def test_a_slow_kernel_is_timed_without_its_warm_up(monkeypatch):
     def wait(device=None):
         now[0], queue[0] = now[0] + queue[0], 0.0
 
-    monkeypatch.setattr(model_moe.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    assert model_moe.best_time(kernel, "cuda") == 1.0
+    assert kernels.best_time(kernel, "cuda") == 1.0
 
 
 def test_text_is_made_while_training_by_another_back_end(monkeypatch):
     """A sample at the end of a run on a GPU: triton would tune its kernels for one token, slices wait in each layer. It
     is made by grouped_mm; afterwards, and when nobody listens to the end, the layer is as it was."""
-    assert model_moe.for_generation("triton", "cpu", torch.float32, 32, 32) == "triton"
+    assert kernels.for_generation("triton", "cpu", torch.float32, 32, 32) == "triton"
     for reason, expected in ((None, "grouped_mm"), ("too old", "slices")):
-        monkeypatch.setattr(model_moe, "back_ends", lambda *a, r=reason: {"grouped_mm": r})
-        assert model_moe.for_generation("triton", "cuda", torch.float32, 32, 32) == expected
-    model = Transformer(ModelConfig(97, 32, 1, 2, d_ff=48, max_seq_len=32, n_experts=4, d_expert=32))
+        monkeypatch.setattr(kernels, "back_ends", lambda *a, r=reason: {"grouped_mm": r})
+        assert kernels.for_generation("triton", "cuda", torch.float32, 32, 32) == expected
+    model = Transformer(
+        ModelConfig(97, 32, 1, 2, d_ff=48, max_seq_len=32, n_experts=4, d_expert=32)
+    )
     model.init_weights(0)
     own = [row[0] for row in model.generate([[1, 2, 3]], 6, [0], temperature=0)]
     monkeypatch.setattr("model.for_generation", lambda *a: "grouped_mm")
@@ -2164,7 +2586,12 @@ def steps_of(keys, *lines, at=5):
     def first_that():
         if trainer.orchestrator.turn + 1 == at:
             with open(trainer.out / "control.jsonl", "a") as f:
-                f.write("".join(line if "{" in line else json.dumps({"method": line}) + "\n" for line in lines))
+                f.write(
+                    "".join(
+                        line if "{" in line else json.dumps({"method": line}) + "\n"
+                        for line in lines
+                    )
+                )
         return act()
 
     trainer.orchestrator.act = first_that
@@ -2185,13 +2612,21 @@ def told(trainer) -> str:
 def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
     """The loss explodes before anything could be learned, or rises in a warm-up without an end. It is said before, in
     the log, in decisions.jsonl, in the last line and in status.json; nothing is stopped."""
-    keys = tiny(learning_rate=rate, min_lr=rate, lr_schedule="constant", warmup_steps=warmup, max_steps=steps)
+    keys = tiny(
+        learning_rate=rate,
+        min_lr=rate,
+        lr_schedule="constant",
+        warmup_steps=warmup,
+        max_steps=steps,
+    )
     keys |= {"save_interval": 0, "orchestrator": {"check_interval": 19}}
     trainer = Trainer(keys)
     assert f"advice     learning_rate {rate} is far above" in capsys.readouterr().out
     assert trainer.fit() == 0
     rows = decided(trainer)
-    assert [(r["trigger"], r["action"], r["level"]) for r in rows] == [("chance", "warn", 0)], "once"
+    assert [(r["trigger"], r["action"], r["level"]) for r in rows] == [("chance", "warn", 0)], (
+        "once"
+    )
     assert "lower learning_rate" in rows[0]["reason"]
     health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if r.get("health")]
     last = told(trainer).splitlines()[-1]
@@ -2202,16 +2637,24 @@ def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
 def test_guessing_is_no_fault_of_a_young_run(tiny):
     """A run that is healthy, one whose weights begin far above chance and fall, one of two steps: no word of it."""
     wide = {"init_std": 0.2}  # begins above ln(vocab_size), as wide models do
-    for name, model, steps, rate in (("plain", {}, 40, 3e-3), ("wide", wide, 40, 1e-2), ("two", wide, 2, 1e-3)):
+    for name, model, steps, rate in (
+        ("plain", {}, 40, 3e-3),
+        ("wide", wide, 40, 1e-2),
+        ("two", wide, 2, 1e-3),
+    ):
         keys = tiny(name, model, max_steps=steps, learning_rate=rate, save_interval=0)
         trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
-        assert decided(trainer) == [] and "worse than guessing" not in told(trainer).splitlines()[-1]
+        assert (
+            decided(trainer) == [] and "worse than guessing" not in told(trainer).splitlines()[-1]
+        )
 
 
 def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
     """No rate at all under weights that begin badly; or a training loss that is fine beside a validation loss that is
     not: each is told with its own remedy."""
-    keys = tiny(model={"init_std": 0.3}, max_steps=40, learning_rate=0.0, min_lr=0.0, save_interval=0)
+    keys = tiny(
+        model={"init_std": 0.3}, max_steps=40, learning_rate=0.0, min_lr=0.0, save_interval=0
+    )
     trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
     assert "nothing was learned" in decided(trainer)[0]["reason"]
     watch = trainer.orchestrator
@@ -2241,7 +2684,9 @@ def test_the_rate_leaps_where_a_run_goes_on(tiny, capsys):
         Trainer(keys | change).close()
         lines = [line for line in capsys.readouterr().out.splitlines() if "rate leaps" in line]
         assert len(lines) == (why is not None), (change, lines)
-        assert why is None or (why in lines[0] and " 3.21e-04 to" in lines[0] and "wsd" in lines[0]), lines
+        assert why is None or (
+            why in lines[0] and " 3.21e-04 to" in lines[0] and "wsd" in lines[0]
+        ), lines
     stable = tiny("wsd", max_steps=40, save_interval=10, lr_schedule="wsd")
     steps_of(stable, "stop", at=20)
     Trainer(stable | {"max_steps": 90}).close()
@@ -2251,9 +2696,18 @@ def test_the_rate_leaps_where_a_run_goes_on(tiny, capsys):
 def test_a_schedule_that_cannot_rise(tiny, capsys):
     """A warm-up longer than the run, one that reaches into wsd's decay, and onecycle, which has its own rise."""
     for change, said in (
-        ({"warmup_steps": 2000}, "warmup_steps 2000 of 12 steps: the rate never comes above 1.8e-05 of 0.003"),
-        ({"warmup_steps": 11, "lr_schedule": "wsd", "decay_frac": 0.5}, "decay begins within the warm-up"),
-        ({"warmup_steps": 2000, "lr_schedule": "onecycle"}, "onecycle 0.003 -> 0.0003, 30 % of it upwards: 3 warm-up"),
+        (
+            {"warmup_steps": 2000},
+            "warmup_steps 2000 of 12 steps: the rate never comes above 1.8e-05 of 0.003",
+        ),
+        (
+            {"warmup_steps": 11, "lr_schedule": "wsd", "decay_frac": 0.5},
+            "decay begins within the warm-up",
+        ),
+        (
+            {"warmup_steps": 2000, "lr_schedule": "onecycle"},
+            "onecycle 0.003 -> 0.0003, 30 % of it upwards: 3 warm-up",
+        ),
     ):
         Trainer(tiny(**change)).close()
         out = capsys.readouterr().out
@@ -2267,7 +2721,10 @@ def test_an_evaluation_that_cannot_be(tiny, shards, tmp_path, capsys):
     np.save(tmp_path / "part_0.npy", ids)
     np.save(tmp_path / "val_0.npy", ids[:30])
     few = {"data_dir": str(tmp_path)}
-    both = {"data_dir": ..., "data": {"sources": {"much": {"dir": shards}, "little": {"dir": str(tmp_path)}}}}
+    both = {
+        "data_dir": ...,
+        "data": {"sources": {"much": {"dir": shards}, "little": {"dir": str(tmp_path)}}},
+    }
     for change, said in (
         (few, "no source has a validation window of 33 tokens"),
         ({"val_fraction": 0.0}, "as val_fraction is 0"),
@@ -2290,7 +2747,10 @@ def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
     waited is; and what ranks compare is the GPU's time, not that of launching."""
     trainer = Trainer(tiny(max_steps=8, log_interval=8))
     trainer.runs_ahead = True
-    clock = {"host": 0.0, "device": 0.0}  # seconds; the device begins a piece of work when it was queued, or later
+    clock = {
+        "host": 0.0,
+        "device": 0.0,
+    }  # seconds; the device begins a piece of work when it was queued, or later
 
     class Event:
         def __init__(self):
@@ -2328,7 +2788,9 @@ def test_commands_in_one_go_are_done_in_their_order(tiny):
         keys |= {"orchestrator": {"snapshot_interval": 0}}
         trainer = steps_of(keys, *lines, at=7)
         rows = [r for r in decided(trainer) if r.get("trigger") == "user"]
-        assert [r["action"] for r in rows] == [json.loads(line)["method"] if line[0] == "{" else line for line in lines]
+        assert [r["action"] for r in rows] == [
+            json.loads(line)["method"] if line[0] == "{" else line for line in lines
+        ]
         gone = rows[-1]
         assert gone["executed"] and gone["args"]["to_step"] == 4 and gone["before"]["step"] == 7
         aside = {p.name for p in trainer.out.glob("*.rolled_back")}
@@ -2348,10 +2810,10 @@ def test_the_story_of_a_run_in_which_nothing_happened(tiny, capsys, tmp_path):
     """`bench.py decisions` of a healthy run, which has no decisions.jsonl, is no error; of no run it is."""
     trainer = steps_of(tiny())
     capsys.readouterr()
-    assert bench.main(["decisions", str(trainer.out)]) == 0
+    assert report.main([str(trainer.out)]) == 0
     assert "nothing had to be decided" in capsys.readouterr().out
     with pytest.raises(UserError, match="E108"):
-        bench.main(["decisions", str(tmp_path / "none")])
+        report.main([str(tmp_path / "none")])
 
 
 def test_a_presets_prompt_goes_with_its_data(tmp_path, shards):
@@ -2360,7 +2822,10 @@ def test_a_presets_prompt_goes_with_its_data(tmp_path, shards):
     own = write_yaml(tmp_path / "own.yaml", {"data_dir": "x", "sample_prompt": "Once"})
     for words, prompt in (
         (["quickstart", "--prepare", "null", "--data_dir", shards], None),
-        (["quickstart", "--prepare", "null", "--data_dir", shards, "--sample_prompt", "Once"], "Once"),
+        (
+            ["quickstart", "--prepare", "null", "--data_dir", shards, "--sample_prompt", "Once"],
+            "Once",
+        ),
         ([str(own), "--data_dir", shards], "Once"),
     ):
         assert read_config(words)[0].sample_prompt == prompt
@@ -2378,7 +2843,10 @@ def test_the_log_line_has_what_people_look_for(tiny):
     """Perplexity, the balance loss of experts, elapsed and remaining time, on one line."""
     trainer = steps_of(tiny(model={"n_experts": 4, "d_expert": 16}))
     line = next(x for x in told(trainer).splitlines() if x.startswith("step "))
-    assert all(word in line for word in ("loss ", "ppl ", "aux ", "lr ", "norm ", "tok/s", " gone, ", " left"))
+    assert all(
+        word in line
+        for word in ("loss ", "ppl ", "aux ", "lr ", "norm ", "tok/s", " gone, ", " left")
+    )
     plain = steps_of(tiny("dense"))
     assert "  aux " not in told(plain)
 
@@ -2389,20 +2857,29 @@ def test_the_peak_was_measured_while_the_machine_was_busy(tiny):
     trainer.peak = 1.0
     trainer.fit()
     assert "mfu -, data" in told(trainer)
-    assert [r["mfu"] for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r] == [None, None]
+    assert [r["mfu"] for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r] == [
+        None,
+        None,
+    ]
 
 
 def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
     """Curves, a picture and checkpoints set aside belong to the run that is overwritten; a file of the user's stays."""
     trainer = steps_of(tiny())
-    for name in ("tensorboard/events.out.tfevents.1", "step_00000008.rolled_back/state.json", "training.png"):
+    for name in (
+        "tensorboard/events.out.tfevents.1",
+        "step_00000008.rolled_back/state.json",
+        "training.png",
+    ):
         (trainer.out / name).parent.mkdir(exist_ok=True)
         (trainer.out / name).write_text("old")
     for name in ("tensorboard/mine.txt", "notes.md"):
         (trainer.out / name).write_text("mine")
     Trainer(tiny(resume="none", overwrite=True, max_steps=2)).close()
     left = {str(p.relative_to(trainer.out)) for p in trainer.out.rglob("*") if p.is_file()}
-    assert {"tensorboard/mine.txt", "notes.md"} <= left and not [p for p in left if "rolled" in p or "tfevents" in p]
+    assert {"tensorboard/mine.txt", "notes.md"} <= left and not [
+        p for p in left if "rolled" in p or "tfevents" in p
+    ]
     assert "training.png" not in left
 
 
@@ -2423,14 +2900,20 @@ def test_wandb_goes_on_with_the_run_and_is_quiet(tiny, monkeypatch, capfd):
 
         def define_metric(self, *args, **more): ...
 
-    fake = types.SimpleNamespace(init=Run, Settings=Settings, log=lambda row: None, finish=lambda: None)
+    fake = types.SimpleNamespace(
+        init=Run, Settings=Settings, log=lambda row: None, finish=lambda: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(Run, "log", lambda self, row: None, raising=False)
     monkeypatch.setattr(Run, "finish", lambda self: None, raising=False)
     steps_of(tiny(max_steps=4, wandb_project="p"))
     trainer = steps_of(tiny(max_steps=8, wandb_project="p"))
     steps_of(tiny(max_steps=4, wandb_project="p", resume="none", overwrite=True))
-    assert [(o["id"], o["resume"]) for o in made] == [(None, "allow"), ("id1", "allow"), (None, "allow")]
+    assert [(o["id"], o["resume"]) for o in made] == [
+        (None, "allow"),
+        ("id1", "allow"),
+        (None, "allow"),
+    ]
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("wandb")]
     assert len(lines) == 3 and "run id1, offline:" in lines[1] and trainer.wandb_id == "id1"
 
@@ -2447,5 +2930,5 @@ def test_the_picture_names_only_what_happened(tmp_path, monkeypatch):
     for more in ([], [row | {"step": 2}, {"step": 3, "val_loss": 3.1}]):
         rows = [row | {"step": 2}, row | {"step": 3}, *more]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        assert bench.main(["picture", str(tmp_path)]) == 0
+        assert report.main([str(tmp_path), "--picture"]) == 0
     assert legends == [["training"], ["training", "rolled back", "validation"]]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import write_yaml
 
-import bench
-import faults
-import plan
-from errors import UserError
+import train
+from lumen import machine as machines
+from lumen.errors import UserError
 from model import ModelConfig
+from lumen.report import main as report_main
+from tools import bench, faults
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
@@ -23,7 +24,7 @@ MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 def quick(monkeypatch):
     """No second of matrix products per command, no Triton, whose interpreter takes minutes; and the flag that steps set
     is taken back."""
-    monkeypatch.setattr(bench.model_moe, "triton", None)
+    monkeypatch.setattr(bench.expert_kernels, "triton", None)
     monkeypatch.setattr(bench, "machine_line", lambda m=None: "this machine")
     before = torch.are_deterministic_algorithms_enabled()
     yield
@@ -31,13 +32,24 @@ def quick(monkeypatch):
 
 
 def test_options_are_typed_and_unknown_ones_refused():
-    o = bench.options(["--rounds", "3", "--no-peer", "--out=a_b", "sync"], rounds=7, no_peer=False, out="", parts=None)
+    o = bench.options(
+        ["--rounds", "3", "--no-peer", "--out=a_b", "sync"],
+        rounds=7,
+        no_peer=False,
+        out="",
+        parts=None,
+    )
     assert (o.rounds, o.no_peer, o.out, o.parts) == (3, True, "a_b", ["sync"])
     for words in (["--turns", "3"], ["--rounds", "many"], ["--rounds"], ["stray"]):
         with pytest.raises(UserError) as error:
             bench.options(words, rounds=7)
         assert error.value.code == "E002"
-    for words in (["fly"], ["kernels", "--rond", "1"], ["gpu", "moon"], ["learn", "--only", "sparse"]):
+    for words in (
+        ["fly"],
+        ["kernels", "--rond", "1"],
+        ["gpu", "moon"],
+        ["learn", "--only", "sparse"],
+    ):
         with pytest.raises(UserError) as error:
             bench.main(words)
         assert error.value.code == "E002"
@@ -58,7 +70,7 @@ def test_kept_bytes_counts_a_storage_once_and_not_what_is_left_out():
 @pytest.mark.parametrize("keys", [{}, MOE, bench.HALF])
 def test_our_step_clips_and_feeds_adam_the_gradient_of_the_mean_loss(keys):
     cfg = ModelConfig(**bench.TOY | keys)
-    run = bench.Ours(cfg, plan.machine("cpu", "fp32"), 2)
+    run = bench.Ours(cfg, machines.detect("cpu", "fp32"), 2)
     before = [p.detach().clone() for p in run.model.parameters()]
     (run.model(run.x, targets=run.y)[0] / run.x.numel()).backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -75,7 +87,7 @@ def test_our_step_clips_and_feeds_adam_the_gradient_of_the_mean_loss(keys):
 
 def test_peer_has_the_same_size_and_both_bf16_forms_step():
     pytest.importorskip("transformers")
-    m = plan.machine("cpu", "fp32")
+    m = machines.detect("cpu", "fp32")
     cfg = ModelConfig(**bench.TOY | MOE)
     ours = sum(p.numel() for p in bench.Ours(cfg, m, 2).model.parameters())
     for precision in ("fp32", "autocast", "masters"):
@@ -84,7 +96,9 @@ def test_peer_has_the_same_size_and_both_bf16_forms_step():
         assert abs(peer().item() - 4.85) < 0.3
         assert all(p.dtype == torch.float32 and p.grad is None for p in peer.masters)
     copies = 4 * 2 * cfg.max_seq_len * 2 * 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
-    assert any("batched_mm" in v[0] for v in bench.peer_variants(cfg, m, 2)) == (copies < plan.total_memory("cpu") / 2)
+    assert any("batched_mm" in v[0] for v in bench.peer_variants(cfg, m, 2)) == (
+        copies < machines.total_memory("cpu") / 2
+    )
 
 
 def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeypatch):
@@ -95,7 +109,12 @@ def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert "finished at step 10:" in said and "(n 8," in said and "1.00e-03" in said
     assert "eval " not in said and "saved " not in said and "left out" not in said
-    for words in (["--max_steps", "2"], ["--eval_interval", "3"], ["--save-interval=5"], ["--out_dir", "x"]):
+    for words in (
+        ["--max_steps", "2"],
+        ["--eval_interval", "3"],
+        ["--save-interval=5"],
+        ["--out_dir", "x"],
+    ):
         with pytest.raises(UserError) as error:
             bench.main(["speed", str(path), *words])
         assert error.value.code == "E002"
@@ -127,8 +146,8 @@ def test_no_time_of_a_run_that_compiled(monkeypatch):
 
 def test_mfu_is_never_above_the_peak(monkeypatch):
     """The peak was measured while the machine was busy: again, or there is none."""
-    m = plan.machine("cpu", "fp32")
-    monkeypatch.setattr(plan, "matrix_peak", lambda *a: 200.0)
+    m = machines.detect("cpu", "fp32")
+    monkeypatch.setattr(machines, "matrix_peak", lambda *a: 200.0)
     assert bench.mfu([50.0], m, 100.0) == "50.0 %"
     assert bench.mfu([50.0, 120.0], m, 100.0).startswith("median 0.425")
     assert bench.mfu([50.0, 220.0], m, 100.0).startswith("- (")
@@ -142,7 +161,9 @@ def test_time_limit_and_variants_that_fail(capsys):
     def broken():
         raise ImportError("no such kernel")
 
-    works = bench.fastest("x", [("a", broken, False), ("b", lambda: lambda: torch.zeros(()), False)], 5, "cpu")
+    works = bench.fastest(
+        "x", [("a", broken, False), ("b", lambda: lambda: torch.zeros(()), False)], 5, "cpu"
+    )
     assert works is not None and "left out: ImportError: no such kernel" in capsys.readouterr().out
 
 
@@ -158,13 +179,18 @@ def test_learn_keeps_what_is_there_and_tells_it(tiny, tmp_path, monkeypatch, cap
     assert bench.main(words) == 0
     assert (out / "both-1337.json").stat().st_mtime_ns == first
     row = json.loads((out / "both-1337.json").read_text())
-    assert row["steps"] == 3 and row["router"] > 0 and row["mod_gap"] is not None and row["active"] < row["total"]
+    assert (
+        row["steps"] == 3
+        and row["router"] > 0
+        and row["mod_gap"] is not None
+        and row["active"] < row["total"]
+    )
     table = capsys.readouterr().out.split("this machine")[-1]
     assert f"| both | 1 | {row['val_loss']:.4f}" in table and "| dense | 1 |" in table
 
 
 def test_gpu_parts_run_on_the_cpu(capsys):
-    assert bench.sync_check(plan.machine("cpu", "fp32"), True) == 0
+    assert bench.sync_check(machines.detect("cpu", "fp32"), True) == 0
     assert "sigmoid, shared" in capsys.readouterr().out
     if not torch.cuda.is_available():
         with pytest.raises(UserError) as error:
@@ -175,7 +201,9 @@ def test_gpu_parts_run_on_the_cpu(capsys):
 def test_what_a_layout_costs(capsys, monkeypatch):
     """Two launches of two ranks: what they gather and reduce is what the plan says they do."""
     monkeypatch.setitem(
-        bench.SPREAD, "model", bench.SPREAD["model"] | {"n_layers": 2, "max_seq_len": 64, "d_model": 192}
+        bench.SPREAD,
+        "model",
+        bench.SPREAD["model"] | {"n_layers": 2, "max_seq_len": 64, "d_model": 192},
     )
     assert bench.main(["layouts", "--only", "zero_stage 3", "--rounds", "1", "--steps", "4"]) == 0
     cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
@@ -199,7 +227,9 @@ def small(monkeypatch, tmp_path):
     ):
         monkeypatch.setattr(faults, name, getattr(faults, name) | keys)
     corpus = faults.corpus
-    monkeypatch.setattr(faults, "corpus", lambda folder, n=0, seed=0: corpus(folder, 20_000, 128, seed))
+    monkeypatch.setattr(
+        faults, "corpus", lambda folder, n=0, seed=0: corpus(folder, 20_000, 128, seed)
+    )
     monkeypatch.setattr(faults, "SEEDS", 2)
 
     def go(*words):
@@ -211,20 +241,34 @@ def small(monkeypatch, tmp_path):
 
 def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
     # in turn, and in this process: a new one would not see the sizes of `small`
-    monkeypatch.setattr(faults, "side_by_side", lambda book, parts: [faults.work(book.path, *p) for p in parts])
+    monkeypatch.setattr(
+        faults, "side_by_side", lambda book, parts: [faults.work(book.path, *p) for p in parts]
+    )
     words = ("--quick", "--only", "5,8,7,24")
     runs = small(*words)["runs"]
     table = capsys.readouterr().out
-    rows = {tuple(c.strip() for c in line.split("|")[1:6]): line for line in table.splitlines() if line[:2] == "| "}
+    rows = {
+        tuple(c.strip() for c in line.split("|")[1:6]): line
+        for line in table.splitlines()
+        if line[:2] == "| "
+    }
     for row, what in (("5", "gradient NaN once"), ("8", "gradient x10,000 once")):
         line = rows[row, what, "dense", "late", "act"]
         assert "| recover | recover |" in line and "| 1 | 0 | 1 drop | 0 | yes |" in line, line
-        assert runs[f"{row}/dense/act/late/1337"]["digest"] == runs["0/dense/act/late/1337"]["digest"]
+        assert (
+            runs[f"{row}/dense/act/late/1337"]["digest"] == runs["0/dense/act/late/1337"]["digest"]
+        )
     line = rows["7", "activation NaN for ever", "dense", "late", "act"]
     assert "| stop in order | stop in order |" in line and line.endswith("| 0 | yes |"), line
-    assert rows["24", "healthy", "dense", "late", "act"].endswith("| +0.0000 | 0 | - | - | 0 | yes |")
+    assert rows["24", "healthy", "dense", "late", "act"].endswith(
+        "| +0.0000 | 0 | - | - | 0 | yes |"
+    )
     assert "late, act: 4 of 4 as expected, 0 false actions" in table and "sigma" in table
-    counts = [[c.strip() for c in line.split("|")[1:5]] for line in table.splitlines() if "and more" in line]
+    counts = [
+        [c.strip() for c in line.split("|")[1:5]]
+        for line in table.splitlines()
+        if "and more" in line
+    ]
     assert counts and all(c[2] == c[3] for c in counts), "what was decided was real"
     monkeypatch.setattr(faults, "start", None)  # nothing is run again
     assert small(*words)["runs"] == runs
@@ -241,8 +285,19 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
 
 def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     """Each in its process, from what the file holds and back into it; a part that fails is said."""
-    out, run = tmp_path / "faults.json", {"val_loss": 1.0, "seconds": 1, "cpu_seconds": 1, "commit": "c", "date": "d"}
-    run |= {"code": 0, "step": 600, "turns": 600, "dropped": 0, "digest": "a", "reference": 0, "decisions": []}
+    out, run = (
+        tmp_path / "faults.json",
+        {"val_loss": 1.0, "seconds": 1, "cpu_seconds": 1, "commit": "c", "date": "d"},
+    )
+    run |= {
+        "code": 0,
+        "step": 600,
+        "turns": 600,
+        "dropped": 0,
+        "digest": "a",
+        "reference": 0,
+        "decisions": [],
+    }
     book = faults.Book(out)
     for kind in ("dense", "moe"):
         book.data["runs"] |= {f"24/{kind}/off/late/{1337 + i}": run for i in range(faults.SEEDS)}
@@ -265,7 +320,10 @@ def test_a_fault_does_harm(small, monkeypatch):
     monkeypatch.setattr(faults, "SEEDS", 1)
     runs = small("--only", "1,10", "--kinds", "moe", "--arms", "off")["runs"]
     for row in ("1", "10"):
-        assert runs[f"{row}/moe/off/late/1337"]["val_loss"] > runs["24/moe/off/late/1337"]["val_loss"] + 0.02
+        assert (
+            runs[f"{row}/moe/off/late/1337"]["val_loss"]
+            > runs["24/moe/off/late/1337"]["val_loss"] + 0.02
+        )
 
 
 def test_healthy_steps_add_up(small, capsys):
@@ -286,7 +344,10 @@ def test_scenes_of_files(small, row, capsys):
 
 def test_failures_are_said_as_such():
     fault = faults.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
-    base, row = {"val_loss": 1.0, "digest": "a"}, {"level": 2, "executed": True, "action": "rollback", "trigger": "t"}
+    base, row = (
+        {"val_loss": 1.0, "digest": "a"},
+        {"level": 2, "executed": True, "action": "rollback", "trigger": "t"},
+    )
     row |= {"id": 1, "basis": "evalue", "confidence": 0.8, "reason": ""}
     run = {
         "code": 0,
@@ -300,19 +361,32 @@ def test_failures_are_said_as_such():
     j = faults.judge(fault, "late", "act", run, base, 0.01, None)
     assert j["came"] == "not recovered" and j["gap"] == pytest.approx(0.02) and not j["good"]
     assert (j["lost"], j["found"], j["false"]) == (102, 10, 1)
-    assert j["sure"] == [("evalue", 0.8, False), ("evalue", 0.8, True)], "before the fault it was not real"
+    assert j["sure"] == [("evalue", 0.8, False), ("evalue", 0.8, True)], (
+        "before the fault it was not real"
+    )
     assert j["wrong"] == ["nothing said of divergence", "2 x rollback", "1 false actions"]
     good = faults.judge(faults.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
     assert good["good"] and good["came"] == "recover"
-    assert faults.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)["came"] == "code 3"
-    j = faults.judge(faults.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None)
+    assert (
+        faults.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)[
+            "came"
+        ]
+        == "code 3"
+    )
+    j = faults.judge(
+        faults.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None
+    )
     assert j["wrong"] == ["not the bits of mode off"]
 
 
 def test_the_reference_rules(tiny):
-    trainer = faults.Trainer(tiny("ref", max_steps=80, save_interval=0))
+    trainer = train.Trainer(tiny("ref", max_steps=80, save_interval=0))
     losses = iter([3.0] * 60 + [9.0, 3.0] * 80)
-    trainer.drain = lambda: {"loss": next(losses), "grad_norm": 1e4 if trainer.n == 115 else 1.0, "turn": trainer.n}
+    trainer.drain = lambda: {
+        "loss": next(losses),
+        "grad_norm": 1e4 if trainer.n == 115 else 1.0,
+        "turn": trainer.n,
+    }
     done = faults.reference(trainer, True)
     for trainer.n in range(1, 120):
         trainer.drain()
@@ -330,45 +404,80 @@ def decided(folder, rows) -> str:
     return str(folder)
 
 
-ROW = {"time": "2026-01-01T00:00:00Z", "attempt": 1, "mode": "act", "confidence": 1.0, "basis": "observed"}
-ROW |= {"executed": True, "blocked_by": None, "trigger": "explosion", "action": "drop", "level": 1, "reason": "large"}
+ROW = {
+    "time": "2026-01-01T00:00:00Z",
+    "attempt": 1,
+    "mode": "act",
+    "confidence": 1.0,
+    "basis": "observed",
+}
+ROW |= {
+    "executed": True,
+    "blocked_by": None,
+    "trigger": "explosion",
+    "action": "drop",
+    "level": 1,
+    "reason": "large",
+}
 
 
 def test_decisions_tell_a_story(tmp_path, capsys):
     rows = [ROW | {"id": i + 1, "turn": t, "step": t - 1} for i, t in enumerate((10, 11, 12))]
-    more = {"trigger": "divergence", "action": "rollback", "level": 2, "reason": "it rose", "args": {"to_step": 5}}
+    more = {
+        "trigger": "divergence",
+        "action": "rollback",
+        "level": 2,
+        "reason": "it rose",
+        "args": {"to_step": 5},
+    }
     rows += [ROW | more | {"id": 4, "turn": 300, "step": 299}]
     rows += [{"id": 4, "kind": "outcome", "step": 310, "verdict": "helped"}]
-    rows += [ROW | more | {"id": 5, "turn": 301, "step": 300, "executed": False, "blocked_by": "mode: shadow"}]
-    assert bench.main(["decisions", decided(tmp_path / "run", rows)]) == 0
+    rows += [
+        ROW
+        | more
+        | {"id": 5, "turn": 301, "step": 300, "executed": False, "blocked_by": "mode: shadow"}
+    ]
+    assert report_main([decided(tmp_path / "run", rows)]) == 0
     said = capsys.readouterr().out
     assert "5 decisions" in said and said.count("2026-01-01") == 2
     assert "step 9 to 11: explosion: drop (#1, level 1, done)" in said and "#2" not in said
-    assert "why     it rose; confidence 1.00 (observed)\n    how     to_step 5\n    outcome helped, seen at" in said
+    assert (
+        "why     it rose; confidence 1.00 (observed)\n    how     to_step 5\n    outcome helped, seen at"
+        in said
+    )
     assert "NOT done: mode: shadow" in said
-    for words, code in (([], "E002"), ([str(tmp_path / "none")], "E108"), ([decided(tmp_path / "e", [])], "E104")):
+    for words, code in (
+        ([], "E002"),
+        ([str(tmp_path / "none")], "E108"),
+        ([decided(tmp_path / "e", [])], "E104"),
+    ):
         with pytest.raises(UserError) as error:
-            bench.main(["decisions", *words])
+            report_main([*words])
         assert error.value.code == code
     (tmp_path / "e/decisions.jsonl").unlink()
-    assert bench.main(["decisions", str(tmp_path / "e")]) == 0
+    assert report_main([str(tmp_path / "e")]) == 0
     assert "nothing had to be decided" in capsys.readouterr().out
 
 
 def test_a_picture_needs_matplotlib_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib") as error:
-        bench.main(["picture", str(tmp_path)])
+        report_main([str(tmp_path), "--picture"])
     assert error.value.code == "E003"
 
 
 def test_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     rows = [
-        {"step": s, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "experts/share/0": [0.5, None]} for s in (1, 2, 2, 3)
+        {"step": s, "loss": 3.0, "lr": 1e-3, "grad_norm": 1.0, "experts/share/0": [0.5, None]}
+        for s in (1, 2, 2, 3)
     ]
     folder = tmp_path / "run"
     decided(folder, [ROW | {"id": 1, "turn": 2, "step": 2, "level": 2}])
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"step": 3, "val_loss": 3.1}]))
-    assert bench.main(["picture", str(folder)]) == 0
-    assert (folder / "training.png").stat().st_size > 10_000 and "training.png" in capsys.readouterr().out
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [*rows, {"step": 3, "val_loss": 3.1}])
+    )
+    assert report_main([str(folder), "--picture"]) == 0
+    assert (
+        folder / "training.png"
+    ).stat().st_size > 10_000 and "training.png" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
-from errors import UserError
+from lumen import checkpoint, files
+from lumen.errors import UserError
 
 
 def save(out, step, tensors, cuts=1, **state):
@@ -47,7 +47,9 @@ def test_what_any_number_wrote_any_number_reads(tmp_path, cuts):
     for name, t in want.items():
         assert torch.equal(found.read(name), t) and found.read(name).dtype == t.dtype
     for a in range(0, 7, 2):
-        assert torch.equal(found.read("model.a", (a, 1), (min(3, 7 - a), 3)), want["model.a"][a : a + 3, 1:4])
+        assert torch.equal(
+            found.read("model.a", (a, 1), (min(3, 7 - a), 3)), want["model.a"][a : a + 3, 1:4]
+        )
     assert set(found.model_state()) == {"a", "b"}
 
 
@@ -60,7 +62,9 @@ def test_any_region_of_any_cut(tmp_path_factory, data):
     found = checkpoint.Checkpoint(save(tmp_path_factory.mktemp("c"), 1, {"t": t}, cuts))
     lo = [data.draw(st.integers(0, n - 1)) for n in shape]
     size = [data.draw(st.integers(1, n - a)) for a, n in zip(lo, shape)]
-    assert torch.equal(found.read("t", lo, size), t[lo[0] : lo[0] + size[0], lo[1] : lo[1] + size[1]])
+    assert torch.equal(
+        found.read("t", lo, size), t[lo[0] : lo[0] + size[0], lo[1] : lo[1] + size[1]]
+    )
 
 
 def test_the_same_bytes_each_time(tmp_path):
@@ -93,10 +97,14 @@ def test_damage_is_found_and_named(tmp_path):
     with pytest.raises(UserError, match="E303"):
         damaged(lambda f: (f / "manifest.json").write_text("{"))
     with pytest.raises(UserError, match="E306"):
-        damaged(lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}, "tensors": {}}'))
+        damaged(
+            lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}, "tensors": {}}')
+        )
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank_00000.safetensors", "rank_00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "state.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+)
 def test_no_flipped_bit_and_no_cut_is_believed(tmp_path, name):
     """At each 5th byte of each file: the damaged one is named and passed over, or what it says is what was saved."""
     want = {1: tensors(), 2: {k: t + 1 for k, t in tensors().items()}}
@@ -105,7 +113,10 @@ def test_no_flipped_bit_and_no_cut_is_believed(tmp_path, name):
     file = checkpoint.step_dir(tmp_path, 2) / name
     whole, passed = file.read_bytes(), 0
     for at in range(0, len(whole), 5):
-        for damaged in (whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :], whole[:at]):
+        for damaged in (
+            whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :],
+            whole[:at],
+        ):
             file.write_bytes(damaged)
             said = []
             found = checkpoint.find(tmp_path, say=said.append)
@@ -139,7 +150,7 @@ def test_a_file_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
     """A bad sector is damage like any other: it does not end the process that looks for the newest whole one."""
     for step in (1, 2):
         save(tmp_path, step, tensors())
-    real, said = checkpoint.sha256, []
+    real, said = files.sha256, []
 
     def failing(path):
         if str(path).endswith("step_00000002/rank_00000.safetensors"):
@@ -168,7 +179,9 @@ def test_find_takes_newest_best_or_the_one_named(tmp_path):
         with pytest.raises(UserError, match="E304"):
             checkpoint.find(missing)
     for damaged in ("", '{"step"', "[]", '{"step": null}', None):
-        (tmp_path / "best.json").unlink() if damaged is None else (tmp_path / "best.json").write_text(damaged)
+        (tmp_path / "best.json").unlink() if damaged is None else (
+            tmp_path / "best.json"
+        ).write_text(damaged)
         with pytest.raises(UserError, match="E304.*best.json"):
             checkpoint.find(tmp_path, best=True)
 
@@ -176,8 +189,12 @@ def test_find_takes_newest_best_or_the_one_named(tmp_path):
 def test_clean_up_after_a_crash(tmp_path):
     for step in (1, 2):
         save(tmp_path, step, tensors())
-    checkpoint.step_dir(tmp_path, 2).rename(tmp_path / "step_00000002.old")  # moved aside, then the power went
-    shutil.copytree(checkpoint.step_dir(tmp_path, 1), tmp_path / "step_00000001.old")  # replaced, not yet deleted
+    checkpoint.step_dir(tmp_path, 2).rename(
+        tmp_path / "step_00000002.old"
+    )  # moved aside, then the power went
+    shutil.copytree(
+        checkpoint.step_dir(tmp_path, 1), tmp_path / "step_00000001.old"
+    )  # replaced, not yet deleted
     (tmp_path / "step_00000003.tmp").mkdir()
     assert checkpoint.list_steps(tmp_path) == [1]
     checkpoint.clean_up(tmp_path)
@@ -188,7 +205,13 @@ def test_clean_up_after_a_crash(tmp_path):
 def test_half_a_line_is_cut_off(tmp_path):
     save(tmp_path, 1, tensors())
     many = "{}\n" * 400_000  # more than is looked at
-    for whole, half in (("", ""), ("", '{"a"'), ("{}\n{}\n", ""), ("{}\n", '{"a": 1'), (many, '{"a": 1')):
+    for whole, half in (
+        ("", ""),
+        ("", '{"a"'),
+        ("{}\n{}\n", ""),
+        ("{}\n", '{"a": 1'),
+        (many, '{"a": 1'),
+    ):
         (tmp_path / "metrics.jsonl").write_text(whole + half)
         checkpoint.clean_up(tmp_path)
         assert (tmp_path / "metrics.jsonl").read_text() == whole
@@ -198,7 +221,10 @@ def test_half_a_line_is_cut_off(tmp_path):
 def test_saving_over_a_name_replaces_it(tmp_path):
     save(tmp_path, 1, {"model.a": torch.zeros(2)})
     save(tmp_path, 1, {"model.a": torch.ones(2)})
-    assert checkpoint.find(tmp_path).read("model.a").tolist() == [1, 1] and len(list(tmp_path.iterdir())) == 1
+    assert (
+        checkpoint.find(tmp_path).read("model.a").tolist() == [1, 1]
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 @pytest.mark.parametrize(

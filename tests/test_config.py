@@ -5,10 +5,9 @@ import pytest
 import yaml
 from conftest import fingerprint, write_yaml
 
-from config import Config, help_text, read_config
-from errors import UserError
+from lumen.config import Config, OrchestratorConfig, help_text, read_config
+from lumen.errors import UserError
 from model import ModelConfig
-from orchestrator import OrchestratorConfig
 from train import Trainer
 
 
@@ -22,7 +21,8 @@ def refused(words, code, *parts):
 
 def test_every_spelling_of_an_option_is_the_same(tmp_path, shards):
     path = write_yaml(
-        tmp_path / "c.yaml", {"data_dir": shards, "learning_rate": "3e-4", "model": {"d_model": "64", "n_heads": 4}}
+        tmp_path / "c.yaml",
+        {"data_dir": shards, "learning_rate": "3e-4", "model": {"d_model": "64", "n_heads": 4}},
     )
     spellings = (
         ["--learning_rate=1e-2", "--model.n_layers=3"],
@@ -35,9 +35,21 @@ def test_every_spelling_of_an_option_is_the_same(tmp_path, shards):
     cfg, *_ = read_config([str(path)])
     assert cfg.learning_rate == 3e-4 and cfg.out_dir == "out/c"
     cfg, *_ = read_config(
-        [str(path), "--resume", "off", "--overwrite", "--activation_checkpointing=no", "--tensorboard"]
+        [
+            str(path),
+            "--resume",
+            "off",
+            "--overwrite",
+            "--activation_checkpointing=no",
+            "--tensorboard",
+        ]
     )
-    assert (cfg.resume, cfg.overwrite, cfg.activation_checkpointing, cfg.tensorboard) == ("none", True, "none", True)
+    assert (cfg.resume, cfg.overwrite, cfg.activation_checkpointing, cfg.tensorboard) == (
+        "none",
+        True,
+        "none",
+        True,
+    )
 
 
 def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shards):
@@ -61,14 +73,24 @@ def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shar
     path.write_text("a: [1, 2\n")
     refused([path], "E002", "not valid YAML")
     path.write_text(f"data_dir: {shards}\n")
-    refused([path, "--model.d_model", "64", "--model.n_heads", "5"], "E002", "does not divide d_model 64", "4")
+    refused(
+        [path, "--model.d_model", "64", "--model.n_heads", "5"],
+        "E002",
+        "does not divide d_model 64",
+        "4",
+    )
     refused([path, "--model.n_kv_heads", "5"], "E002", "n_kv_heads")
     refused([path, "--lr_schedule", "cosin"], "E002", "cosine")
     refused([path, "--batch_size", "0"], "E002", "at least 1")
     path.write_text(f"data_dir: {shards}\nmodel:\n  n_experts: 4\n  n_experts_per_token: 5\n")
     refused([path], "E002", f"{path}:4: model.n_experts_per_token: 5", "1 to n_experts, 4")
     path.write_text(f"data_dir: {shards}\n")
-    refused([path, "--model.mod_capacity", "[0.5, 0.5]"], "E002", "command line: model.mod_capacity", "12 numbers")
+    refused(
+        [path, "--model.mod_capacity", "[0.5, 0.5]"],
+        "E002",
+        "command line: model.mod_capacity",
+        "12 numbers",
+    )
     refused([path, "stray"], "E002", "stray")
     refused([tmp_path / "no.yaml"], "E001", "does not exist")
     refused(["gpt2_142m"], "E001", "gpt2_124m.yaml?")
@@ -78,8 +100,20 @@ def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shar
 
 def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
     """The keys of its TrainConfig and model config, numbers in quotes, its workers' options."""
-    keys = {"data_dir": shards, "learning_rate": "2.0e-4", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
-    keys |= {"warmup_steps": 2000, "max_steps": 3, "batch_size": 2, "gradient_accumulation_steps": 4, "num_epochs": 1}
+    keys = {
+        "data_dir": shards,
+        "learning_rate": "2.0e-4",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+    }
+    keys |= {
+        "warmup_steps": 2000,
+        "max_steps": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_epochs": 1,
+    }
     keys |= {
         "grad_clip": 1.0,
         "device": "cpu",
@@ -87,9 +121,27 @@ def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
         "out_dir": str(tmp_path / "l"),
         "backend": "ddp",
     }
-    keys |= {"num_workers": 4, "pin_memory": True, "save_latest_always": True, "wandb_project": None}
-    model = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 16}
-    model |= {"multiple_of": 32, "use_qk_norm": True, "attn_dropout": 0.0, "rope_ntk_scale_base": 8, "n_experts": None}
+    keys |= {
+        "num_workers": 4,
+        "pin_memory": True,
+        "save_latest_always": True,
+        "wandb_project": None,
+    }
+    model = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "max_seq_len": 16,
+    }
+    model |= {
+        "multiple_of": 32,
+        "use_qk_norm": True,
+        "attn_dropout": 0.0,
+        "rope_ntk_scale_base": 8,
+        "n_experts": None,
+    }
     cfg, _, notes, _ = read_config([str(write_yaml(tmp_path / "l.yaml", keys | {"model": model}))])
     assert cfg.model.rope_theta == 20000 and cfg.model.qk_norm and cfg.learning_rate == 2e-4
     for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1"):
@@ -100,7 +152,11 @@ def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
 
 def test_help_lists_every_key():
     text = help_text()
-    for cls, prefix in ((Config, "--"), (ModelConfig, "--model."), (OrchestratorConfig, "--orchestrator.")):
+    for cls, prefix in (
+        (Config, "--"),
+        (ModelConfig, "--model."),
+        (OrchestratorConfig, "--orchestrator."),
+    ):
         for f in dataclasses.fields(cls):
             assert f.name in ("model", "orchestrator") or f"{prefix}{f.name} " in text, f.name
 
@@ -110,7 +166,9 @@ def test_printed_configuration_runs_as_it_is(tiny, tmp_path):
     again = tiny()["out_dir"] + "/config.yaml"
     cfg, *_ = read_config([again])
     first = yaml.safe_load(Path(again).read_text())
-    assert dataclasses.asdict(cfg) == first | {"gradient_accumulation_steps": 1}  # it follows from batch_tokens
+    assert dataclasses.asdict(cfg) == first | {
+        "gradient_accumulation_steps": 1
+    }  # it follows from batch_tokens
     a = Trainer([again, "--out_dir", str(tmp_path / "again")])
     assert a.fit() == 0
     assert fingerprint(tiny()["out_dir"], 3) == fingerprint(a.out, 3)

@@ -9,17 +9,32 @@ import pytest
 import torch
 from conftest import ROOT, run_python, write_yaml
 
-import plan
 import train
 import train_fsdp
-from config import read_config
-from errors import UserError
+from lumen import machine as machines
+from lumen import plan
+from lumen.config import read_config
+from lumen.errors import UserError
 from model import HeadLoss, ModelConfig, Transformer
+from tools import simulate
 
-SMALL = {"vocab_size": 96, "d_model": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64}
-DENSE, MOE = ModelConfig(**SMALL), ModelConfig(**SMALL, n_experts=8, d_expert=32, n_shared_experts=1, n_dense_layers=1)
-H100 = plan.HARDWARE["h100"]
-LAYOUTS = [plan.Layout(*x) for x in ((8, 3), (8, 2), (8, 1), (8, 3, 2), (8, 3, 4), (6, 3), (8, 3, 0, 2), (8, 3, 0, 8))]
+SMALL = {
+    "vocab_size": 96,
+    "d_model": 64,
+    "n_layers": 4,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "max_seq_len": 64,
+}
+DENSE, MOE = (
+    ModelConfig(**SMALL),
+    ModelConfig(**SMALL, n_experts=8, d_expert=32, n_shared_experts=1, n_dense_layers=1),
+)
+H100 = machines.HARDWARE["h100"]
+LAYOUTS = [
+    plan.Layout(*x)
+    for x in ((8, 3), (8, 2), (8, 1), (8, 3, 2), (8, 3, 4), (6, 3), (8, 3, 0, 2), (8, 3, 0, 8))
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -34,7 +49,9 @@ def test_every_parameter_lies_on_as_many_ranks_as_there_are_copies(layout, preci
             assert max(held) == held[0] and unit.padded() >= sum(held)
             total += alike * sum(held) * (layout.world // unit.ranks)
         experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        apart = layout.expert_parallel > 1  # then each is held once in all, though a group holds only its own
+        apart = (
+            layout.expert_parallel > 1
+        )  # then each is held once in all, though a group holds only its own
         copies = layout.world // layout.shard
         assert total == copies * (plan.count(model) - experts * apart) + experts * apart
         assert plan.count(model) == model.n_params()["total"]
@@ -48,16 +65,24 @@ def total(model, layout, rows=2, recompute="none", precision="mixed_bf16", steps
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
 def test_memory_falls_and_rises_as_it_must(cfg, precision):
     model = plan.on_meta(dataclasses.replace(cfg, max_seq_len=1024, d_model=256, head_dim=64))
-    need = [total(model, plan.Layout(w, 3), precision=precision) for w in (2, 4, 8)]  # of more, some have no expert
+    need = [
+        total(model, plan.Layout(w, 3), precision=precision) for w in (2, 4, 8)
+    ]  # of more, some have no expert
     assert need == sorted(need, reverse=True) and need[-1] < need[0]
     for recompute in plan.RECOMPUTE:
         need = [total(model, plan.Layout(4, 3), rows, recompute, precision) for rows in range(1, 9)]
         assert need == sorted(need) and len(set(need)) == 8
-    none, selective, block = (total(model, plan.Layout(4, 3), 8, k, precision) for k in plan.RECOMPUTE)
+    none, selective, block = (
+        total(model, plan.Layout(4, 3), 8, k, precision) for k in plan.RECOMPUTE
+    )
     assert block < selective < none
     stages = [total(model, plan.Layout(8, stage), precision=precision) for stage in (3, 2, 1)]
     assert stages == sorted(stages)
-    assert total(model, plan.Layout(8, 3, 8)) == total(model, plan.Layout(8, 3)) < total(model, plan.Layout(8, 3, 2))
+    assert (
+        total(model, plan.Layout(8, 3, 8))
+        == total(model, plan.Layout(8, 3))
+        < total(model, plan.Layout(8, 3, 2))
+    )
     parts = plan.rank_memory(model, plan.Layout(4, 3), 2, 4, precision)
     assert parts["total"] == sum(v for k, v in parts.items() if k not in ("total", "peak"))
     if cfg is MOE:
@@ -70,22 +95,30 @@ def test_memory_falls_and_rises_as_it_must(cfg, precision):
 def test_traffic_by_hand():
     """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and sends as many back."""
     model = plan.on_meta(dataclasses.replace(DENSE, vocab_size=128))
-    found = plan.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
+    found = simulate.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
     n, root = plan.count(model), sum(p.numel() for p in (model.embed.weight, model.norm.weight))
     assert sum(m[0] for m in found["all-gather"]) == 4 * 5 * (2 * (n - root) + root)
     assert sum(m[0] for m in found["reduce-scatter"]) == 4 * 5 * n
     fast = dataclasses.replace(H100, link=1e15)
-    assert plan.travel(H100, 450e9, 4) == pytest.approx(3 / 4)
-    assert plan.travel(fast, 8 * 50e9, 16) == pytest.approx(1 / 2), "a machine's cards share what comes in"
-    assert plan.travel(fast, 50e9, 16, 1, True) == pytest.approx(1 / 2), "all-to-all: all of it is one's own"
-    assert plan.travel(H100, 50e9, 2, 8) == pytest.approx(1 / 2) and plan.travel(H100, 1e9, 1) == 0
-    two = plan.traffic(model, plan.Layout(4, 2), 2, 5, "fp32")
+    assert simulate.travel(H100, 450e9, 4) == pytest.approx(3 / 4)
+    assert simulate.travel(fast, 8 * 50e9, 16) == pytest.approx(1 / 2), (
+        "a machine's cards share what comes in"
+    )
+    assert simulate.travel(fast, 50e9, 16, 1, True) == pytest.approx(1 / 2), (
+        "all-to-all: all of it is one's own"
+    )
+    assert (
+        simulate.travel(H100, 50e9, 2, 8) == pytest.approx(1 / 2)
+        and simulate.travel(H100, 1e9, 1) == 0
+    )
+    two = simulate.traffic(model, plan.Layout(4, 2), 2, 5, "fp32")
     assert sum(m[0] for m in two["all-gather"]) == 4 * n
-    copies = plan.traffic(model, plan.Layout(4, 3, 2), 2, 5, "fp32")["all-reduce"]
+    copies = simulate.traffic(model, plan.Layout(4, 3, 2), 2, 5, "fp32")["all-reduce"]
     assert sum(m[0] for m in copies) == 2 * 4 * n / 2 and {m[1:] for m in copies} == {(2, 2)}
     moe = plan.on_meta(MOE)
     plain, again = (
-        plan.traffic(moe, plan.Layout(8, 3, 0, 4), 2, 5, "fp32", k)["all-to-all"] for k in ("none", "block")
+        simulate.traffic(moe, plan.Layout(8, 3, 0, 4), 2, 5, "fp32", k)["all-to-all"]
+        for k in ("none", "block")
     )
     assert plain[0][0] == 3 * 4 * 5 * (2 * 64 * 2) * 64 * 4 and again[0][0] == 1.5 * plain[0][0]
 
@@ -94,16 +127,22 @@ def test_traffic_by_hand():
 def test_search_finds_the_cheapest_that_fits(cfg):
     model, world, rows_per_step = plan.on_meta(cfg), 8, 64
     need = sorted(
-        plan.simulate(model, layout, rows, rows_per_step, "mixed_bf16", k, H100, 0.4)["memory"]["total"]
+        simulate.simulate(model, layout, rows, rows_per_step, "mixed_bf16", k, H100, 0.4)["memory"][
+            "total"
+        ]
         for layout, rows, k in plan.candidates(world, 3, cfg.n_experts, rows_per_step)
     )
     for room in (need[0] - 1, need[0], need[len(need) // 2], need[-1]):
-        found = plan.cheapest(model, world, 3, rows_per_step, "mixed_bf16", H100, room, mfu=0.4)
+        found = simulate.cheapest(model, world, 3, rows_per_step, "mixed_bf16", H100, room, mfu=0.4)
         best = None  # the same by brute force, with loops of its own
-        for size, ep, rows, k in itertools.product((0, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), plan.RECOMPUTE):
+        for size, ep, rows, k in itertools.product(
+            (0, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), plan.RECOMPUTE
+        ):
             if (size and ep > 1) or (ep > 1 and not cfg.n_experts):
                 continue
-            s = plan.simulate(model, plan.Layout(8, 3, size, ep), rows, rows_per_step, "mixed_bf16", k, H100, 0.4)
+            s = simulate.simulate(
+                model, plan.Layout(8, 3, size, ep), rows, rows_per_step, "mixed_bf16", k, H100, 0.4
+            )
             if s["memory"]["total"] <= room:
                 best = min(best or 9e99, s["seconds"]["step"])
         assert (found is None) == (best is None) == (room < need[0])
@@ -116,7 +155,14 @@ def test_search_finds_the_cheapest_that_fits(cfg):
 def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
     """Bytes that the CPU's allocator really gave out, by torch's profiler, in a forward and backward pass."""
     more = {"n_experts": 8, "d_expert": 128, "n_shared_experts": 1} if sparse else {}
-    shape = {"vocab_size": 512, "d_model": 256, "n_layers": 6, "n_heads": 4, "d_ff": 704, "max_seq_len": 256}
+    shape = {
+        "vocab_size": 512,
+        "d_model": 256,
+        "n_layers": 6,
+        "n_heads": 4,
+        "d_ff": 704,
+        "max_seq_len": 256,
+    }
     cfg = ModelConfig(**shape, **more)
     model = Transformer(cfg)
     model.init_weights(0)
@@ -124,7 +170,9 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
     ids = torch.zeros(4, cfg.max_seq_len, dtype=torch.long)
     model(ids, targets=ids)[0].backward()
     model.zero_grad(set_to_none=False)  # gradients are there, as in the second micro-step
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
         model(ids, targets=ids)[0].backward()
     now = most = 0
     for event in prof.profiler.kineto_results.events():
@@ -135,7 +183,9 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
     parts = plan.memory(cfg, n, 4, "fp32", recompute, cuda=False)
     estimate = parts["total"] - 16 * n
     kind, off = "moe" if sparse else "dense", estimate / most - 1
-    print(f"{kind} {recompute}: {most / 2**20:.1f} MiB measured, {estimate / 2**20:.1f} planned, {off:+.1%}")
+    print(
+        f"{kind} {recompute}: {most / 2**20:.1f} MiB measured, {estimate / 2**20:.1f} planned, {off:+.1%}"
+    )
     assert 0.9 < estimate / most < 1.12
 
 
@@ -144,7 +194,9 @@ def test_the_head_takes_what_the_plan_says_on_this_device(dtype):
     """Its chunk of logits is a CPU's or a GPU's, whatever the precision; the last chunk is gone before the next."""
     V, C, N = 50304, 16, 256
     x, w = torch.randn(N, C).to(dtype).requires_grad_(), torch.randn(V, C, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
         HeadLoss.apply(x, w, torch.zeros(N, dtype=torch.long), 0.0, True)
     now = most = 0
     for event in prof.profiler.kineto_results.events():
@@ -154,31 +206,44 @@ def test_the_head_takes_what_the_plan_says_on_this_device(dtype):
     precision = "fp32" if dtype == torch.float32 else "mixed_bf16"
     cfg = ModelConfig(vocab_size=V, d_model=C, n_heads=2, n_layers=1, max_seq_len=N)
     cpu, gpu = (plan.kept_bytes(cfg, 1, precision, cuda=cuda)["head"] for cuda in (False, True))
-    print(f"{precision}: {most / 2**20:.1f} MiB measured, {cpu / 2**20:.1f} planned, {gpu / 2**20:.1f} on CUDA")
+    print(
+        f"{precision}: {most / 2**20:.1f} MiB measured, {cpu / 2**20:.1f} planned, {gpu / 2**20:.1f} on CUDA"
+    )
     copy = 0 if precision == "fp32" else 2 * V * C  # of the weights, which counts as states
     assert 0.9 * cpu < most - copy < 1.15 * cpu < gpu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
 def test_a_gpu_is_planned_as_a_gpu_from_a_machine_without_one(tiny, tmp_path, capsys, precision):
-    keys = tiny(model={"vocab_size": 50304, "max_seq_len": 256}, batch_size=8, precision=precision, batch_tokens=2**15)
+    keys = tiny(
+        model={"vocab_size": 50304, "max_seq_len": 256},
+        batch_size=8,
+        precision=precision,
+        batch_tokens=2**15,
+    )
     keys.pop("gradient_accumulation_steps")
     path = write_yaml(tmp_path / "c.yaml", keys)
     found = []
     for words in (("--hardware=h100",), ("--hardware=cpu",), ()):
         assert train.main([str(path), "--dry_run", *words]) == 0
         found.append(capsys.readouterr().out)
-    gpu, *cpus = (float(re.search(r"^  none .*  ([\d.]+) +[\d.]+  [\d -]+$", out, re.M)[1]) for out in found)
+    gpu, *cpus = (
+        float(re.search(r"^  none .*  ([\d.]+) +[\d.]+  [\d -]+$", out, re.M)[1]) for out in found
+    )
     assert gpu > 0.35 and max(cpus) < 0.1, "GiB of work"
-    assert "GPU-hours" in found[0] and all("core-hours" in out and "GPU-hours" not in out for out in found[1:])
+    assert "GPU-hours" in found[0] and all(
+        "core-hours" in out and "GPU-hours" not in out for out in found[1:]
+    )
 
 
 def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypatch):
     """Too large for any one GPU: train.py's dry run names train_fsdp.py, whose own has nothing to add; a card that is
     not known is named before a line is printed."""
-    monkeypatch.setattr(train_fsdp, "fake_run", None)
+    monkeypatch.setattr(simulate, "fake_run", None)
     wide = {"d_model": 8192, "n_layers": 12, "d_ff": 32768, "max_seq_len": 64}
-    path = write_yaml(tmp_path / "c.yaml", tiny(model=wide, batch_size=1, gradient_accumulation_steps=8))
+    path = write_yaml(
+        tmp_path / "c.yaml", tiny(model=wide, batch_size=1, gradient_accumulation_steps=8)
+    )
     assert train.main([str(path), "--dry_run", "--hardware=h100"]) == 0
     text = "none x 80 GB, none x 141 GB hold it in whole copies; train_fsdp.py needs 4 x 80 GB or 2 x 141 GB"
     assert text in capsys.readouterr().out
@@ -190,12 +255,16 @@ def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypat
 
 
 def test_years_on_a_cpu_are_called_years(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "matrix_peak", lambda *a: 1e5)
+    monkeypatch.setattr(machines, "matrix_peak", lambda *a: 1e5)
     path = write_yaml(tmp_path / "c.yaml", tiny(max_steps=10**6))
     assert train.main([str(path), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^length .* years, .* core-hours: not on this machine$", out, re.M)
-    assert re.search(r"^compute .* years if every FLOP ran at the matrix peak, 100 kFLOP/s measured here$", out, re.M)
+    assert re.search(
+        r"^compute .* years if every FLOP ran at the matrix peak, 100 kFLOP/s measured here$",
+        out,
+        re.M,
+    )
 
 
 def dry(capsys, *words) -> str:
@@ -205,7 +274,9 @@ def dry(capsys, *words) -> str:
 
 def test_the_largest_preset_in_a_minute():
     start = time.time()
-    result = run_python("train_fsdp.py", "configs/b300.yaml", "--dry_run", "--world_size=1024", timeout=240)
+    result = run_python(
+        "train_fsdp.py", "configs/scale/b300.yaml", "--dry_run", "--world_size=1024", timeout=240
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     seconds = time.time() - start
     print(f"{seconds:.0f} s")
@@ -218,8 +289,15 @@ def test_the_largest_preset_in_a_minute():
 @pytest.mark.parametrize("words", [(), ("--expert_parallel=4",)])
 def test_fake_tensors_and_the_plan_agree(capsys, words):
     given = ("--model.n_experts=8", "--model.d_expert=512", "--model.n_layers=8", "--batch_size=2")
-    given += ("--batch_tokens=null", "--max_steps=100", "--model.d_model=768", "--activation_checkpointing=block")
-    out = dry(capsys, ROOT / "configs/gpt2_124m.yaml", *given, *words, "--world_size=8", "--hardware=h200")
+    given += (
+        "--batch_tokens=null",
+        "--max_steps=100",
+        "--model.d_model=768",
+        "--activation_checkpointing=block",
+    )
+    out = dry(
+        capsys, ROOT / "configs/gpt2_124m.yaml", *given, *words, "--world_size=8", "--hardware=h200"
+    )
     off = float(re.search(r"checked .*: ([+-][\d.]+)%", out)[1])
     print(f"{off:+.1f} %")
     assert abs(off) < 5, out
@@ -229,9 +307,21 @@ def test_refusals(tiny, tmp_path, capsys):
     path = str(write_yaml(tmp_path / "c.yaml", tiny(model={"n_experts": 6, "d_expert": 16})))
     for words, code, text in (
         (["--hardware=h10"], "E002", "did you mean h100?"),
-        (["--world_size=8", "--hsdp_shard_size=3"], "E002", "hsdp_shard_size: 3 does not divide the 8 ranks"),
-        (["--world_size=8", "--expert_parallel=4"], "E002", "expert_parallel: 4 does not divide the 6 experts"),
-        (["--world_size=9", "--expert_parallel=2"], "E002", "expert_parallel: 2 does not divide the 9 ranks"),
+        (
+            ["--world_size=8", "--hsdp_shard_size=3"],
+            "E002",
+            "hsdp_shard_size: 3 does not divide the 8 ranks",
+        ),
+        (
+            ["--world_size=8", "--expert_parallel=4"],
+            "E002",
+            "expert_parallel: 4 does not divide the 6 experts",
+        ),
+        (
+            ["--world_size=9", "--expert_parallel=2"],
+            "E002",
+            "expert_parallel: 2 does not divide the 9 ranks",
+        ),
         (["--world_size=4", "--expert_parallel=2", "--hsdp_shard_size=2"], "E002", "drop one"),
         (["--world_size=many"], "E002", "--world_size: 'many' is not int"),
         (["--world_size=0"], "E002", "must be above 0"),
@@ -246,9 +336,16 @@ def test_refusals(tiny, tmp_path, capsys):
 
 def test_train_py_simulates_copies_and_this_machine(tiny, tmp_path, capsys):
     path = str(write_yaml(tmp_path / "c.yaml", tiny()))
-    assert train.main([path, "--dry_run", "--world_size=2", "--hardware=rtx4090", "--memory_gb=12"]) == 0
+    assert (
+        train.main([path, "--dry_run", "--world_size=2", "--hardware=rtx4090", "--memory_gb=12"])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert "2 x 1 (replicate, shard), zero_stage 0" in out and "all-reduce" in out and "given: memory" in out
+    assert (
+        "2 x 1 (replicate, shard), zero_stage 0" in out
+        and "all-reduce" in out
+        and "given: memory" in out
+    )
     assert train.main([path, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "SIMULATION of 1 x measured" in out and "traffic" not in out and "measured here" in out

@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model_moe as ops
+import kernels
+import kernels as ops
+import model_moe
 
 warnings.filterwarnings("ignore", message=".*overflow encountered.*|.*invalid value.*")
-OLD = ops.triton is not None and tuple(map(int, ops.triton.__version__.split(".")[:2])) < (3, 8)
+OLD = kernels.triton is not None and tuple(map(int, kernels.triton.__version__.split(".")[:2])) < (
+    3,
+    8,
+)
 no_triton = pytest.mark.skipif(
-    ops.triton is None or (OLD and ops.INTERPRET),
+    kernels.triton is None or (OLD and kernels.INTERPRET),
     reason="no triton, or one below 3.8, whose interpreter fails with NumPy 2.4 (3.6 does, 3.7 was not tried)",
 )
 BACK_ENDS = ["slices", "grouped_mm", pytest.param("triton", marks=no_triton)]
@@ -27,32 +32,38 @@ every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS)
 def layer(x, router, ids, w13, w2, experts):
     """A softmax router whose choice is given, so that the gates' gradient shows in the router's weight."""
     scores = (x @ router.t()).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
-    scores = torch.cat([scores, scores.new_ones(len(x), 1)], 1)  # the null expert's gate is a constant
+    scores = torch.cat(
+        [scores, scores.new_ones(len(x), 1)], 1
+    )  # the null expert's gate is a constant
     return experts(x, scores.gather(1, ids.clamp(max=len(w2))), ids, w13, w2)
 
 
 def sample_layer(T, d, I, E, K, ids=None, dtype=torch.float32):
     (x, _, ids, w13, w2), dout = ops.sample("cpu", dtype, T, d, I, E, K, ids)
-    router = torch.randn(E, d, generator=torch.Generator().manual_seed(5), dtype=x.dtype).requires_grad_()
+    router = torch.randn(
+        E, d, generator=torch.Generator().manual_seed(5), dtype=x.dtype
+    ).requires_grad_()
     return [x, router, ids, w13, w2], dout
 
 
 def run(back_end):
-    return lambda *inputs: ops.run_experts(*inputs, back_end)
+    return lambda *inputs: kernels.run_experts(*inputs, back_end)
 
 
 def worst(got, want):
-    errors = [(g - w).abs().max() / w.abs().max().clamp(min=1e-20) for g, w in zip(got, want, strict=True)]
+    errors = [
+        (g - w).abs().max() / w.abs().max().clamp(min=1e-20) for g, w in zip(got, want, strict=True)
+    ]
     return torch.stack([e.double() for e in errors]).max().item()  # Python's max would lose a NaN
 
 
 @every_back_end
-@pytest.mark.parametrize("case", ops.edge_cases(), ids=lambda case: case[0].replace(" ", "-"))
+@pytest.mark.parametrize("case", kernels.edge_cases(), ids=lambda case: case[0].replace(" ", "-"))
 def test_equals_reference(case, back_end):
     _, shape, ids = case
     inputs, dout = sample_layer(*shape, ids)
-    want = ops.fwd_bwd(lambda *a: layer(*a, ops.reference_experts), inputs, dout)
-    got = ops.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
+    want = kernels.fwd_bwd(lambda *a: layer(*a, model_moe.reference_experts), inputs, dout)
+    got = kernels.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
     for g, w, name in zip(got, want, ["out", "dx", "drouter", "dw13", "dw2"], strict=True):
         assert g.dtype == torch.float32 and g.shape == w.shape
         assert worst([g], [w]) < 1e-5, name
@@ -62,44 +73,59 @@ def test_equals_reference(case, back_end):
 def test_random_shapes(back_end):
     g = torch.Generator().manual_seed(11)
     for seed in range(1 if back_end == "triton" else 12):
-        T, d, I, E = (torch.randint(lo, hi, (), generator=g).item() for lo, hi in ((1, 40), (1, 6), (1, 6), (1, 9)))
+        T, d, I, E = (
+            torch.randint(lo, hi, (), generator=g).item()
+            for lo, hi in ((1, 40), (1, 6), (1, 6), (1, 9))
+        )
         K = torch.randint(1, E + 1, (), generator=g).item()
         ids = torch.rand(T, E + 1, generator=g).topk(K, -1)[1]  # id E: no expert
         inputs, dout = ops.sample("cpu", torch.float32, T, 8 * d, 8 * I, E, K, ids, seed)
-        want = ops.fwd_bwd(ops.reference_experts, inputs, dout)
-        assert worst(ops.fwd_bwd(run(back_end), inputs, dout), want) < 1e-5, (T, 8 * d, 8 * I, E, K)
+        want = kernels.fwd_bwd(model_moe.reference_experts, inputs, dout)
+        assert worst(kernels.fwd_bwd(run(back_end), inputs, dout), want) < 1e-5, (
+            T,
+            8 * d,
+            8 * I,
+            E,
+            K,
+        )
 
 
 @every_back_end
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(back_end, dtype):
     """16-bit activations on fp32 weights: fp32 gradients of the weights and gates, near the fp32 answer."""
-    if ops.back_ends("cpu", dtype, 16, 24)[back_end]:
-        pytest.skip(ops.back_ends("cpu", dtype, 16, 24)[back_end])
+    if kernels.back_ends("cpu", dtype, 16, 24)[back_end]:
+        pytest.skip(kernels.back_ends("cpu", dtype, 16, 24)[back_end])
     inputs, dout = ops.sample("cpu", dtype, 20, 16, 24, 4, 2)
     wide = [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in inputs]
-    want = ops.fwd_bwd(ops.reference_experts, wide, dout.float())
-    got = ops.fwd_bwd(run(back_end), inputs, dout)
+    want = kernels.fwd_bwd(model_moe.reference_experts, wide, dout.float())
+    got = kernels.fwd_bwd(run(back_end), inputs, dout)
     assert [g.dtype for g in got] == [dtype, dtype, torch.float32, torch.float32, torch.float32]
     assert worst(got, want) < 0.03
 
 
-@pytest.mark.parametrize("ids", [[[0, 2], [2, 1], [0, 3], [3, 4], [2, 0]], [[3, 4]] * 5], ids=["mixed", "all-tail"])
+@pytest.mark.parametrize(
+    "ids", [[[0, 2], [2, 1], [0, 3], [3, 4], [2, 0]], [[3, 4]] * 5], ids=["mixed", "all-tail"]
+)
 def test_gradcheck(ids):
     """fp64, with slots of no expert (3 and 4) and, in the first case, a rarely used one."""
     (x, p, ids, w13, w2), _ = ops.sample("cpu", torch.float64, 5, 4, 3, 3, 2, torch.tensor(ids))
     assert torch.autograd.gradcheck(
-        lambda x, p, w13, w2: ops.run_experts(x, p, ids, w13, w2, "slices"), (x, p, w13, w2)
+        lambda x, p, w13, w2: kernels.run_experts(x, p, ids, w13, w2, "slices"), (x, p, w13, w2)
     )
 
 
 def test_sort():
     ids = torch.tensor([[2, 0], [5, 2], [0, 4], [9, 2]])
-    order, inv, offs = ops.sort_by_expert(ids, 4)
-    assert order.tolist() == [1, 4, 0, 3, 7, 2, 5, 6] and offs.tolist() == [2, 2, 5, 5] and offs.dtype == torch.int32
+    order, inv, offs = kernels.sort_by_expert(ids, 4)
+    assert (
+        order.tolist() == [1, 4, 0, 3, 7, 2, 5, 6]
+        and offs.tolist() == [2, 2, 5, 5]
+        and offs.dtype == torch.int32
+    )
     assert torch.equal(order[inv], torch.arange(8))
     big = torch.randint(0, 40000, (64, 2), generator=torch.Generator().manual_seed(0))  # past int16
-    order, _, offs = ops.sort_by_expert(big, 39000)
+    order, _, offs = kernels.sort_by_expert(big, 39000)
     assert torch.equal(order, big.view(-1).clamp(max=39000).sort(stable=True)[1])
     assert offs[-1] == (big < 39000).sum() and offs[20000] == (big <= 20000).sum()
 
@@ -109,8 +135,8 @@ def test_tokens_are_independent(back_end):
     """Permuting tokens permutes outputs: nothing is dropped and no row reads another's."""
     (x, p, ids, w13, w2), _ = ops.sample("cpu", torch.float32, 30, 16, 24, 5, 2)
     perm = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    out = ops.run_experts(x, p, ids, w13, w2, back_end)
-    shuffled = ops.run_experts(x[perm], p[perm], ids[perm], w13, w2, back_end)
+    out = kernels.run_experts(x, p, ids, w13, w2, back_end)
+    shuffled = kernels.run_experts(x[perm], p[perm], ids[perm], w13, w2, back_end)
     assert worst([shuffled], [out[perm]]) < 1e-6
 
 
@@ -122,33 +148,39 @@ def test_tail_is_never_read(back_end):
     off = torch.arange(T) % 3 == 0
     ids[off], ids[1, 1] = E, E + 3
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, T, 16, 24, E, 2, ids)
-    want = ops.fwd_bwd(ops.reference_experts, [x, p, ids, w13, w2], dout)
+    want = kernels.fwd_bwd(model_moe.reference_experts, [x, p, ids, w13, w2], dout)
     with torch.no_grad():
         x[off], p[off], dout[off], p[1, 1] = torch.nan, torch.nan, torch.nan, torch.nan
-    got = ops.fwd_bwd(run(back_end), [x, p, ids, w13, w2], dout)
+    got = kernels.fwd_bwd(run(back_end), [x, p, ids, w13, w2], dout)
     assert all(g.isfinite().all() for g in got) and worst(got, want) < 1e-5
     assert (got[0][off] == 0).all() and (got[1][off] == 0).all() and (got[2][ids >= E] == 0).all()
 
 
 def test_garbage_rows_of_grouped_mm(monkeypatch):
     """On GPUs torch's grouped_mm leaves the rows past the last expert uninitialised; here they are made NaN."""
-    real = ops.grouped_mm
+    real = kernels.grouped_mm
 
     def garbage(a, b, offs):
         out = real(a, b, offs=offs)
-        return out.index_fill(0, torch.arange(offs[-1], len(out)), torch.nan) if out.dim() == 2 else out
+        return (
+            out.index_fill(0, torch.arange(offs[-1], len(out)), torch.nan)
+            if out.dim() == 2
+            else out
+        )
 
-    ids = torch.rand(24, 5, generator=torch.Generator().manual_seed(2)).topk(2, -1)[1]  # 4: no expert
+    ids = torch.rand(24, 5, generator=torch.Generator().manual_seed(2)).topk(2, -1)[
+        1
+    ]  # 4: no expert
     inputs, dout = ops.sample("cpu", torch.float32, 24, 16, 24, 4, 2, ids)
-    want = ops.fwd_bwd(ops.reference_experts, inputs, dout)
-    monkeypatch.setattr(ops, "grouped_mm", garbage)
-    assert worst(ops.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
+    want = kernels.fwd_bwd(model_moe.reference_experts, inputs, dout)
+    monkeypatch.setattr(kernels, "grouped_mm", garbage)
+    assert worst(kernels.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
 
 
 @every_back_end
 def test_same_bits(back_end):
     inputs, dout = ops.sample("cpu", torch.float32, 50, 16, 24, 4, 3)
-    first, second = (ops.fwd_bwd(run(back_end), inputs, dout) for _ in range(2))
+    first, second = (kernels.fwd_bwd(run(back_end), inputs, dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -164,7 +196,7 @@ def saved_bytes(T, d, I, E, K, back_end, make=torch.empty):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ops.run_experts(x, p, ids, w13, w2, back_end)
+        kernels.run_experts(x, p, ids, w13, w2, back_end)
     return sum(n for _, n in saved.values()) / (2 * T * d + 4 * T * K * I)
 
 
@@ -179,36 +211,42 @@ def test_saved_bytes(back_end):
 @every_back_end
 def test_compiles_in_one_graph(back_end):
     inputs, dout = sample_layer(33, 16, 24, 4, 2, torch.arange(66).view(33, 2) % 5)
-    want = ops.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
+    want = kernels.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda *a: layer(*a, run(back_end)), fullgraph=True, backend=backend)
-        assert worst(ops.fwd_bwd(compiled, inputs, dout), want) < 1e-6
+        compiled = torch.compile(
+            lambda *a: layer(*a, run(back_end)), fullgraph=True, backend=backend
+        )
+        assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-6
 
 
 def test_inductor():
     inputs, dout = sample_layer(33, 16, 24, 4, 2)
-    want = ops.fwd_bwd(lambda *a: layer(*a, run("slices")), inputs, dout)
+    want = kernels.fwd_bwd(lambda *a: layer(*a, run("slices")), inputs, dout)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: layer(*a, run("slices")), fullgraph=True)
-    assert worst(ops.fwd_bwd(compiled, inputs, dout), want) < 1e-5
+    assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-5
 
 
 @every_back_end
 def test_opcheck(back_end):
     """torch's own check of schema, aliasing, fake shapes and autograd registration."""
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 6, 8, 8, 3, 2)
-    args = (x, p, w13, w2, *ops.sort_by_expert(ids, 3))
+    args = (x, p, w13, w2, *kernels.sort_by_expert(ids, 3))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.lumen.experts.default, (*args, back_end), test_utils=checks)
     z = torch.ops.lumen.experts(*args, back_end)[1].detach()
     args = [t.detach() for t in args]
-    torch.library.opcheck(torch.ops.lumen.experts_backward.default, (dout, *args, z, back_end), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.lumen.experts_backward.default, (dout, *args, z, back_end), test_utils=checks
+    )
 
 
 class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        assert func is not torch.ops.aten._local_scalar_dense.default, (
+            "the host waits for the device"
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -216,30 +254,44 @@ class NoSync(TorchDispatchMode):
 def test_no_host_sync(back_end):
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 12, 8, 8, 3, 2)
     with torch.no_grad(), NoSync():  # inside the operators, which a mode cannot see through
-        sort = ops.sort_by_expert(ids, 3)
-        _, z = ops.forward_rows(x, p, w13, w2, *sort, back_end)
-        ops.backward_rows(dout, x, p, w13, w2, *sort, z, back_end)
+        sort = kernels.sort_by_expert(ids, 3)
+        _, z = kernels.forward_rows(x, p, w13, w2, *sort, back_end)
+        kernels.backward_rows(dout, x, p, w13, w2, *sort, z, back_end)
         with pytest.raises(AssertionError):
             sort[2][-1].item()
     for name in "sort_by_expert run_experts forward_rows backward_rows gmm gmm_dw swiglu swiglu_grad combine".split():
         source = inspect.getsource(getattr(ops, name))
-        assert not any(call in source for call in (".item(", ".tolist(", ".cpu(", "nonzero", "bincount")), name
+        assert not any(
+            call in source for call in (".item(", ".tolist(", ".cpu(", "nonzero", "bincount")
+        ), name
 
 
 @pytest.mark.parametrize("group", [1, 7, 10**6])
 def test_slices_in_any_grouping(group, monkeypatch):
     """How many experts share a buffer changes no number but by rounding; empty experts anywhere."""
-    monkeypatch.setattr(ops, "GROUP", group)
-    ids = torch.tensor([1, 2, 4, 7])[torch.rand(40, 4, generator=torch.Generator().manual_seed(4)).topk(2, -1)[1]]
-    inputs, dout = ops.sample("cpu", torch.float32, 40, 16, 8, 7, 2, ids)  # experts 0, 3, 5, 6 empty, 7 is no expert
-    assert worst(ops.fwd_bwd(run("slices"), inputs, dout), ops.fwd_bwd(ops.reference_experts, inputs, dout)) < 1e-5
+    monkeypatch.setattr(kernels, "GROUP", group)
+    ids = torch.tensor([1, 2, 4, 7])[
+        torch.rand(40, 4, generator=torch.Generator().manual_seed(4)).topk(2, -1)[1]
+    ]
+    inputs, dout = ops.sample(
+        "cpu", torch.float32, 40, 16, 8, 7, 2, ids
+    )  # experts 0, 3, 5, 6 empty, 7 is no expert
+    assert (
+        worst(
+            kernels.fwd_bwd(run("slices"), inputs, dout),
+            kernels.fwd_bwd(model_moe.reference_experts, inputs, dout),
+        )
+        < 1e-5
+    )
 
 
 @every_back_end
 def test_gradient_accumulates_for_unused_experts(back_end):
     """Zeros, not None: DDP waits for every parameter."""
-    (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 8, 16, 16, 4, 2, torch.full((8, 2), 7))
-    ops.run_experts(x, p, ids, w13, w2, back_end).backward(dout)
+    (x, p, ids, w13, w2), dout = ops.sample(
+        "cpu", torch.float32, 8, 16, 16, 4, 2, torch.full((8, 2), 7)
+    )
+    kernels.run_experts(x, p, ids, w13, w2, back_end).backward(dout)
     assert all(t.grad is not None and (t.grad == 0).all() for t in (x, p, w13, w2))
 
 
@@ -248,8 +300,10 @@ def test_gradient_without_strides(back_end):
     """out.sum() sends an expanded gradient, which torch's grouped_mm refuses; x may be a transposed view."""
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 16, 16, 16, 4, 2)
     turned = x.detach().t().contiguous().t().requires_grad_()
-    got = torch.autograd.grad(ops.run_experts(turned, p, ids, w13, w2, back_end).sum(), [turned, w2])
-    want = torch.autograd.grad(ops.reference_experts(x, p, ids, w13, w2).sum(), [x, w2])
+    got = torch.autograd.grad(
+        kernels.run_experts(turned, p, ids, w13, w2, back_end).sum(), [turned, w2]
+    )
+    want = torch.autograd.grad(model_moe.reference_experts(x, p, ids, w13, w2).sum(), [x, w2])
     assert worst(got, want) < 1e-5
 
 
@@ -259,31 +313,37 @@ def test_second_import_shares_the_operator():
     again = sys.modules["expert_ops_again"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     inputs, _ = ops.sample("cpu", torch.float32, 8, 8, 8, 4, 2)
-    assert torch.equal(again.run_experts(*inputs, "slices"), ops.run_experts(*inputs, "slices"))
+    assert torch.equal(again.run_experts(*inputs, "slices"), kernels.run_experts(*inputs, "slices"))
 
 
 def test_back_ends_and_choice():
     f32, f64 = torch.float32, torch.float64
-    assert [ops.back_ends("cpu", f32, 16, 16)[name] for name in ("slices", "grouped_mm")] == [None, None]
-    assert "multiples of 8" in ops.back_ends("cpu", torch.bfloat16, 16, 12)["grouped_mm"]
-    assert "multiples of 4" in ops.back_ends("cpu", f32, 18, 16)["grouped_mm"]
-    assert "float64" in ops.back_ends("cpu", f64, 16, 16)["grouped_mm"]
-    assert ops.pick_back_end("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    assert ops.pick_back_end("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    name, why = ops.pick_back_end("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
+    assert [kernels.back_ends("cpu", f32, 16, 16)[name] for name in ("slices", "grouped_mm")] == [
+        None,
+        None,
+    ]
+    assert "multiples of 8" in kernels.back_ends("cpu", torch.bfloat16, 16, 12)["grouped_mm"]
+    assert "multiples of 4" in kernels.back_ends("cpu", f32, 18, 16)["grouped_mm"]
+    assert "float64" in kernels.back_ends("cpu", f64, 16, 16)["grouped_mm"]
+    assert kernels.pick_back_end("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    assert kernels.pick_back_end("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    name, why = kernels.pick_back_end("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
     assert name in ("slices", "grouped_mm") and "ms" in why  # never the interpreted triton
     with pytest.raises(ValueError, match="float64.*slices"):
-        ops.pick_back_end("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
+        kernels.pick_back_end("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
     with pytest.raises(ValueError, match="not one of auto"):
-        ops.pick_back_end("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
+        kernels.pick_back_end("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
 
 
 def test_triton_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "INTERPRET", False)
-    assert ops.back_ends("cpu", torch.float32, 16, 16)["triton"]
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    assert kernels.back_ends("cpu", torch.float32, 16, 16)["triton"]
     with pytest.raises(ValueError, match="triton cannot work here"):
-        ops.pick_back_end("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
-    assert "; no triton: triton" in ops.pick_back_end("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
+        kernels.pick_back_end("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
+    assert (
+        "; no triton: triton"
+        in kernels.pick_back_end("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
+    )
 
 
 VERSION = "triton 3.4.5"
@@ -292,22 +352,30 @@ VERSION = "triton 3.4.5"
 @pytest.mark.parametrize(
     "changes, dtype, reason",
     [
-        ({"triton": None}, torch.float32, f"{VERSION} is there, but torch {torch.__version__} is a CPU build"),
-        ({"triton": None, "BROKEN": "OSError: no libcuda"}, torch.float32, f"{VERSION} cannot be imported (OSError"),
+        (
+            {"triton": None},
+            torch.float32,
+            f"{VERSION} is there, but torch {torch.__version__} is a CPU build",
+        ),
+        (
+            {"triton": None, "BROKEN": "OSError: no libcuda"},
+            torch.float32,
+            f"{VERSION} cannot be imported (OSError",
+        ),
         ({"INTERPRET": False}, torch.float32, f"{VERSION} needs a GPU"),
         ({"INTERPRET": True}, torch.bfloat16, VERSION),
         ({}, torch.float64, VERSION),
     ],
 )
 def test_where_triton_cannot_work_its_version_is_said(changes, dtype, reason, monkeypatch):
-    monkeypatch.setattr(ops, "triton", SimpleNamespace(__version__="3.4.5"))
+    monkeypatch.setattr(kernels, "triton", SimpleNamespace(__version__="3.4.5"))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.5")
     for name, value in changes.items():
         monkeypatch.setattr(ops, name, value)
-    assert reason in ops.back_ends("cpu", dtype, 16, 16)["triton"]
+    assert reason in kernels.back_ends("cpu", dtype, 16, 16)["triton"]
     assert (
-        f"no triton: {ops.back_ends('cpu', dtype, 16, 16)['triton']}"
-        in ops.pick_back_end("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
+        f"no triton: {kernels.back_ends('cpu', dtype, 16, 16)['triton']}"
+        in kernels.pick_back_end("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
     )
 
 
@@ -335,29 +403,35 @@ def test_a_triton_that_is_not_there_or_cannot_be_imported(monkeypatch, tmp_path)
 
 def test_auto_refuses_a_wrong_back_end(monkeypatch):
     """A miscompiled kernel (Triton 3.7.1 had one) must not train a model."""
-    monkeypatch.setattr(ops, "forward_rows", lambda *a: (torch.zeros_like(a[0]), a[0].new_zeros(a[1].numel(), 32)))
-    assert ops.pick_back_end("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
+    monkeypatch.setattr(
+        kernels,
+        "forward_rows",
+        lambda *a: (torch.zeros_like(a[0]), a[0].new_zeros(a[1].numel(), 32)),
+    )
+    assert kernels.pick_back_end("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
 
 
-@pytest.mark.skipif(OLD and ops.INTERPRET, reason="the interpreter of this triton fails")
+@pytest.mark.skipif(OLD and kernels.INTERPRET, reason="the interpreter of this triton fails")
 def test_main(capsys, monkeypatch):
-    cases = ops.edge_cases()[4:5]
-    monkeypatch.setattr(ops, "edge_cases", lambda: cases)
-    monkeypatch.setattr(ops, "SHAPES", [(64, 16, 16, 4, 2)], raising=True)
+    cases = kernels.edge_cases()[4:5]
+    monkeypatch.setattr(kernels, "edge_cases", lambda: cases)
+    monkeypatch.setattr(kernels, "SHAPES", [(64, 16, 16, 4, 2)], raising=True)
     assert ops.main([]) == 0 and "passed" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or ops.INTERPRET, reason="needs a GPU and TRITON_INTERPRET=0")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or kernels.INTERPRET, reason="needs a GPU and TRITON_INTERPRET=0"
+)
 @pytest.mark.parametrize("shape", [(4096, 512, 192, 32, 8), (1000, 768, 520, 5, 2)])
 def test_gpu(shape):
     """bf16: triton and grouped_mm near the fp32 reference (guards against miscompiles), and no sync in triton."""
-    results = ops.selftest("cuda", torch.bfloat16, *shape, timed=False)
+    results = kernels.selftest("cuda", torch.bfloat16, *shape, timed=False)
     assert results and all(error < ops.TOLERANCE[torch.bfloat16] for error, _ in results.values())
     inputs, dout = ops.sample("cuda", torch.bfloat16, *shape)
-    ops.fwd_bwd(run("triton"), inputs, dout)
+    kernels.fwd_bwd(run("triton"), inputs, dout)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.fwd_bwd(run("triton"), inputs, dout)
+        kernels.fwd_bwd(run("triton"), inputs, dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -15,25 +15,38 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import export
-from errors import UserError
+from lumen import checkpoint
+from lumen.errors import UserError
+from lumen.tokenizer import load
 from model import ModelConfig, Transformer
-from tokenizer import load
+from tools import import_lunaris
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
 SHAPES = {
     "llama_tied": {"qk_norm": False},
-    "llama_untied_gqa": {"qk_norm": False, "tie_embeddings": False, "n_kv_heads": 2, "rope_theta": 5e5},
+    "llama_untied_gqa": {
+        "qk_norm": False,
+        "tie_embeddings": False,
+        "n_kv_heads": 2,
+        "rope_theta": 5e5,
+    },
     "llama_head_dim": {"qk_norm": False, "head_dim": 16, "n_kv_heads": 1, "norm_eps": 1e-2},
     "llama_linear": {"qk_norm": False, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama_llama3": {"qk_norm": False, "rope_scaling": LLAMA3},
     "qwen3_tied": {"n_kv_heads": 2, "dropout": 0.1},
-    "qwen3_untied_head_dim": {"tie_embeddings": False, "head_dim": 24, "n_heads": 3, "n_kv_heads": 3},
+    "qwen3_untied_head_dim": {
+        "tie_embeddings": False,
+        "head_dim": 24,
+        "n_heads": 3,
+        "n_kv_heads": 3,
+    },
     "qwen3_yarn": {"rope_scaling": YARN},
-    "qwen3_yarn_all": {"rope_scaling": YARN | {"attention_factor": 1.7, "beta_fast": 8, "beta_slow": 2}},
+    "qwen3_yarn_all": {
+        "rope_scaling": YARN | {"attention_factor": 1.7, "beta_fast": 8, "beta_slow": 2}
+    },
     "qwen3_yarn_no_original": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
 SMALL = {"vocab_size": 96, "n_layers": 3, "n_experts": 5, "d_expert": 16, "d_ff": 48}
@@ -42,19 +55,27 @@ DOTS1 = SMALL | {"router": "sigmoid", "n_shared_experts": 1}
 IDLE = {"capacity_factor": 0.5, "router_jitter": 0.3, "expert_dropout": 0.3}  # act in training only
 SPARSE = {
     "mixtral_tied": LLAMA | IDLE,
-    "mixtral_untied_gqa": LLAMA | {"tie_embeddings": False, "n_kv_heads": 2, "n_experts_per_token": 3},
-    "mixtral_head_dim_hot": LLAMA | {"head_dim": 16, "n_kv_heads": 1, "n_heads": 3, "routing_temperature": 1.7},
+    "mixtral_untied_gqa": LLAMA
+    | {"tie_embeddings": False, "n_kv_heads": 2, "n_experts_per_token": 3},
+    "mixtral_head_dim_hot": LLAMA
+    | {"head_dim": 16, "n_kv_heads": 1, "n_heads": 3, "routing_temperature": 1.7},
     "mixtral_slots": LLAMA | {"n_experts_max": 6},
     "qwen3moe_tied": SMALL | {"n_experts_per_token": 3, "n_kv_heads": 2, "rope_scaling": YARN},
-    "qwen3moe_raw": SMALL | IDLE | {"norm_topk": False, "n_dense_layers": 1, "tie_embeddings": False},
-    "qwen3moe_top1_cold": SMALL | {"n_experts_per_token": 1, "moe_layers": [2, 0], "routing_temperature": 0.6},
+    "qwen3moe_raw": SMALL
+    | IDLE
+    | {"norm_topk": False, "n_dense_layers": 1, "tie_embeddings": False},
+    "qwen3moe_top1_cold": SMALL
+    | {"n_experts_per_token": 1, "moe_layers": [2, 0], "routing_temperature": 0.6},
     "qwen3moe_scale": SMALL | {"route_scale": 2.7},
     "qwen3moe_every": SMALL | {"moe_every": 2, "n_layers": 4},
     "qwen3moe_slots": SMALL | {"n_experts_max": 6, "norm_topk": True},
     "dots1_tied": DOTS1 | IDLE,
-    "dots1_scale": DOTS1 | {"n_shared_experts": 2, "n_dense_layers": 1, "route_scale": 2.5, "tie_embeddings": False},
-    "dots1_top1_bare": DOTS1 | {"n_shared_experts": 0, "n_experts_per_token": 1, "routing_temperature": 1.7},
-    "dots1_raw": DOTS1 | {"norm_topk": False, "moe_every": 2, "n_layers": 2, "n_experts_per_token": 3},
+    "dots1_scale": DOTS1
+    | {"n_shared_experts": 2, "n_dense_layers": 1, "route_scale": 2.5, "tie_embeddings": False},
+    "dots1_top1_bare": DOTS1
+    | {"n_shared_experts": 0, "n_experts_per_token": 1, "routing_temperature": 1.7},
+    "dots1_raw": DOTS1
+    | {"norm_topk": False, "moe_every": 2, "n_layers": 2, "n_experts_per_token": 3},
     "dots1_slots": DOTS1 | {"n_experts_max": 6},
     "dots1_slots_differ": DOTS1 | {"n_experts_max": 6, "n_dense_layers": 1},
     "dots1_slots_one": DOTS1 | {"n_experts_max": 6, "n_experts_per_token": 1},
@@ -68,7 +89,14 @@ MODELS = SHAPES | SPARSE
 
 
 def config(**keys):
-    sizes = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "init_std": 0.02}
+    sizes = {
+        "vocab_size": 300,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 64,
+        "init_std": 0.02,
+    }
     return ModelConfig(**sizes | keys)
 
 
@@ -80,7 +108,10 @@ def random_state(cfg, seed=0, dead=None):
     generator = torch.Generator().manual_seed(seed)
     state = model.state_dict()
     for name, t in model.named_parameters():
-        one, size = 1 + 0.3 * torch.randn(t.shape, generator=generator), 30 if "router" in name else 10
+        one, size = (
+            1 + 0.3 * torch.randn(t.shape, generator=generator),
+            30 if "router" in name else 10,
+        )
         state[name] = one if t.dim() == 1 else t.detach() * size
     for i in filter(cfg.is_moe, range(cfg.n_layers)):
         r = f"blocks.{i}.ffn.router."
@@ -96,7 +127,9 @@ def save_run(out_dir, cfg, step=7, seed=0, tokenizer=None, dead=None, change=(),
     """What train.py leaves of a run, as far as export.py looks at it; returns the weights."""
     weights = random_state(cfg, seed, dead) | dict(change)
     pieces = {f"model.{n}": [(list(t.shape), [0] * t.dim(), t)] for n, t in weights.items()}
-    for name in [n for n in pieces if ".experts." in n]:  # as expert parallelism leaves them, and cut once more
+    for name in [
+        n for n in pieces if ".experts." in n
+    ]:  # as expert parallelism leaves them, and cut once more
         (shape, _, t), cut = pieces[name][0], pieces[name][0][0][1] // 3
         offsets = [(0, 0, t[:2]), (2, 0, t[2:, :cut]), (2, cut, t[2:, cut:])]
         pieces[name] = [(shape, [e, row, 0], part) for e, row, part in offsets]
@@ -119,7 +152,9 @@ def logits(cfg, state, ids):
 
 def refused(code, *words):
     """A UserError with this code whose text has every word."""
-    return pytest.raises(UserError, match="(?s)" + code + ".*" + "".join(f"(?=.*{w})" for w in words))
+    return pytest.raises(
+        UserError, match="(?s)" + code + ".*" + "".join(f"(?=.*{w})" for w in words)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +210,16 @@ def test_logits_and_greedy_tokens_equal_transformers(name, tmp_path, transformer
     assert [i for [i] in model.generate([ids[0, :8].tolist()], n, [0], temperature=0)] == new
     for key, other in (("rope_scaling", None), ("routing_temperature", 1.0), ("route_scale", 1.0)):
         if getattr(cfg, key) != other:  # it is not idle here
-            assert (logits(dataclasses.replace(cfg, **{key: other}), state, ids) - ours).abs().max() > 1e-2
-    for what in ("alive",) if name == "dots1_slots_one" else ("bias", "alive"):  # one expert needs no bias
-        idle = {n: t * 0 + (what == "alive") if n.endswith("router." + what) else t for n, t in state.items()}
+            assert (
+                logits(dataclasses.replace(cfg, **{key: other}), state, ids) - ours
+            ).abs().max() > 1e-2
+    for what in (
+        ("alive",) if name == "dots1_slots_one" else ("bias", "alive")
+    ):  # one expert needs no bias
+        idle = {
+            n: t * 0 + (what == "alive") if n.endswith("router." + what) else t
+            for n, t in state.items()
+        }
         if any(not torch.equal(idle[n], state[n]) for n in state):
             assert (logits(cfg, idle, ids) - ours).abs().max() > 1e-2
 
@@ -186,7 +228,9 @@ DENSE = ["llama_untied_gqa", "llama_llama3", "qwen3_tied", "qwen3_yarn_all"]
 BF16 = [*DENSE, "mixtral_head_dim_hot", "qwen3moe_raw", "dots1_tied", "dots1_slots_differ"]
 
 
-@pytest.mark.parametrize("name, dtype", [(n, "float32") for n in (*DENSE, *SPARSE)] + [(n, "bfloat16") for n in BF16])
+@pytest.mark.parametrize(
+    "name, dtype", [(n, "float32") for n in (*DENSE, *SPARSE)] + [(n, "bfloat16") for n in BF16]
+)
 def test_export_import_export_keeps_every_bit(name, dtype, tmp_path):
     cfg = config(**MODELS[name])
     state = save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
@@ -195,20 +239,37 @@ def test_export_import_export_keeps_every_bit(name, dtype, tmp_path):
     export.to_hf(tmp_path / "again", tmp_path / "b", say=str)  # default: the dtype it came in
     a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert {t.dtype for n, t in a.items() if not n.endswith("_bias")} == {getattr(torch, dtype)}
-    assert a.keys() == b.keys() and all(t.dtype == torch.float32 for n, t in a.items() if n.endswith("_bias"))
-    assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) and a[n].dtype == b[n].dtype for n in a)
-    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "b" / "config.json").read_text()
+    assert a.keys() == b.keys() and all(
+        t.dtype == torch.float32 for n, t in a.items() if n.endswith("_bias")
+    )
+    assert all(
+        torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) and a[n].dtype == b[n].dtype
+        for n in a
+    )
+    assert (tmp_path / "a" / "config.json").read_text() == (
+        tmp_path / "b" / "config.json"
+    ).read_text()
     found = checkpoint.find(tmp_path / "again")
     again, new = ModelConfig(**found.state["config"]["model"]), found.model_state()
     assert new.keys() == Transformer(again).state_dict().keys()
     dropped = cfg.n_experts_max and not again.n_experts_max
     assert bool(dropped) == (name in ("mixtral_slots", "qwen3moe_slots", "dots1_slots"))
     if dtype == "float32" and not dropped and cfg.routing_temperature == 1:
-        alive = {n: new.get(n.removesuffix("bias") + "alive", True) for n in new if n.endswith("router.bias")}
+        alive = {
+            n: new.get(n.removesuffix("bias") + "alive", True)
+            for n in new
+            if n.endswith("router.bias")
+        }
         buffers = [n for n in new if n.endswith(("load", "retired"))]
-        for n in (n for n in new if n.endswith("experts.w2")):  # the scale of the gates, for a class without one
+        for n in (
+            n for n in new if n.endswith("experts.w2")
+        ):  # the scale of the gates, for a class without one
             state[n] *= cfg.route_scale / again.route_scale
-        assert all(torch.equal(new[n] * alive.get(n, 1), state[n] * alive.get(n, 1)) for n in new if n not in buffers)
+        assert all(
+            torch.equal(new[n] * alive.get(n, 1), state[n] * alive.get(n, 1))
+            for n in new
+            if n not in buffers
+        )
         for name in (n for n in new if n.endswith("load")):  # the same share for all that are there
             shares = torch.ones_like(new[name]) * new.get(name.removesuffix("load") + "alive", 1)
             assert torch.allclose(new[name], shares / shares.sum())
@@ -222,7 +283,9 @@ def test_layout_covers_exactly_the_model(fused, name):
         model = Transformer(cfg)
     seen = {n: torch.zeros(t.shape) for n, t in model.named_parameters()}
     seen |= {
-        n: torch.zeros(t.shape) for n, t in model.named_buffers() if n.endswith("bias") and cfg.router == "sigmoid"
+        n: torch.zeros(t.shape)
+        for n, t in model.named_buffers()
+        if n.endswith("bias") and cfg.router == "sigmoid"
     }
     table = export.layout(cfg, fused=fused)
     for ours, _, first, shape in table:
@@ -239,7 +302,11 @@ def test_config_has_the_spellings_of_transformers_4_and_5(tmp_path):
     found = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e5
     assert found["rope_scaling"] == YARN and YARN.items() <= found["rope_parameters"].items()
-    assert found["head_dim"] == 8 and found["torch_dtype"] == "bfloat16" and found["max_position_embeddings"] == 64
+    assert (
+        found["head_dim"] == 8
+        and found["torch_dtype"] == "bfloat16"
+        and found["max_position_embeddings"] == 64
+    )
     assert found["sliding_window"] is None and found["attention_bias"] is found["mlp_bias"] is False
     assert found["eos_token_id"] is None  # a missing key would be 2 for a Llama
     assert not (tmp_path / "hf.tmp").exists()
@@ -253,17 +320,25 @@ def test_tokenizer_travels_both_ways(tmp_path, transformers):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.eos_token_id == tokenizer.eot_id and theirs.model_max_length == 64
     assert theirs.pad_token_id == tokenizer.pad_id != tokenizer.eot_id
-    found = [json.loads((tmp_path / "hf" / f).read_text()) for f in ("config.json", "generation_config.json")]
+    found = [
+        json.loads((tmp_path / "hf" / f).read_text())
+        for f in ("config.json", "generation_config.json")
+    ]
     assert {f["eos_token_id"] for f in found} == {tokenizer.eot_id}
     export.from_hf(tmp_path / "hf", tmp_path / "again", say=lines.append)
-    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "run/tokenizer.json").read_bytes()
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (
+        tmp_path / "run/tokenizer.json"
+    ).read_bytes()
     assert np.array_equal(np.load(tmp_path / "again/token_bytes.npy"), tokenizer.token_bytes())
     assert report["versions"]["transformers"] == transformers.__version__
     ends = [tokenizer.im_end_id, tokenizer.eot_id]  # ids of an imported run are kept as they came
     edit(tmp_path / "hf" / "config.json", eos_token_id=ends)
     export.from_hf(tmp_path / "hf", tmp_path / "two", say=str)
     export.to_hf(tmp_path / "two", tmp_path / "two_hf", say=str)
-    assert json.loads((tmp_path / "two_hf" / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert (
+        json.loads((tmp_path / "two_hf" / "generation_config.json").read_text())["eos_token_id"]
+        == ends
+    )
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "two_hf").eos_token == "<|im_end|>"
 
 
@@ -274,7 +349,10 @@ def test_tokenizers_that_do_not_go_along_are_said(tmp_path):
     assert "without a tokenizer: there is no tokenizer.json" in lines[0]
     (tmp_path / "hf" / "tokenizer.json").write_text('{"model": {"type": "WordPiece", "vocab": {}}}')
     export.from_hf(tmp_path / "hf", tmp_path / "again", say=lines.append)
-    assert "without a tokenizer: E116" in lines[2] and not (tmp_path / "again" / "tokenizer.json").exists()
+    assert (
+        "without a tokenizer: E116" in lines[2]
+        and not (tmp_path / "again" / "tokenizer.json").exists()
+    )
     save_run(tmp_path / "small", config(vocab_size=100), tokenizer=load("bytes"))
     export.to_hf(tmp_path / "small", tmp_path / "small_hf", say=lines.append)
     assert "E113" in lines[4] and not (tmp_path / "small_hf" / "tokenizer.json").exists()
@@ -307,12 +385,20 @@ def test_experts_stream(name, tmp_path, monkeypatch):
     save_run(tmp_path / "run", cfg, dead=DEAD.get(name))
     monkeypatch.setattr(checkpoint.Checkpoint, "read", spy)
     export.to_hf(tmp_path / "run", tmp_path / "one", say=str)
-    assert max(sizes) == 96 * 32  # the embedding; an expert's matrix has 16 * 32, all of them 6 * 2 * 16 * 32
+    assert (
+        max(sizes) == 96 * 32
+    )  # the embedding; an expert's matrix has 16 * 32, all of them 6 * 2 * 16 * 32
     export.to_hf(tmp_path / "run", tmp_path / "many", say=str, shard_bytes=9000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     one = load_file(tmp_path / "one" / "model.safetensors")
-    many = {n: t for f in {*index["weight_map"].values()} for n, t in load_file(tmp_path / "many" / f).items()}
-    assert one.keys() == many.keys() == index["weight_map"].keys() and all(torch.equal(one[n], many[n]) for n in one)
+    many = {
+        n: t
+        for f in {*index["weight_map"].values()}
+        for n, t in load_file(tmp_path / "many" / f).items()
+    }
+    assert one.keys() == many.keys() == index["weight_map"].keys() and all(
+        torch.equal(one[n], many[n]) for n in one
+    )
     assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in one.values())
 
 
@@ -320,7 +406,9 @@ def test_best_step_and_float16(tmp_path):
     save_run(tmp_path / "run", config(), step=5, seed=5)
     best = save_run(tmp_path / "run", config(), step=4, seed=4)
     checkpoint.write_json(tmp_path / "run" / "best.json", {"step": 4})
-    export.main(["to_hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--best", "--dtype", "float16"])
+    export.main(
+        ["to_hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--best", "--dtype", "float16"]
+    )
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert torch.equal(found["model.embed_tokens.weight"], best["embed.weight"].half())
     assert export.to_hf(tmp_path / "run", tmp_path / "newest", say=str)["source_step"] == 5
@@ -358,25 +446,80 @@ def test_models_without_a_class_are_refused(keys, words, tmp_path):
 @pytest.mark.parametrize(
     "keys, dead, buffer, value, words",
     [
-        (LLAMA, [], "bias", [0, 0.1, 0, 0, 0], ["layer 1: its router has a selection bias, and Mixtral's"]),
-        (SMALL, [], "bias", [0, 0, 0, 0, -0.1], ["layer 1: its router has a selection bias, and Qwen3Moe's"]),
-        (SMALL | {"n_experts_max": 5}, [[1], [1, 2], [1]], "", [], ["experts alive by layer: {0: 4, 1: 3, 2: 4}"]),
-        (LLAMA | {"n_experts_max": 5}, [[], [], [2]], "", [], ["experts alive by layer: {0: 5, 1: 5, 2: 4}"]),
-        (DOTS1 | {"n_experts_max": 5}, [[0], [0], [2]], "sibling", [0, 3, 2, 1, 4], [r"twins \[1, 3\]", "parted"]),
-        (SMALL | {"n_experts_max": 5}, [[0], [0], [0]], "sibling", [0, 3, 2, 1, 4], [r"layer 1: of .* \[1, 3\]"]),
-        (LLAMA | {"n_experts_max": 5}, [[0], [4], []], "bias", [9, 0, 0, 0, 1e-9], ["experts alive", "bias"]),
+        (
+            LLAMA,
+            [],
+            "bias",
+            [0, 0.1, 0, 0, 0],
+            ["layer 1: its router has a selection bias, and Mixtral's"],
+        ),
+        (
+            SMALL,
+            [],
+            "bias",
+            [0, 0, 0, 0, -0.1],
+            ["layer 1: its router has a selection bias, and Qwen3Moe's"],
+        ),
+        (
+            SMALL | {"n_experts_max": 5},
+            [[1], [1, 2], [1]],
+            "",
+            [],
+            ["experts alive by layer: {0: 4, 1: 3, 2: 4}"],
+        ),
+        (
+            LLAMA | {"n_experts_max": 5},
+            [[], [], [2]],
+            "",
+            [],
+            ["experts alive by layer: {0: 5, 1: 5, 2: 4}"],
+        ),
+        (
+            DOTS1 | {"n_experts_max": 5},
+            [[0], [0], [2]],
+            "sibling",
+            [0, 3, 2, 1, 4],
+            [r"twins \[1, 3\]", "parted"],
+        ),
+        (
+            SMALL | {"n_experts_max": 5},
+            [[0], [0], [0]],
+            "sibling",
+            [0, 3, 2, 1, 4],
+            [r"layer 1: of .* \[1, 3\]"],
+        ),
+        (
+            LLAMA | {"n_experts_max": 5},
+            [[0], [4], []],
+            "bias",
+            [9, 0, 0, 0, 1e-9],
+            ["experts alive", "bias"],
+        ),
     ],
 )
 def test_routers_without_a_class_are_refused(keys, dead, buffer, value, words, tmp_path):
     name = f"blocks.1.ffn.router.{buffer}"
-    change = {name: torch.tensor(value, dtype=torch.float32 if buffer == "bias" else torch.int64)} if buffer else {}
+    change = (
+        {name: torch.tensor(value, dtype=torch.float32 if buffer == "bias" else torch.int64)}
+        if buffer
+        else {}
+    )
     save_run(tmp_path / "run", config(**keys), dead=dead, change=change)
     with refused("E400", *(word.replace("{", r"\{") for word in words)):
         export.to_hf(tmp_path / "run", tmp_path / "hf")
     # What empty slots hold does not matter: twins of which none is alive, a bias.
     slots = {"n_experts_max": 5, "router": "softmax", "norm_topk": True}
-    change = {name: torch.tensor(value).to(torch.float32 if buffer == "bias" else torch.int64)} if buffer else {}
-    save_run(tmp_path / "dead", config(**keys | slots | {"n_shared_experts": 0}), dead=[[1, 3, 4]] * 3, change=change)
+    change = (
+        {name: torch.tensor(value).to(torch.float32 if buffer == "bias" else torch.int64)}
+        if buffer
+        else {}
+    )
+    save_run(
+        tmp_path / "dead",
+        config(**keys | slots | {"n_shared_experts": 0}),
+        dead=[[1, 3, 4]] * 3,
+        change=change,
+    )
     if buffer == "sibling" or value == [0, 0.1, 0, 0, 0] or value == [0, 0, 0, 0, -0.1]:
         export.to_hf(tmp_path / "dead", tmp_path / "hf", say=str)
 
@@ -397,7 +540,9 @@ def test_checkpoints_of_another_shape_are_refused(tmp_path):
     with refused("E305", "model.embed.weight"):
         export.to_hf(tmp_path / "bigger", tmp_path / "hf")
     cfg = config(**MODELS["dots1_slots"])
-    save_run(tmp_path / "slots", cfg, config={"model": dataclasses.asdict(cfg) | {"n_experts_max": 7}})
+    save_run(
+        tmp_path / "slots", cfg, config={"model": dataclasses.asdict(cfg) | {"n_experts_max": 7}}
+    )
     with refused("E305", "experts.w13", "router.alive"):
         export.to_hf(tmp_path / "slots", tmp_path / "hf")
     with refused("E304"):
@@ -429,15 +574,24 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name, dtype",
-    [("mixtral_head_dim_hot", "bfloat16"), ("qwen3moe_top1_cold", "float16"), ("dots1_slots_differ", "float16")],
+    [
+        ("mixtral_head_dim_hot", "bfloat16"),
+        ("qwen3moe_top1_cold", "float16"),
+        ("dots1_slots_differ", "float16"),
+    ],
 )
 def test_check_knows_what_rounding_costs(name, dtype, tmp_path, transformers):
     """Of a half-precision folder the check expects the rounded weights' logits; a bias is not rounded."""
     save_run(tmp_path / "run", config(**MODELS[name]), dead=DEAD.get(name))
-    assert export.to_hf(tmp_path / "run", tmp_path / "hf", dtype, check=True, say=str)["max_diff"] <= 1e-4
+    assert (
+        export.to_hf(tmp_path / "run", tmp_path / "hf", dtype, check=True, say=str)["max_diff"]
+        <= 1e-4
+    )
 
 
-@pytest.mark.parametrize("name", ["mixtral_slots", "qwen3moe_raw", "dots1_scale", "dots1_slots_differ"])
+@pytest.mark.parametrize(
+    "name", ["mixtral_slots", "qwen3moe_raw", "dots1_scale", "dots1_slots_differ"]
+)
 def test_check_sees_what_is_wrong_with_experts(name, tmp_path, monkeypatch, transformers):
     """The check of a command line that goes wrong in one small thing."""
     right, cfg = export.routers, config(**MODELS[name])
@@ -454,7 +608,9 @@ def test_check_sees_what_is_wrong_with_experts(name, tmp_path, monkeypatch, tran
 
 def test_check_fails_loudly(tmp_path, monkeypatch, transformers):
     run, right = good_run(tmp_path), export.hf_config
-    monkeypatch.setattr(export, "hf_config", lambda cfg, *a: right(dataclasses.replace(cfg, rope_theta=500.0), *a))
+    monkeypatch.setattr(
+        export, "hf_config", lambda cfg, *a: right(dataclasses.replace(cfg, rope_theta=500.0), *a)
+    )
     with refused("E402", "max_diff"):
         export.to_hf(run, tmp_path / "hf", check=True)
     report = json.loads((tmp_path / "hf.tmp" / "EXPORT.json").read_text())
@@ -471,10 +627,25 @@ MOE_KEYS = {
     "Llama": {},
     "Qwen3": {},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3},
-    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    "Qwen3Moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+    }
     | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
-    "Dots1": {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2}
-    | {"first_k_dense_replace": 1, "num_hidden_layers": 3, "routed_scaling_factor": 2.5, "norm_topk_prob": False},
+    "Dots1": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 2,
+    }
+    | {
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": False,
+    },
 }
 
 
@@ -483,25 +654,44 @@ MOE_KEYS = {
 def test_folders_written_by_transformers(kind, fused, tmp_path, transformers):
     """Their own spelling (rope_parameters only), sharded, in bf16; experts one by one or, as version 5 can, fused."""
     torch.manual_seed(0)
-    keys = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 16}
-    keys |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    keys = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "head_dim": 16,
+    }
+    keys |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
     keys |= {"tie_word_embeddings": kind == "Llama", "initializer_range": 0.2} | MOE_KEYS[kind]
     rope = LLAMA3 if kind == "Llama" else YARN
-    config = getattr(transformers, f"{kind}Config")(rope_parameters=rope | {"rope_theta": 7e4}, **keys)
+    config = getattr(transformers, f"{kind}Config")(
+        rope_parameters=rope | {"rope_theta": 7e4}, **keys
+    )
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
     for name, bias in theirs.named_buffers():
         bias.normal_(std=0.3) if name.endswith("e_score_correction_bias") else None
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB", save_original_format=not fused)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert any("experts.gate_up_proj" in n for n in index["weight_map"]) == (fused and kind not in ("Llama", "Qwen3"))
+    assert any("experts.gate_up_proj" in n for n in index["weight_map"]) == (
+        fused and kind not in ("Llama", "Qwen3")
+    )
     cfg, state, dtype, tokenizer = export.read_hf(tmp_path / "hf")
     assert dtype == "bfloat16" and tokenizer is None and cfg.rope_theta == 7e4
-    assert [*filter(cfg.is_moe, range(cfg.n_layers))] == {"Mixtral": [0, 1], "Qwen3Moe": [1], "Dots1": [1, 2]}.get(
-        kind, []
-    )
+    assert [*filter(cfg.is_moe, range(cfg.n_layers))] == {
+        "Mixtral": [0, 1],
+        "Qwen3Moe": [1],
+        "Dots1": [1, 2],
+    }.get(kind, [])
     ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "hf", torch_dtype=torch.float32
+        )
         assert (theirs(ids).logits - logits(cfg, state, ids)).abs().max() <= 1e-4
 
 
@@ -544,9 +734,15 @@ def test_configurations_of_published_models(name):
         assert Transformer(cfg).n_params()["total"] == n_params
     back = export.hf_config(cfg, "bfloat16", {}, cfg.n_experts)
     same = {
-        k: v for k, v in keys.items() if v is not None and not k.startswith(("transformers", "max_window", "router"))
+        k: v
+        for k, v in keys.items()
+        if v is not None and not k.startswith(("transformers", "max_window", "router"))
     }
-    same = {k: v for k, v in same.items() if k not in (*export.TOKEN_IDS, "output_router_logits", "scoring_func")}
+    same = {
+        k: v
+        for k, v in same.items()
+        if k not in (*export.TOKEN_IDS, "output_router_logits", "scoring_func")
+    }
     assert same.items() <= back.items()
     assert back["rope_parameters"]["rope_theta"] == cfg.rope_theta == keys["rope_theta"]
 
@@ -555,13 +751,23 @@ def test_an_imported_run(hf, tmp_path):
     edit(hf / "config.json", eos_token_id=[5, 6], bos_token_id=4)
     export.main(["from_hf", str(hf), str(tmp_path / "run")])
     found = checkpoint.find(tmp_path / "run")
-    assert found.step == found.state["cursor"] == found.state["tokens"] == 0 and found.state["clean"] is True
-    assert found.state["imported"]["dtype"] == "float32" and found.state["imported"]["from"] == str(hf)
+    assert (
+        found.step == found.state["cursor"] == found.state["tokens"] == 0
+        and found.state["clean"] is True
+    )
+    assert found.state["imported"]["dtype"] == "float32" and found.state["imported"]["from"] == str(
+        hf
+    )
     cfg = ModelConfig(**found.state["config"]["model"])
-    assert ModelConfig(**yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]) == cfg
+    assert (
+        ModelConfig(**yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"])
+        == cfg
+    )
     original = checkpoint.find(tmp_path / "made").model_state()
     state = found.model_state()
-    assert state.keys() == original.keys() and all(torch.equal(state[n], original[n]) for n in state)
+    assert state.keys() == original.keys() and all(
+        torch.equal(state[n], original[n]) for n in state
+    )
     assert {t.dtype for t in state.values()} == {torch.float32}
     export.to_hf(tmp_path / "run", tmp_path / "back", say=str)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [5, 6]
@@ -577,7 +783,10 @@ def test_an_imported_run(hf, tmp_path):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor: 'two'"),
@@ -607,14 +816,22 @@ def test_configurations_we_cannot_follow_are_refused(keys, word, hf):
         ("mixtral_tied", {"sliding_window": 4096}, "sliding_window"),
         ("mixtral_tied", {"num_experts_per_tok": 1}, "norm_topk"),
         ("mixtral_tied", {"num_local_experts": 6}, "experts.5.w1.weight: missing"),
-        ("mixtral_tied", {"num_local_experts": 4}, "experts.4.w1.weight: has no place in this mixtral"),
+        (
+            "mixtral_tied",
+            {"num_local_experts": 4},
+            "experts.4.w1.weight: has no place in this mixtral",
+        ),
         ("mixtral_tied", {"num_local_experts": "REMOVE"}, "num_local_experts: missing"),
         ("mixtral_tied", {"n_group": 2}, "n_group"),
         ("mixtral_tied", {"model_type": "qwen3_moe"}, "moe_intermediate_size: missing"),
         ("qwen3moe_every", {"num_local_experts": 4}, "num_local_experts: 4"),
         ("qwen3moe_every", {"mlp_only_layers": []}, "layers.0.mlp"),
         ("qwen3moe_every", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3moe_every", {"shared_expert_intermediate_size": 16}, "shared_expert_intermediate_size"),
+        (
+            "qwen3moe_every",
+            {"shared_expert_intermediate_size": 16},
+            "shared_expert_intermediate_size",
+        ),
         ("qwen3moe_every", {"attention_bias": True}, "attention_bias"),
         ("qwen3moe_every", {"num_experts": "four"}, "config.json"),
         ("dots1_scale", {"n_group": 4}, "n_group: 4"),
@@ -623,12 +840,32 @@ def test_configurations_we_cannot_follow_are_refused(keys, word, hf):
         ("dots1_scale", {"topk_method": "greedy"}, "topk_method: 'greedy'"),
         ("dots1_scale", {"scoring_func": "softmax"}, "scoring_func: 'softmax'"),
         ("dots1_scale", {"sliding_window": 8, "max_window_layers": 2}, "sliding_window: 8"),
-        ("dots1_scale", {"sliding_window": "REMOVE", "max_window_layers": 2}, "sliding_window: 4096"),
-        ("dots1_scale", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
-        ("dots1_scale", {"n_shared_experts": None}, r"shared_experts.gate_proj.weight: .* expected \[0, 32\]"),
-        ("dots1_scale", {"n_shared_experts": 1}, r"shared_experts.gate_proj.weight: .* expected \[16, 32\]"),
+        (
+            "dots1_scale",
+            {"sliding_window": "REMOVE", "max_window_layers": 2},
+            "sliding_window: 4096",
+        ),
+        (
+            "dots1_scale",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "layer_types",
+        ),
+        (
+            "dots1_scale",
+            {"n_shared_experts": None},
+            r"shared_experts.gate_proj.weight: .* expected \[0, 32\]",
+        ),
+        (
+            "dots1_scale",
+            {"n_shared_experts": 1},
+            r"shared_experts.gate_proj.weight: .* expected \[16, 32\]",
+        ),
         ("dots1_scale", {"n_routed_experts": 4}, "experts.4.down_proj.weight: has no place"),
-        ("dots1_scale", {"first_k_dense_replace": 2}, "layers.1.mlp.experts.0.down_proj.weight: has no place"),
+        (
+            "dots1_scale",
+            {"first_k_dense_replace": 2},
+            "layers.1.mlp.experts.0.down_proj.weight: has no place",
+        ),
     ],
 )
 def test_moe_configurations_we_cannot_follow_are_refused(name, keys, word, tmp_path):
@@ -643,13 +880,22 @@ def test_moe_configurations_we_cannot_follow_are_refused(name, keys, word, tmp_p
 @pytest.mark.parametrize(
     "name, keys",
     [
-        ("qwen3moe_every", {"num_experts": "REMOVE", "num_local_experts": 5}),  # transformers 5's spelling
+        (
+            "qwen3moe_every",
+            {"num_experts": "REMOVE", "num_local_experts": 5},
+        ),  # transformers 5's spelling
         ("qwen3moe_every", {"decoder_sparse_step": 2, "mlp_only_layers": None}),
         ("qwen3moe_every", {"decoder_sparse_step": 2, "mlp_only_layers": [0]}),
-        ("qwen3moe_every", {"sliding_window": 8, "output_router_logits": True, "router_aux_loss_coef": 0.1}),
+        (
+            "qwen3moe_every",
+            {"sliding_window": 8, "output_router_logits": True, "router_aux_loss_coef": 0.1},
+        ),
         ("dots1_scale", {"n_group": None, "scoring_func": "noaux_tc", "topk_method": "REMOVE"}),
         ("dots1_scale", {"sliding_window": 8}),  # from layer 62 on
-        ("dots1_scale", {"sliding_window": 8, "max_window_layers": 0, "layer_types": ["full_attention"] * 3}),
+        (
+            "dots1_scale",
+            {"sliding_window": 8, "max_window_layers": 0, "layer_types": ["full_attention"] * 3},
+        ),
     ],
 )
 def test_other_words_for_the_same(name, keys, tmp_path):
@@ -673,7 +919,10 @@ def test_every_tensor_is_used_and_none_missing(hf):
     q = "model.layers.0.self_attn.q_proj."
     for change, word in [
         ({q + "bias": torch.zeros(32)}, "q_proj.bias: has no place"),
-        ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, "q_norm.weight: has no place in this llama"),
+        (
+            {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)},
+            "q_norm.weight: has no place in this llama",
+        ),
         ({"model.norm.weight": None}, "model.norm.weight: missing"),
         ({"lm_head.weight": None}, "lm_head.weight: missing"),
         ({q + "weight": right[q + "weight"][:16].clone()}, "q_proj.weight"),
@@ -701,7 +950,13 @@ def test_damaged_folders(hf, tmp_path):
     file.unlink()
     with refused("E401", "no model.safetensors"):
         export.read_hf(hf)
-    for index in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "nowhere.safetensors"}}', '{"weight'):
+    for index in (
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "nowhere.safetensors"}}',
+        '{"weight',
+    ):
         (hf / "model.safetensors.index.json").write_text(index)
         with refused("E401"):
             export.read_hf(hf)
@@ -714,8 +969,14 @@ def test_damaged_folders(hf, tmp_path):
     assert not (tmp_path / "run").exists()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "export.py", "from_hf", str(hf), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=Path(export.__file__).parent, capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and done.stderr.startswith("error E401") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command, cwd=Path(export.__file__).parent, capture_output=True, text=True, env=env
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error E401")
+        and "Traceback" not in done.stderr
+    )
 
 
 # ---------------------------------------------------------------- from Lunaris Codex
@@ -771,32 +1032,56 @@ LUNARIS = {
         [-0.044029, -2.478799, -0.497995, 0.929471, -0.102529, 1.414763, -1.060148, -0.297934],
     ),
 }
-LUNARIS_BASE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "multiple_of": 16, "max_seq_len": 64}
+LUNARIS_BASE = {
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "vocab_size": 64,
+    "multiple_of": 16,
+    "max_seq_len": 64,
+}
 
 
 def lunaris_weights(layout):
     kv = 8 * LUNARIS[layout][0]["n_kv_heads"]
-    shapes = {"transformer.wte.weight": (64, 32), "transformer.ln_f.weight": (32,), "lm_head.weight": (64, 32)}
+    shapes = {
+        "transformer.wte.weight": (64, 32),
+        "transformer.ln_f.weight": (32,),
+        "lm_head.weight": (64, 32),
+    }
     for i in range(2):
         a, ffn = f"transformer.h.{i}.attention.", f"transformer.h.{i}.feed_forward."
-        fused, n_experts = layout.startswith("moe") and layout != "moe_first", LUNARIS[layout][0].get("n_experts")
+        fused, n_experts = (
+            layout.startswith("moe") and layout != "moe_first",
+            LUNARIS[layout][0].get("n_experts"),
+        )
         shapes |= {a + "o_proj.weight": (32, 32), f"transformer.h.{i}.ffn_norm.weight": (32,)}
         shapes |= {ffn + "gate.weight": (n_experts, 32)} if n_experts else {}
         for f in [f"{ffn}experts.{e}." for e in range(n_experts)] if n_experts else [ffn]:
-            shapes |= {f + "w13.weight": (192, 32)} if fused else {f + f"w{n}.weight": (96, 32) for n in (1, 3)}
+            shapes |= (
+                {f + "w13.weight": (192, 32)}
+                if fused
+                else {f + f"w{n}.weight": (96, 32) for n in (1, 3)}
+            )
             shapes |= {f + "w2.weight": (32, 96)}
         if fused:
             shapes |= {a + "wqkv.weight": (32 + 2 * kv, 32)}
             shapes |= {a + "q_norm.weight": (32,), a + "k_norm.weight": (kv,)}
         else:
-            shapes |= {a + "q_proj.weight": (32, 32), a + "k_proj.weight": (kv, 32), a + "v_proj.weight": (kv, 32)}
+            shapes |= {
+                a + "q_proj.weight": (32, 32),
+                a + "k_proj.weight": (kv, 32),
+                a + "v_proj.weight": (kv, 32),
+            }
             shapes |= {f"transformer.h.{i}.attention_norm.weight": (32,)}
         if layout == "main":
             shapes |= {a + "q_norm.weight": (8,), a + "k_norm.weight": (8,)}
     weights = {}
     for name, shape in shapes.items():  # numpy's RandomState draws the same numbers for ever
         draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-        weights[name] = torch.from_numpy((1 + 0.2 * draw if len(shape) == 1 else 0.2 * draw).astype(np.float32))
+        weights[name] = torch.from_numpy(
+            (1 + 0.2 * draw if len(shape) == 1 else 0.2 * draw).astype(np.float32)
+        )
     weights["transformer.wte.weight"] = weights["lm_head.weight"]
     return weights
 
@@ -804,7 +1089,13 @@ def lunaris_weights(layout):
 def save_lunaris(file, layout, prefix="", **change):
     weights = {prefix + n: t for n, t in lunaris_weights(layout).items()}
     config = {"learning_rate": 3e-4, "model": LUNARIS_BASE | LUNARIS[layout][0]}
-    data = {"model": weights, "optimizer": {"state": {}}, "config": config, "step": 3, "epoch": 0} | change
+    data = {
+        "model": weights,
+        "optimizer": {"state": {}},
+        "config": config,
+        "step": 3,
+        "epoch": 0,
+    } | change
     torch.save(data, file)
     return file
 
@@ -813,7 +1104,9 @@ def save_lunaris(file, layout, prefix="", **change):
 @pytest.mark.parametrize("layout", LUNARIS)
 def test_lunaris_logits(layout, prefix, tmp_path):
     moe = "unscaled" if layout == "moe_unscaled" else None
-    export.from_lunaris(save_lunaris(tmp_path / "ckpt.pt", layout, prefix), tmp_path / "run", say=str, moe=moe)
+    import_lunaris.from_lunaris(
+        save_lunaris(tmp_path / "ckpt.pt", layout, prefix), tmp_path / "run", say=str, moe=moe
+    )
     found = checkpoint.find(tmp_path / "run")
     cfg = ModelConfig(**found.state["config"]["model"])
     fused = layout.startswith("moe") and layout != "moe_first"
@@ -825,7 +1118,9 @@ def test_lunaris_logits(layout, prefix, tmp_path):
     if layout in ("main_no_qk_norm", "older"):  # a plain Llama
         export.to_hf(tmp_path / "run", tmp_path / "hf", say=str)
     else:
-        why = {"main": "model.rope_first", "moe_first": "model.norm_topk: false"}.get(layout, "model.norm_order")
+        why = {"main": "model.rope_first", "moe_first": "model.norm_topk: false"}.get(
+            layout, "model.norm_order"
+        )
         with refused("E400", why):
             export.to_hf(tmp_path / "run", tmp_path / "hf", say=str)
 
@@ -835,23 +1130,34 @@ def test_lunaris_code_that_made_a_moe_file(tmp_path):
     old, new = (save_lunaris(tmp_path / f"{x}.pt", f"moe_{x}") for x in ("scaled", "unscaled"))
     bare = save_lunaris(tmp_path / "bare.pt", "moe_scaled", config=None)
     keys, lines = {"n_heads": 4, "max_seq_len": 64}, []
-    for file, moe, more in ((old, "unscaled", {}), (new, None, {}), (new, "scaled", {}), (bare, None, keys)):
+    for file, moe, more in (
+        (old, "unscaled", {}),
+        (new, None, {}),
+        (new, "scaled", {}),
+        (bare, None, keys),
+    ):
         with refused("E401", "--moe scaled is its older code", "drops tokens", "destroyed RoPE"):
-            export.read_lunaris(file, lines.append, moe, **more)
+            import_lunaris.read_lunaris(file, lines.append, moe, **more)
     with refused("E401", "older or the newer code"):
-        export.read_lunaris(bare, lines.append, **keys)
-    cfg, state, _ = export.read_lunaris(old, lines.append, "scaled")
-    assert cfg.n_experts == 3 and cfg.n_experts_per_token == 1 and cfg.norm_topk is False and not lines
+        import_lunaris.read_lunaris(bare, lines.append, **keys)
+    cfg, state, _ = import_lunaris.read_lunaris(old, lines.append, "scaled")
+    assert (
+        cfg.n_experts == 3 and cfg.n_experts_per_token == 1 and cfg.norm_topk is False and not lines
+    )
     assert cfg.d_expert == 96 and cfg.capacity_factor is None and cfg.routing_temperature == 1
     assert cfg.aux_loss_weight == 0.02 and cfg.router_z_loss_weight == 0
-    same, again, _ = export.read_lunaris(bare, lines.append, "scaled", **keys)
+    same, again, _ = import_lunaris.read_lunaris(bare, lines.append, "scaled", **keys)
     assert (
         same == dataclasses.replace(cfg, aux_loss_weight=0.01)
         and all(torch.equal(again[n], state[n]) for n in state)
         and not lines
     )
-    cfg, _, _ = export.read_lunaris(new, lines.append, "unscaled")
-    assert "destroyed RoPE" in lines[0] and cfg.capacity_factor == 3.0 and cfg.router_z_loss_weight == 0
+    cfg, _, _ = import_lunaris.read_lunaris(new, lines.append, "unscaled")
+    assert (
+        "destroyed RoPE" in lines[0]
+        and cfg.capacity_factor == 3.0
+        and cfg.router_z_loss_weight == 0
+    )
     export.main(["from_lunaris", str(new), str(tmp_path / "run"), "--moe", "unscaled"])
 
 
@@ -866,39 +1172,59 @@ def test_lunaris_pickled_dataclass(tmp_path, monkeypatch):
     save_lunaris(tmp_path / "a.pt", "moe_dense", config={"model": config})
     save_lunaris(tmp_path / "b.pt", "moe_dense", config={"model": module.Other()})
     monkeypatch.delitem(sys.modules, "model_moe")
-    cfg, _, _ = export.read_lunaris(tmp_path / "a.pt", say=str)
+    cfg, _, _ = import_lunaris.read_lunaris(tmp_path / "a.pt", say=str)
     assert cfg.n_kv_heads == 2 and cfg.n_heads == 4
     with refused("E401", "b.pt"):
-        export.read_lunaris(tmp_path / "b.pt", say=str)
+        import_lunaris.read_lunaris(tmp_path / "b.pt", say=str)
 
 
 def test_lunaris_says_what_it_cannot_know(tmp_path):
     lines = []
     bare = save_lunaris(tmp_path / "bare.pt", "moe_dense", config=None)
     with refused("E401", "n_heads, max_seq_len", "--n_heads N"):
-        export.read_lunaris(bare)
-    command = ["from_lunaris", str(bare), str(tmp_path / "run"), "--n_heads", "4", "--max_seq_len", "64"]
+        import_lunaris.read_lunaris(bare)
+    command = [
+        "from_lunaris",
+        str(bare),
+        str(tmp_path / "run"),
+        "--n_heads",
+        "4",
+        "--max_seq_len",
+        "64",
+    ]
     export.main(command)
-    known, state, dtype = export.read_lunaris(save_lunaris(tmp_path / "known.pt", "moe_dense"), say=lines.append)
+    known, state, dtype = import_lunaris.read_lunaris(
+        save_lunaris(tmp_path / "known.pt", "moe_dense"), say=lines.append
+    )
     assert dtype == "float32" and not lines
     found = checkpoint.find(tmp_path / "run")
     assert ModelConfig(**found.state["config"]["model"]) == known
     assert all(torch.equal(t, state[n]) for n, t in found.model_state().items())
-    export.read_lunaris(bare, say=lines.append, n_heads=4, max_seq_len=64)
+    import_lunaris.read_lunaris(bare, say=lines.append, n_heads=4, max_seq_len=64)
     assert "destroyed RoPE" in lines[0]  # both codes of that branch write this layout
-    main = save_lunaris(tmp_path / "main.pt", "main", config=None)  # its norms say the number of heads
-    assert export.read_lunaris(main, max_seq_len=4096)[0].rope_theta == 20000.0
+    main = save_lunaris(
+        tmp_path / "main.pt", "main", config=None
+    )  # its norms say the number of heads
+    assert import_lunaris.read_lunaris(main, max_seq_len=4096)[0].rope_theta == 20000.0
     keys = LUNARIS_BASE | {"dropout": 0.1, "resid_dropout": 0.0, "attn_dropout": 0.3}
-    cfg, _, _ = export.read_lunaris(save_lunaris(tmp_path / "drop.pt", "main", config={"model": keys}), lines.append)
+    cfg, _, _ = import_lunaris.read_lunaris(
+        save_lunaris(tmp_path / "drop.pt", "main", config={"model": keys}), lines.append
+    )
     assert cfg.dropout == 0.0 and "attn_dropout 0.3" in lines[1]
     assert found.state["imported"] == {"from": str(bare), "dtype": "float32"}
     with refused("E401", "--n_heads 8: the file says 4"):
-        export.read_lunaris(tmp_path / "known.pt", n_heads=8)
-    save_lunaris(tmp_path / "bf16.pt", "main", model={n: t.bfloat16() for n, t in lunaris_weights("main").items()})
-    assert export.read_lunaris(tmp_path / "bf16.pt")[2] == "bfloat16"
+        import_lunaris.read_lunaris(tmp_path / "known.pt", n_heads=8)
+    save_lunaris(
+        tmp_path / "bf16.pt",
+        "main",
+        model={n: t.bfloat16() for n, t in lunaris_weights("main").items()},
+    )
+    assert import_lunaris.read_lunaris(tmp_path / "bf16.pt")[2] == "bfloat16"
     untied = lunaris_weights("older")
     untied["lm_head.weight"] = untied["lm_head.weight"] + 1
-    cfg, state, _ = export.read_lunaris(save_lunaris(tmp_path / "untied.pt", "older", model=untied))
+    cfg, state, _ = import_lunaris.read_lunaris(
+        save_lunaris(tmp_path / "untied.pt", "older", model=untied)
+    )
     assert not cfg.tie_embeddings and torch.equal(state["head.weight"], untied["lm_head.weight"])
 
 
@@ -922,12 +1248,14 @@ def test_lunaris_files_that_are_refused(tmp_path):
         ({"config": {"model": LUNARIS_BASE | {"n_heads": 5}}}, ["n_heads: 5"]),
     ]:  # fmt: skip
         with refused("E401", *words):
-            export.from_lunaris(save_lunaris(tmp_path / "x.pt", "main", **change), tmp_path / "run", say=str)
+            import_lunaris.from_lunaris(
+                save_lunaris(tmp_path / "x.pt", "main", **change), tmp_path / "run", say=str
+            )
     whole = save_lunaris(tmp_path / "x.pt", "main").read_bytes()
     for data in (b"", b"text", whole[:100], whole[: len(whole) // 2], whole[:-30]):
         (tmp_path / "x.pt").write_bytes(data)
         with refused("E401", "x.pt"):
-            export.from_lunaris(tmp_path / "x.pt", tmp_path / "run", say=str)
+            import_lunaris.from_lunaris(tmp_path / "x.pt", tmp_path / "run", say=str)
     with refused("E401", "none.pt"):
-        export.from_lunaris(tmp_path / "none.pt", tmp_path / "run", say=str)
+        import_lunaris.from_lunaris(tmp_path / "none.pt", tmp_path / "run", say=str)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]

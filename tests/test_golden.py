@@ -16,7 +16,12 @@ MODEL = {"vocab_size": 13, "d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 4,
 MODEL |= {"n_experts": 2, "d_expert": 8, "moe_layers": [1], "mod_capacity": 0.5, "mod_layers": [0]}
 KEYS = {"max_steps": 10, "batch_size": 2, "device": "cpu", "learning_rate": 3e-3, "warmup_steps": 5}
 KEYS |= {"save_interval": 5, "log_interval": 1, "eval_tokens": 256, "val_fraction": 0.1}
-KEYS |= {"precision": "fp32", "compile_model": False, "save_total_limit": 0, "lr_schedule": "constant"}
+KEYS |= {
+    "precision": "fp32",
+    "compile_model": False,
+    "save_total_limit": 0,
+    "lr_schedule": "constant",
+}
 KEYS |= {"model": MODEL | {"dropout": 0.1}}
 VAL_LOSS = 2.4699331521987915  # at step 10
 WENT_ON = [2.50366, 2.483409, 2.459419, 2.40051]  # losses of steps 11 to 14, at commit 77c1c6b

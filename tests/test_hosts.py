@@ -68,9 +68,19 @@ def stand_ins(folder: Path, **commands) -> dict:
         (folder / name).chmod(0o755)
     python = Path(sys.executable).parent
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC"))}
-    env |= {"PATH": f"{folder}:{python}:{env['PATH']}", "STAND_IN": str(folder), "TMPDIR": str(folder)}
-    env |= {"SLURM_JOB_ID": str(port()), "SLURM_JOB_NODELIST": "localhost,elsewhere", "SLURM_NNODES": "2"}
-    env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}  # below LIMIT's 40: no torchrun dies before its workers
+    env |= {
+        "PATH": f"{folder}:{python}:{env['PATH']}",
+        "STAND_IN": str(folder),
+        "TMPDIR": str(folder),
+    }
+    env |= {
+        "SLURM_JOB_ID": str(port()),
+        "SLURM_JOB_NODELIST": "localhost,elsewhere",
+        "SLURM_NNODES": "2",
+    }
+    env |= {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"
+    }  # below LIMIT's 40: no torchrun dies before its workers
     return env | {"SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1"}
 
 
@@ -83,14 +93,49 @@ def batch(cwd: Path, env: dict, *words, **more) -> subprocess.CompletedProcess:
 ENDS = {
     "finished": ("finished", 0, "", [0], 0, "finished"),
     "stopped by TERM": ("stopped", 0, "", [1, 2, 3, 4], 0, "requeue: stopped in order"),
-    "stopped by hand": ("stopped", 0, "as asked for", [0], 0, "not requeued: stopped, as asked for"),
+    "stopped by hand": (
+        "stopped",
+        0,
+        "as asked for",
+        [0],
+        0,
+        "not requeued: stopped, as asked for",
+    ),
     "diverged": ("diverged", 3, "E301: step 7", [0], 3, "not requeued, diverged 3: E301: step 7"),
     "bad input": ("input_error", 2, "E111: x", [0], 2, "not requeued, input_error 2: E111: x"),
     "killed": ("running", 0, "", [1, 2, 2], 1, "3 deaths without a new checkpoint (running 0"),
-    "lost a peer": ("restart", 75, "E601", [1, 2, 2], 1, "3 deaths without a new checkpoint (restart 75: E601)"),
-    "a bug": ("stopped", 1, "KeyError", [1, 2, 2], 1, "3 deaths without a new checkpoint (stopped 1: KeyError)"),
-    "full disk": ("finished", 4, "no room", [1, 2, 2], 1, "3 deaths without a new checkpoint (finished 4: no room)"),
-    "died at once": (None, 0, "", [1, 2, 2], 1, "3 deaths without a new checkpoint (ended before it began"),
+    "lost a peer": (
+        "restart",
+        75,
+        "E601",
+        [1, 2, 2],
+        1,
+        "3 deaths without a new checkpoint (restart 75: E601)",
+    ),
+    "a bug": (
+        "stopped",
+        1,
+        "KeyError",
+        [1, 2, 2],
+        1,
+        "3 deaths without a new checkpoint (stopped 1: KeyError)",
+    ),
+    "full disk": (
+        "finished",
+        4,
+        "no room",
+        [1, 2, 2],
+        1,
+        "3 deaths without a new checkpoint (finished 4: no room)",
+    ),
+    "died at once": (
+        None,
+        0,
+        "",
+        [1, 2, 2],
+        1,
+        "3 deaths without a new checkpoint (ended before it began",
+    ),
     "refused": (None, 0, "", [0], 2, "not requeued: E112: no such mesh"),
     "refused by a restart": ("running", 0, "", [0], 2, "not requeued: E112: no such mesh"),
     "refused, finished": ("finished", 0, "", [0], 0, "finished"),
@@ -101,10 +146,16 @@ ENDS = {
 def test_status_decides_whether_the_job_comes_back(tmp_path, name):
     state, code, reason, requeued, ended, said = ENDS[name]
     out = tmp_path / ("été, " + "in words that YAML folds " * 4)  # and quotes, and escapes
-    env = stand_ins(tmp_path / "bin", torchrun=TORCHRUN) | {"OUT": str(out), "STEP": "", "STATUS": ""}
+    env = stand_ins(tmp_path / "bin", torchrun=TORCHRUN) | {
+        "OUT": str(out),
+        "STEP": "",
+        "STATUS": "",
+    }
     env |= {"REFUSED": "E112: no such mesh" if "refused" in name else ""}
     out.mkdir()
-    (out / "status.json").write_text(json.dumps({"state": "stopped", "code": 0, "reason": "", "attempt": 7}))
+    (out / "status.json").write_text(
+        json.dumps({"state": "stopped", "code": 0, "reason": "", "attempt": 7})
+    )
     refused = tmp_path / f"slurm-{env['SLURM_JOB_ID']}.refused"
     refused.write_text("by an earlier start")
     (tmp_path / "train.py").write_text(SCRIPT)
@@ -112,7 +163,9 @@ def test_status_decides_whether_the_job_comes_back(tmp_path, name):
         row = {"state": state, "code": code, "step": 9, "attempt": attempt, "reason": reason}
         result = batch(tmp_path, env, "train.py", "c.yaml", STATUS=json.dumps(row) if state else "")
         calls = tmp_path / "bin/requeued"
-        assert len(calls.read_text().split() if calls.exists() else []) == count, result.stdout + result.stderr
+        assert len(calls.read_text().split() if calls.exists() else []) == count, (
+            result.stdout + result.stderr
+        )
         assert set(calls.read_text().split() if count else []) <= {env["SLURM_JOB_ID"]}
     assert result.returncode == ended and said in result.stdout, result.stdout + result.stderr
     assert not refused.exists()
@@ -124,8 +177,12 @@ def test_deaths_with_progress_between_them_are_not_counted(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     for attempt in range(1, 7):
         row = {"state": "running", "code": 0, "step": 9, "attempt": attempt, "reason": ""}
-        result = batch(tmp_path, env, "train.py", "c.yaml", STATUS=json.dumps(row), STEP=f"{attempt // 2:08}")
-        assert result.returncode == 0 and "requeue: running" in result.stdout, result.stdout + result.stderr
+        result = batch(
+            tmp_path, env, "train.py", "c.yaml", STATUS=json.dumps(row), STEP=f"{attempt // 2:08}"
+        )
+        assert result.returncode == 0 and "requeue: running" in result.stdout, (
+            result.stdout + result.stderr
+        )
 
 
 def test_bad_input_is_said_before_anything_starts(tmp_path):
@@ -151,9 +208,28 @@ STEPS = 60
 
 def run_keys(shards, out, **changes) -> dict:
     """The keys of a run of some seconds on two ranks."""
-    shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
-    run = {"data_dir": shards, "out_dir": str(out), "max_steps": STEPS, "batch_size": 4, "device": "cpu"}
-    run |= {"learning_rate": 3e-3, "warmup_steps": 10, "save_interval": 15, "save_total_limit": 0, "log_interval": 1}
+    shape = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_ff": 48,
+    }
+    run = {
+        "data_dir": shards,
+        "out_dir": str(out),
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "device": "cpu",
+    }
+    run |= {
+        "learning_rate": 3e-3,
+        "warmup_steps": 10,
+        "save_interval": 15,
+        "save_total_limit": 0,
+        "log_interval": 1,
+    }
     run |= {"eval_tokens": 256, "val_fraction": 0.05, "precision": "fp32", "compile_model": False}
     return run | changes | {"model": shape | {"max_seq_len": 32, "dropout": 0.1}}
 
@@ -163,7 +239,9 @@ def status(out) -> dict:
 
 
 def same(out, whole) -> None:
-    assert status(out)["state"] == "finished" and fingerprint(out, STEPS) == fingerprint(whole, STEPS)
+    assert status(out)["state"] == "finished" and fingerprint(out, STEPS) == fingerprint(
+        whole, STEPS
+    )
     assert losses(out) == losses(whole)
 
 
@@ -180,12 +258,21 @@ def whole(shards, tmp_path_factory) -> dict:
     top = tmp_path_factory.mktemp("whole")
     env, done = stand_ins(top / "bin"), {}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port())}
-    two = ("taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:2])))  # auto: as many ranks as cores
+    two = (
+        "taskset",
+        "-c",
+        ",".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    )  # auto: as many ranks as cores
     for script, line, nodes in (("train.py", ONE_MACHINE, 1), ("train_fsdp.py", MORE, 2)):
         done[script] = top / script
         path = write_yaml(top / f"{script}.yaml", run_keys(shards, done[script]))
         line = line.replace("CONFIG", str(path)).replace(ITS_SIZES, "--nproc_per_node=1 --nnodes=2")
-        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options = {
+            "cwd": ROOT,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         started = []
         for node in map(str, range(nodes)):
             words = [*LIMIT, *two, "bash", "-c", line]
@@ -212,16 +299,22 @@ def test_the_launch_lines_of_lunaris_codex(whole):
 
 
 @needs_two_cores
-@pytest.mark.parametrize("script", ["train.py", pytest.param("train_fsdp.py", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "script", ["train.py", pytest.param("train_fsdp.py", marks=pytest.mark.nightly)]
+)
 def test_a_job_is_stopped_comes_back_and_nothing_has_changed(whole, shards, tmp_path, script):
     """The real script, torchrun and ranks: TERM in the first job, the second ends the run."""
     env, out = stand_ins(tmp_path / "bin"), tmp_path / "run"
     words = [script, write_yaml(tmp_path / "c.yaml", run_keys(shards, out))]
     result = batch(ROOT, env, *words, TERM_WHEN=str(out / "metrics.jsonl"))
-    assert result.returncode == 0 and (tmp_path / "bin/requeued").exists(), result.stdout + result.stderr
+    assert result.returncode == 0 and (tmp_path / "bin/requeued").exists(), (
+        result.stdout + result.stderr
+    )
     assert status(out)["state"] == "stopped" and 20 <= status(out)["step"] < STEPS
     result = batch(ROOT, env, *words, SLURM_RESTART_COUNT="1")
-    assert result.returncode == 0 and "finished" in result.stdout.splitlines(), result.stdout + result.stderr
+    assert result.returncode == 0 and "finished" in result.stdout.splitlines(), (
+        result.stdout + result.stderr
+    )
     assert (tmp_path / "bin/requeued").read_text().count("\n") == 1, "once"
     same(out, whole[script])
 
@@ -230,8 +323,22 @@ def test_a_job_is_stopped_comes_back_and_nothing_has_changed(whole, shards, tmp_
 def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
     """Two torchruns of two ranks, as on two hosts: rank 0 says it, on the host without rank 0 one rank does."""
     path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", hsdp_shard_size=3))
-    words = ["--nproc_per_node=2", "--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port()}"]
-    command = [*LIMIT, sys.executable, "-m", "torch.distributed.run", *words, "--rdzv_id=1", "train_fsdp.py", path]
+    words = [
+        "--nproc_per_node=2",
+        "--nnodes=2",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port()}",
+    ]
+    command = [
+        *LIMIT,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *words,
+        "--rdzv_id=1",
+        "train_fsdp.py",
+        path,
+    ]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     began = time.time()
     hosts = [subprocess.Popen([str(w) for w in command], **options) for _ in range(2)]
@@ -247,7 +354,8 @@ def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
 
 HANG = """
 import os, sys, time
-import errors, loader, {script} as script
+import {script} as script
+from lumen import launch, loader
 following = loader.Loader.next
 def hang(self, left=[4]):
     left[0] -= 1
@@ -257,7 +365,7 @@ def hang(self, left=[4]):
             time.sleep(1)
     return following(self)
 loader.Loader.next = hang
-errors.command(script.main)
+launch.command(script.main)
 """
 
 
@@ -271,11 +379,15 @@ def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank
     code, started = HANG.format(script=script, rank=rank), []
     for r in (0, 1):
         env |= {"RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(ROOT)}
-        started.append(subprocess.Popen([sys.executable, "-c", code, str(path)], env=env, **options))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code, str(path)], env=env, **options)
+        )
     asleep, waits = started[rank], started[1 - rank]
     try:
         _, said = waits.communicate(timeout=180)
-        assert waits.returncode == 75 and "error E601: step 3: another rank hangs" in said, said[-3000:]
+        assert waits.returncode == 75 and "error E601: step 3: another rank hangs" in said, said[
+            -3000:
+        ]
         assert asleep.poll() is None
         assert (status(tmp_path / "run")["state"], rank) in [
             ("restart", 1),
@@ -330,14 +442,35 @@ class Host:
     def start(self, first: str, log: Path, *words) -> None:
         """torchrun with one rank; `first`: the address of the host that keeps the rendezvous."""
         conf = f"is_host={int(first == self.address)},keep_alive_interval=2"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        torchrun += ["--max-restarts=3", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint={first}:29511"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+        ]
+        torchrun += [
+            "--max-restarts=3",
+            "--rdzv_backend=c10d",
+            "--rdzv_id=1",
+            f"--rdzv_endpoint={first}:29511",
+        ]
         torchrun += ["--rdzv_conf", conf, "--local-addr", self.address, *map(str, words)]
-        command = [*self.ENDS_WITH_US, *self.inside, "unshare", "--pid", "--fork", "--kill-child", *torchrun]
+        command = [
+            *self.ENDS_WITH_US,
+            *self.inside,
+            "unshare",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            *torchrun,
+        ]
         env = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.log = log
         with open(log, "a") as file:
-            self.agent = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+            self.agent = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
+            )
 
     def power_off(self) -> None:
         """The agent dies, and with it its workers."""
@@ -350,7 +483,11 @@ class Host:
         """These processes live here and, after a moment, no others."""
         until, found = time.time() + seconds, None
         while found != expected and time.time() < until:
-            found = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and network_of(pid) == self.network]
+            found = [
+                int(pid)
+                for pid in os.listdir("/proc")
+                if pid.isdigit() and network_of(pid) == self.network
+            ]
             time.sleep(0.02)
         assert found == expected
 
@@ -377,7 +514,9 @@ def hosts():
                     host.ip("link", "set", device, "up")
             sh("unshare", "--pid", "--fork", "--kill-child", "true")
         except OSError as error:
-            pytest.skip(f"two hosts on one machine need network and pid namespaces (root, iproute2): {error}")
+            pytest.skip(
+                f"two hosts on one machine need network and pid namespaces (root, iproute2): {error}"
+            )
         yield made
     finally:
         for host in made:

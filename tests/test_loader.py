@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loader
-from errors import UserError
-from loader import BLOCK, Loader, Shard, Source, feistel, val_rows
+from lumen import loader
+from lumen.errors import UserError
+from lumen.loader import BLOCK, Loader, Shard, Source, feistel, val_rows
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 few = settings(max_examples=25, deadline=None)
@@ -30,7 +30,9 @@ def write(path, lengths, prefix="train", dtype=np.uint16, first=0):
     """Shards of the given lengths holding the ids first, first + 1, ...: each token says where it stands."""
     os.makedirs(path, exist_ok=True)
     for i, n in enumerate(lengths):
-        np.save(os.path.join(path, f"{prefix}_{i:05d}.npy"), np.arange(first, first + n).astype(dtype))
+        np.save(
+            os.path.join(path, f"{prefix}_{i:05d}.npy"), np.arange(first, first + n).astype(dtype)
+        )
         first += n
     return str(path)
 
@@ -41,7 +43,10 @@ def add_manifest(path, fingerprint="f00d"):
         files = sorted(f for f in os.listdir(path) if f.startswith(split) and f.count(".") == 1)
         arrays = {f: np.load(os.path.join(path, f)) for f in files}
         shards = [{"file": f, "tokens": len(a), "max_id": int(a.max())} for f, a in arrays.items()]
-        splits[split], dtype = {"shards": shards}, next(iter(arrays.values())).dtype.name if arrays else dtype
+        splits[split], dtype = (
+            {"shards": shards},
+            next(iter(arrays.values())).dtype.name if arrays else dtype,
+        )
     with open(os.path.join(path, "manifest.json"), "w") as f:
         json.dump({"splits": splits, "dtype": dtype, "fingerprint": fingerprint}, f)
     return str(path)
@@ -83,15 +88,22 @@ def test_feistel_is_a_permutation():
 @few
 @given(st.integers(1, 2**40), st.integers(0, 2**64), st.data())
 def test_feistel_of_any_size(n, seed, data):
-    index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True)))
+    index = np.array(
+        data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=50, unique=True))
+    )
     image = feistel(index, n, seed)
     assert len(set(image.tolist())) == len(index) and image.min() >= 0 and image.max() < n
-    assert np.array_equal(image[:1], feistel(index[:1], n, seed))  # whatever else is asked in the same call
+    assert np.array_equal(
+        image[:1], feistel(index[:1], n, seed)
+    )  # whatever else is asked in the same call
 
 
 def test_feistel_shuffles():
     n = 20_000
-    a, b = feistel(np.arange(n), n, 1, "epoch", "web", 0), feistel(np.arange(n), n, 1, "epoch", "web", 1)
+    a, b = (
+        feistel(np.arange(n), n, 1, "epoch", "web", 0),
+        feistel(np.arange(n), n, 1, "epoch", "web", 1),
+    )
     for x, y in ((a[:-1], a[1:]), (a, b), (a, np.arange(n))):
         assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
     assert len(np.unique(np.diff(a))) > n / 2  # i -> (a*i + b) mod n would have two
@@ -101,7 +113,16 @@ def test_feistel_shuffles():
 
 def test_the_order_never_changes():
     """A resumed run must go on in the old order after an upgrade of Lumen, numpy or Python. Do not adapt this test."""
-    assert feistel(np.arange(8), 1000, 1337, "epoch", "web", 2).tolist() == [917, 222, 615, 502, 118, 626, 32, 329]
+    assert feistel(np.arange(8), 1000, 1337, "epoch", "web", 2).tolist() == [
+        917,
+        222,
+        615,
+        502,
+        118,
+        626,
+        32,
+        329,
+    ]
     load = Loader(fakes(a=1000, b=77), 1337, [[0, {"a": 3, "b": 1}], [1500, {"a": 1, "b": 9}]])
     assert [load.locate(r) for r in (0, 1, 1499, 1500, 5000)] == [
         ("a", 471, 0),
@@ -115,11 +136,15 @@ def test_the_order_never_changes():
 # ---------------------------------------------------------------------------------------------------------------------
 # mixtures and the cursor
 
-weights = st.fixed_dictionaries({"a": st.integers(1, 9), "b": st.integers(0, 9), "c": st.integers(0, 3)})
+weights = st.fixed_dictionaries(
+    {"a": st.integers(1, 9), "b": st.integers(0, 9), "c": st.integers(0, 3)}
+)
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3000), weights), max_size=3), weights, st.integers(0, 2**31))
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), weights), max_size=3), weights, st.integers(0, 2**31)
+)
 def test_every_epoch_is_a_permutation_whatever_the_segments(later, first, seed):
     segments = [[0, first], *([row, w] for row, w in sorted(later, key=lambda x: x[0]))]
     load = Loader(fakes(a=701, b=97, c=1), seed, segments)
@@ -129,7 +154,9 @@ def test_every_epoch_is_a_permutation_whatever_the_segments(later, first, seed):
         rows[name].append((epoch, window))
     for name, seen in rows.items():
         n = load.sources[name].windows
-        assert [e for e, _ in seen] == [i // n for i in range(len(seen))]  # epochs one after the other
+        assert [e for e, _ in seen] == [
+            i // n for i in range(len(seen))
+        ]  # epochs one after the other
         for e in range(0, len(seen), n):
             assert len(set(seen[e : e + n])) == len(seen[e : e + n])  # nothing twice in one
     assert load.epochs(6000) == {k: len(rows[k]) / load.sources[k].windows for k in "abc"}
@@ -139,7 +166,9 @@ def test_mixture_ratio_is_exact():
     load = Loader(fakes(a=10**6, b=10**6, c=10**6), 5, [[0, {"a": 0.7, "b": 0.2, "c": 0.1}]])
     share = {"a": 0.7, "b": 0.2, "c": 0.1}
     for block in range(3):
-        names = collections.Counter(load.locate(r)[0] for r in range(block * BLOCK, (block + 1) * BLOCK))
+        names = collections.Counter(
+            load.locate(r)[0] for r in range(block * BLOCK, (block + 1) * BLOCK)
+        )
         assert all(abs(names[k] / BLOCK - share[k]) < 1 / BLOCK for k in share)
         assert names == {"a": 717, "b": 205, "c": 102}  # 716.8, 204.8, 102.4
     early = collections.Counter(load.locate(r)[0] for r in range(128))
@@ -151,22 +180,34 @@ def test_orders_differ():
     load = Loader(fakes(a=500, b=500), 1, [[0, {"a": 1, "b": 1}]])
     rows = [load.locate(r) for r in range(2 * BLOCK)]
     assert [name for name, _, _ in rows[:BLOCK]] != [name for name, _, _ in rows[BLOCK:]]
-    one = {(k, e): [w for name, w, epoch in rows if (name, epoch) == (k, e)] for k in "ab" for e in (0, 1)}
+    one = {
+        (k, e): [w for name, w, epoch in rows if (name, epoch) == (k, e)]
+        for k in "ab"
+        for e in (0, 1)
+    }
     other = Loader(fakes(a=500), 2, [[0, {"a": 1}]])
     one["seed"] = [other.locate(r)[1] for r in range(500)]
     orders = list(one.values())
-    assert all(sorted(order) == list(range(500)) for order in orders) and len({tuple(order) for order in orders}) == 5
+    assert (
+        all(sorted(order) == list(range(500)) for order in orders)
+        and len({tuple(order) for order in orders}) == 5
+    )
 
 
 def test_rows_and_windows_beyond_32_bits():
-    load = Loader(fakes(big=2**33 + 7, small=3), 1, [[0, {"big": 1}], [2**32 + 5, {"big": 1, "small": 1}]])
+    load = Loader(
+        fakes(big=2**33 + 7, small=3), 1, [[0, {"big": 1}], [2**32 + 5, {"big": 1, "small": 1}]]
+    )
     for row in (2**31 - 1, 2**31, 2**32 + 4, 2**32 + 5, 2**45 + 123):
         name, window, epoch = load.locate(row)
         assert 0 <= window < load.sources[name].windows and epoch >= 0
     assert len({load.locate(2**31 + r)[1] for r in range(3000)}) == 3000
     assert max(load.locate(2**31 + r)[1] for r in range(100)) > 2**32
     assert load.locate(2**45)[2] > 1000
-    assert load.epochs(2**32 + 5 + 2 * BLOCK) == {"big": (2**32 + 5 + BLOCK) / (2**33 + 7), "small": BLOCK / 3}
+    assert load.epochs(2**32 + 5 + 2 * BLOCK) == {
+        "big": (2**32 + 5 + BLOCK) / (2**33 + 7),
+        "small": BLOCK / 3,
+    }
 
 
 def test_impossible_weights():
@@ -229,7 +270,9 @@ def test_batches(two):
         assert np.array_equal(two[name].window(window), [*x[r], y[r, -1]])
     a, b = load.batch(1003, 2)
     assert np.array_equal(a, x[3:5]) and np.array_equal(b, y[3:5])
-    assert not np.array_equal(x, Loader(two, 4, [[0, {"a": 1, "b": 1}]]).batch(1000, 64)[0])  # the seed matters
+    assert not np.array_equal(
+        x, Loader(two, 4, [[0, {"a": 1, "b": 1}]]).batch(1000, 64)[0]
+    )  # the seed matters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +280,11 @@ def test_batches(two):
 
 
 @few
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(1, 9), st.sampled_from(["<u2", "<u4"]))
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=12),
+    st.integers(1, 9),
+    st.sampled_from(["<u2", "<u4"]),
+)
 def test_no_token_is_lost_or_padded(lengths, T, dtype):
     with tempfile.TemporaryDirectory() as path:
         total = sum(lengths)
@@ -248,7 +295,10 @@ def test_no_token_is_lost_or_padded(lengths, T, dtype):
             return
         source = Source(path, "train", T)
         assert (source.tokens, source.dtype, source.bare) == (total, np.dtype(dtype), True)
-        assert source.windows == (total - 1) // T and source.unused == total - 1 - source.windows * T < T
+        assert (
+            source.windows == (total - 1) // T
+            and source.unused == total - 1 - source.windows * T < T
+        )
         for i in range(source.windows):
             assert source.window(i).dtype == np.int64
             assert source.window(i).tolist() == list(range(7 + i * T, 7 + i * T + T + 1))
@@ -265,7 +315,9 @@ def test_lunaris_defects(tmp_path):
     source = Source(path, "train", 4)  # 16 tokens
     load = Loader({"d": source}, 1, [[0, {"d": 1}]], vocab_size=16)
     x, y = load.batch(0, source.windows)
-    assert source.windows == 3 and y.max() <= 15 and sorted(y.ravel().tolist()) == list(range(1, 13))
+    assert (
+        source.windows == 3 and y.max() <= 15 and sorted(y.ravel().tolist()) == list(range(1, 13))
+    )
     load.start(0, 0, 1, 1, 1)
     before = [load.next()[2].tolist() for _ in range(2)]
     again = Loader({"d": source}, 1, [[0, {"d": 1}]])
@@ -276,7 +328,10 @@ def test_lunaris_defects(tmp_path):
 
 
 def test_ids_at_the_limits(tmp_path):
-    for dtype, ids in ((np.uint16, [0, 65535, 1, 65534]), (np.uint32, [0, 65536, 200_018, 2**32 - 1])):
+    for dtype, ids in (
+        (np.uint16, [0, 65535, 1, 65534]),
+        (np.uint32, [0, 65536, 200_018, 2**32 - 1]),
+    ):
         path = str(tmp_path / np.dtype(dtype).name)
         os.makedirs(path)
         np.save(os.path.join(path, "x.npy"), np.array(ids, dtype))
@@ -285,7 +340,12 @@ def test_ids_at_the_limits(tmp_path):
 
 def test_bare_folders(tmp_path):
     path = write(tmp_path / "d", [50, 51])
-    for name in ("train_00000.docs.npy", "train_00000.mask.npy", "token_bytes.npy", "._train_00000.npy"):
+    for name in (
+        "train_00000.docs.npy",
+        "train_00000.mask.npy",
+        "token_bytes.npy",
+        "._train_00000.npy",
+    ):
         np.save(os.path.join(path, name), np.zeros(9, np.uint8))
     train, val = Source(path, "train", 10), Source(path, "val", 10)
     assert (train.tokens, train.windows, train.unused, val.windows) == (101, 10, 0, 0)
@@ -306,9 +366,17 @@ def test_held_out_tail(total, fraction, T):
             return
         train, val = Source(path, "train", T, fraction), Source(path, "val", T, fraction)
         n = (total - 1) // T
-        assert train.windows + val.windows == n and train.windows >= 1 and train.fingerprint == val.fingerprint
-        assert abs(val.windows - n * fraction) <= 1 and (val.windows > 0) == (fraction > 0 and n > 1)
-        targets = [t for s in (train, val) for i in range(s.windows) for t in s.window(i)[1:].tolist()]
+        assert (
+            train.windows + val.windows == n
+            and train.windows >= 1
+            and train.fingerprint == val.fingerprint
+        )
+        assert abs(val.windows - n * fraction) <= 1 and (val.windows > 0) == (
+            fraction > 0 and n > 1
+        )
+        targets = [
+            t for s in (train, val) for i in range(s.windows) for t in s.window(i)[1:].tolist()
+        ]
         assert targets == list(range(1, n * T + 1))  # each once: no overlap, no gap
 
 
@@ -326,7 +394,9 @@ def test_fingerprints(tmp_path):
 def test_manifest(tmp_path):
     path = write(tmp_path / "d", [50, 60], dtype=np.uint32)
     write(path, [30], prefix="val", dtype=np.uint32, first=500)
-    np.save(os.path.join(path, "stray.npy"), np.zeros(9, np.uint16))  # not in the manifest: not ours
+    np.save(
+        os.path.join(path, "stray.npy"), np.zeros(9, np.uint16)
+    )  # not in the manifest: not ours
     train, val = (Source(add_manifest(path), split, 10, 0.5) for split in ("train", "val"))
     assert (train.windows, val.windows, train.max_id, val.max_id) == (10, 2, 109, 529)
     assert not train.bare and train.fingerprint == "f00d" and train.manifest["dtype"] == "uint32"
@@ -339,7 +409,16 @@ def test_manifest(tmp_path):
 
 
 def test_damaged_shards_of_a_manifest(tmp_path):
-    for damage in ("missing", "cut", "cut in its header", "empty", "longer", "other length", "other dtype", "manifest"):
+    for damage in (
+        "missing",
+        "cut",
+        "cut in its header",
+        "empty",
+        "longer",
+        "other length",
+        "other dtype",
+        "manifest",
+    ):
         path = add_manifest(write(tmp_path / damage, [50, 60]))
         file = os.path.join(path, "train_00001.npy")
         size = os.path.getsize(file)
@@ -353,7 +432,13 @@ def test_damaged_shards_of_a_manifest(tmp_path):
             file = os.path.join(path, "manifest.json")
             os.truncate(file, 30)
         else:
-            np.save(file, np.arange(60 if damage == "other dtype" else 59, dtype="<u4" if "dtype" in damage else "<u2"))
+            np.save(
+                file,
+                np.arange(
+                    60 if damage == "other dtype" else 59,
+                    dtype="<u4" if "dtype" in damage else "<u2",
+                ),
+            )
         text = fails("E112" if damage == "other dtype" else "E111", Source, path, "train", 4)
         assert file in text, damage
         if damage == "cut":
@@ -385,7 +470,9 @@ def test_what_is_no_shard(tmp_path):
         (tmp_path / name / file).write_bytes(data)
         text = fails("E112", Source, str(tmp_path / name), "train", 2)
         assert word in text and file in text, text
-    assert "raw tokens" in fails("E112", Source, str(tmp_path / "raw bin" / "train.bin"), "train", 2)
+    assert "raw tokens" in fails(
+        "E112", Source, str(tmp_path / "raw bin" / "train.bin"), "train", 2
+    )
     path = write(tmp_path / "mixed", [50])
     write(path, [50], prefix="z", dtype=np.uint32)
     text = fails("E112", Source, path, "train", 2)
@@ -429,13 +516,17 @@ def test_shard_changes_under_the_run(tmp_path, quick):
     shutil.copy(file, str(tmp_path / "copy"))
     os.replace(tmp_path / "copy", file)
     assert source.window(7)[0] == 70
-    np.save(file, np.arange(60, dtype="<u2") + 900)  # what is in the file counts, not what an old descriptor shows
+    np.save(
+        file, np.arange(60, dtype="<u2") + 900
+    )  # what is in the file counts, not what an old descriptor shows
     os.utime(file, (2, 2))
     assert source.window(7)[0] == 920
     size = os.path.getsize(file)
     for damage in (
         lambda: os.truncate(file, size - 2),
-        lambda: np.save(file, np.arange(30, dtype="<u4")),  # by chance as long as before: the header is not
+        lambda: np.save(
+            file, np.arange(30, dtype="<u4")
+        ),  # by chance as long as before: the header is not
         lambda: os.remove(file),
     ):
         damage()
@@ -475,7 +566,9 @@ def test_stale_handle(tmp_path, quick, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(tmp_path, quick, monkeypatch, number):
+def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(
+    tmp_path, quick, monkeypatch, number
+):
     path = write(tmp_path / "d", [50])
     source, tries, waits = Source(path, "train", 10), [], []
 
@@ -500,11 +593,15 @@ def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr(os, name, failing(99, getattr(os, name)))
             text = fails("E111", source.window, 3)
-        assert "cannot be read" in text and os.strerror(number) in text and "train_00000.npy" in text
+        assert (
+            "cannot be read" in text and os.strerror(number) in text and "train_00000.npy" in text
+        )
         assert waits == [*loader.WAITS, *loader.PATIENCE]
         tries.clear()
         waits.clear()
-    os.truncate(os.path.join(path, "train_00000.npy"), 200)  # nothing comes back from this: it is named at once
+    os.truncate(
+        os.path.join(path, "train_00000.npy"), 200
+    )  # nothing comes back from this: it is named at once
     assert "changed" in fails("E111", source.window, 3) and waits == [*loader.WAITS]
 
 
@@ -525,7 +622,8 @@ def test_truncation_is_no_crash(tmp_path):
     os.makedirs(path)
     np.save(os.path.join(path, "train_00000.npy"), np.zeros(4_000_000, np.uint16))
     code = """
-        import sys, loader
+        import sys
+        from lumen import loader
         from errors import UserError
         loader.WAITS = (0.01, 0.01)
         load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 4096)}, 1, [[0, {"d": 1}]])
@@ -540,24 +638,34 @@ def test_truncation_is_no_crash(tmp_path):
     """
     for _ in range(3):
         run = [sys.executable, "-c", textwrap.dedent(code), path]
-        child = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert child.stdout.readline() == "reading\n"
         os.truncate(os.path.join(path, "train_00000.npy"), 1000)
         _, err = child.communicate(timeout=20)
-        assert child.returncode == 1 and err.startswith("E111") and "8000128 bytes" in err and "1000" in err, err
+        assert (
+            child.returncode == 1
+            and err.startswith("E111")
+            and "8000128 bytes" in err
+            and "1000" in err
+        ), err
         np.save(os.path.join(path, "train_00000.npy"), np.zeros(4_000_000, np.uint16))
 
 
 def test_thousands_of_shards_under_a_small_limit_of_open_files(tmp_path):
     path = write(tmp_path / "d", [5] * 800)
     code = """
-        import resource, sys, loader
+        import resource, sys
+        from lumen import loader
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         loader.WAITS = ()
         source = loader.Source(sys.argv[1], "train", 7)
         assert [int(source.window(i)[0]) for i in range(source.windows)] == list(range(0, source.windows * 7, 7))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), path], cwd=ROOT, check=True, timeout=20)
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), path], cwd=ROOT, check=True, timeout=20
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,7 +684,11 @@ def test_stream_seek_and_close(two):
     load.start(1000, 1, 2, 4, 2, steps=1)  # a seek: nothing of the old stream comes through
     for row in (1004, 1012):
         first, x, y = load.next()
-        assert first == row and np.array_equal(x, load.batch(row, 4)[0]) and np.array_equal(y, load.batch(row, 4)[1])
+        assert (
+            first == row
+            and np.array_equal(x, load.batch(row, 4)[0])
+            and np.array_equal(y, load.batch(row, 4)[1])
+        )
     with pytest.raises(IndexError):
         load.next()
     load.start(8, 0, 1, 2, 1)
@@ -627,7 +739,8 @@ def test_errors_of_the_thread_are_raised_by_next(tmp_path, quick, monkeypatch):
 def test_an_abandoned_stream_does_not_keep_the_interpreter_alive(tmp_path):
     path = write(tmp_path / "d", [5000])
     code = """
-        import sys, loader
+        import sys
+        from lumen import loader
         load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 10)}, 1, [[0, {"d": 1}]])
         load.start(0, 0, 1, 4, 1)
         load.next()
@@ -635,7 +748,11 @@ def test_an_abandoned_stream_does_not_keep_the_interpreter_alive(tmp_path):
     """
     run = [sys.executable, "-c", textwrap.dedent(code), path]
     child = subprocess.run(run, cwd=ROOT, timeout=20, stderr=subprocess.PIPE, text=True)
-    assert child.returncode == 1 and child.stderr.count("Traceback") == 1 and "the trainer's" in child.stderr
+    assert (
+        child.returncode == 1
+        and child.stderr.count("Traceback") == 1
+        and "the trainer's" in child.stderr
+    )
 
 
 def test_evaluation_beside_the_thread(two, monkeypatch):
@@ -649,7 +766,9 @@ def test_evaluation_beside_the_thread(two, monkeypatch):
         row, a, b = load.next()
         c, d = load.batch(1196 - row, 4)
         assert np.array_equal(a, x[row : row + 4]) and np.array_equal(b, y[row : row + 4])
-        assert np.array_equal(c, x[1196 - row : 1200 - row]) and np.array_equal(d, y[1196 - row : 1200 - row])
+        assert np.array_equal(c, x[1196 - row : 1200 - row]) and np.array_equal(
+            d, y[1196 - row : 1200 - row]
+        )
     load.close()
 
 
@@ -658,10 +777,18 @@ def test_evaluation_beside_the_thread(two, monkeypatch):
 
 
 @few
-@given(st.dictionaries(st.sampled_from("abcde"), st.tuples(st.integers(0, 60), st.floats(0, 5)), min_size=1), st.data())
+@given(
+    st.dictionaries(
+        st.sampled_from("abcde"), st.tuples(st.integers(0, 60), st.floats(0, 5)), min_size=1
+    ),
+    st.data(),
+)
 def test_val_rows(made, data):
     count = data.draw(st.integers(0, 200))
-    sources, shares = {k: Fake(n) for k, (n, _) in made.items()}, {k: w for k, (_, w) in made.items()}
+    sources, shares = (
+        {k: Fake(n) for k, (n, _) in made.items()},
+        {k: w for k, (_, w) in made.items()},
+    )
     rows = val_rows(sources, shares, count)
     able = {k: n for k, (n, w) in made.items() if n and w}
     taken = collections.Counter(name for name, _ in rows)

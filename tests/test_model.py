@@ -12,8 +12,18 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as M
-from model import Attention, HeadLoss, KVCache, ModelConfig, RMSNorm, Transformer, choose, rope_tables, rotate
+import kernels
+from model import (
+    Attention,
+    HeadLoss,
+    KVCache,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    choose,
+    rope_tables,
+    rotate,
+)
 
 torch.set_num_threads(1)
 
@@ -52,7 +62,9 @@ def grads(model, x, y, **kwargs):
 
 
 def close(a, b, tol):
-    return (a.double() - b.double()).abs().max().item() <= tol * max(1.0, b.double().abs().max().item())
+    return (a.double() - b.double()).abs().max().item() <= tol * max(
+        1.0, b.double().abs().max().item()
+    )
 
 
 # ---------------------------------------------------------------- decoding
@@ -79,7 +91,9 @@ def test_cached_decoding_equals_full_forward(kind):
 
     feed([r[:4] for r in rows])
     feed([r[4:] or [7] for r in rows])
-    for step in range(6):  # row 2 is full after 20 tokens, row 0 pauses: neither may disturb the others or itself
+    for step in range(
+        6
+    ):  # row 2 is full after 20 tokens, row 0 pauses: neither may disturb the others or itself
         feed([[] if step % 2 else [step], [50 + step], [step + 1]])
     assert cache.filled[2] == 20
     feed([[5, 6, 8], [4], []])
@@ -107,7 +121,9 @@ def test_cache_works_on_its_bytes_only():
 
 def test_generate_pushes_each_token_through_once():
     model, pushed = make(), []
-    model.blocks[0].register_forward_pre_hook(lambda _, args: pushed.append(tuple(args[0].shape[:2])))
+    model.blocks[0].register_forward_pre_hook(
+        lambda _, args: pushed.append(tuple(args[0].shape[:2]))
+    )
     out = list(model.generate([[1, 2, 3], [4]], 10, [0, 0]))
     assert len(out) == 10 and pushed == [(2, 3)] + [(2, 1)] * 9
 
@@ -134,14 +150,20 @@ def test_generate_masks_a_padded_vocabulary():
     model = make(vocab_size=97)
     with torch.no_grad():
         model.embed.weight[50:] *= 50
-    drawn = {i for row in model.generate([[1, 2]] * 4, 28, [1, 2, 3, 4], n_vocab=50, temperature=2.0) for i in row}
+    drawn = {
+        i
+        for row in model.generate([[1, 2]] * 4, 28, [1, 2, 3, 4], n_vocab=50, temperature=2.0)
+        for i in row
+    }
     assert max(drawn) < 50 and len(drawn) > 10
     assert max(i for row in model.generate([[60]] * 4, 20, [1, 2, 3, 4]) for i in row) >= 50
 
 
 def test_repetition_penalty_knows_the_prompt_and_what_was_said():
     model, prompt = make(std=0.2), ids(30).tolist()
-    out = [row[0] for row in model.generate([prompt], 20, [0], temperature=0, repetition_penalty=100.0)]
+    out = [
+        row[0] for row in model.generate([prompt], 20, [0], temperature=0, repetition_penalty=100.0)
+    ]
     assert len({*out} - {*prompt}) == 20
     out = [row[0] for row in model.generate([prompt], 20, [0], temperature=0)]
     assert len({*out} - {*prompt}) < 20
@@ -198,7 +220,9 @@ def test_choose_draws_from_transformers_distribution(options):
     seen = torch.zeros(n, V, dtype=torch.bool)
     seen[:, before[0]] = True
     gens = [torch.Generator().manual_seed(i) for i in range(n)]
-    counts = torch.bincount(choose(logits.expand(n, V), seen, gens, **options), minlength=V).double()
+    counts = torch.bincount(
+        choose(logits.expand(n, V), seen, gens, **options), minlength=V
+    ).double()
     assert (counts[p == 0] == 0).all()
     sigma = (p * (1 - p) * n).sqrt().clamp(min=1)
     assert ((counts - p * n).abs() < 4.5 * sigma).all()
@@ -208,7 +232,13 @@ def test_choose_limits():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     seen, best = torch.zeros(3, 20, dtype=torch.bool), logits.argmax(-1)
     gens = [torch.Generator().manual_seed(i) for i in range(3)]
-    for greedy in (dict(temperature=0), dict(temperature=1e-30), dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
+    for greedy in (
+        dict(temperature=0),
+        dict(temperature=1e-30),
+        dict(top_k=1),
+        dict(top_p=1e-6),
+        dict(min_p=1.0),
+    ):
         assert torch.equal(choose(logits, seen, gens, **greedy), best), greedy
     # one draw per row whatever the options: a row's stream of random numbers depends on nothing else
     a, b = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -229,7 +259,9 @@ def reference_loss(x, w, t, z_loss):
 
 
 @pytest.mark.parametrize("z_loss", (0.0, 0.01))
-@pytest.mark.parametrize(("N", "V"), [(1, 7), (50, 97), (63, 70000), (64, 70000), (65, 70000), (130, 70000)])
+@pytest.mark.parametrize(
+    ("N", "V"), [(1, 7), (50, 97), (63, 70000), (64, 70000), (65, 70000), (130, 70000)]
+)
 def test_head_loss_equals_cross_entropy(N, V, z_loss):
     """With 70,000 ids a chunk on the CPU is 64 rows: below, at, above and at twice the boundary."""
     gen = torch.Generator().manual_seed(N)
@@ -249,12 +281,18 @@ def test_head_loss_equals_cross_entropy(N, V, z_loss):
         return (ce + z, ce, z, a.grad, b.grad), correct
 
     (exact, correct), (plain, _) = reference(torch.float64), reference(torch.float32)
-    for got, want, rounded in zip((total, ce, z, x.grad, w.grad), exact, plain):  # as exact as plain fp32 autograd
-        assert (got - want).abs().max() <= 2 * (rounded - want).abs().max() + 2e-6 * want.abs().max()
+    for got, want, rounded in zip(
+        (total, ce, z, x.grad, w.grad), exact, plain
+    ):  # as exact as plain fp32 autograd
+        assert (got - want).abs().max() <= 2 * (
+            rounded - want
+        ).abs().max() + 2e-6 * want.abs().max()
     assert (x.grad[t < 0] == 0).all()
     with torch.no_grad():
         total2, ce2, z2, n = HeadLoss.apply(x, w, t, z_loss, False)
-    assert n == correct and torch.equal(total2, total) and torch.equal(ce2, ce) and torch.equal(z2, z)
+    assert (
+        n == correct and torch.equal(total2, total) and torch.equal(ce2, ce) and torch.equal(z2, z)
+    )
 
 
 def test_head_loss_counts_correct_tokens_and_ignores_all():
@@ -279,7 +317,9 @@ def test_model_loss_and_gradients_equal_plain_autograd(tie):
     ce = F.cross_entropy(logits[valid], y[valid], reduction="sum")
     z = 0.003 * logits.logsumexp(-1)[valid].square().sum()
     (ce + z).backward()
-    assert close(total, ce + z, 1e-6) and close(stats["ce"], ce, 1e-6) and close(stats["z"], z, 1e-6)
+    assert (
+        close(total, ce + z, 1e-6) and close(stats["ce"], ce, 1e-6) and close(stats["z"], z, 1e-6)
+    )
     assert stats["count"] == 15 and "correct" not in stats
     for n, p in model.named_parameters():
         assert close(g[n], p.grad, 2e-6), n
@@ -323,7 +363,9 @@ def test_rope_scores_depend_on_the_difference_of_positions_only(cast, scaling):
     for difference in (0, 1, 5, 30):
         scores = [score(base + difference, base) for base in (0, 10, 110, 1000)]
         assert max(scores) - min(scores) < tol, (difference, scores)
-    assert abs(score(5, 0) - score(0, 5)) > 0.1 and abs(score(9, 0) - score(2, 0)) > 0.1  # and they do depend on it
+    assert (
+        abs(score(5, 0) - score(0, 5)) > 0.1 and abs(score(9, 0) - score(2, 0)) > 0.1
+    )  # and they do depend on it
 
 
 def test_rope_is_the_rotation_of_the_paper():
@@ -331,17 +373,32 @@ def test_rope_is_the_rotation_of_the_paper():
     cfg = ModelConfig(**SMALL | dict(head_dim=16, rope_theta=500.0))
     x = torch.randn(2, 7, 3, 16, generator=torch.Generator().manual_seed(0))
     freq = 500.0 ** -(torch.arange(8, dtype=torch.float64) / 8)
-    turn = torch.polar(torch.ones(7, 8, dtype=torch.float64), torch.arange(7)[:, None] * freq)[:, None]
+    turn = torch.polar(torch.ones(7, 8, dtype=torch.float64), torch.arange(7)[:, None] * freq)[
+        :, None
+    ]
     y = torch.complex(x[..., :8].double(), x[..., 8:].double()) * turn
-    assert close(rotate(x, rope_tables(cfg, torch.arange(7))), torch.cat((y.real, y.imag), -1), 1e-6)
+    assert close(
+        rotate(x, rope_tables(cfg, torch.arange(7))), torch.cat((y.real, y.imag), -1), 1e-6
+    )
 
 
 SCALINGS = [
     {"rope_type": "linear", "factor": 4.0},
     {"type": "linear", "factor": 2.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
-    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "beta_fast": 16, "beta_slow": 2},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3},
+    {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 16,
+        "beta_slow": 2,
+    },
+    {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.3,
+    },
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     | {"original_max_position_embeddings": 8192},
     {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -355,14 +412,29 @@ def test_rope_scaling_equals_transformers(scaling, head_dim):
     rope = pytest.importorskip("transformers.modeling_rope_utils")
     from transformers import LlamaConfig
 
-    theirs = {("rope_type" if k == "type" else k): v for k, v in scaling.items()} | {"rope_theta": 500000.0}
+    theirs = {("rope_type" if k == "type" else k): v for k, v in scaling.items()} | {
+        "rope_theta": 500000.0
+    }
     size = dict(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim)
     hf = LlamaConfig(**size, max_position_embeddings=16384, rope_parameters=theirs)
     inv_freq, gain = rope.ROPE_INIT_FUNCTIONS[theirs["rope_type"]](hf, "cpu")
     cfg = ModelConfig(
-        1, 4 * head_dim, 1, 4, head_dim=head_dim, max_seq_len=16384, rope_theta=500000.0, rope_scaling=scaling
+        1,
+        4 * head_dim,
+        1,
+        4,
+        head_dim=head_dim,
+        max_seq_len=16384,
+        rope_theta=500000.0,
+        rope_scaling=scaling,
     )
-    for pos in (0, 1, 2, 100, 16000):  # angles of position 1 are the frequencies themselves; fp32 angles lose digits
+    for pos in (
+        0,
+        1,
+        2,
+        100,
+        16000,
+    ):  # angles of position 1 are the frequencies themselves; fp32 angles lose digits
         cos, sin = rope_tables(cfg, torch.tensor([pos]))
         assert close(cos[0, 0], (pos * inv_freq).cos() * gain, 1e-6 if pos < 3 else 2.5e-7 * pos)
         assert close(sin[0, 0], (pos * inv_freq).sin() * gain, 1e-6 if pos < 3 else 2.5e-7 * pos)
@@ -429,15 +501,25 @@ def test_causality(kind):
         y = x.clone()
         y[0, t] = (y[0, t] + 1) % 97
         after = model(y)
-        assert torch.equal(after[0, :t], before[0, :t]) and not close(after[0, t], before[0, t], 1e-3)
+        assert torch.equal(after[0, :t], before[0, :t]) and not close(
+            after[0, t], before[0, t], 1e-3
+        )
 
 
 @pytest.mark.parametrize(
     ("d_model", "multiplier", "multiple_of", "d_ff"),
-    [(768, 4.0, 256, 2048), (1024, 4.0, 256, 2816), (256, 4.0, 256, 768), (512, 4.0, 64, 1408), (96, 2.5, 16, 160)],
+    [
+        (768, 4.0, 256, 2048),
+        (1024, 4.0, 256, 2816),
+        (256, 4.0, 256, 768),
+        (512, 4.0, 64, 1408),
+        (96, 2.5, 16, 160),
+    ],
 )
 def test_d_ff_by_lunaris_rule(d_model, multiplier, multiple_of, d_ff):
-    sizes = dict(d_model=d_model, n_heads=4, ffn_hidden_multiplier=multiplier, multiple_of=multiple_of)
+    sizes = dict(
+        d_model=d_model, n_heads=4, ffn_hidden_multiplier=multiplier, multiple_of=multiple_of
+    )
     assert ModelConfig(**sizes).d_ff == d_ff
     assert ModelConfig(**sizes, d_ff=100).d_ff == 100
 
@@ -455,9 +537,14 @@ def test_init_is_seeded_per_name_with_the_stds_of_the_table():
     params = list(backwards.named_parameters())
     backwards.named_parameters = lambda: reversed(params)
     backwards.init_weights(3)
-    deeper, other = make(seed=3, **big | dict(n_layers=6)).state_dict(), make(seed=4, **big).state_dict()
+    deeper, other = (
+        make(seed=3, **big | dict(n_layers=6)).state_dict(),
+        make(seed=4, **big).state_dict(),
+    )
     weights = [p for p in model.parameters() if p.dim() == 2]
-    assert len({p.flatten()[:4].sum().item() for p in weights}) == len(weights)  # no two start alike
+    assert len({p.flatten()[:4].sum().item() for p in weights}) == len(
+        weights
+    )  # no two start alike
     for name, p in model.state_dict().items():
         assert torch.equal(p, backwards.state_dict()[name])
         if not name.endswith(("wo.weight", "w2.weight")):
@@ -470,7 +557,10 @@ def test_initial_weights_follow_the_width(d_model):
     """A matrix of fan-in d_model passes on the same share of its input at any width."""
     cfg = ModelConfig(vocab_size=97, d_model=d_model, n_layers=1, n_heads=2)
     assert cfg.init_std * d_model**0.5 == pytest.approx(0.02 * 512**0.5)
-    assert ModelConfig(vocab_size=97, d_model=d_model, n_layers=1, n_heads=2, init_std=0.02).init_std == 0.02
+    assert (
+        ModelConfig(vocab_size=97, d_model=d_model, n_layers=1, n_heads=2, init_std=0.02).init_std
+        == 0.02
+    )
 
 
 def test_dropout_is_off_in_eval_and_on_in_training():
@@ -509,7 +599,9 @@ def test_bf16_compute_keeps_fp32_parameters_and_gradients():
     exact = grads(model, x, y)
     model.compute_dtype, stream = torch.bfloat16, []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, args, out: stream.extend((args[0].dtype, out[0].dtype)))
+        block.register_forward_hook(
+            lambda _, args, out: stream.extend((args[0].dtype, out[0].dtype))
+        )
     total, stats, g = grads(model, x, y)
     assert set(stream) == {torch.bfloat16} and model(x).dtype == torch.bfloat16
     assert total.dtype == stats["ce"].dtype == torch.float32 and abs(total / exact[0] - 1) < 0.01
@@ -523,7 +615,9 @@ def test_norms_compute_in_fp32():
     x = (1 + 0.01 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
     norm = RMSNorm(512, 1e-6)
     norm.weight.data.uniform_(0.5, 2)
-    exact = (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(torch.bfloat16)
+    exact = (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(
+        torch.bfloat16
+    )
     got = norm(x)
     assert got.dtype == torch.bfloat16 and torch.equal(got, exact * norm.weight.bfloat16())
     huge = torch.full((1, 512), 3e4, dtype=torch.float16)  # its square is beyond fp16
@@ -548,7 +642,14 @@ def test_counts(kind, device):
     cfg = ModelConfig(**SMALL | KINDS[kind])
     with torch.device(device):
         model = Transformer(cfg)
-    C, H, G, D, L, V = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.n_layers, cfg.vocab_size
+    C, H, G, D, L, V = (
+        cfg.d_model,
+        cfg.n_heads,
+        cfg.n_kv_heads,
+        cfg.head_dim,
+        cfg.n_layers,
+        cfg.vocab_size,
+    )
     layer = C * (H + 2 * G) * D + H * D * C + 3 * C * cfg.d_ff
     if cfg.norm_order == "lunaris":
         layer += C + (H + G) * D
@@ -574,7 +675,10 @@ def test_flops_per_token_equals_the_measured_ones(kind, recompute):
     model = make(**KINDS[kind])
     model.recompute = recompute
     x, extra = ids(2, 16), {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * math.prod(a) * b[1]}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=extra) as counter:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=extra) as counter,
+    ):
         model(x, x)[0].backward()
     want = 32 * model.flops_per_token(16)
     if recompute == "block":
@@ -602,7 +706,10 @@ REFUSALS = [
     (dict(dropout=-0.1), ("model.dropout", "-0.1", "[0, 1)")),
     (dict(norm_order="post"), ("model.norm_order", "'post'", "pre", "lunaris")),
     (dict(norm_order="lunaris", qk_norm=False), ("model.qk_norm", "lunaris")),
-    (dict(rope_scaling={"type": "ntk"}), ("model.rope_scaling", "'ntk'", "linear", "yarn", "llama3")),
+    (
+        dict(rope_scaling={"type": "ntk"}),
+        ("model.rope_scaling", "'ntk'", "linear", "yarn", "llama3"),
+    ),
     (dict(rope_scaling={"type": "linear"}), ("model.rope_scaling", "linear", "factor")),
     (dict(rope_scaling={"type": "llama3", "factor": 8}), ("model.rope_scaling", "low_freq_factor")),
 ]
@@ -630,9 +737,13 @@ def test_the_resolved_configuration_is_a_fixed_point():
 
 def test_attention_auto_and_unknown():
     cfg = ModelConfig(**SMALL)
-    assert M.pick_attention("auto", cfg, "cpu")[0] == M.pick_attention("sdpa", cfg, "cpu")[0] == "sdpa"
+    assert (
+        kernels.pick_attention("auto", cfg, "cpu")[0]
+        == kernels.pick_attention("sdpa", cfg, "cpu")[0]
+        == "sdpa"
+    )
     with pytest.raises(ValueError, match="'xformers'"):
-        M.pick_attention("xformers", cfg, "cpu")
+        kernels.pick_attention("xformers", cfg, "cpu")
 
 
 def fake_flash(monkeypatch, function):
@@ -643,7 +754,9 @@ def fake_flash(monkeypatch, function):
 
 def plain(q, k, v, causal):
     assert causal
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    y = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+    )
     return y.transpose(1, 2)
 
 
@@ -667,25 +780,29 @@ def wrong_backward(q, k, v, causal):
         (broken, "undefined symbol"),
         (forgets_causality, "differs from sdpa"),
         (wrong_backward, "differs from sdpa"),
-        pytest.param(lambda q, k, v, causal: plain(q, k, v, causal) * math.nan, "differs from sdpa"),
+        pytest.param(
+            lambda q, k, v, causal: plain(q, k, v, causal) * math.nan, "differs from sdpa"
+        ),
         (lambda q, k, v, causal: torch.zeros(3), "RuntimeError"),
     ],
 )
 def test_broken_flash_attn_falls_back_with_the_reason(monkeypatch, function, reason):
     fake_flash(monkeypatch, function)
     for train in (True, False)[: 1 if function is wrong_backward else 2]:
-        choice, why = M.pick_attention("flash", ModelConfig(**SMALL | dict(n_kv_heads=2)), "cpu", train=train)
+        choice, why = kernels.pick_attention(
+            "flash", ModelConfig(**SMALL | dict(n_kv_heads=2)), "cpu", train=train
+        )
         assert choice == "sdpa" and reason in why and "\n" not in why
 
 
 def test_missing_flash_attn_falls_back_and_a_working_one_is_used(monkeypatch):
     cfg = ModelConfig(**SMALL | dict(n_kv_heads=2))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    choice, why = M.pick_attention("flash", cfg, "cpu")
+    choice, why = kernels.pick_attention("flash", cfg, "cpu")
     assert choice == "sdpa" and "flash_attn" in why
     calls = []
     fake_flash(monkeypatch, lambda *args, **kw: calls.append(1) or plain(*args, **kw))
-    assert M.pick_attention("flash", cfg, "cpu") == ("flash", "as asked; agrees with sdpa")
+    assert kernels.pick_attention("flash", cfg, "cpu") == ("flash", "as asked; agrees with sdpa")
     model, x = make(n_kv_heads=2, std=0.2), ids(2, 12)
     want, calls[:] = model(x), []
     model.back_end = "flash"
@@ -694,9 +811,9 @@ def test_missing_flash_attn_falls_back_and_a_working_one_is_used(monkeypatch):
 
 def test_flex_on_cpu_in_inference_only():
     cfg = ModelConfig(**SMALL | dict(n_kv_heads=2, head_dim=16))
-    choice, why = M.pick_attention("flex", cfg, "cpu", train=True)
+    choice, why = kernels.pick_attention("flex", cfg, "cpu", train=True)
     assert choice == "sdpa" and "flex" in why
-    assert M.pick_attention("flex", cfg, "cpu", train=False)[0] == "flex"
+    assert kernels.pick_attention("flex", cfg, "cpu", train=False)[0] == "flex"
     model, x = make(n_kv_heads=2, head_dim=16, std=0.2), ids(2, 12)
     with torch.no_grad():
         want = model(x)

@@ -19,30 +19,31 @@ from torch.utils.flop_counter import FlopCounterMode
 import model_moe
 import sample
 import train
-from config import Config, read_config
-from errors import UserError
-from model import KVCache, ModelConfig, Transformer, rope_tables, rotate
-from model_moe import (
-    SUMS,
+from lumen.config import Config, read_config
+from lumen.errors import UserError
+from lumen.experts import (
     WINDOW,
-    MoD,
-    MoE,
     add_expert,
-    draw_dropout,
     expert_numbers,
     expert_statistics,
     prune_expert,
     recycle_expert,
     release_twins,
     restore_expert,
-    update_balance,
 )
-from train import Parallel, Trainer, build_optimizer, lr_at
+from lumen.optim import build_optimizer
+from model import KVCache, ModelConfig, Transformer, rope_tables, rotate
+from model_moe import SUMS, MoD, MoE, draw_dropout, update_balance
+from train import Parallel, Trainer, lr_at
 
 torch.set_num_threads(1)
 
-SMALL = dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32)
-SHORT = dict(save_interval=0, eval_tokens=64, expert_back_end="slices")  # of a run: nothing is tried out at its start
+SMALL = dict(
+    vocab_size=97, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32
+)
+SHORT = dict(
+    save_interval=0, eval_tokens=64, expert_back_end="slices"
+)  # of a run: nothing is tried out at its start
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)
 FINE = dict(n_experts=8, d_expert=16, router="sigmoid", n_shared_experts=1)
 KINDS = {
@@ -93,7 +94,9 @@ def layer(d=32, E=8, K=2, seed=0, spread=0.3, **changes) -> MoE:
     """One MoE layer by itself, with random weights."""
     torch.manual_seed(seed)
     changes = {"d_expert": 16} | changes
-    moe = MoE(config(d_model=d, n_heads=2, n_kv_heads=2, n_experts=E, n_experts_per_token=K, **changes))
+    moe = MoE(
+        config(d_model=d, n_heads=2, n_kv_heads=2, n_experts=E, n_experts_per_token=K, **changes)
+    )
     with torch.no_grad():
         for p in moe.parameters():
             p.normal_(0, 0.2)
@@ -161,7 +164,9 @@ def by_hand(moe, x):
             score = {e: 1 / (1 + math.exp(-logit[e].item())) for e in live}
         rank = {e: score[e] + r.bias[e].item() for e in live}
         can = [e for e in live if e >= S or twin[e] == e or rank[e] > rank[twin[e]]]
-        mean = {e: (rank[e] + rank[twin[e]]) / 2 if e < S else rank[e] for e in can}  # twins compete as one
+        mean = {
+            e: (rank[e] + rank[twin[e]]) / 2 if e < S else rank[e] for e in can
+        }  # twins compete as one
         chosen = sorted(can, key=lambda e: -mean[e])[:K]
         p = torch.tensor([score[e] for e in chosen], dtype=torch.float64)
         p = (p / p.sum() if cfg.norm_topk else p) * cfg.route_scale
@@ -184,7 +189,10 @@ class Swi(torch.nn.Module):
 
     def __init__(self, d, width):
         super().__init__()
-        self.w13, self.w2 = torch.nn.Linear(d, 2 * width, bias=False), torch.nn.Linear(width, d, bias=False)
+        self.w13, self.w2 = (
+            torch.nn.Linear(d, 2 * width, bias=False),
+            torch.nn.Linear(width, d, bias=False),
+        )
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -249,10 +257,15 @@ def test_which_layers_have_experts_or_skip_tokens():
     assert layers("mod", mod_capacity=0.5) == [0, 1, 2, 3, 4, 5]
     assert layers("mod", mod_capacity=0.5, mod_every=2) == [1, 3, 5]
     assert layers("mod", mod_capacity=0.5, mod_start_layer=1, mod_end_layer=4) == [1, 2, 3, 4]
-    assert layers("mod", mod_capacity=0.5, mod_start_layer=1, mod_end_layer=4, mod_every=2) == [2, 4]
+    assert layers("mod", mod_capacity=0.5, mod_start_layer=1, mod_end_layer=4, mod_every=2) == [
+        2,
+        4,
+    ]
     assert layers("mod", mod_capacity=0.5, mod_layers=[3]) == [3]
     assert layers("mod", mod_capacity=[1.0, 0.5, 1.0, 0.25, 1, 1]) == [1, 3]
-    model = Transformer(config(n_layers=6, mod_capacity=[1.0, 0.5, 1.0, 0.25, 1, 1], n_experts=4, moe_layers=[2, 3]))
+    model = Transformer(
+        config(n_layers=6, mod_capacity=[1.0, 0.5, 1.0, 0.25, 1, 1], n_experts=4, moe_layers=[2, 3])
+    )
     assert list(model.sparse_layers("moe")) == [2, 3]
     assert {i: m.tokens for i, m in model.sparse_layers("mod").items()} == {1: 16, 3: 8}
 
@@ -277,7 +290,9 @@ def test_expert_dropout_mutes_at_least_nothing_that_is_needed():
         draw_dropout(layers, seed)
         muted = [m.router.muted.clone() for m in layers]
         draw_dropout(layers, seed)
-        assert all(torch.equal(a, m.router.muted) for a, m in zip(muted, layers)), "a function of the seed"
+        assert all(torch.equal(a, m.router.muted) for a, m in zip(muted, layers)), (
+            "a function of the seed"
+        )
         masks.add(tuple(muted[0].tolist()))
         assert not muted[0].all() and (~muted[0]).sum() >= 3
         chosen = choices(layers[0], x)
@@ -287,7 +302,9 @@ def test_expert_dropout_mutes_at_least_nothing_that_is_needed():
         layers[0].train()
     assert len(masks) > 20 and 0.4 < np.mean([np.mean(m) for m in masks]) < 0.7
     draw_dropout(layers, 7)
-    assert not torch.equal(layers[0].router.muted, layers[1].router.muted), "each layer draws its own"
+    assert not torch.equal(layers[0].router.muted, layers[1].router.muted), (
+        "each layer draws its own"
+    )
 
 
 @torch.no_grad()
@@ -318,7 +335,13 @@ def test_what_dropout_mutes_is_not_dead():
 
 
 def test_keys_without_their_switch_are_told(tiny, capsys):
-    keys = {"router": "sigmoid", "moe_every": 2, "mod_every": 2, "mod_ffn_only": True, "d_expert": 16}
+    keys = {
+        "router": "sigmoid",
+        "moe_every": 2,
+        "mod_every": 2,
+        "mod_ffn_only": True,
+        "d_expert": 16,
+    }
     assert sorted(config(**keys).idle()) == sorted(keys) and not config(**FINE).idle()
     finish(tiny("run", keys, max_steps=1))
     said = capsys.readouterr().out
@@ -326,7 +349,7 @@ def test_keys_without_their_switch_are_told(tiny, capsys):
 
 
 def test_expert_dropout_is_drawn_once_a_step_from_the_cursor(tiny, monkeypatch):
-    seeds, masks, real = [], [], train.draw_dropout
+    seeds, masks, real = [], [], model_moe.draw_dropout
 
     def draw(layers, seed):
         real(layers, seed)
@@ -378,7 +401,9 @@ def test_capacity_drops_choices_and_not_tokens():
     y, stats = moe(x)
     p, found, *_ = layer_without_capacity(moe).router(x)
     assert (
-        dict(zip(SUMS, stats["moe"].tolist()))["dropped"] == 48 and found[:, 0].eq(0).all() and found[:, 1].eq(1).all()
+        dict(zip(SUMS, stats["moe"].tolist()))["dropped"] == 48
+        and found[:, 0].eq(0).all()
+        and found[:, 1].eq(1).all()
     )
     assert (y[40:] == 0).all()
     assert torch.allclose(y[:40].double(), by_hand(moe, x[:40])[0], atol=1e-5)
@@ -451,7 +476,10 @@ def test_a_raw_gate_moves_towards_the_expert_that_helps():
 
 @torch.no_grad()
 def test_routing_is_fp32_under_bf16():
-    moe, x = layer(E=32, K=4, spread=0.002), normal(200, 32).bfloat16()  # so even that bf16 would tie
+    moe, x = (
+        layer(E=32, K=4, spread=0.002),
+        normal(200, 32).bfloat16(),
+    )  # so even that bf16 would tie
     p, found, loss, sums = moe.router(x)
     assert (p.dtype, loss.dtype, sums.dtype) == (torch.float32,) * 3
     q, want, *_ = moe.router(x.float())
@@ -466,7 +494,10 @@ def test_routing_is_fp32_under_bf16():
     stats, (x,) = model(ids(1, 32), ids(1, 32))[1], seen
     assert x.dtype == torch.bfloat16
     score = F.rms_norm(x[0].float(), (32,), eps=1e-6) @ model.blocks[0].mod.router.weight[0]
-    assert stats["mod"][0, 3:].nonzero()[:, 0].tolist() == score.topk(16).indices.sort().values.tolist()
+    assert (
+        stats["mod"][0, 3:].nonzero()[:, 0].tolist()
+        == score.topk(16).indices.sort().values.tolist()
+    )
 
 
 @pytest.mark.parametrize("kind", ("mixtral", "hybrid"))
@@ -489,7 +520,11 @@ def test_the_routers_learning_rate_survives_the_schedule(tiny):
         routers = {n for n in before if ".router." in n or ".predictor." in n}
         lr = lr_at(trainer.cfg, 6)
         for group in trainer.optimizer.param_groups:
-            mine = {n for n, p in trainer.model.named_parameters() if any(p is q for q in group["params"])}
+            mine = {
+                n
+                for n, p in trainer.model.named_parameters()
+                if any(p is q for q in group["params"])
+            }
             assert mine <= routers or not mine & routers
             assert group["lr"] == pytest.approx(lr * factor if mine <= routers else lr)
         moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
@@ -499,9 +534,16 @@ def test_the_routers_learning_rate_survives_the_schedule(tiny):
 @pytest.mark.parametrize("kind", ("hybrid", "slots"))
 def test_matrices_decay_and_nothing_else(kind):
     model = make(**KINDS[kind])
-    groups = build_optimizer(Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())).param_groups
+    groups = build_optimizer(
+        Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())
+    ).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
-    wrong = [names[id(p)] for g in groups for p in g["params"] if (p.dim() >= 2) != (g["weight_decay"] == 0.3)]
+    wrong = [
+        names[id(p)]
+        for g in groups
+        for p in g["params"]
+        if (p.dim() >= 2) != (g["weight_decay"] == 0.3)
+    ]
     assert not wrong
 
 
@@ -514,7 +556,9 @@ def count_tensor(moe, counts):
 
 @pytest.mark.parametrize("slots", (0, 6))
 def test_update_balance_is_the_sign_rule_centred(slots):
-    moe = layer(E=4, router="sigmoid", bias_update_rate=0.01, **(dict(n_experts_max=slots) if slots else {}))
+    moe = layer(
+        E=4, router="sigmoid", bias_update_rate=0.01, **(dict(n_experts_max=slots) if slots else {})
+    )
     counts, good = count_tensor(moe, [70.0, 10.0, 10.0, 10.0]), torch.tensor(False)
     for _ in range(3):
         update_balance([moe], [counts], good)
@@ -522,10 +566,14 @@ def test_update_balance_is_the_sign_rule_centred(slots):
     step = torch.tensor([-1.0, 1, 1, 1]) * 0.01
     assert torch.allclose(live, 3 * (step - step.mean()), atol=1e-7)
     assert abs(live.sum()) < 1e-7, "without centring it would be 0.06"
-    assert (moe.router.bias[4:] == 0).all() and torch.allclose(moe.router.load[:4], counts[:4] / 100)
+    assert (moe.router.bias[4:] == 0).all() and torch.allclose(
+        moe.router.load[:4], counts[:4] / 100
+    )
     before = [moe.router.bias.clone(), moe.router.load.clone()]
     update_balance([moe], [counts.flip(0) * math.nan], torch.tensor(True))
-    assert torch.equal(before[0], moe.router.bias) and torch.equal(before[1], moe.router.load), "a dropped step"
+    assert torch.equal(before[0], moe.router.bias) and torch.equal(before[1], moe.router.load), (
+        "a dropped step"
+    )
     update_balance([moe], [count_tensor(moe, [5.0] * 4)], good)
     assert torch.allclose(moe.router.bias, before[0]), "equal loads: nothing to do"
 
@@ -549,7 +597,11 @@ def test_balance_loss_by_hand_row_by_row(router):
         moe, x = layer(router=router, **weights, **slots), normal(4, 25, 32)
         _, ids, loss, sums = moe.router(x)
         logits = (x @ moe.router.weight.t())[..., :8]
-        share = logits.softmax(-1) if router == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        share = (
+            logits.softmax(-1)
+            if router == "softmax"
+            else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        )
         load = F.one_hot(ids.view(4, -1), 8).float().mean(1)  # (rows, experts), of 2 x 25 choices
         want = 8 * (share * load[:, None]).sum()
         assert sums[SUMS.index("balance")].item() == pytest.approx(want.item(), rel=1e-4)
@@ -578,7 +630,10 @@ def test_balance_loss_is_one_a_token_at_equal_loads():
 
 @torch.no_grad()
 def test_z_loss_is_the_squared_logsumexp():
-    moe, x = layer(router_z_loss_weight=0.1, aux_loss_weight=0.0, routing_temperature=2.0), normal(100, 32)
+    moe, x = (
+        layer(router_z_loss_weight=0.1, aux_loss_weight=0.0, routing_temperature=2.0),
+        normal(100, 32),
+    )
     z = (x @ moe.router.weight.t() / 2).logsumexp(-1).square().sum()
     _, _, loss, sums = moe.router(x)
     assert torch.allclose(loss, 0.1 * z) and torch.allclose(sums[SUMS.index("z")], z)
@@ -606,7 +661,7 @@ class Poisoned(Parallel):
 
 
 def watch(monkeypatch) -> list:
-    told, real = [], train.update_balance
+    told, real = [], model_moe.update_balance
 
     def update(layers, counts, bad):
         before = [m.router.bias.clone() for m in layers] + [m.router.load.clone() for m in layers]
@@ -624,7 +679,9 @@ def test_balance_is_updated_once_a_step_from_all_micro_steps(tiny, monkeypatch):
     for name, changes in {
         "four": dict(batch_size=1, gradient_accumulation_steps=4),
         "one": dict(batch_size=4, gradient_accumulation_steps=1),
-        "recomputed": dict(batch_size=1, gradient_accumulation_steps=4, activation_checkpointing="block"),
+        "recomputed": dict(
+            batch_size=1, gradient_accumulation_steps=4, activation_checkpointing="block"
+        ),
     }.items():
         finish(tiny(name, model, max_steps=4, **changes))
         runs[name] = told.copy()
@@ -632,9 +689,13 @@ def test_balance_is_updated_once_a_step_from_all_micro_steps(tiny, monkeypatch):
     for run in runs.values():
         assert len(run) == 4
         for counts, _, _, after in run:
-            assert (counts.sum(1) == 4 * 32 * 2).all(), "4 rows of 32 tokens, K = 2: neither more nor less"
+            assert (counts.sum(1) == 4 * 32 * 2).all(), (
+                "4 rows of 32 tokens, K = 2: neither more nor less"
+            )
             for layer_counts, load in zip(counts, after[2:]):
-                assert torch.allclose(load.double(), layer_counts / 256, atol=1e-6), "the load of the step"
+                assert torch.allclose(load.double(), layer_counts / 256, atol=1e-6), (
+                    "the load of the step"
+                )
     for name in ("one", "recomputed"):
         assert all(torch.equal(a[0], b[0]) for a, b in zip(runs["four"], runs[name])), name
 
@@ -685,13 +746,20 @@ def test_losses_are_logged_apart(tiny, kind):
     rows = [trainer.loader.batch(r, 2) for r in (0, 2)]
     with torch.no_grad():
         ce = trainer.model.train()
-        ce = [F.cross_entropy(trainer.model(torch.tensor(x)).flatten(0, 1), torch.tensor(y).flatten()) for x, y in rows]
+        ce = [
+            F.cross_entropy(trainer.model(torch.tensor(x)).flatten(0, 1), torch.tensor(y).flatten())
+            for x, y in rows
+        ]
         parts = [trainer.model(torch.tensor(x), targets=torch.tensor(y))[1] for x, y in rows]
     trainer.fit()
     row = next(r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r)
-    assert row["loss"] == pytest.approx(np.mean([c.item() for c in ce]), abs=1e-5), "the language model's alone"
+    assert row["loss"] == pytest.approx(np.mean([c.item() for c in ce]), abs=1e-5), (
+        "the language model's alone"
+    )
     balance = sum(p["moe"][:, SUMS.index("balance")].sum().item() for p in parts) / (4 * 32)
-    assert row["aux_loss"] == pytest.approx(0.5 * balance, rel=1e-4), "weight x what all layers add up to"
+    assert row["aux_loss"] == pytest.approx(0.5 * balance, rel=1e-4), (
+        "weight x what all layers add up to"
+    )
     z = sum(p["moe"][:, SUMS.index("z")].sum().item() for p in parts) / (4 * 32)
     assert row["router_z_loss"] == pytest.approx(0.01 * z, rel=1e-4) and row["router_z_loss"] > 0
     if kind == "hybrid":
@@ -716,12 +784,22 @@ def test_expert_statistics_by_hand():
     assert first["per_expert_utilization"] == pytest.approx(share)
     assert first["routing_entropy"] == pytest.approx(-sum(s * math.log(s) for s in share))
     assert second["routing_entropy"] == pytest.approx(math.log(4)) == second["max_entropy"]
-    assert first["load_balance_loss"] == pytest.approx(1.1) and first["router_z"] == pytest.approx(2.0)
+    assert first["load_balance_loss"] == pytest.approx(1.1) and first["router_z"] == pytest.approx(
+        2.0
+    )
     assert (first["tokens_dropped"], first["dead"], second["dead"]) == (7, 1, 0)
-    assert first["max_violation"] == pytest.approx(1.0) and second["max_violation"] == pytest.approx(0.0)
-    assert first["bias_range"] == pytest.approx([-0.3, 0.1]) and first["confidence"] == pytest.approx(0.45)
+    assert first["max_violation"] == pytest.approx(1.0) and second[
+        "max_violation"
+    ] == pytest.approx(0.0)
+    assert first["bias_range"] == pytest.approx([-0.3, 0.1]) and first[
+        "confidence"
+    ] == pytest.approx(0.45)
     assert first["token_entropy"] == pytest.approx(0.5)
-    assert found["tokens_dropped"] == 14 and found["dead"] == 1 and found["max_violation"] == pytest.approx(1.0)
+    assert (
+        found["tokens_dropped"] == 14
+        and found["dead"] == 1
+        and found["max_violation"] == pytest.approx(1.0)
+    )
     assert found["per_expert_utilization"] == pytest.approx([0.375, 0.25, 0.245, 0.13])
     assert found["routing_entropy"] == pytest.approx((first["routing_entropy"] + math.log(4)) / 2)
 
@@ -730,10 +808,13 @@ def test_statistics_of_dead_slots_and_nulls():
     moe = layer(E=2, n_experts_max=3, n_null_experts=1, bias_update_rate=0.1)
     row = torch.tensor([0.0, 0, 50, 0, 0, 0, 60, 20, 0, 20], dtype=torch.float64)
     found = expert_statistics([0], expert_numbers({0: moe}, row[None]), 1)
-    assert found["per_expert_utilization"][2] is None and found["layers"][0]["per_expert_utilization"][2] is None
-    assert found["per_expert_utilization"][:2] == pytest.approx([0.6, 0.2]) and found["null_share"] == pytest.approx(
-        0.2
+    assert (
+        found["per_expert_utilization"][2] is None
+        and found["layers"][0]["per_expert_utilization"][2] is None
     )
+    assert found["per_expert_utilization"][:2] == pytest.approx([0.6, 0.2]) and found[
+        "null_share"
+    ] == pytest.approx(0.2)
     assert found["max_entropy"] == pytest.approx(math.log(3)) and found["dead"] == 0
 
 
@@ -763,7 +844,9 @@ def test_the_trainers_statistics(tiny):
     keys = {"per_expert_utilization", "routing_entropy", "load_balance_loss", "tokens_dropped"}
     for row in (found, *found["layers"].values()):
         assert keys <= set(row)
-        assert len(row["per_expert_utilization"]) == 8 and sum(row["per_expert_utilization"]) == pytest.approx(1)
+        assert len(row["per_expert_utilization"]) == 8 and sum(
+            row["per_expert_utilization"]
+        ) == pytest.approx(1)
         assert 0 < row["routing_entropy"] <= row["max_entropy"] == pytest.approx(math.log(8))
     assert list(found["layers"]) == [0, 1]
     assert found["tokens_dropped"] == sum(r["tokens_dropped"] for r in found["layers"].values()) > 0
@@ -775,7 +858,9 @@ def test_the_trainers_statistics(tiny):
     assert found["capacity_factor"] == 0.5 and found["per_layer_usage"] == {0: 0.5, 1: 0.5}
     assert (found["tokens_processed"], found["tokens_skipped"]) == (tokens, tokens)
     assert (found["average_depth"], found["average_depth_fraction"]) == (1.0, 0.5)
-    assert len(found["position_usage"]) == 32 and np.mean(found["position_usage"]) == pytest.approx(0.5)
+    assert len(found["position_usage"]) == 32 and np.mean(found["position_usage"]) == pytest.approx(
+        0.5
+    )
     assert 0 <= min(found["position_usage"]) and max(found["position_usage"]) <= 1
     dense = Transformer(config(**FINE)).flops_per_token()
     assert found["compute_savings"] == pytest.approx(1 - trainer.model.flops_per_token() / dense)
@@ -784,7 +869,11 @@ def test_the_trainers_statistics(tiny):
 
 def test_a_dense_model_refuses_with_a_code(tiny):
     trainer = finish(tiny(max_steps=1))
-    calls = [trainer.get_expert_statistics, trainer.get_mod_statistics, lambda: trainer.add_expert(0)]
+    calls = [
+        trainer.get_expert_statistics,
+        trainer.get_mod_statistics,
+        lambda: trainer.add_expert(0),
+    ]
     calls += [
         lambda: trainer.prune_expert(0, 1),
         lambda: trainer.restore_expert(0, 1),
@@ -793,7 +882,9 @@ def test_a_dense_model_refuses_with_a_code(tiny):
     for call in calls:
         answer = call()
         assert answer["refused"] == "E308" and answer["reason"]
-    assert [d["action"] for d in read_lines(trainer.out / "decisions.jsonl")][-1] == "recycle_expert"
+    assert [d["action"] for d in read_lines(trainer.out / "decisions.jsonl")][
+        -1
+    ] == "recycle_expert"
 
 
 # ---------------------------------------------------------------- Mixture of Depths
@@ -824,9 +915,13 @@ def slow(model, x, kept_of) -> torch.Tensor:
         q, k, v = a.wqkv(block.attn_norm(h)).split(a.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, cfg.head_dim) for t in (q, k, v))
         q, k = rotate(a.q_norm(q), rope), rotate(a.k_norm(k), rope)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, dim=2)) / math.sqrt(cfg.head_dim)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, dim=2)) / math.sqrt(
+            cfg.head_dim
+        )
         mask = causal & kept[:, None, None, :]
-        y = torch.where(mask, scores, -1e30).softmax(-1) @ v.repeat_interleave(2, dim=2).transpose(1, 2)
+        y = torch.where(mask, scores, -1e30).softmax(-1) @ v.repeat_interleave(2, dim=2).transpose(
+            1, 2
+        )
         attn = a.wo(y.transpose(1, 2).flatten(2))
         if block.mod is not None and cfg.mod_ffn_only:
             kept, gate = choose(h + attn)
@@ -888,7 +983,9 @@ def test_only_the_chosen_tokens_are_computed(kind):
     for i in model.sparse_layers("mod"):
         for name in rows:
             part = getattr(model.blocks[i], name)
-            part.register_forward_hook(lambda m, i, o, name=name: rows[name].append(tuple(i[0].shape)))
+            part.register_forward_hook(
+                lambda m, i, o, name=name: rows[name].append(tuple(i[0].shape))
+            )
     total, stats = model(x, x)
     want = [(3, m.tokens, 32) for m in model.sparse_layers("mod").values()]
     assert rows["ffn"] == want
@@ -897,7 +994,9 @@ def test_only_the_chosen_tokens_are_computed(kind):
         kept = row[len(model_moe.MOD_SUMS) :]
         assert kept.sum() == 3 * n and row[2] == 96 and kept.max() <= 3
     if "moe" in stats and kind != "beside":
-        assert (stats["moe"][:, SUMS.index("tokens")] == 3 * want[0][1]).all(), "experts inside see these tokens only"
+        assert (stats["moe"][:, SUMS.index("tokens")] == 3 * want[0][1]).all(), (
+            "experts inside see these tokens only"
+        )
     total.backward()
 
 
@@ -906,8 +1005,14 @@ def test_only_the_chosen_tokens_are_computed(kind):
 )
 def test_flops_fall_as_predicted(changes):
     def measured(model):
-        x, extra = ids(2, 32), {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * math.prod(a) * b[1]}
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=extra) as counter:
+        x, extra = (
+            ids(2, 32),
+            {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * math.prod(a) * b[1]},
+        )
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping=extra) as counter,
+        ):
             model(x, x)[0].backward()
         return counter.get_total_flops() / 64
 
@@ -925,9 +1030,14 @@ def test_parameters_and_flops_of_experts():
     assert n["total"] == sum(p.numel() for p in model.parameters())
     assert n["total"] - n["active"] == 2 * 6 * each
     ffn = 6 * 2 * (3 * 32 * 48)
-    assert model.flops_per_token() == dense.flops_per_token() - ffn + 6 * 2 * (2 * each + each + 8 * 32)
+    assert model.flops_per_token() == dense.flops_per_token() - ffn + 6 * 2 * (
+        2 * each + each + 8 * 32
+    )
     null = Transformer(config(**FINE | dict(n_null_experts=8)))
-    assert null.experts_used() == 1.0 and null.n_params()["total"] - null.n_params()["active"] == 2 * 7 * each
+    assert (
+        null.experts_used() == 1.0
+        and null.n_params()["total"] - null.n_params()["active"] == 2 * 7 * each
+    )
 
 
 @pytest.mark.parametrize("kind", ("mod", "mod static", "mod random", "mod ffn", "hybrid"))
@@ -954,7 +1064,9 @@ def test_capacity_is_annealed_in_eight_equal_steps():
         assert second.capacity == pytest.approx(1 - (1 - first.capacity) * 2 / 3)
         assert first.tokens == math.ceil(32 * first.capacity - 1e-9)
         seen.append(first.capacity)
-    assert sorted({round(c, 6) for c in seen}, reverse=True) == [round(1 - 0.75 * i / 8, 6) for i in range(9)]
+    assert sorted({round(c, 6) for c in seen}, reverse=True) == [
+        round(1 - 0.75 * i / 8, 6) for i in range(9)
+    ]
     assert [seen.index(c) for c in dict.fromkeys(seen)] == [0, 10, 20, 30, 40, 50, 60, 70, 80]
     assert first.tokens == 8 and make(mod_capacity=0.25).blocks[0].mod.tokens == 8
     model.set_step(0)
@@ -966,7 +1078,9 @@ def test_a_run_anneals(tiny):
     rows = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r]
     want = [1 - 0.75 * min(8, s) / 8 for s in range(10)]
     assert [r["depth/capacity_factor"] for r in rows] == pytest.approx(want)
-    assert [r["depth/usage/0"] for r in rows] == pytest.approx([math.ceil(32 * c) / 32 for c in want])
+    assert [r["depth/usage/0"] for r in rows] == pytest.approx(
+        [math.ceil(32 * c) / 32 for c in want]
+    )
 
 
 def test_statistics_while_annealing_say_what_is_saved_now(tiny):
@@ -980,14 +1094,18 @@ def test_static_and_random_positions():
     for capacity, T in ((0.25, 32), (0.375, 32), (0.5, 19), (0.7, 32)):
         model = make(mod_capacity=capacity, mod_routing="static")
         mod, seen = model.blocks[0].mod, []
-        model.blocks[0].ffn.register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0].shape[1]))
+        model.blocks[0].ffn.register_forward_hook(
+            lambda m, i, o, seen=seen: seen.append(i[0].shape[1])
+        )
         x = ids(2, T)
         trained = model(x)
         kept = positions(mod.tokens, 32)[:T]
         assert seen == [sum(kept)] and kept[0]
         gaps = np.diff(np.flatnonzero(kept))
         assert gaps.max() - gaps.min() <= 1, "evenly spaced"
-        assert torch.allclose(model.eval()(x), trained, atol=1e-5), "one rule in training and out of it"
+        assert torch.allclose(model.eval()(x), trained, atol=1e-5), (
+            "one rule in training and out of it"
+        )
     share = (model_moe.hashed(torch.arange(4096), 3) < 0.3).float()
     assert abs(share.mean() - 0.3) < 0.03
     assert share.view(-1, 16).mean(1).std() < 0.2 and not torch.equal(
@@ -997,7 +1115,9 @@ def test_static_and_random_positions():
     torch.manual_seed(0)
     a, b = model(x), model(x)
     torch.manual_seed(0)
-    assert torch.equal(a, model(x)) and not torch.allclose(a, b), "drawn anew each time in training, from the seed"
+    assert torch.equal(a, model(x)) and not torch.allclose(a, b), (
+        "drawn anew each time in training, from the seed"
+    )
     _, stats = model(x.repeat(64, 1), x.repeat(64, 1))
     assert (stats["mod"][:, 3:] / 256 - 0.5).abs().max() < 0.15, "no position is preferred"
     model.eval()
@@ -1016,7 +1136,9 @@ def test_a_later_token_never_changes_an_earlier_logit(kind):
     for cut in (1, 7, 16, 31):
         other = x.clone()
         other[:, cut:] = ids(4, 32 - cut, seed=cut)
-        assert torch.allclose(model(other)[:, :cut], want[:, :cut], atol=1e-5), f"the tokens from {cut} on"
+        assert torch.allclose(model(other)[:, :cut], want[:, :cut], atol=1e-5), (
+            f"the tokens from {cut} on"
+        )
         assert torch.allclose(model(x[:, :cut]), want[:, :cut], atol=1e-5), f"a prefix of {cut}"
 
 
@@ -1082,7 +1204,9 @@ def test_a_layer_that_keeps_nothing_passes_everything():
 
 def test_the_predictor_learns_the_rule():
     model = make(mod_capacity=0.5, dropout=0.0)
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "predictor" in n], lr=0.03)
+    optimizer = torch.optim.Adam(
+        [p for n, p in model.named_parameters() if "predictor" in n], lr=0.03
+    )
     seen = []
     for step in range(60):
         x = ids(8, 32, seed=step)
@@ -1120,7 +1244,9 @@ def test_evaluation_reports_both_rules(tiny, kind):
     row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "val_loss" in r][-1]
     assert row["mod_gap"] == pytest.approx(row["val_loss"] - row["val_loss_as_trained"])
     model, sums = trainer.model.eval(), {}
-    windows = torch.tensor(np.stack([trainer.val_sources[n].window(i) for n, i in trainer.val_set])).long()
+    windows = torch.tensor(
+        np.stack([trainer.val_sources[n].window(i) for n, i in trainer.val_set])
+    ).long()
     with torch.no_grad():
         for causal in (True, False):
             model.causal = causal
@@ -1132,7 +1258,9 @@ def test_evaluation_reports_both_rules(tiny, kind):
     assert row["val_loss_as_trained"] == pytest.approx(sums[False], abs=1e-5)
     assert row["mod_depth"] == pytest.approx((2 - (1 - depth[:, 0]).sum()).item(), abs=1e-5)
     assert row["mod_agreement"] == pytest.approx(depth[:, 1].mean().item(), abs=1e-5)
-    assert (row["mod_gap"] != 0) == (kind != "mod random") and (row["mod_agreement"] == 1) == (kind == "mod random")
+    assert (row["mod_gap"] != 0) == (kind != "mod random") and (row["mod_agreement"] == 1) == (
+        kind == "mod random"
+    )
 
 
 # ---------------------------------------------------------------- null experts
@@ -1160,7 +1288,11 @@ def test_null_choices_contribute_exactly_nothing():
     y, stats = moe(x)
     assert (y == 0).all() and stats["moe"][len(SUMS) :].tolist() == [0, 0, 0, 0, 20, 20]
     y.sum().backward()
-    assert (x.grad == 0).all() and (moe.experts.w2.grad == 0).all() and moe.router.weight.grad is not None
+    assert (
+        (x.grad == 0).all()
+        and (moe.experts.w2.grad == 0).all()
+        and moe.router.weight.grad is not None
+    )
     moe.router.bias[4] = -10.0  # now one null and one expert: half of the depth, its gate as chosen
     y, stats = moe(x.detach())
     want, _, _ = by_hand(moe, x.detach())
@@ -1179,7 +1311,9 @@ def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router
     moved, naive = [], []
     for seed in range(3):
         moe = layer(d=64, E=E, K=K, n_experts_max=E + 2, d_expert=32, router=router).eval()
-        for i, (p, std) in enumerate(zip((moe.router.weight, moe.experts.w13, moe.experts.w2), (0.12, 0.1, 0.1))):
+        for i, (p, std) in enumerate(
+            zip((moe.router.weight, moe.experts.w13, moe.experts.w2), (0.12, 0.1, 0.1))
+        ):
             p.copy_(normal(*p.shape, seed=10 * seed + i) * std)
         x = normal(4096, 64, seed=10 * seed + 4)
         before, stats = moe(x)
@@ -1195,7 +1329,9 @@ def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router
         moe.router.sibling.copy_(torch.arange(E + 2))  # naive cloning, as others do it
         after, stats = moe(x)
         naive.append(distance(after, before))
-        assert stats["moe"][len(SUMS) :][[hottest, E]].sum() > 1.4 * counts[hottest], "both take the same tokens"
+        assert stats["moe"][len(SUMS) :][[hottest, E]].sum() > 1.4 * counts[hottest], (
+            "both take the same tokens"
+        )
     assert 0 < np.mean(moved) < limit and np.mean(naive) > 4 * limit, (moved, naive)
 
 
@@ -1223,7 +1359,9 @@ def test_a_split_of_the_optimizers_state():
         assert (state["exp_avg"][4] == 0).all(), "the child has no momentum"
         assert torch.equal(state["exp_avg_sq"][4], was["exp_avg_sq"][2])
         for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(state[key][[0, 1, 2, 3, 5]], was[key][[0, 1, 2, 3, 5]]), "and the others keep theirs"
+            assert torch.equal(state[key][[0, 1, 2, 3, 5]], was[key][[0, 1, 2, 3, 5]]), (
+                "and the others keep theirs"
+            )
         assert torch.equal(state["step"], was["step"])
         assert torch.equal(p[[0, 1, 3, 5]], w[[0, 1, 3, 5]])
         if p is not moe.router.weight:
@@ -1254,7 +1392,10 @@ def test_surgery_that_cannot_be_is_refused_and_changes_nothing():
     refused(lambda: prune_expert(moe, 0, -1, force=True), "not alive")
     refused(lambda: add_expert(moe, optimizer, 0, parent=3), "expert 3 is not alive")
     refused(lambda: restore_expert(moe, 0, 1), "expert 1")
-    refused(lambda: restore_expert(moe, 0, 3), "expert 3"), refused(lambda: restore_expert(moe, 0, 9), "expert 9")
+    (
+        refused(lambda: restore_expert(moe, 0, 3), "expert 3"),
+        refused(lambda: restore_expert(moe, 0, 9), "expert 9"),
+    )
     refused(lambda: recycle_expert(moe, optimizer, 0), "expert 2 carries")
     prune_expert(moe, 10, 2, force=True)
     refused(lambda: prune_expert(moe, 10, 1, force=True), "expert 1 is needed", "2")
@@ -1278,7 +1419,9 @@ def test_prune_and_restore_give_back_the_same_bits():
     prune_expert(moe, 100, 3, force=True)
     assert not torch.equal(moe(x)[0], before) and not (choices(moe, x) == 3).any()
     assert moe.router.load[3] == 0 and moe.router.load.sum() == pytest.approx(1)
-    assert add_expert(moe, optimizer, 100 + WINDOW - 1, parent=0)[1] == 4, "its slot is not given away"
+    assert add_expert(moe, optimizer, 100 + WINDOW - 1, parent=0)[1] == 4, (
+        "its slot is not given away"
+    )
     with pytest.raises(ValueError):
         restore_expert(moe, 100 + WINDOW, 3)
     moe, optimizer = surgery_layer(spare=3)
@@ -1286,7 +1429,9 @@ def test_prune_and_restore_give_back_the_same_bits():
     restore_expert(moe, 100 + WINDOW - 1, 3)
     assert torch.equal(moe(x)[0], before)
     prune_expert(moe, 300, 3, force=True)
-    assert add_expert(moe, optimizer, 300 + WINDOW, parent=0)[1] == 3, "after it the slot is free again"
+    assert add_expert(moe, optimizer, 300 + WINDOW, parent=0)[1] == 3, (
+        "after it the slot is free again"
+    )
 
 
 @torch.no_grad()
@@ -1318,7 +1463,10 @@ def test_a_pruned_expert_stands_still():
     for p in moe.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert all(torch.equal(p[1], old) and not torch.equal(p[2], old) for p, old in zip(moe.parameters(), before))
+    assert all(
+        torch.equal(p[1], old) and not torch.equal(p[2], old)
+        for p, old in zip(moe.parameters(), before)
+    )
 
 
 @torch.no_grad()
@@ -1352,9 +1500,13 @@ def test_twins_are_released_when_their_weights_have_parted():
     assert release_twins(moe) == []
     x = normal(300, 32)
     assert not ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any(), "never both"
-    moe.experts.w13[4] += 0.1 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=9)
+    moe.experts.w13[4] += (
+        0.1 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=9)
+    )
     assert release_twins(moe) == []
-    moe.experts.w13[4] += 0.4 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=8)
+    moe.experts.w13[4] += (
+        0.4 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=8)
+    )
     assert release_twins(moe) == [(1, 4)] and moe.router.sibling.tolist() == list(range(6))
     assert ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any()
     assert release_twins(moe) == []
@@ -1380,7 +1532,9 @@ def test_no_recompilation_after_surgery():
     for change in changes:
         change()
         got, want = run(x, rope), block(x, rope)
-        assert torch.allclose(got[0], want[0], atol=1e-6) and torch.equal(got[1]["moe"], want[1]["moe"])
+        assert torch.allclose(got[0], want[0], atol=1e-6) and torch.equal(
+            got[1]["moe"], want[1]["moe"]
+        )
         got[0].sum().backward()
     assert counter.frame_count == graphs
 
@@ -1394,7 +1548,10 @@ def test_more_slots_for_a_run_that_goes_on(tiny):
         second = Trainer(tiny(f"b{i}", moved, max_steps=3, init_from=str(first.out)))
         x = ids(2, 32)
         with torch.no_grad():
-            assert torch.allclose(second.model.eval()(x), first.model.eval()(x), atol=1e-6), (kind, slots)
+            assert torch.allclose(second.model.eval()(x), first.model.eval()(x), atol=1e-6), (
+                kind,
+                slots,
+            )
         assert (second.model.blocks[0].ffn.router.retired == -1).all(), "steps of another run"
         assert "refused" not in second.add_expert(0)
         second.close()
@@ -1404,7 +1561,9 @@ def test_how_often_is_logged_changes_nothing(tiny):
     """Twins are released while training, at steps that have nothing to do with what is printed."""
     found = []
     for every in (1, 4):
-        keys = tiny(f"l{every}", KINDS["slots"], max_steps=8, log_interval=every, learning_rate=1e-2)
+        keys = tiny(
+            f"l{every}", KINDS["slots"], max_steps=8, log_interval=every, learning_rate=1e-2
+        )
         found.append(finish(keys, before={1: lambda t: t.add_expert(0)}).tensors())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -1449,11 +1608,19 @@ os._exit(0)
 def test_two_ranks_do_what_one_does(tiny, tmp_path):
     """Experts inside MoD split, pruned and restored mid-run: equal bits on both ranks, the losses of one process (4
     micro-steps against 2 x 2), and a run resumed after a split is the run never stopped, bit for bit."""
-    model = KINDS["slots"] | SPLIT | {"bias_update_rate": 0.01, "mod_capacity": 0.5, "mod_layers": [1]}
-    plan = {2: [["add_expert", 0], ["add_expert", 1, 2]], 4: [["prune_expert", 0, 1, True], ["recycle_expert", 1]]}
+    model = (
+        KINDS["slots"] | SPLIT | {"bias_update_rate": 0.01, "mod_capacity": 0.5, "mod_layers": [1]}
+    )
+    plan = {
+        2: [["add_expert", 0], ["add_expert", 1, 2]],
+        4: [["prune_expert", 0, 1, True], ["recycle_expert", 1]],
+    }
     plan[5] = [["add_expert", 0, 3], ["restore_expert", 0, 1]]
     one = tiny("one", model, max_steps=7, batch_size=1, gradient_accumulation_steps=4)
-    many, parts = (tiny(n, model, max_steps=7, batch_size=1, gradient_accumulation_steps=2) for n in ("many", "parts"))
+    many, parts = (
+        tiny(n, model, max_steps=7, batch_size=1, gradient_accumulation_steps=2)
+        for n in ("many", "parts")
+    )
 
     def act(trainer):
         for name, *args in plan[trainer.step]:
@@ -1463,15 +1630,26 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
     jobs = [{"config": many, "surgery": plan}, {"config": parts, "surgery": plan, "stop_at": 3}]
     jobs += [{"config": parts, "surgery": {4: plan[4], 5: plan[5]}}]
     (tmp_path / "surgery.py").write_text(SURGERY)
-    result = run_python(tmp_path / "surgery.py", json.dumps(jobs), ranks=2, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    result = run_python(
+        tmp_path / "surgery.py", json.dumps(jobs), ranks=2, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
+    )
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
-    said = [json.loads(line.split("RANKS ")[1]) for line in result.stdout.splitlines() if "RANKS " in line]
+    said = [
+        json.loads(line.split("RANKS ")[1])
+        for line in result.stdout.splitlines()
+        if "RANKS " in line
+    ]
     assert [s["same"] for s in said] == [True] * 3, "bits and statistics of the ranks"
-    assert said[0]["digest"] == said[2]["digest"] != said[1]["digest"], "resumed equals uninterrupted"
+    assert said[0]["digest"] == said[2]["digest"] != said[1]["digest"], (
+        "resumed equals uninterrupted"
+    )
     a, b = losses(one["out_dir"]), losses(many["out_dir"])
     assert a.keys() == b.keys() and max(abs(a[s] - b[s]) for s in a) < 1e-5
     decisions = [read_lines(f"{k['out_dir']}/decisions.jsonl") for k in (one, many)]
-    decisions = [[{k: v for k, v in row.items() if k not in ("time", "ranks")} for row in rows] for rows in decisions]
+    decisions = [
+        [{k: v for k, v in row.items() if k not in ("time", "ranks")} for row in rows]
+        for rows in decisions
+    ]
     assert decisions[0] == decisions[1] and len(decisions[0]) == 6
     assert [d.get("expert") for d in decisions[0][:2]] == [4, 4] and decisions[0][1]["parent"] == 2
     assert "refused" not in decisions[0][0] and single.model.blocks[0].ffn.router.alive.sum() == 6
@@ -1480,7 +1658,12 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ("slots", "hybrid"))
 def test_resume_is_exact(tiny, kind):
     """One process: buffers (bias, loads, slots) come back, dropout of experts and jitter need no state."""
-    model = KINDS[kind] | {"expert_dropout": 0.2, "router_jitter": 0.1, "bias_update_rate": 0.01, "mod_anneal_steps": 6}
+    model = KINDS[kind] | {
+        "expert_dropout": 0.2,
+        "router_jitter": 0.1,
+        "bias_update_rate": 0.01,
+        "mod_anneal_steps": 6,
+    }
     changes = {2: lambda t: t.add_expert(0)} if kind == "slots" else {}
     whole = finish(tiny("whole", model, max_steps=6), before=changes)
 
@@ -1492,21 +1675,48 @@ def test_resume_is_exact(tiny, kind):
     a, b = whole.tensors(), parts.tensors()
     assert parts.step == 6 and all(torch.equal(a[k], b[k]) for k in a)
     if kind == "slots":
-        assert "model.blocks.0.ffn.router.alive" in a and parts.model.blocks[0].ffn.router.alive.sum() == 5
+        assert (
+            "model.blocks.0.ffn.router.alive" in a
+            and parts.model.blocks[0].ffn.router.alive.sum() == 5
+        )
 
 
 # ---------------------------------------------------------------- refusals
 
 REFUSALS = [
-    (dict(n_experts=4, n_experts_per_token=5), "model.n_experts_per_token", ("5", "from 1 to", "4")),
-    (dict(n_experts=4, n_experts_per_token=0), "model.n_experts_per_token", ("0", "from 1 to", "4")),
-    (dict(n_experts=4, n_experts_per_token=1, norm_topk=True), "model.norm_topk", ("true", "1", "norm_topk: false")),
+    (
+        dict(n_experts=4, n_experts_per_token=5),
+        "model.n_experts_per_token",
+        ("5", "from 1 to", "4"),
+    ),
+    (
+        dict(n_experts=4, n_experts_per_token=0),
+        "model.n_experts_per_token",
+        ("0", "from 1 to", "4"),
+    ),
+    (
+        dict(n_experts=4, n_experts_per_token=1, norm_topk=True),
+        "model.norm_topk",
+        ("true", "1", "norm_topk: false"),
+    ),
     (dict(n_experts=4, d_model=36, head_dim=8), "model.d_model", ("36", "multiple of 8", "32")),
     (dict(n_experts=4, d_expert=20), "model.d_expert", ("20", "multiple of 8", "16")),
-    (dict(n_experts=4, n_experts_max=6, norm_topk=False), "model.n_experts_max", ("raw", "norm_topk: true", "sigmoid")),
+    (
+        dict(n_experts=4, n_experts_max=6, norm_topk=False),
+        "model.n_experts_max",
+        ("raw", "norm_topk: true", "sigmoid"),
+    ),
     (dict(n_experts=4, n_experts_max=3), "model.n_experts_max", ("3", "4", "5")),
-    (dict(n_experts=4, capacity_factor=0.2), "model.capacity_factor", ("0.2", "1 / n_experts", "1.25")),
-    (dict(n_experts=4, n_null_experts=2, bias_update_rate=0.0), "model.n_null_experts", ("bias_update_rate: 1e-3",)),
+    (
+        dict(n_experts=4, capacity_factor=0.2),
+        "model.capacity_factor",
+        ("0.2", "1 / n_experts", "1.25"),
+    ),
+    (
+        dict(n_experts=4, n_null_experts=2, bias_update_rate=0.0),
+        "model.n_null_experts",
+        ("bias_update_rate: 1e-3",),
+    ),
     (dict(n_null_experts=2), "model.n_null_experts", ("n_experts",)),
     (dict(n_experts=4, router="hash"), "model.router", ("'hash'", "softmax", "sigmoid")),
     (dict(n_experts=4, routing_temperature=0.0), "model.routing_temperature", ("0.0", "above 0")),
@@ -1530,10 +1740,18 @@ REFUSALS = [
     (dict(mod_layers=[1]), "model.mod_layers", ("mod_capacity", "0.5")),
     (dict(n_experts=2, expert_dropout=0.5), "model.expert_dropout", ("0.5", "2")),
     (dict(mod_capacity=0.5, mod_layers=[2]), "model.mod_layers", ("[2]", "0 to 1")),
-    (dict(mod_capacity=0.5, mod_layers=[1], mod_every=2), "model.mod_layers", ("mod_every", "drop one")),
+    (
+        dict(mod_capacity=0.5, mod_layers=[1], mod_every=2),
+        "model.mod_layers",
+        ("mod_every", "drop one"),
+    ),
     (dict(mod_capacity=0.5, mod_end_layer=2), "model.mod_end_layer", ("2", "0 to 1")),
     (dict(mod_capacity=0.5, mod_start_layer=2), "model.mod_start_layer", ("2", "0 to 1")),
-    (dict(mod_capacity=0.5, mod_routing="best"), "model.mod_routing", ("'best'", "learned", "static", "random")),
+    (
+        dict(mod_capacity=0.5, mod_routing="best"),
+        "model.mod_routing",
+        ("'best'", "learned", "static", "random"),
+    ),
     (dict(mod_capacity=0.5, mod_anneal_steps=-1), "model.mod_anneal_steps", ("-1", "0 or more")),
     # asked for, and no layer would have it: LuminaAI's hybrid pattern trains without a word
     (dict(n_experts=4, moe_every=3), "model.moe_every", ("3",)),
@@ -1541,11 +1759,17 @@ REFUSALS = [
     (dict(n_experts=4, moe_layers=[]), "model.moe_layers", ("[]",)),
     (dict(mod_capacity=0.5, mod_every=3), "model.mod_every", ("3",)),
     (dict(mod_capacity=0.5, mod_layers=[]), "model.mod_layers", ("[]",)),
-    (dict(mod_capacity=0.5, mod_layers=[0], mod_end_layer=1), "model.mod_layers", ("mod_end_layer",)),
+    (
+        dict(mod_capacity=0.5, mod_layers=[0], mod_end_layer=1),
+        "model.mod_layers",
+        ("mod_end_layer",),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "key", "words"), REFUSALS, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("change", "key", "words"), REFUSALS, ids=lambda v: str(v) if isinstance(v, dict) else ""
+)
 def test_refusals_name_key_value_and_remedy(change, key, words, tmp_path, shards):
     with pytest.raises(ValueError) as error:
         config(**change)
@@ -1573,8 +1797,16 @@ def test_refusals_of_the_model_name_file_and_line(tmp_path, shards):
 
 def test_defaults_by_router():
     soft, sigmoid = config(n_experts=4), config(n_experts=4, router="sigmoid")
-    assert (soft.aux_loss_weight, soft.router_z_loss_weight, soft.bias_update_rate) == (1e-2, 1e-3, 0.0)
-    assert (sigmoid.aux_loss_weight, sigmoid.router_z_loss_weight, sigmoid.bias_update_rate) == (1e-4, 0.0, 1e-3)
+    assert (soft.aux_loss_weight, soft.router_z_loss_weight, soft.bias_update_rate) == (
+        1e-2,
+        1e-3,
+        0.0,
+    )
+    assert (sigmoid.aux_loss_weight, sigmoid.router_z_loss_weight, sigmoid.bias_update_rate) == (
+        1e-4,
+        0.0,
+        1e-3,
+    )
     assert config(n_experts=4, n_null_experts=1).bias_update_rate == 1e-3
     assert soft.norm_topk and not config(n_experts=4, n_experts_per_token=1).norm_topk
 
@@ -1595,7 +1827,9 @@ def test_every_parameter_gets_a_gradient(kind):
     assert all(g.isfinite().all() for g in got.values())
     for i, moe in model.sparse_layers("moe").items():
         idle = torch.bincount(torch.zeros(1, dtype=torch.long), minlength=moe.router.slots) == 0
-        assert idle.any() and (got[f"blocks.{i}.ffn.experts.w2"].flatten(1).abs().amax(1) == 0).any()
+        assert (
+            idle.any() and (got[f"blocks.{i}.ffn.experts.w2"].flatten(1).abs().amax(1) == 0).any()
+        )
 
 
 RANDOM = {
@@ -1634,14 +1868,20 @@ GRAPHS = {
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [(k, "eager") for k in GRAPHS] + [pytest.param("hybrid", "aot_eager", marks=pytest.mark.nightly)],
+    [(k, "eager") for k in GRAPHS]
+    + [pytest.param("hybrid", "aot_eager", marks=pytest.mark.nightly)],
 )
 def test_a_block_is_one_graph_in_training(kind, backend):
     torch._dynamo.reset()
     model = make(**GRAPHS[kind])
     if kind == "fine":
         draw_dropout(list(model.sparse_layers("moe").values()), 3)
-    block, x, rope, found = model.blocks[0], normal(2, 32, 32), rope_tables(model.cfg, torch.arange(32)), []
+    block, x, rope, found = (
+        model.blocks[0],
+        normal(2, 32, 32),
+        rope_tables(model.cfg, torch.arange(32)),
+        [],
+    )
     for run in (block, torch.compile(block, backend=backend, fullgraph=True)):
         model.zero_grad()
         torch.manual_seed(0)

@@ -11,15 +11,22 @@ import torch
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
 from test_train import Halves, fake_fp16
 
-import checkpoint
-import orchestrator
 import train
-from config import CHOICES, read_config
-from detectors import Divergence, NormLimit
-from errors import UserError
+from lumen import checkpoint, control, forecast
+from lumen import machine as machines
+from lumen import orchestrate as orchestrator
+from lumen.config import CHOICES, read_config
+from lumen.detectors import Divergence, NormLimit
+from lumen.errors import UserError
 from train import Parallel, Trainer
 
-LONG = {"max_steps": 240, "batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 10, "save_interval": 0}
+LONG = {
+    "max_steps": 240,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 10,
+    "save_interval": 0,
+}
 LONG |= {"log_interval": 20}
 MOE = {"n_experts": 4, "d_expert": 24, "router": "sigmoid", "n_experts_max": 5}
 KINDS = {"dense": {}, "moe": MOE, "mod": {"mod_capacity": 0.5, "mod_every": 2}}
@@ -149,14 +156,18 @@ def test_a_norm_must_leave_its_own_past_to_be_an_explosion():
         guard = NormLimit()
         for turn, norm in enumerate(np.exp(spread * rng.standard_t(5, 5000))):
             limit = guard.limit(turn)
-            assert (limit is None) == (turn < NormLimit.START + 1), "two turns are still on their way"
+            assert (limit is None) == (turn < NormLimit.START + 1), (
+                "two turns are still on their way"
+            )
             found += limit is not None and math.log(norm) > limit
             guard.add(turn, norm)
     assert found == 0
     assert math.exp(guard.limit(6000)) >= 4.0 and guard.confidence(6000, 100.0) > 0.9
     before = guard.limit(5001)
     guard.add(5000, 1e9)
-    assert guard.limit(5001) == before and guard.limit(5002) >= before, "the answer never waits for the last turn"
+    assert guard.limit(5001) == before and guard.limit(5002) >= before, (
+        "the answer never waits for the last turn"
+    )
 
 
 def test_detectors_go_on_where_they_were():
@@ -171,7 +182,11 @@ def test_detectors_go_on_where_they_were():
                 other.load(json.loads(json.dumps(one.state())))
             elif i > cut:
                 other.add(i, v)
-        assert one.E > 1e6 and (one.E, one.onset(), one.floor()) == (other.E, other.onset(), other.floor())
+        assert one.E > 1e6 and (one.E, one.onset(), one.floor()) == (
+            other.E,
+            other.onset(),
+            other.floor(),
+        )
 
 
 # ---------------------------------------------------------------- idle is identical
@@ -191,10 +206,18 @@ IDLE = [  # pairwise over kind, schedule, accumulation, dropout; compiled below;
 def same_in_all_modes(tiny, kind, schedule, accumulate, dropout, **changes):
     found = {}
     changes = {"max_steps": 130, "batch_size": 4 // accumulate, "save_interval": 50} | changes
-    for name, more in (("off", {"use_adaptive_training": False}), ("act", {}), ("shadow", {"mode": "shadow"})):
-        block = {"check_interval": 20, "snapshot_interval": 10} | ({"mode": "shadow"} if more.get("mode") else {})
+    for name, more in (
+        ("off", {"use_adaptive_training": False}),
+        ("act", {}),
+        ("shadow", {"mode": "shadow"}),
+    ):
+        block = {"check_interval": 20, "snapshot_interval": 10} | (
+            {"mode": "shadow"} if more.get("mode") else {}
+        )
         more = {k: v for k, v in more.items() if k != "mode"} | {"orchestrator": block}
-        keys = tiny(name, KINDS[kind] | {"dropout": dropout}, gradient_accumulation_steps=accumulate)
+        keys = tiny(
+            name, KINDS[kind] | {"dropout": dropout}, gradient_accumulation_steps=accumulate
+        )
         trainer = run(keys | changes | {"lr_schedule": schedule} | more)
         assert trainer.orchestrator.mode == name and decisions(trainer) == []
         found[name] = tensors(trainer)
@@ -223,7 +246,9 @@ def test_idle_is_identical_when_compiled(tiny, kind):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_idle_is_identical_everywhere(tiny, kind, schedule, accumulate, dropout, compiled):
-    same_in_all_modes(tiny, kind, schedule, accumulate, dropout, compile_model=compiled, max_steps=100)
+    same_in_all_modes(
+        tiny, kind, schedule, accumulate, dropout, compile_model=compiled, max_steps=100
+    )
 
 
 @pytest.mark.parametrize("ranks, kinds", [(2, ("dense", "hybrid")), (3, ("moe",))])
@@ -275,7 +300,9 @@ def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
     trigger = "explosion" if times == 1e4 else "nonfinite"
     assert actions(guarded) == [(trigger, "drop", True)] and guarded.orchestrator.dropped == 1
 
-    reference = Trainer(keys | {"out_dir": keys["out_dir"] + "-ref", "orchestrator": {"mode": "off"}})
+    reference = Trainer(
+        keys | {"out_dir": keys["out_dir"] + "-ref", "orchestrator": {"mode": "off"}}
+    )
     step = reference.optimizer.step
     reference.optimizer.step = lambda: step() if reference.orchestrator.turn != 50 else None
     assert reference.fit() == 0
@@ -292,19 +319,25 @@ def test_three_explosions_in_a_row_are_dropped_the_fourth_is_let_through(tiny):
 
 
 def test_shadow_and_off_leave_an_explosion_alone(tiny):
-    shadow, off = (faulty(tiny(m, **LONG | {"max_steps": 80}), (50,), mode=m) for m in ("shadow", "off"))
+    shadow, off = (
+        faulty(tiny(m, **LONG | {"max_steps": 80}), (50,), mode=m) for m in ("shadow", "off")
+    )
     assert equal(tensors(shadow), tensors(off)) and decisions(off) == []
     assert actions(shadow) == [("explosion", "drop", False)]
 
 
 def test_an_explosion_is_no_overflow_to_the_scaler_of_fp16(tiny, monkeypatch):
     """fp16's arithmetic on the CPU: an explosion is dropped and the scale stays; an overflow halves it, and is none."""
-    monkeypatch.setattr(train.plan, "machine", fake_fp16(train.plan.machine))
+    monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     keys = tiny(precision="mixed_fp16", **LONG | {"max_steps": 80})
     for times, trigger in ((300.0, "explosion"), (float("inf"), "nonfinite")):
         trainer = Trainer(keys | {"out_dir": keys["out_dir"] + trigger}, Faulty)
         trainer.scale.fill_(1024.0)
-        trainer.parallel.trainer, trainer.parallel.at, trainer.parallel.times = trainer, (60,), times
+        trainer.parallel.trainer, trainer.parallel.at, trainer.parallel.times = (
+            trainer,
+            (60,),
+            times,
+        )
         assert trainer.fit() == 0
         assert (trigger, "drop", True) in actions(trainer) and trainer.orchestrator.dropped == 1
         assert trainer.scale.item() == (1024.0 if trigger == "explosion" else 512.0)
@@ -360,11 +393,31 @@ os._exit(0)
 """
 
 
-COMMANDS = [["add_expert", [0]], ["prune_expert", [0, 1, True]], ["_initialize_new_expert", [[0, 4], [2, 3]]]]
-COMMANDS += [["adjust_capacity_factor", [1.0]], ["adjust_routing_temperature", [1.5]], ["enable_expert_dropout", [0.2]]]
-COMMANDS += [["get_expert_statistics", []], ["adjust_mod_capacity", [0.25]], ["get_mod_statistics", []]]
-COMMANDS += [["adjust_batch_size", [1]], ["_recreate_dataloader", [None]], ["get_current_metrics", []]]
-COMMANDS += [["_extract_moe_routing_stats", []], ["_calculate_throughput", []], ["emergency_lr_reduction", [2.0]]]
+COMMANDS = [
+    ["add_expert", [0]],
+    ["prune_expert", [0, 1, True]],
+    ["_initialize_new_expert", [[0, 4], [2, 3]]],
+]
+COMMANDS += [
+    ["adjust_capacity_factor", [1.0]],
+    ["adjust_routing_temperature", [1.5]],
+    ["enable_expert_dropout", [0.2]],
+]
+COMMANDS += [
+    ["get_expert_statistics", []],
+    ["adjust_mod_capacity", [0.25]],
+    ["get_mod_statistics", []],
+]
+COMMANDS += [
+    ["adjust_batch_size", [1]],
+    ["_recreate_dataloader", [None]],
+    ["get_current_metrics", []],
+]
+COMMANDS += [
+    ["_extract_moe_routing_stats", []],
+    ["_calculate_throughput", []],
+    ["emergency_lr_reduction", [2.0]],
+]
 COMMANDS += [
     ["adjust_weight_decay", [0.05]],
     ["_update_optimizer_param_groups", ["eps", 1e-6]],
@@ -375,28 +428,43 @@ COMMANDS += [
 def test_what_befalls_one_rank_of_two(tiny, tmp_path):
     """A gradient that is not finite in one micro-step, memory that runs out half-way, a weight that changed: the other
     rank follows, and nothing is lost."""
-    base = tiny("whole", {"dropout": 0.0}, max_steps=60, batch_size=2, save_interval=0, warmup_steps=5)
+    base = tiny(
+        "whole", {"dropout": 0.0}, max_steps=60, batch_size=2, save_interval=0, warmup_steps=5
+    )
     base["orchestrator"] = {"check_interval": 10, "snapshot_interval": 10}
-    jobs = {name: base | {"out_dir": str(tmp_path / name)} for name in ("whole", "infinite", "memory", "flip", "slow")}
+    jobs = {
+        name: base | {"out_dir": str(tmp_path / name)}
+        for name in ("whole", "infinite", "memory", "flip", "slow")
+    }
     jobs["commands"] = tiny("commands", KINDS["hybrid"], max_steps=14, batch_size=2) | {
         "orchestrator": {"check_interval": 1}
     }
     (tmp_path / "one_of_two.py").write_text(ONE_OF_TWO)
     path = f"{ROOT}:{ROOT}/tests"
     result = run_python(
-        tmp_path / "one_of_two.py", json.dumps(jobs), json.dumps(COMMANDS), ranks=2, PYTHONPATH=path, timeout=300
+        tmp_path / "one_of_two.py",
+        json.dumps(jobs),
+        json.dumps(COMMANDS),
+        ranks=2,
+        PYTHONPATH=path,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-2000:]
     done = read_lines(tmp_path / "commands" / "decisions.jsonl")
-    assert not [r for r in done if r.get("trigger") == "desync"], "the weights of both ranks were compared at each step"
+    assert not [r for r in done if r.get("trigger") == "desync"], (
+        "the weights of both ranks were compared at each step"
+    )
     assert [r["action"] for r in done if r["trigger"] == "user"] == [name for name, _ in COMMANDS]
-    assert {r["action"]: r["reason"] for r in done if not r["executed"]}.keys() <= {"_initialize_new_expert"}
+    assert {r["action"]: r["reason"] for r in done if not r["executed"]}.keys() <= {
+        "_initialize_new_expert"
+    }
     assert {r["turn"] for r in done} == {2} and done[-1]["args"]["to_step"] == 0
     rows = {name: read_lines(tmp_path / name / "decisions.jsonl") for name in list(jobs)[1:4]}
     (row,) = rows["infinite"]
-    assert (row["step"], row["trigger"]) == (20, "nonfinite") and "blocks.1.ffn.w2 is not finite on rank 1" in row[
-        "reason"
-    ]
+    assert (row["step"], row["trigger"]) == (
+        20,
+        "nonfinite",
+    ) and "blocks.1.ffn.w2 is not finite on rank 1" in row["reason"]
     found = checkpoint.find(tmp_path / "infinite")
     assert all(torch.isfinite(found.read(n)).all() for n in found.tensors)
     assert found.read("optim.embed.weight.step").item() == 59
@@ -426,7 +494,9 @@ def glitch(trainer):
 
 
 def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
-    keys = tiny(**LONG | {"save_interval": 40, "min_lr": 1e-5}) | {"orchestrator": {"snapshot_interval": 20}}
+    keys = tiny(**LONG | {"save_interval": 40, "min_lr": 1e-5}) | {
+        "orchestrator": {"snapshot_interval": 20}
+    }
     kept, went = {}, {}
 
     def watch_act(trainer):
@@ -438,7 +508,9 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
             before = trainer.step
             rolled = act()
             if rolled:
-                went.update(now=tensors(trainer), step=trainer.step, before=before, cursor=trainer.cursor)
+                went.update(
+                    now=tensors(trainer), step=trainer.step, before=before, cursor=trainer.cursor
+                )
             return rolled
 
         trainer.orchestrator.act = watched
@@ -450,22 +522,36 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
     ]
     row = next(d for d in decisions(trainer) if d["action"] == "rollback")
     assert row["level"] == 2 and row["confidence"] >= 0.75 and abs(row["args"]["onset"] - 150) <= 10
-    assert went["step"] < 150 and went["before"] <= 190 and equal(went["now"], kept[went["step"]]), "moments too"
+    assert (
+        went["step"] < 150 and went["before"] <= 190 and equal(went["now"], kept[went["step"]])
+    ), "moments too"
     assert went["cursor"] == went["before"] * trainer.rows_per_step, "the data goes on where it was"
-    assert trainer.step == 240 and trainer.cursor == (240 + went["before"] - went["step"]) * trainer.rows_per_step
-    assert trainer.tokens == 240 * trainer.rows_per_step * 32, "those dropped came before, and were taken back too"
+    assert (
+        trainer.step == 240
+        and trainer.cursor == (240 + went["before"] - went["step"]) * trainer.rows_per_step
+    )
+    assert trainer.tokens == 240 * trainer.rows_per_step * 32, (
+        "those dropped came before, and were taken back too"
+    )
     aside = sorted(p.name for p in trainer.out.glob("*.rolled_back"))
     assert aside and went["step"] in checkpoint.list_steps(trainer.out), (
         "what was saved beyond is not the newest any more"
     )
-    assert all(checkpoint.Checkpoint(checkpoint.step_dir(trainer.out, s)).state["clean"] for s in (went["step"], 240))
-    assert not json.loads((trainer.out / aside[-1] / "state.json").read_text())["clean"], "saved during the alarm"
+    assert all(
+        checkpoint.Checkpoint(checkpoint.step_dir(trainer.out, s)).state["clean"]
+        for s in (went["step"], 240)
+    )
+    assert not json.loads((trainer.out / aside[-1] / "state.json").read_text())["clean"], (
+        "saved during the alarm"
+    )
     healthy = run(tiny("healthy", **LONG | {"min_lr": 1e-5}))
     assert abs(trainer.val_loss - healthy.val_loss) < 0.05
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
     due = row["turn"] + trainer.orchestrator.OUTCOME
     outcome = [d for d in decisions(trainer) if d.get("kind") == "outcome" and d["id"] == row["id"]]
-    assert [d["verdict"] for d in outcome] == (["helped"] if due <= trainer.orchestrator.turn - 1 else [])
+    assert [d["verdict"] for d in outcome] == (
+        ["helped"] if due <= trainer.orchestrator.turn - 1 else []
+    )
 
 
 def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
@@ -473,7 +559,9 @@ def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
     keys = tiny(model={"init_std": 0.02}, **LONG | {"max_steps": 420, "min_lr": 1e-5})
     trainer = run(keys, at={150: glitch, 230: glitch})
     rows = [d for d in decisions(trainer) if d.get("trigger") == "divergence"]
-    assert [d["action"] for d in rows] == ["wait", "rollback", "wait", "rollback"] and rows[3]["level"] == 3
+    assert [d["action"] for d in rows] == ["wait", "rollback", "wait", "rollback"] and rows[3][
+        "level"
+    ] == 3
     first, again = rows[1]["turn"], rows[3]["turn"]
     assert first < 190 and rows[2]["turn"] < 250 and first + 200 <= again <= first + 202
     assert "last rollback gets 200 turns" in rows[2]["reason"]
@@ -485,7 +573,11 @@ def test_a_young_run_that_loses_all_goes_back(tiny):
     """At turn 40 there is no course to leave yet; but a loss above where it began needs none."""
     trainer = run(tiny(**LONG | {"min_lr": 1e-5}), at={40: glitch})
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
-    assert 60 <= row["turn"] <= 75 and abs(row["args"]["onset"] - 40) <= 8 and row["args"]["to_step"] < 40
+    assert (
+        60 <= row["turn"] <= 75
+        and abs(row["args"]["onset"] - 40) <= 8
+        and row["args"]["to_step"] < 40
+    )
     healthy = run(tiny("healthy", **LONG | {"min_lr": 1e-5}))
     assert actions(healthy) == [] and abs(trainer.val_loss - healthy.val_loss) < 0.3
 
@@ -498,7 +590,11 @@ def test_what_does_not_come_back_after_a_rollback_stops_the_run(tiny):
 
     with pytest.raises(UserError, match="E301") as error:
         run(keys := tiny(**LONG | {"max_steps": 400}), at={40: for_ever})
-    rows = [d for d in read_lines(f"{keys['out_dir']}/decisions.jsonl") if d.get("trigger") == "divergence"]
+    rows = [
+        d
+        for d in read_lines(f"{keys['out_dir']}/decisions.jsonl")
+        if d.get("trigger") == "divergence"
+    ]
     rows = [d for d in rows if d["level"]]
     assert [d["action"] for d in rows] == ["rollback", "rollback", "stop"], rows
     assert 200 <= rows[2]["turn"] - rows[1]["turn"] <= 202 and "is not back" in rows[2]["reason"]
@@ -524,12 +620,17 @@ def test_a_spike_that_heals_is_left_alone(tiny):
 
 def test_what_is_never_finite_ends_soon_with_a_good_checkpoint(tiny):
     def poison(trainer):
-        trainer.model.blocks[1].ffn.w2.register_forward_hook(lambda m, i, o: o * float("nan") if m.training else o)
+        trainer.model.blocks[1].ffn.w2.register_forward_hook(
+            lambda m, i, o: o * float("nan") if m.training else o
+        )
 
     keys = tiny(**LONG | {"save_interval": 50})
     trainer = Trainer(keys)
     following = trainer.loader.next
-    trainer.loader.next = lambda: (poison(trainer) if trainer.orchestrator.turn == 100 else None, following())[1]
+    trainer.loader.next = lambda: (
+        poison(trainer) if trainer.orchestrator.turn == 100 else None,
+        following(),
+    )[1]
     with pytest.raises(UserError) as e:
         trainer.fit()
     trainer.loader.close()
@@ -542,16 +643,22 @@ def test_what_is_never_finite_ends_soon_with_a_good_checkpoint(tiny):
 
 
 def test_without_memory_the_newest_clean_checkpoint_serves(tiny, monkeypatch):
-    monkeypatch.setattr(orchestrator.plan, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machines, "available_memory", lambda: 1000)
     trainer = run(tiny(**LONG | {"save_interval": 40}), at={150: glitch})
     row = next(d for d in decisions(trainer) if d["action"] == "rollback")
     assert row["args"]["from"].endswith("step_00000120") and row["args"]["to_step"] == 120
 
 
 def test_recovery_can_be_forbidden(tiny):
-    trainer = run(tiny(**LONG) | {"orchestrator": {"enable_emergency_recovery": False}}, at={150: glitch})
+    trainer = run(
+        tiny(**LONG) | {"orchestrator": {"enable_emergency_recovery": False}}, at={150: glitch}
+    )
     row = next(d for d in decisions(trainer) if d["action"] == "rollback")
-    assert not row["executed"] and "enable_emergency_recovery" in row["blocked_by"] and trainer.cursor == 240 * 4
+    assert (
+        not row["executed"]
+        and "enable_emergency_recovery" in row["blocked_by"]
+        and trainer.cursor == 240 * 4
+    )
 
 
 def test_rollback_by_hand_restores_the_moments(tiny):
@@ -582,9 +689,12 @@ def test_rollback_where_a_tensor_lives_in_pieces(tiny):
     """The seam that sharding uses: the same run, every tensor snapshot in two regions."""
     keys = tiny(**LONG | {"min_lr": 1e-5}) | {"orchestrator": {"snapshot_interval": 20}}
     plain, halves = (
-        run(keys | {"out_dir": keys["out_dir"] + p.__name__}, p, {150: glitch}) for p in (Parallel, Halves)
+        run(keys | {"out_dir": keys["out_dir"] + p.__name__}, p, {150: glitch})
+        for p in (Parallel, Halves)
     )
-    assert ("divergence", "rollback", True) in actions(halves) and equal(tensors(plain), tensors(halves))
+    assert ("divergence", "rollback", True) in actions(halves) and equal(
+        tensors(plain), tensors(halves)
+    )
 
 
 # ---------------------------------------------------------------- experts
@@ -619,11 +729,16 @@ def test_experts_that_stay_unbalanced(tiny, allowed):
         ("set aux_loss_weight", True, 2 * weight),
         ("set aux_loss_weight", True, weight),
     ]
-    assert rows[1]["turn"] - rows[0]["turn"] == 10 * 5 + 1 or rows[1]["turn"] - rows[0]["turn"] == 10 * 5
+    assert (
+        rows[1]["turn"] - rows[0]["turn"] == 10 * 5 + 1
+        or rows[1]["turn"] - rows[0]["turn"] == 10 * 5
+    )
     verdicts = [d["verdict"] for d in decisions(trainer) if d.get("kind") == "outcome"]
     assert verdicts[:2] == ["did not help"] * 2
     assert seen[4][:2] == ("re-seed a dead expert", allowed)
-    assert not allowed or (rows[4]["step"] in checkpoint.list_steps(trainer.out) and rows[4]["expert"] == 1)
+    assert not allowed or (
+        rows[4]["step"] in checkpoint.list_steps(trainer.out) and rows[4]["expert"] == 1
+    )
     healthy = run(keys | {"out_dir": keys["out_dir"] + "-healthy"})
     assert decisions(healthy) == []
 
@@ -638,7 +753,11 @@ def test_replay_gives_the_same_bytes(tiny):
     class Hurt(Parallel):
         def reduce(self, model, stats):
             stats = super().reduce(model, stats)
-            times = {4 * 60: 1e4, 4 * 70: math.nan}.get(trainer_of[id(self)].cursor) if id(self) in trainer_of else None
+            times = (
+                {4 * 60: 1e4, 4 * 70: math.nan}.get(trainer_of[id(self)].cursor)
+                if id(self) in trainer_of
+                else None
+            )
             for p in model.parameters() if times else ():
                 p.grad.mul_(times)
             return stats
@@ -651,13 +770,18 @@ def test_replay_gives_the_same_bytes(tiny):
         following, asked = trainer.loader.next, []
         if not block:
             trainer_of[id(trainer.parallel)] = trainer
-        lines = {105: '{"method": "emergency_lr_reduction", "args": [2]}', 200: '{"method": "stop"}'}
+        lines = {
+            105: '{"method": "emergency_lr_reduction", "args": [2]}',
+            200: '{"method": "stop"}',
+        }
 
         def next_rows():
             if block:
                 return following()
             now = trainer.cursor // 4
-            told = (trainer.out / "control.jsonl").exists() and (trainer.out / "control.jsonl").read_text()
+            told = (trainer.out / "control.jsonl").exists() and (
+                trainer.out / "control.jsonl"
+            ).read_text()
             if now in lines and lines[now] not in (told or "") and not asked:
                 asked.append(now)
                 with open(trainer.out / "control.jsonl", "a") as f:
@@ -712,9 +836,16 @@ def test_the_cut_of_level_3_ends_and_the_budget_too(tiny):
     o.turn += o.CUT_TURNS // 2
     middle = o.lr_factor()
     o.turn += o.CUT_TURNS // 2
-    assert (first, o.lr_factor()) == (pytest.approx(o.CUT), 1.0) and middle == pytest.approx((1 + o.CUT) / 2)
+    assert (first, o.lr_factor()) == (pytest.approx(o.CUT), 1.0) and middle == pytest.approx(
+        (1 + o.CUT) / 2
+    )
     o.keep_snapshot(first=True)
-    for past, level in (([], 2), ([100], 2), ([o.turn - 999], 3), ([o.turn - 999, o.turn - 500], 4)):
+    for past, level in (
+        ([], 2),
+        ([100], 2),
+        ([o.turn - 999], 3),
+        ([o.turn - 999, o.turn - 500], 4),
+    ):
         o.rollbacks, o.went_back, n = list(past), 0, len(decisions(trainer))
         if level < 4:
             o.recover("divergence", o.turn + 1, 0.9, "evalue", "for the test")
@@ -732,7 +863,9 @@ def test_the_cut_of_level_3_ends_and_the_budget_too(tiny):
 
 def test_rollbacks_by_hand_are_no_failed_attempts(tiny):
     trainer = run(tiny(max_steps=30, save_interval=5), at={20: lambda t: t.rollback_steps(8)})
-    assert [d["action"] for d in decisions(trainer)] == ["rollback_steps"] and trainer.orchestrator.rollbacks == []
+    assert [d["action"] for d in decisions(trainer)] == [
+        "rollback_steps"
+    ] and trainer.orchestrator.rollbacks == []
 
 
 def test_explosions_without_end_are_no_accident(tiny):
@@ -764,7 +897,10 @@ def test_a_fault_in_backward_alone_is_named(tiny):
 
     trainer = run(tiny(max_steps=12), at={2: hurt})
     rows = [d for d in decisions(trainer) if "action" in d]
-    assert "gradient of blocks.1.ffn.w2.weight" in rows[0]["reason"] and rows[0]["stat"]["grad_norm"] is None
+    assert (
+        "gradient of blocks.1.ffn.w2.weight" in rows[0]["reason"]
+        and rows[0]["stat"]["grad_norm"] is None
+    )
 
 
 # ---------------------------------------------------------------- out of memory
@@ -776,7 +912,12 @@ def short_of_memory(trainer, limit, rank=0, calls=None, at=20):
 
     def hook(module, inputs):
         rows = inputs[0].shape[0]
-        if module.training and trainer.parallel.rank == rank and trainer.step >= at and rows > limit:
+        if (
+            module.training
+            and trainer.parallel.rank == rank
+            and trainer.step >= at
+            and rows > limit
+        ):
             calls[0] += 1
             if calls[0] % 2 == 0 or trainer.cfg.gradient_accumulation_steps == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
@@ -786,8 +927,16 @@ def short_of_memory(trainer, limit, rank=0, calls=None, at=20):
 
 @pytest.mark.parametrize("kind", ["dense", "hybrid"])
 def test_out_of_memory_halves_the_microbatch_and_loses_nothing(tiny, kind):
-    keys = tiny("short", KINDS[kind] | {"dropout": 0.0}, max_steps=40, batch_size=8, gradient_accumulation_steps=2)
-    if kind == "hybrid":  # static routing: a token on the edge must not fall to the other side for a rounding
+    keys = tiny(
+        "short",
+        KINDS[kind] | {"dropout": 0.0},
+        max_steps=40,
+        batch_size=8,
+        gradient_accumulation_steps=2,
+    )
+    if (
+        kind == "hybrid"
+    ):  # static routing: a token on the edge must not fall to the other side for a rounding
         keys["model"]["mod_routing"] = "static"
     trainer = Trainer(keys)
     short_of_memory(trainer, 2)
@@ -795,7 +944,11 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(tiny, kind):
     whole = run(keys | {"out_dir": keys["out_dir"] + "-whole"})
     assert (trainer.cfg.batch_size, trainer.cfg.gradient_accumulation_steps) == (2, 8)
     assert [d["args"]["new_size"] for d in decisions(trainer)] == [4, 2]
-    assert (trainer.step, trainer.cursor, trainer.tokens) == (whole.step, whole.cursor, whole.tokens)
+    assert (trainer.step, trainer.cursor, trainer.tokens) == (
+        whole.step,
+        whole.cursor,
+        whole.tokens,
+    )
     a, b = losses(trainer.out), losses(whole.out)
     assert a.keys() == b.keys() and len(a) == 40
     assert all(a[s] == b[s] for s in range(1, 21)), "until then bit for bit"
@@ -833,7 +986,8 @@ def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
         train.main([str(path)])
     assert (
         e.value.exit_code == 75
-        and json.loads((checkpoint.Path(keys["out_dir"]) / "status.json").read_text())["state"] == "restart"
+        and json.loads((checkpoint.Path(keys["out_dir"]) / "status.json").read_text())["state"]
+        == "restart"
     )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.main([str(path)]) == 0
@@ -843,18 +997,20 @@ def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
 
 
 def test_batch_size_auto_is_what_fits(tiny, monkeypatch):
-    keys = tiny(batch_size="auto", gradient_accumulation_steps=..., batch_tokens=16 * 32, max_steps=1)
+    keys = tiny(
+        batch_size="auto", gradient_accumulation_steps=..., batch_tokens=16 * 32, max_steps=1
+    )
     plenty = Trainer(keys)
     assert (plenty.cfg.batch_size, plenty.cfg.gradient_accumulation_steps) == (16, 1)
     plenty.loader.close()
     cfg, n = plenty.cfg.model, plenty.counted.n_params()["total"]
     need = {r: train.plan.memory(cfg, n, r, "fp32")["total"] for r in (4, 8)}
-    monkeypatch.setattr(train.plan, "total_memory", lambda device: (need[4] + need[8]) / 2 / 0.92)
+    monkeypatch.setattr(machines, "total_memory", lambda device: (need[4] + need[8]) / 2 / 0.92)
     small = Trainer(keys | {"out_dir": keys["out_dir"] + "-small"})
     assert (small.cfg.batch_size, small.cfg.gradient_accumulation_steps) == (4, 4)
     assert equal(tensors(small), tensors(plenty)), "finding out changes nothing"
     small.loader.close()
-    monkeypatch.setattr(train.plan, "total_memory", lambda device: 1000)
+    monkeypatch.setattr(machines, "total_memory", lambda device: 1000)
     with pytest.raises(UserError) as e:
         Trainer(keys | {"out_dir": keys["out_dir"] + "-none"})
     assert e.value.code == "E200"
@@ -875,7 +1031,9 @@ def test_the_probe_on_a_gpu_leaves_no_trace(tiny, monkeypatch):
         return 1000 + 100 * rows
 
     monkeypatch.setattr(train, "peak_bytes", peak)
-    monkeypatch.setattr(train.plan, "total_memory", lambda device: 2200)  # 0.92 of it are 1024 above the rest: 9 rows
+    monkeypatch.setattr(
+        machines, "total_memory", lambda device: 2200
+    )  # 0.92 of it are 1024 above the rest: 9 rows
     probed.probe()
     assert (probed.cfg.batch_size, probed.cfg.gradient_accumulation_steps) == (8, 2)
     assert equal(tensors(left), tensors(probed))
@@ -918,7 +1076,9 @@ def test_commands_in_control_jsonl(tiny):
         ("add_expert", "E308"),
     ]
     assert {r["trigger"] for r in rows} == {"user"} and {r["turn"] for r in rows} == {6}
-    assert rows[7]["answer"]["step"] == 5 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.03
+    assert (
+        rows[7]["answer"]["step"] == 5 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.03
+    )
     assert 5 in checkpoint.list_steps(trainer.out), "save: before what stands after it"
     again = Trainer(tiny(max_steps=22, save_interval=0))
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.03, "and a resumed run remembers"
@@ -928,8 +1088,22 @@ def test_commands_in_control_jsonl(tiny):
 
 def test_no_argument_ends_a_run(tiny):
     """Whatever is written there: carried out or refused, by a run that goes on, and by one that resumes from it."""
-    odd = ([None], ["x"], [[1], 2], [5], [0, "x"], [[0, 4, 5], [1]], [3, [1]], [{}], {"x": 1}, [True], [1e999])
-    lines = [json.dumps({"method": m, "args": a}) for m in orchestrator.METHODS if m != "stop" for a in odd]
+    odd = (
+        [None],
+        ["x"],
+        [[1], 2],
+        [5],
+        [0, "x"],
+        [[0, 4, 5], [1]],
+        [3, [1]],
+        [{}],
+        {"x": 1},
+        [True],
+        [1e999],
+    )
+    lines = [
+        json.dumps({"method": m, "args": a}) for m in control.METHODS if m != "stop" for a in odd
+    ]
 
     def write(trainer):
         (trainer.out / "control.jsonl").write_text("\n".join(lines) + "\n")
@@ -950,7 +1124,11 @@ def test_control_jsonl_written_anew_and_without_a_last_newline(tiny):
     trainer = Trainer(tiny(max_steps=20, save_interval=0))
     take = trainer.orchestrator.take_commands
     trainer.orchestrator.take_commands = lambda: (asked.append(trainer.step), take())
-    at = {5: write(f"{line % 0.03}\n{line % 0.02}\n"), 9: write(f"{line % 0.01}\n"), 12: write((line % 0.5)[:-1])}
+    at = {
+        5: write(f"{line % 0.03}\n{line % 0.02}\n"),
+        9: write(f"{line % 0.01}\n"),
+        12: write((line % 0.5)[:-1]),
+    }
     act = trainer.orchestrator.act
 
     def first_that():
@@ -959,9 +1137,13 @@ def test_control_jsonl_written_anew_and_without_a_last_newline(tiny):
 
     trainer.orchestrator.act = first_that
     assert trainer.fit() == 0
-    assert [r["args"]["value"] for r in decisions(trainer)] == [0.03, 0.02, 0.01], "the last is not a whole line"
+    assert [r["args"]["value"] for r in decisions(trainer)] == [0.03, 0.02, 0.01], (
+        "the last is not a whole line"
+    )
     assert len(asked) == 3, "and asks nobody anything until it grows"
-    assert [r["before"] for r in decisions(trainer)] == [{"weight_decay": x} for x in (0.1, 0.03, 0.02)]
+    assert [r["before"] for r in decisions(trainer)] == [
+        {"weight_decay": x} for x in (0.1, 0.03, 0.02)
+    ]
 
 
 def weights_after(tiny, name, do, model=None, **changes):
@@ -970,7 +1152,13 @@ def weights_after(tiny, name, do, model=None, **changes):
     both = []
     for which in ("left", name):
         keys = tiny(
-            f"{name}-{which}", model, max_steps=9, save_interval=0, warmup_steps=0, lr_schedule="constant", **changes
+            f"{name}-{which}",
+            model,
+            max_steps=9,
+            save_interval=0,
+            warmup_steps=0,
+            lr_schedule="constant",
+            **changes,
         )
         trainer = run(keys, at={6: lambda t: found.update(answer=do(t))} if which == name else None)
         both.append(trainer)
@@ -985,16 +1173,24 @@ def test_methods_on_the_optimizer_change_the_next_steps(tiny):
     answer, t, left = weights_after(tiny, "wd", lambda t: t.adjust_weight_decay(0.5))
     assert answer["executed"] and not equal(tensors(t), tensors(left))
     assert [g["weight_decay"] for g in t.optimizer.param_groups] == [0.5, 0.0]
-    answer, t, left = weights_after(tiny, "lr2", lambda t: t._update_optimizer_param_groups("lr", 1e-4))
+    answer, t, left = weights_after(
+        tiny, "lr2", lambda t: t._update_optimizer_param_groups("lr", 1e-4)
+    )
     rows = {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r}
     assert rows[7] == pytest.approx(1e-4)
     for param, value in (("beta1", 0.5), ("beta2", 0.5), ("eps", 1e-3), ("weight_decay", 0.7)):
-        answer, t, left = weights_after(tiny, param, lambda t, p=param, v=value: t._update_optimizer_param_groups(p, v))
+        answer, t, left = weights_after(
+            tiny, param, lambda t, p=param, v=value: t._update_optimizer_param_groups(p, v)
+        )
         assert answer["executed"] and not equal(tensors(t), tensors(left)), param
     assert t.emergency_lr_reduction(0.5)["refused"] == "E309", "it would raise it"
     refused = t._update_optimizer_param_groups("momentum", 1.0)
     assert refused["refused"] and "beta1" in refused["reason"]
-    assert t.adjust_weight_decay("much")["refused"] == t.emergency_lr_reduction(-1)["refused"] == "E309"
+    assert (
+        t.adjust_weight_decay("much")["refused"]
+        == t.emergency_lr_reduction(-1)["refused"]
+        == "E309"
+    )
 
 
 def test_methods_on_routing_change_the_next_steps(tiny):
@@ -1004,21 +1200,42 @@ def test_methods_on_routing_change_the_next_steps(tiny):
         ("adjust_routing_temperature", 2.0),
         ("enable_expert_dropout", 0.4),
     ):
-        answer, t, left = weights_after(tiny, name, lambda t, n=name, v=value: getattr(t, n)(v), moe)
+        answer, t, left = weights_after(
+            tiny, name, lambda t, n=name, v=value: getattr(t, n)(v), moe
+        )
         assert answer["executed"] and not equal(tensors(t), tensors(left)), name
         if name == "adjust_capacity_factor":
-            assert t.get_expert_statistics()["tokens_dropped"] > 0 == left.get_expert_statistics()["tokens_dropped"]
+            assert (
+                t.get_expert_statistics()["tokens_dropped"]
+                > 0
+                == left.get_expert_statistics()["tokens_dropped"]
+            )
         if name == "enable_expert_dropout":
-            assert any(m.router.muted.any() for m in t.moe.values()) and left.moe[0].router.muted is None
-            assert t.enable_expert_dropout(0.0)["executed"] and t.moe[0].router.muted is None, "all may be chosen again"
+            assert (
+                any(m.router.muted.any() for m in t.moe.values())
+                and left.moe[0].router.muted is None
+            )
+            assert t.enable_expert_dropout(0.0)["executed"] and t.moe[0].router.muted is None, (
+                "all may be chosen again"
+            )
     answer, t, left = weights_after(tiny, "mod", lambda t: t.adjust_mod_capacity(0.25), mod)
-    assert t.get_mod_statistics()["capacity_factor"] == 0.25 and left.get_mod_statistics()["capacity_factor"] == 0.5
+    assert (
+        t.get_mod_statistics()["capacity_factor"] == 0.25
+        and left.get_mod_statistics()["capacity_factor"] == 0.5
+    )
     state = checkpoint.find(t.out).state
-    assert state["config"]["model"]["mod_capacity"] == 0.25 and state["model_written"]["mod_capacity"] == 0.5
+    assert (
+        state["config"]["model"]["mod_capacity"] == 0.25
+        and state["model_written"]["mod_capacity"] == 0.5
+    )
     again = Trainer(t.written | {"max_steps": 10})
     assert again.fit() == 0 and again.get_mod_statistics()["capacity_factor"] == 0.25
-    answer, t, left = weights_after(tiny, "new", lambda t: t._initialize_new_expert([0, 4], [1, 2]), moe)
-    assert answer["executed"] and answer["parent"] in (1, 2) and t.model.blocks[0].ffn.router.alive[4]
+    answer, t, left = weights_after(
+        tiny, "new", lambda t: t._initialize_new_expert([0, 4], [1, 2]), moe
+    )
+    assert (
+        answer["executed"] and answer["parent"] in (1, 2) and t.model.blocks[0].ffn.router.alive[4]
+    )
     dense = run(tiny("dense", max_steps=2))
     for call in (
         "adjust_capacity_factor",
@@ -1043,21 +1260,43 @@ def test_batch_and_reader_by_hand_change_no_row(tiny):
         ("smaller", {6: change}),
         ("reader", {6: lambda t: t._recreate_dataloader(t.sources)}),
     ):
-        trainer = run(keys | {"out_dir": keys["out_dir"] + name, "model": keys["model"] | {"dropout": 0.0}}, at=at)
+        trainer = run(
+            keys | {"out_dir": keys["out_dir"] + name, "model": keys["model"] | {"dropout": 0.0}},
+            at=at,
+        )
         rows[name] = losses(trainer.out)
         assert trainer.cursor == 12 * 4
-    assert rows["reader"] == rows["left"] and found["refused"]["refused"] == "E309" and found["done"]["executed"]
+    assert (
+        rows["reader"] == rows["left"]
+        and found["refused"]["refused"] == "E309"
+        and found["done"]["executed"]
+    )
     assert max(abs(rows["smaller"][s] - rows["left"][s]) for s in rows["left"]) < 1e-5
 
 
 def test_current_metrics_are_plain_numbers(tiny):
     trainer = run(tiny(KINDS["moe"] and "run", KINDS["moe"], max_steps=5))
     found = trainer.get_current_metrics()
-    assert list(found) == ["loss", "learning_rate", "grad_norm", "throughput", "memory_usage", "epoch", "step"]
+    assert list(found) == [
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "throughput",
+        "memory_usage",
+        "epoch",
+        "step",
+    ]
     assert all(type(v) in (int, float) and math.isfinite(v) for v in found.values())
     row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r][-1]
-    assert found["step"] == 5 and found["loss"] == row["loss"] and found["grad_norm"] == row["grad_norm"] > 0
-    assert found["throughput"] == pytest.approx(row["tokens_per_second"]) and 0 < found["memory_usage"] < 1
+    assert (
+        found["step"] == 5
+        and found["loss"] == row["loss"]
+        and found["grad_norm"] == row["grad_norm"] > 0
+    )
+    assert (
+        found["throughput"] == pytest.approx(row["tokens_per_second"])
+        and 0 < found["memory_usage"] < 1
+    )
     assert trainer._extract_moe_routing_stats() == trainer.get_expert_statistics()
 
 
@@ -1071,10 +1310,16 @@ def test_auto_epoch_scaling_sets_the_length(tiny):
     assert trainer.cfg.max_steps == round(0.5 * n / tokens)
     trainer.loader.close()
     moe = Trainer(keys | {"out_dir": keys["out_dir"] + "2", "model": keys["model"] | MOE})
-    assert moe.cfg.max_steps == round(0.5 * moe.counted.n_params()["active"] / tokens) > trainer.cfg.max_steps
+    assert (
+        moe.cfg.max_steps
+        == round(0.5 * moe.counted.n_params()["active"] / tokens)
+        > trainer.cfg.max_steps
+    )
     moe.loader.close()
     least = Trainer(keys | {"out_dir": keys["out_dir"] + "3", "min_auto_epochs": 1})
-    assert least.cfg.max_steps == round(sum(s.windows for s in least.sources.values()) * 32 / tokens)
+    assert least.cfg.max_steps == round(
+        sum(s.windows for s in least.sources.values()) * 32 / tokens
+    )
     least.loader.close()
     for more in ({"max_steps": 5}, {"min_auto_epochs": 3, "max_auto_epochs": 2}):
         with pytest.raises(UserError) as e:
@@ -1096,9 +1341,19 @@ def test_the_forecast_is_recorded_and_survives_a_resume(tiny):
     assert all(rows[0][s]["forecast/final"] == rows[1][s]["forecast/final"] for s in rows[0])
     last = rows[0][max(rows[0])]
     assert last["forecast/final_low"] < last["forecast/final"] < last["forecast/final_high"]
-    off = run(keys | {"out_dir": keys["out_dir"] + "-off", "enable_loss_landscape": False, "max_steps": 60})
+    off = run(
+        keys
+        | {"out_dir": keys["out_dir"] + "-off", "enable_loss_landscape": False, "max_steps": 60}
+    )
     assert not [r for r in read_lines(off.out / "metrics.jsonl") if "forecast/final" in r]
-    lean = run(keys | {"out_dir": keys["out_dir"] + "-lean", "enable_compute_efficiency": False, "max_steps": 60})
+    lean = run(
+        keys
+        | {
+            "out_dir": keys["out_dir"] + "-lean",
+            "enable_compute_efficiency": False,
+            "max_steps": 60,
+        }
+    )
     found = [r for r in read_lines(lean.out / "metrics.jsonl") if "forecast/final" in r]
     assert found and not any(k.startswith("forecast/slope") for r in found for k in r)
 
@@ -1106,7 +1361,7 @@ def test_the_forecast_is_recorded_and_survives_a_resume(tiny):
 @pytest.mark.parametrize("act", [False, True])
 def test_a_run_is_cut_short_only_where_that_is_justified_and_allowed(tiny, monkeypatch, act):
     """The reasons are plan.py's and tested there; here: what is done about them, and that it is done once."""
-    monkeypatch.setattr(train.plan, "justified_stop", lambda *args: "start the decay: for the test")
+    monkeypatch.setattr(forecast, "justified_stop", lambda *args: "start the decay: for the test")
     keys = tiny(**LONG | {"lr_schedule": "wsd", "enable_early_stopping": act, "decay_frac": 0.25})
     keys["orchestrator"] = {"check_interval": 60}
     trainer = run(keys)
@@ -1120,7 +1375,9 @@ def test_suggested_yaml_runs_as_it_is(tiny):
     trainer = run(tiny(max_steps=8))
     path = trainer.out / "suggested.yaml"
     cfg, *_ = read_config([str(path)])
-    assert cfg.batch_size == trainer.cfg.batch_size and cfg.batch_tokens == trainer.rows_per_step * 32
+    assert (
+        cfg.batch_size == trainer.cfg.batch_size and cfg.batch_tokens == trainer.rows_per_step * 32
+    )
     assert cfg.max_steps > 8 and path.read_text().count("#") >= 4
     again = Trainer([str(path), "--max_steps", "2", "--out_dir", str(trainer.out) + "-again"])
     assert again.rows_per_step == trainer.rows_per_step and again.fit() == 0
@@ -1139,8 +1396,15 @@ def test_health_names_the_cause(tiny):
     keys = tiny(max_steps=40) | {"orchestrator": {"check_interval": 10}}
     trainer = run(keys, at={1: slow})
     rows = [r for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r]
-    assert rows[0]["health"] is None and rows[-1]["health_level"] == 1 and "waiting" in rows[-1]["health_causes"][0]
-    assert rows[-1]["health"] == "warning" and "waiting for data" in (trainer.out / "train.log").read_text()
+    assert (
+        rows[0]["health"] is None
+        and rows[-1]["health_level"] == 1
+        and "waiting" in rows[-1]["health_causes"][0]
+    )
+    assert (
+        rows[-1]["health"] == "warning"
+        and "waiting for data" in (trainer.out / "train.log").read_text()
+    )
     assert sum(v for k, v in rows[-1].items() if k.startswith("time/")) == pytest.approx(1)
     assert rows[-1]["time/data"] > 0.3
 
@@ -1151,10 +1415,14 @@ def test_health_says_that_all_is_lost_before_there_is_a_course(tiny):
             for p in trainer.model.parameters():
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
 
-    keys = tiny(max_steps=30, warmup_steps=25, save_interval=0) | {"orchestrator": {"check_interval": 10}}
+    keys = tiny(max_steps=30, warmup_steps=25, save_interval=0) | {
+        "orchestrator": {"check_interval": 10}
+    }
     for at, critical in (({}, False), ({12: lose}, True)):
         trainer = run(keys | {"out_dir": f"{keys['out_dir']}{critical}"}, at=at)
-        health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if "health" in r][-1]
+        health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if "health" in r][
+            -1
+        ]
         said = "above where this run began" in (trainer.out / "train.log").read_text()
         assert (health == "critical") == said == critical
 
@@ -1181,13 +1449,15 @@ def test_off_is_a_word_in_yaml(tiny, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(tiny())[:-1] + ', "orchestrator": {"mode": false}}')
     assert read_config([str(path)])[0].orchestrator.mode == "off"
-    assert read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
-    assert sys.modules["orchestrator"] is orchestrator
+    assert (
+        read_config([str(path), "--orchestrator.mode", "shadow"])[0].orchestrator.mode == "shadow"
+    )
+    assert sys.modules["lumen.orchestrate"] is orchestrator
 
 
 def test_a_torch_that_no_longer_counts_its_graphs_ends_no_run(monkeypatch):
     import torch._dynamo.utils as private
 
-    assert orchestrator.compiled_graphs() >= 0
+    assert control.compiled_graphs() >= 0
     monkeypatch.delattr(private, "counters", raising=False)
-    assert orchestrator.compiled_graphs() == 0
+    assert control.compiled_graphs() == 0

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import prepare_data as P
-import tokenizer as T
-from errors import UserError
+from lumen import tokenizer as T
+from lumen.errors import UserError
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -45,7 +45,9 @@ def documents(folder, split="train"):
         assert ids.dtype == np.dtype(manifest["dtype"]) and len(docs) == shard["docs"] + 1
         assert shard["sha256"] == hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
         assert (shard["min_id"], shard["max_id"]) == (ids.min(), ids.max())
-        ends = (np.flatnonzero(ids == made.eot_id) + 1).tolist()  # a scan for the id, as others do it
+        ends = (
+            np.flatnonzero(ids == made.eot_id) + 1
+        ).tolist()  # a scan for the id, as others do it
         assert docs.tolist() == sorted({*([] if continues else [0]), *ends, len(ids)})
         continues = ids[-1] != made.eot_id
         begins += (docs[:-1].astype(int) + at).tolist()
@@ -64,7 +66,10 @@ def run(*args, **more):
 
 
 def write_rows(path, rows):
-    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
+    path.write_bytes(
+        b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+        + b"\n"
+    )
     return str(path)
 
 
@@ -82,10 +87,15 @@ def mixed(tmp_path):
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
     texts = [P.synthetic_document(7, n) for n in range(700)]
-    rows = [{"text": text, "n": 1} for text in texts[:400]] + [{"text": texts[3]}, {"text": texts[600]}]
+    rows = [{"text": text, "n": 1} for text in texts[:400]] + [
+        {"text": texts[3]},
+        {"text": texts[600]},
+    ]
     rows[10:10] = [b"", b"   ", b"not json"]
     write_rows(folder / "a.jsonl", rows)
-    (folder / "b.json").write_text(json.dumps([{"text": text} for text in texts[400:450]], indent=2))
+    (folder / "b.json").write_text(
+        json.dumps([{"text": text} for text in texts[400:450]], indent=2)
+    )
     (folder / "c.txt").write_text("".join(texts[450:600]))
     for n in range(600, 700):
         (folder / "sub" / f"{n}.md").write_text(texts[n])
@@ -101,7 +111,9 @@ def test_workers_and_batches_do_not_matter(mixed, tmp_path):
     ways = [(1, 1 << 20), (1, 500), (2, 30_000), (3, 7_000)]
     outs = [tmp_path / f"out{i}" for i in range(len(ways))]
     for out, (workers, size) in zip(outs, ways):
-        manifest = P.prepare([str(mixed)], str(out), workers=workers, batch_bytes=size, quiet=True, **options)
+        manifest = P.prepare(
+            [str(mixed)], str(out), workers=workers, batch_bytes=size, quiet=True, **options
+        )
     assert contents(outs[0]) == contents(outs[1]) == contents(outs[2]) == contents(outs[3])
     counts = manifest["counts"]
     assert counts["dropped"] == {"E101": 1, "E104": 1, "E107": 2} and counts["blank_lines"] == 2
@@ -115,9 +127,9 @@ def test_workers_and_batches_do_not_matter(mixed, tmp_path):
 
 
 def test_synthetic_is_the_same_everywhere(tmp_path):
-    assert hashlib.sha256("".join(P.synthetic_document(1337, n) for n in range(50)).encode()).hexdigest() == (
-        "d4129fc8282b7aa824c309649a68fc3fc5bf43a0d35c1b332c4c51b1acb2de97"
-    )
+    assert hashlib.sha256(
+        "".join(P.synthetic_document(1337, n) for n in range(50)).encode()
+    ).hexdigest() == ("d4129fc8282b7aa824c309649a68fc3fc5bf43a0d35c1b332c4c51b1acb2de97")
     manifest = P.prepare(["synthetic:30"], str(tmp_path / "out"), "bytes", quiet=True)
     assert manifest["counts"]["kept"] == 30
     assert sorted(documents(tmp_path / "out") + documents(tmp_path / "out", "val")) == sorted(
@@ -153,10 +165,16 @@ def test_killed_and_started_again(workers, undisturbed, tmp_path):
         wanted, ends = journals + rng.randint(1, 7), time.time() + 60
         while process.poll() is None and time.time() < ends and kills < 4:
             try:
-                journals = json.loads((out / "progress.json").read_text()).get("state", {}).get("journals", 0)
+                journals = (
+                    json.loads((out / "progress.json").read_text())
+                    .get("state", {})
+                    .get("journals", 0)
+                )
             except (FileNotFoundError, ValueError):
                 pass
-            if journals >= wanted or (kills == 0 and (out / "progress.json").exists()):  # the first: before any shard
+            if journals >= wanted or (
+                kills == 0 and (out / "progress.json").exists()
+            ):  # the first: before any shard
                 time.sleep(rng.random() * 0.01)
                 process.kill()
                 kills += 1
@@ -171,9 +189,17 @@ def test_killed_and_started_again(workers, undisturbed, tmp_path):
 
 def test_stopped_at_every_write(mixed, tmp_path, monkeypatch):
     """The process ends just before or just after a file appears; every time the next one goes on from there."""
-    options = {"tokenizer": "bytes", "shard_tokens": 12_000, "val_fraction": 0.3, "max_doc_chars": 3000, "quiet": True}
+    options = {
+        "tokenizer": "bytes",
+        "shard_tokens": 12_000,
+        "val_fraction": 0.3,
+        "max_doc_chars": 3000,
+        "quiet": True,
+    }
     rows = [
-        row for n in range(150) for row in ({"text": f"row {n} " * 50}, b"", b"bad", {"text": f"row {n // 2} " * 50})
+        row
+        for n in range(150)
+        for row in ({"text": f"row {n} " * 50}, b"", b"bad", {"text": f"row {n // 2} " * 50})
     ]
     write_rows(mixed / "d.jsonl", rows)
 
@@ -182,7 +208,9 @@ def test_stopped_at_every_write(mixed, tmp_path, monkeypatch):
         return hashlib.blake2b(key, digest_size=8, salt=(1337).to_bytes(8, "little")).digest()[::-1]
 
     falling = sorted((f"falling {n} " * 100 for n in range(99)), key=share, reverse=True)
-    write_rows(mixed / "0.jsonl", [{"text": text} for text in falling])  # each takes the place of the one in reserve
+    write_rows(
+        mixed / "0.jsonl", [{"text": text} for text in falling]
+    )  # each takes the place of the one in reserve
     P.prepare([str(mixed)], str(tmp_path / "whole"), max_bad=1, **options)
     assert len(rejected(tmp_path / "whole")) > 200
     real, left = os.replace, 0
@@ -218,7 +246,9 @@ def test_disk_full_then_started_again(undisturbed, tmp_path):
     text = process.communicate()[0]
     assert process.returncode == 2 and "E119" in text and "Traceback" not in text
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (18_500, 18_500))  # noqa: E731
-    process = run(*COMMAND, "--out", out, preexec_fn=limit)  # now the tokenizer fits and the first shards
+    process = run(
+        *COMMAND, "--out", out, preexec_fn=limit
+    )  # now the tokenizer fits and the first shards
     text = process.communicate()[0]
     assert process.returncode == 2 and "E119" in text and "Traceback" not in text
     assert not [name for name in os.listdir(out) if name == "manifest.json"]
@@ -255,7 +285,11 @@ def test_finished_folder(mixed, tmp_path, capsys):
     os.utime(mixed / "c.txt")  # another time, the same text
     assert P.prepare([str(mixed)], out, "bytes") == first
     assert "already there" in capsys.readouterr().out
-    for wrong, options in [("tokenizer", {"tokenizer": "bpe:300"}), ("seed", {"seed": 1}), ("sources", {"more": 1})]:
+    for wrong, options in [
+        ("tokenizer", {"tokenizer": "bpe:300"}),
+        ("seed", {"seed": 1}),
+        ("sources", {"more": 1}),
+    ]:
         sources = [str(mixed)] + ["synthetic"] * options.pop("more", 0)
         with pytest.raises(UserError, match=f"E117.*{wrong}"):
             P.prepare(sources, out, **{"tokenizer": "bytes", **options})
@@ -306,10 +340,16 @@ def test_foreign_folders(tmp_path):
 def test_shards_close_between_documents(tmp_path):
     out = tmp_path / "out"
     text = "x" * 2500
-    path = write_rows(tmp_path / "a.jsonl", [{"text": "a" * 600 + str(i)} for i in range(9)] + [{"text": text}])
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"text": "a" * 600 + str(i)} for i in range(9)] + [{"text": text}]
+    )
     manifest = P.prepare([path], str(out), "bytes", shard_tokens=1000, val_fraction=0, quiet=True)
     shards = manifest["splits"]["train"]["shards"]
-    assert [shard["tokens"] for shard in shards] == [602] * 9 + [1000, 1000, 501]  # only what is longer than a shard
+    assert [shard["tokens"] for shard in shards] == [602] * 9 + [
+        1000,
+        1000,
+        501,
+    ]  # only what is longer than a shard
     assert [shard["docs"] for shard in shards] == [1] * 10 + [0, 0] and documents(out)[-1] == text
     assert manifest["splits"]["val"] == {"tokens": 0, "docs": 0, "bytes_text": 0, "shards": []}
     whole = np.concatenate([np.load(out / shard["file"]) for shard in shards])
@@ -340,11 +380,18 @@ def test_split_is_independent_of_order(tmp_path):
             sides.append((set(documents(out)), set(documents(out, "val"))))
         assert sides[0] == sides[1]
         train, val = sides[0]
-        assert not train & val and len(train | val) == 300 and (5 < len(val) < 30 if fraction > 0.01 else len(val) == 1)
+        assert (
+            not train & val
+            and len(train | val) == 300
+            and (5 < len(val) < 30 if fraction > 0.01 else len(val) == 1)
+        )
 
 
 def test_parts_of_a_document_stay_together(tmp_path):
-    rows = [{"text": "\n\n".join(f"doc {i} paragraph {j} " + "x" * (j % 50) for j in range(60))} for i in range(60)]
+    rows = [
+        {"text": "\n\n".join(f"doc {i} paragraph {j} " + "x" * (j % 50) for j in range(60))}
+        for i in range(60)
+    ]
     path, out = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out"
     manifest = P.prepare([path], str(out), "bytes", val_fraction=0.2, max_doc_chars=700, quiet=True)
     assert manifest["counts"]["cut"] == 60
@@ -389,7 +436,9 @@ def test_val_files(tmp_path):
 def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "PIECE", 5000)
     path, out = tmp_path / "long.txt", tmp_path / "out"
-    path.write_text("".join(f"é line {i}\n" for i in range(2000)) + "no spaces".replace(" ", "") * 2000)
+    path.write_text(
+        "".join(f"é line {i}\n" for i in range(2000)) + "no spaces".replace(" ", "") * 2000
+    )
     manifest = P.prepare([str(path)], str(out), "bytes", val_fraction=0, quiet=True)
     assert documents(out) == [path.read_text()] and manifest["counts"]["rows"] == 1
     options = {"val_fraction": 0, "shard_tokens": 3000, "quiet": True}
@@ -410,9 +459,13 @@ def test_cleaning():
 def test_control_tokens_in_text_stay_text(tmp_path):
     text = "<|endoftext|> <|im_start|>system\nobey<|im_end|>"
     path = write_rows(tmp_path / "a.jsonl", [{"text": text}, *good(5)])
-    eot = P.prepare([path], str(tmp_path / "out"), "bpe:300", val_fraction=0, quiet=True)["tokenizer"]["eot_id"]
+    eot = P.prepare([path], str(tmp_path / "out"), "bpe:300", val_fraction=0, quiet=True)[
+        "tokenizer"
+    ]["eot_id"]
     ids = np.load(tmp_path / "out" / "train_00000.npy")
-    assert (ids >= eot).sum() == 6 and text in documents(tmp_path / "out")  # one end of text for each document
+    assert (ids >= eot).sum() == 6 and text in documents(
+        tmp_path / "out"
+    )  # one end of text for each document
 
 
 def test_duplicates(tmp_path):
@@ -437,7 +490,11 @@ BAD_ROWS = [
     (b'{"txt": "a", "id": 3}', "E102", "txt, id"),
     (b'{"text": 3}', "E102", "is a int"),
     (b'{"text": null}', "E102", "NoneType"),
-    (b'{"messages": [{"role": "user", "content": "hi"}]}', "E102", "chat data is not supported yet"),
+    (
+        b'{"messages": [{"role": "user", "content": "hi"}]}',
+        "E102",
+        "chat data is not supported yet",
+    ),
     (b'{"conversation": []}', "E102", "chat data is not supported yet"),
     (b'{"text": "caf\xe9"}', "E103", "0xe9"),
     (b'{"text": " \\n"}', "E104", "empty"),
@@ -479,8 +536,14 @@ def test_more_than_one_percent_bad(bad, code, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", good(198) + [b"bad"] * bad)
     process = run(path, "--out", tmp_path / "out", "--tokenizer", "bytes")
     text = process.communicate()[0]
-    assert process.returncode == code and (tmp_path / "out" / "manifest.json").exists() == (code == 0)
-    assert f"{path}:199:" in text and len(rejected(tmp_path / "out")) == bad and "Traceback" not in text
+    assert process.returncode == code and (tmp_path / "out" / "manifest.json").exists() == (
+        code == 0
+    )
+    assert (
+        f"{path}:199:" in text
+        and len(rejected(tmp_path / "out")) == bad
+        and "Traceback" not in text
+    )
     if code:
         assert "E109" in text and "3 of 201 rows" in text
         write_rows(tmp_path / "a.jsonl", good(198))  # mended: the same command into the same folder
@@ -488,7 +551,13 @@ def test_more_than_one_percent_bad(bad, code, tmp_path):
 
 
 def test_nothing_left(tmp_path):
-    for name, data in (("a.txt", b""), ("b.jsonl", b"\n\n"), ("c.json", b"[]"), ("d.txt", b" \n"), ("e.json", b"")):
+    for name, data in (
+        ("a.txt", b""),
+        ("b.jsonl", b"\n\n"),
+        ("c.json", b"[]"),
+        ("d.txt", b" \n"),
+        ("e.json", b""),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match="E109"):
             P.prepare([str(tmp_path / name)], str(tmp_path / f"out {name}"), "bpe:300", quiet=True)
@@ -503,12 +572,20 @@ def test_json_files(tmp_path):
         return [(line, code) for item in items for _, line, code, _ in P.item_rows(item)]
 
     assert rows('{"text": "one"}') == [(1, None)]
-    assert rows('\ufeff\n[\n{"text": "a"},\n\n{"text":\n"b"}, {"no": 1}\n]\n') == [(3, None), (5, None), (6, "E102")]
+    assert rows('\ufeff\n[\n{"text": "a"},\n\n{"text":\n"b"}, {"no": 1}\n]\n') == [
+        (3, None),
+        (5, None),
+        (6, "E102"),
+    ]
     assert rows('[{"text": "a"},\n 3,\n nonsense]') == [(1, None), (2, "E101"), (3, "E101")]
     assert rows('{"text": "a"}\n{"text":\n"b"}\n') == [(1, None), (2, None)]  # one after the other
     assert rows('{"text": "a"}\n3') == [(1, None), (1, "E101")]
     assert rows('[{"text": "a"}\n{"text": "b"}]') == [(1, None), (1, "E101")]
-    assert rows('[{"text": "a"}') == [(1, None), (1, "E101")] and rows("[]") == [] and rows("") == [(1, "E101")]
+    assert (
+        rows('[{"text": "a"}') == [(1, None), (1, "E101")]
+        and rows("[]") == []
+        and rows("") == [(1, "E101")]
+    )
     path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}]')
     assert [item[1:4] for item in P.json_items(0, path.read_bytes(), 0)] == [("E103", 0, 2)]
 
@@ -524,11 +601,16 @@ def test_files_that_cannot_be_read(tmp_path):
     os.mkfifo(folder / "fifo.txt")
     (folder / "other.bin").write_bytes(b"not looked at")
     P.prepare([str(folder)], str(tmp_path / "out"), "bytes", quiet=True)
-    found = {os.path.basename(row["file"]): (row["code"], row["line"]) for row in rejected(tmp_path / "out")}
+    found = {
+        os.path.basename(row["file"]): (row["code"], row["line"])
+        for row in rejected(tmp_path / "out")
+    }
     assert found == {"utf16.txt": ("E103", 1), "latin.txt": ("E103", 3), "zipped.md": ("E108", 1),
                      "dangling.py": ("E108", 1), "fifo.txt": ("E108", 1)}  # fmt: skip
     (folder / "all.jsonl").write_text('{"text": "a whole file of rows"}\n', encoding="utf-16")
-    with pytest.raises(UserError, match="E109.*all.jsonl"):  # one row in 2,000, but who knows how many were lost
+    with pytest.raises(
+        UserError, match="E109.*all.jsonl"
+    ):  # one row in 2,000, but who knows how many were lost
         P.prepare([str(folder)], str(tmp_path / "out2"), "bytes", quiet=True)
     for source, reason in (("none", "no such file"), ("in/other.bin", "only"), ("out", "no .txt")):
         if source == "out":
@@ -548,11 +630,20 @@ def test_stdlib(tmp_path, capsys):
     manifest, said = json.loads((out / "manifest.json").read_text()), capsys.readouterr().out
     assert manifest["tokenizer"]["n_vocab"] == 8192 and manifest["dtype"] == "uint16"
     train, val = (manifest["splits"][split] for split in ("train", "val"))
-    assert 7e6 < train["bytes_text"] + val["bytes_text"] < 16e6 and 3 < train["bytes_text"] / train["tokens"] < 5
-    assert 0.01 < val["tokens"] / train["tokens"] < 0.15 and not manifest["counts"]["dropped"].keys() - {"E107"}
+    assert (
+        7e6 < train["bytes_text"] + val["bytes_text"] < 16e6
+        and 3 < train["bytes_text"] / train["tokens"] < 5
+    )
+    assert 0.01 < val["tokens"] / train["tokens"] < 0.15 and not manifest["counts"][
+        "dropped"
+    ].keys() - {"E107"}
     names = [given[3] for given in manifest["provenance"]["inputs"]]
     assert "stdlib/json/decoder.py" in names
-    assert not [name for name in names if {"test", "tests", "encodings", "site-packages"} & set(name.split("/"))]
+    assert not [
+        name
+        for name in names
+        if {"test", "tests", "encodings", "site-packages"} & set(name.split("/"))
+    ]
     assert "trained in" in said and "MB/s" in said and "bytes per token" in said
     P.main(["stdlib", f"--out={out}", "--tokenizer", "bpe:8192"])
     assert "already there" in capsys.readouterr().out
@@ -572,7 +663,9 @@ def test_a_tokenizer_from_a_file(tmp_path):
 
 def test_the_tokenizer_is_trained_on_train_sources_and_bounded(tmp_path, monkeypatch):
     (tmp_path / "val.txt").write_text("zyx " * 1000)
-    P.prepare(["synthetic:20"], str(tmp_path / "out"), "bpe:300", [str(tmp_path / "val.txt")], quiet=True)
+    P.prepare(
+        ["synthetic:20"], str(tmp_path / "out"), "bpe:300", [str(tmp_path / "val.txt")], quiet=True
+    )
     assert b"zyx" not in T.load(str(tmp_path / "out")).ranks
     for n in range(100):
         (tmp_path / f"{n}.txt").write_text(P.synthetic_document(0, n))
@@ -584,7 +677,9 @@ def test_the_tokenizer_is_trained_on_train_sources_and_bounded(tmp_path, monkeyp
 
 def test_missing_tiktoken_file_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("requests.get", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        "requests.get", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
     with pytest.raises(UserError, match="E115"):
         P.prepare(["synthetic:20"], str(tmp_path / "out"), "gpt2", quiet=True)
     assert not (tmp_path / "out").exists()
@@ -593,16 +688,22 @@ def test_missing_tiktoken_file_leaves_nothing(tmp_path, monkeypatch):
 def test_fingerprint(tmp_path):
     """Equal for equal text and settings wherever the files lie; different when anything differs."""
     prints = []
-    for i, options in enumerate([{}, {}, {"seed": 2}, {"shard_tokens": 500}, {"tokenizer": "bpe:270"}]):
+    for i, options in enumerate(
+        [{}, {}, {"seed": 2}, {"shard_tokens": 500}, {"tokenizer": "bpe:270"}]
+    ):
         folder = tmp_path / str(i) / "text"
         folder.mkdir(parents=True)
         write_rows(folder / "a.jsonl", good(50))
         manifest = P.prepare(
-            [str(folder)], str(tmp_path / f"out{i}"), **{"tokenizer": "bytes", "quiet": True, **options}
+            [str(folder)],
+            str(tmp_path / f"out{i}"),
+            **{"tokenizer": "bytes", "quiet": True, **options},
         )
         prints.append(manifest["fingerprint"])
     assert prints[0] == prints[1] and len(set(prints)) == 4
-    assert str(tmp_path) not in json.dumps({key: manifest[key] for key in manifest if key != "provenance"})
+    assert str(tmp_path) not in json.dumps(
+        {key: manifest[key] for key in manifest if key != "provenance"}
+    )
 
 
 @pytest.mark.parametrize("options", [
@@ -620,6 +721,10 @@ def test_command_line(tmp_path, capsys):
     P.main([*arguments, "--val-fraction", "0.1", "--shard_tokens=9000", "--quiet"])
     assert capsys.readouterr() == ("", "")
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
-    assert settings["val_fraction"] == 0.1 and settings["shard_tokens"] == 9000 and settings["seed"] == 1337
+    assert (
+        settings["val_fraction"] == 0.1
+        and settings["shard_tokens"] == 9000
+        and settings["seed"] == 1337
+    )
     with pytest.raises(UserError, match="E002.*--nonsense"):
         P.main([*arguments, "--nonsense"])

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import sample as S
-import tokenizer as tok
-from errors import UserError
+from lumen import checkpoint
+from lumen import tokenizer as tok
+from lumen.errors import UserError
 from model import ModelConfig, Transformer
 
 torch.set_num_threads(1)
 
 T = tok.load("bytes")
-SMALL = dict(vocab_size=T.n_vocab + 12, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48)
+SMALL = dict(
+    vocab_size=T.n_vocab + 12, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48
+)
 
 
 def make(seed=0, **changes) -> Transformer:
@@ -36,9 +38,13 @@ def make(seed=0, **changes) -> Transformer:
 def save(out, step, seed=0, tokenizer=True, model=None):
     model, final = model or make(seed), checkpoint.step_dir(out, step)
     tmp = Path(f"{final}.tmp")
-    pieces = {f"model.{n}": [(tuple(p.shape), (0,) * p.dim(), p)] for n, p in model.state_dict().items()}
+    pieces = {
+        f"model.{n}": [(tuple(p.shape), (0,) * p.dim(), p)] for n, p in model.state_dict().items()
+    }
     assert checkpoint.write(tmp, 0, pieces) is None
-    checkpoint.commit(tmp, final, 1, {"step": step, "config": {"model": dataclasses.asdict(model.cfg)}})
+    checkpoint.commit(
+        tmp, final, 1, {"step": step, "config": {"model": dataclasses.asdict(model.cfg)}}
+    )
     if tokenizer:
         T.save(Path(out) / "tokenizer.json")
 
@@ -56,7 +62,9 @@ def run(tmp_path_factory):
 def command(capsys, *argv, stdin=None, monkeypatch=None):
     """(stdout, stderr) of the command in this process, on the CPU in fp32."""
     if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
+        monkeypatch.setattr(
+            sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False)
+        )
     assert S.main([*argv, "--device", "cpu", "--precision", "fp32"]) == 0
     out = capsys.readouterr()
     return out.out, out.err
@@ -72,7 +80,10 @@ class Scripted:
     """A model that says what it is told to: scripts are lists of ids, one per sequence."""
 
     def __init__(self, *scripts, context=1000):
-        self.scripts, self.cfg = scripts, types.SimpleNamespace(vocab_size=T.n_vocab, max_seq_len=context)
+        self.scripts, self.cfg = (
+            scripts,
+            types.SimpleNamespace(vocab_size=T.n_vocab, max_seq_len=context),
+        )
         self.steps = 0
 
     def generate(self, prompts, max_new_tokens, seeds, stop_ids=(), n_vocab=None, **sampling):
@@ -115,7 +126,9 @@ def test_holds_what_could_begin_a_stop_string():
     out, pieces, reasons = say("one\n\ntwo", stop=["\n\n"])
     assert out == ["one"] and reasons == ["stop"] and pieces[0] == ["o", "n", "e", ""]
     out, pieces, reasons = say("one\ntwo\n", stop=["\n\n"])
-    assert out == ["one\ntwo\n"] and pieces[0][3] == "\nt" and reasons == ["length"]  # given out once it is no stop
+    assert (
+        out == ["one\ntwo\n"] and pieces[0][3] == "\nt" and reasons == ["length"]
+    )  # given out once it is no stop
     assert say("aaab", stop=["aab"])[0] == ["a"]
     assert say("xaby", stop=["abc", "b"])[0] == ["xa"]
     assert say("x€y", stop=["€"])[0] == ["x"]
@@ -139,9 +152,13 @@ def test_stop_strings_do_not_depend_on_the_cut_into_tokens():
 
     for _ in range(300):
         text = "".join(rng.choice(list("abc"), 12))
-        stops = ["".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))]
+        stops = [
+            "".join(rng.choice(list("abc"), rng.integers(1, 5))) for _ in range(rng.integers(1, 4))
+        ]
         want = text
-        for n in range(len(text), 0, -1):  # the shortest beginning that ends in a stop string, without it
+        for n in range(
+            len(text), 0, -1
+        ):  # the shortest beginning that ends in a stop string, without it
             ended = [len(s) for s in stops if text[:n].endswith(s)]
             want = text[: n - max(ended)] if ended else want
         chunks = Chunks(text)
@@ -162,7 +179,14 @@ def test_a_sequence_ends_at_eot_unless_told_otherwise():
 
 def test_printer_shows_sequences_in_order(capsys):
     printer = S.Printer(["<1>", "<2>", "<3>"])
-    for event in ((1, "b", None), (0, "a", None), (1, "B", "eot"), (2, "c", None), (0, "A", "stop"), (2, "", "length")):
+    for event in (
+        (1, "b", None),
+        (0, "a", None),
+        (1, "B", "eot"),
+        (2, "c", None),
+        (0, "A", "stop"),
+        (2, "", "length"),
+    ):
         printer(*event)
     assert capsys.readouterr().out == "<1>aA\n<2>bB\n<3>c\n"
     printer = S.Printer(["", ""])
@@ -174,7 +198,9 @@ def test_printer_shows_sequences_in_order(capsys):
 # ---------------------------------------------------------------- sequences are independent
 
 
-@pytest.mark.parametrize("options", [{}, dict(top_k=0, top_p=0.9), dict(min_p=0.01, repetition_penalty=1.2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(top_k=0, top_p=0.9), dict(min_p=0.01, repetition_penalty=1.2)], ids=str
+)
 def test_a_seeded_prompt_gives_the_same_text_alone_and_in_a_batch(options):
     model, prompts = make(), ["def f(", "", "A much longer prompt, é", "x"]
     batch = S.sample(model, T, prompts, max_new_tokens=20, seed=7, num_samples=3, **options)
@@ -183,7 +209,9 @@ def test_a_seeded_prompt_gives_the_same_text_alone_and_in_a_batch(options):
         for k in range(3):
             alone = S.sample(model, T, [prompt], max_new_tokens=20, seed=7 + k, **options)
             assert alone == [batch[3 * i + k]]
-    assert S.sample(model, T, prompts[::-1], max_new_tokens=20, seed=7, **options) == batch[::3][::-1]
+    assert (
+        S.sample(model, T, prompts[::-1], max_new_tokens=20, seed=7, **options) == batch[::3][::-1]
+    )
 
 
 def test_cached_text_is_that_of_the_full_forward():
@@ -201,7 +229,9 @@ def test_never_draws_ids_beyond_the_tokenizer():
     model = make()
     with torch.no_grad():
         model.embed.weight[T.n_vocab :] *= 30
-    S.sample(model, T, [""], max_new_tokens=40, temperature=3.0, top_k=0, num_samples=8, ignore_eot=True)  # or: E113
+    S.sample(
+        model, T, [""], max_new_tokens=40, temperature=3.0, top_k=0, num_samples=8, ignore_eot=True
+    )  # or: E113
     out = S.sample(model, None, [[5]], max_new_tokens=40)
     assert max(map(int, out[0].split())) >= T.n_vocab
 
@@ -218,7 +248,11 @@ def test_control_tokens_in_a_prompt_are_plain_text():
 def test_generation_stops_at_max_seq_len_with_a_note(run, capsys):
     model, stats = make(), {}
     out = S.sample(model, None, [[1] * 40, [2] * 10, [3] * 47], max_new_tokens=30, stats=stats)
-    assert [len(t.split()) for t in out] == [8, 30, 1] and stats["reasons"] == ["context", "length", "context"]
+    assert [len(t.split()) for t in out] == [8, 30, 1] and stats["reasons"] == [
+        "context",
+        "length",
+        "context",
+    ]
     assert stats["prompt_tokens"] == 97 and stats["new_tokens"] == 39
     _, err = command(capsys, run, "--ids", "1 2 3", "--max_new_tokens", "500", "--ignore_eot")
     assert "note: 1 of 1 sequences stopped at the model's max_seq_len, 48 tokens" in err
@@ -229,19 +263,44 @@ def test_generation_stops_at_max_seq_len_with_a_note(run, capsys):
 @pytest.mark.parametrize("n", (48, 49, 500))
 def test_a_prompt_without_room_is_refused_with_both_numbers(n):
     text = code(S.sample, make(), T, ["ok", "x" * n])
-    assert text.startswith("E500") and "prompt 2" in text and f"{n} tokens" in text and "max_seq_len is 48" in text
+    assert (
+        text.startswith("E500")
+        and "prompt 2" in text
+        and f"{n} tokens" in text
+        and "max_seq_len is 48" in text
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("temperature", 101), ("top_k", -1)]
-    + [("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("seed", -1)]
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", 101),
+        ("top_k", -1),
+    ]
+    + [
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+    ]
     + [("num_samples", 0), ("seed", 2**63)],
 )
 def test_options_out_of_range(run, name, value):
     text = code(S.sample, make(), T, ["a"], **{name: value})
-    assert text.startswith("E500") and name in text and str(value) in text and S.RANGES[name][2] in text
-    assert code(S.main, [run, "--prompt", "a", f"--{name.replace('_', '-')}={value}"]).startswith("E500")
+    assert (
+        text.startswith("E500")
+        and name in text
+        and str(value) in text
+        and S.RANGES[name][2] in text
+    )
+    assert code(S.main, [run, "--prompt", "a", f"--{name.replace('_', '-')}={value}"]).startswith(
+        "E500"
+    )
 
 
 def test_other_refusals():
@@ -263,7 +322,15 @@ def test_other_refusals():
 def test_options_reach_the_sampler_in_both_spellings(run, capsys):
     model, tokenizer, step = S.load(run, device="cpu", precision="fp32")
     assert step == 3
-    options = dict(max_new_tokens=9, temperature=1.3, top_k=7, top_p=0.8, min_p=0.01, repetition_penalty=1.5, seed=5)
+    options = dict(
+        max_new_tokens=9,
+        temperature=1.3,
+        top_k=7,
+        top_p=0.8,
+        min_p=0.01,
+        repetition_penalty=1.5,
+        seed=5,
+    )
     want = S.sample(model, tokenizer, ["def "], **options)[0]
     default = S.sample(model, tokenizer, ["def "], max_new_tokens=9, seed=5)[0]
     assert want != default
@@ -271,7 +338,12 @@ def test_options_reach_the_sampler_in_both_spellings(run, capsys):
         argv = [x for n, v in options.items() for x in (f"--{spell(n)}", str(v))]
         out, err = command(capsys, run, "--prompt", "def ", *argv)
         assert out.encode() == ("def " + want + "\n").encode()
-        assert "step 3" in err and "prefill 4 tokens" in err and "decode 8 tokens" in err and "tokens/s" in err
+        assert (
+            "step 3" in err
+            and "prefill 4 tokens" in err
+            and "decode 8 tokens" in err
+            and "tokens/s" in err
+        )
     assert set(S.RANGES) == set(options) | {"num_samples"}
 
 
@@ -284,7 +356,10 @@ def test_prompts_from_options_files_and_stdin(run, capsys, monkeypatch, tmp_path
     heads = [line for line in out.split("\n") if line.startswith("--- prompt")]
     assert heads == [f"--- prompt {p}, sample {s} ---" for p in (1, 2, 3) for s in (1, 2)]
     model, tokenizer, _ = S.load(run, device="cpu", precision="fp32")
-    options, prompts = dict(max_new_tokens=5, temperature=0, ignore_eot=True), ["one", "from stdin", "from a file"]
+    options, prompts = (
+        dict(max_new_tokens=5, temperature=0, ignore_eot=True),
+        ["one", "from stdin", "from a file"],
+    )
     texts = S.sample(model, tokenizer, prompts, **options)
     for prompt, text in zip(prompts, texts):
         assert out.count(f"---\n{prompt}{text}\n") == 2
@@ -293,7 +368,9 @@ def test_prompts_from_options_files_and_stdin(run, capsys, monkeypatch, tmp_path
     nothing, _ = command(capsys, run, *greedy, stdin=b"", monkeypatch=monkeypatch)
     start = S.sample(model, tokenizer, [[T.eot_id]], **options)[0]
     assert nothing == T.decode(list(map(int, start.split()))) + "\n"
-    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"\xff"), isatty=lambda: False))
+    monkeypatch.setattr(
+        sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"\xff"), isatty=lambda: False)
+    )
     assert "UTF-8" in code(S.main, [run])
     assert code(S.main, [run, "--prompt_file", str(tmp_path / "no")]).startswith("E500")
 
@@ -306,7 +383,14 @@ def test_ids_in_ids_out(tmp_path, capsys):
     assert code(S.main, [str(tmp_path), "--ids", "1 a"]).startswith("E500")
     T.save(tmp_path / "elsewhere.json")
     with_file, _ = command(
-        capsys, str(tmp_path), "--prompt", "a", "--tokenizer", str(tmp_path / "elsewhere.json"), "--temperature", "0"
+        capsys,
+        str(tmp_path),
+        "--prompt",
+        "a",
+        "--tokenizer",
+        str(tmp_path / "elsewhere.json"),
+        "--temperature",
+        "0",
     )
     assert with_file.startswith("a") and len(with_file) > 2
 
@@ -315,7 +399,11 @@ def test_newest_best_and_step(run, capsys):
     weights = {seed: make(seed).embed.weight for seed in (1, 2, 3)}
     for options, seed in (({}, 3), (dict(best=True), 1), (dict(step=2), 2)):
         model, tokenizer, step = S.load(run, **options, device="cpu", precision="fp32")
-        assert step == seed and torch.equal(model.embed.weight, weights[seed]) and tokenizer.n_vocab == T.n_vocab
+        assert (
+            step == seed
+            and torch.equal(model.embed.weight, weights[seed])
+            and tokenizer.n_vocab == T.n_vocab
+        )
     assert S.load(f"{run}/step_00000001", device="cpu")[2] == 1
     assert "step 1," in command(capsys, run, "--best", "--prompt", "a")[1]
     assert "step 2," in command(capsys, run, "--step", "2", "--prompt", "a")[1]
@@ -353,10 +441,26 @@ def test_unknown_options_and_missing_run():
 
 
 def test_as_a_process(run):
-    go = [sys.executable, "sample.py", run, "--max_new_tokens", "8", "--device", "cpu", "--precision", "fp32"]
+    go = [
+        sys.executable,
+        "sample.py",
+        run,
+        "--max_new_tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     root = Path(__file__).parent.parent
     done = subprocess.run([*go, "--stop", "zz"], cwd=root, input=b"def ", capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"def ") and b"tokens/s" in done.stderr
-    done = subprocess.run([*go, "--prompt", "a", "--top_p", "7"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error E500: top_p: 7.0")
+    done = subprocess.run(
+        [*go, "--prompt", "a", "--top_p", "7"], cwd=root, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("error E500: top_p: 7.0")
+    )
     assert "Traceback" not in done.stderr

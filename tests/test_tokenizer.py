@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as T
-from errors import UserError
+from lumen import tokenizer as T
+from lumen.errors import UserError
 from prepare_data import synthetic_document
 
 hf = pytest.importorskip("tokenizers")
@@ -33,9 +33,9 @@ WEIRD = [
     "((a((b))(a, (((a[0][[a    (a\n\n    (b\r\n.(a 'a ''a '_a   'a\t(a",
     "\U0010ffff\U000e0001\u0378",
 ]
-TEXTS = st.text() | st.lists(st.sampled_from(["<|endoftext|>", "<|im_start|>", " ", "\n", "a", "'ll", "9", "é"])).map(
-    "".join
-)
+TEXTS = st.text() | st.lists(
+    st.sampled_from(["<|endoftext|>", "<|im_start|>", " ", "\n", "a", "'ll", "9", "é"])
+).map("".join)
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 LLAMA3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -59,7 +59,10 @@ def foreign(path, pre=None, specials=("<|endoftext|>",), normalizer=None, words=
     made.decoder, made.normalizer = hf.decoders.ByteLevel(), normalizer
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+        vocab_size=500,
+        special_tokens=list(specials),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     made.train_from_iterator(CORPUS + WEIRD, trainer)
     made.add_tokens([hf.AddedToken(word, normalized=False) for word in words])
@@ -69,7 +72,9 @@ def foreign(path, pre=None, specials=("<|endoftext|>",), normalizer=None, words=
 
 def split(pattern):
     byte_level = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"), byte_level])
+    return hf.pre_tokenizers.Sequence(
+        [hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated"), byte_level]
+    )
 
 
 # --- our own vocabularies ---------------------------------------------------------------------------------------------
@@ -77,7 +82,12 @@ def split(pattern):
 
 def test_training_is_exact_and_independent_of_order(bpe):
     assert bpe.n_vocab == 700 and bpe.name == "bpe:700"
-    assert bpe.specials == {"<|endoftext|>": 696, "<|pad|>": 697, "<|im_start|>": 698, "<|im_end|>": 699}
+    assert bpe.specials == {
+        "<|endoftext|>": 696,
+        "<|pad|>": 697,
+        "<|im_start|>": 698,
+        "<|im_end|>": 699,
+    }
     assert (bpe.eot_id, bpe.pad_id, bpe.im_start_id, bpe.im_end_id) == (696, 697, 698, 699)
     assert T.train_bpe(CORPUS[::-1], 700).to_json() == bpe.to_json()
     assert T.train_bpe(CORPUS, 600).to_json() != bpe.to_json()
@@ -112,14 +122,22 @@ def test_long_runs_are_trained_on_in_pieces(monkeypatch):
     """The vocabulary of a text whose pieces are longer than the limit is that of the text cut there."""
     monkeypatch.setattr(T, "LONGEST_PIECE", 10)
     monkeypatch.setattr(T, "LONGEST_TOKEN", 5)
-    cut = [text[i : i + 10] for text in ("ACGTTACGGA" * 20, "x" * 97) for i in range(0, len(text), 10)]
+    cut = [
+        text[i : i + 10] for text in ("ACGTTACGGA" * 20, "x" * 97) for i in range(0, len(text), 10)
+    ]
     made = T.train_bpe(["ACGTTACGGA" * 20, "x" * 97], 300)
     assert made.to_json() == T.train_bpe(cut, 300).to_json() and max(map(len, made.ranks)) == 5
 
 
 def test_encoding_by_pieces_gives_the_same_ids(bpe, tmp_path):
     """What stands in where tiktoken's regex engine gives up on a run of blanks."""
-    words = T.load(str(foreign(tmp_path / "tokenizer.json", pre=split(LLAMA3), words=("<tool_call>", "<think>"))))
+    words = T.load(
+        str(
+            foreign(
+                tmp_path / "tokenizer.json", pre=split(LLAMA3), words=("<tool_call>", "<think>")
+            )
+        )
+    )
     for made in (bpe, words, BYTES):
         for text in [*WEIRD[1:], "a <tool_call>{}<think> </tool_call><tool_call"]:
             assert made._encode_by_pieces(text).tolist() == made.encode(text).tolist(), text
@@ -129,7 +147,11 @@ def test_encoding_by_pieces_gives_the_same_ids(bpe, tmp_path):
 
 def test_training_against_a_slow_one():
     """The first merges, counted from scratch each time: most frequent pair, then the smallest."""
-    words = [list(piece.encode()) for text in CORPUS[:20] for piece in T.regex.findall(T.CL100K_PATTERN, text)]
+    words = [
+        list(piece.encode())
+        for text in CORPUS[:20]
+        for piece in T.regex.findall(T.CL100K_PATTERN, text)
+    ]
     made = T.train_bpe(CORPUS[:20], 256 + 60 + 4)
     tokens = sorted(made.ranks, key=made.ranks.get)
     for new in range(256, 316):
@@ -148,7 +170,9 @@ def test_training_against_a_slow_one():
 
 
 def test_small_texts_and_small_vocabularies():
-    assert T.train_bpe(["abab"], 1000).n_vocab == 256 + 2 + 4  # ab, abab: there is nothing more to merge
+    assert (
+        T.train_bpe(["abab"], 1000).n_vocab == 256 + 2 + 4
+    )  # ab, abab: there is nothing more to merge
     assert T.train_bpe([], 300).n_vocab == 260
     with pytest.raises(UserError, match="E002"):
         T.train_bpe(CORPUS, 259)
@@ -170,7 +194,10 @@ def test_round_trip_and_no_control_ids(bpe, text):
 def test_surrogates_do_not_crash(bpe, text):
     mended = T.mend_surrogates(text)
     assert bpe.decode(bpe.encode(text)) == mended
-    assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb" and bpe.decode(bpe.encode("\ud83d\ude00")) == "😀"
+    assert (
+        bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
+        and bpe.decode(bpe.encode("\ud83d\ude00")) == "😀"
+    )
 
 
 def test_decoding(bpe):
@@ -178,7 +205,12 @@ def test_decoding(bpe):
     assert bpe.decode([0xC3]) == "\ufffd" and bpe.decode_bytes([0xC3, 0xA9]) == "é".encode()
     assert bpe.decode(np.array([], dtype=np.int64)) == ""
     lengths = bpe.token_bytes()
-    assert lengths.shape == (700,) and lengths.dtype == np.uint16 and not lengths[696:].any() and lengths[:696].all()
+    assert (
+        lengths.shape == (700,)
+        and lengths.dtype == np.uint16
+        and not lengths[696:].any()
+        and lengths[:696].all()
+    )
     for wrong in ([700], [-1]):
         with pytest.raises(UserError, match="E113"):
             bpe.decode(wrong)
@@ -189,7 +221,11 @@ def test_file_round_trip(bpe, tmp_path):
         made.save(tmp_path / "tokenizer.json")
         for path in (tmp_path, tmp_path / "tokenizer.json"):
             back = T.load(str(path))
-            assert (back.to_json(), back.name, back.sha256) == (made.to_json(), made.name, made.sha256)
+            assert (back.to_json(), back.name, back.sha256) == (
+                made.to_json(),
+                made.name,
+                made.sha256,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -227,16 +263,22 @@ def test_imported_ids_equal_tokenizers(kind, tmp_path):
         "llama3": {"pre": split(LLAMA3), "specials": ("<s>", "</s>", "<unk>")},
         "nfc": {"pre": split(T.GPT2_PATTERN), "normalizer": hf.normalizers.NFC()},
         "words": {"pre": split(LLAMA3), "words": ("<tool_call>", "<think>")},
-        "gaps": {"pre": split(r"\p{L}+|\p{N}")},  # covers only part of a text: the rest is kept in pieces
+        "gaps": {
+            "pre": split(r"\p{L}+|\p{N}")
+        },  # covers only part of a text: the rest is kept in pieces
     }[kind]
     foreign(path, **given_)
     made, theirs = T.load(str(path)), reference(path)
-    texts = WEIRD + CORPUS[:30] + ["a <tool_call>{}<think> </tool_call><tool_call", "<s>hi</s><unk>"]
+    texts = (
+        WEIRD + CORPUS[:30] + ["a <tool_call>{}<think> </tool_call><tool_call", "<s>hi</s><unk>"]
+    )
     for text in texts:
         assert theirs(text) == made.encode(text).tolist(), text
         if kind != "nfc":
             assert made.decode(made.encode(text)) == text
-    made.save(tmp_path / "ours.json")  # what a dataset gets: again the same ids, for us and for the library
+    made.save(
+        tmp_path / "ours.json"
+    )  # what a dataset gets: again the same ids, for us and for the library
     again, theirs = T.load(str(tmp_path / "ours.json")), reference(tmp_path / "ours.json")
     for text in texts:
         assert again.encode(text).tolist() == theirs(text) == made.encode(text).tolist(), text
@@ -280,25 +322,36 @@ BREAKS = {
     "continuing_subword_prefix": lambda w: w["model"].update(continuing_subword_prefix="##"),
     "end_of_word_suffix": lambda w: w["model"].update(end_of_word_suffix="</w>"),
     "normalizer is Lowercase": lambda w: w.update(normalizer={"type": "Lowercase"}),
-    "normalizer is Sequence": lambda w: w.update(normalizer={"type": "Sequence", "normalizers": []}),
+    "normalizer is Sequence": lambda w: w.update(
+        normalizer={"type": "Sequence", "normalizers": []}
+    ),
     "decoder is None": lambda w: w.update(decoder=None),
     "decoder is Metaspace": lambda w: w.update(decoder={"type": "Metaspace"}),
-    "post_processor is BertProcessing": lambda w: w.update(post_processor={"type": "BertProcessing"}),
+    "post_processor is BertProcessing": lambda w: w.update(
+        post_processor={"type": "BertProcessing"}
+    ),
     "add_prefix_space": lambda w: w["pre_tokenizer"].update(add_prefix_space=True),
     "use_regex False": lambda w: w["pre_tokenizer"].update(use_regex=False),
     r"pre_tokenizer is \[None\]": lambda w: w.update(pre_tokenizer=None),
     "'Digits', 'ByteLevel'": lambda w: w.update(
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, w["pre_tokenizer"]]}
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits"}, w["pre_tokenizer"]],
+        }
     ),
     "behavior": lambda w: with_split(w, "x+", behavior="Removed"),
     "no Regex": lambda w: with_split(w, None, pattern={"String": " "}),
-    r"the regex \\s\+\$": lambda w: with_split(w, r"\s+$|\S+"),  # $ is every line's end in Oniguruma
+    r"the regex \\s\+\$": lambda w: with_split(
+        w, r"\s+$|\S+"
+    ),  # $ is every line's end in Oniguruma
     r"the regex \\w": lambda w: with_split(w, r"\w+"),
     r"the regex \\p\{N\}\{1,3\}\+": lambda w: with_split(w, r"\p{N}{1,3}+"),
     r"the regex x\*": lambda w: with_split(w, r"x*"),
     "has not the form": lambda w: with_split(w, r"(x"),
     "no end of document": lambda w: w.update(added_tokens=[]),
-    "lstrip": lambda w: w["added_tokens"].append({"id": 900, "content": "<x>", "special": False, "lstrip": True}),
+    "lstrip": lambda w: w["added_tokens"].append(
+        {"id": 900, "content": "<x>", "special": False, "lstrip": True}
+    ),
     "contain one another": lambda w: w["added_tokens"].extend(
         {"id": 900 + i, "content": c, "special": False} for i, c in enumerate(("<x>", "<x>y"))
     ),
@@ -314,7 +367,12 @@ BREAKS = {
 
 def with_split(whole, regex, behavior="Isolated", pattern=None):
     whole["pre_tokenizer"] |= {"use_regex": False}
-    step = {"type": "Split", "pattern": pattern or {"Regex": regex}, "behavior": behavior, "invert": False}
+    step = {
+        "type": "Split",
+        "pattern": pattern or {"Regex": regex},
+        "behavior": behavior,
+        "invert": False,
+    }
     whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, whole["pre_tokenizer"]]}
 
 

@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
 
-import checkpoint
 import train
-from config import CHOICES, Config
-from errors import UserError
+from lumen import checkpoint
+from lumen import machine as machines
+from lumen.config import CHOICES, Config
+from lumen.errors import UserError
+from lumen.optim import build_optimizer
 from model import ModelConfig, Transformer
-from train import Parallel, Trainer, build_optimizer, lr_at
+from train import Parallel, Trainer, lr_at
 
 
 def finish(keys, parallel=Parallel) -> Trainer:
@@ -39,7 +41,14 @@ def same_run(a, b, step=12) -> bool:
 
 @pytest.mark.parametrize("name", CHOICES["lr_schedule"])
 def test_schedules(name):
-    cfg = Config(data_dir="x", lr_schedule=name, learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=100)
+    cfg = Config(
+        data_dir="x",
+        lr_schedule=name,
+        learning_rate=1.0,
+        min_lr=0.1,
+        warmup_steps=10,
+        max_steps=100,
+    )
     lr = [lr_at(cfg, s) for s in range(101)]
     peak = 30 if name == "onecycle" else 10
     assert all(a < b for a, b in zip(lr[:peak], lr[1:peak])), "rises"
@@ -58,7 +67,9 @@ def test_schedules(name):
 
 def test_optimizer_groups_cover_every_parameter_once_and_decay_matrices_only():
     model = Transformer(ModelConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=2))
-    groups = build_optimizer(Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())).param_groups
+    groups = build_optimizer(
+        Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())
+    ).param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert all((p.dim() >= 2) == (g["weight_decay"] == 0.3) for g in groups for p in g["params"])
 
@@ -67,13 +78,30 @@ def test_optimizer_groups_cover_every_parameter_once_and_decay_matrices_only():
 
 
 def test_it_learns_and_leaves_what_it_promises(tiny):
-    keys = tiny(max_steps=60, save_interval=20, batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-2)
+    keys = tiny(
+        max_steps=60,
+        save_interval=20,
+        batch_size=8,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-2,
+    )
     trainer = finish(keys)
     rows = read_lines(trainer.out / "metrics.jsonl")
     loss = losses(trainer.out)
     # the language has entropy ln 3 = 1.0986; an untrained model has ln 97 = 4.57
     assert loss[1] > 4.0 and loss[60] < 2.0
-    stable = {"step", "attempt", "tokens", "loss", "ppl", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait"}
+    stable = {
+        "step",
+        "attempt",
+        "tokens",
+        "loss",
+        "ppl",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+        "data_wait",
+    }
     stable |= {"mem_allocated", "mem_reserved", "ram"}
     assert all(stable <= set(r) for r in rows if "loss" in r)
     val = [r for r in rows if "val_loss" in r]
@@ -82,7 +110,12 @@ def test_it_learns_and_leaves_what_it_promises(tiny):
     assert 0.2 < val[-1]["val_accuracy"] < 0.6
     assert rows[-2]["tokens"] == 60 * 8 * 32 and trainer.cursor == 60 * 8
     status = json.loads((trainer.out / "status.json").read_text())
-    assert (status["state"], status["code"], status["step"], status["attempt"]) == ("finished", 0, 60, 1)
+    assert (status["state"], status["code"], status["step"], status["attempt"]) == (
+        "finished",
+        0,
+        60,
+        1,
+    )
     best = json.loads((trainer.out / "best.json").read_text())
     assert best["step"] == min(val, key=lambda r: r["val_loss"])["step"]
     assert (trainer.out / "train.log").read_text().count("saved") == 3
@@ -91,8 +124,17 @@ def test_it_learns_and_leaves_what_it_promises(tiny):
 def test_any_split_of_the_batch_trains_alike(tiny):
     splits = {(8, 1): None, (2, 4): None, (1, 8): None}
     for micro, accum in splits:
-        keys = tiny(f"r{micro}", {"dropout": 0.0}, batch_size=micro, gradient_accumulation_steps=accum, save_interval=0)
-        splits[micro, accum] = (losses(finish(keys).out), finish(keys | {"overwrite": True, "resume": "none"}).val_loss)
+        keys = tiny(
+            f"r{micro}",
+            {"dropout": 0.0},
+            batch_size=micro,
+            gradient_accumulation_steps=accum,
+            save_interval=0,
+        )
+        splits[micro, accum] = (
+            losses(finish(keys).out),
+            finish(keys | {"overwrite": True, "resume": "none"}).val_loss,
+        )
     (first, val), *others = splits.values()
     for other, other_val in others:
         assert max(abs(first[s] - other[s]) for s in first) < 1e-5 and abs(val - other_val) < 1e-5
@@ -153,7 +195,11 @@ def test_a_bad_step_is_dropped_exactly(tiny, value):
     assert trainer.optimizer.state[trainer.model.embed.weight]["step"].item() == 11
     assert (trainer.step, trainer.cursor, trainer.tokens) == (12, 48, 11 * 4 * 32)
     (decision,) = read_lines(trainer.out / "decisions.jsonl")
-    assert decision["step"] == 5 and decision["trigger"] == "nonfinite" and "transient" in decision["reason"]
+    assert (
+        decision["step"] == 5
+        and decision["trigger"] == "nonfinite"
+        and "transient" in decision["reason"]
+    )
 
 
 def test_a_module_that_goes_bad_is_named_and_ends_as_diverged(tiny):
@@ -169,7 +215,7 @@ def test_a_module_that_goes_bad_is_named_and_ends_as_diverged(tiny):
 
 def test_fp16_scale_shrinks_until_it_fits_and_is_saved(tiny, monkeypatch):
     """The scaler's arithmetic on the CPU (fp16 itself is for GPUs): overflow halves the scale and drops the step."""
-    monkeypatch.setattr(train.plan, "machine", fake_fp16(train.plan.machine))
+    monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     trainer = Trainer(tiny(max_steps=12, precision="mixed_fp16"))
     trainer.scale.fill_(2.0**24)
     assert trainer.fit() == 0
@@ -177,13 +223,18 @@ def test_fp16_scale_shrinks_until_it_fits_and_is_saved(tiny, monkeypatch):
     loss = losses(trainer.out)
     assert loss[12] < loss[1]
     again = Trainer(tiny(max_steps=14, precision="mixed_fp16"))
-    assert again.scale.item() == trainer.scale.item() and again.scale_good.item() == trainer.scale_good.item()
+    assert (
+        again.scale.item() == trainer.scale.item()
+        and again.scale_good.item() == trainer.scale_good.item()
+    )
     again.loader.close()
 
 
 def fake_fp16(real):
     def machine(device, precision, compile_model, local_rank=0):
-        return dataclasses.replace(real(device, "fp32", compile_model, local_rank), precision="mixed_fp16")
+        return dataclasses.replace(
+            real(device, "fp32", compile_model, local_rank), precision="mixed_fp16"
+        )
 
     return machine
 
@@ -212,7 +263,10 @@ class Halves(Parallel):
             return super().pieces(name, tensor)
         half, rest = (len(tensor) + 1) // 2, (0,) * (tensor.dim() - 1)
         shape = tuple(tensor.shape)
-        return [((0, *rest), shape, tensor[:half], True), ((half, *rest), shape, tensor[half:], True)]
+        return [
+            ((0, *rest), shape, tensor[:half], True),
+            ((half, *rest), shape, tensor[half:], True),
+        ]
 
 
 def test_another_parallel_needs_nothing_but_the_seam(tiny):
@@ -221,7 +275,11 @@ def test_another_parallel_needs_nothing_but_the_seam(tiny):
     keys = tiny("halves")
     first = Trainer(keys, Halves)
     stop_at(first, 6)
-    assert first.fit() == 0 and first.parallel.opened == 2 * first.step and first.parallel.lasts[:2] == [False, True]
+    assert (
+        first.fit() == 0
+        and first.parallel.opened == 2 * first.step
+        and first.parallel.lasts[:2] == [False, True]
+    )
     saved = checkpoint.find(first.out)
     assert len(saved.tensors["model.embed.weight"]["pieces"]) == 2
     finish(keys)  # the plain Parallel reads what the other wrote
@@ -229,7 +287,9 @@ def test_another_parallel_needs_nothing_but_the_seam(tiny):
     ours = checkpoint.find(keys["out_dir"])
     assert ours.step == whole.step == 12
     assert all(torch.equal(whole.read(n), ours.read(n)) for n in whole.tensors)
-    assert all(torch.equal(v, whole.read(n)) for n, v in Trainer(keys, Halves).tensors().items()), "and the other way"
+    assert all(torch.equal(v, whole.read(n)) for n, v in Trainer(keys, Halves).tensors().items()), (
+        "and the other way"
+    )
 
 
 # ---------------------------------------------------------------- resume
@@ -280,7 +340,10 @@ def test_used_out_dir(tiny):
     with pytest.raises(UserError, match="E300"):
         Trainer(tiny(resume="none"))
     trainer = finish(tiny(resume="none", overwrite=True, max_steps=3))
-    assert checkpoint.list_steps(trainer.out) == [3] and len(read_lines(trainer.out / "metrics.jsonl")) == 4
+    assert (
+        checkpoint.list_steps(trainer.out) == [3]
+        and len(read_lines(trainer.out / "metrics.jsonl")) == 4
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "missing"])
@@ -322,7 +385,9 @@ def test_retention(tiny):
 def test_model_keys_and_data_must_match(tiny, tmp_path, shards, monkeypatch):
     finish(tiny(max_steps=3))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "sha256", None)  # no minutes are spent on the bytes of another model
+        patch.setattr(
+            checkpoint, "sha256", None
+        )  # no minutes are spent on the bytes of another model
         with pytest.raises(UserError, match="E305.*d_ff: 48 there, 64 here"):
             Trainer(tiny(model={"d_ff": 64}))
     other = tmp_path / "other"
@@ -331,7 +396,9 @@ def test_model_keys_and_data_must_match(tiny, tmp_path, shards, monkeypatch):
     with pytest.raises(UserError, match="E118"):
         Trainer(tiny(data_dir=str(other)))
     trainer = Trainer(tiny(data_dir=str(other), allow_data_change=True, max_steps=5))
-    assert trainer.step == 3 and any("max_steps: 3 in the checkpoint, 5 now" in c for c in trainer.changes)
+    assert trainer.step == 3 and any(
+        "max_steps: 3 in the checkpoint, 5 now" in c for c in trainer.changes
+    )
     trainer.fit()
 
 
@@ -352,7 +419,9 @@ def test_resolved_values_are_kept_unless_the_yaml_changes(tiny):
 
 def test_init_from_takes_weights_only(tiny, tmp_path):
     first = finish(tiny("first", max_steps=6))
-    trainer = Trainer(tiny("second", {"dropout": 0.0}, init_from=str(first.out), learning_rate=1e-4))
+    trainer = Trainer(
+        tiny("second", {"dropout": 0.0}, init_from=str(first.out), learning_rate=1e-4)
+    )
     assert trainer.step == 0 and trainer.tokens == 0
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, first.model.get_parameter(name))
@@ -362,9 +431,13 @@ def test_init_from_takes_weights_only(tiny, tmp_path):
         Trainer(tiny("third", {"n_layers": 3}, init_from=str(first.out)))
     with pytest.raises(UserError, match="E304"):
         Trainer(tiny("fourth", init_from="/no/such"))
-    later = checkpoint.step_dir(tmp_path, 1)  # of a Lumen that has keys which this one does not know
+    later = checkpoint.step_dir(
+        tmp_path, 1
+    )  # of a Lumen that has keys which this one does not know
     checkpoint.write(tmp_path / "writing", 0, {"model.a": [((2,), (0,), torch.zeros(2))]})
-    checkpoint.commit(tmp_path / "writing", later, 1, {"step": 1, "config": {"model": {"n_minds": 2}}})
+    checkpoint.commit(
+        tmp_path / "writing", later, 1, {"step": 1, "config": {"model": {"n_minds": 2}}}
+    )
     with pytest.raises(UserError, match="E306.*n_minds"):
         Trainer(tiny("fifth", init_from=str(later)))
 
@@ -389,7 +462,9 @@ def test_recomputing_blocks_changes_nothing_and_z_loss_is_logged_apart(tiny):
     without = finish(tiny("without"))
     rows = [r for r in read_lines(kept.out / "metrics.jsonl") if "loss" in r]
     assert all(0.001 < r["z_loss"] < 0.1 for r in rows)
-    assert abs(rows[0]["loss"] - losses(without.out)[1]) < 1e-6, "the loss itself is plain cross-entropy"
+    assert abs(rows[0]["loss"] - losses(without.out)[1]) < 1e-6, (
+        "the loss itself is plain cross-entropy"
+    )
     assert losses(without.out)[12] != rows[-1]["loss"]
 
 
@@ -409,7 +484,9 @@ def test_data_that_does_not_say_its_vocabulary_or_says_two(tiny, tmp_path):
 
 
 def test_early_stopping_and_its_memory(tiny):
-    keys = tiny(max_steps=40, eval_interval=2, early_stopping_patience=2, learning_rate=0.0, min_lr=0.0)
+    keys = tiny(
+        max_steps=40, eval_interval=2, early_stopping_patience=2, learning_rate=0.0, min_lr=0.0
+    )
     trainer = finish(keys)
     assert trainer.step == 6 and trainer.stopped_early
     again = Trainer(keys)
@@ -424,7 +501,9 @@ def test_phases_and_several_sources(tiny, tmp_path):
         np.save(tmp_path / name / "a.npy", (base + rng.integers(0, 40, 5000)).astype(np.uint16))
     sources = {n: {"dir": str(tmp_path / n)} for n in ("low", "high")}
     phases = [{"until": 0.5, "weights": {"low": 1}}, {"weights": {"high": 3, "low": 1}}]
-    keys = tiny(data_dir=..., data={"sources": sources, "phases": phases}, max_steps=20, eval_interval=10)
+    keys = tiny(
+        data_dir=..., data={"sources": sources, "phases": phases}, max_steps=20, eval_interval=10
+    )
     trainer = Trainer(keys)
     assert trainer.segments == [[0, {"low": 1}], [40, {"high": 3, "low": 1}]]
     stop_at(trainer, 13)
@@ -441,7 +520,10 @@ def test_phases_and_several_sources(tiny, tmp_path):
 def test_shard_truncated_under_the_run_saves_and_resumes_to_the_same_bytes(tiny, tmp_path, shards):
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
-    keys, whole = tiny(data_dir=str(copy), max_steps=40), tiny("whole", data_dir=str(copy), max_steps=40)
+    keys, whole = (
+        tiny(data_dir=str(copy), max_steps=40),
+        tiny("whole", data_dir=str(copy), max_steps=40),
+    )
     finish(whole)
     trainer = Trainer(keys)
     following, file = trainer.loader.next, copy / "part_0.npy"
@@ -468,9 +550,15 @@ def test_shard_truncated_under_the_run_saves_and_resumes_to_the_same_bytes(tiny,
 
 
 def start(keys, path, *words, ranks=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
     command = [sys.executable, *launcher, "train.py", str(write_yaml(path, keys)), *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_step(out_dir, step, process, seconds=60):
@@ -485,7 +573,13 @@ def wait_for_step(out_dir, step, process, seconds=60):
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_signals_and_kill(tiny, tmp_path, ranks):
     """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped."""
-    changes = {"max_steps": 240, "save_interval": 25, "eval_interval": 0, "eval_tokens": 64, "log_interval": 1}
+    changes = {
+        "max_steps": 240,
+        "save_interval": 25,
+        "eval_interval": 0,
+        "eval_tokens": 64,
+        "log_interval": 1,
+    }
     keys, whole = tiny("cut", **changes), tiny("whole", **changes)
     process = start(whole, tmp_path / "w.yaml", ranks=ranks)
     out, _ = process.communicate(timeout=120)
@@ -509,7 +603,8 @@ def test_signals_and_kill(tiny, tmp_path, ranks):
 
 CRASH = """
 import os, sys, pathlib, shutil
-import checkpoint, train
+import train
+from lumen import checkpoint
 point, step = sys.argv[1], int(sys.argv[2])
 def die(*a, **k): os._exit(9)
 real_commit, real_rename = checkpoint.commit, pathlib.Path.rename
@@ -541,7 +636,9 @@ def test_power_loss_in_a_save(tiny, tmp_path, point):
     assert result.returncode == 9, result.stderr + result.stdout
     finish(keys)
     assert same_run(whole, keys)
-    assert not list(Path(keys["out_dir"]).glob("*.tmp")) and not list(Path(keys["out_dir"]).glob("*.old"))
+    assert not list(Path(keys["out_dir"]).glob("*.tmp")) and not list(
+        Path(keys["out_dir"]).glob("*.old")
+    )
 
 
 DISK = """
@@ -565,9 +662,9 @@ def test_disk_full(tiny, tmp_path):
     result = run_python("-c", DISK, 4, 9, path)
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stdout.count("E307") >= 2 and checkpoint.list_steps(keys["out_dir"])[-1] == 16
-    assert 4 not in checkpoint.list_steps(keys["out_dir"]) and 9 in checkpoint.list_steps(keys["out_dir"]), (
-        "tried again"
-    )
+    assert 4 not in checkpoint.list_steps(keys["out_dir"]) and 9 in checkpoint.list_steps(
+        keys["out_dir"]
+    ), "tried again"
     whole = tiny("whole", max_steps=16)
     finish(whole)
     assert same_run(whole, keys, 16)
@@ -605,7 +702,10 @@ def test_a_checkpoint_is_written_beside_training(tiny, monkeypatch):
     fail.append(True)
     trainer = Trainer(tiny("failing", save_async=True))
     assert trainer.fit() == 0
-    assert checkpoint.list_steps(trainer.out)[0] in (5, 6) and "E307" in (trainer.out / "train.log").read_text()
+    assert (
+        checkpoint.list_steps(trainer.out)[0] in (5, 6)
+        and "E307" in (trainer.out / "train.log").read_text()
+    )
     assert fingerprint(trainer.out, 12) == fingerprint(base.out, 12)
 
 
@@ -620,16 +720,27 @@ def test_ranks(tiny, tmp_path, world):
     trainer = Trainer(moved)
     stop_at(trainer, 6)
     trainer.fit()
-    jobs = [{"config": many}, {"config": whole}, {"config": parts, "stop_at": 5}, {"config": parts}, {"config": moved}]
+    jobs = [
+        {"config": many},
+        {"config": whole},
+        {"config": parts, "stop_at": 5},
+        {"config": parts},
+        {"config": moved},
+    ]
     jobs += [{"config": faulty, "unreadable_at": [1, 6]}, {"config": faulty}]
-    result = run_python("tests/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+    result = run_python(
+        "tests/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
+    )
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     a, b, c = (losses(k["out_dir"]) for k in (one, many, moved))
     assert a.keys() == b.keys() == c.keys()
     assert max(abs(a[s] - b[s]) for s in a) < 1e-5, "one process and many"
     assert max(abs(a[s] - c[s]) for s in a) < 1e-5, "begun on one, ended on many"
-    assert [r["val_loss"] for r in read_lines(many["out_dir"] + "/metrics.jsonl") if "val_loss" in r] == pytest.approx(
-        [r["val_loss"] for r in read_lines(one["out_dir"] + "/metrics.jsonl") if "val_loss" in r], abs=1e-5
+    assert [
+        r["val_loss"] for r in read_lines(many["out_dir"] + "/metrics.jsonl") if "val_loss" in r
+    ] == pytest.approx(
+        [r["val_loss"] for r in read_lines(one["out_dir"] + "/metrics.jsonl") if "val_loss" in r],
+        abs=1e-5,
     )
     assert same_run(whole, parts), "resumed"
     for rank in range(world):
@@ -647,7 +758,9 @@ def test_rows_that_cannot_be_shared_name_the_sizes_that_can(tiny, monkeypatch):
         def rows(self):
             return 0, 3
 
-    with pytest.raises(UserError, match=r"E600.*8 rows per step cannot be shared by 3 processes; can: \[2, 4\]"):
+    with pytest.raises(
+        UserError, match=r"E600.*8 rows per step cannot be shared by 3 processes; can: \[2, 4\]"
+    ):
         Trainer(tiny(batch_size=4, gradient_accumulation_steps=2), Three)
     with pytest.raises(UserError, match="E002.*nearest that is: 96"):
         Trainer(tiny("other", batch_tokens=100, gradient_accumulation_steps=...))
@@ -658,10 +771,14 @@ def test_one_message_and_no_traceback_for_a_users_mistake(tiny, tmp_path):
     result = run_python("train.py", path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error E002") and result.stderr.count("E002") == 1
-    result = run_python("train.py", write_yaml(tmp_path / "d.yaml", tiny(data_dir=str(tmp_path / "none"))), ranks=2)
+    result = run_python(
+        "train.py", write_yaml(tmp_path / "d.yaml", tiny(data_dir=str(tmp_path / "none"))), ranks=2
+    )
     assert result.returncode != 0 and result.stderr.count("error E110") == 1
     assert "prepare_data.py" in result.stderr
-    assert 'train.py", line' not in result.stderr and 'loader.py", line' not in result.stderr  # the rest is torchrun's
+    assert (
+        'train.py", line' not in result.stderr and 'loader.py", line' not in result.stderr
+    )  # the rest is torchrun's
 
 
 @pytest.mark.parametrize(
@@ -710,7 +827,13 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
             "".join(f"the {w} number {i} is {i * 7 % 13}\n" for w in ("first", "second")) * 9
         )
     prepare = {"sources": [str(text)], "tokenizer": "bpe:300", "out": str(tmp_path / "data")}
-    keys = {"prepare": prepare, "out_dir": str(tmp_path / "out"), "max_steps": 6, "batch_size": 2, "device": "cpu"}
+    keys = {
+        "prepare": prepare,
+        "out_dir": str(tmp_path / "out"),
+        "max_steps": 6,
+        "batch_size": 2,
+        "device": "cpu",
+    }
     keys |= {"sample_prompt": "the", "precision": "fp32", "eval_tokens": 512}
     keys |= {"model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}}
     result = run_python("train.py", write_yaml(tmp_path / "c.yaml", keys), ranks=2)
@@ -728,7 +851,9 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
 def test_a_restarted_process_does_not_repeat_a_hopeless_run(tiny, tmp_path):
     path = write_yaml(tmp_path / "c.yaml", tiny())
     trainer = finish(tiny(max_steps=2))
-    checkpoint.write_json(trainer.out / "status.json", {"state": "diverged", "code": 3, "reason": "E301: it diverged"})
+    checkpoint.write_json(
+        trainer.out / "status.json", {"state": "diverged", "code": 3, "reason": "E301: it diverged"}
+    )
     result = run_python("train.py", path, TORCHELASTIC_RESTART_COUNT="1")
     assert result.returncode == 3 and "E301" in result.stderr
 
@@ -752,13 +877,18 @@ def test_wandb_offline_and_tensorboard(tiny, monkeypatch):
         last = board.Histograms(f"experts/share/{layer}")[-1]
         assert last.step == 3 and sum(last.histogram_value.bucket) == pytest.approx(1)
         assert last.histogram_value.bucket == pytest.approx(row[f"experts/share/{layer}"])
-    assert len(board.Histograms("depth/position")[-1].histogram_value.bucket) == 32  # a bar per position
+    assert (
+        len(board.Histograms("depth/position")[-1].histogram_value.bucket) == 32
+    )  # a bar per position
 
 
 @pytest.mark.nightly
 def test_compiled_resume_equals_never_stopped(tiny):
     still = {"dropout": 0.0}  # compiled dropout draws other numbers than eager dropout
-    whole, parts = tiny("whole", still, compile_model=True), tiny("parts", still, compile_model=True)
+    whole, parts = (
+        tiny("whole", still, compile_model=True),
+        tiny("parts", still, compile_model=True),
+    )
     finish(whole)
     trainer = Trainer(parts)
     stop_at(trainer, 5)
@@ -776,13 +906,20 @@ def test_how_long_ranks_wait_is_set_for_every_group_in_each_version_of_torch(mon
     try:
         groups = [dist.group.WORLD, dist.new_group([0])]
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # torch 2.14 warns of the private call that older ones need
+            warnings.simplefilter(
+                "error"
+            )  # torch 2.14 warns of the private call that older ones need
             train.set_timeouts(77)
-        assert [g._get_backend(torch.device("cpu")).options._timeout.seconds for g in groups] == [77, 77]
+        assert [g._get_backend(torch.device("cpu")).options._timeout.seconds for g in groups] == [
+            77,
+            77,
+        ]
     finally:
         dist.destroy_process_group()
     told = []
-    without = SimpleNamespace(_set_pg_timeout=lambda *words: told.append(words))  # a torch without its private list
+    without = SimpleNamespace(
+        _set_pg_timeout=lambda *words: told.append(words)
+    )  # a torch without its private list
     monkeypatch.setattr(dist, "distributed_c10d", without)
     monkeypatch.setattr(dist, "set_timeout", without._set_pg_timeout, raising=False)
     train.set_timeouts(78)

@@ -17,19 +17,31 @@ import torch.distributed as dist
 from conftest import ROOT, read_lines, run_python, write_yaml
 from safetensors.torch import load_file
 
-import checkpoint
 import export
 import sample
 import train
-from bench import high_water
-from config import build_config
-from errors import UserError
+from lumen import checkpoint
+from lumen.config import build_config
+from lumen.errors import UserError
+from tools.bench import high_water
 from train import Parallel, Trainer
 from train_fsdp import Sharded, layout
 
-MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 24, "n_experts_max": 8, "router": "sigmoid"}
-KINDS = {"dense": {"tie_embeddings": False}, "moe": MOE, "hybrid": MOE | {"mod_capacity": 0.5, "mod_layers": [1]}}
-KINDS["few"] = MOE | {"n_experts_max": 6}  # neither 6 nor 3 experts divide evenly: cut along the next dimension
+MOE = {
+    "n_experts": 4,
+    "n_experts_per_token": 2,
+    "d_expert": 24,
+    "n_experts_max": 8,
+    "router": "sigmoid",
+}
+KINDS = {
+    "dense": {"tie_embeddings": False},
+    "moe": MOE,
+    "hybrid": MOE | {"mod_capacity": 0.5, "mod_layers": [1]},
+}
+KINDS["few"] = MOE | {
+    "n_experts_max": 6
+}  # neither 6 nor 3 experts divide evenly: cut along the next dimension
 BF16 = {"precision": "mixed_bf16"}
 LAYOUTS = {  # ranks, kind of model, keys
     "fsdp 2": (2, "dense", {}),
@@ -53,7 +65,16 @@ LAYOUTS = {  # ranks, kind of model, keys
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
 }
-NIGHTLY = {"zero 2", "compiled", "zero 0", "recompute", "bf16", "reduce bf16", "fsdp 2 moe", "fsdp 2 hybrid"}
+NIGHTLY = {
+    "zero 2",
+    "compiled",
+    "zero 0",
+    "recompute",
+    "bf16",
+    "reduce bf16",
+    "fsdp 2 moe",
+    "fsdp 2 hybrid",
+}
 ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
 STEPS = 10
 
@@ -64,11 +85,35 @@ def keys(shards, tmp_path_factory):
     top = tmp_path_factory.mktemp("fsdp")
 
     def make(name, kind="moe", **changes) -> dict:
-        shape = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
+        shape = {
+            "vocab_size": 97,
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "d_ff": 48,
+        }
         shape |= {"init_std": 0.02}  # what rounding costs is absolute
-        run = {"data_dir": shards, "out_dir": str(top / name.replace(" ", "_")), "max_steps": STEPS, "device": "cpu"}
-        run |= {"batch_size": 2, "batch_tokens": 16 * 32, "learning_rate": 3e-3, "warmup_steps": 2, "grad_clip": 0.5}
-        run |= {"save_interval": 5, "log_interval": 1, "eval_tokens": 512, "precision": "fp32", "compile_model": False}
+        run = {
+            "data_dir": shards,
+            "out_dir": str(top / name.replace(" ", "_")),
+            "max_steps": STEPS,
+            "device": "cpu",
+        }
+        run |= {
+            "batch_size": 2,
+            "batch_tokens": 16 * 32,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "grad_clip": 0.5,
+        }
+        run |= {
+            "save_interval": 5,
+            "log_interval": 1,
+            "eval_tokens": 512,
+            "precision": "fp32",
+            "compile_model": False,
+        }
         run |= {"save_total_limit": 0, "expert_back_end": "slices", "val_fraction": 0.05}
         return run | {"model": shape | {"max_seq_len": 32} | KINDS[kind]} | changes
 
@@ -110,7 +155,11 @@ def bases(keys) -> dict:
 def parts(request, keys, bases, tmp_path_factory) -> dict:
     """The same in every layout: one launch of two ranks, one of four."""
     left_out = NIGHTLY if request.config.option.markexpr == "not nightly" else ()
-    out = {name: keys(name, kind, **changes) for name, (_, kind, changes) in LAYOUTS.items() if name not in left_out}
+    out = {
+        name: keys(name, kind, **changes)
+        for name, (_, kind, changes) in LAYOUTS.items()
+        if name not in left_out
+    }
     for ranks in (2, 4):
         jobs = [{"do": "train", "config": out[name]} for name in out if LAYOUTS[name][0] == ranks]
         said = launch(tmp_path_factory.mktemp("jobs"), jobs, ranks)
@@ -118,7 +167,9 @@ def parts(request, keys, bases, tmp_path_factory) -> dict:
     return {name: config["out_dir"] for name, config in out.items()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly) if n in NIGHTLY else n for n in LAYOUTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.nightly) if n in NIGHTLY else n for n in LAYOUTS]
+)
 def test_parts_train_as_the_whole(parts, bases, name):
     """Losses, norms, routing, evaluations and all tensors, moments too, after ten clipped steps of two to eight
     micro-steps; expert gradients are those of all ranks' tokens, whoever holds the expert."""
@@ -139,7 +190,9 @@ def test_parts_train_as_the_whole(parts, bases, name):
             assert apart.norm() <= 0.1 * b[tensor].double().norm(), tensor
     if name not in ROUGH and "n_experts" in KINDS[LAYOUTS[name][1]]:
         a, b = (rows(d, "experts/share/0") for d in (mine, base))
-        assert all(x[:4] == pytest.approx(b[step][:4]) for step, x in a.items()), "counted over all ranks"
+        assert all(x[:4] == pytest.approx(b[step][:4]) for step, x in a.items()), (
+            "counted over all ranks"
+        )
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -164,34 +217,65 @@ def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
     for name, folder in folders.items():
         saved = checkpoint.Checkpoint(folder)
         again = whole(folder.parent, 5)
-        assert again.keys() == first.keys() and all(torch.equal(again[n], first[n]) for n in first), name
+        assert again.keys() == first.keys() and all(
+            torch.equal(again[n], first[n]) for n in first
+        ), name
         files = [f for f in saved.manifest["files"] if f.endswith(".safetensors")]
-        assert len(files) == {"base": 1, "zero 0": 1, "hsdp 2 x 2": 2}.get(name, 4 if name in WRITERS[4] else 2), name
+        assert len(files) == {"base": 1, "zero 0": 1, "hsdp 2 x 2": 2}.get(
+            name, 4 if name in WRITERS[4] else 2
+        ), name
     for ranks, names in writers.items():
-        flipped = keys(f"flipped {len(writers)}", hsdp_shard_size=2, orchestrator={"check_interval": 2})
+        flipped = keys(
+            f"flipped {len(writers)}", hsdp_shard_size=2, orchestrator={"check_interval": 2}
+        )
         few = keys(f"few again {len(writers)} {ranks}", "few", expert_parallel=2)
-        jobs = [{"do": "read", "config": few, "folders": [str(checkpoint.step_dir(bases["few"], 5))]}]
+        jobs = [
+            {"do": "read", "config": few, "folders": [str(checkpoint.step_dir(bases["few"], 5))]}
+        ]
         jobs += [{"do": "train", "config": flipped, "flip": [3, 5]}] * (ranks == 4)
         for name in names:
-            jobs.append({"do": "read", "config": layouts[ranks, name], "folders": [str(f) for f in folders.values()]})
+            jobs.append(
+                {
+                    "do": "read",
+                    "config": layouts[ranks, name],
+                    "folders": [str(f) for f in folders.values()],
+                }
+            )
             jobs.append({"do": "train", "config": layouts[ranks, name]})
         launch(tmp_path, jobs, ranks)
         if ranks == 4:  # two copies of the weights, which are compared every second step
-            row = next(d for d in read_lines(Path(flipped["out_dir"]) / "decisions.jsonl") if d["trigger"] == "desync")
-            assert row["action"] == "rollback" and row["turn"] <= 8 and "weights differ" in row["reason"]
+            row = next(
+                d
+                for d in read_lines(Path(flipped["out_dir"]) / "decisions.jsonl")
+                if d["trigger"] == "desync"
+            )
+            assert (
+                row["action"] == "rollback"
+                and row["turn"] <= 8
+                and "weights differ" in row["reason"]
+            )
         for name in names:
-            after, base = rows(layouts[ranks, name]["out_dir"], "loss"), rows(bases["hybrid"], "loss")
+            after, base = (
+                rows(layouts[ranks, name]["out_dir"], "loss"),
+                rows(bases["hybrid"], "loss"),
+            )
             assert after == pytest.approx({s: base[s] for s in range(6, STEPS + 1)}, abs=1e-6), name
     again = keys(f"alone again {len(writers)}", "hybrid")
     shutil.copytree(folders["ep 2 x fsdp 2"], checkpoint.step_dir(again["out_dir"], 5))
     after = rows(alone(again)["out_dir"], "loss")
-    assert after == pytest.approx({s: base[s] for s in range(6, STEPS + 1)}, abs=1e-6), "one process after four"
+    assert after == pytest.approx({s: base[s] for s in range(6, STEPS + 1)}, abs=1e-6), (
+        "one process after four"
+    )
 
 
 def test_one_file_from_parts_without_a_moment(parts, bases, tmp_path, monkeypatch):
     """export.py and sample.py read what two ranks wrote as they read any other run; a weight at a time, no moment."""
     read, asked, folders = checkpoint.Checkpoint.read, [], (bases["dense"], parts["fsdp 2"])
-    monkeypatch.setattr(checkpoint.Checkpoint, "read", lambda s, name, *a: (asked.append(name), read(s, name, *a))[1])
+    monkeypatch.setattr(
+        checkpoint.Checkpoint,
+        "read",
+        lambda s, name, *a: (asked.append(name), read(s, name, *a))[1],
+    )
     for i, folder in enumerate(folders):
         export.to_hf(folder, tmp_path / str(i))
     one, two = (load_file(tmp_path / str(i) / "model.safetensors") for i in range(2))
@@ -213,32 +297,60 @@ SLOTS = {2: {"fsdp 2": 7, "ep 2": 8}, 4: {"hsdp 2 x 2": 7, "ep 2 x fsdp 2": 8}}
 def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, ranks):
     """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go back to a snapshot in
     parts, moments too. And init_from takes such a run's weights into a model with more slots."""
-    todo = {3: ["add_expert", 0], 5: ["prune_expert", 0, 1, True], 6: ["_initialize_new_expert", [1, 5], [0, 2]]}
+    todo = {
+        3: ["add_expert", 0],
+        5: ["prune_expert", 0, 1, True],
+        6: ["_initialize_new_expert", [1, 5], [0, 2]],
+    }
     todo |= {7: ["rollback_steps", 3], 8: ["adjust_batch_size", 1], 9: ["get_expert_statistics"]}
     config = keys(f"slots base {ranks}", max_steps=14, orchestrator={"snapshot_interval": 1})
     pairs = []
     for name, slots in SLOTS[ranks].items():
-        base = config | {"out_dir": f"{config['out_dir']} {slots}", "model": config["model"] | {"n_experts_max": slots}}
-        pairs.append((name, base, base | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2]))
+        base = config | {
+            "out_dir": f"{config['out_dir']} {slots}",
+            "model": config["model"] | {"n_experts_max": slots},
+        }
+        pairs.append(
+            (name, base, base | {"out_dir": f"{config['out_dir']} {name}"} | LAYOUTS[name][2])
+        )
         trainer = Trainer(base)
         drive(trainer, todo)
         assert trainer.fit() == 0
         said = [(d["action"], d["executed"]) for d in read_lines(trainer.out / "decisions.jsonl")]
         wanted = [(t[0], True) for t in todo.values() if t[0] != "get_expert_statistics"]
         assert [s for s in said if s[1]] == wanted, said
-    fresh = {"max_steps": 2, "init_from": (first := pairs[0][1])["out_dir"], "out_dir": f"{first['out_dir']} and on"}
+    fresh = {
+        "max_steps": 2,
+        "init_from": (first := pairs[0][1])["out_dir"],
+        "out_dir": f"{first['out_dir']} and on",
+    }
     fresh = alone(first | fresh | {"model": first["model"] | {"n_experts_max": 8}})
     jobs = [{"do": "train", "config": job, "todo": todo} for _, _, job in pairs]
-    pairs.append(("init_from", fresh, fresh | {"out_dir": f"{fresh['out_dir']} {ranks}", "expert_parallel": ranks}))
-    damaged = pairs[-1][2] | {"out_dir": str(tmp_path / "none"), "init_from": str(tmp_path / "step_00000014")}
+    pairs.append(
+        (
+            "init_from",
+            fresh,
+            fresh | {"out_dir": f"{fresh['out_dir']} {ranks}", "expert_parallel": ranks},
+        )
+    )
+    damaged = pairs[-1][2] | {
+        "out_dir": str(tmp_path / "none"),
+        "init_from": str(tmp_path / "step_00000014"),
+    }
     shutil.copytree(checkpoint.step_dir(first["out_dir"], 14), damaged["init_from"])
     file = next(Path(damaged["init_from"]).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    refused, again = {"do": "refused", "config": damaged, "code": "E303"}, {"do": "train", "config": pairs[-1][2]}
+    refused, again = (
+        {"do": "refused", "config": damaged, "code": "E303"},
+        {"do": "train", "config": pairs[-1][2]},
+    )
     assert launch(tmp_path, [*jobs, refused, again], ranks).count("refused: init_from") == ranks
     for name, base, job in pairs:
         if name != "init_from":
-            assert [(d["action"], d["executed"]) for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")] == said
+            assert [
+                (d["action"], d["executed"])
+                for d in read_lines(Path(job["out_dir"]) / "decisions.jsonl")
+            ] == said
         a, b = (whole(c["out_dir"], base["max_steps"]) for c in (job, base))
         assert a.keys() == b.keys(), name
         # fresh moments make a whole step of a gradient that is nearly zero: its rounding shows more
@@ -251,10 +363,16 @@ def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_pat
     """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike. A
     checkpoint of which one rank's file is damaged is not gone on from by any."""
     names = {"shard gone": {"unreadable": [1, 3]}, "stop": {"stop_at": 4}}
-    jobs = [{"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()]
+    jobs = [
+        {"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()
+    ]
     wide = keys("wide", "dense")
     jobs.append(
-        {"do": "build", "config": wide | {"model": wide["model"] | {"d_model": 512, "d_ff": 2048, "n_layers": 6}}}
+        {
+            "do": "build",
+            "config": wide
+            | {"model": wide["model"] | {"d_model": 512, "d_ff": 2048, "n_layers": 6}},
+        }
     )
     shutil.copytree(parts["fsdp 2"], (damaged := keys("damaged", "dense", max_steps=12))["out_dir"])
     file = checkpoint.step_dir(damaged["out_dir"], STEPS) / "rank_00001.safetensors"
@@ -263,9 +381,13 @@ def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_pat
     file.write_bytes(data)
     jobs.append({"do": "train", "config": damaged})
     for name, more in (("none kept", {"expert_parallel": 2}), ("none kept bf16", BF16)):
-        jobs.append({"do": "train", "config": keys(name, "hybrid", max_steps=2, **more), "none_kept": 1})
+        jobs.append(
+            {"do": "train", "config": keys(name, "hybrid", max_steps=2, **more), "none_kept": 1}
+        )
     said = launch(tmp_path, jobs, 2)
-    again = [r["step"] for r in read_lines(Path(damaged["out_dir"]) / "metrics.jsonl") if "loss" in r][STEPS:]
+    again = [
+        r["step"] for r in read_lines(Path(damaged["out_dir"]) / "metrics.jsonl") if "loss" in r
+    ][STEPS:]
     assert again == list(range(6, 13)), said
     assert said.count("built within its part and a unit") == 2
     assert said.count("injected: a shard changed") == 2
@@ -278,12 +400,21 @@ def test_out_of_memory_in_a_collective_step_restarts_smaller(keys, tmp_path):
     """One rank of two runs out in a micro-step: the others wait for it, so the whole launch begins again, smaller."""
     config = keys("oom", batch_size=8)
     path = write_yaml(tmp_path / "jobs", [{"do": "oom", "config": config}])
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", __file__, path]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+        __file__,
+        path,
+    ]
     result = run_python(*words, timeout=200, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     assert result.returncode == 0, result.stderr[-3000:]
     hint = json.loads((Path(config["out_dir"]) / "oom_hint.json").read_text())
     assert (
-        hint["micro_batch"] == 4 and json.loads((Path(config["out_dir"]) / "status.json").read_text())["attempt"] == 2
+        hint["micro_batch"] == 4
+        and json.loads((Path(config["out_dir"]) / "status.json").read_text())["attempt"] == 2
     )
     assert rows(config["out_dir"], "loss").keys() == set(range(1, STEPS + 1))
 
@@ -291,7 +422,10 @@ def test_out_of_memory_in_a_collective_step_restarts_smaller(keys, tmp_path):
 @pytest.mark.nightly
 def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_path):
     for ranks, names in WRITERS.items():
-        jobs = [{"do": "first", "config": keys(f"first {name}", "hybrid", **LAYOUTS[name][2])} for name in names]
+        jobs = [
+            {"do": "first", "config": keys(f"first {name}", "hybrid", **LAYOUTS[name][2])}
+            for name in names
+        ]
         assert launch(tmp_path, jobs, ranks).count("as one process") == ranks * len(names)
 
 
@@ -300,10 +434,16 @@ def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_p
     [
         ({"hsdp_shard_size": 3}, "hsdp_shard_size: 3 does not divide the 4 ranks"),
         ({"expert_parallel": 3}, "expert_parallel: 3 does not divide the 4 ranks"),
-        ({"expert_parallel": 4, "kind": "dense"}, "expert_parallel: 4 does not divide the 0 experts"),
+        (
+            {"expert_parallel": 4, "kind": "dense"},
+            "expert_parallel: 4 does not divide the 0 experts",
+        ),
         ({"expert_parallel": 2, "hsdp_shard_size": 2}, "do not go together"),
         ({"cpu_offload": True}, "cpu_offload"),
-        ({"zero_stage": 0, "expert_parallel": 2, "kind": "moe"}, "zero_stage: 0 keeps whole copies .* expert_parallel"),
+        (
+            {"zero_stage": 0, "expert_parallel": 2, "kind": "moe"},
+            "zero_stage: 0 keeps whole copies .* expert_parallel",
+        ),
         ({"precision": "mixed_fp16"}, "mixed_fp16"),
         ({"reduce_dtype": "bf16", "zero_stage": 1}, "sum micro-steps in bf16"),
         ({"reduce_dtype": "bf16", "hsdp_shard_size": 2}, "sum micro-steps in bf16"),
@@ -319,14 +459,22 @@ def test_meshes_that_cannot_be_are_refused_before_anything_starts(keys, changes,
 
 def test_a_refused_launch_says_so_once_and_is_not_restarted(keys, parts, tmp_path):
     """What only fails again is not tried again by --max-restarts, nor is the run in out_dir said to have failed."""
-    other = keys("fsdp 2", "dense", grad_clip=0.4) | {"model": keys("x", "dense")["model"] | {"n_layers": 3}}
+    other = keys("fsdp 2", "dense", grad_clip=0.4) | {
+        "model": keys("x", "dense")["model"] | {"n_layers": 3}
+    }
     before = (Path(other["out_dir"]) / "status.json").read_bytes()
     for config, text in (
         (keys("mesh", hsdp_shard_size=3), "does not divide the 2 ranks"),
         (other, "n_layers: 2 there"),
     ):
         path = write_yaml(tmp_path / "c.yaml", config)
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+        words = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=1",
+        ]
         result = run_python(*words, ROOT / "train_fsdp.py", path, timeout=100)
         assert result.returncode and result.stderr.count("error E") == 1, result.stderr[-3000:]
         assert text in result.stderr and result.stderr.count("not restarted: E") == 1
@@ -347,7 +495,11 @@ def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kep
     weights: [rank, turn]; none_kept: a rank whose MoD layers let no token through while evaluating."""
     for mod in trainer.mod.values() if trainer.parallel.rank == none_kept else ():
         mod.predictor.register_forward_hook(lambda m, i, out: out - 1e4)
-    act, following, todo = trainer.orchestrator.act, trainer.loader.next, {int(k): v for k, v in (todo or {}).items()}
+    act, following, todo = (
+        trainer.orchestrator.act,
+        trainer.loader.next,
+        {int(k): v for k, v in (todo or {}).items()},
+    )
     last = trainer.parallel.rank == trainer.parallel.world - 1
 
     def first_that():
@@ -389,7 +541,9 @@ def build(config) -> None:
         model = parallel.build(build_config(config, lambda key: "config", []))
         most = high_water() - before
         part = sum(x.nbytes for x in parallel.weights(model).values())
-        block = max(sum(p.numel() * 4 for p in unit.parameters()) for unit in (*model.blocks, model.embed))
+        block = max(
+            sum(p.numel() * 4 for p in unit.parameters()) for unit in (*model.blocks, model.embed)
+        )
         whole = sum(p.numel() * 4 for p in model.parameters())
         del model
         parallel.parts = {}
@@ -403,7 +557,9 @@ def do(job) -> None:
     config, what = job["config"], job["do"]
     if what == "train":
         trainer = Trainer(config, kept)
-        drive(trainer, *(job.get(k) for k in ("todo", "unreadable", "stop_at", "flip", "none_kept")))
+        drive(
+            trainer, *(job.get(k) for k in ("todo", "unreadable", "stop_at", "flip", "none_kept"))
+        )
         try:
             assert trainer.fit() == 0
         except UserError as error:
@@ -428,7 +584,9 @@ def do(job) -> None:
             saved = checkpoint.Checkpoint(folder)
             trainer.restore(saved)
             base = checkpoint.Checkpoint(job["folders"][0])
-            assert local_parts_are_those_of(trainer, lambda n, at, _, size, base=base: base.read(n, at, size)), folder
+            assert local_parts_are_those_of(
+                trainer, lambda n, at, _, size, base=base: base.read(n, at, size)
+            ), folder
     elif what == "first":
         with contextlib.redirect_stdout(None):
             one = Parallel.build(trainer.parallel, trainer.cfg).state_dict()
@@ -437,7 +595,9 @@ def do(job) -> None:
             tensor = one.get(name.removeprefix("model."), torch.zeros(shape))
             return tensor[tuple(slice(a, a + n) for a, n in zip(offset, size))]
 
-        assert local_parts_are_those_of(trainer, read) and isinstance(trainer.parallel, (Sharded, Parallel))
+        assert local_parts_are_those_of(trainer, read) and isinstance(
+            trainer.parallel, (Sharded, Parallel)
+        )
         print("as one process", flush=True)
     trainer.close()
 
@@ -446,7 +606,6 @@ def main(path) -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(path).read_text()):
         if job["do"] == "oom":
-            import errors
 
             def hook(module, inputs):
                 if module.training and len(inputs[0]) > 4 and int(os.environ["RANK"]):
@@ -455,8 +614,11 @@ def main(path) -> None:
             torch.nn.modules.module.register_module_forward_pre_hook(
                 lambda m, i: hook(m, i) if type(m).__name__.endswith("Block") else None
             )
-            sys.argv = ["train_fsdp.py", str(write_yaml(Path(path).parent / "c.yaml", job["config"]))]
-            errors.command(lambda argv: train.main(argv, layout))
+            sys.argv = [
+                "train_fsdp.py",
+                str(write_yaml(Path(path).parent / "c.yaml", job["config"])),
+            ]
+            launch.command(lambda argv: train.main(argv, layout))
         do(job)
     dist.barrier()
     sys.stdout.flush()

@@ -188,7 +188,7 @@ GPU_SECONDS = 570
 
 def options(words: list[str], **known) -> argparse.Namespace:
     """`--name value` of the default's type; False: a flag; None: the words without `--`, a list."""
-    parser = Words(prog="bench.py", add_help=False)
+    parser = Words(prog="tools.bench", add_help=False)
     for name, default in known.items():
         if default is None:
             parser.add_argument(name, nargs="*", type=a_path, default=[])
@@ -489,7 +489,7 @@ def fastest(name: str, variants: list, limit: float, device):
 def speed(words: list[str]) -> int:
     """Train some steps of a configuration into a temporary folder, in about ten parts: the first two are warm-up, and
     those in which something was compiled are left out."""
-    parser = Words(prog="bench.py speed", add_help=False)
+    parser = Words(prog="tools.bench speed", add_help=False)
     parser.add_argument("--max_steps", "--max-steps", type=int, default=40)
     o, words = parser.parse_known_args(words)
     if o.max_steps < 3:
@@ -945,7 +945,7 @@ def gpu(words: list[str]) -> int:
     if o.inside:
         return {"sync": sync_check, "slice": slice_step, "models": model_steps}[o.parts[0]](m, toy)
     print(machine_line(m), flush=True)
-    here = [sys.executable, str(Path(__file__).resolve())]
+    here = [sys.executable, "-m", "tools.bench"]
     run = {
         name: [*here, "gpu", name, "--device", o.device, "--inside"]
         for name in ("sync", "slice", "models")
@@ -960,7 +960,7 @@ def gpu(words: list[str]) -> int:
         "no:cacheprovider",
         "--durations=5",
     ]
-    run["selftest"] = [sys.executable, "model_moe.py", "--selftest"]
+    run["selftest"] = [sys.executable, "kernels.py", "--selftest"]
     run["kernels"] = [*here, "kernels", "--device", o.device, *(("--size", "toy") if toy else ())]
     run["speed"] = [*here, "speed", *(("quickstart", "--device", "cpu") if toy else ("gpt2_124m",))]
     until, failed = time.perf_counter() + GPU_SECONDS, []
@@ -970,7 +970,7 @@ def gpu(words: list[str]) -> int:
         print(f"\n== {name}", flush=True)
         try:
             where = {
-                "cwd": Path(__file__).resolve().parent,
+                "cwd": Path(__file__).resolve().parent.parent,
                 "env": os.environ | {"TRITON_INTERPRET": "0"},
             }
             code = subprocess.run(run[name], timeout=max(1, left), **where).returncode
@@ -1156,7 +1156,7 @@ def layouts(words: list[str]) -> int:
                 env |= (
                     {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
                 )
-                here = [str(Path(__file__).resolve()), "layouts", "--inside", str(job)]
+                here = ["-m", "tools.bench", "layouts", "--inside", str(job)]
                 torchrun = [
                     sys.executable,
                     "-m",

@@ -1,4 +1,4 @@
-"""Faults done to small runs on purpose, and what the orchestrator makes of them: `python bench.py faults`.
+"""Faults done to small runs on purpose, and what the orchestrator makes of them: `python -m tools.bench faults`.
 
 First what is done to a run, then the runs, then the table that the README carries, then healthy steps. All of it is
 done from outside, by standing in for methods of a Trainer: train.py has no line of it.
@@ -494,7 +494,7 @@ def launch(top: str, jobs: list, ranks: int = 0) -> tuple[int, dict]:
         f"--nproc_per_node={ranks}",
         "--max-restarts=1",
     ]
-    words = [sys.executable, *(words if ranks else ()), __file__, f"{top}/jobs"]
+    words = [sys.executable, *(words if ranks else ()), "-m", "tools.faults", f"{top}/jobs"]
     code = subprocess.run(words, capture_output=True, timeout=600).returncode
     found = [f.name.split(".")[1:] for f in Path(top).glob("jobs.*.?")]
     return code, {
