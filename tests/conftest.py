@@ -216,7 +216,7 @@ def run_python(*words, ranks: int = 0, timeout: int = 120, **env) -> subprocess.
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | env
     return run([*launcher, *map(str, words)], timeout, cwd=ROOT, env=env)
 
 

@@ -748,8 +748,8 @@ def run(o) -> Book:
 
 def side_by_side(book: Book, parts: list) -> None:
     """Each part (arguments of work) in a process and with a file of its own, which this one then takes in."""
-    files, running = [Path(f"{book.path}.{i}") for i in range(len(parts))], []
-    for part, file in zip(parts, files):
+    parts_of, running = [Path(f"{book.path}.{i}") for i in range(len(parts))], []
+    for part, file in zip(parts, parts_of):
         if not file.exists():  # else it goes on where it was
             files.write_json(file, book.data)
         running.append(
@@ -758,14 +758,14 @@ def side_by_side(book: Book, parts: list) -> None:
         running[-1].start()
     for child in running:
         child.join()
-    for file in files:
+    for file in parts_of:
         book.data["runs"] |= json.loads(file.read_text())["runs"]
     files.write_json(book.path, book.data)
     if any(child.exitcode for child in running):
         raise UserError(
             "E002", "faults: a part of it failed, see above; the same command goes on from there"
         )
-    for file in files:
+    for file in parts_of:
         file.unlink()
 
 

@@ -12,12 +12,13 @@ import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import prepare_data as P
 from lumen import tokenizer as T
 from lumen.errors import UserError
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = str(ROOT)
 
 
 def contents(folder):

@@ -13,8 +13,8 @@ from conftest import write_yaml
 import train
 from lumen import machine as machines
 from lumen.errors import UserError
-from model import ModelConfig
 from lumen.report import main as report_main
+from model import ModelConfig
 from tools import bench, faults
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}

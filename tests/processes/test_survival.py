@@ -80,7 +80,7 @@ def same_as_unhurt(out, whole, steps=STEPS) -> None:
 
 def start_here(mode, *words, launcher=(), **env):
     return run_python(
-        *launcher, "tests/test_survival.py", mode, *words, PYTHONPATH=f"{ROOT}:{ROOT}/tests", **env
+        *launcher, "tests/processes/test_survival.py", mode, *words, PYTHONPATH=f"{ROOT}:{ROOT}/tests", **env
     )
 
 
@@ -229,7 +229,7 @@ def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
     assert one.returncode == -9 and zero.returncode == 75 and "error E601" in zero.stderr, (
         zero.stderr[-2000:]
     )
-    short = "import sys, errors, train; train.Parallel.FIRST = 2; launch.command(train.main)"
+    short = "import sys, train; from lumen import launch; train.Parallel.FIRST = 2; launch.command(train.main)"
     env |= {"RANK": "0", "LOCAL_RANK": "0"}
     waits = run_python(
         "-c", short, words[2], "--comm_timeout", 2, "--out_dir", tmp_path / "alone", **env
@@ -441,7 +441,7 @@ def test_torchrun_is_told_to_stop(unhurt, tmp_path, shards, place, number, mode)
     command = [
         sys.executable,
         *two_ranks(),
-        "tests/test_survival.py",
+        "tests/processes/test_survival.py",
         mode,
         json.dumps([faults]),
         str(path),

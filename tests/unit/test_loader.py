@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 
+import conftest
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from lumen import loader
 from lumen.errors import UserError
 from lumen.loader import BLOCK, Loader, Shard, Source, feistel, val_rows
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(conftest.ROOT)
 few = settings(max_examples=25, deadline=None)
 
 

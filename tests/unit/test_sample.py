@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import sample as S
 from lumen import checkpoint
@@ -452,7 +453,7 @@ def test_as_a_process(run):
         "--precision",
         "fp32",
     ]
-    root = Path(__file__).parent.parent
+    root = ROOT
     done = subprocess.run([*go, "--stop", "zz"], cwd=root, input=b"def ", capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"def ") and b"tokens/s" in done.stderr
     done = subprocess.run(
