@@ -293,7 +293,7 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
             f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ"
         )
     for i, a in alive.items():
-        bias, twins = (
+        bias, siblings = (
             read(i, "bias")[:S],
             a & (read(i, "sibling") != own) if cfg.n_experts_max else ~a,
         )
@@ -301,9 +301,9 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
             why.append(
                 f"layer {i}: its router has a selection bias, and {CLASSES[kind]}'s has none"
             )
-        if twins.any():
+        if siblings.any():
             text = "only one can be chosen, which no class knows: train on until they have parted"
-            why.append(f"layer {i}: of the twins {own[twins].tolist()} {text}")
+            why.append(f"layer {i}: of the siblings {own[siblings].tolist()} {text}")
         kept[i] = own[a | every].tolist()
         ready[f"blocks.{i}.ffn.router.weight"] = (
             read(i, "weight")[kept[i]] / cfg.routing_temperature

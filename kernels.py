@@ -184,9 +184,9 @@ if triton is not None:
         tl.store(out + t * d + c, acc.to(out.dtype.element_ty), mask=c < d)
 
 
-def gmm(back_end, x, w, offs, tok=None):
+def gmm(backend, x, w, offs, tok=None):
     """x (., k) gathered by tok (R,) if given, w (E, n, k) in any strides -> (R, n); the tail's rows are garbage."""
-    if back_end == "grouped_mm":
+    if backend == "grouped_mm":
         return grouped_mm(x if tok is None else x[tok], w.transpose(1, 2), offs=offs)
     R, (E, N, K) = (x if tok is None else tok).shape[0], w.shape
     y = x.new_empty(R, N)
@@ -211,9 +211,9 @@ def gmm(back_end, x, w, offs, tok=None):
     return y
 
 
-def gmm_dw(back_end, dy, x, offs, dtype, dy_tok=None, x_tok=None):
+def gmm_dw(backend, dy, x, offs, dtype, dy_tok=None, x_tok=None):
     """dy (., n) and x (., k), each gathered if its index (R,) is given -> (E, n, k) in dtype."""
-    if back_end == "grouped_mm":
+    if backend == "grouped_mm":
         dy, x = (dy if dy_tok is None else dy[dy_tok]), (x if x_tok is None else x[x_tok])
         return grouped_mm(dy.t(), x, offs=offs).to(dtype)
     E, N, K, R = offs.numel(), dy.shape[1], x.shape[1], (dy if dy_tok is None else dy_tok).shape[0]
@@ -231,10 +231,10 @@ def gmm_dw(back_end, dy, x, offs, dtype, dy_tok=None, x_tok=None):
     return dw
 
 
-def swiglu(back_end, z, s, offs):
+def swiglu(backend, z, s, offs):
     """z (R, 2I), s (R, 1) -> s * silu(gate) * up (R, I)."""
     R, I = z.shape[0], z.shape[1] // 2
-    if back_end == "grouped_mm":
+    if backend == "grouped_mm":
         return F.silu(z[:, :I]).mul_(z[:, I:]).mul_(s)
     a, block = z.new_empty(R, I), min(triton.next_power_of_2(I), 1024)
     swiglu_kernel[(R, triton.cdiv(I, block))](z, s, a, offs[-1:], I, BI=block)
@@ -254,10 +254,10 @@ def swiglu_grad(z, s, da, a, dz):
     return ds
 
 
-def combine(back_end, y, inv, offs, T):
+def combine(backend, y, inv, offs, T):
     """y (R, d) -> out[t] = sum over k of y[inv[t * K + k]] (T, d), the tail left out whatever its rows hold."""
     (R, d), end = y.shape, offs[-1:]
-    if back_end == "grouped_mm":  # an embedding bag is the fused gather and sum
+    if backend == "grouped_mm":  # an embedding bag is the fused gather and sum
         y.masked_fill_((torch.arange(R, device=y.device) >= end).unsqueeze(1), 0)
         return F.embedding_bag(inv.view(T, -1), y, mode="sum")
     out, block = y.new_empty(T, d), min(triton.next_power_of_2(d), 1024)
@@ -265,19 +265,19 @@ def combine(back_end, y, inv, offs, T):
     return out
 
 
-def forward_rows(x, p, w13, w2, order, inv, offs, back_end):
+def forward_rows(x, p, w13, w2, order, inv, offs, backend):
     """-> out (T, d), z (R, 2I). The gates are applied to the I-wide rows, so that combine is a plain sum."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    z = gmm(back_end, x, w13.to(x.dtype), offs, tok)
-    y = gmm(back_end, swiglu(back_end, z, s, offs), w2.to(x.dtype), offs)
-    return combine(back_end, y, inv, offs, len(x)), z
+    z = gmm(backend, x, w13.to(x.dtype), offs, tok)
+    y = gmm(backend, swiglu(backend, z, s, offs), w2.to(x.dtype), offs)
+    return combine(backend, y, inv, offs, len(x)), z
 
 
-def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end):
+def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend):
     """-> dx, dp, dw13, dw2."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    da, dz = gmm(back_end, dout, w2.to(x.dtype).transpose(1, 2), offs, tok), torch.empty_like(z)
-    if back_end == "grouped_mm":
+    da, dz = gmm(backend, dout, w2.to(x.dtype).transpose(1, 2), offs, tok), torch.empty_like(z)
+    if backend == "grouped_mm":
         a = torch.empty_like(da)
         ds = swiglu_grad(z, s, da, a, dz)
         ds.masked_fill_(torch.arange(len(ds), device=ds.device) >= offs[-1:], 0)
@@ -287,10 +287,10 @@ def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end):
         swiglu_grad_kernel[(R,)](
             z, s, da, dz, ds, offs[-1:], I, BI=min(triton.next_power_of_2(I), 1024)
         )
-    dw2 = gmm_dw(back_end, dout, a, offs, w2.dtype, dy_tok=tok)
-    dw13 = gmm_dw(back_end, dz, x, offs, w13.dtype, x_tok=tok)
+    dw2 = gmm_dw(backend, dout, a, offs, w2.dtype, dy_tok=tok)
+    dw13 = gmm_dw(backend, dz, x, offs, w13.dtype, x_tok=tok)
     dx = combine(
-        back_end, gmm(back_end, dz, w13.to(x.dtype).transpose(1, 2), offs), inv, offs, len(x)
+        backend, gmm(backend, dz, w13.to(x.dtype).transpose(1, 2), offs), inv, offs, len(x)
     )
     return dx, ds[inv.view(p.shape)], dw13, dw2
 
@@ -368,48 +368,46 @@ def register():
     sort = "Tensor x, Tensor p, Tensor w13, Tensor w2, Tensor order, Tensor inv, Tensor offs"
 
     @torch.library.custom_op(
-        "lumen::experts", mutates_args=(), schema=f"({sort}, str back_end) -> (Tensor, Tensor)"
+        "lumen::experts", mutates_args=(), schema=f"({sort}, str backend) -> (Tensor, Tensor)"
     )
-    def experts(x, p, w13, w2, order, inv, offs, back_end):
-        if back_end == "slices":
+    def experts(x, p, w13, w2, order, inv, offs, backend):
+        if backend == "slices":
             return forward_slices(x, p, w13, w2, order, offs)
-        return forward_rows(x, p, w13, w2, order, inv, offs, back_end)
+        return forward_rows(x, p, w13, w2, order, inv, offs, backend)
 
     @experts.register_fake
-    def _(x, p, w13, w2, order, inv, offs, back_end):
+    def _(x, p, w13, w2, order, inv, offs, backend):
         return x.new_empty(x.shape), x.new_empty(p.numel(), w13.shape[1])
 
     @torch.library.custom_op(
         "lumen::experts_backward",
         mutates_args=(),
-        schema=f"(Tensor dout, {sort}, Tensor z, str back_end) -> (Tensor, Tensor, Tensor, Tensor)",
+        schema=f"(Tensor dout, {sort}, Tensor z, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     )
-    def experts_backward(dout, x, p, w13, w2, order, inv, offs, z, back_end):
-        if back_end == "slices":
+    def experts_backward(dout, x, p, w13, w2, order, inv, offs, z, backend):
+        if backend == "slices":
             return backward_slices(dout, x, p, w13, w2, order, inv, offs, z)
-        return backward_rows(dout, x, p, w13, w2, order, inv, offs, z, back_end)
+        return backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend)
 
     @experts_backward.register_fake
-    def _(dout, x, p, w13, w2, order, inv, offs, z, back_end):
+    def _(dout, x, p, w13, w2, order, inv, offs, z, backend):
         return tuple(t.new_empty(t.shape) for t in (x, p, w13, w2))
 
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.back_end = inputs
+        *tensors, ctx.backend = inputs
         ctx.set_materialize_grads(False)  # no zeros for z's gradient, which nobody asks for
         ctx.save_for_backward(*tensors, output[1])
 
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 8
-        grads = torch.ops.lumen.experts_backward(
-            dout.contiguous(), *ctx.saved_tensors, ctx.back_end
-        )
+        grads = torch.ops.lumen.experts_backward(dout.contiguous(), *ctx.saved_tensors, ctx.backend)
         return *grads, None, None, None, None
 
     experts.register_autograd(backward, setup_context=setup_context)
 
 
-def run_experts(x, p, ids, w13, w2, back_end: str):
+def run_experts(x, p, ids, w13, w2, backend: str):
     """x (T, d); gates p (T, K) in fp32 (fp64 with x in fp64); ids (T, K), E or more means none -> out (T, d).
 
     w13 (E, 2I, d), gate rows then up, and w2 (E, d, I) are fp32 master weights: cast to x.dtype inside, so no copy is
@@ -417,7 +415,7 @@ def run_experts(x, p, ids, w13, w2, back_end: str):
     """
     order, inv, offs = sort_by_expert(ids, w2.shape[0])
     return torch.ops.lumen.experts(
-        x.contiguous(), p.contiguous(), w13, w2, order, inv, offs, back_end
+        x.contiguous(), p.contiguous(), w13, w2, order, inv, offs, backend
     )[0]
 
 
@@ -456,7 +454,7 @@ take_rows, put_rows = TakeRows.apply, PutRows.apply
 
 
 def versioned(name: str) -> str:
-    """A back end's name; Triton's with its version where one is installed, imported or not."""
+    """A backend's name; Triton's with its version where one is installed, imported or not."""
     if name != "triton":
         return name
     try:
@@ -465,7 +463,7 @@ def versioned(name: str) -> str:
         return "triton"
 
 
-def back_ends(device, dtype, d: int, I: int) -> dict[str, str | None]:
+def backends(device, dtype, d: int, I: int) -> dict[str, str | None]:
     """Back end -> None if it can work here, else the reason why not."""
     device, step, found = (
         torch.device(device),
@@ -497,11 +495,11 @@ def back_ends(device, dtype, d: int, I: int) -> dict[str, str | None]:
 
 
 def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
-    """The back end for a few tokens at a time, from the one for training. On CUDA slices would wait for the device in
+    """The backend for a few tokens at a time, from the one for training. On CUDA slices would wait for the device in
     each layer, and triton would tune its kernels anew: grouped_mm where it can work. By reading: no GPU has run it."""
     if torch.device(device).type != "cuda":
         return trained
-    return "grouped_mm" if back_ends(device, dtype, d, I)["grouped_mm"] is None else "slices"
+    return "grouped_mm" if backends(device, dtype, d, I)["grouped_mm"] is None else "slices"
 
 
 def sample(device, dtype, T, d, I, E, K, ids=None, seed=0):
@@ -562,7 +560,7 @@ def selftest(
     want = fwd_bwd(reference_experts, [*wide, *inputs[2:]], dout.to(wide[0].dtype))
     results = {}
     for name in names or [
-        name for name, reason in back_ends(device, dtype, d, I).items() if reason is None
+        name for name, reason in backends(device, dtype, d, I).items() if reason is None
     ]:
         try:
             got = fwd_bwd(lambda *a, name=name: run_experts(*a, name), inputs, dout)
@@ -590,21 +588,21 @@ SHAPES = []
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-def pick_back_end(
+def pick_backend(
     choice: str, device, dtype, d: int, I: int, E: int, K: int, T: int
 ) -> tuple[str, str]:
-    """-> (back end, why): choice itself if it can work here, for auto the fastest one that passes the self-test.
+    """-> (backend, why): choice itself if it can work here, for auto the fastest one that passes the self-test.
 
     Raises ValueError with reason and remedy for a choice that cannot work. On CPU auto tries a small layer, at most
     about a second; on CUDA the first call also compiles and tunes Triton's kernels.
     """
-    known = back_ends(device, dtype, d, I)
+    known = backends(device, dtype, d, I)
     if choice != "auto":
         if choice not in known:
-            raise ValueError(f"experts: back end {choice!r} is not one of auto, {', '.join(known)}")
+            raise ValueError(f"experts: backend {choice!r} is not one of auto, {', '.join(known)}")
         if known[choice]:
             raise ValueError(
-                f"experts: back end {choice} cannot work here: {known[choice]}; or let auto choose"
+                f"experts: backend {choice} cannot work here: {known[choice]}; or let auto choose"
             )
         return choice, "as asked"
     candidates = [
@@ -646,14 +644,14 @@ def edge_cases():
 
 
 def main(argv=None) -> int:
-    """Print how right and how fast each back end is on this machine; 0 if all are right."""
+    """Print how right and how fast each backend is on this machine; 0 if all are right."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     shapes = SHAPES or (
         [(32768, 1536, 512, 128, 10)] if cuda else [(4096, 384, 512, 8, 2), (4096, 384, 64, 64, 8)]
     )
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {dtype}")
-    for name, reason in back_ends(device, dtype, 384, 512).items():
+    for name, reason in backends(device, dtype, 384, 512).items():
         print(f"{name:12}{'can work' if reason is None else 'cannot: ' + reason}")
     good = True
     for name, shape, ids in edge_cases():
@@ -684,16 +682,16 @@ def main(argv=None) -> int:
     return 0 if good else 1
 
 
-def attend(q, k, v, back_end: str = "sdpa") -> torch.Tensor:
+def attend(q, k, v, backend: str = "sdpa") -> torch.Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; returns (B, T, H, D)."""
-    if back_end == "flash":
+    if backend == "flash":
         from flash_attn import (
             flash_attn_func,  # optional package, CUDA only; pick_attention has tried it
         )
 
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if back_end == "flex":
+    if backend == "flex":
         y = _flex(q, k, v)
     else:
         y = F.scaled_dot_product_attention(
@@ -725,7 +723,7 @@ def _flex(q, k, v):
 def pick_attention(
     choice: str, cfg, device, dtype=torch.float32, train: bool = True
 ) -> tuple[str, str]:
-    """The attention back end that works here and why: (sdpa | flash | flex, reason). ValueError on an unknown choice.
+    """The attention backend that works here and why: (sdpa | flash | flex, reason). ValueError on an unknown choice.
 
     flash and flex are tried on a small problem against sdpa, with backward when training; what raises or disagrees
     falls back to sdpa, and the reason says so.
@@ -741,9 +739,9 @@ def pick_attention(
         for h in heads
     ]
 
-    def run(back_end):
+    def run(backend):
         with torch.set_grad_enabled(train):
-            y = attend(*qkv, back_end)
+            y = attend(*qkv, backend)
             return [y, *(torch.autograd.grad(y.float().square().sum(), qkv) if train else ())]
 
     try:

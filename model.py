@@ -510,7 +510,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.sizes[0] if whole else cfg.head_dim, cfg.norm_eps)
             self.k_norm = RMSNorm(self.sizes[1] if whole else cfg.head_dim, cfg.norm_eps)
 
-    def forward(self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None):
+    def forward(self, x, rope, backend="sdpa", cache=None, layer=0, pos=None):
         cfg, (B, T, _) = self.cfg, x.shape
         q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         if cfg.norm_order == "lunaris":
@@ -523,7 +523,7 @@ class Attention(nn.Module):
         if not cfg.rope_first:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is None:
-            y = attend(q, k, v, back_end)
+            y = attend(q, k, v, backend)
         else:
             k, v = cache.write(layer, pos, k, v)
             q, gqa, mask = (
@@ -580,21 +580,21 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
     def forward(
-        self, x, rope, back_end="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"
+        self, x, rope, backend="sdpa", cache=None, layer=0, pos=None, causal=True, recompute="none"
     ):
         """`recompute`: see recomputed(). In here only where the block is compiled."""
         if recompute == "none":
-            return self.change(x, rope, back_end, cache, layer, pos, causal)
+            return self.change(x, rope, backend, cache, layer, pos, causal)
         return recomputed(
-            lambda x: self.change(x, rope, back_end, cache, layer, pos, causal),
+            lambda x: self.change(x, rope, backend, cache, layer, pos, causal),
             recompute,
             self.random,
             x,
         )
 
-    def change(self, x, rope, back_end, cache, layer, pos, causal):
+    def change(self, x, rope, backend, cache, layer, pos, causal):
         def whole(x, rope, pos):
-            h = self.attn(self.attn_norm(x), rope, back_end, cache, layer, pos)
+            h = self.attn(self.attn_norm(x), rope, backend, cache, layer, pos)
             h = F.dropout(h, self.dropout, self.training)
             if self.mod is not None and self.ffn_only:
                 y, stats = self.mod(x + h, self.feed, None, pos, cache, causal)
@@ -677,13 +677,13 @@ class HeadLoss(torch.autograd.Function):
 
 # ---------------------------------------------------------------- the model
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "lumen::experts")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "lumen::experts")
 
 
-def keep_products(ctx, op, *args, **kwargs):
+def keep_matmuls(ctx, op, *args, **kwargs):
     """Selective recomputation: what is dear (products, attention) or decides (topk) is kept, the rest is made anew."""
     name = op.name() if hasattr(op, "name") else ""
-    keep = name.partition(".")[0] in PRODUCTS or "scaled_dot_product" in name
+    keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -695,7 +695,7 @@ def recomputed(run, how: str, random: bool, *args):
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
         options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, keep_products
+            create_selective_checkpoint_contexts, keep_matmuls
         )
     return checkpoint(run, *args, **options)
 
@@ -703,7 +703,7 @@ def recomputed(run, how: str, random: bool, *args):
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), back_end (sdpa), recompute in backward (none; block: all of it; selective: all but
+    compute_dtype (fp32), z_loss (0), backend (sdpa), recompute in backward (none; block: all of it; selective: all but
     the products), causal (True: without training MoD chooses by its causal rule, False: as in training).
     """
 
@@ -717,7 +717,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         if not cfg.tie_embeddings:
             self.head = Linear(cfg.d_model, cfg.vocab_size)
-        self.compute_dtype, self.z_loss, self.back_end = torch.float32, 0.0, "sdpa"
+        self.compute_dtype, self.z_loss, self.backend = torch.float32, 0.0, "sdpa"
         self.recompute, self.causal = "none", True
 
     @torch.no_grad()
@@ -784,7 +784,7 @@ class Transformer(nn.Module):
         x = F.dropout(x, cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
         for i, block in enumerate(self.blocks):
-            args = (x, rope, self.back_end, cache, i, pos, self.causal)
+            args = (x, rope, self.backend, cache, i, pos, self.causal)
             how = self.recompute if torch.is_grad_enabled() else "none"
             if how == "none" or block._compiled_call_impl is not None:
                 change, stats = block(*args, how)
@@ -865,10 +865,10 @@ class Transformer(nn.Module):
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
         alive = [True] * len(prompts)
-        trained = {moe: moe.back_end for moe in self.sparse_layers("moe").values()}
+        trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}
         for moe, name in trained.items():
             sizes = (self.cfg.d_model, self.cfg.d_expert)
-            moe.back_end = for_generation(name, device, self.compute_dtype, *sizes)
+            moe.backend = for_generation(name, device, self.compute_dtype, *sizes)
         self.eval()
         try:
             for _ in range(max_new_tokens):
@@ -887,7 +887,7 @@ class Transformer(nn.Module):
         finally:  # also when the caller stops listening
             self.train(was_training)
             for moe, name in trained.items():
-                moe.back_end = name
+                moe.backend = name
 
     # ---- arithmetic
 

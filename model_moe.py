@@ -1,11 +1,11 @@
-"""The sparse parts: expert layer with three back ends, router, Mixture of Depths, expert slots and their surgery.
+"""The sparse parts: expert layer with three backends, router, Mixture of Depths, expert slots and their surgery.
 
-`python model_moe.py --selftest` checks and times the expert layer's back ends on this machine.
+`python model_moe.py --selftest` checks and times the expert layer's backends on this machine.
 This file imports nothing of ours, so it can be copied out together with model.py; errors are plain ValueError.
 
 The expert layer is one operator: out[t] = sum over k of p[t, k] * w2[e] @ (silu(gate) * up) with e = ids[t, k] < E and
 (gate, up) = w13[e] @ x[t]. Everything has a static shape (T * K rows, sorted by expert), nothing is dropped, and only
-the back end "slices" waits for the device, so a CUDA graph and torch.compile(fullgraph=True) can hold it. Kept for
+the backend "slices" waits for the device, so a CUDA graph and torch.compile(fullgraph=True) can hold it. Kept for
 backward: x, p, the sort, and z = the rows' gate and up before the activation; the experts' outputs y are never kept,
 since the gates' gradient <dout, w2 @ a> = <w2^T @ dout, a> does not need them (SonicMoE, arXiv 2512.14080). No atomics:
 the same inputs give the same bits. No GPU has run it yet: the self-test is the proof on yours.
@@ -28,7 +28,7 @@ from kernels import put_rows, register, run_experts, take_rows
 
 
 def reference_experts(x, p, ids, w13, w2):
-    """What every back end must equal: a loop, index_add and autograd. Shapes as in run_experts."""
+    """What every backend must equal: a loop, index_add and autograd. Shapes as in run_experts."""
     out = torch.zeros(x.shape, dtype=p.dtype, device=x.device)
     for e in range(w2.shape[0]):
         t, k = torch.where(ids == e)
@@ -113,7 +113,7 @@ class Router(nn.Module):
         )
         for name, value in self.first_buffers().items():
             self.register_buffer(name, value)
-        self.muted = (
+        self.dropped_out = (
             None  # (n,) bool for one step of training with expert_dropout: see draw_dropout
         )
 
@@ -176,13 +176,13 @@ class Router(nn.Module):
 
     def select(self, choice):
         """Scores to choose by, (T, n), with what cannot be chosen at -inf."""
-        if self.training and self.muted is not None:
-            choice = choice.masked_fill(self.muted, -math.inf)
+        if self.training and self.dropped_out is not None:
+            choice = choice.masked_fill(self.dropped_out, -math.inf)
         if self.cfg.n_experts_max:
             own = torch.arange(self.slots, device=choice.device)
             mine = choice[:, : self.slots].masked_fill(~self.alive, -math.inf)
             twin = mine[:, self.sibling]
-            # of two twins only the better one, else both would take the same tokens and push out a third; it competes
+            # of two siblings only the better one, else both would take the same tokens and push out a third; it competes
             # with the others by the mean of both, which right after a split is the parent's score
             worse = (mine < twin) | ((mine == twin) & (own > self.sibling))
             mean = torch.where(twin == -math.inf, mine, (mine + twin) / 2)
@@ -213,8 +213,8 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(slots, d_model, width))
         self.run = run or run_experts
 
-    def forward(self, x, p, ids, back_end: str):
-        return self.run(x, p, ids, self.w13, self.w2, back_end)
+    def forward(self, x, p, ids, backend: str):
+        return self.run(x, p, ids, self.w13, self.w2, backend)
 
 
 class MoE(nn.Module):
@@ -228,11 +228,11 @@ class MoE(nn.Module):
         self.router = Router(cfg)
         self.experts = Experts(self.router.slots, cfg.d_model, cfg.d_expert)
         self.shared = shared
-        self.back_end = "slices"
+        self.backend = "slices"
 
     def forward(self, x):
         p, ids, loss, sums = self.router(x)
-        y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.back_end).view_as(x)
+        y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.backend).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, {"loss": loss, "moe": sums}
@@ -255,13 +255,15 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
     for moe, draw in zip(layers, draws):
         router, cfg = moe.router, moe.router.cfg
         can = torch.ones_like(draw, dtype=torch.bool)
-        if cfg.n_experts_max:  # of two twins only one can be chosen, so only the first counts
+        if cfg.n_experts_max:  # of two siblings only one can be chosen, so only the first counts
             first = router.sibling >= torch.arange(router.slots, device=draw.device)
             can = router.alive & (first | ~router.alive[router.sibling])
         keep = draw.masked_fill(~can, math.inf).topk(cfg.n_experts_per_token, largest=False).indices
-        if router.muted is None:
-            router.muted = torch.zeros_like(router.bias, dtype=torch.bool)
-        router.muted[: router.slots] = (draw >= 1 - router.expert_dropout).scatter(0, keep, False)
+        if router.dropped_out is None:
+            router.dropped_out = torch.zeros_like(router.bias, dtype=torch.bool)
+        router.dropped_out[: router.slots] = (draw >= 1 - router.expert_dropout).scatter(
+            0, keep, False
+        )
 
 
 @torch.no_grad()
@@ -277,9 +279,9 @@ def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Ten
         if cfg.n_experts_max:
             live[: router.slots] = router.alive.float()
         load = count / count.sum().clamp(min=1)
-        if router.muted is not None:  # they had no chance: what they had before
+        if router.dropped_out is not None:  # they had no chance: what they had before
             load = torch.where(
-                router.muted, router.load, load * (router.load * ~router.muted).sum()
+                router.dropped_out, router.load, load * (router.load * ~router.dropped_out).sum()
             )
         router.load.copy_(torch.where(bad, router.load, load))
         if router.bias_rate:
@@ -309,7 +311,7 @@ class MoD(nn.Module):
     """
 
     BCE_WEIGHT = 0.01
-    alone = True  # what is inside holds no collective: a batch of which no token is kept may leave it out
+    collective_free = True  # what is inside holds no collective: a batch of which no token is kept may leave it out
 
     def __init__(self, cfg, layer: int):
         super().__init__()
@@ -394,7 +396,7 @@ class MoD(nn.Module):
             best = torch.zeros_like(keep).scatter(1, highest(score, n), True)
             stats["agree"] = keep == best
         n = int(keep.sum(1).max())
-        if n == 0 and self.alone:
+        if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
         n = max(1, n)
         # the chosen first, in order; behind them, in rows that keep fewer, tokens whose result is thrown away
@@ -440,7 +442,7 @@ def hashed(pos: torch.Tensor, layer: int) -> torch.Tensor:
 # ---------------------------------------------------------------- slots and surgery
 
 
-# ---------------------------------------------------------------- which back end: refuse, check, time
+# ---------------------------------------------------------------- which backend: refuse, check, time
 
 
 def highest(score: torch.Tensor, n: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-from kernels import pick_attention, pick_back_end
+from kernels import pick_attention, pick_backend
 from lumen import checkpoint, files, forecast, launch, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
@@ -38,7 +38,7 @@ from lumen.config import SHARDING, Config, build_config, help_text, printed, rea
 from lumen.control import ByHand
 from lumen.detectors import above_chance
 from lumen.errors import UserError
-from lumen.experts import Rows, expert_numbers, release_twins
+from lumen.experts import Rows, expert_numbers, release_siblings
 from lumen.launch import check_launch, clock, command, environment
 from lumen.loader import Loader, Source, Sums, val_rows
 from lumen.machine import event_now, free_memory, peak_bytes, to_host
@@ -129,8 +129,8 @@ class Parallel(Rows):
     """
 
     CHUNK = 1 << 22  # numbers per collective
-    FIRST = 1800  # seconds that ranks wait for one another until all have taken a step: compilers, cold disks
-    alone = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
+    STARTUP_TIMEOUT = 1800  # seconds that ranks wait for one another until all have taken a step: compilers, cold disks
+    collective_free = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
 
     def __init__(self, cfg: Config):
         self.rank, self.world = environment("RANK", 0), environment("WORLD_SIZE", 1)
@@ -144,7 +144,7 @@ class Parallel(Rows):
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.world > 1 and not dist.is_initialized():
             # objects and flags travel over gloo, so that asking a question never waits for the GPU
-            back_end, store = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", None
+            backend, store = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", None
             if (
                 os.environ.get("GROUP_WORLD_SIZE") == "1"
             ):  # torchrun keeps its store when it restarts all ranks here:
@@ -154,9 +154,9 @@ class Parallel(Rows):
                 store = dist.PrefixStore(
                     f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
                 )
-            limit = timedelta(seconds=max(self.FIRST, cfg.comm_timeout))
+            limit = timedelta(seconds=max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
             try:
-                dist.init_process_group(back_end, None, limit, self.world, self.rank, store)
+                dist.init_process_group(backend, None, limit, self.world, self.rank, store)
             except Exception as error:
                 if not lost_peer(error):
                     raise
@@ -229,7 +229,7 @@ class Parallel(Rows):
         words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
         return words.sum() % 1048573  # a prime: of a power of two the upper bits would not be seen
 
-    def agree(self, flags: list[int]) -> list[int]:
+    def all_reduce_max(self, flags: list[int]) -> list[int]:
         """The maximum of each flag over all ranks."""
         if self.world == 1:
             return flags
@@ -237,13 +237,13 @@ class Parallel(Rows):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def set_patience(self, seconds: int) -> None:
+    def set_timeout(self, seconds: int) -> None:
         """All ranks have taken a step: from now on a collective in which one is missing for so long fails in those that
         wait. Collectives of gloo raise: E601, exit code 75. NCCL's watchdog aborts the process instead (SIGABRT, so
         status.json still says `running`); torchrun and slurm/train.sbatch start both again. NCCL's part has never run.
         """
         if self.world > 1:
-            self.agree([0])  # the slowest has finished what it needed the long limit for
+            self.all_reduce_max([0])  # the slowest has finished what it needed the long limit for
             set_timeouts(seconds)
 
     def gather(self, obj) -> list:
@@ -262,7 +262,7 @@ class Parallel(Rows):
         dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def together(self, do, *args):
+    def run_or_raise_on_all(self, do, *args):
         """do(*args) on every rank; a UserError on any of them is raised on all of them."""
         result = error = None
         try:
@@ -274,7 +274,7 @@ class Parallel(Rows):
                 raise UserError(e.code, e.text if rank == 0 else f"rank {rank}: {e.text}")
         return result
 
-    def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
+    def local_shards(self, name: str, tensor: torch.Tensor) -> list[tuple]:
         """[(offset, global shape, local tensor, writes)]: every region of `tensor` that this rank holds."""
         return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
 
@@ -371,17 +371,17 @@ class Trainer(ByHand, Report):
                 "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
             )
             dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
-            self.cfg.compile_model, self.cfg.expert_back_end = False, "slices"
+            self.cfg.compile_model, self.cfg.expert_backend = False, "slices"
         if not dry_run:
             self.check_paths()
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.runs_ahead = self.parallel.device.type == "cuda"  # the host, of what it has queued
         self.main = self.parallel.rank == 0  # this rank speaks and writes
-        self.longest = self.patience = max(
-            self.parallel.FIRST, self.cfg.comm_timeout
+        self.longest_timeout = self.timeout = max(
+            self.parallel.STARTUP_TIMEOUT, self.cfg.comm_timeout
         )  # seconds ranks wait for others
-        if self.parallel.alone:  # zero_stage 0 is what this is
+        if self.parallel.collective_free:  # zero_stage 0 is what this is
             given = [
                 key
                 for key in SHARDING
@@ -402,8 +402,8 @@ class Trainer(ByHand, Report):
     def begin(self, notes: list[str]) -> None:
         """All that may refuse this start, and what it needs to train; from claim_out_dir on out_dir is its own."""
         dry_run = self.dry_run
-        self.parallel.together(self.open_data, bool(dry_run))
-        saved = None if dry_run else self.parallel.together(self.claim_out_dir)
+        self.parallel.run_or_raise_on_all(self.open_data, bool(dry_run))
+        saved = None if dry_run else self.parallel.run_or_raise_on_all(self.claim_out_dir)
         self.resolve(saved)
         weights = (
             self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
@@ -412,9 +412,9 @@ class Trainer(ByHand, Report):
         if dry_run:
             return
         replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
-        replay = self.parallel.together(read_decisions, replay) if replay else None
-        self.parallel.together(self.own_out_dir)
-        self.parallel.together(self.adopt, saved)
+        replay = self.parallel.run_or_raise_on_all(read_decisions, replay) if replay else None
+        self.parallel.run_or_raise_on_all(self.own_out_dir)
+        self.parallel.run_or_raise_on_all(self.adopt, saved)
         self.build(saved, weights)
         self.started_at = self.step
         if saved is not None:
@@ -422,7 +422,7 @@ class Trainer(ByHand, Report):
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
         if same_data and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
-        self.orchestrator = self.parallel.together(Orchestrator, self, replay)
+        self.orchestrator = self.parallel.run_or_raise_on_all(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
             self.orchestrator.load(
                 saved.state["orchestrator"], not same_data, self.origin is not None
@@ -714,7 +714,7 @@ class Trainer(ByHand, Report):
             rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
         kept_size = kept_here("micro_batch", "batch_size", "batch_tokens")
         cfg.batch_size = par.broadcast(
-            par.together(self.micro_batch, rows // rank_count, kept_size)
+            par.run_or_raise_on_all(self.micro_batch, rows // rank_count, kept_size)
         )
         micro = next(
             (m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0),
@@ -783,7 +783,7 @@ class Trainer(ByHand, Report):
                 )
         cfg.precision = par.broadcast(machine.precision)
         self.machine = dataclasses.replace(machine, precision=cfg.precision)
-        self.misfit = par.together(self.check_memory, rows)
+        self.misfit = par.run_or_raise_on_all(self.check_memory, rows)
         self.peak = par.broadcast(machines.peak_flops(self.machine))
         compiled = kept_here("compile_model")
         if compiled is None or machine.compile is False:  # there may be no compiler any more
@@ -792,15 +792,13 @@ class Trainer(ByHand, Report):
         cfg.compile_model = par.broadcast(compiled)
         try:
             choice = kept_here("attention") or cfg.attention
-            back_end, why = pick_attention(
-                choice, cfg.model, par.device, self.machine.compute_dtype
-            )
+            backend, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
-        cfg.attention, self.attention_why = par.broadcast((back_end, why))
+        cfg.attention, self.attention_why = par.broadcast((backend, why))
         if cfg.model.n_experts:
-            cfg.expert_back_end, self.experts_why = par.broadcast(
-                self.pick_experts(kept_here("expert_back_end"))
+            cfg.expert_backend, self.experts_why = par.broadcast(
+                self.pick_experts(kept_here("expert_backend"))
             )
         deterministic = kept_here("deterministic")
         if deterministic is None:
@@ -814,7 +812,7 @@ class Trainer(ByHand, Report):
             "compile_model",
             "attention",
             "deterministic",
-            "expert_back_end",
+            "expert_backend",
         )
         self.auto = {
             "rows": rows,
@@ -919,7 +917,7 @@ class Trainer(ByHand, Report):
             (r for r in fits if need[r] <= room), default=1
         )  # check_memory says where one row is too many
         self.measure_memory = (
-            machine.device.type == "cuda" and self.parallel.alone
+            machine.device.type == "cuda" and self.parallel.collective_free
         )  # in parts no rank can try alone
         self.hint = (
             f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
@@ -955,7 +953,7 @@ class Trainer(ByHand, Report):
         return [machine.name, round(machines.total_memory(machine.device) / 2**30)]
 
     def pick_experts(self, kept: str | None) -> tuple[str, str]:
-        """The back end of the expert layer and why it is that one."""
+        """The backend of the expert layer and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
         if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
             return "slices", "nothing tried, since the run does not fit here"
@@ -969,13 +967,13 @@ class Trainer(ByHand, Report):
         where = (self.parallel.device, self.machine.compute_dtype, *shape)
         if kept:
             try:
-                return pick_back_end(kept, *where)[0], "as in the checkpoint"
+                return pick_backend(kept, *where)[0], "as in the checkpoint"
             except ValueError as error:  # another machine
-                self.changes.append(f"expert_back_end: {error}")
+                self.changes.append(f"expert_backend: {error}")
         try:
-            return pick_back_end(cfg.expert_back_end, *where)
+            return pick_backend(cfg.expert_backend, *where)
         except ValueError as error:
-            raise UserError("E003", f"expert_back_end: {error}") from error
+            raise UserError("E003", f"expert_backend: {error}") from error
 
     def own_out_dir(self) -> None:
         """All is checked: out_dir is this launch's; rank 0 empties it first where overwrite says so."""
@@ -1027,7 +1025,7 @@ class Trainer(ByHand, Report):
             False  # a debugging aid that costs a pass over memory
         )
         model = self.model = par.build(cfg, saved is None)
-        model.compute_dtype, model.z_loss, model.back_end = (
+        model.compute_dtype, model.z_loss, model.backend = (
             self.machine.compute_dtype,
             cfg.z_loss,
             cfg.attention,
@@ -1035,7 +1033,7 @@ class Trainer(ByHand, Report):
         model.recompute = cfg.activation_checkpointing
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
-            moe.back_end = cfg.expert_back_end
+            moe.backend = cfg.expert_backend
         n = next(iter(self.moe.values())).router.n if self.moe else 0
         self.sparse_shapes = [
             (len(self.moe), len(SUMS) + n),
@@ -1063,9 +1061,9 @@ class Trainer(ByHand, Report):
         self.val_set = val_rows(self.val_sources, shares, count) if shares else []
         self.measured_on = self.val_sum()
         if saved is not None:
-            self.parallel.together(self.load, saved)
+            self.parallel.run_or_raise_on_all(self.load, saved)
         elif weights:
-            par.together(self.take_weights, cfg.init_from, *weights)
+            par.run_or_raise_on_all(self.take_weights, cfg.init_from, *weights)
             self.say(f"weights    from {cfg.init_from}")
         if self.measure_memory:
             self.probe()
@@ -1141,7 +1139,9 @@ class Trainer(ByHand, Report):
         while low < high:
             middle = (low + high) // 2
             low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
-        best = -self.parallel.agree([-sizes[low - 1] if low else 0])[0]  # the least of all ranks
+        best = -self.parallel.all_reduce_max([-sizes[low - 1] if low else 0])[
+            0
+        ]  # the least of all ranks
         if not best:
             text = f"batch_size: auto: a probe found that one row does not fit into {room / 2**30:.2f} GiB"
             raise UserError(
@@ -1178,7 +1178,7 @@ class Trainer(ByHand, Report):
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
         mine = self.tensors()
         for ours, theirs in names.items():
-            for offset, shape, local, _ in self.parallel.pieces(ours, mine[ours]):
+            for offset, shape, local, _ in self.parallel.local_shards(ours, mine[ours]):
                 if list(shape) != saved.tensors[theirs]["shape"]:
                     shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
                     raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
@@ -1193,18 +1193,18 @@ class Trainer(ByHand, Report):
         if par.broadcast((Path(path) / "config.json").is_file()):
             from export import read_hf
 
-            model, state, _, file = par.together(read_hf, path)
-            par.together(self.check_tokenizer, f"init_from {path}", file, None)
+            model, state, _, file = par.run_or_raise_on_all(read_hf, path)
+            par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, None)
         else:
             folders = par.broadcast(
-                par.together(lambda: checkpoint.folders(path) if self.main else None)
+                par.run_or_raise_on_all(lambda: checkpoint.folders(path) if self.main else None)
             )
             if (found := self.newest_whole(folders)) is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
             state = checkpoint.Checkpoint(found)
             then = state.state.get("tokenizer")
             file = tokenizers.of_run(state.path.parent, then)
-            par.together(self.check_tokenizer, f"init_from {path}", file, then)
+            par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, then)
             model = model_of(state)
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if (
@@ -1243,7 +1243,9 @@ class Trainer(ByHand, Report):
                 real, null = whole[:before], whole[before:]
                 whole = torch.cat([real, whole.new_zeros(new, *whole.shape[1:]), null])
             shape = state.tensors[f"model.{name}"]["shape"] if whole is None else whole.shape
-            for offset, _, local, _ in self.parallel.pieces(f"model.{name}", mine[f"model.{name}"]):
+            for offset, _, local, _ in self.parallel.local_shards(
+                f"model.{name}", mine[f"model.{name}"]
+            ):
                 size = [
                     max(0, min(n, m - a)) for a, n, m in zip(offset, local.shape, shape)
                 ]  # fewer slots there
@@ -1338,7 +1340,7 @@ class Trainer(ByHand, Report):
 
     def open_log(self) -> None:
         """Files, a number for this attempt, signals."""
-        self.parallel.together(self.open_files)
+        self.parallel.run_or_raise_on_all(self.open_files)
         self.attempt = self.parallel.broadcast(self.attempt)
         self.orchestrator.begin()
         begun = f"from step {self.step}" if self.step else "new"
@@ -1406,9 +1408,9 @@ class Trainer(ByHand, Report):
                 if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0
                 else ()
             ):
-                for pair in release_twins(moe, par.broadcast, par):
+                for pair in release_siblings(moe, par.broadcast, par):
                     self.say(
-                        f"experts    layer {layer}: twins {pair[0]} and {pair[1]} have parted, both can be chosen"
+                        f"experts    layer {layer}: siblings {pair[0]} and {pair[1]} have parted, both can be chosen"
                     )
             # evaluate, save
             last = self.step >= cfg.max_steps or self.stopped_early
@@ -1472,7 +1474,7 @@ class Trainer(ByHand, Report):
                     ) as error:  # this rank cannot go on; the others learn it from the statistics
                         self.data_error = error
                         stats[STAT["unread"]] = 1
-                        if par.alone:
+                        if par.collective_free:
                             break
                         row, x, y = (
                             self.blank()
@@ -1493,7 +1495,7 @@ class Trainer(ByHand, Report):
             except (
                 torch.OutOfMemoryError
             ):  # this rank's step is void, so everybody's is; drain() begins it again
-                if not par.alone:
+                if not par.collective_free:
                     raise
                 void = True
             if void:  # out here, where no traceback holds on to tensors any more
@@ -1579,8 +1581,8 @@ class Trainer(ByHand, Report):
             self.step += 1
             self.cursor += self.rows_per_step
             if self.step == self.started_at + 1:
-                self.patience = cfg.comm_timeout
-                par.set_patience(self.patience)
+                self.timeout = cfg.comm_timeout
+                par.set_timeout(self.timeout)
             due = (
                 cfg.save_interval and self.step % cfg.save_interval == 0
             ) or self.step >= cfg.max_steps
@@ -1643,7 +1645,7 @@ class Trainer(ByHand, Report):
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
-            self.parallel.together(self.raise_data_error)
+            self.parallel.run_or_raise_on_all(self.raise_data_error)
         seen = {
             "step": step,
             "cursor": cursor,
@@ -1832,11 +1834,11 @@ class Trainer(ByHand, Report):
         the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
         did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
         cfg, par, why = self.cfg, self.parallel, ""
-        for rows in (cfg.batch_size, 1) if par.alone else (1,):
+        for rows in (cfg.batch_size, 1) if par.collective_free else (1,):
             try:
                 return self.repeat_rows(cursor, rows)
             except Exception as error:  # to know more is not worth a run
-                if not par.alone:
+                if not par.collective_free:
                     raise
                 memory = isinstance(error, torch.OutOfMemoryError)
                 why = "no memory" if memory else f"{type(error).__name__}: {error}"
@@ -1870,7 +1872,7 @@ class Trainer(ByHand, Report):
                     try:
                         x, y = self.loader.batch(row, rows)
                     except UserError as error:
-                        if par.alone:
+                        if par.collective_free:
                             return error.text
                         found.append(error.text)
                         _, x, y = self.blank()
@@ -1917,7 +1919,7 @@ class Trainer(ByHand, Report):
             mine = self.val_set[first + index * rows : first + (index + 1) * rows]
             for k, name in enumerate(names):
                 chosen = [i for n, i in mine if n == name]
-                if not chosen and par.alone:
+                if not chosen and par.collective_free:
                     continue
                 window = np.full(
                     (rows, T + 1), -1, dtype=np.int64
@@ -1929,7 +1931,7 @@ class Trainer(ByHand, Report):
                     UserError
                 ) as error:  # the other ranks are about to agree: they learn it there
                     self.data_error = error
-                    if par.alone:
+                    if par.collective_free:
                         break
                 x, y = window[:, :-1].clip(min=0), window[:, 1:]
                 sizes[k] += (
@@ -1951,13 +1953,15 @@ class Trainer(ByHand, Report):
                     [parts["ce"], parts["count"], parts["correct"], as_trained]
                 ).to(double)
                 means += [parts["ce"] / parts["count"]] if chosen else []
-            self.left, failed = par.agree([self.stop_signal, int(self.data_error is not None)])
+            self.left, failed = par.all_reduce_max(
+                [self.stop_signal, int(self.data_error is not None)]
+            )
             if self.left or failed:
                 model.train()
                 self.evaluated_at = None
                 if failed:
                     self.save()
-                    par.together(self.raise_data_error)
+                    par.run_or_raise_on_all(self.raise_data_error)
                 self.say("evaluation left: a signal came")
                 return False
         model.train()
@@ -2053,14 +2057,14 @@ class Trainer(ByHand, Report):
             self.best_step = self.step  # nothing to compare by: the last is the best
         if self.main:
             shutil.rmtree(folder, ignore_errors=True)
-        par.set_patience(
-            self.longest
+        par.set_timeout(
+            self.longest_timeout
         )  # a disk takes its time; and nobody writes before the old one is gone
         pieces = {}
         for name, tensor in self.tensors().items():
             own = [
                 (shape, offset, local)
-                for offset, shape, local, writes in par.pieces(name, tensor)
+                for offset, shape, local, writes in par.local_shards(name, tensor)
                 if writes
             ]
             if not wait:
@@ -2079,7 +2083,7 @@ class Trainer(ByHand, Report):
         self.lap("checkpoint")
         if wait:
             return self.end_save(prune)
-        par.set_patience(self.patience)
+        par.set_timeout(self.timeout)
         return True
 
     def end_save(self, prune: bool = True) -> bool:
@@ -2088,19 +2092,19 @@ class Trainer(ByHand, Report):
             return True
         self.lap("other")
         w, self.writing, par, began = self.writing, None, self.parallel, time.perf_counter()
-        par.set_patience(self.longest)
+        par.set_timeout(self.longest_timeout)
         if w.is_alive():
             w.join()
         error = w.error
-        failed = par.agree([error is not None])[0]
+        failed = par.all_reduce_max([error is not None])[0]
         if not failed and self.main:
             try:
                 self.owner.keep()
                 checkpoint.commit(w.folder, w.final, par.world, json.loads(w.state))
             except OSError as e:
                 error = f"{type(e).__name__}: {e}"
-        failed = par.agree([error is not None])[0]
-        par.set_patience(self.patience)
+        failed = par.all_reduce_max([error is not None])[0]
+        par.set_timeout(self.timeout)
         self.unsaved = bool(failed)
         if failed:
             said = "; ".join(e for e in par.gather(error) if e)
@@ -2215,7 +2219,7 @@ class Trainer(ByHand, Report):
             self.bar = None
         if (
             state == "finished"
-            and (self.main or not self.parallel.alone)
+            and (self.main or not self.parallel.collective_free)
             and self.cfg.sample_prompt is not None
         ):
             with self.nicety("sample"):

@@ -68,7 +68,7 @@ class Combine(torch.autograd.Function):
 
 
 @torch.compiler.disable  # the host looks at sizes; torch 2.11 compiles that wrongly
-def exchange(group, x, p, ids, w13, w2, back_end: str):
+def exchange(group, x, p, ids, w13, w2, backend: str):
     """run_experts where each rank of `group` holds a share of the experts, in order: (token, expert) pairs travel to
     the expert's rank, are computed and weighed there, and come back. x (T, d), p (T, K), ids (T, K) over all experts,
     w13 and w2 those of this rank -> (T, d). The sizes that travel are known to the host: one sync."""
@@ -94,7 +94,7 @@ def exchange(group, x, p, ids, w13, w2, back_end: str):
             gates.new_zeros(1) + gates.sum(),
         )
         expert = expert.new_full((1,), here)
-    y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, back_end)[: sum(outs)]
+    y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, backend)[: sum(outs)]
     return Combine.apply(AllToAll.apply(y, ins, outs, group), order, *ids.shape)
 
 
@@ -195,7 +195,7 @@ def check(cfg: Config, world: int) -> plan.Layout:
 class Sharded(Parallel):
     """train.Parallel with the model in parts. The optimizer works on this rank's parts, as plain tensors."""
 
-    alone = False
+    collective_free = False
 
     def __init__(self, cfg: Config):
         layout = check(cfg, environment("WORLD_SIZE", 1))
@@ -216,7 +216,7 @@ class Sharded(Parallel):
         parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(cfg))
         model.to_empty(device=self.device)
         for mod in model.sparse_layers("mod").values():
-            mod.alone = False
+            mod.collective_free = False
         for moe in model.sparse_layers("moe").values():
             for name, value in moe.router.first_buffers().items():
                 getattr(moe.router, name).copy_(value)
@@ -318,11 +318,11 @@ class Sharded(Parallel):
         dist.all_reduce(words, group=self.dense.get_group("shard"))
         return words % 1048573
 
-    def pieces(self, name: str, tensor: torch.Tensor) -> list[tuple]:
+    def local_shards(self, name: str, tensor: torch.Tensor) -> list[tuple]:
         kind, _, rest = name.partition(".")
         owner = rest if kind == "model" else rest.rpartition(".")[0]
         if owner not in self.regions or not (tensor.dim() or kind == "model"):
-            return super().pieces(name, tensor)
+            return super().local_shards(name, tensor)
         offset, shape = self.regions[owner]
         return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
 

@@ -230,6 +230,15 @@ def all_folders(out_dir) -> list[Path]:
     return [p for p in Path(out_dir).glob("step_*") if ours.fullmatch(p.name)]
 
 
+def modernised(state: dict) -> dict:
+    """The state of a checkpoint with the names of today for what older versions called otherwise."""
+    for block in ("config", "written", "auto"):
+        keys = state.get(block, {})
+        if "expert_back_end" in keys:
+            keys["expert_backend"] = keys.pop("expert_back_end")
+    return state
+
+
 class Checkpoint:
     """One saved step, read lazily. UserError E303 when it is damaged, E306 when a newer Lumen wrote it, E108 when it
     cannot be read, which says nothing about what is in it."""
@@ -238,7 +247,7 @@ class Checkpoint:
         self.path = Path(path)
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text())
-            self.state = json.loads((self.path / "state.json").read_text())
+            self.state = modernised(json.loads((self.path / "state.json").read_text()))
             made_by, self.step, self.tensors = (
                 self.manifest["format"],
                 self.state["step"],

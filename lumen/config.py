@@ -99,7 +99,7 @@ class Config:
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
     deterministic: bool | str = "auto"  # equal bits run to run; auto: true on CPU, false on CUDA (slower there)
     attention: str = "auto"  # auto | sdpa | flash | flex; what does not work here falls back to sdpa
-    expert_back_end: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
+    expert_backend: str = "auto"  # auto: the fastest that passes its check here | slices | grouped_mm | triton
     activation_checkpointing: str = "none"  # none | selective: recompute all but products | block (full): whole blocks
     # several processes
     comm_timeout: int = 600  # seconds without a word from a rank, after the first step, until it counts as lost
@@ -162,7 +162,7 @@ CHOICES = {
     "attention": ("auto", "sdpa", "flash", "flex"),
     "activation_checkpointing": ("none", "block", "full", "selective"),
     "reduce_dtype": ("fp32", "bf16"),
-    "expert_back_end": ("auto", "slices", "grouped_mm", "triton"),
+    "expert_backend": ("auto", "slices", "grouped_mm", "triton"),
 }
 AT_LEAST = {
     "batch_size": 1,
@@ -230,6 +230,7 @@ INSIDE = {  # what stands inside a value: a type, [what each item is], {key: wha
         **{"original_max_position_embeddings": int, "truncate": bool},
     },
 }
+RENAMED = {"expert_back_end": "expert_backend"}  # old name: new name
 INSTEAD = {  # typed, a key replaces these of the file, which say the same in another way
     "max_steps": ("num_epochs", "auto_epoch_scaling"),
     "num_epochs": ("max_steps", "auto_epoch_scaling"),
@@ -671,6 +672,9 @@ def meant(key: str) -> str:
 def build_config(tree: dict, where, notes: list[str]) -> Config:
     """The written keys -> Config, all of it checked. `where(key)` names file and line. What is written is left in
     `tree` as it was understood: "3e-4" and 0.0003 are the same."""
+    for old, new in RENAMED.items():
+        if old in tree:
+            tree[new] = tree.pop(old)
     for key in [k for k in IGNORED if k in tree]:
         tree.pop(key)
         notes.append(f"{key} has no effect in Lumen and is ignored")

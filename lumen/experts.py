@@ -18,8 +18,8 @@ def expert_numbers(layers: dict[int, MoE], sums: torch.Tensor) -> torch.Tensor:
         alive = torch.ones_like(r.bias)
         if r.cfg.n_experts_max:
             alive[: r.slots] = r.alive.float()
-        if r.muted is not None:
-            alive = alive * ~r.muted
+        if r.dropped_out is not None:
+            alive = alive * ~r.dropped_out
         rows.append(torch.cat([row, r.bias.to(row.dtype), alive.to(row.dtype)]))
     return torch.stack(rows)
 
@@ -27,7 +27,7 @@ def expert_numbers(layers: dict[int, MoE], sums: torch.Tensor) -> torch.Tensor:
 def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -> dict:
     """Plain numbers from expert_numbers: {"layers": {layer: {...}}, and the same keys over all layers}.
 
-    per_expert_utilization: share of the choices (None for an empty slot, and for one muted by expert_dropout);
+    per_expert_utilization: share of the choices (None for an empty slot, and for one dropped_out by expert_dropout);
     routing_entropy: of these shares, nats, at most max_entropy; load_balance_loss: unweighted, 1.0 when balanced;
     tokens: how many were routed; tokens_dropped: choices beyond the capacity; max_violation: largest load / mean load
     - 1; dead: experts below a tenth of their fair share; bias_range; confidence: mean of the largest probability;
@@ -104,7 +104,7 @@ WINDOW = (
     200  # steps for which a pruned expert can be restored; its slot is not given to another before
 )
 DEAD = 0.1  # an expert with less than this part of its fair share carries no load
-APART = 0.98  # below this cosine of their weights twins have parted
+APART = 0.98  # below this cosine of their weights siblings have parted
 
 
 class Rows:
@@ -288,13 +288,13 @@ def recycle_expert(
 
 
 @torch.no_grad()
-def release_twins(moe: MoE, agree=lambda pairs: pairs, rows=None) -> list[tuple[int, int]]:
-    """End the exclusion between twins whose weights have parted; returns those pairs. agree: what one rank found ->
+def release_siblings(moe: MoE, agree=lambda pairs: pairs, rows=None) -> list[tuple[int, int]]:
+    """End the exclusion between siblings whose weights have parted; returns those pairs. agree: what one rank found ->
     what all do, for sums on unlike machines differ."""
     alive, sibling, _, _ = slots_of(moe)
-    twins = [(a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]]
+    siblings = [(a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]]
     parted, rows = [], rows or Rows()
-    for pair in twins:
+    for pair in siblings:
         a, b = pair
         dots = torch.zeros(3, device=moe.router.bias.device)
         for p in (moe.experts.w13, moe.experts.w2):
@@ -302,7 +302,7 @@ def release_twins(moe: MoE, agree=lambda pairs: pairs, rows=None) -> list[tuple[
             dots += torch.stack([(one * other).sum(), one.square().sum(), other.square().sum()])
         if dots[0] < APART * (dots[1] * dots[2]).sqrt():
             parted.append((a, b))
-    parted = agree(parted) if twins else []
+    parted = agree(parted) if siblings else []
     for a, b in parted:
         moe.router.sibling[a], moe.router.sibling[b] = a, b
     return parted

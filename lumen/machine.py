@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import back_ends, pick_attention
+from kernels import backends, pick_attention
 from lumen.errors import UserError
 from lumen.launch import Words, command, environment
 
@@ -479,7 +479,7 @@ def env() -> int:
     for choice in ("sdpa", "flash", "flex"):
         name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
-    for name, why in back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+    for name, why in backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
         print(f"experts      {name}: {why or 'can work'}")
     for package, use in (
         ("wandb", "wandb_project"),

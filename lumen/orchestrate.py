@@ -53,7 +53,7 @@ class Snapshots:
         out = {
             f"{n}@{at}": local
             for n, x in t.tensors().items()
-            for at, _, local, _ in t.parallel.pieces(n, x)
+            for at, _, local, _ in t.parallel.local_shards(n, x)
         }
         return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
 
@@ -696,8 +696,8 @@ class Orchestrator:
             t.rewind(source)
             turn = source["turn"]
         else:
-            saved = t.parallel.together(checkpoint.Checkpoint, source)
-            t.parallel.together(t.restore, saved)
+            saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)
+            t.parallel.run_or_raise_on_all(t.restore, saved)
             t.rewind(saved.state)
             turn = saved.state.get("orchestrator", {}).get("turn", 0)
         self.snapshots.discard(turn + 1)
@@ -751,7 +751,7 @@ class Orchestrator:
         if first:
             size = 3 * self.snapshots.size() * environment("LOCAL_WORLD_SIZE", 1)
             room = every > 0 and size < machines.available_memory() / 4
-            self.snapshots.allowed = not t.parallel.agree([not room])[0]
+            self.snapshots.allowed = not t.parallel.all_reduce_max([not room])[0]
             if every and not self.snapshots.allowed:
                 t.say(
                     "note       no room for snapshots in memory: a rollback takes the newest clean checkpoint"
@@ -986,7 +986,7 @@ class Orchestrator:
             for moe in t.moe.values():
                 setattr(moe.router, ROUTER_KNOBS[name], value)
                 if name == "expert_dropout" and not value:
-                    moe.router.muted = None
+                    moe.router.dropped_out = None
         elif name == "mod_capacity":
             for mod in t.mod.values():
                 mod.target = value

@@ -232,7 +232,7 @@ class Report:
             text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
             drop = f"capacity {m.capacity_factor:g}" if m.capacity_factor else "dropless"
             lines.append(
-                f"experts    {text}; {drop}; {self.cfg.expert_back_end}: {self.experts_why}"
+                f"experts    {text}; {drop}; {self.cfg.expert_backend}: {self.experts_why}"
             )
         if mod:
             what = "FFN" if m.mod_ffn_only else "block"
@@ -580,13 +580,13 @@ class Report:
                 tok.eot_id,
                 tok.n_vocab,
             )
-        if (found := found if par.alone else par.broadcast(found)) is None:
+        if (found := found if par.collective_free else par.broadcast(found)) is None:
             self.say("sample     none: bare shards bring no tokenizer")
             return
         prompt, end, n_vocab = found
         new = min(160, self.cfg.model.max_seq_len - len(prompt))
         stop = (
-            (end,) if par.alone else ()
+            (end,) if par.collective_free else ()
         )  # where each token is a matter of all ranks, none may stop before another
         options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": stop, "n_vocab": n_vocab}
         with torch.compiler.set_stance("force_eager"):

@@ -3,7 +3,7 @@
 speed CONFIG [--max_steps N] [--key value]: 40 steps of a configuration, or N, without evaluation or saving: tokens/s,
     MFU, data wait.
 decode [RUN]: cached decoding against recomputing the whole sequence for each token, same model, same ids.
-kernels [--rounds N]: the expert layer's back ends against a dense SwiGLU of equal active width, and bytes kept.
+kernels [--rounds N]: the expert layer's backends against a dense SwiGLU of equal active width, and bytes kept.
 step [--rounds N] [--no-peer] [--limit S]: one training step of whole models: our MoE, our dense model of equal active
     size, and transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one, 0: do not.
 learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE, MoD and hybrid at equal active
@@ -145,7 +145,7 @@ SPREAD |= {
     "eval_tokens": 1,
     "log_interval": 1000,
     "use_adaptive_training": False,
-    "expert_back_end": "slices",
+    "expert_backend": "slices",
 }
 SPREAD["model"] = {
     "vocab_size": 4096,
@@ -309,7 +309,7 @@ class Ours:
         machine: machines.Machine,
         rows: int,
         compiled=False,
-        back_end="auto",
+        backend="auto",
     ):
         cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
         self.cfg, self.machine, self.parallel = cfg, machine, Parallel(cfg)
@@ -332,12 +332,12 @@ class Ours:
             rows * model.max_seq_len,
         )
         if self.moe:
-            picked = expert_kernels.pick_back_end(
-                back_end, machine.device, machine.compute_dtype, *shape
+            picked = expert_kernels.pick_backend(
+                backend, machine.device, machine.compute_dtype, *shape
             )[0]
             for moe in self.moe:
-                moe.back_end = picked
-        self.name = (self.moe[0].back_end + ", " if self.moe else "") + (
+                moe.backend = picked
+        self.name = (self.moe[0].backend + ", " if self.moe else "") + (
             "compiled" if compiled else "eager"
         )
         if compiled:
@@ -669,7 +669,7 @@ def kernel_shape(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds
         return F.linear(F.silu(gate) * up, two.to(dtype))
 
     layers, wrt, first = {"dense": dense}, {"dense": [x, one, two]}, None
-    for name, why in reversed(expert_kernels.back_ends(m.device, dtype, C, I).items()):
+    for name, why in reversed(expert_kernels.backends(m.device, dtype, C, I).items()):
         try:
             if why:
                 raise ValueError(why)
@@ -830,7 +830,7 @@ def learn(words: list[str]) -> int:
                 "sample_prompt": None,
                 "compile_model": False,
                 "resume": "none",
-                "expert_back_end": "slices",
+                "expert_backend": "slices",
             }
             tree["model"] |= LEARN[name]
             path, keys = out / f"{name}-{1337 + seed}.json", json.loads(json.dumps(tree))
@@ -851,7 +851,7 @@ def learn(words: list[str]) -> int:
             model = ModelConfig(
                 **{"vocab_size": 2048} | load_yaml(find_yaml("quickstart"))[0]["model"] | changes
             )
-            built[name] = Ours(model, m, tree["batch_size"], back_end="slices")
+            built[name] = Ours(model, m, tree["batch_size"], backend="slices")
         times = interleaved(built, o.rounds, "cpu")
         print(
             "\n".join(
@@ -993,7 +993,7 @@ def sync_check(m: machines.Machine, toy: bool) -> int:
         if (
             cfg.n_experts
         ):  # slices ask how long each slice is: they must wait, and are left out on a GPU
-            there = expert_kernels.back_ends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
+            there = expert_kernels.backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
             tries = [
                 (b, False)
                 for b, why in there.items()
@@ -1001,9 +1001,9 @@ def sync_check(m: machines.Machine, toy: bool) -> int:
             ]
         if name in ("softmax", "MoE + MoD"):  # compiling takes long
             tries += [(b, True) for b, _ in tries] if cuda else []
-        for back_end, compiled in tries:
+        for backend, compiled in tries:
             try:
-                run = Ours(cfg, m, 2, compiled, back_end)
+                run = Ours(cfg, m, 2, compiled, backend)
                 for _ in range(3):
                     run()
                 if cuda:
@@ -1014,7 +1014,7 @@ def sync_check(m: machines.Machine, toy: bool) -> int:
             except Exception as error:
                 failed = 1
                 print(
-                    f"  {name}: {back_end}{', compiled' * compiled}: FAILED: {said(error)}",
+                    f"  {name}: {backend}{', compiled' * compiled}: FAILED: {said(error)}",
                     flush=True,
                 )
             finally:

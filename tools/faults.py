@@ -55,7 +55,7 @@ FAULT_RUN |= {
     "save_interval": 200,
     "seed": 1337,
 }
-FAULT_RUN |= {"save_total_limit": 2, "log_interval": 100, "expert_back_end": "slices"}
+FAULT_RUN |= {"save_total_limit": 2, "log_interval": 100, "expert_backend": "slices"}
 FAULT_MODEL = {
     "vocab_size": 128,
     "d_model": 64,

@@ -368,7 +368,7 @@ def compared_lines(
     ]
 
 
-def balanced(group, x, p, ids, w13, w2, back_end: str):
+def balanced(group, x, p, ids, w13, w2, backend: str):
     """exchange() where every rank sends and gets equally many rows: no host looks at data, of which there is none."""
     ranks, rows = group.size(), ids.numel() // group.size() * group.size()
     sizes = [rows // ranks] * ranks
@@ -376,7 +376,7 @@ def balanced(group, x, p, ids, w13, w2, back_end: str):
     tokens = order // ids.shape[1]
     came, gates = (AllToAll.apply(t, sizes, sizes, group) for t in (x[tokens], p.flatten()[order]))
     expert = torch.arange(rows, device=x.device) % len(w2)
-    y = run_experts(came, gates[:, None], expert[:, None], w13, w2, back_end)
+    y = run_experts(came, gates[:, None], expert[:, None], w13, w2, backend)
     return Combine.apply(AllToAll.apply(y, sizes, sizes, group), order, *ids.shape)
 
 
@@ -422,7 +422,7 @@ class Planned(Parallel):
 
     def __init__(self, cfg: Config, layout: plan.Layout):
         self.rank, self.world, self.layout, self.buffer = environment("RANK", 0), 1, layout, None
-        self.device, self.alone = (
+        self.device, self.collective_free = (
             machines.detect(cfg.device, "fp32", False).device,
             layout.shard == 1,
         )

@@ -1,7 +1,7 @@
 """Runs that are hit, in processes of their own: signals, kill -9, full disks, shards that go, ranks that die.
 
 Nothing is lost, nothing half-written is believed, and the run that was hit ends with the bytes of one that never was.
-This file is also what the tests start: `python tests/test_survival.py MODE ...`, see `main` at its end. A fault is
+This file is also what the tests start: `python tests/processes/test_survival.py MODE ...`, see `main` at its end. A fault is
 [rank, place, step, action, argument ...] and happens once.
 """
 
@@ -80,7 +80,12 @@ def same_as_unhurt(out, whole, steps=STEPS) -> None:
 
 def start_here(mode, *words, launcher=(), **env):
     return run_python(
-        *launcher, "tests/processes/test_survival.py", mode, *words, PYTHONPATH=f"{ROOT}:{ROOT}/tests", **env
+        *launcher,
+        "tests/processes/test_survival.py",
+        mode,
+        *words,
+        PYTHONPATH=f"{ROOT}:{ROOT}/tests",
+        **env,
     )
 
 
@@ -229,7 +234,7 @@ def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
     assert one.returncode == -9 and zero.returncode == 75 and "error E601" in zero.stderr, (
         zero.stderr[-2000:]
     )
-    short = "import sys, train; from lumen import launch; train.Parallel.FIRST = 2; launch.command(train.main)"
+    short = "import sys, train; from lumen import launch; train.Parallel.STARTUP_TIMEOUT = 2; launch.command(train.main)"
     env |= {"RANK": "0", "LOCAL_RANK": "0"}
     waits = run_python(
         "-c", short, words[2], "--comm_timeout", 2, "--out_dir", tmp_path / "alone", **env
@@ -409,7 +414,7 @@ def test_a_disk_full_to_the_last_byte(shards, tmp_path):
         ["again", keys[1], [[0, "start", 0, "remove", f"{disk}/filler"]]],
         ["whole", keys[2], []],
     ]
-    script = f"mount -t tmpfs -o size=3m none '{disk}' && '{sys.executable}' tests/test_survival.py jobs \"$1\""
+    script = f"mount -t tmpfs -o size=3m none '{disk}' && '{sys.executable}' tests/processes/test_survival.py jobs \"$1\""
     script += f" && cp -r '{disk}'/* '{out}'"
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     command = [*words, "sh", "-c", script, "sh", str(write_yaml(tmp_path / "jobs", jobs))]
@@ -510,9 +515,9 @@ HERE = {"trainer": None, "faults": [], "eio": 0}  # of the run at work in this p
 class Halves(Parallel):
     """Each rank owns, and so writes, its part of each tensor; all of it is on every rank as in Parallel."""
 
-    def pieces(self, name, tensor):
+    def local_shards(self, name, tensor):
         if not tensor.dim():
-            return super().pieces(name, tensor)
+            return super().local_shards(name, tensor)
         shape, out = tuple(tensor.shape), []
         for rank in range(self.world):
             a, b = (len(tensor) * r // self.world for r in (rank, rank + 1))

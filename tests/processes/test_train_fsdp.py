@@ -1,6 +1,6 @@
 """train_fsdp.py against train.py: the model in parts trains, saves and is repaired as the whole one is.
 
-This file is also what torchrun starts: `torchrun tests/test_train_fsdp.py JOBS`, see `main` at its end.
+This file is also what torchrun starts: `torchrun tests/processes/test_train_fsdp.py JOBS`, see `main` at its end.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def keys(shards, tmp_path_factory):
             "precision": "fp32",
             "compile_model": False,
         }
-        run |= {"save_total_limit": 0, "expert_back_end": "slices", "val_fraction": 0.05}
+        run |= {"save_total_limit": 0, "expert_backend": "slices", "val_fraction": 0.05}
         return run | {"model": shape | {"max_seq_len": 32} | KINDS[kind]} | changes
 
     return make
@@ -528,7 +528,7 @@ def kept(config):
 def local_parts_are_those_of(trainer, read) -> bool:
     mine, good = trainer.tensors(), True
     for name, tensor in mine.items():
-        for offset, shape, local, _ in trainer.parallel.pieces(name, tensor):
+        for offset, shape, local, _ in trainer.parallel.local_shards(name, tensor):
             good &= torch.equal(local.cpu(), read(name, offset, shape, local.shape))
     return good
 

@@ -2142,7 +2142,7 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     keys = tiny(
         batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
     )
-    monkeypatch.setattr(train, "pick_back_end", lambda *a: pytest.fail("experts were made"))
+    monkeypatch.setattr(train, "pick_backend", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
@@ -2552,12 +2552,12 @@ def test_a_slow_kernel_is_timed_without_its_warm_up(monkeypatch):
     assert kernels.best_time(kernel, "cuda") == 1.0
 
 
-def test_text_is_made_while_training_by_another_back_end(monkeypatch):
+def test_text_is_made_while_training_by_another_backend(monkeypatch):
     """A sample at the end of a run on a GPU: triton would tune its kernels for one token, slices wait in each layer. It
     is made by grouped_mm; afterwards, and when nobody listens to the end, the layer is as it was."""
     assert kernels.for_generation("triton", "cpu", torch.float32, 32, 32) == "triton"
     for reason, expected in ((None, "grouped_mm"), ("too old", "slices")):
-        monkeypatch.setattr(kernels, "back_ends", lambda *a, r=reason: {"grouped_mm": r})
+        monkeypatch.setattr(kernels, "backends", lambda *a, r=reason: {"grouped_mm": r})
         assert kernels.for_generation("triton", "cuda", torch.float32, 32, 32) == expected
     model = Transformer(
         ModelConfig(97, 32, 1, 2, d_ff=48, max_seq_len=32, n_experts=4, d_expert=32)
@@ -2567,12 +2567,12 @@ def test_text_is_made_while_training_by_another_back_end(monkeypatch):
     monkeypatch.setattr("model.for_generation", lambda *a: "grouped_mm")
     steps = model.generate([[1, 2, 3]], 6, [0], temperature=0)
     found, (moe,) = [next(steps)[0]], model.sparse_layers("moe").values()
-    assert moe.back_end == "grouped_mm"
-    assert found + [row[0] for row in steps] == own and moe.back_end == "slices"
+    assert moe.backend == "grouped_mm"
+    assert found + [row[0] for row in steps] == own and moe.backend == "slices"
     steps = model.generate([[1, 2, 3]], 6, [0], temperature=0)
     next(steps)
     steps.close()
-    assert moe.back_end == "slices"
+    assert moe.backend == "slices"
 
 
 # ---------------------------------------------------------------- health and messages

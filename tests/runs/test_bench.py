@@ -55,7 +55,7 @@ def test_options_are_typed_and_unknown_ones_refused():
         assert error.value.code == "E002"
 
 
-def test_kernels_compares_the_back_ends(capsys):
+def test_kernels_compares_the_backends(capsys):
     assert bench.main(["kernels", "--size", "toy", "--rounds", "1", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "of 2Td + 4TKI" in said and "slices" in said and "differs from slices by" in said

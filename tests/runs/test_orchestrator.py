@@ -1212,12 +1212,12 @@ def test_methods_on_routing_change_the_next_steps(tiny):
             )
         if name == "enable_expert_dropout":
             assert (
-                any(m.router.muted.any() for m in t.moe.values())
-                and left.moe[0].router.muted is None
+                any(m.router.dropped_out.any() for m in t.moe.values())
+                and left.moe[0].router.dropped_out is None
             )
-            assert t.enable_expert_dropout(0.0)["executed"] and t.moe[0].router.muted is None, (
-                "all may be chosen again"
-            )
+            assert (
+                t.enable_expert_dropout(0.0)["executed"] and t.moe[0].router.dropped_out is None
+            ), "all may be chosen again"
     answer, t, left = weights_after(tiny, "mod", lambda t: t.adjust_mod_capacity(0.25), mod)
     assert (
         t.get_mod_statistics()["capacity_factor"] == 0.25

@@ -258,9 +258,9 @@ class Halves(Parallel):
         self.lasts.append(last)
         return super().microstep(model, last)
 
-    def pieces(self, name, tensor):
+    def local_shards(self, name, tensor):
         if not tensor.dim():
-            return super().pieces(name, tensor)
+            return super().local_shards(name, tensor)
         half, rest = (len(tensor) + 1) // 2, (0,) * (tensor.dim() - 1)
         shape = tuple(tensor.shape)
         return [

@@ -1,4 +1,4 @@
-"""The expert operator: every back end equals one plain loop, in every odd shape; no wasted memory, no host sync."""
+"""The expert operator: every backend equals one plain loop, in every odd shape; no wasted memory, no host sync."""
 
 import importlib.metadata
 import importlib.util
@@ -26,7 +26,7 @@ no_triton = pytest.mark.skipif(
 )
 BACK_ENDS = ["slices", "grouped_mm", pytest.param("triton", marks=no_triton)]
 SYNC_FREE = BACK_ENDS[1:]
-every_back_end = pytest.mark.parametrize("back_end", BACK_ENDS)
+every_backend = pytest.mark.parametrize("backend", BACK_ENDS)
 
 
 def layer(x, router, ids, w13, w2, experts):
@@ -46,8 +46,8 @@ def sample_layer(T, d, I, E, K, ids=None, dtype=torch.float32):
     return [x, router, ids, w13, w2], dout
 
 
-def run(back_end):
-    return lambda *inputs: kernels.run_experts(*inputs, back_end)
+def run(backend):
+    return lambda *inputs: kernels.run_experts(*inputs, backend)
 
 
 def worst(got, want):
@@ -57,22 +57,22 @@ def worst(got, want):
     return torch.stack([e.double() for e in errors]).max().item()  # Python's max would lose a NaN
 
 
-@every_back_end
+@every_backend
 @pytest.mark.parametrize("case", kernels.edge_cases(), ids=lambda case: case[0].replace(" ", "-"))
-def test_equals_reference(case, back_end):
+def test_equals_reference(case, backend):
     _, shape, ids = case
     inputs, dout = sample_layer(*shape, ids)
     want = kernels.fwd_bwd(lambda *a: layer(*a, model_moe.reference_experts), inputs, dout)
-    got = kernels.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
+    got = kernels.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
     for g, w, name in zip(got, want, ["out", "dx", "drouter", "dw13", "dw2"], strict=True):
         assert g.dtype == torch.float32 and g.shape == w.shape
         assert worst([g], [w]) < 1e-5, name
 
 
-@every_back_end
-def test_random_shapes(back_end):
+@every_backend
+def test_random_shapes(backend):
     g = torch.Generator().manual_seed(11)
-    for seed in range(1 if back_end == "triton" else 12):
+    for seed in range(1 if backend == "triton" else 12):
         T, d, I, E = (
             torch.randint(lo, hi, (), generator=g).item()
             for lo, hi in ((1, 40), (1, 6), (1, 6), (1, 9))
@@ -81,7 +81,7 @@ def test_random_shapes(back_end):
         ids = torch.rand(T, E + 1, generator=g).topk(K, -1)[1]  # id E: no expert
         inputs, dout = ops.sample("cpu", torch.float32, T, 8 * d, 8 * I, E, K, ids, seed)
         want = kernels.fwd_bwd(model_moe.reference_experts, inputs, dout)
-        assert worst(kernels.fwd_bwd(run(back_end), inputs, dout), want) < 1e-5, (
+        assert worst(kernels.fwd_bwd(run(backend), inputs, dout), want) < 1e-5, (
             T,
             8 * d,
             8 * I,
@@ -90,16 +90,16 @@ def test_random_shapes(back_end):
         )
 
 
-@every_back_end
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(back_end, dtype):
+def test_low_precision(backend, dtype):
     """16-bit activations on fp32 weights: fp32 gradients of the weights and gates, near the fp32 answer."""
-    if kernels.back_ends("cpu", dtype, 16, 24)[back_end]:
-        pytest.skip(kernels.back_ends("cpu", dtype, 16, 24)[back_end])
+    if kernels.backends("cpu", dtype, 16, 24)[backend]:
+        pytest.skip(kernels.backends("cpu", dtype, 16, 24)[backend])
     inputs, dout = ops.sample("cpu", dtype, 20, 16, 24, 4, 2)
     wide = [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in inputs]
     want = kernels.fwd_bwd(model_moe.reference_experts, wide, dout.float())
-    got = kernels.fwd_bwd(run(back_end), inputs, dout)
+    got = kernels.fwd_bwd(run(backend), inputs, dout)
     assert [g.dtype for g in got] == [dtype, dtype, torch.float32, torch.float32, torch.float32]
     assert worst(got, want) < 0.03
 
@@ -130,18 +130,18 @@ def test_sort():
     assert offs[-1] == (big < 39000).sum() and offs[20000] == (big <= 20000).sum()
 
 
-@every_back_end
-def test_tokens_are_independent(back_end):
+@every_backend
+def test_tokens_are_independent(backend):
     """Permuting tokens permutes outputs: nothing is dropped and no row reads another's."""
     (x, p, ids, w13, w2), _ = ops.sample("cpu", torch.float32, 30, 16, 24, 5, 2)
     perm = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    out = kernels.run_experts(x, p, ids, w13, w2, back_end)
-    shuffled = kernels.run_experts(x[perm], p[perm], ids[perm], w13, w2, back_end)
+    out = kernels.run_experts(x, p, ids, w13, w2, backend)
+    shuffled = kernels.run_experts(x[perm], p[perm], ids[perm], w13, w2, backend)
     assert worst([shuffled], [out[perm]]) < 1e-6
 
 
-@every_back_end
-def test_tail_is_never_read(back_end):
+@every_backend
+def test_tail_is_never_read(backend):
     """NaN in every tensor of tokens without expert, forward and backward, reaches no other number."""
     T, E = 24, 4
     ids = torch.rand(T, E, generator=torch.Generator().manual_seed(2)).topk(2, -1)[1]
@@ -151,7 +151,7 @@ def test_tail_is_never_read(back_end):
     want = kernels.fwd_bwd(model_moe.reference_experts, [x, p, ids, w13, w2], dout)
     with torch.no_grad():
         x[off], p[off], dout[off], p[1, 1] = torch.nan, torch.nan, torch.nan, torch.nan
-    got = kernels.fwd_bwd(run(back_end), [x, p, ids, w13, w2], dout)
+    got = kernels.fwd_bwd(run(backend), [x, p, ids, w13, w2], dout)
     assert all(g.isfinite().all() for g in got) and worst(got, want) < 1e-5
     assert (got[0][off] == 0).all() and (got[1][off] == 0).all() and (got[2][ids >= E] == 0).all()
 
@@ -177,14 +177,14 @@ def test_garbage_rows_of_grouped_mm(monkeypatch):
     assert worst(kernels.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
 
 
-@every_back_end
-def test_same_bits(back_end):
+@every_backend
+def test_same_bits(backend):
     inputs, dout = ops.sample("cpu", torch.float32, 50, 16, 24, 4, 3)
-    first, second = (kernels.fwd_bwd(run(back_end), inputs, dout) for _ in range(2))
+    first, second = (kernels.fwd_bwd(run(backend), inputs, dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def saved_bytes(T, d, I, E, K, back_end, make=torch.empty):
+def saved_bytes(T, d, I, E, K, backend, make=torch.empty):
     saved = {}
     x = make(T, d, dtype=torch.bfloat16).requires_grad_()
     p, w13, w2 = (make(*s).requires_grad_() for s in ((T, K), (E, 2 * I, d), (E, d, I)))
@@ -196,26 +196,26 @@ def saved_bytes(T, d, I, E, K, back_end, make=torch.empty):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        kernels.run_experts(x, p, ids, w13, w2, back_end)
+        kernels.run_experts(x, p, ids, w13, w2, backend)
     return sum(n for _, n in saved.values()) / (2 * T * d + 4 * T * K * I)
 
 
-@every_back_end
-def test_saved_bytes(back_end):
+@every_backend
+def test_saved_bytes(backend):
     """bf16 keeps x, z and next to nothing else: no 16-bit weights, no activation, no gathered rows."""
     with torch._subclasses.FakeTensorMode():  # the real size, without its arithmetic
-        assert 1 <= saved_bytes(4096, 512, 192, 32, 8, back_end) <= 1.1
-    assert 1 <= saved_bytes(16, 256, 96, 4, 2, back_end, torch.zeros) <= 1.1
+        assert 1 <= saved_bytes(4096, 512, 192, 32, 8, backend) <= 1.1
+    assert 1 <= saved_bytes(16, 256, 96, 4, 2, backend, torch.zeros) <= 1.1
 
 
-@every_back_end
-def test_compiles_in_one_graph(back_end):
+@every_backend
+def test_compiles_in_one_graph(backend):
     inputs, dout = sample_layer(33, 16, 24, 4, 2, torch.arange(66).view(33, 2) % 5)
-    want = kernels.fwd_bwd(lambda *a: layer(*a, run(back_end)), inputs, dout)
+    want = kernels.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda *a: layer(*a, run(back_end)), fullgraph=True, backend=backend
+            lambda *a: layer(*a, run(backend)), fullgraph=True, backend=backend
         )
         assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-6
 
@@ -228,17 +228,17 @@ def test_inductor():
     assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-5
 
 
-@every_back_end
-def test_opcheck(back_end):
+@every_backend
+def test_opcheck(backend):
     """torch's own check of schema, aliasing, fake shapes and autograd registration."""
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 6, 8, 8, 3, 2)
     args = (x, p, w13, w2, *kernels.sort_by_expert(ids, 3))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.lumen.experts.default, (*args, back_end), test_utils=checks)
-    z = torch.ops.lumen.experts(*args, back_end)[1].detach()
+    torch.library.opcheck(torch.ops.lumen.experts.default, (*args, backend), test_utils=checks)
+    z = torch.ops.lumen.experts(*args, backend)[1].detach()
     args = [t.detach() for t in args]
     torch.library.opcheck(
-        torch.ops.lumen.experts_backward.default, (dout, *args, z, back_end), test_utils=checks
+        torch.ops.lumen.experts_backward.default, (dout, *args, z, backend), test_utils=checks
     )
 
 
@@ -250,13 +250,13 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("back_end", SYNC_FREE)
-def test_no_host_sync(back_end):
+@pytest.mark.parametrize("backend", SYNC_FREE)
+def test_no_host_sync(backend):
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 12, 8, 8, 3, 2)
     with torch.no_grad(), NoSync():  # inside the operators, which a mode cannot see through
         sort = kernels.sort_by_expert(ids, 3)
-        _, z = kernels.forward_rows(x, p, w13, w2, *sort, back_end)
-        kernels.backward_rows(dout, x, p, w13, w2, *sort, z, back_end)
+        _, z = kernels.forward_rows(x, p, w13, w2, *sort, backend)
+        kernels.backward_rows(dout, x, p, w13, w2, *sort, z, backend)
         with pytest.raises(AssertionError):
             sort[2][-1].item()
     for name in "sort_by_expert run_experts forward_rows backward_rows gmm gmm_dw swiglu swiglu_grad combine".split():
@@ -285,23 +285,23 @@ def test_slices_in_any_grouping(group, monkeypatch):
     )
 
 
-@every_back_end
-def test_gradient_accumulates_for_unused_experts(back_end):
+@every_backend
+def test_gradient_accumulates_for_unused_experts(backend):
     """Zeros, not None: DDP waits for every parameter."""
     (x, p, ids, w13, w2), dout = ops.sample(
         "cpu", torch.float32, 8, 16, 16, 4, 2, torch.full((8, 2), 7)
     )
-    kernels.run_experts(x, p, ids, w13, w2, back_end).backward(dout)
+    kernels.run_experts(x, p, ids, w13, w2, backend).backward(dout)
     assert all(t.grad is not None and (t.grad == 0).all() for t in (x, p, w13, w2))
 
 
-@every_back_end
-def test_gradient_without_strides(back_end):
+@every_backend
+def test_gradient_without_strides(backend):
     """out.sum() sends an expanded gradient, which torch's grouped_mm refuses; x may be a transposed view."""
     (x, p, ids, w13, w2), dout = ops.sample("cpu", torch.float32, 16, 16, 16, 4, 2)
     turned = x.detach().t().contiguous().t().requires_grad_()
     got = torch.autograd.grad(
-        kernels.run_experts(turned, p, ids, w13, w2, back_end).sum(), [turned, w2]
+        kernels.run_experts(turned, p, ids, w13, w2, backend).sum(), [turned, w2]
     )
     want = torch.autograd.grad(model_moe.reference_experts(x, p, ids, w13, w2).sum(), [x, w2])
     assert worst(got, want) < 1e-5
@@ -316,33 +316,33 @@ def test_second_import_shares_the_operator():
     assert torch.equal(again.run_experts(*inputs, "slices"), kernels.run_experts(*inputs, "slices"))
 
 
-def test_back_ends_and_choice():
+def test_backends_and_choice():
     f32, f64 = torch.float32, torch.float64
-    assert [kernels.back_ends("cpu", f32, 16, 16)[name] for name in ("slices", "grouped_mm")] == [
+    assert [kernels.backends("cpu", f32, 16, 16)[name] for name in ("slices", "grouped_mm")] == [
         None,
         None,
     ]
-    assert "multiples of 8" in kernels.back_ends("cpu", torch.bfloat16, 16, 12)["grouped_mm"]
-    assert "multiples of 4" in kernels.back_ends("cpu", f32, 18, 16)["grouped_mm"]
-    assert "float64" in kernels.back_ends("cpu", f64, 16, 16)["grouped_mm"]
-    assert kernels.pick_back_end("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    assert kernels.pick_back_end("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    name, why = kernels.pick_back_end("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
+    assert "multiples of 8" in kernels.backends("cpu", torch.bfloat16, 16, 12)["grouped_mm"]
+    assert "multiples of 4" in kernels.backends("cpu", f32, 18, 16)["grouped_mm"]
+    assert "float64" in kernels.backends("cpu", f64, 16, 16)["grouped_mm"]
+    assert kernels.pick_backend("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    assert kernels.pick_backend("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    name, why = kernels.pick_backend("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
     assert name in ("slices", "grouped_mm") and "ms" in why  # never the interpreted triton
     with pytest.raises(ValueError, match="float64.*slices"):
-        kernels.pick_back_end("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
+        kernels.pick_backend("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
     with pytest.raises(ValueError, match="not one of auto"):
-        kernels.pick_back_end("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
+        kernels.pick_backend("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
 
 
 def test_triton_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
-    assert kernels.back_ends("cpu", torch.float32, 16, 16)["triton"]
+    assert kernels.backends("cpu", torch.float32, 16, 16)["triton"]
     with pytest.raises(ValueError, match="triton cannot work here"):
-        kernels.pick_back_end("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
+        kernels.pick_backend("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
     assert (
         "; no triton: triton"
-        in kernels.pick_back_end("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
+        in kernels.pick_backend("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
     )
 
 
@@ -372,10 +372,10 @@ def test_where_triton_cannot_work_its_version_is_said(changes, dtype, reason, mo
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.5")
     for name, value in changes.items():
         monkeypatch.setattr(ops, name, value)
-    assert reason in kernels.back_ends("cpu", dtype, 16, 16)["triton"]
+    assert reason in kernels.backends("cpu", dtype, 16, 16)["triton"]
     assert (
-        f"no triton: {kernels.back_ends('cpu', dtype, 16, 16)['triton']}"
-        in kernels.pick_back_end("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
+        f"no triton: {kernels.backends('cpu', dtype, 16, 16)['triton']}"
+        in kernels.pick_backend("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
     )
 
 
@@ -391,24 +391,24 @@ def test_a_triton_that_is_not_there_or_cannot_be_imported(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "expert_ops_broken", broken)
     spec.loader.exec_module(broken)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.4.5")
-    why = broken.back_ends("cpu", torch.float32, 16, 16)["triton"]
+    why = broken.backends("cpu", torch.float32, 16, 16)["triton"]
     assert why == "triton 3.4.5 cannot be imported (AttributeError: made for another torch)"
 
     def nowhere(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", nowhere)
-    assert "not installed" in broken.back_ends("cpu", torch.float32, 16, 16)["triton"]
+    assert "not installed" in broken.backends("cpu", torch.float32, 16, 16)["triton"]
 
 
-def test_auto_refuses_a_wrong_back_end(monkeypatch):
+def test_auto_refuses_a_wrong_backend(monkeypatch):
     """A miscompiled kernel (Triton 3.7.1 had one) must not train a model."""
     monkeypatch.setattr(
         kernels,
         "forward_rows",
         lambda *a: (torch.zeros_like(a[0]), a[0].new_zeros(a[1].numel(), 32)),
     )
-    assert kernels.pick_back_end("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
+    assert kernels.pick_backend("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
 
 
 @pytest.mark.skipif(OLD and kernels.INTERPRET, reason="the interpreter of this triton fails")

@@ -479,7 +479,7 @@ def test_models_without_a_class_are_refused(keys, words, tmp_path):
             [[0], [0], [2]],
             "sibling",
             [0, 3, 2, 1, 4],
-            [r"twins \[1, 3\]", "parted"],
+            [r"siblings \[1, 3\]", "parted"],
         ),
         (
             SMALL | {"n_experts_max": 5},
@@ -507,7 +507,7 @@ def test_routers_without_a_class_are_refused(keys, dead, buffer, value, words, t
     save_run(tmp_path / "run", config(**keys), dead=dead, change=change)
     with refused("E400", *(word.replace("{", r"\{") for word in words)):
         export.to_hf(tmp_path / "run", tmp_path / "hf")
-    # What empty slots hold does not matter: twins of which none is alive, a bias.
+    # What empty slots hold does not matter: siblings of which none is alive, a bias.
     slots = {"n_experts_max": 5, "router": "softmax", "norm_topk": True}
     change = (
         {name: torch.tensor(value).to(torch.float32 if buffer == "bias" else torch.int64)}

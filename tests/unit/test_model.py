@@ -732,7 +732,7 @@ def test_the_resolved_configuration_is_a_fixed_point():
     assert ModelConfig(**dataclasses.asdict(cfg)) == cfg and cfg.d_ff == 96 and cfg.head_dim == 8
 
 
-# ---------------------------------------------------------------- attention back ends
+# ---------------------------------------------------------------- attention backends
 
 
 def test_attention_auto_and_unknown():
@@ -805,7 +805,7 @@ def test_missing_flash_attn_falls_back_and_a_working_one_is_used(monkeypatch):
     assert kernels.pick_attention("flash", cfg, "cpu") == ("flash", "as asked; agrees with sdpa")
     model, x = make(n_kv_heads=2, std=0.2), ids(2, 12)
     want, calls[:] = model(x), []
-    model.back_end = "flash"
+    model.backend = "flash"
     assert close(model(x), want, 1e-5) and len(calls) == 2
 
 
@@ -817,7 +817,7 @@ def test_flex_on_cpu_in_inference_only():
     model, x = make(n_kv_heads=2, head_dim=16, std=0.2), ids(2, 12)
     with torch.no_grad():
         want = model(x)
-        model.back_end = "flex"
+        model.backend = "flex"
         assert close(model(x), want, 1e-5)
 
 

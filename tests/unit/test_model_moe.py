@@ -1,7 +1,7 @@
 """The sparse layers, property by property: routing, balance, statistics, Mixture of Depths, null experts, slots.
 
 What they compute is held against slow formulas written out here, and against themselves by another way (cached and
-full, recomputed and kept, one process and two). The expert op and its back ends have tests of their own.
+full, recomputed and kept, one process and two). The expert op and its backends have tests of their own.
 """
 
 import json
@@ -28,7 +28,7 @@ from lumen.experts import (
     expert_statistics,
     prune_expert,
     recycle_expert,
-    release_twins,
+    release_siblings,
     restore_expert,
 )
 from lumen.optim import build_optimizer
@@ -42,7 +42,7 @@ SMALL = dict(
     vocab_size=97, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=32
 )
 SHORT = dict(
-    save_interval=0, eval_tokens=64, expert_back_end="slices"
+    save_interval=0, eval_tokens=64, expert_backend="slices"
 )  # of a run: nothing is tried out at its start
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)
 FINE = dict(n_experts=8, d_expert=16, router="sigmoid", n_shared_experts=1)
@@ -166,7 +166,7 @@ def by_hand(moe, x):
         can = [e for e in live if e >= S or twin[e] == e or rank[e] > rank[twin[e]]]
         mean = {
             e: (rank[e] + rank[twin[e]]) / 2 if e < S else rank[e] for e in can
-        }  # twins compete as one
+        }  # siblings compete as one
         chosen = sorted(can, key=lambda e: -mean[e])[:K]
         p = torch.tensor([score[e] for e in chosen], dtype=torch.float64)
         p = (p / p.sum() if cfg.norm_topk else p) * cfg.route_scale
@@ -288,35 +288,35 @@ def test_expert_dropout_mutes_at_least_nothing_that_is_needed():
     masks = set()
     for seed in range(40):
         draw_dropout(layers, seed)
-        muted = [m.router.muted.clone() for m in layers]
+        dropped_out = [m.router.dropped_out.clone() for m in layers]
         draw_dropout(layers, seed)
-        assert all(torch.equal(a, m.router.muted) for a, m in zip(muted, layers)), (
+        assert all(torch.equal(a, m.router.dropped_out) for a, m in zip(dropped_out, layers)), (
             "a function of the seed"
         )
-        masks.add(tuple(muted[0].tolist()))
-        assert not muted[0].all() and (~muted[0]).sum() >= 3
+        masks.add(tuple(dropped_out[0].tolist()))
+        assert not dropped_out[0].all() and (~dropped_out[0]).sum() >= 3
         chosen = choices(layers[0], x)
-        assert not muted[0][chosen].any()
+        assert not dropped_out[0][chosen].any()
         layers[0].eval()
         assert torch.equal(layers[0](x)[0], layer(K=3).eval()(x)[0]), "nothing at evaluation"
         layers[0].train()
     assert len(masks) > 20 and 0.4 < np.mean([np.mean(m) for m in masks]) < 0.7
     draw_dropout(layers, 7)
-    assert not torch.equal(layers[0].router.muted, layers[1].router.muted), (
+    assert not torch.equal(layers[0].router.dropped_out, layers[1].router.dropped_out), (
         "each layer draws its own"
     )
 
 
 @torch.no_grad()
 def test_expert_dropout_beside_twins_leaves_every_token_k_experts():
-    """Of twins only one can be chosen, so a pair is one that stays; and a muted twin does not stand in the way."""
+    """Of siblings only one can be chosen, so a pair is one that stays; and a dropped_out twin does not stand in the way."""
     moe, x = layer(E=3, K=2, n_experts_max=5, expert_dropout=0.6, n_null_experts=0), normal(64, 32)
     add_expert(moe, torch.optim.AdamW(moe.parameters()), 0)
     for seed in range(60):
         draw_dropout([moe], seed)
-        can = ~moe.router.muted & moe.router.alive
+        can = ~moe.router.dropped_out & moe.router.alive
         _, found, _, sums = moe.router(x)
-        assert can[found].all(), f"seed {seed}: a muted or empty slot was chosen"
+        assert can[found].all(), f"seed {seed}: a dropped_out or empty slot was chosen"
 
 
 @torch.no_grad()
@@ -329,7 +329,7 @@ def test_what_dropout_mutes_is_not_dead():
         assert moe.router.load.sum().item() == pytest.approx(1) and (moe.router.load > 0).all()
         found = expert_statistics([0], expert_numbers({0: moe}, counts[None]))
         share = found["per_expert_utilization"]
-        assert [s is None for s in share] == moe.router.muted.tolist() and found["dead"] == 0
+        assert [s is None for s in share] == moe.router.dropped_out.tolist() and found["dead"] == 0
     with pytest.raises(ValueError, match="fair share"):
         recycle_expert(moe, torch.optim.AdamW(moe.parameters()), 9)
 
@@ -354,13 +354,13 @@ def test_expert_dropout_is_drawn_once_a_step_from_the_cursor(tiny, monkeypatch):
     def draw(layers, seed):
         real(layers, seed)
         seeds.append(seed)
-        masks.append([m.router.muted.clone() for m in layers])
+        masks.append([m.router.dropped_out.clone() for m in layers])
 
     monkeypatch.setattr(train, "draw_dropout", draw)
     model = KINDS["mixtral"] | {"expert_dropout": 0.4}
     trainer = finish(tiny("a", model, max_steps=6))
     assert len(seeds) == len(set(seeds)) == 6 and len(masks[0]) == 2
-    assert not any("muted" in name for name in trainer.tensors())
+    assert not any("dropped_out" in name for name in trainer.tensors())
     finish(tiny("b", model, max_steps=6, batch_size=1, gradient_accumulation_steps=4))
     assert seeds[6:] == seeds[:6], "of any split"
     loaded, *_ = sample.load(trainer.out, device="cpu", precision="fp32", say=lambda text: None)
@@ -608,7 +608,7 @@ def test_balance_loss_by_hand_row_by_row(router):
         assert loss.item() == pytest.approx(0.5 * want.item(), rel=1e-4)
         loss.backward()
         step = moe.router.weight.detach() - 1e-3 * moe.router.weight.grad
-        alone = sum(moe.router(row[None])[2] for row in x)
+        collective_free = sum(moe.router(row[None])[2] for row in x)
         assert alone.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
         with torch.no_grad():
             moe.router.weight.copy_(step)
@@ -1497,19 +1497,19 @@ def test_recycle_puts_half_of_the_hottest_into_the_slot_of_the_dead():
 def test_twins_are_released_when_their_weights_have_parted():
     moe, optimizer = surgery_layer()
     add_expert(moe, optimizer, 0, parent=1)
-    assert release_twins(moe) == []
+    assert release_siblings(moe) == []
     x = normal(300, 32)
     assert not ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any(), "never both"
     moe.experts.w13[4] += (
         0.1 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=9)
     )
-    assert release_twins(moe) == []
+    assert release_siblings(moe) == []
     moe.experts.w13[4] += (
         0.4 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=8)
     )
-    assert release_twins(moe) == [(1, 4)] and moe.router.sibling.tolist() == list(range(6))
+    assert release_siblings(moe) == [(1, 4)] and moe.router.sibling.tolist() == list(range(6))
     assert ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any()
-    assert release_twins(moe) == []
+    assert release_siblings(moe) == []
 
 
 def test_no_recompilation_after_surgery():
@@ -1834,7 +1834,7 @@ def test_every_parameter_gets_a_gradient(kind):
 
 RANDOM = {
     "jitter": KINDS["fine"] | {"router_jitter": 0.2},
-    "experts muted": KINDS["mixtral"] | {"expert_dropout": 0.4},
+    "experts dropped_out": KINDS["mixtral"] | {"expert_dropout": 0.4},
     "capacity": KINDS["mixtral"] | {"capacity_factor": 1.0},
 }
 
@@ -1842,7 +1842,7 @@ RANDOM = {
 @pytest.mark.parametrize("kind", [*KINDS, *RANDOM])
 def test_recomputation_gives_the_same_gradients(kind):
     model, x, y = make(**(KINDS | RANDOM)[kind]), ids(2, 32), ids(2, 32, seed=1)
-    if kind == "experts muted":
+    if kind == "experts dropped_out":
         draw_dropout(list(model.sparse_layers("moe").values()), 3)
     kept = gradients(model, x, y)
     torch.manual_seed(0)
