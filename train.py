@@ -42,7 +42,7 @@ from lumen.experts import Rows, expert_numbers, release_siblings
 from lumen.launch import check_launch, clock, command, environment
 from lumen.loader import Loader, Source, Sums, val_rows
 from lumen.machine import event_now, free_memory, peak_bytes, to_host
-from lumen.optim import build_optimizer
+from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report, open_log_file, start_wandb
 from lumen.resume import prepare_first
@@ -341,7 +341,7 @@ class Trainer(ByHand, Report):
         self.stop_signal = self.save_signal = self.left = 0
         self.writing: Writing | None = None
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
-        self.pending, self.model, self.scale, self.seen = None, None, None, {}
+        self.pending, self.model, self.loss_scale, self.seen = None, None, None, {}
         self.forecast, self.outlook, self.val_parts, self.best_parts = (
             forecast.Forecast(),
             {},
@@ -1051,8 +1051,7 @@ class Trainer(ByHand, Report):
         self.weights = par.weights(model)
         self.optimizer = build_optimizer(cfg, self.weights)
         if cfg.precision == "mixed_fp16":
-            self.scale = torch.tensor(65536.0, device=par.device)
-            self.scale_good = torch.zeros((), device=par.device)  # steps since the last change
+            self.loss_scale = LossScale(par.device)
         last = self.segments[-1][1]
         shares = {n: float(last.get(n, 0)) for n in self.val_sources}
         if not any(shares.values()):
@@ -1486,7 +1485,9 @@ class Trainer(ByHand, Report):
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
                         total, parts = model(x, targets=y)
                         loss = total / nominal
-                        (loss if self.scale is None else loss * self.scale).backward()
+                        (
+                            loss if self.loss_scale is None else loss * self.loss_scale.value
+                        ).backward()
                     sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
                     if self.n_sparse:
                         sparse += torch.cat(
@@ -1532,8 +1533,8 @@ class Trainer(ByHand, Report):
             # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
             # goes into the clip coefficient (exactly 1.0 without either)
             factor = (nominal / stats[STAT["count"]]).float()
-            if self.scale is not None:
-                factor = factor / self.scale
+            if self.loss_scale is not None:
+                factor = factor / self.loss_scale.value
             norm = par.grad_norm(model) * factor
             self.lap("communication")
             # guard
@@ -1546,23 +1547,12 @@ class Trainer(ByHand, Report):
                 if cfg.grad_clip
                 else torch.ones_like(norm)
             )
-            torch._foreach_mul_([p.grad for p in self.weights.values()], clip * factor)
-            optimizer.found_inf = bad.float()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            step_optimizer(optimizer, self.weights.values(), clip * factor, bad)
             self.lap("update")
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
-            if self.scale is not None:  # halve after an overflow, double after 2000 steps without
-                overflow = (
-                    ~torch.isfinite(norm) & ~watch.halted
-                )  # what ran out of memory has no norm, and comes again
-                self.scale_good = torch.where(overflow, 0.0, self.scale_good + ~watch.halted)
-                grow = self.scale_good >= 2000
-                self.scale = torch.where(
-                    overflow, self.scale / 2, torch.where(grow, self.scale * 2, self.scale)
-                )
-                self.scale_good = torch.where(grow, 0.0, self.scale_good)
+            if self.loss_scale is not None:
+                self.loss_scale.update(norm, watch.halted)
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
             if (
@@ -1782,9 +1772,8 @@ class Trainer(ByHand, Report):
                 f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}",
             )
         self.copy_in(saved, {name: name for name in mine})
-        if self.scale is not None and saved.state["scaler"]:
-            self.scale.fill_(saved.state["scaler"][0])
-            self.scale_good.fill_(saved.state["scaler"][1])
+        if self.loss_scale is not None and saved.state["scaler"]:
+            self.loss_scale.load(saved.state["scaler"])
 
     def numbers(self) -> dict:
         """What goes back with the weights in a rollback, besides the step."""
@@ -2165,7 +2154,7 @@ class Trainer(ByHand, Report):
         if (c := knobs.get("mod_capacity")) is not None:
             was = model["mod_capacity"]
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
-        scaler = None if self.scale is None else [self.scale.item(), self.scale_good.item()]
+        scaler = None if self.loss_scale is None else self.loss_scale.state()
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
         extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}

@@ -55,7 +55,7 @@ class Snapshots:
             for n, x in t.tensors().items()
             for at, _, local, _ in t.parallel.local_shards(n, x)
         }
-        return out | ({"scale": t.scale, "scale_good": t.scale_good} if t.scale is not None else {})
+        return out | (t.loss_scale.tensors() if t.loss_scale else {})
 
     def size(self) -> int:
         """Bytes of a copy in the host's memory. Pinned, for CUDA, torch rounds each block up to a power of two."""
@@ -399,7 +399,7 @@ class Orchestrator:
         t, turn = self.trainer, seen["turn"]
         self.in_a_row += 1
         scaling = (
-            t.scale is not None and seen["loss_finite"]
+            t.loss_scale is not None and seen["loss_finite"]
         )  # fp16: an overflow while the loss scale finds its place
         if self.in_a_row == 1 and not scaling:
             found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]

@@ -44,7 +44,7 @@ from lumen.config import Config, find_yaml, load_yaml
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
 from lumen.machine import commit, free_memory
-from lumen.optim import build_optimizer
+from lumen.optim import build_optimizer, step_optimizer
 from model import KVCache, ModelConfig, Transformer
 from tools import faults, simulate
 from train import Parallel, Trainer
@@ -362,10 +362,7 @@ class Ours:
         bad = ~(torch.isfinite(stats[0]) & torch.isfinite(norm))
         factor = (self.tokens / stats[2]).float()
         clip = (self.cfg.grad_clip / (norm * factor + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in model.parameters()], clip * factor)
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step_optimizer(optimizer, list(model.parameters()), clip * factor, bad)
         if self.moe:
             model_moe.update_balance(self.moe, list(parts["moe"][:, len(model_moe.SUMS) :]), bad)
         return stats[0] / stats[2]
