@@ -102,73 +102,70 @@ def leap(before: dict, cfg: Config, step: int) -> str | None:
 # ---------------------------------------------------------------- parallel
 
 
-def set_timeouts(seconds: int) -> None:
-    """How long a collective of any group of processes waits from now on. The list of groups is private to torch (the
-    same in 2.11 to 2.14); where it is gone, only the group of all processes changes: meshes keep the longest wait."""
-    c10d = dist.distributed_c10d
-    set_timeout = (
-        getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
-    )  # public since torch 2.14
-    world = getattr(c10d, "_world", None)
-    for group in [None] if world is None else list(world.pg_map):
-        set_timeout(timedelta(seconds=seconds), group)
-
-
 def lost_peer(error: Exception) -> bool:
     """Whether a collective failed: NCCL has a type for that, gloo only words."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 class Parallel(Rows):
-    """All that changes with the number of processes. This one replicates the model and reduces gradients itself.
+    """All that changes with the number of processes; this one replicates the model.
 
-    Forward and backward hold no collective. Gradients are then summed in chunks of fixed size in parameter order, and
-    statistics in a collective of their own, so a resumed run adds in the same order as one never stopped.
+    There is no DistributedDataParallel. Forward and backward hold no collective; then gradients are
+    summed in chunks of fixed size in parameter order, so that a resumed run adds in the same order
+    as one that was never stopped (DDP does not, from three ranks on). train_fsdp.py has the other
+    implementation: it overrides these methods and repeats none.
     """
 
-    CHUNK = 1 << 22  # numbers per collective
-    STARTUP_TIMEOUT = 1800  # seconds that ranks wait for one another until all have taken a step: compilers, cold disks
-    collective_free = True  # forward and backward hold no collective: a rank may leave a step, or be the only one to sample
+    CHUNK = 1 << 22  # numbers in a collective
+    STARTUP_TIMEOUT = 1800  # seconds, until all ranks have taken a step: compilers, cold disks
+    # no collectives in forward and backward: one rank may skip a micro-batch (out of memory), or
+    # be the only one to make a sample
+    collective_free = True
 
     def __init__(self, cfg: Config):
-        self.rank, self.world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-        self.device = machines.detect(
-            cfg.device, "fp32", False, environment("LOCAL_RANK", 0)
-        ).device
+        self.rank = environment("RANK", 0)
+        self.world = environment("WORLD_SIZE", 1)
+        local_rank = environment("LOCAL_RANK", 0)
+        self.device = machines.detect(cfg.device, "fp32", False, local_rank).device
         self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
+        self.buffer = None  # what reduce() sums gradients in
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            if cfg.deterministic is True:  # must be set before the first matrix product
+            if cfg.deterministic is True:  # must be set before the first matmul
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.world > 1 and not dist.is_initialized():
-            # objects and flags travel over gloo, so that asking a question never waits for the GPU
-            backend, store = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", None
-            if (
-                os.environ.get("GROUP_WORLD_SIZE") == "1"
-            ):  # torchrun keeps its store when it restarts all ranks here:
-                store, *_ = next(
-                    dist.rendezvous("env://")
-                )  # they would call the dead at their addresses, and hang
-                store = dist.PrefixStore(
-                    f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-                )
-            limit = timedelta(seconds=max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
-            try:
-                dist.init_process_group(backend, None, limit, self.world, self.rank, store)
-            except Exception as error:
-                if not lost_peer(error):
-                    raise
-                raise UserError("E601", f"at the start: {str(error).splitlines()[0]}") from error
-        self.buffer = None
+            self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
+
+    def init_process_group(self, timeout: int) -> None:
+        """E601 where a peer does not come."""
+        # objects and flags travel over gloo, so that asking a question never waits for the GPU
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        store = None
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it restarts all ranks here. Without a prefix of their
+            # own they would call the dead at their old addresses, and hang.
+            store, *_ = next(dist.rendezvous("env://"))
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            store = dist.PrefixStore(f"restart_{restarts}", store)
+        limit = timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(backend, None, limit, self.world, self.rank, store)
+        except Exception as error:
+            if not lost_peer(error):
+                raise
+            raise UserError("E601", f"at the start: {str(error).splitlines()[0]}") from error
 
     def rows(self) -> tuple[int, int]:
         """(index, count): which reader of the data this rank is."""
         return self.rank, self.world
 
     def build(self, cfg: Config, fill: bool = True) -> Transformer:
-        """The model on this rank's device; with its initial weights, or (not `fill`) for others to be copied in."""
+        """The model on this rank's device, with its initial weights.
+
+        Not `fill`: without them, for others are about to be copied in.
+        """
         with torch.device(self.device):
             model = Transformer(cfg.model)
         if fill:
@@ -176,46 +173,49 @@ class Parallel(Rows):
         return model
 
     def weights(self, model) -> dict[str, torch.Tensor]:
-        """What the optimizer updates, by the parameters' names: plain tensors, whose .grad reduce() sets."""
+        """What the optimizer updates, by name: plain tensors, whose .grad reduce() sets."""
         return dict(model.named_parameters())
 
     def microstep(self, model, last: bool):
-        """Context of one forward and backward pass; `last` of its step."""
+        """Context of one forward and backward pass; `last`: the last of its step."""
         return contextlib.nullcontext()
 
-    def reduce(self, model, stats: torch.Tensor) -> torch.Tensor:
-        """Sum gradients in place and `stats` over all ranks; returns the summed stats."""
+    def reduce(self, model, sums: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients in place, and `sums` (a vector), over all ranks; returns the sums."""
         for p in model.parameters():
-            if p.grad is None:  # a rank that could not read its rows still takes part
+            if p.grad is None:  # a rank that could not read its rows takes part all the same
                 p.grad = torch.zeros_like(p)
         if self.world == 1:
-            return stats
-        dist.all_reduce(stats)
+            return sums
+        # in a collective of its own: in a gradient's chunk it would shift the order of adding
+        dist.all_reduce(sums)
+        for chunk in self.chunks([p.grad for p in model.parameters()]):
+            for start, part in chunk:
+                self.buffer[start : start + len(part)] = part
+            end = chunk[-1][0] + len(chunk[-1][1])
+            dist.all_reduce(self.buffer[:end])
+            for start, part in chunk:
+                part.copy_(self.buffer[start : start + len(part)])
+        return sums
+
+    def chunks(self, grads: list[torch.Tensor]):
+        """Cut gradients, in order, into chunks that fill the buffer: lists of (start, flat view)."""
         if self.buffer is None:
-            size = min(self.CHUNK, sum(p.numel() for p in model.parameters()))
+            size = min(self.CHUNK, sum(grad.numel() for grad in grads))
             self.buffer = torch.empty(size, device=self.device)
-        pieces, used = [], 0
-
-        def flush():
-            for at, piece in pieces:
-                self.buffer[at : at + len(piece)] = piece
-            dist.all_reduce(self.buffer[:used])
-            for at, piece in pieces:
-                piece.copy_(self.buffer[at : at + len(piece)])
-            pieces.clear()
-
-        for p in model.parameters():
-            for piece in p.grad.view(-1).split(len(self.buffer)):
-                while len(piece):
-                    room = min(len(self.buffer) - used, len(piece))
-                    pieces.append((used, piece[:room]))
-                    used, piece = used + room, piece[room:]
-                    if used == len(self.buffer):
-                        flush()
-                        used = 0
-        if used:
-            flush()
-        return stats
+        chunk, used = [], 0
+        for grad in grads:
+            rest = grad.view(-1)
+            while len(rest):
+                part = rest[: len(self.buffer) - used]
+                rest = rest[len(part) :]
+                chunk.append((used, part))
+                used += len(part)
+                if used == len(self.buffer):
+                    yield chunk
+                    chunk, used = [], 0
+        if chunk:
+            yield chunk
 
     def finite(self, grad: torch.Tensor) -> bool:
         return bool(torch.isfinite(grad).all())
@@ -225,9 +225,12 @@ class Parallel(Rows):
         return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
 
     def checksum(self, model) -> torch.Tensor:
-        """Of the bits of the weights, which every rank should hold alike: 0-d, a whole number below 2^20; no sync."""
+        """Of the bits of the weights, which every rank should hold alike.
+
+        0-d, a whole number below 2^20, so that its square is exact; no sync.
+        """
         words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
-        return words.sum() % 1048573  # a prime: of a power of two the upper bits would not be seen
+        return words.sum() % 1048573  # a prime: modulo a power of two the upper bits would be lost
 
     def all_reduce_max(self, flags: list[int]) -> list[int]:
         """The maximum of each flag over all ranks."""
@@ -238,24 +241,26 @@ class Parallel(Rows):
         return tensor.tolist()
 
     def set_timeout(self, seconds: int) -> None:
-        """All ranks have taken a step: from now on a collective in which one is missing for so long fails in those that
-        wait. Collectives of gloo raise: E601, exit code 75. NCCL's watchdog aborts the process instead (SIGABRT, so
-        status.json still says `running`); torchrun and slurm/train.sbatch start both again. NCCL's part has never run.
+        """The timeout of every collective from here on; called by all ranks.
+
+        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT; status.json
+        still says `running`); torchrun and slurm/train.sbatch start both again. NCCL's part has
+        never run.
         """
         if self.world > 1:
-            self.all_reduce_max([0])  # the slowest has finished what it needed the long limit for
-            set_timeouts(seconds)
+            self.all_reduce_max([0])  # the slowest has done what it needed the longer limit for
+            machines.set_collective_timeout(seconds)
 
     def gather(self, obj) -> list:
         """What each rank says, in order of rank."""
         if self.world == 1:
             return [obj]
-        rows = [None] * self.world
-        dist.all_gather_object(rows, obj)
-        return rows
+        answers = [None] * self.world
+        dist.all_gather_object(answers, obj)
+        return answers
 
     def broadcast(self, obj):
-        """Rank 0's object on every rank."""
+        """Rank 0's object, on every rank."""
         if self.world == 1:
             return obj
         box = [obj]
@@ -275,7 +280,10 @@ class Parallel(Rows):
         return result
 
     def local_shards(self, name: str, tensor: torch.Tensor) -> list[tuple]:
-        """[(offset, global shape, local tensor, writes)]: every region of `tensor` that this rank holds."""
+        """Every region of `tensor` that this rank holds.
+
+        [(offset, global shape, local tensor, whether this rank is the one that writes it)]
+        """
         return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
 
     def close(self) -> None:

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 from kernels import backends, pick_attention
 from lumen.errors import UserError
@@ -344,6 +346,21 @@ def sheet_flops(m: Machine) -> float:
     """FLOP/s of the data sheet; 0 where this card has no row in the table, or computes in fp32."""
     there = known(m.name)
     return there.flops if there and m.precision != "fp32" else 0.0
+
+
+def set_collective_timeout(seconds: int) -> None:
+    """How long a collective of any group of processes waits from now on.
+
+    The list of groups is private to torch (the same in 2.11 to 2.14). Where it is gone, only the
+    group of all processes changes: meshes keep the longest wait.
+    """
+    c10d = torch.distributed.distributed_c10d
+    public = getattr(torch.distributed, "set_timeout", None)  # since torch 2.14
+    set_timeout = public or c10d._set_pg_timeout
+    world = getattr(c10d, "_world", None)
+    groups = [None] if world is None else list(world.pg_map)
+    for group in groups:
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 def total_memory(device) -> int:

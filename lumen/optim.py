@@ -75,7 +75,7 @@ def step_optimizer(optimizer, weights, factor: torch.Tensor, skip: torch.Tensor)
 
 
 class LossScale:
-    """fp16 only: the loss is multiplied by `value`, lest small gradients vanish (Micikevicius 2018).
+    """fp16 only: the loss is multiplied by `value`, so that small gradients do not vanish.
 
     Halved after a step that overflowed, doubled after GROW_AFTER steps that did not. Both numbers
     are 0-d tensors on the device, so that deciding costs no wait.
@@ -88,8 +88,8 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)  # since the last change
 
     def update(self, norm: torch.Tensor, halted: torch.Tensor) -> None:
-        """After a step whose gradient had this `norm`. `halted` (0-d bool): it ran out of memory, so
-        that it has no norm, and it comes again: nothing changes."""
+        """After a step with a gradient of this `norm`. Where `halted` (0-d bool) it ran out of
+        memory: it has no norm and comes again, so nothing changes."""
         overflow = ~torch.isfinite(norm) & ~halted
         good = torch.where(overflow, 0.0, self.good_steps + ~halted)
         grow = good >= self.GROW_AFTER

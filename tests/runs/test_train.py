@@ -906,7 +906,7 @@ def test_how_long_ranks_wait_is_set_for_every_group_in_each_version_of_torch(mon
             warnings.simplefilter(
                 "error"
             )  # torch 2.14 warns of the private call that older ones need
-            train.set_timeouts(77)
+            machines.set_collective_timeout(77)
         assert [g._get_backend(torch.device("cpu")).options._timeout.seconds for g in groups] == [
             77,
             77,
@@ -919,5 +919,5 @@ def test_how_long_ranks_wait_is_set_for_every_group_in_each_version_of_torch(mon
     )  # a torch without its private list
     monkeypatch.setattr(dist, "distributed_c10d", without)
     monkeypatch.setattr(dist, "set_timeout", without._set_pg_timeout, raising=False)
-    train.set_timeouts(78)
+    machines.set_collective_timeout(78)
     assert [(time.seconds, group) for time, group in told] == [(78, None)]
