@@ -573,8 +573,9 @@ def selftest(
             seconds = float("inf")
             if timed:
                 seconds = best_time(
-                    lambda: fwd_bwd(lambda *a: run_experts(*a, name), inputs, dout), device
-                )  # noqa: B023
+                    lambda: fwd_bwd(lambda *a: run_experts(*a, name), inputs, dout),  # noqa: B023
+                    device,
+                )
             results[name] = error, seconds
         except Exception as e:  # a compiler that fails, no memory: the others can still serve
             print(

@@ -212,10 +212,10 @@ def test_saved_bytes(backend):
 def test_compiles_in_one_graph(backend):
     inputs, dout = sample_layer(33, 16, 24, 4, 2, torch.arange(66).view(33, 2) % 5)
     want = kernels.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
-    for backend in ("eager", "aot_eager"):
+    for compiler in ("eager", "aot_eager"):
         torch._dynamo.reset()
         compiled = torch.compile(
-            lambda *a: layer(*a, run(backend)), fullgraph=True, backend=backend
+            lambda *a: layer(*a, run(backend)), fullgraph=True, backend=compiler
         )
         assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-6
 

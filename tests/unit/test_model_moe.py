@@ -608,8 +608,8 @@ def test_balance_loss_by_hand_row_by_row(router):
         assert loss.item() == pytest.approx(0.5 * want.item(), rel=1e-4)
         loss.backward()
         step = moe.router.weight.detach() - 1e-3 * moe.router.weight.grad
-        collective_free = sum(moe.router(row[None])[2] for row in x)
-        assert alone.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
+        one_by_one = sum(moe.router(row[None])[2] for row in x)
+        assert one_by_one.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
         with torch.no_grad():
             moe.router.weight.copy_(step)
             assert moe.router(x)[2] < loss

@@ -208,7 +208,7 @@ def test_a_seeded_prompt_gives_the_same_text_alone_and_in_a_batch(options):
     assert len(set(batch)) == 12
     for i, prompt in enumerate(prompts):
         for k in range(3):
-            collective_free = S.sample(model, T, [prompt], max_new_tokens=20, seed=7 + k, **options)
+            alone = S.sample(model, T, [prompt], max_new_tokens=20, seed=7 + k, **options)
             assert alone == [batch[3 * i + k]]
     assert (
         S.sample(model, T, prompts[::-1], max_new_tokens=20, seed=7, **options) == batch[::3][::-1]
