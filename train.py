@@ -41,11 +41,12 @@ from lumen.errors import UserError
 from lumen.experts import Rows, expert_numbers, release_siblings
 from lumen.launch import check_launch, clock, command, environment
 from lumen.loader import Loader, Source, Sums, val_rows
-from lumen.machine import event_now, free_memory, peak_bytes, to_host
+from lumen.machine import free_memory, peak_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report, open_log_file, start_wandb
 from lumen.resume import prepare_first
+from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
 from model_moe import MOD_SUMS, SUMS, draw_dropout, update_balance
 
@@ -297,15 +298,6 @@ class Parallel(Rows):
 # what is summed over ranks in each step
 STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square", "writing")
 STAT = {name: i for i, name in enumerate(STATS)}
-LAPS = (
-    "data",
-    "compute",
-    "communication",
-    "update",
-    "evaluation",
-    "checkpoint",
-    "other",
-)  # what a run's time goes to
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
 NUMBERS = f"{NUMBERS} best_parts measured_on".split()
 RELEASE_EVERY = (
@@ -366,8 +358,6 @@ class Trainer(ByHand, Report):
             [],
             [],
         )  # of successive checks and evaluations: see forecast.justified_stop
-        self.spent, self.lapped = dict.fromkeys(LAPS, 0.0), time.perf_counter()
-        self.marks, self.on_device = [], {}  # see mark()
         self.out, self.attempt = Path(self.cfg.out_dir), 0
 
         self.dry_run = dry_run
@@ -384,7 +374,6 @@ class Trainer(ByHand, Report):
             self.check_paths()
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
-        self.runs_ahead = self.parallel.device.type == "cuda"  # the host, of what it has queued
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.longest_timeout = self.timeout = max(
             self.parallel.STARTUP_TIMEOUT, self.cfg.comm_timeout
@@ -425,6 +414,7 @@ class Trainer(ByHand, Report):
         self.parallel.run_or_raise_on_all(self.adopt, saved)
         self.build(saved, weights)
         self.started_at = self.step
+        self.watch = Stopwatch(self.step, runs_ahead=self.parallel.device.type == "cuda")
         if saved is not None:
             self.find_best()
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
@@ -436,7 +426,6 @@ class Trainer(ByHand, Report):
                 saved.state["orchestrator"], not same_data, self.origin is not None
             )
         self.open_log()
-        self.restart_clock()
 
     # ---- setting up
 
@@ -1394,8 +1383,8 @@ class Trainer(ByHand, Report):
         nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
         double = torch.float32 if par.device.type == "mps" else torch.float64
         stop = wants_save = False
-        watch, self.lapped = self.orchestrator, time.perf_counter()
-        self.restart_clock()
+        watch = self.orchestrator
+        self.watch.start(self.step)
         if self.main and sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
         model.train()
@@ -1469,11 +1458,12 @@ class Trainer(ByHand, Report):
             )  # what MoE and MoD layers counted
             if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
-            void, self.marks = False, []
+            void = False
+            self.watch.take_marks()  # those of an iteration that was void
             try:
                 for micro in range(cfg.gradient_accumulation_steps):
-                    self.lap("compute" if micro else "other")
-                    self.mark("compute")
+                    self.watch.lap("compute" if micro else "other")
+                    self.watch.mark("compute")
                     try:
                         row, x, y = self.loader.next()
                     except (
@@ -1486,8 +1476,8 @@ class Trainer(ByHand, Report):
                         row, x, y = (
                             self.blank()
                         )  # its part of the collectives that forward and backward hold
-                    self.lap("data")
-                    self.mark("data")
+                    self.watch.lap("data")
+                    self.watch.mark("data")
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
@@ -1513,8 +1503,8 @@ class Trainer(ByHand, Report):
                 sums, sparse = torch.zeros_like(sums), torch.zeros_like(sparse)
                 stats[STAT["oom"]] = 1
                 free_memory(par.device)
-            self.lap("compute")
-            self.mark("compute")
+            self.watch.lap("compute")
+            self.watch.mark("compute")
             # reduce
             stats[:3] = sums
             for name, flag in (
@@ -1544,7 +1534,7 @@ class Trainer(ByHand, Report):
             if self.loss_scale is not None:
                 factor = factor / self.loss_scale.value
             norm = par.grad_norm(model) * factor
-            self.lap("communication")
+            self.watch.lap("communication")
             # guard
             bad, exploded = watch.guard(
                 stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]]
@@ -1556,7 +1546,7 @@ class Trainer(ByHand, Report):
                 else torch.ones_like(norm)
             )
             step_optimizer(optimizer, self.weights.values(), clip * factor, bad)
-            self.lap("update")
+            self.watch.lap("update")
             moe_sums, mod_sums = self.unpack(sparse)
             update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
             if self.loss_scale is not None:
@@ -1574,7 +1564,14 @@ class Trainer(ByHand, Report):
                     moe_sums = expert_numbers(self.moe, moe_sums)
                 numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
             self.sparse = sparse
-            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers), self.marks)
+            self.pending = (
+                self.step,
+                self.cursor,
+                watch.turn,
+                lr,
+                *to_host(numbers),
+                self.watch.take_marks(),
+            )
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1620,7 +1617,7 @@ class Trainer(ByHand, Report):
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        self.measure(marks)
+        self.watch.measure(marks)
         numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
         (
             ce,
@@ -1799,7 +1796,7 @@ class Trainer(ByHand, Report):
                 checkpoint.set_aside(self.out, self.step)
         self.find_best()
         self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
-        self.restart_clock()
+        self.watch.restart(self.step)
         if self.bar:
             self.bar.n = self.step
 
@@ -1895,7 +1892,7 @@ class Trainer(ByHand, Report):
         """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
         cfg, par, model = self.cfg, self.parallel, self.model
         self.drain()
-        self.lap("other")
+        self.watch.lap("other")
         began = time.perf_counter()
         self.evaluated_at = self.step
         if not self.val_set:
@@ -2033,8 +2030,8 @@ class Trainer(ByHand, Report):
             text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}, the rules agree on "
             text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
             self.say(f"           causal rule above; {text}")
-        self.clock += took
-        self.lap("evaluation")
+        self.watch.leave_out(took)
+        self.watch.lap("evaluation")
         return new_best
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
@@ -2043,7 +2040,7 @@ class Trainer(ByHand, Report):
         older checkpoint is deleted for it."""
         self.drain()
         self.end_save()
-        self.lap("other")
+        self.watch.lap("other")
         began, par, final = (
             time.perf_counter(),
             self.parallel,
@@ -2076,8 +2073,8 @@ class Trainer(ByHand, Report):
         )
         writing.run() if wait else writing.start()
         writing.stall = time.perf_counter() - began
-        self.clock += writing.stall
-        self.lap("checkpoint")
+        self.watch.leave_out(writing.stall)
+        self.watch.lap("checkpoint")
         if wait:
             return self.end_save(prune)
         par.set_timeout(self.timeout)
@@ -2087,7 +2084,7 @@ class Trainer(ByHand, Report):
         """Wait for what is being written, agree, and give it its name."""
         if self.writing is None:
             return True
-        self.lap("other")
+        self.watch.lap("other")
         w, self.writing, par, began = self.writing, None, self.parallel, time.perf_counter()
         par.set_timeout(self.longest_timeout)
         if w.is_alive():
@@ -2120,8 +2117,8 @@ class Trainer(ByHand, Report):
             if self.cfg.picture and self.main:
                 with self.nicety("picture"):
                     self.draw()
-        self.clock += time.perf_counter() - began
-        self.lap("checkpoint")
+        self.watch.leave_out(time.perf_counter() - began)
+        self.watch.lap("checkpoint")
         return not failed
 
     def after_save(self, w: Writing, prune: bool) -> None:
@@ -2183,32 +2180,6 @@ class Trainer(ByHand, Report):
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
         return lr_at(self.cfg, self.step if step is None else step)
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`. (The host's: a GPU's work shows where it is waited
-        for. While it waits for data a GPU computes, and only measure() knows how long it did not.)"""
-        now = time.perf_counter()
-        self.spent["compute" if self.runs_ahead and name == "data" else name] += now - self.lapped
-        self.lapped = now
-
-    def mark(self, name: str) -> None:
-        """On CUDA: what is in the queue since the last mark is `name`. Between the marks before and after a
-        wait for data, no work between them, lies the time for which the GPU had nothing to do. Never run on one."""
-        if self.runs_ahead:
-            self.marks.append((name, event_now()))
-
-    def measure(self, marks: list) -> None:
-        """Seconds between the marks of a turn that is over, into `spent` and, for what ranks compare, `on_device`."""
-        for (_, before), (name, after) in zip(marks, marks[1:]):
-            seconds = before.elapsed_time(after) / 1000  # it says milliseconds
-            self.on_device[name] = self.on_device.get(name, 0.0) + seconds
-            if name == "data":
-                self.spent["data"] += seconds
-                self.spent["compute"] -= seconds
-
-    def restart_clock(self) -> None:
-        self.clock, self.clock_step, self.logged = time.perf_counter(), self.step, dict(self.spent)
-        self.speed = getattr(self, "speed", 0.0)  # tokens/s of the last log line
-
     def finish(self, state: str, code: int) -> None:
         """The last words: a sample, the status, everything closed."""
         if self.bar:
@@ -2223,7 +2194,7 @@ class Trainer(ByHand, Report):
                 self.print_sample()
         took = clock(time.monotonic() - self.started)
         what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
-        what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.spent.values())):.2f} %"
+        what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.watch.spent.values())):.2f} %"
         worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
         what += f"; {worse}" if worse else ""
         self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))

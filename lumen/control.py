@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from lumen import machine as machines
@@ -270,10 +268,10 @@ class ByHand:
 
     def _calculate_throughput(self) -> float:
         """Tokens a second over all ranks since the last log line, without evaluation and saving."""
-        steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
-        if steps <= 0:
-            return self.speed
-        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
+        interval = self.watch.interval(self.step)
+        if interval.steps <= 0:
+            interval = self.watch.last
+        return interval.speed() * self.rows_per_step * self.cfg.model.max_seq_len
 
     def _extract_moe_routing_stats(self) -> dict:
         """get_expert_statistics, by the name it has in LuminaAI."""

@@ -877,8 +877,8 @@ class Orchestrator:
     def counters(self) -> dict:
         """What grows on this rank."""
         t, cuda = self.trainer, self.trainer.parallel.device.type == "cuda"
-        out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.spent
-        out |= t.on_device  # launching takes alike on all ranks, whatever their GPUs do
+        out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.watch.spent
+        out |= t.watch.on_device  # launching takes alike on all ranks, whatever their GPUs do
         if t.cfg.compile_model:
             out["graphs"] = compiled_graphs()
         return out | {

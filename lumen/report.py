@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -329,9 +328,8 @@ class Report:
     def log(self, seen: dict) -> None:
         """One line per log step; speeds are means since the last one, without evaluation and saving."""
         cfg, done = self.cfg, seen["step"] + 1
-        seconds = max(1e-9, time.perf_counter() - self.clock)
-        steps = max(1, done - self.clock_step)
-        speed = self.speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
+        interval = self.watch.interval(done)
+        speed = interval.speed() * self.rows_per_step * cfg.model.max_seq_len
         cuda = self.parallel.device.type == "cuda"
         epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
         row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
@@ -348,11 +346,9 @@ class Report:
             "tokens_per_second": speed,
             "mfu": mfu if mfu <= 1 else None,
         }  # None: the peak was measured too low
-        times = {name: spent - self.logged[name] for name, spent in self.spent.items()}
-        row |= {"data_wait": times["data"] / seconds, "dropped": self.orchestrator.dropped}
-        row |= {
-            f"time/{name}": spent / max(1e-9, sum(times.values())) for name, spent in times.items()
-        }
+        row |= {"data_wait": interval.spent["data"] / interval.seconds}
+        row |= {"dropped": self.orchestrator.dropped}
+        row |= {f"time/{name}": share for name, share in interval.shares().items()}
         row |= {
             "health": self.orchestrator.health,
             "health_causes": self.orchestrator.causes,
@@ -370,7 +366,7 @@ class Report:
         row |= self.routing_row(seen)
         row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
         self.record(row)
-        left = (cfg.max_steps - done) * seconds / steps
+        left = (cfg.max_steps - done) / interval.speed()
         share = "mfu -" if row["mfu"] is None else f"mfu {100 * mfu:.0f} %"
         share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
         numbers = f"loss {seen['loss']:.4f}  ppl {row['ppl']:.4g}"
@@ -379,14 +375,13 @@ class Report:
             f"  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}  {plan.describe(speed)} tok/s"
         )
         share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
-        went = f"{clock(sum(self.spent.values()))} gone, {clock(left)} left"
+        went = f"{clock(sum(self.watch.spent.values()))} gone, {clock(left)} left"
         self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")
         for line in self.routing_lines(seen):
             self.say(line)
         if self.bar:
             self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
-        self.restart_clock()
-        self.clock_step = done
+        self.watch.restart(done, interval)
 
     # ---- sparse layers
 

@@ -38,7 +38,7 @@ import prepare_data
 import train
 import train_fsdp
 from export import main as export_main
-from lumen import checkpoint, config, files, launch, loader, plan, report, tokenizer
+from lumen import checkpoint, config, files, launch, loader, plan, report, stopwatch, tokenizer
 from lumen import machine as machines
 from lumen import orchestrate as orchestrator
 from lumen import owner as owners
@@ -2746,7 +2746,7 @@ def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
     """The host waits for data while a GPU computes (its queue is emulated): that is no wait of the run; what the GPU
     waited is; and what ranks compare is the GPU's time, not that of launching."""
     trainer = Trainer(tiny(max_steps=8, log_interval=8))
-    trainer.runs_ahead = True
+    trainer.watch.runs_ahead = True
     clock = {
         "host": 0.0,
         "device": 0.0,
@@ -2770,12 +2770,12 @@ def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
         return forward(*args, **more)
 
     trainer.loader.next, trainer.model.forward = late, work
-    monkeypatch.setattr(train, "event_now", Event)
+    monkeypatch.setattr(stopwatch, "event_now", Event)
     assert trainer.fit() == 0
-    on = trainer.on_device
+    on = trainer.watch.on_device
     assert on["compute"] == pytest.approx(0.5 * 8 * 2), "of the queue, not of the host"
     assert on["data"] == pytest.approx(0.3), "the first read alone; later the device still worked"
-    assert trainer.spent["data"] == on["data"], "the host's wait is none of the run's"
+    assert trainer.watch.spent["data"] == on["data"], "the host's wait is none of the run's"
     assert trainer.orchestrator.counters()["compute"] == on["compute"]
 
 
