@@ -36,7 +36,7 @@ from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Writing, model_of, refuse_odd
 from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
 from lumen.control import ByHand
-from lumen.detectors import above_chance
+from lumen.detectors import StepNumbers, above_chance
 from lumen.errors import UserError
 from lumen.experts import Rows, expert_numbers, release_siblings
 from lumen.launch import check_launch, clock, command, environment
@@ -341,7 +341,8 @@ class Trainer(ByHand, Report):
         self.stop_signal = self.save_signal = self.left = 0
         self.writing: Writing | None = None
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
-        self.pending, self.model, self.loss_scale, self.seen = None, None, None, {}
+        self.pending, self.model, self.loss_scale = None, None, None
+        self.latest: StepNumbers | None = None  # of the last finished step
         self.forecast, self.outlook, self.val_parts, self.best_parts = (
             forecast.Forecast(),
             {},
@@ -1554,7 +1555,7 @@ class Trainer(ByHand, Report):
             # observe and log the step before this one, whose numbers have arrived by now
             seen = self.drain()
             if (
-                seen and seen["oom"]
+                seen and seen.oom
             ):  # the step before was void, and so was this one: it waits for that to be made good
                 continue
             numbers = torch.cat([stats, torch.stack([x.to(double) for x in (norm, bad, exploded)])])
@@ -1589,7 +1590,7 @@ class Trainer(ByHand, Report):
                 seen = (
                     self.drain() or seen
                 )  # the CPU has nothing to overlap; a save must not leave a step half counted
-            stop, wants_save = bool(seen and seen["stop"]), bool(seen and seen["save"])
+            stop, wants_save = bool(seen and seen.stop), bool(seen and seen.save)
             if wants_save:
                 self.save_signal = 0
         self.drain()
@@ -1609,7 +1610,7 @@ class Trainer(ByHand, Report):
             return tensor.pin_memory().to(self.parallel.device, non_blocking=True)
         return tensor.to(self.parallel.device)
 
-    def drain(self) -> dict | None:
+    def drain(self) -> StepNumbers | None:
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
@@ -1641,35 +1642,30 @@ class Trainer(ByHand, Report):
             self.step, self.cursor = step, cursor
             self.save()
             self.parallel.run_or_raise_on_all(self.raise_data_error)
-        seen = {
-            "step": step,
-            "cursor": cursor,
-            "turn": turn,
-            "lr": lr,
-            "oom": oom > 0,
-            "stop": stop > 0,
-            "save": save > 0,
-        }
-        if control:
+        seen = StepNumbers(step, cursor, turn, lr, oom=oom > 0, stop=stop > 0, save=save > 0)
+        seen.control = control > 0
+        if seen.control:
             self.orchestrator.take_commands()
-        if oom:
+        if seen.oom:
             self.out_of_memory(step, cursor)
             return seen
-        self.tokens += 0 if bad else int(count)
-        seen |= {
-            "loss": ce / max(count, 1),
-            "z_loss": z / max(count, 1),
-            "loss_finite": math.isfinite(ce),
-        }
-        seen |= {"grad_norm": norm, "bad": bool(bad), "exploded": bool(exploded)}
-        seen["apart"] = (
-            self.parallel.world * square != check * check
-        )  # sums over ranks: equal where all are equal
+        seen.bad = bool(bad)
+        seen.exploded = bool(exploded)
+        seen.tokens = 0 if bad else int(count)
+        seen.loss = ce / max(count, 1)
+        seen.z_loss = z / max(count, 1)
+        seen.loss_finite = math.isfinite(ce)
+        seen.grad_norm = norm
+        # sums over ranks of a checksum and of its square: equal where all ranks' are equal
+        seen.desynced = self.parallel.world * square != check * check
         if len(sparse):
-            seen |= self.routing(sparse)
-        self.seen = seen
+            routing = self.routing(sparse)
+            seen.experts = routing.get("experts")
+            seen.depth = routing.get("depth")
+        self.latest = seen
+        self.tokens += seen.tokens
         if not bad:
-            self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen["loss"], lr)
+            self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen.loss, lr)
         self.orchestrator.observe(seen)
         due = (
             step + 1
@@ -1741,7 +1737,7 @@ class Trainer(ByHand, Report):
         self.set_micro_batch(smaller)
         args = {"new_size": smaller}
         self.hint = f"a rank ran out of memory at step {step} with {micro}"
-        at = {"step": step, "cursor": cursor, "turn": self.orchestrator.turn}
+        at = StepNumbers(step, cursor, self.orchestrator.turn)
         self.orchestrator.decide(
             "oom",
             "adjust_batch_size",

@@ -251,19 +251,19 @@ class ByHand:
         """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
         memory_usage (share of what this process may use), epoch, step."""
         self.drain()
-        seen, cuda = self.seen, self.parallel.device.type == "cuda"
-        if not seen:
+        seen, cuda = self.latest, self.parallel.device.type == "cuda"
+        if seen is None:
             return {"refused": "E308", "reason": "no step has been made yet"}
         used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        epochs = self.loader.epochs(seen.cursor + self.rows_per_step)
         return {
-            "loss": seen["loss"],
-            "learning_rate": seen["lr"],
-            "grad_norm": seen["grad_norm"],
+            "loss": seen.loss,
+            "learning_rate": seen.lr,
+            "grad_norm": seen.grad_norm,
             "throughput": self._calculate_throughput(),
             "memory_usage": used / machines.total_memory(self.parallel.device),
             "epoch": max(epochs.values()),
-            "step": seen["step"] + 1,
+            "step": seen.step + 1,
         }
 
     def _calculate_throughput(self) -> float:

@@ -10,8 +10,34 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass
+class StepNumbers:
+    """What the host knows of one step, once its numbers have arrived. Sums are over all ranks."""
+
+    step: int
+    cursor: int  # the first row of the step's batch
+    iteration: int  # passes through the loop; never comes back, as a step does after a rollback
+    lr: float = 0.0
+    loss: float = math.nan  # cross-entropy, mean over the step's targets, nats
+    z_loss: float = 0.0  # unweighted, mean over the step's targets
+    grad_norm: float = math.nan  # of the true gradient, before clipping
+    tokens: int = 0  # targets that were trained on: 0 where the step was dropped
+    bad: bool = False  # the step was dropped
+    exploded: bool = False  # its gradient norm was above what was to be expected
+    loss_finite: bool = True
+    oom: bool = False  # a rank ran out of memory: the step is void, and none of the numbers holds
+    stop: bool = False  # a rank was asked to stop
+    save: bool = False  # a rank was asked for a checkpoint
+    control: bool = False  # control.jsonl has new lines
+    desynced: bool = False  # the ranks' weights differ
+    sums: dict | None = None  # of the sparse layers, by name, where they were fetched
+    experts: dict | None = None  # experts.expert_statistics of these
+    depth: dict | None = None  # experts.mod_statistics of these
 
 
 def centre(values: list[float]) -> tuple[float, float]:

@@ -26,7 +26,7 @@ import torch
 from lumen import checkpoint
 from lumen import machine as machines
 from lumen.control import METHODS, RESEED, ROUTER_KNOBS, WRONG, compiled_graphs
-from lumen.detectors import Divergence, NormLimit, above_chance
+from lumen.detectors import Divergence, NormLimit, StepNumbers, above_chance
 from lumen.errors import UserError
 from lumen.launch import environment
 
@@ -274,42 +274,42 @@ class Orchestrator:
         self.seconds += time.perf_counter() - began
         return bad, exploded
 
-    def observe(self, seen: dict) -> None:
+    def observe(self, seen: StepNumbers) -> None:
         """The plain numbers of a finished turn. UserError E301, E302 when the run cannot be saved."""
-        began, turn = time.perf_counter(), seen["turn"]
-        self.dropped += seen["bad"]
-        finite = math.isfinite(seen["loss"]) and math.isfinite(seen["grad_norm"])
-        if seen["apart"]:
+        began, turn = time.perf_counter(), seen.iteration
+        self.dropped += seen.bad
+        finite = math.isfinite(seen.loss) and math.isfinite(seen.grad_norm)
+        if seen.desynced:
             self.out_of_step(seen)
-        elif seen["step"] % self.cfg.check_interval == 0:
+        elif seen.step % self.cfg.check_interval == 0:
             self.together = turn
         if not finite:
             self.not_finite(seen)
         else:
             self.in_a_row = 0
-            if seen["exploded"] and self.watching:
+            if seen.exploded and self.watching:
                 self.explosion(seen)
-            elif not seen["exploded"]:
+            elif not seen.exploded:
                 self.letting = False
-            if self.watching and not seen["bad"]:
-                self.norms.add(turn, seen["grad_norm"])
+            if self.watching and not seen.bad:
+                self.norms.add(turn, seen.grad_norm)
                 self.follow(seen)
-        if not seen["bad"]:
+        if not seen.bad:
             self.mature(turn)
         if (
             self.watching
-            and "experts" in seen
-            and (seen["step"] + 1) % self.cfg.check_interval == 0
+            and seen.experts is not None
+            and (seen.step + 1) % self.cfg.check_interval == 0
         ):
             self.check_experts(seen)
-        if self.watching and (seen["step"] + 1) % self.cfg.check_interval == 0:
+        if self.watching and (seen.step + 1) % self.cfg.check_interval == 0:
             self.examine(seen)
         self.settle(turn)
         self.seconds += time.perf_counter() - began
 
     # ---- what goes wrong
 
-    def out_of_step(self, seen: dict) -> None:
+    def out_of_step(self, seen: StepNumbers) -> None:
         """The ranks hold different weights (a flipped bit, a faulty part): back to the last check that they passed."""
         t = self.trainer
         sums = t.parallel.gather(int(t.parallel.checksum(t.model)))
@@ -317,7 +317,7 @@ class Orchestrator:
         who = (
             f"rank {', '.join(map(str, odd))} differs from most" if odd else "there is no majority"
         )
-        said = f"the ranks' weights differ at step {seen['step']} ({who}): a memory or transfer error of that machine"
+        said = f"the ranks' weights differ at step {seen.step} ({who}): a memory or transfer error of that machine"
         self.todo.append(lambda: self.recover("desync", self.together + 1, 1.0, "observed", said))
 
     def shorten(self, advice: str) -> None:
@@ -395,19 +395,19 @@ class Orchestrator:
             self.decide("chance", "warn", "; ".join(worse), 0, basis="rule")
         return True
 
-    def not_finite(self, seen: dict) -> None:
-        t, turn = self.trainer, seen["turn"]
+    def not_finite(self, seen: StepNumbers) -> None:
+        t, turn = self.trainer, seen.iteration
         self.in_a_row += 1
         scaling = (
-            t.loss_scale is not None and seen["loss_finite"]
+            t.loss_scale is not None and seen.loss_finite
         )  # fp16: an overflow while the loss scale finds its place
         if self.in_a_row == 1 and not scaling:
-            found = [f for f in t.parallel.gather(t.diagnose(seen["cursor"])) if f]
+            found = [f for f in t.parallel.gather(t.diagnose(seen.cursor)) if f]
             found.sort(key=lambda f: f.startswith("not repeated"))  # another rank may have seen it
             self.reason = found[0] if found else "transient: finite when repeated"
         elif scaling:
             self.reason = "fp16 overflow, the loss scale halves"
-        stat = {"loss": seen["loss"], "grad_norm": seen["grad_norm"], "in_a_row": self.in_a_row}
+        stat = {"loss": seen.loss, "grad_norm": seen.grad_norm, "in_a_row": self.in_a_row}
         said = f"loss or gradient not finite; {self.reason}"
         self.decide("nonfinite", "drop", said, 1, seen, stat=stat, always=True)
         if not scaling and self.watching:
@@ -430,23 +430,24 @@ class Orchestrator:
                     self.in_a_row = 0
                     return
         if self.in_a_row >= self.LIMIT:
-            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen['step']}; {self.reason}"
+            text = f"{self.in_a_row} steps in a row had no finite gradient, up to step {seen.step}; {self.reason}"
             raise UserError("E302" if scaling else "E301", text)
 
-    def explosion(self, seen: dict) -> None:
-        limit, norm = self.norms.limit(seen["turn"]), seen["grad_norm"]
+    def explosion(self, seen: StepNumbers) -> None:
+        limit, norm = self.norms.limit(seen.iteration), seen.grad_norm
         stat = {"grad_norm": norm, "limit": math.exp(limit)}
         said = f"gradient norm {norm:.3g}, at most {math.exp(limit):.3g} was to be expected"
-        confidence = self.norms.confidence(seen["turn"], norm)
-        if seen["bad"] or not self.acting:
+        confidence = self.norms.confidence(seen.iteration, norm)
+        if seen.bad or not self.acting:
             self.decide(
                 "explosion", "drop", said, 1, seen, stat=stat, confidence=confidence, basis="pvalue"
             )
-            self.skipped.append(seen["turn"])
+            self.skipped.append(seen.iteration)
             often = (
-                len(self.skipped) > self.SKIPS[0] and seen["turn"] - self.skipped[0] < self.SKIPS[1]
+                len(self.skipped) > self.SKIPS[0]
+                and seen.iteration - self.skipped[0] < self.SKIPS[1]
             )
-            if often and seen["turn"] >= self.cool():
+            if often and seen.iteration >= self.cool():
                 onset, said = (
                     self.skipped[0],
                     f"more than {self.SKIPS[0]} of {self.SKIPS[1]} steps exploded",
@@ -482,11 +483,11 @@ class Orchestrator:
 
         self.todo.append(do)
 
-    def follow(self, seen: dict) -> None:
+    def follow(self, seen: StepNumbers) -> None:
         """The divergence detector, and the patience that most spikes deserve."""
-        c, turn, a = self.course, seen["turn"], self.alarm
+        c, turn, a = self.course, seen.iteration, self.alarm
         until = max(turn + self.WAIT, self.cool())
-        self.recent.append(seen["loss"])
+        self.recent.append(seen.loss)
         if a is None and self.regain is not None and turn >= self.cool():
             half, level, self.regain = self.regain, statistics.median(self.recent), None
             if level > half:
@@ -502,7 +503,7 @@ class Orchestrator:
                 said += f" would be half of it, {turn - onset} steps after a rollback"
                 self.regain_by(half, lambda: self.recover("divergence", onset, 0.91, "rule", said))
                 return
-        c.add(turn, seen["loss"])
+        c.add(turn, seen.loss)
         if a is None:
             if c.frozen > c.PATIENCE and not c.alarm(self.cfg.intervention_threshold):
                 c.forget()
@@ -515,7 +516,7 @@ class Orchestrator:
                 return
             if c.too_low() and turn - self.warned >= 100:
                 self.warned = turn
-                said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen['cursor']}"
+                said = f"the loss fell by {-c.residual:.3f} nats at once: look at the data around row {seen.cursor}"
                 self.decide(
                     "low_loss", "warn", said, 0, seen, stat={"residual": c.residual}, basis="rule"
                 )
@@ -774,7 +775,7 @@ class Orchestrator:
 
     # ---- health
 
-    def examine(self, seen: dict) -> None:
+    def examine(self, seen: StepNumbers) -> None:
         """Every check_interval steps: healthy | warning | critical, the causes, and advice on the first of them."""
         t, now, found = self.trainer, self.counters(), []
         before, self.checked = self.checked or now, now
@@ -827,8 +828,7 @@ class Orchestrator:
                     )
                 )
             looked = (
-                t.evaluated_at is not None
-                and t.evaluated_at > seen["step"] - self.cfg.check_interval
+                t.evaluated_at is not None and t.evaluated_at > seen.step - self.cfg.check_interval
             )
             if (
                 any(r["graphs"] for r in rows) and self.paces and not looked
@@ -887,16 +887,16 @@ class Orchestrator:
 
     # ---- experts
 
-    def check_experts(self, seen: dict) -> None:
+    def check_experts(self, seen: StepNumbers) -> None:
         """The selection bias is the standing response; what stays unbalanced for five checks gets more of it."""
-        m, e = self.trainer.cfg.model, seen["experts"]
+        m, e = self.trainer.cfg.model, seen.experts
         most = min(
             4.0, 0.75 * (m.n_experts / m.n_experts_per_token - 1)
         )  # of the largest violation there can be
         for i, x in e["layers"].items():
             wrong = x["dead"] > 0 or x["max_violation"] > most
             self.unbalanced[i] = self.unbalanced.get(i, 0) + 1 if wrong else 0
-        if seen["step"] + 1 < 10 * self.cfg.check_interval or any(
+        if seen.step + 1 < 10 * self.cfg.check_interval or any(
             d["kind"] == "experts" for d in self.due
         ):
             return
@@ -1024,7 +1024,7 @@ class Orchestrator:
                 blocked = f"mode: {self.mode}"
             elif confidence < self.cfg.intervention_threshold:
                 blocked = f"confidence below {self.cfg.intervention_threshold}"
-        at = seen or {"step": t.step, "cursor": t.cursor, "turn": self.turn}
+        at = seen or StepNumbers(t.step, t.cursor, self.turn)
         row = {
             "v": 1,
             "id": self.next_id,
@@ -1032,9 +1032,9 @@ class Orchestrator:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         row |= {
-            "step": at["step"],
-            "cursor": at["cursor"],
-            "turn": at["turn"],
+            "step": at.step,
+            "cursor": at.cursor,
+            "turn": at.iteration,
             "tokens": t.tokens,
             "attempt": t.attempt,
         }
@@ -1089,8 +1089,8 @@ class Orchestrator:
         t.say(f"confidence {confidence:.2f} ({basis}), level {level}")
         return row
 
-    def outcome(self, decision: int, verdict: str, seen: dict | None = None, **more) -> None:
-        step = seen["step"] if seen else self.trainer.step
+    def outcome(self, decision: int, verdict: str, seen: StepNumbers | None = None, **more) -> None:
+        step = seen.step if seen else self.trainer.step
         self.trainer.append(
             "decisions.jsonl",
             {

@@ -25,6 +25,7 @@ from lumen import files, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
+from lumen.detectors import StepNumbers
 from lumen.errors import UserError, a_path
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics
 from lumen.files import read_lines
@@ -325,19 +326,15 @@ class Report:
                 self.log_file.close()
         self.wandb = self.board = self.log_file = None
 
-    def log(self, seen: dict) -> None:
+    def log(self, seen: StepNumbers) -> None:
         """One line per log step; speeds are means since the last one, without evaluation and saving."""
-        cfg, done = self.cfg, seen["step"] + 1
+        cfg, done = self.cfg, seen.step + 1
         interval = self.watch.interval(done)
         speed = interval.speed() * self.rows_per_step * cfg.model.max_seq_len
         cuda = self.parallel.device.type == "cuda"
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
-        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
-        row |= {
-            "ppl": math.exp(min(seen["loss"], 50.0)),
-            "lr": seen["lr"],
-            "grad_norm": seen["grad_norm"],
-        }
+        epochs = self.loader.epochs(seen.cursor + self.rows_per_step)
+        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen.loss}
+        row |= {"ppl": math.exp(min(seen.loss, 50.0)), "lr": seen.lr, "grad_norm": seen.grad_norm}
         flops = (
             self.model.flops_per_token() if self.mod else self.flops_per_token
         )  # MoD's capacity may be annealed
@@ -362,34 +359,32 @@ class Report:
             "mem_reserved": torch.cuda.max_memory_reserved() if cuda else None,
             "ram": resident_bytes(),
         }
-        row |= {"z_loss": seen["z_loss"]} if cfg.z_loss else {}
+        row |= {"z_loss": seen.z_loss} if cfg.z_loss else {}
         row |= self.routing_row(seen)
         row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
         self.record(row)
         left = (cfg.max_steps - done) / interval.speed()
         share = "mfu -" if row["mfu"] is None else f"mfu {100 * mfu:.0f} %"
         share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
-        numbers = f"loss {seen['loss']:.4f}  ppl {row['ppl']:.4g}"
+        numbers = f"loss {seen.loss:.4f}  ppl {row['ppl']:.4g}"
         numbers += f"  aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
-        numbers += (
-            f"  lr {seen['lr']:.2e}  norm {seen['grad_norm']:.2f}  {plan.describe(speed)} tok/s"
-        )
+        numbers += f"  lr {seen.lr:.2e}  norm {seen.grad_norm:.2f}  {plan.describe(speed)} tok/s"
         share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
         went = f"{clock(sum(self.watch.spent.values()))} gone, {clock(left)} left"
         self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")
         for line in self.routing_lines(seen):
             self.say(line)
         if self.bar:
-            self.bar.set_postfix(loss=f"{seen['loss']:.3f}")
+            self.bar.set_postfix(loss=f"{seen.loss:.3f}")
         self.watch.restart(done, interval)
 
     # ---- sparse layers
 
-    def routing_lines(self, seen: dict) -> list[str]:
+    def routing_lines(self, seen: StepNumbers) -> list[str]:
         """The compact form for the console."""
         lines = []
-        if "experts" in seen:
-            e = seen["experts"]
+        if seen.experts is not None:
+            e = seen.experts
             worst = max(e["layers"], key=lambda i: e["layers"][i]["max_violation"])
             text = f"hottest {1 + e['max_violation']:.2f} x fair (layer {worst}), entropy {e['routing_entropy']:.3f} of "
             text += f"{e['max_entropy']:.3f} nats, dead {e['dead']}, dropped {e['tokens_dropped']}, bias "
@@ -398,8 +393,8 @@ class Report:
                 + f"confidence {e['confidence']:.2f}"
             )
             lines.append(f"experts    {text}")
-        if "depth" in seen:
-            d = seen["depth"]
+        if seen.depth is not None:
+            d = seen.depth
             text = (
                 f"{d['average_depth']:.2f} of {self.cfg.model.n_layers} layers a token, capacity "
             )
@@ -421,11 +416,11 @@ class Report:
             found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
         return found
 
-    def routing_row(self, seen: dict) -> dict:
+    def routing_row(self, seen: StepNumbers) -> dict:
         """What metrics.jsonl says of the sparse layers; and their charts, to wandb and TensorBoard."""
         cfg, row = self.cfg.model, {}
-        if "experts" in seen:
-            e, layers = seen["experts"], seen["experts"]["layers"]
+        if seen.experts is not None:
+            e, layers = seen.experts, seen.experts["layers"]
             nominal = (
                 self.rows_per_step * cfg.max_seq_len
             )  # of which a router inside MoD sees a part
@@ -449,16 +444,16 @@ class Report:
             row |= {"experts/bias_min": e["bias_range"][0], "experts/bias_max": e["bias_range"][1]}
             row |= {f"experts/share/{i}": x["per_expert_utilization"] for i, x in layers.items()}
             for i, x in layers.items():
-                self.chart(f"experts/share/{i}", x["per_expert_utilization"], seen["step"] + 1)
-        if "depth" in seen:
-            d = seen["depth"]
+                self.chart(f"experts/share/{i}", x["per_expert_utilization"], seen.step + 1)
+        if seen.depth is not None:
+            d = seen.depth
             row |= {"mod_loss": MoD.BCE_WEIGHT * d["predictor_loss"] * len(self.mod)}
             row |= {
                 f"depth/{k}": d[k]
                 for k in ("capacity_factor", "average_depth", "predictor_agreement")
             }
             row |= {f"depth/usage/{i}": u for i, u in d["per_layer_usage"].items()}
-            self.chart("depth/position", d["position_usage"], seen["step"] + 1)
+            self.chart("depth/position", d["position_usage"], seen.step + 1)
         return row
 
     def chart(self, name: str, values: list, step: int) -> None:

@@ -391,12 +391,12 @@ def reference(t, act: bool) -> list:
     losses, done = deque(maxlen=50), []
 
     def drain(real):
-        if (seen := real()) and "loss" in seen:
-            losses.append(seen["loss"])
+        if (seen := real()) and not seen.oom:
+            losses.append(seen.loss)
             flat = len(losses) == 50 and np.var(losses) < 0.001
-            if (flat or seen["grad_norm"] > 100) and seen["turn"] >= (done[-1] if done else 0) + 50:
-                done.append(seen["turn"])
-                times = 0.1 if seen["grad_norm"] > 100 else 1.5
+            if (flat or seen.grad_norm > 100) and seen.iteration >= (done[-1] if done else 0) + 50:
+                done.append(seen.iteration)
+                times = 0.1 if seen.grad_norm > 100 else 1.5
                 act and t.orchestrator.set_knob(
                     "lr_scale", t.orchestrator.get_knob("lr_scale") * times
                 )
