@@ -33,7 +33,7 @@ from kernels import pick_attention, pick_backend
 from lumen import checkpoint, files, forecast, launch, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
-from lumen.checkpoint import Writing, model_of, refuse_odd
+from lumen.checkpoint import model_of, refuse_odd
 from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
 from lumen.control import ByHand
 from lumen.detectors import StepNumbers, above_chance
@@ -46,6 +46,7 @@ from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report, open_log_file, start_wandb
 from lumen.resume import prepare_first
+from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
 from model_moe import MOD_SUMS, SUMS, draw_dropout, update_balance
@@ -332,14 +333,8 @@ class Trainer(ByHand, Report):
             None,
             0,
         )
-        self.evaluated_at, self.stopped_early, self.unsaved, self.data_error = (
-            None,
-            False,
-            False,
-            None,
-        )
+        self.evaluated_at, self.stopped_early, self.data_error = None, False, None
         self.stop_signal = self.save_signal = self.left = 0
-        self.writing: Writing | None = None
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.loss_scale = None, None, None
         self.latest: StepNumbers | None = None  # of the last finished step
@@ -376,9 +371,6 @@ class Trainer(ByHand, Report):
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
-        self.longest_timeout = self.timeout = max(
-            self.parallel.STARTUP_TIMEOUT, self.cfg.comm_timeout
-        )  # seconds ranks wait for others
         if self.parallel.collective_free:  # zero_stage 0 is what this is
             given = [
                 key
@@ -416,6 +408,7 @@ class Trainer(ByHand, Report):
         self.build(saved, weights)
         self.started_at = self.step
         self.watch = Stopwatch(self.step, runs_ahead=self.parallel.device.type == "cuda")
+        self.saver = Saver(self.cfg, self.parallel, self.owner, self, self.watch)
         if saved is not None:
             self.find_best()
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
@@ -1429,8 +1422,8 @@ class Trainer(ByHand, Report):
             stop = stop or self.left
             last = last or self.stopped_early
             retry = (
-                self.unsaved
-                and self.writing is None
+                self.saver.unsaved
+                and self.saver.writing is None
                 and self.step % max(1, cfg.save_interval // 10) == 0
             )
             moved = self.step != self.started_at
@@ -1441,9 +1434,9 @@ class Trainer(ByHand, Report):
             ):
                 self.save(wait=not cfg.save_async or last or stop or rolled)
             if last or stop:
-                self.end_save()
+                self.saver.finish()
                 for _ in range(3):  # a full disk may have been freed in the meantime
-                    if self.unsaved:
+                    if self.saver.unsaved:
                         time.sleep(1)
                         self.save()
                 break
@@ -1515,7 +1508,7 @@ class Trainer(ByHand, Report):
             ):
                 if flag:
                     stats[STAT[name]] = 1
-            if self.writing and self.writing.is_alive():
+            if self.saver.busy:
                 stats[STAT["writing"]] = 1
             if (
                 par.world > 1
@@ -1577,8 +1570,7 @@ class Trainer(ByHand, Report):
             self.step += 1
             self.cursor += self.rows_per_step
             if self.step == self.started_at + 1:
-                self.timeout = cfg.comm_timeout
-                par.set_timeout(self.timeout)
+                self.saver.set_timeout(cfg.comm_timeout)
             due = (
                 cfg.save_interval and self.step % cfg.save_interval == 0
             ) or self.step >= cfg.max_steps
@@ -1595,7 +1587,7 @@ class Trainer(ByHand, Report):
                 self.save_signal = 0
         self.drain()
         state = "finished" if last and self.evaluated_at == self.step else "stopped"
-        code = 4 if self.unsaved else 0
+        code = 4 if self.saver.unsaved else 0
         self.finish(state, code)
         return code
 
@@ -1636,8 +1628,7 @@ class Trainer(ByHand, Report):
             bad,
             exploded,
         ) = numbers
-        if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
-            self.end_save()
+        self.saver.finish_if_written(turn, writing)
         if unread:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
@@ -1783,7 +1774,7 @@ class Trainer(ByHand, Report):
     def rewind(self, note: dict) -> None:
         """Back to the step of `note`, whose tensors are there already; the cursor stays beyond what was read. The
         checkpoints after it are set aside."""
-        self.end_save()
+        self.saver.finish()
         self.pending, self.step = None, note["step"]
         self.take_numbers(note)
         self.set_damaged_aside()
@@ -2031,104 +2022,14 @@ class Trainer(ByHand, Report):
         return new_best
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
-        """Write step_N; all ranks agree on success. A failure is cleaned up and said, and the run goes on. With `wait`
-        false only a copy is made here; a thread writes it, and a later turn ends it, see end_save. `prune` false: no
-        older checkpoint is deleted for it."""
+        """Write step_N, on all ranks; see Saver.save."""
         self.drain()
-        self.end_save()
-        self.watch.lap("other")
-        began, par, final = (
-            time.perf_counter(),
-            self.parallel,
-            checkpoint.step_dir(self.out, self.step),
-        )
-        folder = Path(f"{final}.tmp")
+        self.saver.finish()
         if self.best_val_loss is None:
             self.best_step = self.step  # nothing to compare by: the last is the best
-        if self.main:
-            shutil.rmtree(folder, ignore_errors=True)
-        par.set_timeout(
-            self.longest_timeout
-        )  # a disk takes its time; and nobody writes before the old one is gone
-        pieces = {}
-        for name, tensor in self.tensors().items():
-            own = [
-                (shape, offset, local)
-                for offset, shape, local, writes in par.local_shards(name, tensor)
-                if writes
-            ]
-            if not wait:
-                own = [
-                    (shape, offset, local.detach().to("cpu", copy=True))
-                    for shape, offset, local in own
-                ]
-            pieces |= {name: own} if own else {}
-        state = json.dumps(self.state()) if self.main else None
-        self.writing = writing = Writing(
-            folder, final, par.rank, pieces, state, self.orchestrator.turn, began
-        )
-        writing.run() if wait else writing.start()
-        writing.stall = time.perf_counter() - began
-        self.watch.leave_out(writing.stall)
-        self.watch.lap("checkpoint")
-        if wait:
-            return self.end_save(prune)
-        par.set_timeout(self.timeout)
-        return True
-
-    def end_save(self, prune: bool = True) -> bool:
-        """Wait for what is being written, agree, and give it its name."""
-        if self.writing is None:
-            return True
-        self.watch.lap("other")
-        w, self.writing, par, began = self.writing, None, self.parallel, time.perf_counter()
-        par.set_timeout(self.longest_timeout)
-        if w.is_alive():
-            w.join()
-        error = w.error
-        failed = par.all_reduce_max([error is not None])[0]
-        if not failed and self.main:
-            try:
-                self.owner.keep()
-                checkpoint.commit(w.folder, w.final, par.world, json.loads(w.state))
-            except OSError as e:
-                error = f"{type(e).__name__}: {e}"
-        failed = par.all_reduce_max([error is not None])[0]
-        par.set_timeout(self.timeout)
-        self.unsaved = bool(failed)
-        if failed:
-            said = "; ".join(e for e in par.gather(error) if e)
-            if self.main:
-                shutil.rmtree(w.folder, ignore_errors=True)
-            self.say(
-                f"E307       {w.final} could not be written ({said}); the run goes on and tries again"
-            )
-        else:
-            if self.main:
-                self.after_save(w, prune)
-            now = time.perf_counter()
-            stall = w.stall + now - began
-            beside = f", of which training waited {stall:.1f} s" if self.cfg.save_async else ""
-            self.say(f"saved      {w.final}, {now - w.began:.1f} s{beside}")
-            if self.cfg.picture and self.main:
-                with self.nicety("picture"):
-                    self.draw()
-        self.watch.leave_out(time.perf_counter() - began)
-        self.watch.lap("checkpoint")
-        return not failed
-
-    def after_save(self, w: Writing, prune: bool) -> None:
-        """Rank 0, the checkpoint has its name: what belongs beside it, and what is not kept any more. None of it can
-        make the save a failure; what cannot be done now can be after the next one."""
-        cfg, state = self.cfg, json.loads(w.state)
-        best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
-        with self.nicety(f"beside {w.final.name}"):
-            self.furnish()
-        with self.nicety("best.json"):
-            files.write_json(self.out / "best.json", best)
-            keep = (cfg.save_total_limit, cfg.keep_every, self.best_step)
-            if prune:
-                checkpoint.prune(self.out, *keep, saved=checkpoint.step_of(w.final))
+        state = self.state() if self.main else None
+        tensors, iteration = self.tensors(), self.orchestrator.turn
+        return self.saver.save(self.step, tensors, state, iteration, wait, prune)
 
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""

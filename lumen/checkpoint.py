@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import stat
-import threading
 from pathlib import Path
 
 import torch
@@ -428,31 +427,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     command(main)
-
-
-class Writing(threading.Thread):
-    """A checkpoint on its way to the disk: this rank's half of it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        final: Path,
-        rank: int,
-        pieces: dict,
-        state: str | None,
-        turn: int,
-        began: float,
-    ):
-        super().__init__(name="checkpoint", daemon=True)
-        self.folder, self.final, self.rank, self.pieces = folder, final, rank, pieces
-        self.state, self.turn, self.began, self.stall, self.error = state, turn, began, 0.0, None
-
-    def run(self) -> None:
-        try:
-            self.error = write(self.folder, self.rank, self.pieces)
-        except Exception as error:  # nobody else would hear of it
-            self.error = f"{type(error).__name__}: {error}"
-        self.pieces = None
 
 
 def model_of(saved: Checkpoint, key: str = "") -> ModelConfig:

@@ -793,7 +793,7 @@ class Orchestrator:
             found.append(
                 (2, said, "lower learning_rate, lengthen warmup_steps, or look at the data")
             )
-        if t.unsaved:
+        if t.saver.unsaved:
             found.append((2, "the last checkpoint could not be written", "free disk space"))
         if steps:
             if (wait := max(r["data"] for r in rows) / work) > 0.2:
