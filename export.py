@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -617,43 +616,33 @@ def model_config(config: dict, where) -> ModelConfig:
     )
 
 
-def read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError("E401", f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError("E401", f"{path}: holds no JSON object")
-    return data
-
-
 def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | None]:
     """(Our configuration, fp32 state dict, dtype of the files, path of tokenizer.json or None) of a folder.
 
     UserError E401 when a key of the configuration or a tensor is too many, missing, or of another shape.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json", "E401")
     try:
         cfg = model_config(config, folder / "config.json")
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError("E401", f"{folder / 'config.json'}: {error}") from error
     except KeyError as error:
         raise UserError("E401", f"{folder / 'config.json'}: {error.args[0]}: missing") from error
-    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    index, shards = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = files.read_json(index, "E401").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError("E401", f"{index}: holds no weight_map")
-        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
-    elif not files[0].exists():
+        shards = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    elif not shards[0].exists():
         raise UserError(
             "E401",
             f"{folder}: no model.safetensors and no index of shards; pickled .bin files are not read",
         )
     where, parts, dtypes = {}, {}, set()
     try:
-        for file in files:
+        for file in shards:
             where |= dict.fromkeys((handle := safe_open(file, "pt")).keys(), handle)
         table = layout(cfg, fused=any(n.endswith("experts.gate_up_proj") for n in where))
         wanted = {theirs for _, theirs, *_ in table}
@@ -732,7 +721,7 @@ def one_dtype(names: set[str]) -> str:
 def from_hf(folder, out_dir, say=print) -> None:
     """Make a run out of a Hugging Face folder: step 0, without an optimizer."""
     cfg, state, dtype, tokenizer_file = read_hf(folder)
-    config = read_json(Path(folder) / "config.json")
+    config = files.read_json(Path(folder) / "config.json", "E401")
     imported = {
         "from": str(Path(folder).resolve()),
         "dtype": dtype,

@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 from lumen.errors import ERRORS, UserError, expand
 from lumen.launch import Words, command, speak
-from lumen.loader import DAMAGED, sha256_of
+from lumen.files import sha256
+from lumen.loader import DAMAGED
 from lumen.tokenizer import NAMED, Tokenizer, load, mend_surrogates, train_bpe
 
 OPTIONS = {  # of prepare() and of the command line: (default, meaning); a default of None depends on the text
@@ -1529,7 +1530,7 @@ def verify(folder: str) -> None:
     for name, want in sums:
         path = os.path.join(folder, name)
         try:
-            problem = "" if sha256_of(path) == want else DAMAGED
+            problem = "" if sha256(path) == want else DAMAGED
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         if problem:

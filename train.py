@@ -513,7 +513,7 @@ class Trainer(ByHand, Report):
         anew = (
             cfg.resume == "none"
             and cfg.overwrite
-            and not owner.again(files.read(self.out / owner.Owner.NAME))
+            and not owner.again(files.read_json(self.out / owner.Owner.NAME))
         )
         if origin := self.find_origin():
             try:

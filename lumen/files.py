@@ -1,4 +1,4 @@
-"""Files that are believed only when they are whole: atomic JSON, hashes, lines."""
+"""Files that are believed only when they are whole: atomic replacement, JSON, hashes, lines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
+from lumen.errors import UserError
 from lumen.launch import speak
 
-CANNOT = (
+# what os.fsync raises where a file system cannot do it (some FUSE, CIFS) or does not allow it
+CANNOT_SYNC = (
     errno.EINVAL,
     errno.ENOTSUP,
     errno.EOPNOTSUPP,
@@ -21,12 +24,12 @@ CANNOT = (
     errno.EACCES,
     errno.EPERM,
 )
-UNSYNCED: set[str] = set()  # what was said once
+UNSYNCED: set[str] = set()  # "files", "folders": the note about each is said once
 
 
 def sync(path) -> None:
-    """Make a file's bytes, or a folder's names, survive a power loss. OSError where they are lost already; that a file
-    system cannot do it (some FUSE, CIFS) or does not allow it is noted once, for it matters only if the power fails."""
+    """Make a file's bytes, or a folder's names, survive a power loss. OSError where they are lost
+    already; that a file system cannot sync is noted once, for it matters only if the power fails."""
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -34,49 +37,77 @@ def sync(path) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        if error.errno not in CANNOT:
+        if error.errno not in CANNOT_SYNC:
             raise
         what = "folders" if os.path.isdir(path) else "files"
         if what not in UNSYNCED and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            text = f"note       {what} cannot be synced here ({path}: {error.strerror}): what was saved just before"
             speak(
-                f"{text} a power loss may be gone",
+                f"note       {what} cannot be synced here ({path}: {error.strerror}): "
+                "what was saved just before a power loss may be gone",
                 lambda text: print(text, file=sys.stderr, flush=True),
             )
         UNSYNCED.add(what)
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write that appears whole or not at all: readers see the old or the new one,
+    never a part. OSError when the disk does not take it."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+        sync(tmp)
+        os.replace(tmp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise
+    sync(Path(path).parent)
+
+
 def write_json(path, data) -> None:
-    """Replace a JSON file atomically: readers see the old or the new one, never a part."""
-    tmp = Path(f"{path}.tmp")
-    with open(tmp, "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1, sort_keys=True)
-    sync(tmp)
-    os.replace(tmp, path)
-    sync(tmp.parent)
+    """Replace a JSON file atomically. OSError."""
+    with replacing(path) as file:
+        file.write(json.dumps(data, indent=1, sort_keys=True).encode())
 
 
-def sha256(path) -> str:
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read(path) -> dict:
-    """What stands in an owner.json; {} where there is none, or nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        row = json.loads(Path(path).read_text())
-        return row if isinstance(row, dict) else {}
+def read_json(path, code: str = "", must_exist: bool = True) -> dict:
+    """The object in a JSON file. Without a `code`, {} where there is none or it cannot be read;
+    with one, UserError of that code, but {} for a file that need not exist."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        absent = isinstance(error, FileNotFoundError) and not must_exist
+        if code and not absent:
+            raise UserError(code, f"{path} cannot be read: {error}") from error
+        return {}
+    if isinstance(data, dict):
+        return data
+    if code:
+        raise UserError(code, f"{path} cannot be read: it holds no JSON object")
     return {}
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a .jsonl file; none where there is none."""
+    """The rows of a .jsonl file; none where there is none. Half a last line is passed over."""
     with contextlib.suppress(OSError):
-        text = path.read_text(encoding="utf-8")
-        return [
-            json.loads(line) for line in text[: text.rfind("\n")].splitlines()
-        ]  # the last may be half written
+        text = Path(path).read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.split("\n")[:-1]]
     return []
+
+
+def sha256(path, core_share: float = 1.0, stopped=lambda: False) -> str:
+    """sha256 of a file's bytes, in hex. With a `core_share` below 1 it takes that much of one core;
+    once `stopped()` it gives up and returns "". OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            began = time.perf_counter()
+            digest.update(block)
+            if stopped():
+                return ""
+            if core_share < 1:
+                time.sleep((time.perf_counter() - began) * (1 / core_share - 1))
+    return digest.hexdigest()

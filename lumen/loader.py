@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lumen.errors import UserError
+from lumen.files import sha256
 
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 DEPTH = 4  # micro-batches read ahead
@@ -159,7 +160,7 @@ class Sums:
             if row in known:
                 continue
             try:
-                found = sha256_of(path, self.SHARE, lambda: self.ended)
+                found = sha256(path, self.SHARE, lambda: self.ended)
                 replaced = os.stat(path).st_mtime_ns != shard.stamp[1]
             except OSError:  # read() says what is to be said
                 continue
@@ -177,20 +178,6 @@ class Sums:
 
 
 DAMAGED = "its bytes are not those that were prepared (another sha256 than in manifest.json): copy it anew"
-
-
-def sha256_of(path: str, share: float = 1.0, ended=lambda: False) -> str:
-    """Of a file's bytes, by so much of one core; empty if it was ended before."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            began = time.perf_counter()
-            digest.update(block)
-            if ended():
-                return ""
-            if share < 1:
-                time.sleep((time.perf_counter() - began) * (1 / share - 1))
-    return digest.hexdigest()
 
 
 def bare_shards(path: str) -> list[str]:

@@ -15,7 +15,7 @@ import weakref
 from pathlib import Path
 
 from lumen.errors import UserError
-from lumen.files import read
+from lumen.files import read_json
 from lumen.launch import launch_id, parent, process, restarts
 
 try:
@@ -93,7 +93,7 @@ class Owner:
                 file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
             except OSError as error:
                 raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
-            locked, row = lock(file), read(self.path)
+            locked, row = lock(file), read_json(self.path)
             if locked is False or alive(row, bool(locked), self.path):
                 file.close()
                 return describe(row)
@@ -105,7 +105,7 @@ class Owner:
         hold.write(json.dumps(hold.row).encode())
         if locked is None:
             time.sleep(SETTLE)
-            if (now := read(self.path)) != hold.row:  # two at a time: the last to write has it
+            if (now := read_json(self.path)) != hold.row:  # two at a time: the last to write has it
                 file.close()
                 return describe(now)
         self.found, self.hold = row, hold
@@ -130,7 +130,7 @@ class Owner:
         the run is taken anew."""
         if not self.main:
             return
-        row, ours = read(self.path), self.hold.row
+        row, ours = read_json(self.path), self.hold.row
         if any(row.get(key) != ours[key] for key in ("host", "space", "pid", "began")):
             if alive(row, False, self.path):
                 raise OSError(errno.EBUSY, f"{self.out} is in use by {describe(row)}")
@@ -300,7 +300,9 @@ def hopeless(out) -> dict | None:
         return {"code": 2, "reason": reason}
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((Path(out) / "status.json").read_text())
-        if status["state"] in ("diverged", "input_error") and again(read(Path(out) / Owner.NAME)):
+        if status["state"] in ("diverged", "input_error") and again(
+            read_json(Path(out) / Owner.NAME)
+        ):
             return status
     return None
 

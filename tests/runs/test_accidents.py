@@ -139,7 +139,9 @@ def test_a_second_start_into_a_live_run(tiny, monkeypatch):
         assert everything(out) == before
     trainer = Trainer(keys | {"max_steps": 6})
     assert trainer.step == 4 and not (out / "step_00000009.tmp").exists() and trainer.fit() == 0
-    assert checkpoint.list_steps(out)[-1] == 6 and files.read(out / "owner.json")["pid"] is None
+    assert (
+        checkpoint.list_steps(out)[-1] == 6 and files.read_json(out / "owner.json")["pid"] is None
+    )
 
 
 def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
@@ -206,7 +208,7 @@ def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
             assert json.loads(file.read_text()) == row
         else:
             owner.take()
-            assert files.read(file)["pid"] == os.getpid(), row
+            assert files.read_json(file)["pid"] == os.getpid(), row
         owner.release()
         assert json.loads(file.read_text() or "{}") == row, "never accepted: as it was"
     file.write_text('{"half')
@@ -230,7 +232,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
             owner.take()
     owner.take()
     owner.accept()
-    assert files.read(owner.path)["locked"] is False
+    assert files.read_json(owner.path)["locked"] is False
     owner.keep()
     other = owners.identity() | {"host": "elsewhere", "pid": 7, "since": "now"}
     owner.path.write_text(json.dumps(other))
@@ -260,7 +262,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
     del owner  # nobody closed it
     gc.collect()
     time.sleep(0.1)
-    assert files.read(tmp_path / "owner.json")["pid"] is None
+    assert files.read_json(tmp_path / "owner.json")["pid"] is None
     os.utime(tmp_path / "owner.json", (1, 1))
     time.sleep(0.1)
     assert os.stat(tmp_path / "owner.json").st_mtime < 2
@@ -694,7 +696,7 @@ def test_out_dir_is_deleted_under_the_run(tiny, text):
         "saved" in (trainer.out / "train.log").read_text()
         and checkpoint.find(trainer.out).step == 6
     )
-    assert files.read(trainer.out / "owner.json")["pid"] is None
+    assert files.read_json(trainer.out / "owner.json")["pid"] is None
     from sample import load
 
     assert load(str(trainer.out))[1] is not None
@@ -1613,9 +1615,9 @@ def test_two_ranks_hear_of_a_hole(tiny, tmp_path):
 def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
     """A run is resumed: shards that were verified and were not touched since are not read again; one that was is."""
     bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
-    read, real = [], loader.sha256_of
+    read, real = [], loader.sha256
     monkeypatch.setattr(
-        loader, "sha256_of", lambda path, *more: read.append(path) or real(path, *more)
+        loader, "sha256", lambda path, *more: read.append(path) or real(path, *more)
     )
     for touched, wanted in ((False, None), (False, 0), (True, 1)):
         source = loader.Source(str(tmp_path / "data"), "train", 16)

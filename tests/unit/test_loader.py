@@ -625,7 +625,7 @@ def test_truncation_is_no_crash(tmp_path):
     code = """
         import sys
         from lumen import loader
-        from errors import UserError
+        from lumen.errors import UserError
         loader.WAITS = (0.01, 0.01)
         load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 4096)}, 1, [[0, {"d": 1}]])
         load.start(0, 0, 1, 8, 1)
