@@ -47,7 +47,7 @@ from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report, open_log_file, start_wandb
 from lumen.resume import prepare_first
 from model import ModelConfig, Transformer
-from model_moe import MOD_SUMS, SUMS, draw_dropout, update_balance
+from model_moe import draw_dropout, update_balance
 
 # ---------------------------------------------------------------- schedule and optimizer
 
@@ -287,8 +287,23 @@ class Parallel(Rows):
 # ---------------------------------------------------------------- trainer
 
 # what is summed over ranks in each step
-STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square", "writing")
-STAT = {name: i for i, name in enumerate(STATS)}
+FLAGS = ("unread", "oom", "stop", "save", "control", "sum", "square", "writing")  # beside the sums
+
+
+def flatten(sums: dict) -> tuple[torch.Tensor, dict]:
+    """One fp64 vector of all the sums (fp32 on MPS, which has no other), and the shape of each by name."""
+    device = next(iter(sums.values())).device
+    double = torch.float32 if device.type == "mps" else torch.float64
+    vector = torch.cat([value.reshape(-1).to(double) for value in sums.values()])
+    return vector, {name: value.shape for name, value in sums.items()}
+
+
+def unflatten(vector: torch.Tensor, shapes: dict) -> dict:
+    """What flatten was given, as views of the vector."""
+    pieces = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+
+
 LAPS = (
     "data",
     "compute",
@@ -1034,12 +1049,13 @@ class Trainer(ByHand, Report):
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
             moe.backend = cfg.expert_backend
-        n = next(iter(self.moe.values())).router.n if self.moe else 0
-        self.sparse_shapes = [
-            (len(self.moe), len(SUMS) + n),
-            (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len),
-        ]
-        self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
+        of_model = model.sum_shapes()
+        self.sparse_names = [name for name in of_model if "." in name]
+        self.sparse = None  # the sums of the MoE and MoD layers in the last step, by name
+        # everything the one collective carries: the model's sums, our flags, the sparse layers' sums
+        self.stat_shapes = {n: s for n, s in of_model.items() if n not in self.sparse_names}
+        self.stat_shapes |= {name: () for name in FLAGS}
+        self.stat_shapes |= {name: of_model[name] for name in self.sparse_names}
         if cfg.compile_model:
             torch.compiler.config.recompile_limit = (
                 64  # dense, MoE and MoD blocks, each while training and evaluating
@@ -1453,13 +1469,11 @@ class Trainer(ByHand, Report):
             if self.step < begun:  # it was learned just now that the step before is void
                 continue
             # micro-steps
-            stats = torch.zeros(
-                len(STATS), dtype=double, device=par.device
-            )  # filled there: a copy would be a sync
-            sums = torch.zeros(3, dtype=double, device=par.device)
-            sparse = torch.zeros(
-                self.n_sparse, dtype=double, device=par.device
-            )  # what MoE and MoD layers counted
+            # name -> sum over micro-steps; made and filled on the device: a copy would be a sync
+            stats = {
+                name: torch.zeros(shape, dtype=double, device=par.device)
+                for name, shape in self.stat_shapes.items()
+            }
             if self.moe and next(iter(self.moe.values())).router.expert_dropout:
                 draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
             void, self.marks = False, []
@@ -1473,7 +1487,7 @@ class Trainer(ByHand, Report):
                         UserError
                     ) as error:  # this rank cannot go on; the others learn it from the statistics
                         self.data_error = error
-                        stats[STAT["unread"]] = 1
+                        stats["unread"].fill_(1)
                         if par.collective_free:
                             break
                         row, x, y = (
@@ -1484,14 +1498,11 @@ class Trainer(ByHand, Report):
                     x, y = self.to_device(x), self.to_device(y)
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
-                        total, parts = model(x, targets=y)
+                        total, sums = model(x, targets=y)
                         loss = total / nominal
                         (loss if self.scale is None else loss * self.scale).backward()
-                    sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
-                    if self.n_sparse:
-                        sparse += torch.cat(
-                            [parts[k].flatten() for k in ("moe", "mod") if k in parts]
-                        ).to(double)
+                    for name, value in sums.items():
+                        stats[name] += value
             except (
                 torch.OutOfMemoryError
             ):  # this rank's step is void, so everybody's is; drain() begins it again
@@ -1499,47 +1510,42 @@ class Trainer(ByHand, Report):
                     raise
                 void = True
             if void:  # out here, where no traceback holds on to tensors any more
-                total = parts = loss = None
+                total = sums = loss = None
                 optimizer.zero_grad(set_to_none=True)
-                sums, sparse = torch.zeros_like(sums), torch.zeros_like(sparse)
-                stats[STAT["oom"]] = 1
+                for value in stats.values():
+                    value.zero_()
+                stats["oom"].fill_(1)
                 free_memory(par.device)
             self.lap("compute")
             self.mark("compute")
             # reduce
-            stats[:3] = sums
             for name, flag in (
                 ("stop", self.stop_signal),
                 ("save", self.save_signal),
                 ("control", watch.new_commands()),
             ):
                 if flag:
-                    stats[STAT[name]] = 1
+                    stats[name].fill_(1)
             if self.writing and self.writing.is_alive():
-                stats[STAT["writing"]] = 1
+                stats["writing"].fill_(1)
             if (
                 par.world > 1
                 and watch.watching
                 and self.step % cfg.orchestrator.check_interval == 0
             ):
-                stats[STAT["sum"]] = check = par.checksum(model).to(
-                    double
-                )  # do all ranks hold the same weights?
-                stats[STAT["square"]] = check * check
-            stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split(
-                [len(STATS), self.n_sparse]
-            )
+                check = par.checksum(model).to(double)  # do all ranks hold the same weights?
+                stats |= {"sum": check, "square": check * check}
+            vector, shapes = flatten(stats)
+            stats = unflatten(par.reduce(model, vector), shapes)
             # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
             # goes into the clip coefficient (exactly 1.0 without either)
-            factor = (nominal / stats[STAT["count"]]).float()
+            factor = (nominal / stats["count"]).float()
             if self.scale is not None:
                 factor = factor / self.scale
             norm = par.grad_norm(model) * factor
             self.lap("communication")
             # guard
-            bad, exploded = watch.guard(
-                stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]]
-            )
+            bad, exploded = watch.guard(stats["ce"], norm, stats["unread"] + stats["oom"])
             # step
             clip = (
                 (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -1551,8 +1557,9 @@ class Trainer(ByHand, Report):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.lap("update")
-            moe_sums, mod_sums = self.unpack(sparse)
-            update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
+            sparse = {name: stats.pop(name) for name in self.sparse_names}
+            if self.moe:
+                update_balance(list(self.moe.values()), sparse["moe.counts"], bad)
             if self.scale is not None:  # halve after an overflow, double after 2000 steps without
                 overflow = (
                     ~torch.isfinite(norm) & ~watch.halted
@@ -1569,14 +1576,17 @@ class Trainer(ByHand, Report):
                 seen and seen["oom"]
             ):  # the step before was void, and so was this one: it waits for that to be made good
                 continue
-            numbers = torch.cat([stats, torch.stack([x.to(double) for x in (norm, bad, exploded)])])
+            stats |= {"norm": norm, "bad": bad, "exploded": exploded}
             every = (cfg.expert_log_interval or cfg.log_interval, cfg.orchestrator.check_interval)
-            if self.n_sparse and any((self.step + 1) % n == 0 for n in every):
-                if self.moe:
-                    moe_sums = expert_numbers(self.moe, moe_sums)
-                numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
+            if any((self.step + 1) % n == 0 for n in every):
+                stats |= expert_numbers(self.moe, sparse)
             self.sparse = sparse
-            self.pending = (self.step, self.cursor, watch.turn, lr, *to_host(numbers), self.marks)
+            vector, shapes = flatten(stats)
+            numbers, arrived = to_host(vector)
+            self.pending = (
+                *(self.step, self.cursor, watch.turn, lr),
+                *(numbers, shapes, arrived, self.marks),
+            )
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
@@ -1618,31 +1628,17 @@ class Trainer(ByHand, Report):
         """Take the numbers of the pending step off the device: count tokens, observe, log."""
         if self.pending is None:
             return None
-        step, cursor, turn, lr, numbers, arrived, marks = self.pending
+        step, cursor, turn, lr, numbers, shapes, arrived, marks = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
         self.measure(marks)
-        numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
-        (
-            ce,
-            z,
-            count,
-            unread,
-            oom,
-            stop,
-            save,
-            control,
-            check,
-            square,
-            writing,
-            norm,
-            bad,
-            exploded,
-        ) = numbers
-        if self.writing and not writing and self.writing.turn <= turn:  # on no rank any more
+        sparse = unflatten(numbers, shapes)
+        got = {name: sparse.pop(name).item() for name in shapes if "." not in name}
+        # on no rank any more
+        if self.writing and not got["writing"] and self.writing.turn <= turn:
             self.end_save()
-        if unread:  # its step was dropped: go back to before it, save, and say what happened
+        if got["unread"]:  # its step was dropped: go back to before it, save, and say what happened
             self.step, self.cursor = step, cursor
             self.save()
             self.parallel.run_or_raise_on_all(self.raise_data_error)
@@ -1651,29 +1647,25 @@ class Trainer(ByHand, Report):
             "cursor": cursor,
             "turn": turn,
             "lr": lr,
-            "oom": oom > 0,
-            "stop": stop > 0,
-            "save": save > 0,
+            "oom": got["oom"] > 0,
+            "stop": got["stop"] > 0,
+            "save": got["save"] > 0,
         }
-        if control:
+        if got["control"]:
             self.orchestrator.take_commands()
-        if oom:
+        if got["oom"]:
             self.out_of_memory(step, cursor)
             return seen
-        self.tokens += 0 if bad else int(count)
-        seen |= {
-            "loss": ce / max(count, 1),
-            "z_loss": z / max(count, 1),
-            "loss_finite": math.isfinite(ce),
-        }
-        seen |= {"grad_norm": norm, "bad": bool(bad), "exploded": bool(exploded)}
-        seen["apart"] = (
-            self.parallel.world * square != check * check
-        )  # sums over ranks: equal where all are equal
-        if len(sparse):
-            seen |= self.routing(sparse)
+        count = max(got["count"], 1)
+        seen["loss"], seen["loss_finite"] = got["ce"] / count, math.isfinite(got["ce"])
+        seen["z_loss"], seen["grad_norm"] = got["z"] / count, got["norm"]
+        seen["bad"], seen["exploded"] = bool(got["bad"]), bool(got["exploded"])
+        # sums over ranks: equal where all are equal
+        seen["apart"] = self.parallel.world * got["square"] != got["sum"] * got["sum"]
+        seen |= self.routing(sparse)
         self.seen = seen
-        if not bad:
+        if not seen["bad"]:
+            self.tokens += int(got["count"])
             self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen["loss"], lr)
         self.orchestrator.observe(seen)
         due = (
@@ -2172,11 +2164,6 @@ class Trainer(ByHand, Report):
         return {name: getattr(self, name) for name in names} | extra
 
     # ---- small parts, and the end
-
-    def unpack(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One flat vector of sums -> those of the MoE layers and of the MoD layers, a row each."""
-        parts = sparse.split([a * b for a, b in self.sparse_shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self.sparse_shapes))
 
     def split_seed(self, layer: int) -> int:
         """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""

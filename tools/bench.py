@@ -355,9 +355,9 @@ class Ours:
         )  # what `deterministic: auto` means
         torch.utils.deterministic.fill_uninitialized_memory = False
         model, optimizer, par = self.model, self.optimizer, self.parallel
-        total, parts = model(self.x, targets=self.y)
+        total, sums = model(self.x, targets=self.y)
         (total / self.tokens).backward()
-        stats = par.reduce(model, torch.stack([parts["ce"], parts["z"], parts["count"]]).double())
+        stats = par.reduce(model, torch.stack([sums["ce"], sums["z"], sums["count"]]).double())
         norm = par.grad_norm(model)
         bad = ~(torch.isfinite(stats[0]) & torch.isfinite(norm))
         factor = (self.tokens / stats[2]).float()
@@ -367,7 +367,7 @@ class Ours:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.moe:
-            model_moe.update_balance(self.moe, list(parts["moe"][:, len(model_moe.SUMS) :]), bad)
+            model_moe.update_balance(self.moe, sums["moe.counts"], bad)
         return stats[0] / stats[2]
 
 
