@@ -27,7 +27,7 @@ from torch.utils.checkpoint import (
 )
 
 from kernels import attend, for_generation
-from model_moe import MoD, MoE
+from model_moe import MOD_SUMS, SUMS, MoD, MoE
 
 # ---------------------------------------------------------------- configuration
 
@@ -770,8 +770,9 @@ class Transformer(nn.Module):
 
         Without targets: logits (B, T, V) in the compute dtype.
         With a cache: idx continues each row; -1 pads rows on the right; logits (B, V) of each row's last real token.
-        With targets (B, T), negative = ignored: (total, stats): total is what is differentiated, a sum over the valid
-        targets; stats are sums too: ce, z (z-loss), count (valid targets), and correct when gradients are off.
+        With targets (B, T), negative = ignored: (total, sums): total is what is differentiated, a sum over the valid
+        targets; sums holds ce, z (z-loss), count (valid targets) and what sum_shapes names; when gradients are off
+        also correct, and in evaluation of a model with MoD also depth (layers, 2): tokens kept, and agreeing.
         """
         cfg, (B, T) = self.cfg, idx.shape
         if cache is None:
@@ -809,9 +810,9 @@ class Transformer(nn.Module):
         if losses and self.training:
             total = total + torch.stack(losses).sum()
         if self.training:
-            for kind in ("moe", "mod"):  # (layers, numbers): see SUMS and MOD_SUMS in model_moe.py
-                if rows := [s[kind] for s in found if kind in s]:
-                    stats[kind] = torch.stack(rows)
+            for name in self.sum_shapes():
+                if "." in name:  # of the sparse layers: (layers, ...)
+                    stats[name] = torch.stack([s[name] for s in found if name in s])
         elif kept := [
             s for s in found if "kept" in s
         ]:  # (layers, 2): kept and agreeing among the valid tokens
@@ -819,6 +820,18 @@ class Transformer(nn.Module):
                 [torch.stack([(s[k] & valid).sum() for k in ("kept", "agree")]) for s in kept]
             )
         return total, stats
+
+    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each sum that a training step leaves; all of them add up over micro-steps and ranks."""
+        shapes = {"ce": (), "z": (), "count": ()}
+        moe, mod = self.sparse_layers("moe"), self.sparse_layers("mod")
+        if moe:
+            shapes |= {f"moe.{name}": (len(moe),) for name in SUMS}
+            shapes["moe.counts"] = (len(moe), next(iter(moe.values())).router.n)
+        if mod:
+            shapes |= {f"mod.{name}": (len(mod),) for name in MOD_SUMS}
+            shapes["mod.counts"] = (len(mod), self.cfg.max_seq_len)
+        return shapes
 
     def sparse_layers(self, kind: str) -> dict[int, nn.Module]:
         """The MoE (kind moe) or MoD (kind mod) modules by layer."""

@@ -72,14 +72,7 @@ class RouterLogits(torch.autograd.Function):
         return (grad @ weight).to(x.dtype), grad.t() @ x.float()
 
 
-SUMS = (
-    "balance",
-    "z",
-    "tokens",
-    "dropped",
-    "entropy",
-    "confidence",
-)  # of a MoE layer's statistics, before the counts
+SUMS = ("balance", "z", "tokens", "dropped", "entropy", "confidence")  # of a router, over tokens
 
 
 class Router(nn.Module):
@@ -169,10 +162,16 @@ class Router(nn.Module):
             if self.capacity_factor and self.training:
                 ids, dropped = self.drop(ids, live)
             entropy = -torch.special.xlogy(share, share).sum()
-            sums = torch.stack(
-                [balance, z, logits.new_full((), len(x)), dropped, entropy, share.amax(-1).sum()]
-            )
-        return p, ids, loss, torch.cat([sums, counts])
+            sums = {
+                "balance": balance.detach(),
+                "z": z.detach(),
+                "tokens": logits.new_full((), len(x)),
+                "dropped": dropped,
+                "entropy": entropy,
+                "confidence": share.amax(-1).sum(),
+                "counts": counts,
+            }
+        return p, ids, loss, sums
 
     def select(self, choice):
         """Scores to choose by, (T, n), with what cannot be chosen at -inf."""
@@ -220,7 +219,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """A FFN of experts; x (..., C) -> (y (..., C), stats). `shared` is a module that every token visits, or None.
 
-    stats: loss (with gradient: balance and z, weighted), moe: the sums of SUMS and the tokens per expert.
+    stats: loss (with gradient: balance and z, weighted); moe.NAME for each of SUMS, 0-d; moe.counts, the tokens per
+    expert (n,).
     """
 
     def __init__(self, cfg, shared: nn.Module | None = None):
@@ -235,7 +235,7 @@ class MoE(nn.Module):
         y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.backend).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, {"loss": loss, "moe": sums}
+        return y, {"loss": loss} | {f"moe.{name}": value for name, value in sums.items()}
 
 
 def draw_dropout(layers: list[MoE], seed: int) -> None:
@@ -306,8 +306,8 @@ class MoD(nn.Module):
 
     Which tokens score highest depends on later ones, so text is not made by that rule but by the causal one: a linear
     predictor on the same normalised, detached input, trained beside by cross-entropy (BCE_WEIGHT), which cannot touch
-    the language-model loss. stats: loss, mod: the sums of MOD_SUMS and how often each position was kept (T,); when not
-    training: kept and agree, (B, T) bool.
+    the language-model loss. stats: loss; mod.NAME for each of MOD_SUMS, 0-d; mod.counts, how often each position was
+    kept (T,); when not training: kept and agree, (B, T) bool.
     """
 
     BCE_WEIGHT = 0.01
@@ -364,11 +364,11 @@ class MoD(nn.Module):
                 logit, kept, reduction="sum"
             )
             agree = ((logit > 0) == (kept > 0)).float()
-        bce = kept.new_zeros(()) if loss is None else loss.detach() / self.BCE_WEIGHT
         own = {
-            "mod": torch.cat(
-                [torch.stack([bce, agree.sum(), kept.new_full((), B * T)]), kept.sum(0)]
-            )
+            "mod.bce": kept.new_zeros(()) if loss is None else loss.detach() / self.BCE_WEIGHT,
+            "mod.agree": agree.sum(),
+            "mod.tokens": kept.new_full((), B * T),
+            "mod.counts": kept.sum(0),
         }
         if not self.training:
             own |= {"kept": kept > 0, "agree": agree > 0}
@@ -426,7 +426,7 @@ class MoD(nn.Module):
         )
 
 
-MOD_SUMS = ("bce", "agree", "tokens")  # of a MoD layer's statistics, before the counts per position
+MOD_SUMS = ("bce", "agree", "tokens")  # of a MoD layer, over tokens
 
 
 def hashed(pos: torch.Tensor, layer: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import types
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,7 +50,7 @@ from lumen.resume import prepare_first
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
-from model_moe import MOD_SUMS, SUMS, draw_dropout, update_balance
+from model_moe import draw_dropout, update_balance
 
 # ---------------------------------------------------------------- schedule and optimizer
 
@@ -296,9 +297,65 @@ class Parallel(Rows):
 
 # ---------------------------------------------------------------- trainer
 
-# what is summed over ranks in each step
-STATS = ("ce", "z", "count", "unread", "oom", "stop", "save", "control", "sum", "square", "writing")
-STAT = {name: i for i, name in enumerate(STATS)}
+# beside the model's sums, what the ranks tell one another in each step
+FLAGS = (
+    "unread",  # this rank cannot read its rows
+    "oom",  # ... ran out of memory
+    "stop",  # ... was asked to stop
+    "save",  # ... was asked to save
+    "control",  # ... found lines in control.jsonl
+    "checksum",  # of its weights
+    "checksum_square",
+    "writing",  # ... is still writing a checkpoint
+)
+
+
+def flatten(sums: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, tuple]]:
+    """One vector of all the sums, for the one collective; and the shape of each.
+
+    fp64: of a sum over tokens fp32 would lose the last digits (MPS has no other).
+    """
+    device = next(iter(sums.values())).device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    vector = torch.cat([value.reshape(-1).to(dtype) for value in sums.values()])
+    return vector, {name: value.shape for name, value in sums.items()}
+
+
+def unflatten(vector: torch.Tensor, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """What flatten was given: views of the vector."""
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether `step` is one of every `interval` steps; never with interval 0."""
+    return interval > 0 and step % interval == 0
+
+
+@dataclass
+class Due:
+    """What comes before the next step."""
+
+    evaluate: bool
+    save: bool
+    last: bool  # there is no next step
+    fresh: bool  # this process was not just loaded from here: saving would repeat nothing
+
+
+@dataclass
+class Pending:
+    """A step whose numbers are on their way to the host."""
+
+    step: int
+    cursor: int
+    iteration: int
+    lr: float
+    numbers: torch.Tensor  # a vector, on the host once `arrived` has passed
+    shapes: dict[str, tuple]  # of what lies in it
+    arrived: object  # a CUDA event; None: it is there
+    marks: list  # of the stopwatch
+
+
 NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
 NUMBERS = f"{NUMBERS} best_parts measured_on".split()
 RELEASE_EVERY = (
@@ -334,7 +391,8 @@ class Trainer(ByHand, Report):
             0,
         )
         self.evaluated_at, self.stopped_early, self.data_error = None, False, None
-        self.stop_signal = self.save_signal = self.left = 0
+        self.stop_signal = self.save_signal = 0  # what this rank has heard
+        self.stopping = self.save_asked = False  # what all ranks have agreed on
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.loss_scale = None, None, None
         self.latest: StepNumbers | None = None  # of the last finished step
@@ -1025,12 +1083,14 @@ class Trainer(ByHand, Report):
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
             moe.backend = cfg.expert_backend
-        n = next(iter(self.moe.values())).router.n if self.moe else 0
-        self.sparse_shapes = [
-            (len(self.moe), len(SUMS) + n),
-            (len(self.mod), len(MOD_SUMS) + cfg.model.max_seq_len),
-        ]
-        self.n_sparse, self.sparse = sum(a * b for a, b in self.sparse_shapes), None
+        self.sparse = None  # the sums of the MoE and MoD layers in the last step, by name
+        # what the one collective carries: the model's sums, our flags, the sparse layers' sums
+        shapes = model.sum_shapes()
+        self.shapes = {name: shape for name, shape in shapes.items() if "." not in name}
+        self.shapes |= dict.fromkeys(FLAGS, ())
+        self.shapes |= {name: shape for name, shape in shapes.items() if "." in name}
+        self.sum_dtype = torch.float32 if par.device.type == "mps" else torch.float64
+        self.targets_per_step = self.rows_per_step * cfg.model.max_seq_len  # if all are valid
         if cfg.compile_model:
             torch.compiler.config.recompile_limit = (
                 64  # dense, MoE and MoD blocks, each while training and evaluating
@@ -1372,226 +1432,336 @@ class Trainer(ByHand, Report):
 
     @owner.owning
     def fit(self) -> int:
-        """Train to max_steps, or until a signal. Returns the exit code: 0, or 4 when the last save failed."""
-        cfg, par, model, optimizer = self.cfg, self.parallel, self.model, self.optimizer
-        nominal = self.rows_per_step * cfg.model.max_seq_len  # targets in a step when all are valid
-        double = torch.float32 if par.device.type == "mps" else torch.float64
-        stop = wants_save = False
-        watch = self.orchestrator
-        self.watch.start(self.step)
-        if self.main and sys.stderr.isatty():
-            self.bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", dynamic_ncols=True)
+        """Train to max_steps, or until a signal. Returns the exit code: 4 when the last save failed."""
+        for _ in self.iterations():
+            pass
+        return self.end()
+
+    def iterations(self):
+        """The training loop. It yields the step at the top of each iteration, so that a notebook, a
+        test or a benchmark can look and act between two steps.
+
+        An iteration never comes back; a step does, after a rollback or when it ran out of memory.
+        """
+        cfg, par, model, orch, watch = (
+            self.cfg,
+            self.parallel,
+            self.model,
+            self.orchestrator,
+            self.watch,
+        )
+        watch.start(self.step)
+        self.open_bar()
         model.train()
         while True:
-            rolled = watch.act()  # what was decided a turn ago: a rollback, commands, a snapshot
-            begun = self.step
-            model.zero_grad(
-                set_to_none=True
-            )  # whatever came before, a step sums its own micro-steps only
+            # what was decided an iteration ago: a rollback, commands; and a snapshot
+            rolled_back = orch.act()
+            yield self.step
+            began_at = self.step
+
             # schedule
-            lr = lr_at(cfg, self.step) * watch.lr_factor()
-            for group in optimizer.param_groups:
+            lr = lr_at(cfg, self.step) * orch.lr_factor()
+            for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
-            model.set_step(self.step)
-            for layer, moe in (
-                self.moe.items()
-                if cfg.model.n_experts_max and self.step % RELEASE_EVERY == 0
-                else ()
-            ):
-                for pair in release_siblings(moe, par.broadcast, par):
-                    self.say(
-                        f"experts    layer {layer}: siblings {pair[0]} and {pair[1]} have parted, both can be chosen"
-                    )
+            model.set_step(self.step)  # MoD's capacity may be annealed
+            self.release_siblings()
+
             # evaluate, save
-            last = self.step >= cfg.max_steps or self.stopped_early
-            owed = self.evaluated_at != self.step and (
-                last or self.step > 0
-            )  # left for a signal, before this start
-            here = self.step != self.started_at or owed
-            due_save = last or (cfg.save_interval and self.step % cfg.save_interval == 0)
-            due_eval = (
-                due_save
-                or wants_save
-                or rolled
-                or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
-            )
-            fresh = (
-                here and self.evaluated_at != self.step
-            ) or rolled  # a void turn comes here twice
-            new_best = fresh and due_eval and not stop and self.evaluate()
-            stop = stop or self.left
-            last = last or self.stopped_early
-            retry = (
-                self.saver.unsaved
-                and self.saver.writing is None
-                and self.step % max(1, cfg.save_interval // 10) == 0
-            )
-            moved = self.step != self.started_at
-            if (
-                (here and (due_save or new_best or last))
-                or (moved and (stop or wants_save or retry))
-                or rolled
-            ):
-                self.save(wait=not cfg.save_async or last or stop or rolled)
-            if last or stop:
-                self.saver.finish()
-                for _ in range(3):  # a full disk may have been freed in the meantime
-                    if self.saver.unsaved:
-                        time.sleep(1)
-                        self.save()
-                break
-            if self.step < begun:  # it was learned just now that the step before is void
+            due = self.due(rolled_back)
+            if due.evaluate:
+                self.evaluate_now(due)
+            if due.save:
+                self.save(wait=not cfg.save_async or due.last or self.stopping or rolled_back)
+            if due.last or self.stopping:
+                return
+            if self.step < began_at:  # it was learned just now that the step before is void
                 continue
-            # micro-steps
-            stats = torch.zeros(
-                len(STATS), dtype=double, device=par.device
-            )  # filled there: a copy would be a sync
-            sums = torch.zeros(3, dtype=double, device=par.device)
-            sparse = torch.zeros(
-                self.n_sparse, dtype=double, device=par.device
-            )  # what MoE and MoD layers counted
-            if self.moe and next(iter(self.moe.values())).router.expert_dropout:
-                draw_dropout(list(self.moe.values()), mix(cfg.seed, -1 - self.cursor) >> 8)
-            void = False
-            self.watch.take_marks()  # those of an iteration that was void
-            try:
-                for micro in range(cfg.gradient_accumulation_steps):
-                    self.watch.lap("compute" if micro else "other")
-                    self.watch.mark("compute")
-                    try:
-                        row, x, y = self.loader.next()
-                    except (
-                        UserError
-                    ) as error:  # this rank cannot go on; the others learn it from the statistics
-                        self.data_error = error
-                        stats[STAT["unread"]] = 1
-                        if par.collective_free:
-                            break
-                        row, x, y = (
-                            self.blank()
-                        )  # its part of the collectives that forward and backward hold
-                    self.watch.lap("data")
-                    self.watch.mark("data")
-                    x, y = self.to_device(x), self.to_device(y)
-                    torch.manual_seed(mix(cfg.seed, row))
-                    with par.microstep(model, micro == cfg.gradient_accumulation_steps - 1):
-                        total, parts = model(x, targets=y)
-                        loss = total / nominal
-                        (
-                            loss if self.loss_scale is None else loss * self.loss_scale.value
-                        ).backward()
-                    sums += torch.stack([parts["ce"], parts["z"], parts["count"]]).to(double)
-                    if self.n_sparse:
-                        sparse += torch.cat(
-                            [parts[k].flatten() for k in ("moe", "mod") if k in parts]
-                        ).to(double)
-            except (
-                torch.OutOfMemoryError
-            ):  # this rank's step is void, so everybody's is; drain() begins it again
-                if not par.collective_free:
-                    raise
-                void = True
-            if void:  # out here, where no traceback holds on to tensors any more
-                total = parts = loss = None
-                optimizer.zero_grad(set_to_none=True)
-                sums, sparse = torch.zeros_like(sums), torch.zeros_like(sparse)
-                stats[STAT["oom"]] = 1
-                free_memory(par.device)
-            self.watch.lap("compute")
-            self.watch.mark("compute")
-            # reduce
-            stats[:3] = sums
-            for name, flag in (
-                ("stop", self.stop_signal),
-                ("save", self.save_signal),
-                ("control", watch.new_commands()),
-            ):
-                if flag:
-                    stats[STAT[name]] = 1
-            if self.saver.busy:
-                stats[STAT["writing"]] = 1
-            if (
-                par.world > 1
-                and watch.watching
-                and self.step % cfg.orchestrator.check_interval == 0
-            ):
-                stats[STAT["sum"]] = check = par.checksum(model).to(
-                    double
-                )  # do all ranks hold the same weights?
-                stats[STAT["square"]] = check * check
-            stats, sparse = par.reduce(model, torch.cat([stats, sparse])).split(
-                [len(STATS), self.n_sparse]
-            )
-            # the true gradient is what was summed, times the true count of targets and without fp16's scale: the factor
-            # goes into the clip coefficient (exactly 1.0 without either)
-            factor = (nominal / stats[STAT["count"]]).float()
+
+            # forward and backward over the micro-batches
+            sums = self.accumulate()
+
+            # reduce: the sums, then the gradients in a fixed order
+            vector, shapes = flatten(sums)
+            sums = unflatten(par.reduce(model, vector), shapes)
+            # Each loss was divided by the targets of a step in which all are valid. The true count,
+            # fp16's scale and clipping make one factor (exactly 1.0 when nothing is to be corrected).
+            factor = (self.targets_per_step / sums["count"]).float()
             if self.loss_scale is not None:
                 factor = factor / self.loss_scale.value
-            norm = par.grad_norm(model) * factor
-            self.watch.lap("communication")
-            # guard
-            bad, exploded = watch.guard(
-                stats[STAT["ce"]], norm, stats[STAT["unread"]] + stats[STAT["oom"]]
-            )
+            norm = par.grad_norm(model) * factor  # of the true gradient
+            watch.lap("communication")
+
+            # guard: decided on the device, and nobody waits for it; a bad step changes nothing
+            bad, exploded = orch.guard(sums["ce"], norm, sums["unread"] + sums["oom"])
+
             # step
-            clip = (
-                (cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-                if cfg.grad_clip
-                else torch.ones_like(norm)
-            )
-            step_optimizer(optimizer, self.weights.values(), clip * factor, bad)
-            self.watch.lap("update")
-            moe_sums, mod_sums = self.unpack(sparse)
-            update_balance(list(self.moe.values()), [row[len(SUMS) :] for row in moe_sums], bad)
+            step_optimizer(self.optimizer, self.weights.values(), self.clip(norm) * factor, bad)
             if self.loss_scale is not None:
-                self.loss_scale.update(norm, watch.halted)
+                self.loss_scale.update(norm, orch.halted)
+            if self.moe:
+                update_balance(list(self.moe.values()), list(sums["moe.counts"]), bad)
+            watch.lap("update")
+
             # observe and log the step before this one, whose numbers have arrived by now
-            seen = self.drain()
-            if (
-                seen and seen.oom
-            ):  # the step before was void, and so was this one: it waits for that to be made good
+            numbers = self.finish_pending_step()
+            if numbers and numbers.oom:  # it was void, and so is this one: both are begun again
                 continue
-            numbers = torch.cat([stats, torch.stack([x.to(double) for x in (norm, bad, exploded)])])
-            every = (cfg.expert_log_interval or cfg.log_interval, cfg.orchestrator.check_interval)
-            if self.n_sparse and any((self.step + 1) % n == 0 for n in every):
-                if self.moe:
-                    moe_sums = expert_numbers(self.moe, moe_sums)
-                numbers = torch.cat([numbers, moe_sums.flatten(), mod_sums.flatten()])
-            self.sparse = sparse
-            self.pending = (
-                self.step,
-                self.cursor,
-                watch.turn,
-                lr,
-                *to_host(numbers),
-                self.watch.take_marks(),
-            )
+            self.pending = self.send_to_host(lr, sums, norm, bad, exploded)
+
             # advance
             self.step += 1
             self.cursor += self.rows_per_step
-            if self.step == self.started_at + 1:
-                self.saver.set_timeout(cfg.comm_timeout)
-            due = (
-                cfg.save_interval and self.step % cfg.save_interval == 0
-            ) or self.step >= cfg.max_steps
-            if (
-                par.device.type == "cpu"
-                or due
-                or (cfg.eval_interval and self.step % cfg.eval_interval == 0)
-            ):
-                seen = (
-                    self.drain() or seen
-                )  # the CPU has nothing to overlap; a save must not leave a step half counted
-            stop, wants_save = bool(seen and seen.stop), bool(seen and seen.save)
-            if wants_save:
-                self.save_signal = 0
-        self.drain()
-        state = "finished" if last and self.evaluated_at == self.step else "stopped"
+            if not self.may_lag():
+                numbers = self.finish_pending_step() or numbers
+            self.heed(numbers)
+
+    def due(self, rolled_back: bool) -> Due:
+        """What comes before the next step. Pure: it looks, and changes nothing."""
+        cfg, step = self.cfg, self.step
+        moved = step != self.started_at
+        last = step >= self.cfg.max_steps or self.stopped_early
+        # A process neither evaluates nor saves what it has just loaded, unless that was saved for a
+        # signal, without its evaluation.
+        missing = self.evaluated_at != step
+        fresh = moved or (missing and (last or step > 0))
+        scheduled = last or every(cfg.save_interval, step)
+        wanted = scheduled or self.save_asked or rolled_back or every(cfg.eval_interval, step)
+        evaluate = wanted and not self.stopping and (rolled_back or (fresh and missing))
+        # what could not be written is tried again ten times an interval
+        retry = (
+            self.saver.unsaved
+            and not self.saver.writing
+            and step % max(1, cfg.save_interval // 10) == 0
+        )
+        asked = self.stopping or self.save_asked or retry
+        save = rolled_back or (fresh and scheduled) or (moved and asked)
+        return Due(evaluate, save, last, fresh)
+
+    def evaluate_now(self, due: Due) -> None:
+        """Evaluate, and what follows from it: a new best is saved, patience or a signal may end the run."""
+        new_best = self.evaluate()
+        due.last = due.last or self.stopped_early
+        if due.fresh and (new_best or self.stopped_early):
+            due.save = True
+        if self.stopping and self.step != self.started_at:  # a signal came in the meantime
+            due.save = True
+
+    def accumulate(self) -> dict[str, torch.Tensor]:
+        """Forward and backward over this rank's micro-batches. Returns its sums and flags, by name.
+
+        A rank that runs out of memory or cannot read its rows says so in a flag: all learn it from
+        the reduced sums, and the step is void everywhere.
+        """
+        par = self.parallel
+        self.model.zero_grad(set_to_none=True)  # whatever came before: a step sums its own only
+        self.draw_expert_dropout()
+        self.watch.take_marks()  # those of an iteration that was void
+        # made and filled on the device, for a copy would be a sync
+        sums = {
+            name: torch.zeros(shape, dtype=self.sum_dtype, device=par.device)
+            for name, shape in self.shapes.items()
+        }
+        out_of_memory = False
+        try:
+            for micro in range(self.cfg.gradient_accumulation_steps):
+                self.watch.lap("compute" if micro else "other")
+                self.watch.mark("compute")
+                if not self.microstep(micro, sums):
+                    break
+        except torch.OutOfMemoryError:
+            if not par.collective_free:
+                raise
+            out_of_memory = True
+        if out_of_memory:  # out here, where no traceback holds on to tensors any more
+            self.optimizer.zero_grad(set_to_none=True)
+            for value in sums.values():
+                value.zero_()
+            sums["oom"].fill_(1)
+            free_memory(par.device)
+        self.watch.lap("compute")
+        self.watch.mark("compute")
+        self.raise_flags(sums)
+        return sums
+
+    def microstep(self, micro: int, sums: dict[str, torch.Tensor]) -> bool:
+        """One forward and backward pass; adds to `sums`. False where its rows cannot be read."""
+        par = self.parallel
+        try:
+            row, x, y = self.loader.next()
+        except UserError as error:  # this rank cannot go on; the others learn it from the flag
+            self.data_error = error
+            sums["unread"].fill_(1)
+            if par.collective_free:
+                return False
+            row, x, y = (
+                self.dummy_batch()
+            )  # for its part of the collectives in forward and backward
+        self.watch.lap("data")
+        self.watch.mark("data")
+        torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
+        with par.microstep(self.model, micro == self.cfg.gradient_accumulation_steps - 1):
+            total, counted = self.model(self.to_device(x), targets=self.to_device(y))
+            loss = total / self.targets_per_step
+            if self.loss_scale is not None:
+                loss = loss * self.loss_scale.value
+            loss.backward()
+        for name, value in counted.items():
+            sums[name] += value
+        return True
+
+    def raise_flags(self, sums: dict[str, torch.Tensor]) -> None:
+        """What this rank has to tell the others beside its sums."""
+        par, orch = self.parallel, self.orchestrator
+        flags = {
+            "stop": self.stop_signal,
+            "save": self.save_signal,
+            "control": orch.new_commands(),
+            "writing": self.saver.busy,
+        }
+        for name, flag in flags.items():
+            if flag:
+                sums[name].fill_(1)
+        look = par.world > 1 and orch.watching
+        if look and self.step % self.cfg.orchestrator.check_interval == 0:
+            # do all ranks hold the same weights? If so, world * sum of squares = square of the sum
+            check = par.checksum(self.model).to(self.sum_dtype)
+            sums["checksum"] += check
+            sums["checksum_square"] += check * check
+
+    def clip(self, norm: torch.Tensor) -> torch.Tensor:
+        """The factor (0-d) that brings a gradient of this norm down to grad_clip."""
+        if not self.cfg.grad_clip:
+            return torch.ones_like(norm)
+        return (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def send_to_host(self, lr: float, sums: dict, norm, bad, exploded) -> Pending:
+        """The numbers of this step, on their way to the host."""
+        cfg = self.cfg
+        self.sparse = {name: sums[name] for name in sums if "." in name}
+        numbers = {name: sums[name] for name in sums if "." not in name}
+        numbers |= {"norm": norm, "bad": bad, "exploded": exploded}
+        log_interval = cfg.expert_log_interval or cfg.log_interval
+        following = self.step + 1
+        if every(log_interval, following) or every(cfg.orchestrator.check_interval, following):
+            numbers |= expert_numbers(self.moe, self.sparse)
+        vector, shapes = flatten(numbers)
+        host, arrived = to_host(vector)
+        marks = self.watch.take_marks()
+        iteration = self.orchestrator.turn
+        return Pending(self.step, self.cursor, iteration, lr, host, shapes, arrived, marks)
+
+    def finish_pending_step(self) -> StepNumbers | None:
+        """Take the numbers of the pending step off the device: count tokens, observe, log."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        self.watch.measure(pending.marks)
+        sums = unflatten(pending.numbers, pending.shapes)
+        numbers = self.step_numbers(pending, sums)
+        self.saver.finish_if_written(pending.iteration, sums["writing"])
+        if sums["unread"]:  # that step was dropped: go back to before it, save, say what happened
+            self.step, self.cursor = pending.step, pending.cursor
+            self.save()
+            self.parallel.run_or_raise_on_all(self.raise_data_error)
+        if numbers.control:
+            self.orchestrator.take_commands()
+        if numbers.oom:
+            self.out_of_memory(pending.step, pending.cursor)
+            return numbers
+        self.tokens += numbers.tokens
+        self.latest = numbers
+        if not numbers.bad:
+            flops = self.tokens * self.flops_per_token
+            self.forecast.add(self.tokens, flops, numbers.loss, pending.lr)
+        self.orchestrator.observe(numbers)
+        following = pending.step + 1
+        end = self.cfg.max_steps
+        if every(self.cfg.orchestrator.check_interval, following) and following < end:
+            self.look_ahead()
+        if every(self.cfg.log_interval, following) or following == end:
+            self.log(numbers)
+        if self.bar:
+            self.bar.update(1)
+        return numbers
+
+    def step_numbers(self, pending: Pending, sums: dict[str, torch.Tensor]) -> StepNumbers:
+        """What the reduced sums of a step say, as plain numbers."""
+        got = {name: value.item() for name, value in sums.items() if "." not in name}
+        numbers = StepNumbers(pending.step, pending.cursor, pending.iteration, pending.lr)
+        numbers.oom = got["oom"] > 0
+        numbers.stop = got["stop"] > 0
+        numbers.save = got["save"] > 0
+        numbers.control = got["control"] > 0
+        if numbers.oom:
+            return numbers
+        count = max(got["count"], 1)
+        numbers.loss = got["ce"] / count
+        numbers.z_loss = got["z"] / count
+        numbers.loss_finite = math.isfinite(got["ce"])
+        numbers.grad_norm = got["norm"]
+        numbers.bad = bool(got["bad"])
+        numbers.exploded = bool(got["exploded"])
+        numbers.tokens = 0 if numbers.bad else int(got["count"])
+        square = got["checksum"] * got["checksum"]
+        numbers.desynced = self.parallel.world * got["checksum_square"] != square
+        routing = self.routing(sums)
+        numbers.experts = routing.get("experts")
+        numbers.depth = routing.get("depth")
+        return numbers
+
+    def may_lag(self) -> bool:
+        """Whether a step's numbers may still be on their way when the next one begins. A CPU has
+        nothing to overlap them with, and a save must not leave a step half counted."""
+        cfg, step = self.cfg, self.step
+        ends = step >= self.cfg.max_steps or every(cfg.save_interval, step)
+        on_cpu = self.parallel.device.type == "cpu"
+        return not (on_cpu or ends or every(cfg.eval_interval, step))
+
+    def heed(self, numbers: StepNumbers | None) -> None:
+        """What a rank was asked for (a signal, a command) and all have learned from the sums."""
+        self.stopping = numbers is not None and numbers.stop
+        self.save_asked = numbers is not None and numbers.save
+        if self.save_asked:
+            self.save_signal = 0
+        if self.step == self.started_at + 1:  # compilers are done and disks are warm
+            self.saver.set_timeout(self.cfg.comm_timeout)
+
+    def end(self) -> int:
+        """After the last iteration: the last save, the last words. Returns the exit code."""
+        self.saver.finish()
+        for _ in range(3):  # a full disk may have been freed in the meantime
+            if self.saver.unsaved:
+                time.sleep(1)
+                self.save()
+        self.finish_pending_step()
+        through = self.step >= self.cfg.max_steps or self.stopped_early
+        state = "finished" if through and self.evaluated_at == self.step else "stopped"
         code = 4 if self.saver.unsaved else 0
         self.finish(state, code)
         return code
 
-    def blank(self) -> tuple[int, np.ndarray, np.ndarray]:
+    def open_bar(self) -> None:
+        if self.main and sys.stderr.isatty():
+            total = self.cfg.max_steps
+            self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+
+    def release_siblings(self) -> None:
+        """Now and then: both halves of a split expert may be chosen once they have parted."""
+        if not self.cfg.model.n_experts_max or self.step % RELEASE_EVERY:
+            return
+        for layer, moe in self.moe.items():
+            for a, b in release_siblings(moe, self.parallel.broadcast, self.parallel):
+                text = f"siblings {a} and {b} have parted, both can be chosen"
+                self.say(f"experts    layer {layer}: {text}")
+
+    def draw_expert_dropout(self) -> None:
+        layers = list(self.moe.values())
+        if layers and layers[0].router.expert_dropout:
+            draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
+
+    def dummy_batch(self) -> tuple[int, np.ndarray, np.ndarray]:
         """(row, x, y) of a micro-step without a valid target."""
         shape = (self.cfg.batch_size, self.cfg.model.max_seq_len)
         return self.cursor, np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
@@ -1601,73 +1771,6 @@ class Trainer(ByHand, Report):
         if self.parallel.device.type == "cuda":
             return tensor.pin_memory().to(self.parallel.device, non_blocking=True)
         return tensor.to(self.parallel.device)
-
-    def drain(self) -> StepNumbers | None:
-        """Take the numbers of the pending step off the device: count tokens, observe, log."""
-        if self.pending is None:
-            return None
-        step, cursor, turn, lr, numbers, arrived, marks = self.pending
-        self.pending = None
-        if arrived is not None:
-            arrived.synchronize()
-        self.watch.measure(marks)
-        numbers, sparse = numbers[: len(STATS) + 3].tolist(), numbers[len(STATS) + 3 :]
-        (
-            ce,
-            z,
-            count,
-            unread,
-            oom,
-            stop,
-            save,
-            control,
-            check,
-            square,
-            writing,
-            norm,
-            bad,
-            exploded,
-        ) = numbers
-        self.saver.finish_if_written(turn, writing)
-        if unread:  # its step was dropped: go back to before it, save, and say what happened
-            self.step, self.cursor = step, cursor
-            self.save()
-            self.parallel.run_or_raise_on_all(self.raise_data_error)
-        seen = StepNumbers(step, cursor, turn, lr, oom=oom > 0, stop=stop > 0, save=save > 0)
-        seen.control = control > 0
-        if seen.control:
-            self.orchestrator.take_commands()
-        if seen.oom:
-            self.out_of_memory(step, cursor)
-            return seen
-        seen.bad = bool(bad)
-        seen.exploded = bool(exploded)
-        seen.tokens = 0 if bad else int(count)
-        seen.loss = ce / max(count, 1)
-        seen.z_loss = z / max(count, 1)
-        seen.loss_finite = math.isfinite(ce)
-        seen.grad_norm = norm
-        # sums over ranks of a checksum and of its square: equal where all ranks' are equal
-        seen.desynced = self.parallel.world * square != check * check
-        if len(sparse):
-            routing = self.routing(sparse)
-            seen.experts = routing.get("experts")
-            seen.depth = routing.get("depth")
-        self.latest = seen
-        self.tokens += seen.tokens
-        if not bad:
-            self.forecast.add(self.tokens, self.tokens * self.flops_per_token, seen.loss, lr)
-        self.orchestrator.observe(seen)
-        due = (
-            step + 1
-        ) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
-        if due and (self.cfg.enable_loss_landscape or self.cfg.enable_early_stopping):
-            self.look_ahead()
-        if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
-            self.log(seen)
-        if self.bar:
-            self.bar.update(1)
-        return seen
 
     def look_ahead(self) -> None:
         """Where the run stands and where it will end; what is justified to do about its length."""
@@ -1856,7 +1959,7 @@ class Trainer(ByHand, Report):
                         if par.collective_free:
                             return error.text
                         found.append(error.text)
-                        _, x, y = self.blank()
+                        _, x, y = self.dummy_batch()
                     torch.manual_seed(mix(cfg.seed, row))
                     with par.microstep(model, True):
                         model(self.to_device(x), targets=self.to_device(y))[0].backward()
@@ -1878,7 +1981,7 @@ class Trainer(ByHand, Report):
     def evaluate(self) -> bool:
         """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
         cfg, par, model = self.cfg, self.parallel, self.model
-        self.drain()
+        self.finish_pending_step()
         self.watch.lap("other")
         began = time.perf_counter()
         self.evaluated_at = self.step
@@ -1934,15 +2037,14 @@ class Trainer(ByHand, Report):
                     [parts["ce"], parts["count"], parts["correct"], as_trained]
                 ).to(double)
                 means += [parts["ce"] / parts["count"]] if chosen else []
-            self.left, failed = par.all_reduce_max(
-                [self.stop_signal, int(self.data_error is not None)]
-            )
-            if self.left or failed:
+            left, failed = par.all_reduce_max([self.stop_signal, int(self.data_error is not None)])
+            if left or failed:
                 model.train()
                 self.evaluated_at = None
                 if failed:
                     self.save()
                     par.run_or_raise_on_all(self.raise_data_error)
+                self.stopping = True
                 self.say("evaluation left: a signal came")
                 return False
         model.train()
@@ -2023,7 +2125,7 @@ class Trainer(ByHand, Report):
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""
-        self.drain()
+        self.finish_pending_step()
         self.saver.finish()
         if self.best_val_loss is None:
             self.best_step = self.step  # nothing to compare by: the last is the best
@@ -2063,11 +2165,6 @@ class Trainer(ByHand, Report):
         return {name: getattr(self, name) for name in names} | extra
 
     # ---- small parts, and the end
-
-    def unpack(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One flat vector of sums -> those of the MoE layers and of the MoD layers, a row each."""
-        parts = sparse.split([a * b for a, b in self.sparse_shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self.sparse_shapes))
 
     def split_seed(self, layer: int) -> int:
         """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""

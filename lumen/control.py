@@ -211,7 +211,7 @@ class ByHand:
     def rollback_steps(self, num_steps: int = 100) -> dict:
         """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where
         it is. The run is saved before: that checkpoint is set aside as step_N.rolled_back."""
-        self.drain()
+        self.finish_pending_step()
         watch = self.orchestrator
 
         def do():
@@ -250,7 +250,7 @@ class ByHand:
     def get_current_metrics(self) -> dict:
         """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
         memory_usage (share of what this process may use), epoch, step."""
-        self.drain()
+        self.finish_pending_step()
         seen, cuda = self.latest, self.parallel.device.type == "cuda"
         if seen is None:
             return {"refused": "E308", "reason": "no step has been made yet"}

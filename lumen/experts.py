@@ -9,22 +9,25 @@ import torch
 from model_moe import MOD_SUMS, SUMS, MoD, MoE
 
 
-def expert_numbers(layers: dict[int, MoE], sums: torch.Tensor) -> torch.Tensor:
-    """What expert_statistics needs, in one tensor on the device: sums (layers, len(SUMS) + n) of a step over all its
-    micro-steps and ranks, then each layer's bias and which columns are alive; (layers, len(SUMS) + 3 n)."""
-    rows = []
-    for row, moe in zip(sums, layers.values()):
+def expert_numbers(layers: dict[int, MoE], sums: dict) -> dict:
+    """What expert_statistics needs, on the device: the sums of a step over all its micro-steps and ranks, as the model
+    names them, and of the routers now: moe.bias and moe.alive (layers, n)."""
+    bias, alive = [], []
+    for moe in layers.values():
         r = moe.router
-        alive = torch.ones_like(r.bias)
+        live = torch.ones_like(r.bias)
         if r.cfg.n_experts_max:
-            alive[: r.slots] = r.alive.float()
+            live[: r.slots] = r.alive.float()
         if r.dropped_out is not None:
-            alive = alive * ~r.dropped_out
-        rows.append(torch.cat([row, r.bias.to(row.dtype), alive.to(row.dtype)]))
-    return torch.stack(rows)
+            live = live * ~r.dropped_out
+        bias.append(r.bias)
+        alive.append(live)
+    if not layers:
+        return dict(sums)
+    return sums | {"moe.bias": torch.stack(bias), "moe.alive": torch.stack(alive)}
 
 
-def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -> dict:
+def expert_statistics(layers: list[int], numbers: dict, null: int = 0) -> dict:
     """Plain numbers from expert_numbers: {"layers": {layer: {...}}, and the same keys over all layers}.
 
     per_expert_utilization: share of the choices (None for an empty slot, and for one dropped_out by expert_dropout);
@@ -33,10 +36,12 @@ def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -
     - 1; dead: experts below a tenth of their fair share; bias_range; confidence: mean of the largest probability;
     token_entropy: mean entropy of a token's probabilities, nats; router_z: mean of logsumexp(logits)^2.
     """
-    out, n = {}, (numbers.shape[1] - len(SUMS)) // 3
-    for layer, row in zip(layers, numbers.double().tolist()):
-        sums, counts = dict(zip(SUMS, row)), row[len(SUMS) : len(SUMS) + n]
-        bias, alive = row[len(SUMS) + n : len(SUMS) + 2 * n], row[len(SUMS) + 2 * n :]
+    out, n = {}, numbers["moe.counts"].shape[1]
+    names = (*SUMS, "counts", "bias", "alive")
+    columns = [numbers[f"moe.{name}"].double().tolist() for name in names]
+    for layer, *row in zip(layers, *columns):
+        sums = dict(zip(names, row))
+        counts, bias, alive = sums["counts"], sums["bias"], sums["alive"]
         total, tokens = max(1.0, sum(counts)), max(1.0, sums["tokens"])
         share = [c / total if a else None for c, a in zip(counts, alive)]
         real, biases = [s for s in share if s is not None], [b for b, a in zip(bias, alive) if a]
@@ -70,32 +75,35 @@ def expert_statistics(layers: list[int], numbers: torch.Tensor, null: int = 0) -
     return mean | {"layers": out}
 
 
-def mod_statistics(layers: dict[int, MoD], sums: torch.Tensor, n_layers: int, saved: float) -> dict:
-    """Plain numbers from the sums (layers, len(MOD_SUMS) + T) of a step; `saved` is the share of FLOPs saved.
+def mod_statistics(layers: dict[int, MoD], sums: dict, n_layers: int, saved: float) -> dict:
+    """Plain numbers from the sums mod.NAME (layers,) and mod.counts (layers, T) of a step; `saved` is the share of
+    FLOPs saved.
 
     average_depth counts layers, average_depth_fraction is its share of n_layers; per_layer_usage: share of tokens each
     MoD layer computed; position_usage: how often each position was kept, mean over these layers.
     """
-    rows, usage, agree, position = sums.double().tolist(), {}, [], None
-    for (layer, _), row in zip(layers.items(), rows):
-        named, kept = dict(zip(MOD_SUMS, row)), row[len(MOD_SUMS) :]
-        tokens = max(1.0, named["tokens"])
+    bce, agreeing, all_tokens, counts = (
+        sums[f"mod.{name}"].double().tolist() for name in (*MOD_SUMS, "counts")
+    )
+    usage, agree, position = {}, [], [0.0] * len(counts[0])
+    for layer, kept, agreed, tokens in zip(layers, counts, agreeing, all_tokens):
+        tokens = max(1.0, tokens)
         usage[layer] = sum(kept) / tokens
-        agree.append(named["agree"] / tokens)
-        part = [k * len(kept) / tokens / len(rows) for k in kept]
-        position = part if position is None else [a + b for a, b in zip(position, part)]
-    processed = sum(sum(row[len(MOD_SUMS) :]) for row in rows)
+        agree.append(agreed / tokens)
+        part = [k * len(kept) / tokens / len(layers) for k in kept]
+        position = [a + b for a, b in zip(position, part)]
+    processed = sum(sum(kept) for kept in counts)
     depth = n_layers - sum(1 - u for u in usage.values())
     return {
         "capacity_factor": sum(mod.capacity for mod in layers.values()) / len(layers),
         "tokens_processed": int(processed),
-        "tokens_skipped": int(sum(row[2] for row in rows) - processed),
+        "tokens_skipped": int(sum(all_tokens) - processed),
         "average_depth": depth,
         "average_depth_fraction": depth / n_layers,
         "per_layer_usage": usage,
         "compute_savings": saved,
         "predictor_agreement": sum(agree) / len(agree),
-        "predictor_loss": sum(row[0] for row in rows) / max(1.0, sum(row[2] for row in rows)),
+        "predictor_loss": sum(bce) / max(1.0, sum(all_tokens)),
         "position_usage": position,
     }
 

@@ -402,18 +402,14 @@ class Report:
             lines.append(f"depth      {text}")
         return lines
 
-    def routing(self, numbers: torch.Tensor) -> dict:
-        """Statistics of the sparse layers from one host copy: {"experts": ..., "depth": ...}."""
+    def routing(self, sums: dict) -> dict:
+        """{"experts": ..., "depth": ...} from what expert_numbers names, on the host; empty when there is nothing."""
         cfg, found = self.cfg.model, {}
-        kept = self.sparse_shapes[1][0] * self.sparse_shapes[1][1]
-        moe, mod = numbers.split([len(numbers) - kept, kept])
-        if self.moe:
-            rows = moe.view(len(self.moe), -1)
-            found["experts"] = expert_statistics(list(self.moe), rows, cfg.n_null_experts)
-        if self.mod:
+        if "moe.counts" in sums:
+            found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
+        if "mod.counts" in sums:
             saved = 1 - self.model.flops_per_token() / self.flops_undiminished
-            rows = mod.view(self.sparse_shapes[1])
-            found["depth"] = mod_statistics(self.mod, rows, cfg.n_layers, saved)
+            found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
         return found
 
     def routing_row(self, seen: StepNumbers) -> dict:
@@ -480,9 +476,7 @@ class Report:
             return {"refused": "E308", "reason": f"this model has no layer of {what}"}
         if self.sparse is None:
             return {"refused": "E308", "reason": "no step has been made yet"}
-        moe, mod = self.unpack(self.sparse)
-        moe = expert_numbers(self.moe, moe) if self.moe else moe
-        return self.routing(torch.cat([moe.flatten(), mod.flatten()]).cpu())[kind]
+        return self.routing(expert_numbers(self.moe, self.sparse))[kind]
 
     def get_expert_statistics(self) -> dict:
         """Of the last step, over all ranks: per_expert_utilization, routing_entropy, load_balance_loss, tokens_dropped

@@ -355,16 +355,16 @@ class Ours:
         )  # what `deterministic: auto` means
         torch.utils.deterministic.fill_uninitialized_memory = False
         model, optimizer, par = self.model, self.optimizer, self.parallel
-        total, parts = model(self.x, targets=self.y)
+        total, sums = model(self.x, targets=self.y)
         (total / self.tokens).backward()
-        stats = par.reduce(model, torch.stack([parts["ce"], parts["z"], parts["count"]]).double())
+        stats = par.reduce(model, torch.stack([sums["ce"], sums["z"], sums["count"]]).double())
         norm = par.grad_norm(model)
         bad = ~(torch.isfinite(stats[0]) & torch.isfinite(norm))
         factor = (self.tokens / stats[2]).float()
         clip = (self.cfg.grad_clip / (norm * factor + 1e-6)).clamp(max=1.0)
         step_optimizer(optimizer, list(model.parameters()), clip * factor, bad)
         if self.moe:
-            model_moe.update_balance(self.moe, list(parts["moe"][:, len(model_moe.SUMS) :]), bad)
+            model_moe.update_balance(self.moe, sums["moe.counts"], bad)
         return stats[0] / stats[2]
 
 

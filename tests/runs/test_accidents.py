@@ -375,9 +375,9 @@ def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
 def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
     """A rank is killed after the first checkpoint; torchrun starts all with the same words: nothing is deleted."""
     keys = tiny(resume="none", overwrite=True, save_interval=4, max_steps=12)
-    code = "import os, sys, errors, train\ntake = train.Trainer.drain\ndef drain(self):\n"
+    code = "import os, sys, train\nfrom lumen import launch\ntake = train.Trainer.finish_pending_step\ndef drain(self):\n"
     code += "    if self.step == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), 9)\n"
-    code += "    return take(self)\ntrain.Trainer.drain = drain\nerrors.command(train.main, lasting=True)\n"
+    code += "    return take(self)\ntrain.Trainer.finish_pending_step = drain\nlaunch.command(train.main, lasting=True)\n"
     (tmp_path / "dies.py").write_text(code)
     words = [
         "-m",
@@ -2466,7 +2466,7 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
     """In the order of a GPU, on the CPU: the numbers of a turn are seen in the next one. A save is asked for at step 3,
     and step `hurt` runs out of memory once."""
     trainer = Trainer(keys)
-    drain, forward, act, done = trainer.drain, trainer.model.forward, trainer.orchestrator.act, []
+    drain, forward, act, done = trainer.finish_pending_step, trainer.model.forward, trainer.orchestrator.act, []
 
     def late():
         due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.cfg.max_steps
@@ -2483,7 +2483,7 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
         trainer.save_signal = trainer.save_signal or int(trainer.orchestrator.turn == 3)
         return act()
 
-    trainer.drain, trainer.model.forward, trainer.orchestrator.act = late, full, asked
+    trainer.finish_pending_step, trainer.model.forward, trainer.orchestrator.act = late, full, asked
     assert trainer.fit() == 0 and done
     return trainer
 

@@ -382,14 +382,14 @@ def test_failures_are_said_as_such():
 def test_the_reference_rules(tiny):
     trainer = train.Trainer(tiny("ref", max_steps=80, save_interval=0))
     losses = iter([3.0] * 60 + [9.0, 3.0] * 80)
-    trainer.drain = lambda: {
+    trainer.finish_pending_step = lambda: {
         "loss": next(losses),
         "grad_norm": 1e4 if trainer.n == 115 else 1.0,
         "turn": trainer.n,
     }
     done = faults.reference(trainer, True)
     for trainer.n in range(1, 120):
-        trainer.drain()
+        trainer.finish_pending_step()
     assert done == [50, 115] and trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
     trainer.close()
 

@@ -34,7 +34,7 @@ from lumen.experts import (
 from lumen.optim import build_optimizer
 from model import KVCache, ModelConfig, Transformer, rope_tables, rotate
 from model_moe import SUMS, MoD, MoE, draw_dropout, update_balance
-from train import Parallel, Trainer, lr_at
+from train import Parallel, Trainer, flatten, lr_at, unflatten
 
 torch.set_num_threads(1)
 
@@ -324,10 +324,10 @@ def test_what_dropout_mutes_is_not_dead():
     moe, x = layer(E=8, n_experts_max=8, expert_dropout=0.5), normal(400, 32)
     for seed in range(4):
         draw_dropout([moe], seed)
-        counts = moe.router(x)[3]
-        update_balance([moe], [counts[len(SUMS) :]], torch.tensor(False))
+        sums = moe.router(x)[3]
+        update_balance([moe], [sums["counts"]], torch.tensor(False))
         assert moe.router.load.sum().item() == pytest.approx(1) and (moe.router.load > 0).all()
-        found = expert_statistics([0], expert_numbers({0: moe}, counts[None]))
+        found = expert_statistics([0], expert_numbers({0: moe}, stacked(sums)))
         share = found["per_expert_utilization"]
         assert [s is None for s in share] == moe.router.dropped_out.tolist() and found["dead"] == 0
     with pytest.raises(ValueError, match="fair share"):
@@ -381,8 +381,8 @@ def crowded(K, **changes):
 def test_capacity_serves_the_first_and_leaves_the_others_exactly_alone(router):
     moe, x = crowded(1, capacity_factor=1.0, router=router)
     y, stats = moe(x)
-    assert dict(zip(SUMS, stats["moe"].tolist()))["dropped"] == 48  # 64 tokens, 4 experts: 16 each
-    assert stats["moe"][len(SUMS) :].tolist() == [64, 0, 0, 0], "what was wanted, for the balance"
+    assert stats["moe.dropped"] == 48  # 64 tokens, 4 experts: 16 each
+    assert stats["moe.counts"].tolist() == [64, 0, 0, 0], "what was wanted, for the balance"
     assert (y[16:] == 0).all() and (y[:16] != 0).any(1).all()
     (gx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     assert (gx[16:] == 0).all() and (gx[:16] != 0).any(1).all()
@@ -390,7 +390,7 @@ def test_capacity_serves_the_first_and_leaves_the_others_exactly_alone(router):
     assert gw.isfinite().all() and gw.norm() > 0
     moe.eval()
     full, stats = moe(x)
-    assert (full != 0).any(1).all() and dict(zip(SUMS, stats["moe"].tolist()))["dropped"] == 0
+    assert (full != 0).any(1).all() and stats["moe.dropped"] == 0
     assert torch.allclose(full[:16], y[:16], atol=1e-6)
 
 
@@ -400,11 +400,7 @@ def test_capacity_drops_choices_and_not_tokens():
     moe, x = crowded(2, capacity_factor=1.25)
     y, stats = moe(x)
     p, found, *_ = layer_without_capacity(moe).router(x)
-    assert (
-        dict(zip(SUMS, stats["moe"].tolist()))["dropped"] == 48
-        and found[:, 0].eq(0).all()
-        and found[:, 1].eq(1).all()
-    )
+    assert stats["moe.dropped"] == 48 and found[:, 0].eq(0).all() and found[:, 1].eq(1).all()
     assert (y[40:] == 0).all()
     assert torch.allclose(y[:40].double(), by_hand(moe, x[:40])[0], atol=1e-5)
     # expert 1 alone is crowded: its dropped tokens still get their part of the other
@@ -442,7 +438,7 @@ def test_dropped_tokens_keep_their_residual_in_the_block():
     block.attn.register_forward_hook(lambda m, i, o: seen.update(h=o))
     change, stats = block(x, rope_tables(model.cfg, torch.arange(32)))
     dropped = (seen["y"] == 0).all(-1)
-    assert dropped.sum() == stats["moe"][SUMS.index("dropped")] > 20
+    assert dropped.sum() == stats["moe.dropped"] > 20
     assert torch.equal(change[dropped], seen["h"][dropped]) and not torch.equal(change, seen["h"])
 
 
@@ -481,7 +477,7 @@ def test_routing_is_fp32_under_bf16():
         normal(200, 32).bfloat16(),
     )  # so even that bf16 would tie
     p, found, loss, sums = moe.router(x)
-    assert (p.dtype, loss.dtype, sums.dtype) == (torch.float32,) * 3
+    assert {t.dtype for t in (p, loss, *sums.values())} == {torch.float32}
     q, want, *_ = moe.router(x.float())
     assert torch.equal(found, want) and torch.equal(p, q)
     rounded = (x @ moe.router.weight.bfloat16().t()).topk(4).indices
@@ -495,7 +491,7 @@ def test_routing_is_fp32_under_bf16():
     assert x.dtype == torch.bfloat16
     score = F.rms_norm(x[0].float(), (32,), eps=1e-6) @ model.blocks[0].mod.router.weight[0]
     assert (
-        stats["mod"][0, 3:].nonzero()[:, 0].tolist()
+        stats["mod.counts"][0].nonzero()[:, 0].tolist()
         == score.topk(16).indices.sort().values.tolist()
     )
 
@@ -583,7 +579,7 @@ def test_the_bias_balances_a_lopsided_router():
     shares = []
     for step in range(200):
         x = normal(256, 32, seed=step) + 0.5
-        counts = moe.router(x)[3][len(SUMS) :]
+        counts = moe.router(x)[3]["counts"]
         shares.append((counts.max() / counts.sum()).item())
         update_balance([moe], [counts], good)
     assert np.mean(shares[:5]) > 0.25 and np.mean(shares[-20:]) < 0.17
@@ -604,12 +600,12 @@ def test_balance_loss_by_hand_row_by_row(router):
         )
         load = F.one_hot(ids.view(4, -1), 8).float().mean(1)  # (rows, experts), of 2 x 25 choices
         want = 8 * (share * load[:, None]).sum()
-        assert sums[SUMS.index("balance")].item() == pytest.approx(want.item(), rel=1e-4)
+        assert sums["balance"].item() == pytest.approx(want.item(), rel=1e-4)
         assert loss.item() == pytest.approx(0.5 * want.item(), rel=1e-4)
         loss.backward()
         step = moe.router.weight.detach() - 1e-3 * moe.router.weight.grad
-        one_by_one = sum(moe.router(row[None])[2] for row in x)
-        assert one_by_one.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
+        alone = sum(moe.router(row[None])[2] for row in x)
+        assert alone.item() == pytest.approx(loss.item(), rel=1e-5), "no row knows of another"
         with torch.no_grad():
             moe.router.weight.copy_(step)
             assert moe.router(x)[2] < loss
@@ -623,7 +619,7 @@ def test_balance_loss_is_one_a_token_at_equal_loads():
             moe.router.weight[e, e // 2 * 2 : e // 2 * 2 + 2] = 5.0
     x = torch.eye(32)[torch.arange(8).repeat(3)][None]
     _, _, loss, sums = moe.router(x)
-    assert sums[SUMS.index("balance")].item() == pytest.approx(24, rel=1e-5)
+    assert sums["balance"].item() == pytest.approx(24, rel=1e-5)
     loss.backward()
     assert moe.router.weight.grad.abs().max() < 1e-4, "equal loads say nothing about a direction"
 
@@ -636,7 +632,7 @@ def test_z_loss_is_the_squared_logsumexp():
     )
     z = (x @ moe.router.weight.t() / 2).logsumexp(-1).square().sum()
     _, _, loss, sums = moe.router(x)
-    assert torch.allclose(loss, 0.1 * z) and torch.allclose(sums[SUMS.index("z")], z)
+    assert torch.allclose(loss, 0.1 * z) and torch.allclose(sums["z"], z)
 
 
 def test_sigmoids_pushed_to_zero_do_not_cheat_the_balance():
@@ -644,7 +640,7 @@ def test_sigmoids_pushed_to_zero_do_not_cheat_the_balance():
     moe, x = layer(router="sigmoid", aux_loss_weight=1.0), normal(50, 32).abs()
     with torch.no_grad():
         moe.router.weight.fill_(-10.0)
-    assert moe.router(x)[3][0].item() == pytest.approx(50, rel=1e-3)
+    assert moe.router(x)[3]["balance"].item() == pytest.approx(50, rel=1e-3)
 
 
 class Poisoned(Parallel):
@@ -736,7 +732,7 @@ def test_of_equal_tokens_the_earlier_is_taken(capacity):
     for row in range(64):
         kept[row, sorted(range(32), key=lambda t: (-score[row, t].item(), t))[:n]] = 1
     for rows in (slice(0, 64), slice(3, 4), slice(5, 12)):
-        assert torch.equal(model(x[rows], x[rows])[1]["mod"][0, 3:], kept[rows].sum(0))
+        assert torch.equal(model(x[rows], x[rows])[1]["mod.counts"][0], kept[rows].sum(0))
 
 
 @pytest.mark.parametrize("kind", ("mixtral", "hybrid"))
@@ -756,14 +752,14 @@ def test_losses_are_logged_apart(tiny, kind):
     assert row["loss"] == pytest.approx(np.mean([c.item() for c in ce]), abs=1e-5), (
         "the language model's alone"
     )
-    balance = sum(p["moe"][:, SUMS.index("balance")].sum().item() for p in parts) / (4 * 32)
+    balance = sum(p["moe.balance"].sum().item() for p in parts) / (4 * 32)
     assert row["aux_loss"] == pytest.approx(0.5 * balance, rel=1e-4), (
         "weight x what all layers add up to"
     )
-    z = sum(p["moe"][:, SUMS.index("z")].sum().item() for p in parts) / (4 * 32)
+    z = sum(p["moe.z"].sum().item() for p in parts) / (4 * 32)
     assert row["router_z_loss"] == pytest.approx(0.01 * z, rel=1e-4) and row["router_z_loss"] > 0
     if kind == "hybrid":
-        bce = sum(p["mod"][:, 0].sum().item() for p in parts) / (4 * 32)
+        bce = sum(p["mod.bce"].sum().item() for p in parts) / (4 * 32)
         assert row["mod_loss"] == pytest.approx(MoD.BCE_WEIGHT * bce, rel=1e-4)
     else:
         assert "mod_loss" not in row
@@ -772,13 +768,34 @@ def test_losses_are_logged_apart(tiny, kind):
 # ---------------------------------------------------------------- statistics
 
 
+def stacked(*layers):
+    """What the model makes of its routers' sums: moe.NAME, a row a layer."""
+    return {f"moe.{name}": torch.stack([row[name] for row in layers]) for name in layers[0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sum_has_the_name_and_the_shape_that_was_promised(kind):
+    """The trainer lays out its one collective by sum_shapes before it has seen a batch; there and back nothing is lost."""
+    model, x = make(**KINDS[kind]), ids(2, 32)
+    sums = model(x, x)[1]
+    assert {name: tuple(t.shape) for name, t in sums.items()} == model.sum_shapes()
+    assert ("moe.counts" in sums) == (kind in EXPERTS) and ("mod.counts" in sums) == (
+        kind in DEPTHS
+    )
+    vector, shapes = flatten(sums)
+    assert vector.dtype == torch.float64 and vector.dim() == 1
+    back = unflatten(vector, shapes)
+    assert list(back) == list(sums) and all(torch.equal(v, sums[k]) for k, v in back.items())
+
+
 def test_expert_statistics_by_hand():
     sums = dict(balance=220.0, z=400.0, tokens=200.0, dropped=7.0, entropy=100.0, confidence=90.0)
-    a = torch.tensor([*sums.values(), 200.0, 100, 96, 4], dtype=torch.float64)
-    b = torch.tensor([*sums.values(), 100.0, 100, 100, 100], dtype=torch.float64)
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    a = sums | {"counts": torch.tensor([200.0, 100, 96, 4])}
+    b = sums | {"counts": torch.tensor([100.0, 100, 100, 100])}
     moes = {0: layer(E=4), 3: layer(E=4)}
     moes[0].router.bias.copy_(torch.tensor([-0.3, 0.1, 0.1, 0.1]))
-    found = expert_statistics([0, 3], expert_numbers(moes, torch.stack([a, b])))
+    found = expert_statistics([0, 3], expert_numbers(moes, stacked(a, b)))
     first, second = found["layers"][0], found["layers"][3]
     share = [0.5, 0.25, 0.24, 0.01]
     assert first["per_expert_utilization"] == pytest.approx(share)
@@ -806,8 +823,9 @@ def test_expert_statistics_by_hand():
 
 def test_statistics_of_dead_slots_and_nulls():
     moe = layer(E=2, n_experts_max=3, n_null_experts=1, bias_update_rate=0.1)
-    row = torch.tensor([0.0, 0, 50, 0, 0, 0, 60, 20, 0, 20], dtype=torch.float64)
-    found = expert_statistics([0], expert_numbers({0: moe}, row[None]), 1)
+    row = dict.fromkeys(SUMS, torch.tensor(0.0)) | {"tokens": torch.tensor(50.0)}
+    row["counts"] = torch.tensor([60.0, 20, 0, 20])
+    found = expert_statistics([0], expert_numbers({0: moe}, stacked(row)), 1)
     assert (
         found["per_expert_utilization"][2] is None
         and found["layers"][0]["per_expert_utilization"][2] is None
@@ -824,16 +842,22 @@ def test_statistics_count_what_was_routed():
     for moe in model.sparse_layers("moe").values():
         moe.router.register_forward_hook(lambda m, i, o: seen.append((i[0].detach(), o[1])))
     _, stats = model(x, x)
-    for row, (inputs, chosen), moe in zip(stats["moe"], seen, model.sparse_layers("moe").values()):
-        assert row[len(SUMS) :].tolist() == torch.bincount(chosen.flatten(), minlength=8).tolist()
-        share = (inputs @ moe.router.weight.t()).sigmoid()
+    routers = [moe.router for moe in model.sparse_layers("moe").values()]
+    for i, ((inputs, chosen), router) in enumerate(zip(seen, routers)):
+        named = {name: stats[f"moe.{name}"][i] for name in SUMS}
+        assert (
+            stats["moe.counts"][i].tolist()
+            == torch.bincount(chosen.flatten(), minlength=8).tolist()
+        )
+        share = (inputs @ router.weight.t()).sigmoid()
         share = share / share.sum(-1, keepdim=True)
-        named = dict(zip(SUMS, row.tolist()))
         assert named["tokens"] == 64 and named["dropped"] == 0
-        assert named["entropy"] == pytest.approx(-(share * share.log()).sum().item(), rel=1e-4)
-        assert named["confidence"] == pytest.approx(share.amax(-1).sum().item(), rel=1e-4)
+        assert named["entropy"].item() == pytest.approx(
+            -(share * share.log()).sum().item(), rel=1e-4
+        )
+        assert named["confidence"].item() == pytest.approx(share.amax(-1).sum().item(), rel=1e-4)
     model.eval()
-    assert "moe" not in model(x, x)[1], "nothing is counted in evaluation"
+    assert set(model(x, x)[1]) == {"ce", "z", "count"}, "nothing is counted in evaluation"
 
 
 def test_the_trainers_statistics(tiny):
@@ -990,13 +1014,10 @@ def test_only_the_chosen_tokens_are_computed(kind):
     want = [(3, m.tokens, 32) for m in model.sparse_layers("mod").values()]
     assert rows["ffn"] == want
     assert rows["attn"] == ([(3, 32, 32)] * len(want) if "ffn" in kind else want)
-    for row, (_, n, _) in zip(stats["mod"], want):
-        kept = row[len(model_moe.MOD_SUMS) :]
-        assert kept.sum() == 3 * n and row[2] == 96 and kept.max() <= 3
-    if "moe" in stats and kind != "beside":
-        assert (stats["moe"][:, SUMS.index("tokens")] == 3 * want[0][1]).all(), (
-            "experts inside see these tokens only"
-        )
+    for kept, tokens, (_, n, _) in zip(stats["mod.counts"], stats["mod.tokens"], want):
+        assert kept.sum() == 3 * n and tokens == 96 and kept.max() <= 3
+    if "moe.tokens" in stats and kind != "beside":
+        assert (stats["moe.tokens"] == 3 * want[0][1]).all(), "experts inside see these tokens only"
     total.backward()
 
 
@@ -1119,7 +1140,7 @@ def test_static_and_random_positions():
         "drawn anew each time in training, from the seed"
     )
     _, stats = model(x.repeat(64, 1), x.repeat(64, 1))
-    assert (stats["mod"][:, 3:] / 256 - 0.5).abs().max() < 0.15, "no position is preferred"
+    assert (stats["mod.counts"] / 256 - 0.5).abs().max() < 0.15, "no position is preferred"
     model.eval()
     assert torch.equal(model(x), model(x))
 
@@ -1211,7 +1232,8 @@ def test_the_predictor_learns_the_rule():
     for step in range(60):
         x = ids(8, 32, seed=step)
         total, stats = model(x, x)
-        seen.append([(stats["mod"][:, i].sum() / stats["mod"][:, 2].sum()).item() for i in (0, 1)])
+        tokens = stats["mod.tokens"].sum()
+        seen.append([(stats[name].sum() / tokens).item() for name in ("mod.bce", "mod.agree")])
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -1269,13 +1291,13 @@ def test_evaluation_reports_both_rules(tiny, kind):
 def test_the_bias_holds_the_share_of_null_experts():
     moe, good, shares = layer(E=6, n_null_experts=2, bias_update_rate=0.01), torch.tensor(False), []
     for step in range(240):
-        counts = moe.router(normal(512, 32, seed=step))[3][len(SUMS) :]
+        counts = moe.router(normal(512, 32, seed=step))[3]["counts"]
         shares.append((counts[6:].sum() / counts.sum()).item())
         update_balance([moe], [counts], good)
     assert np.mean(shares[-60:]) == pytest.approx(2 / 8, abs=0.015)
     moe.router.weight.data[6:] *= 3  # wherever the router drifts
     for step in range(240):
-        counts = moe.router(normal(512, 32, seed=step) + 0.2)[3][len(SUMS) :]
+        counts = moe.router(normal(512, 32, seed=step) + 0.2)[3]["counts"]
         shares.append((counts[6:].sum() / counts.sum()).item())
         update_balance([moe], [counts], good)
     assert np.mean(shares[-60:]) == pytest.approx(2 / 8, abs=0.02)
@@ -1286,7 +1308,7 @@ def test_null_choices_contribute_exactly_nothing():
     moe.router.bias[4:] = 10.0
     x.requires_grad_()
     y, stats = moe(x)
-    assert (y == 0).all() and stats["moe"][len(SUMS) :].tolist() == [0, 0, 0, 0, 20, 20]
+    assert (y == 0).all() and stats["moe.counts"].tolist() == [0, 0, 0, 0, 20, 20]
     y.sum().backward()
     assert (
         (x.grad == 0).all()
@@ -1296,7 +1318,7 @@ def test_null_choices_contribute_exactly_nothing():
     moe.router.bias[4] = -10.0  # now one null and one expert: half of the depth, its gate as chosen
     y, stats = moe(x.detach())
     want, _, _ = by_hand(moe, x.detach())
-    assert torch.allclose(y.double(), want, atol=1e-5) and stats["moe"][len(SUMS) + 5] == 20
+    assert torch.allclose(y.double(), want, atol=1e-5) and stats["moe.counts"][5] == 20
     assert (y != 0).any(1).all()
 
 
@@ -1317,19 +1339,19 @@ def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router
             p.copy_(normal(*p.shape, seed=10 * seed + i) * std)
         x = normal(4096, 64, seed=10 * seed + 4)
         before, stats = moe(x)
-        counts = stats["moe"][len(SUMS) :]
+        counts = stats["moe.counts"]
         moe.router.load.copy_(counts / counts.sum())
         hottest = int(counts.argmax())
         assert add_expert(moe, torch.optim.AdamW(moe.parameters()), 0) == (hottest, E)
         after, stats = moe(x)
-        now = stats["moe"][len(SUMS) :][[hottest, E]]
+        now = stats["moe.counts"][[hottest, E]]
         moved.append(distance(after, before))
         assert now.sum().item() == pytest.approx(counts[hottest].item(), rel=0.1)
         assert (now / counts[hottest] - 0.5).abs().max() < 0.1
         moe.router.sibling.copy_(torch.arange(E + 2))  # naive cloning, as others do it
         after, stats = moe(x)
         naive.append(distance(after, before))
-        assert stats["moe"][len(SUMS) :][[hottest, E]].sum() > 1.4 * counts[hottest], (
+        assert stats["moe.counts"][[hottest, E]].sum() > 1.4 * counts[hottest], (
             "both take the same tokens"
         )
     assert 0 < np.mean(moved) < limit and np.mean(naive) > 4 * limit, (moved, naive)
@@ -1532,8 +1554,8 @@ def test_no_recompilation_after_surgery():
     for change in changes:
         change()
         got, want = run(x, rope), block(x, rope)
-        assert torch.allclose(got[0], want[0], atol=1e-6) and torch.equal(
-            got[1]["moe"], want[1]["moe"]
+        assert torch.allclose(got[0], want[0], atol=1e-6) and all(
+            torch.equal(got[1][name], want[1][name]) for name in want[1] if name != "loss"
         )
         got[0].sum().backward()
     assert counter.frame_count == graphs
