@@ -38,7 +38,18 @@ import prepare_data
 import train
 import train_fsdp
 from export import main as export_main
-from lumen import checkpoint, config, files, launch, loader, plan, report, stopwatch, tokenizer
+from lumen import (
+    checkpoint,
+    config,
+    files,
+    launch,
+    loader,
+    plan,
+    report,
+    sources,
+    stopwatch,
+    tokenizer,
+)
 from lumen import machine as machines
 from lumen import orchestrate as orchestrator
 from lumen import owner as owners
@@ -1231,7 +1242,7 @@ BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i 
 def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
     """A text file too long to be read at once, between notes: it lies in one split, whole and with one end, whatever
     the seed, the shards and the number of workers."""
-    monkeypatch.setattr(prepare_data, "PIECE", 7_000)
+    monkeypatch.setattr(sources, "PIECE", 7_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "book.txt").write_text(BOOK)
     (tmp_path / "in" / "notes.jsonl").write_text(
@@ -1258,7 +1269,7 @@ def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
 
 def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypatch):
     """The preparation of long files ends at each of its journals: what goes on from there gives the same bytes."""
-    monkeypatch.setattr(prepare_data, "PIECE", 5_000)
+    monkeypatch.setattr(sources, "PIECE", 5_000)
     (tmp_path / "in").mkdir()
     for i, text in enumerate(
         (BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))
@@ -1290,7 +1301,7 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
 
 def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
     """All the text is one long file: a share of it, its end, is held out, and the rest has one end of text."""
-    monkeypatch.setattr(prepare_data, "PIECE", 12_000)
+    monkeypatch.setattr(sources, "PIECE", 12_000)
     (tmp_path / "book.txt").write_text(BOOK)
     for fraction in (0.05, 0.4):  # it is drawn for training, or for validation
         out = tmp_path / f"{fraction}"
@@ -1303,7 +1314,7 @@ def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
 
 def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
     """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is named."""
-    monkeypatch.setattr(prepare_data, "PIECE", 9_000)
+    monkeypatch.setattr(sources, "PIECE", 9_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(
         BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode()
@@ -2466,7 +2477,12 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
     """In the order of a GPU, on the CPU: the numbers of a turn are seen in the next one. A save is asked for at step 3,
     and step `hurt` runs out of memory once."""
     trainer = Trainer(keys)
-    drain, forward, act, done = trainer.finish_pending_step, trainer.model.forward, trainer.orchestrator.act, []
+    drain, forward, act, done = (
+        trainer.finish_pending_step,
+        trainer.model.forward,
+        trainer.orchestrator.act,
+        [],
+    )
 
     def late():
         due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.cfg.max_steps

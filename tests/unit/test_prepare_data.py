@@ -15,7 +15,9 @@ import pytest
 from conftest import ROOT
 
 import prepare_data as P
+from lumen import sources
 from lumen import tokenizer as T
+from lumen.clean import clean, cut_text
 from lumen.errors import UserError
 
 HERE = str(ROOT)
@@ -87,7 +89,7 @@ def mixed(tmp_path):
     """A folder with all kinds of files, bad rows, duplicates and a long document."""
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
-    texts = [P.synthetic_document(7, n) for n in range(700)]
+    texts = [sources.synthetic_document(7, n) for n in range(700)]
     rows = [{"text": text, "n": 1} for text in texts[:400]] + [
         {"text": texts[3]},
         {"text": texts[600]},
@@ -121,20 +123,20 @@ def test_workers_and_batches_do_not_matter(mixed, tmp_path):
     assert counts["kept"] == 551 and counts["rows"] == 555 and counts["cut"] == 1
     assert len(manifest["splits"]["train"]["shards"]) > 5
     text = "".join(documents(outs[0]) + documents(outs[0], "val"))
-    assert all(P.synthetic_document(7, n) in text for n in range(700) if not 450 <= n < 600)
+    assert all(sources.synthetic_document(7, n) in text for n in range(700) if not 450 <= n < 600)
     sizes = [sum(len(t.encode()) for t in documents(outs[0], split)) for split in ("train", "val")]
     assert sizes == [manifest["splits"][split]["bytes_text"] for split in ("train", "val")]
-    assert not [name for name in os.listdir(outs[0]) if P.JOURNAL.fullmatch(name)]
+    assert not [name for name in os.listdir(outs[0]) if P.JOURNAL_FILES.fullmatch(name)]
 
 
 def test_synthetic_is_the_same_everywhere(tmp_path):
     assert hashlib.sha256(
-        "".join(P.synthetic_document(1337, n) for n in range(50)).encode()
+        "".join(sources.synthetic_document(1337, n) for n in range(50)).encode()
     ).hexdigest() == ("d4129fc8282b7aa824c309649a68fc3fc5bf43a0d35c1b332c4c51b1acb2de97")
     manifest = P.prepare(["synthetic:30"], str(tmp_path / "out"), "bytes", quiet=True)
     assert manifest["counts"]["kept"] == 30
     assert sorted(documents(tmp_path / "out") + documents(tmp_path / "out", "val")) == sorted(
-        P.synthetic_document(1337, n) for n in range(30)
+        sources.synthetic_document(1337, n) for n in range(30)
     )
 
 
@@ -291,9 +293,9 @@ def test_finished_folder(mixed, tmp_path, capsys):
         ("seed", {"seed": 1}),
         ("sources", {"more": 1}),
     ]:
-        sources = [str(mixed)] + ["synthetic"] * options.pop("more", 0)
+        specs = [str(mixed)] + ["synthetic"] * options.pop("more", 0)
         with pytest.raises(UserError, match=f"E117.*{wrong}"):
-            P.prepare(sources, out, **{"tokenizer": "bytes", **options})
+            P.prepare(specs, out, **{"tokenizer": "bytes", **options})
     (mixed / "c.txt").write_text("other text, other size")
     with pytest.raises(UserError, match="E117.*c.txt has changed"):
         P.prepare([str(mixed)], out, "bytes")
@@ -306,6 +308,42 @@ def test_finished_folder(mixed, tmp_path, capsys):
         file.write(b"x")
     with pytest.raises(UserError, match="E111.*train_00000"):
         P.prepare([str(mixed)], out, "bytes")
+
+
+def test_a_folder_whose_manifest_has_the_documents_in_mtime(tmp_path, monkeypatch):
+    """Until 2026 an input's mtime held the number of synthetic documents: such data are taken as
+    they are, and go on where they were."""
+    options = {"tokenizer": "bytes", "shard_tokens": 5000, "quiet": True}
+    whole = P.prepare(["synthetic:60"], str(tmp_path / "whole"), **options)
+    real = P.Output.journal
+
+    def stop(self):
+        real(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(P.Output, "journal", stop)
+        P.prepare(["synthetic:60"], str(tmp_path / "half"), **options)
+    for path in (tmp_path / "whole" / "manifest.json", tmp_path / "half" / "progress.json"):
+        rows = json.loads(path.read_text())
+        (given,) = rows["provenance"]["inputs"]
+        assert given[6:] == [0, "", "", 60]
+        rows["provenance"]["inputs"] = [[*given[:6], 60, "", ""]]
+        path.write_text(json.dumps(rows))
+    again = P.prepare(["synthetic:60"], str(tmp_path / "whole"), **options)
+    half = P.prepare(["synthetic:60"], str(tmp_path / "half"), **options)
+    assert whole["fingerprint"] == again["fingerprint"] == half["fingerprint"]
+
+
+def test_a_new_format_is_a_reader_and_an_ending(tmp_path, monkeypatch):
+    def read_upper(reading, file):
+        yield sources.Item(reading.index, "text", 0, 1, file.read().upper())
+
+    monkeypatch.setitem(sources.ENDINGS, ".up", "upper")
+    monkeypatch.setitem(sources.READERS, "upper", read_upper)
+    (tmp_path / "a.up").write_text("a document")
+    P.prepare([str(tmp_path / "a.up")], str(tmp_path / "out"), "bytes", val_fraction=0, quiet=True)
+    assert documents(tmp_path / "out") == ["A DOCUMENT"]
 
 
 def test_unfinished_folder_of_another_command(tmp_path, monkeypatch):
@@ -406,9 +444,9 @@ def test_parts_of_a_document_stay_together(tmp_path):
 def test_cutting():
     text = "aaa bbb\nccc ddd\n\neee " * 40 + "z" * 300
     for limit in (1, 7, 50, 100):
-        parts = P.cut_text(text, limit)
+        parts = cut_text(text, limit)
         assert "".join(parts) == text and max(map(len, parts)) <= limit
-    assert all(part.endswith("\n\n") for part in P.cut_text("line one\n\n" * 50, 35)[:-1])
+    assert all(part.endswith("\n\n") for part in cut_text("line one\n\n" * 50, 35)[:-1])
 
 
 def test_one_document_gives_its_tail(tmp_path):
@@ -435,7 +473,7 @@ def test_val_files(tmp_path):
 
 
 def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(P, "PIECE", 5000)
+    monkeypatch.setattr(sources, "PIECE", 5000)
     path, out = tmp_path / "long.txt", tmp_path / "out"
     path.write_text(
         "".join(f"é line {i}\n" for i in range(2000)) + "no spaces".replace(" ", "") * 2000
@@ -451,10 +489,10 @@ def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_cleaning():
-    assert P.clean("a\r\nb\rc\td\x00\x0b\x0c\x1f\n") == "a\nb\nc\td\n"
-    assert P.clean("e\u0301 \u212b x\u2028y\x85z") == "é Å x\u2028y\x85z"
-    assert P.clean("\ufb01 ²") == "\ufb01 ²"  # NFC, not NFKC
-    assert P.clean("a\ud800 \ud83d\ude00") == "a\ufffd 😀"
+    assert clean("a\r\nb\rc\td\x00\x0b\x0c\x1f\n") == "a\nb\nc\td\n"
+    assert clean("e\u0301 \u212b x\u2028y\x85z") == "é Å x\u2028y\x85z"
+    assert clean("\ufb01 ²") == "\ufb01 ²"  # NFC, not NFKC
+    assert clean("a\ud800 \ud83d\ude00") == "a\ufffd 😀"
 
 
 def test_control_tokens_in_text_stay_text(tmp_path):
@@ -569,8 +607,8 @@ def test_json_files(tmp_path):
 
     def rows(text):
         path.write_text(text)
-        items = list(P.json_items(0, path.read_bytes(), 0))
-        return [(line, code) for item in items for _, line, code, _ in P.item_rows(item)]
+        items = list(sources.json_items(0, path.read_bytes(), 0))
+        return [(line, code) for item in items for _, line, code, _ in sources.item_rows(item)]
 
     assert rows('{"text": "one"}') == [(1, None)]
     assert rows('\ufeff\n[\n{"text": "a"},\n\n{"text":\n"b"}, {"no": 1}\n]\n') == [
@@ -588,7 +626,7 @@ def test_json_files(tmp_path):
         and rows("") == [(1, "E101")]
     )
     path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}]')
-    assert [item[1:4] for item in P.json_items(0, path.read_bytes(), 0)] == [("E103", 0, 2)]
+    assert [item[1:4] for item in sources.json_items(0, path.read_bytes(), 0)] == [("E103", 0, 2)]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -651,7 +689,7 @@ def test_stdlib(tmp_path, capsys):
 
 
 def test_a_tokenizer_from_a_file(tmp_path):
-    made = T.train_bpe([P.synthetic_document(0, n) for n in range(30)], 400)
+    made = T.train_bpe([sources.synthetic_document(0, n) for n in range(30)], 400)
     made.save(tmp_path / "own.json")
     options = {"tokenizer": str(tmp_path / "own.json"), "quiet": True}
     manifest = P.prepare(["synthetic:20"], str(tmp_path / "out"), **options)
@@ -669,8 +707,8 @@ def test_the_tokenizer_is_trained_on_train_sources_and_bounded(tmp_path, monkeyp
     )
     assert b"zyx" not in T.load(str(tmp_path / "out")).ranks
     for n in range(100):
-        (tmp_path / f"{n}.txt").write_text(P.synthetic_document(0, n))
-    inputs = P.find_inputs(str(tmp_path), 0, "hash")
+        (tmp_path / f"{n}.txt").write_text(sources.synthetic_document(0, n))
+    inputs = sources.find_inputs(str(tmp_path), 0, "hash")
     total = sum(len(text) for text in P.training_texts(inputs, 0))
     monkeypatch.setattr(P, "TRAIN_BYTES", total // 10)
     assert total // 20 < sum(len(text) for text in P.training_texts(inputs, 0)) < total // 5
