@@ -333,9 +333,7 @@ def layout(cfg: Config) -> Parallel:
 
 
 def main(argv: list[str]) -> int:
-    from tools.simulate import fake_run  # upward, and only a dry run calls it
-
-    return train.main(argv, layout, fake_run, check)
+    return train.main(argv, layout, check)
 
 
 if __name__ == "__main__":

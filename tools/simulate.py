@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import types
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from kernels import run_experts
+from kernels import pick_attention, pick_backend, run_experts
 from lumen import machine as machines
-from lumen import plan
-from lumen.config import Config
+from lumen import tokenizer as tokenizers
+from lumen.config import SHARDING, Config
+from lumen.errors import UserError
 from lumen.launch import environment
+from lumen.loader import Source
 from lumen.machine import Hardware, describe
 from lumen.plan import (
     IMBALANCE,
@@ -22,9 +28,11 @@ from lumen.plan import (
     YEAR,
     Layout,
     Unit,
+    auto_steps,
     candidates,
     count,
     kept_bytes,
+    misfit,
     on_meta,
     rank_memory,
     shapes,
@@ -33,8 +41,9 @@ from lumen.plan import (
     training_flops,
     units,
 )
+from lumen.report import Report
 from model import ModelConfig, Transformer
-from train import Parallel
+from train import lr_at, rise
 from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
 
 MFU = {
@@ -380,7 +389,7 @@ def balanced(group, x, p, ids, w13, w2, backend: str):
     return Combine.apply(AllToAll.apply(y, sizes, sizes, group), order, *ids.shape)
 
 
-def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, int]:
+def fake_run(cfg: Config, layout: Layout, small: ModelConfig) -> dict[str, int]:
     """Bytes of rank 0 at the peak of a forward and backward pass of a shallow model: the real classes under FSDP2 on
     tensors without content and a group of processes that are not there, watched by torch's FSDPMemTracker."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -417,15 +426,304 @@ def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, 
     return peak
 
 
-class Planned(Parallel):
-    """One process that counts as `world`: for dry runs."""
+# ---------------------------------------------------------------- python train.py CONFIG --dry_run
 
-    def __init__(self, cfg: Config, layout: plan.Layout):
-        self.rank, self.world, self.layout, self.buffer = environment("RANK", 0), 1, layout, None
-        self.device, self.collective_free = (
-            machines.detect(cfg.device, "fp32", False).device,
-            layout.shard == 1,
+
+def open_data(cfg: Config) -> tuple[dict[str, Source], dict[str, Source], int]:
+    """-> the sources' training and validation splits, and the size of the vocabulary.
+
+    What a real start refuses is refused (E113, E114). Data that `prepare` would make are not made: no sources then.
+    """
+    vocab_size = cfg.model.vocab_size
+    if cfg.prepare and not (Path(cfg.data_dir) / "manifest.json").exists():
+        spec = cfg.prepare.get("tokenizer") or "bpe:8192"
+        if not vocab_size:
+            vocab_size = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
+        return {}, {}, vocab_size
+    if cfg.data_dir:
+        folders = {"data": cfg.data_dir}
+    else:
+        folders = {name: str(spec["dir"]) for name, spec in cfg.data["sources"].items()}
+    train, val, sums = {}, {}, {}
+    for name, folder in folders.items():
+        train[name] = Source(folder, "train", cfg.model.max_seq_len, cfg.val_fraction)
+        held_out = Source(folder, "val", cfg.model.max_seq_len, cfg.val_fraction)
+        if held_out.windows and cfg.val_fraction > 0:
+            val[name] = held_out
+        if train[name].manifest:
+            sums[train[name].manifest["tokenizer"]["sha256"]] = name
+    prepared = [train[name] for name in sums.values()]
+    for source in prepared[1:]:
+        if not tokenizers.load(source.path).same_ids(tokenizers.load(prepared[0].path)):
+            names = " and ".join(sums.values())
+            raise UserError("E113", f"data.sources {names} have different tokenizers")
+    if prepared and not vocab_size:
+        vocab_size = prepared[0].manifest["tokenizer"]["n_vocab"]
+    if not vocab_size:
+        text = "model.vocab_size must be set: bare shards do not say which tokenizer made them"
+        raise UserError("E113", text)
+    for source in (*train.values(), *val.values()):
+        source.check_vocab(vocab_size)
+    return train, val, vocab_size
+
+
+class DryRun(Report):
+    """A run as its start block and the simulation want to see it: resolved, but neither built nor given a folder.
+
+    `elsewhere`: --hardware names a card; then this machine computes nothing and what it cannot do does not matter.
+    """
+
+    def __init__(self, cfg: Config, written: dict, flags: dict, layout: Layout):
+        self.bar = self.log_file = None
+        self.main = environment("RANK", 0) == 0  # this rank speaks
+        self.written, self.dry_run, self.layout = written, flags, layout
+        self.elsewhere = flags["hardware"] != "measured"
+        self.precision = None  # there; None: as this machine resolves it
+        if self.elsewhere:
+            self.precision = "fp32" if flags["hardware"] == "cpu" else "mixed_bf16"
+            if flags["hardware"] in machines.NO_BF16:
+                self.precision = "mixed_fp16"
+            if cfg.precision == "fp32":
+                self.precision = "fp32"
+            cpu = {"precision": "fp32", "device": "cpu", "compile_model": False}
+            cfg = replace(cfg, **cpu, expert_backend="slices")
+        local_rank = environment("LOCAL_RANK", 0)
+        self.machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
+        self.sources, self.val_sources, vocab_size = open_data(cfg)
+        self.cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
+        if cfg.early_stopping_patience and not self.val_sources:
+            text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
+            raise UserError("E114", f"{text}; {self.no_validation()}")
+        try:
+            self.counted = on_meta(self.cfg.model)
+        except ValueError as error:
+            raise UserError("E002", str(error)) from error
+        self.changes: list[str] = []
+        self.hint: str | None = None
+        self.misfit = ""
+        self.rows_per_step = self.rows_of_a_step()
+        self.share_rows()
+        self.set_length()
+        if not self.elsewhere:
+            self.look_here()
+        self.experts_why = ""
+        if self.cfg.model.n_experts:
+            backend, self.experts_why = self.pick_experts()
+            self.cfg = replace(self.cfg, expert_backend=backend)
+
+    def rows_of_a_step(self) -> int:
+        """Rows of all ranks and micro-steps. E002 where the keys contradict each other."""
+        cfg, ranks, T = self.cfg, self.layout.world, self.cfg.model.max_seq_len
+        if not cfg.batch_tokens:
+            return cfg.batch_size * cfg.gradient_accumulation_steps * ranks
+        unit = T * ranks
+        if cfg.batch_tokens % unit:
+            near = max(1, round(cfg.batch_tokens / unit)) * unit
+            text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len"
+            raise UserError("E002", f"{text}, {ranks} x {T}; the nearest that is: {near}")
+        rows = cfg.batch_tokens // T
+        if "gradient_accumulation_steps" in self.written and cfg.batch_size != "auto":
+            fixed = cfg.batch_size * cfg.gradient_accumulation_steps * ranks
+            if fixed != rows:
+                text = f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}"
+                raise UserError("E002", f"{text}: drop one")
+        return rows
+
+    def share_rows(self) -> None:
+        """The micro-batch: as written, as an earlier run here found it to fit, or for auto as the estimate says."""
+        rows, ranks = self.rows_per_step, self.layout.world
+        size = self.cfg.batch_size
+        if not self.elsewhere:
+            size = self.hinted_size(size)
+        if size == "auto":
+            size = self.largest_that_fits(rows // ranks)
+        fits = [n for n in range(1, min(size, rows) + 1) if rows % (n * ranks) == 0]
+        if not fits:
+            can = [world for world in range(1, 2 * ranks + 2) if rows % world == 0]
+            near = sorted(can, key=lambda world: abs(world - ranks))[:2]
+            text = f"{rows} rows per step cannot be shared by {ranks} processes"
+            raise UserError("E600", f"{text}; can: {sorted(near)}")
+        micro = max(fits)
+        if micro != size and self.written.get("batch_size", "auto") != "auto":
+            text = f"batch_size: {size} does not fit {rows} rows on {ranks} ranks: {micro}"
+            self.changes.append(text)
+        steps = rows // (micro * ranks)
+        self.cfg = replace(self.cfg, batch_size=micro, gradient_accumulation_steps=steps)
+
+    def hinted_size(self, size: int | str) -> int | str:
+        """`size`, or less where a run in out_dir has met the end of this machine's memory (oom_hint.json)."""
+        file = Path(self.cfg.out_dir) / "oom_hint.json"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            hint = json.loads(file.read_text())
+            total = round(machines.total_memory(self.machine.device) / 2**30)
+            same_device = hint.get("device") in (None, [self.machine.name, total])
+            if same_device and hint["written"] == self.written.get("batch_size"):
+                kept = hint["micro_batch"]
+                self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({file})"
+                return kept if size == "auto" else min(size, kept)
+        return size
+
+    def largest_that_fits(self, rows: int) -> int:
+        """batch_size: auto. The most rows, of those that divide a rank's, that the estimate fits into target_memory."""
+        have = machines.own_memory(self.machine.device)
+        precision = self.precision or self.machine.precision
+        if self.elsewhere:
+            have = self.hardware().memory
+        room, recompute = self.cfg.target_memory * have, self.cfg.activation_checkpointing
+        need = {}
+        for n in range(1, rows + 1):
+            if rows % n == 0:
+                args = (n, rows // n, precision, recompute, IMBALANCE)
+                need[n] = rank_memory(self.counted, self.layout, *args)["total"]
+        best = max((n for n, size in need.items() if size <= room), default=1)
+        sizes = f"about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
+        self.hint = f"batch_size: auto is {best}: {sizes}"
+        return best
+
+    def set_length(self) -> None:
+        """Steps, warm-up and the lowest rate. E114 where the data are less than one step."""
+        cfg, T, rows = self.cfg, self.cfg.model.max_seq_len, self.rows_per_step
+        windows = sum(source.windows for source in self.sources.values())
+        self.flops_per_token = self.counted.flops_per_token()
+        without_mod = replace(cfg.model, mod_capacity=1.0, mod_layers=None)
+        # parameters that work on a token: MoE's active ones, MoD's weighted by its share of the FLOPs
+        share = self.flops_per_token / on_meta(without_mod).flops_per_token()
+        self.n_working = round(self.counted.n_params()["active"] * share)
+        steps = cfg.max_steps
+        if steps is None and cfg.auto_epoch_scaling and windows:
+            limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
+            steps, why = auto_steps(self.n_working, windows * T, rows * T, *limits)
+            self.changes.append(why)
+        if steps is None:
+            epochs = 1.0 if cfg.num_epochs is None else cfg.num_epochs
+            steps = int(windows * epochs) // rows
+        asked = "max_steps" in self.written or cfg.num_epochs == 0
+        if steps < 1 and not asked and self.sources:
+            text = f"{windows} rows of {T} tokens are less than one step of {rows}"
+            raise UserError("E114", f"{text}; lower the batch")
+        low = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+        warmup = min(2000, steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
+        if 0 < warmup < 1:
+            warmup = round(warmup * steps)
+        self.cfg = replace(cfg, max_steps=steps, min_lr=low, warmup_steps=int(warmup))
+        self.warm_up = rise(self.cfg)
+
+    def look_here(self) -> None:
+        """The run as it would be on this machine: whether it fits, the speed of its matrices, what `auto` becomes."""
+        cfg, machine = self.cfg, self.machine
+        how = (machine.precision, cfg.activation_checkpointing)
+        have = machines.own_memory(machine.device)
+        args = (cfg.batch_size, self.rows_per_step, how, have, cfg.target_memory)
+        why, sure = misfit(self.counted, self.layout, *args)
+        if why:
+            self.misfit = f"this {'will' if sure else 'may'} not fit: {why}"
+        self.peak = machines.peak_flops(machine)
+        compiled = machine.compile
+        if compiled is None:
+            tokens = self.rows_per_step * cfg.model.max_seq_len * cfg.max_steps
+            compiled = self.flops_per_token * tokens / (self.peak * self.layout.world) > 600
+        try:
+            place = (machine.device, machine.compute_dtype)
+            attention, self.attention_why = pick_attention(cfg.attention, cfg.model, *place)
+        except ValueError as error:
+            raise UserError("E002", str(error)) from error
+        deterministic = cfg.deterministic
+        if deterministic == "auto":
+            deterministic = machine.device.type == "cpu"
+        changed = {"precision": machine.precision, "compile_model": compiled}
+        changed |= {"attention": attention, "deterministic": deterministic}
+        self.cfg = replace(cfg, **changed)
+
+    def pick_experts(self) -> tuple[str, str]:
+        """The backend of the expert layers, and why it is that one."""
+        cfg, m = self.cfg, self.cfg.model
+        if self.misfit:  # a layer of its experts alone may be too much
+            return "slices", "nothing tried, since the run does not fit here"
+        shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token)
+        place = (self.machine.device, self.machine.compute_dtype)
+        try:
+            return pick_backend(cfg.expert_backend, *place, *shape, cfg.batch_size * m.max_seq_len)
+        except ValueError as error:
+            raise UserError("E003", f"expert_backend: {error}") from error
+
+    def hardware(self) -> Hardware:
+        return machines.hardware(self.dry_run["hardware"], self.machine, self.dry_run)
+
+    @property
+    def parallel(self):
+        """What the start block asks of Parallel."""
+        rows = (0, self.layout.world)
+        return types.SimpleNamespace(rows=lambda: rows, layout=self.layout, world=1)
+
+    def scheduled_lr(self, step: int) -> float:
+        return lr_at(self.cfg, step)
+
+    def simulated(self) -> dict:
+        """Says what the run would need where it is to run; the configuration that is to be checked, see below."""
+        cfg, given = self.cfg, self.dry_run
+        assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given}
+        assumed["share"] = cfg.target_memory
+        precision = self.precision or cfg.precision
+        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision)
+        where = (given["hardware"], self.hardware())
+        lines, best = dry_run_lines(
+            self.counted, self.layout, *counts, cfg.activation_checkpointing, *where, **assumed
         )
+        for line in lines:
+            self.say(line)
+        return best
 
-    def rows(self) -> tuple[int, int]:
-        return 0, self.layout.world
+    def checked_lines(self, best: dict) -> list[str]:
+        """How near rank_memory comes to a look at a few layers of the configuration `best`, on fake tensors."""
+        layout, rows, recompute = best["layout"], best["rows"], best["recompute"]
+        if layout.shard == 1:
+            return []
+        precision = self.precision or self.cfg.precision
+        changed = {"batch_size": rows, "activation_checkpointing": recompute}
+        cfg = replace(self.cfg, precision=precision, **changed)
+        try:
+            two = depths(cfg.model)
+        except ValueError as error:
+            return [f"checked    not: {error}"]
+        try:
+            seen = {n: fake_run(cfg, layout, shallow(cfg.model, n)) for n in two}
+            return compared_lines(seen, self.counted, layout, rows, precision, recompute)
+        except (
+            Exception
+        ) as error:  # private parts of torch, others in each version: it goes without
+            first = (str(error).strip().splitlines() or ["?"])[0]
+            text = f"checked    not: fake tensors failed on torch {torch.__version__}"
+            return [f"{text}: {type(error).__name__}: {first}"]
+
+
+def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=None) -> int:
+    """`--dry_run`: prints what the run would be on this machine, or on --world_size x --hardware. Returns 0.
+
+    The first four are what read_config returns. check(cfg, world) -> Layout: train_fsdp.py's; without it every rank
+    holds a replica. UserErrors are those of a real start, but E200: what fits is the question here.
+    """
+    world = flags.get("world_size", environment("WORLD_SIZE", 1))
+    kind = machines.hardware_key(flags.get("hardware", "measured" if world == 1 else "h100"))
+    flags = flags | {"world_size": world, "hardware": kind}
+    there = cfg
+    if kind in machines.NO_BF16 and cfg.precision != "fp32":
+        there = replace(cfg, precision="mixed_fp16")
+    layout = check(there, world) if check else Layout(world)
+    device = kind
+    if kind == "measured":
+        device = machines.detect(cfg.device, "fp32", False).device.type
+    layout = replace(layout, cuda=device not in ("cpu", "mps"))
+    run = DryRun(cfg, written, flags, layout)
+    if layout.shard == 1:  # zero_stage: 0 is what this is
+        without_effect = [key for key in SHARDING if key in written]
+        if cfg.zero_stage == 0 and "zero_stage" in without_effect:
+            without_effect.remove("zero_stage")
+        if without_effect:
+            where = "takes effect under train_fsdp.py, on several ranks"
+            notes = [*notes, f"{', '.join(without_effect)}: {where}"]
+    run.start_block(notes)
+    best = run.simulated()
+    if check:
+        for line in run.checked_lines(best):
+            run.say(line)
+    return 0

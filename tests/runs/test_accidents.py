@@ -47,6 +47,7 @@ from lumen.errors import ERRORS, UserError
 from model import HeadLoss, ModelConfig, Transformer
 from prepare_data import main as prepare_main
 from prepare_data import prepare
+from tools import simulate
 from train import Parallel, Trainer, main
 
 # ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
@@ -2144,7 +2145,7 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     keys = tiny(
         batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
     )
-    monkeypatch.setattr(train, "pick_backend", lambda *a: pytest.fail("experts were made"))
+    monkeypatch.setattr(simulate, "pick_backend", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"

@@ -1,4 +1,4 @@
-"""The dry run: memory, traffic and time of many processes, all simulated in plan.py; and its look at fake tensors."""
+"""The dry run: memory, traffic and time of many processes, all arithmetic; and its look at fake tensors."""
 
 import dataclasses
 import itertools
