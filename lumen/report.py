@@ -92,9 +92,9 @@ class Report:
             say(f"advice     {line}")
         if self.dry_run and self.dry_run["hardware"] != "measured":
             return
-        per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        least = plan.span(self.flops_per_token * tokens / self.peak / self.parallel.world)
-        peak = plan.describe(self.peak, "FLOP/s") + (
+        per_token, in_all = (machines.human_number(self.flops_per_token * k, "FLOP") for k in (1, tokens))
+        least = plan.human_time(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = machines.human_number(self.peak, "FLOP/s") + (
             " measured here" * (self.peak != machines.sheet_flops(self.machine))
         )
         say(
@@ -325,7 +325,7 @@ class Report:
         share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
         numbers = f"loss {seen.loss:.4f}  ppl {row['ppl']:.4g}"
         numbers += f"  aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
-        numbers += f"  lr {seen.lr:.2e}  norm {seen.grad_norm:.2f}  {plan.describe(speed)} tok/s"
+        numbers += f"  lr {seen.lr:.2e}  norm {seen.grad_norm:.2f}  {machines.human_number(speed)} tok/s"
         share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
         went = f"{clock(sum(self.watch.spent.values()))} gone, {clock(left)} left"
         self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")

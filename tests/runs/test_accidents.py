@@ -2188,7 +2188,7 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
     for name, memory in (("gpt2_124m", 80e9), ("moe_124m", 80e9), ("lumi_base", 24e9)):
         keys = yaml.safe_load(presets()[name].read_text())
         cfg = ModelConfig(**keys["model"])
-        n, rows = plan.count(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
+        n, rows = plan.count_parameters(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
         need = functools.cache(
             lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"]
         )
