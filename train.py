@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -2248,14 +2247,14 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
 # ---------------------------------------------------------------- main
 
 
-def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
-    """For dry runs: `watch` measures a few layers, see train_fsdp.fake_run, and `check` refuses a layout."""
+def main(argv: list[str], parallel=Parallel, check=None) -> int:
+    """check(cfg, world) -> plan.Layout: refuses keys that cannot lay the model on so many ranks; None: replicas."""
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     check_launch()
     rank = environment("RANK", 0)
-    cfg, _, _, flags = read_config(argv)
+    cfg, written, notes, flags = read_config(argv)
     if flags.get("print_config"):
         print(printed(cfg, sharded=check is not None) if rank == 0 else "", end="")
         return 0
@@ -2268,20 +2267,9 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
             )  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
         return status["code"]
     if flags.get("dry_run"):
-        world = flags.setdefault("world_size", environment("WORLD_SIZE", 1))
-        flags.setdefault("hardware", "measured" if world == 1 else "h100")
-        kind = flags["hardware"] = machines.hardware_key(flags["hardware"])
-        if kind in machines.NO_BF16 and cfg.precision != "fp32":
-            cfg.precision = "mixed_fp16"
-        layout = check(cfg, world) if check else plan.Layout(world)
-        here = (
-            machines.detect(cfg.device, "fp32", False).device.type if kind == "measured" else kind
-        )
-        layout = dataclasses.replace(layout, cuda=here not in ("cpu", "mps"))
-        from tools.simulate import Planned
+        from tools.simulate import dry_run  # upward, and only a dry run calls it
 
-        Trainer(argv, functools.partial(Planned, layout=layout), flags).simulate(watch)
-        return 0
+        return dry_run(cfg, written, notes, flags, check)
     try:
         world = environment("WORLD_SIZE", 1)  # all three before data is prepared
         launch.check_tasks()

@@ -129,7 +129,7 @@ def parallelize(
 
     def unit(module, mesh, policy, reshard=cfg.zero_stage == 3):
         ranks = mesh.size(-1)
-        how = {"shard_placement_fn": lambda p: Shard(plan.cut(tuple(p.shape), ranks))}
+        how = {"shard_placement_fn": lambda p: Shard(plan.cut_dimension(tuple(p.shape), ranks))}
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **how)
 
     for moe in model.sparse_layers("moe").values() if sparse is not None else ():
@@ -333,9 +333,7 @@ def layout(cfg: Config) -> Parallel:
 
 
 def main(argv: list[str]) -> int:
-    from tools.simulate import fake_run  # upward, and only a dry run calls it
-
-    return train.main(argv, layout, fake_run, check)
+    return train.main(argv, layout, check)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": tor
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and of one GPU."""
+    """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and
+    of one GPU."""
 
     flops: float  # FLOP/s of dense 16-bit matrix products, no sparsity
     fp32: float  # FLOP/s in fp32, which Lumen does not round to TF32
@@ -50,12 +51,14 @@ class Hardware:
         return self.fp32 if precision == "fp32" else self.flops
 
 
-# bytes/s one way: 16 lanes of PCIe 4; a GPU's share of 10 Gbit/s a machine, assumed where a maker names no network
+# bytes/s one way: 16 lanes of PCIe 4; a GPU's share of 10 Gbit/s a machine, assumed where a maker
+# names no network
 PCIE, ETHERNET = 32e9, 1.25e9 / 8
 NO_BF16 = ("v100", "t4")
-# SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of b200 (its DGX), h200,
-# h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine Learning Engineering (Bekman); v100, l4,
-# t4, NVLink (2 to 5) and InfiniBand (HDR, NDR) with other public ones; a10g's and 3090's matrices are from memory
+# SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of
+# b200 (its DGX), h200, h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine
+# Learning Engineering (Bekman); v100, l4, t4, NVLink (2 to 5) and InfiniBand (HDR, NDR) with other
+# public ones; a10g's and 3090's matrices are from memory
 HARDWARE = {
     "b200": Hardware(
         2250e12, 75e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"
@@ -129,9 +132,10 @@ def name_words(name: str) -> set[str]:
     }
 
 
-def known(name: str) -> Hardware | None:
-    """The table's row for a GPU by the name that torch gives it, every word of which must be the row's: an H100 PCIe, a
-    slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other cards, whose speed is not known here."""
+def data_sheet(name: str) -> Hardware | None:
+    """The table's row for a GPU by the name that torch gives it, every word of which must be the
+    row's: an H100 PCIe, a slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other
+    cards, whose speed is not known here."""
     for key, h in HARDWARE.items():
         if name_words(key) <= name_words(name) <= name_words(key) | {gigabytes(h)}:
             return h
@@ -143,8 +147,9 @@ def gigabytes(h: Hardware) -> str:
 
 
 def hardware_key(name: str) -> str:
-    """The table's key for a card as somebody types it (rtx3090, tesla-v100); cpu and measured are themselves.
-    UserError E002 names those that it may be: more than one (a100), or some that are spelt alike."""
+    """The table's key for a card as somebody types it (rtx3090, tesla-v100); cpu and measured are
+    themselves. UserError E002 names those that it may be: more than one (a100), or some that are
+    spelt alike."""
     key = name.lower().replace("_", "-")
     if key in ("measured", "cpu", *HARDWARE):
         return key
@@ -176,14 +181,15 @@ class Machine:
         return DTYPES[self.precision]
 
 
-def release(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     """Of "2.14.1+cu130": (2, 14)."""
     return tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
 
 
 def untried(version: str) -> list[str]:
-    """What a user should know of a torch newer than any that was tried: a line, or none. It is not forbidden."""
-    if release(version) <= release(TRIED[-1]):
+    """What a user should know of a torch newer than any that was tried: a line, or none. It is not
+    forbidden."""
+    if version_numbers(version) <= version_numbers(TRIED[-1]):
         return []
     return [
         f"torch {version} is newer than {TRIED[-1]}, the newest on which Lumen's tests were run"
@@ -201,7 +207,8 @@ def cpu_flags() -> list[str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (mkldnn's own answer is wrong: without, bf16 is slower)."""
+    """Whether the CPU multiplies bf16 matrices in hardware (mkldnn's own answer is wrong: without,
+    bf16 is slower)."""
     asked = getattr(
         torch.cpu, "_is_avx512_bf16_supported", None
     )  # private; knows what other systems' flags do not say
@@ -218,7 +225,8 @@ def detect(
     compile_model: bool | str = "auto",
     local_rank: int = 0,
 ):
-    """Resolve device, precision and compilation to what works here. UserError E003 when what was asked does not."""
+    """Resolve device, precision and compilation to what works here. UserError E003 when what was
+    asked does not."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = (
         next(k for k in ("cuda", "mps", "cpu") if has[k])
@@ -317,7 +325,8 @@ def _mps_bf16() -> bool:
 
 
 def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
-    """FLOP/s of a square matrix product, measured for about `seconds` s; MFU is counted against it without a table."""
+    """FLOP/s of a square matrix product, measured for about `seconds` s; MFU is counted against it
+    without a table."""
     n = (
         8192
         if torch.device(device).type == "cuda"
@@ -344,7 +353,7 @@ def peak_flops(m: Machine) -> float:
 
 def sheet_flops(m: Machine) -> float:
     """FLOP/s of the data sheet; 0 where this card has no row in the table, or computes in fp32."""
-    there = known(m.name)
+    there = data_sheet(m.name)
     return there.flops if there and m.precision != "fp32" else 0.0
 
 
@@ -380,8 +389,8 @@ def own_memory(device) -> float:
 
 
 def available_memory(top: Path = Path("/")) -> int:
-    """Bytes of RAM that nobody uses, in this process's cgroups too. Where the system does not say (no Linux): half of
-    all. `top`: where /proc and /sys lie."""
+    """Bytes of RAM that nobody uses, in this process's cgroups too. Where the system does not say
+    (no Linux): half of all. `top`: where /proc and /sys lie."""
     free = total_memory("cpu") // 2
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = (top / "proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -390,8 +399,9 @@ def available_memory(top: Path = Path("/")) -> int:
 
 
 def cgroups(top: Path = Path("/")) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of each memory cgroup around this process that has a limit, of version 2 and 1. Pages of
-    files count as free: the kernel drops them for whoever asks, and a run that has read its data has many."""
+    """(limit, used) in bytes of each memory cgroup around this process that has a limit, of version
+    2 and 1. Pages of files count as free: the kernel drops them for whoever asks, and a run that
+    has read its data has many."""
     found = []
     try:
         lines = (top / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -419,7 +429,7 @@ def cgroups(top: Path = Path("/")) -> list[tuple[int, int]]:
     return found
 
 
-def commit() -> str:
+def git_commit() -> str:
     """Of this checkout; with a + where its files differ."""
     try:
         words = ("describe", "--always", "--exclude=*", "--dirty=+")
@@ -429,9 +439,11 @@ def commit() -> str:
 
 
 def hardware(name: str, m: Machine, given: dict) -> Hardware:
-    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given` overrides.
+    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given`
+    overrides.
 
-    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002: see hardware_key.
+    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002: see
+    hardware_key.
     """
     key = hardware_key(name)
     if key in ("measured", "cpu"):
@@ -469,7 +481,7 @@ def env() -> int:
     problems = []
     if sys.version_info < (3, 10):  # noqa: UP036 - this is where a user of an old Python learns it
         problems.append(f"Python {platform.python_version()}: 3.10 or newer is needed")
-    if release(torch.__version__) < release(TRIED[0]):
+    if version_numbers(torch.__version__) < version_numbers(TRIED[0]):
         problems.append(
             f"torch {torch.__version__}: {TRIED[0]} or newer is needed (pip install -r requirements.txt)"
         )
@@ -482,7 +494,7 @@ def env() -> int:
     )
     print("".join(f"             {note}\n" for note in m.notes), end="")
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        print(f"matrices     {label} {describe(matrix_peak(m.device, dtype), 'FLOP/s')} measured")
+        print(f"matrices     {label} {human_number(matrix_peak(m.device, dtype), 'FLOP/s')} measured")
     print(f"compiler     {find_compiler() or 'none: compile_model stays off on the CPU'}")
     print(f"memory       {total_memory('cpu') / 2**30:.1f} GiB", end="")
     print(f", GPU {total_memory(m.device) / 2**30:.1f} GiB" if m.device.type == "cuda" else "")
@@ -541,8 +553,8 @@ def event_now():
 
 
 def peak_bytes(model, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs no less. Gradients
-    are added to those that are there, and stay."""
+    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs
+    no less. Gradients are added to those that are there, and stay."""
     T, V = model.cfg.max_seq_len, model.cfg.vocab_size
     ids = (torch.arange(rows * T, device=device) * 7919 % V).view(
         rows, T
@@ -554,13 +566,68 @@ def peak_bytes(model, rows: int, device) -> int:
     return torch.cuda.max_memory_reserved(device)
 
 
+# ---------------------------------------------------------------- private parts of torch
+# Each behind a named function, with the versions on which it was seen to work. A new torch then
+# breaks this file only.
+
+
+def compiled_so_far() -> int:
+    """A number that grows with all that torch compiles in this process, forward, backward, and
+    again. 2.11 to 2.14."""
+    return sum(sum(group.values()) for group in torch._dynamo.utils.counters.values())
+
+
+def cpu_says_bf16() -> bool:
+    """Whether torch sees a CPU with bf16 matrix units; knows what other systems' flags do not say.
+    2.11 to 2.14."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(asked and asked())
+
+
+def local_region(p) -> tuple[tuple, tuple]:
+    """(shape, offset) of this rank's part of a sharded parameter (a DTensor) in the whole. 2.11 to
+    2.14."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+
+
+def init_fake_group(world: int) -> None:
+    """A default process group of so many ranks that are not there; this one is rank 0. 2.11 to 2.14."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+
+
+def fake_tensors():
+    """A context in which tensors have shapes and no content. 2.11 to 2.14."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def peak_of_fake_step(model, optimizer, ids) -> int:
+    """Bytes at the peak of a forward and backward pass under FSDP2 on fake tensors, ids (B, T).
+    2.11 to 2.14."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    tracker = FSDPMemTracker(model, optimizer)
+    tracker.track_inputs((ids,))
+    with tracker:
+        model(ids, targets=ids)[0].backward()
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+# ---------------------------------------------------------------- memory
+
+
 def free_memory(device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def describe(n: float, unit: str = "") -> str:
+def human_number(n: float, unit: str = "") -> str:
     """1234567 -> 1.23M."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:

@@ -1,6 +1,9 @@
-"""What this machine is, and the arithmetic before a run: parameters, FLOPs, memory, time. `python -m lumen.machine`.
+"""The arithmetic before a run: parameters, memory, what does not fit, how long to train.
 
-Takes a ModelConfig and plain numbers, never the run's configuration; `python train.py CONFIG --dry_run` prints it all.
+In this order: the bytes of a step on one device; how a model lies on many ranks; the peak of a
+rank; what fits where; the law of compute and tokens. It takes a ModelConfig and plain numbers,
+never the run's configuration. `python train.py CONFIG --dry_run` prints all of it
+(tools/simulate.py).
 """
 
 from __future__ import annotations
@@ -14,20 +17,32 @@ import torch
 
 from lumen.errors import UserError
 from lumen.forecast import BAND
-from lumen.machine import describe
+from lumen.machine import human_number
 from model import ModelConfig, Transformer, head_rows
+
+GIB = 2**30
+RECOMPUTE = ("none", "selective", "block")  # activation_checkpointing, from most memory to least
+
+
+def number_bytes(precision: str) -> int:
+    """Bytes of a number in the compute dtype."""
+    return 4 if precision == "fp32" else 2
+
+
+# ---------------------------------------------------------------- a step on one device
 
 
 def kept_bytes(
     cfg: ModelConfig, rows: int, precision: str, recompute="none", arrive: float = 0.0, cuda=True
 ) -> dict:
-    """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes and goes.
+    """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes
+    and goes.
 
-    activations: what backward needs under recompute none | selective (all but products) | block (everything), and of
-    the largest block all; kept, again, attention: the same layer by layer. head: while the loss is made, chunks of
-    logits and both gradients. rows, travel: in and to the experts while a layer of them is in backward. `arrive`: with
-    expert parallelism so many times the fair share of rows come to this rank; 0: its own stay here. `cuda`: see
-    model.head_rows.
+    activations: what backward needs under recompute none | selective (all but products) | block
+    (everything), and of the largest block all; kept, again, attention: the same layer by layer.
+    head: while the loss is made, chunks of logits and both gradients. rows, travel: in and to the
+    experts while a layer of them is in backward. `arrive`: with expert parallelism so many times
+    the fair share of rows come to this rank; 0: its own stay here. `cuda`: see model.head_rows.
     """
     b = 4 if precision == "fp32" else 2
     C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
@@ -41,8 +56,8 @@ def kept_bytes(
         norm * (cfg.norm_order == "pre") + qk + b * ((q + 2 * kv) + (q + kv) + q)
     )  # qkv; rotated; output
     dropout = C if cfg.dropout else 0
-    # probabilities in fp32 (sigmoid: and normalised; with a z-loss the logits too); gates, choices and their order;
-    # the experts keep their pre-activation alone; a shared one is a SwiGLU
+    # probabilities in fp32 (sigmoid: and normalised; with a z-loss the logits too); gates, choices
+    # and their order; the experts keep their pre-activation alone; a shared one is a SwiGLU
     n, share = slots + cfg.n_null_experts, arrive or 1.0
     scores = n * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
     experts = (
@@ -111,23 +126,23 @@ def memory(
 ) -> dict[str, int]:
     """Estimated bytes of a training step on one device: the parts and their total.
 
-    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use included), and 2 more
-    for the 16-bit copies of weights that backward needs (experts make theirs anew, a layer at a time). activations:
-    what `rows` rows of T tokens keep for backward. work: a chunk of logits, or the backward pass of a layer of experts.
+    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use
+    included), and 2 more for the 16-bit copies of weights that backward needs (experts make theirs
+    anew, a layer at a time). activations: what `rows` rows of T tokens keep for backward. work: a
+    chunk of logits, or the backward pass of a layer of experts. `cuda`: see model.head_rows.
     """
-    b, kept = (
-        4 if precision == "fp32" else 2,
-        kept_bytes(cfg, rows, precision, recompute, cuda=cuda),
-    )
-    layer = (
-        (cfg.n_experts_max or cfg.n_experts) * 3 * cfg.d_model * cfg.d_expert
-    )  # numbers in the experts of a layer
-    moe = sum(map(cfg.is_moe, range(cfg.n_layers)))
-    work = layer * (4 + (b if b == 2 else 0)) + kept["rows"]  # gradients and 16-bit copies; rows
+    kept = kept_bytes(cfg, rows, precision, recompute, cuda=cuda)
+    moe_layers = sum(cfg.is_moe(i) for i in range(cfg.n_layers))
+    # numbers in the experts of one layer
+    experts = (cfg.n_experts_max or cfg.n_experts) * 3 * cfg.d_model * cfg.d_expert
+    states, work = 16 * n_params, 4 * experts + kept["rows"]
+    if precision != "fp32":
+        states += 2 * (n_params - moe_layers * experts)
+        work += 2 * experts
     parts = {
-        "states": n_params * 16 + (2 * (n_params - moe * layer) if b == 2 else 0),
+        "states": states,
         "activations": kept["activations"],
-        "work": max(kept["head"], work if moe else 0),
+        "work": max(kept["head"], work) if moe_layers else kept["head"],
     }
     return parts | {"total": sum(parts.values())}
 
@@ -138,83 +153,86 @@ def on_meta(cfg: ModelConfig) -> Transformer:
         return Transformer(cfg)
 
 
-# ---------------------------------------------------------------- many processes, simulated
+@functools.lru_cache(maxsize=8)
+def parameter_shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
+    """(name, shape) of the root's parameters (embedding, last norm, head), and of each block's."""
 
-IMBALANCE = 1.25  # rows of the busiest rank with expert parallelism, times the fair share
-SIZES = (24, 40, 80, 141, 192)  # GB of GPUs on the market
-RECOMPUTE = ("none", "selective", "block")
+    def named_shapes(named):
+        return tuple((name, tuple(p.shape)) for name, p in named)
+
+    blocks = [named_shapes(block.named_parameters()) for block in model.blocks]
+    root = [x for x in model.named_parameters() if not x[0].startswith("blocks.")]
+    return named_shapes(root), blocks
+
+
+def count_parameters(model: Transformer) -> int:
+    """All of them, expert slots not in use included."""
+    root, blocks = parameter_shapes(model)
+    return sum(math.prod(shape) for part in (root, *blocks) for _, shape in part)
+
+
+@functools.lru_cache(maxsize=8)
+def training_flops(model: Transformer) -> int:
+    """FLOPs a token; kept, since a search asks a thousand times."""
+    return model.flops_per_token()
+
+
+# ---------------------------------------------------------------- a model on many ranks
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on `world` processes; names and meanings of the keys of train_fsdp.py, as plain numbers."""
+    """How a model lies on `world` processes: the keys of train_fsdp.py as plain numbers."""
 
     world: int = 1
     zero_stage: int = 0
     hsdp_shard_size: int = 0
     expert_parallel: int = 1
-    reduce_bytes: int = 4
+    reduce_bytes: int = 4  # of a gradient's number on its way
     cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
 
     def check(self, slots: int) -> Layout:
-        """UserError E002 for a mesh that does not divide the world, or experts that do not divide."""
+        """Itself; E002 for a mesh that does not divide the world, or experts that do not divide."""
         world, size, ep = self.world, self.hsdp_shard_size, self.expert_parallel
         if size and world % size:
             raise UserError("E002", f"hsdp_shard_size: {size} does not divide the {world} ranks")
         if size == 1 and self.zero_stage:
-            raise UserError(
-                "E002", "hsdp_shard_size: 1 leaves nothing to share: that is zero_stage: 0"
-            )
+            text = "hsdp_shard_size: 1 leaves nothing to share: that is zero_stage: 0"
+            raise UserError("E002", text)
         if world % ep:
             raise UserError("E002", f"expert_parallel: {ep} does not divide the {world} ranks")
         if ep > 1 and (not slots or slots % ep):
-            raise UserError(
-                "E002", f"expert_parallel: {ep} does not divide the {slots} experts of a layer"
-            )
+            text = f"expert_parallel: {ep} does not divide the {slots} experts of a layer"
+            raise UserError("E002", text)
         if ep > 1 and 0 < size < world:
-            raise UserError(
-                "E002",
-                "expert_parallel and hsdp_shard_size do not go together (never built): drop one",
-            )
+            text = "expert_parallel and hsdp_shard_size do not go together (never built): drop one"
+            raise UserError("E002", text)
         return self
 
     @property
     def shard(self) -> int:
-        """Ranks that share one copy of the dense weights."""
+        """Ranks that share one copy of the dense weights; 1: every rank holds a replica."""
         return (self.hsdp_shard_size or self.world) if self.zero_stage else 1
 
     def __str__(self):
-        dense = f"{self.world // self.shard} x {self.shard} (replicate, shard)"
-        ep = self.expert_parallel
-        return dense + (f"; experts {self.world // ep} x {ep} (shard, experts)" if ep > 1 else "")
+        text = f"{self.world // self.shard} x {self.shard} (replicate, shard)"
+        if self.expert_parallel > 1:
+            groups = self.world // self.expert_parallel
+            text += f"; experts {groups} x {self.expert_parallel} (shard, experts)"
+        return text
 
 
-@functools.lru_cache(maxsize=8)
-def shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
-    """(name, shape) of the root's parameters; the same of each block's."""
+def cut_dimension(shape: tuple[int, ...], ranks: int) -> int:
+    """The dimension along which a parameter is cut into `ranks` parts: its first.
 
-    def of(named):
-        return tuple((name, tuple(p.shape)) for name, p in named)
-
-    blocks = [of(block.named_parameters()) for block in model.blocks]
-    return of(x for x in model.named_parameters() if not x[0].startswith("blocks.")), blocks
-
-
-def count(model: Transformer) -> int:
-    """Parameters in all."""
-    root, blocks = shapes(model)
-    return sum(math.prod(shape) for block in (root, *blocks) for _, shape in block)
-
-
-@functools.lru_cache(maxsize=8)
-def training_flops(model: Transformer) -> int:
-    return model.flops_per_token()
-
-
-def cut(shape: tuple[int, ...], ranks: int) -> int:
-    """The dimension along which a parameter is cut into `ranks` parts: its first; of experts' (E, a, b) the first that
-    divides evenly, so that a thousand ranks can share sixty-four experts."""
-    return next((i for i, n in enumerate(shape) if n % ranks == 0), 0) if len(shape) == 3 else 0
+    Of experts' (E, a, b) the first that divides evenly, so that a thousand ranks can share
+    sixty-four experts; where none does, the first.
+    """
+    if len(shape) == 3:
+        for i, n in enumerate(shape):
+            if n % ranks == 0:
+                return i
+    return 0
 
 
 class Unit(NamedTuple):
@@ -229,7 +247,7 @@ class Unit(NamedTuple):
         """Numbers that the rank-th of the group holds; the first holds most (torch.chunk)."""
         total = 0
         for shape in self.shapes:
-            n = shape[cut(shape, self.ranks)]
+            n = shape[cut_dimension(shape, self.ranks)]
             part = -(-n // self.ranks)
             total += max(0, min(part, n - rank * part)) * (math.prod(shape) // n)
         return total
@@ -244,149 +262,253 @@ class Unit(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def units(
+def fsdp_units(
     model: Transformer, layout: Layout, precision: str
 ) -> tuple[Unit, list[tuple[Unit, ...]]]:
-    """What train_fsdp.parallelize makes: the root unit, and the units of each block."""
-    b, ep, made = 4 if precision == "fp32" else 2, layout.expert_parallel, {}
-    root, blocks = shapes(model)
-    for block in set(blocks):
-        parts = {"block": [], "router": [], "experts": []}
+    """What train_fsdp.parallelize makes: the root unit, and the units of each block, the block's
+    own first."""
+    b, ep = number_bytes(precision), layout.expert_parallel
+    root, blocks = parameter_shapes(model)
+    made = {}
+    for block in set(blocks):  # most blocks are alike
+        dense, routers, experts = [], [], []
         for name, shape in block:
-            apart = "experts" if ".experts." in name and ep > 1 else "block"
-            apart = "router" if b < 4 and (".router." in name or ".predictor." in name) else apart
-            parts[apart].append((shape[0] // ep, *shape[1:]) if apart == "experts" else shape)
-        own = [
-            Unit(tuple(parts["block"]), layout.shard, 1, b),
-            Unit(tuple(parts["router"]), layout.shard, 1, 4),
+            if ".experts." in name and ep > 1:
+                experts.append((shape[0] // ep, *shape[1:]))
+            elif b < 4 and (".router." in name or ".predictor." in name):
+                routers.append(shape)  # they compute in fp32
+            else:
+                dense.append(shape)
+        units = [
+            Unit(tuple(dense), layout.shard, 1, b),
+            Unit(tuple(routers), layout.shard, 1, 4),
+            Unit(tuple(experts), layout.world // ep, ep, b),
         ]
-        own.append(Unit(tuple(parts["experts"]), layout.world // ep, ep, b))
-        made[block] = tuple(u for u in own if u.shapes)
-    return Unit(tuple(shape for _, shape in root), layout.shard, 1, 4), [
-        made[block] for block in blocks
-    ]
+        made[block] = tuple(unit for unit in units if unit.shapes)
+    root_unit = Unit(tuple(shape for _, shape in root), layout.shard, 1, 4)
+    return root_unit, [made[block] for block in blocks]
+
+
+# ---------------------------------------------------------------- the peak of a rank
+
+IMBALANCE = 1.25  # rows of the busiest rank with expert parallelism, times the fair share
+
+
+class StepShape(NamedTuple):
+    """How a rank takes a step."""
+
+    rows: int  # of a micro-step
+    micro_steps: int
+    precision: str
+    recompute: str = "none"
 
 
 def rank_memory(
-    model,
-    layout: Layout,
-    rows: int,
-    steps: int,
-    precision: str,
-    recompute="none",
-    imbalance=1.0,
-    seen=False,
-):
-    """Estimated bytes at the peak of the rank that holds most, with `rows` rows in each of `steps` micro-steps.
+    model, layout: Layout, rows: int, steps: int, precision: str, recompute="none", imbalance=1.0
+) -> dict:
+    """Estimated bytes at the peak of the rank that holds most, with `rows` rows in each of `steps`
+    micro-steps.
 
-    weights, moments, gradients: fp32, the rank's part. gathered: units in use and the one under way, in the compute
-    dtype (root and routers fp32). reducing: gradients on their way to their owners. activations, work: see kept_bytes.
-    The peak is the largest of: the loss, the backward pass of each block and of the root, the optimizer. Not in it:
-    what the driver, the communication library and the allocator's gaps take. `seen`: only what train_fsdp.fake_run
-    can see: no moments, not what the experts' operator allocates inside, logits in the smaller chunks of a CPU.
+    weights, moments, gradients: fp32, the rank's part. gathered: units in use and the one under
+    way, in the compute dtype (root and routers fp32). reducing: gradients on their way to their
+    owners. activations, work: see kept_bytes. peak: the phase that holds most, of the loss, the
+    backward pass of each block and of the root, the optimizer. Not in it: what the driver, the
+    communication library and the allocator's gaps take.
     """
-    cfg, b, zero3 = model.cfg, 4 if precision == "fp32" else 2, layout.zero_stage == 3
-    if layout.shard == 1:  # replicated: train.py
-        n = count(model)
-        parts = memory(cfg, n, rows, precision, recompute, layout.cuda)
-        held = {
-            "weights": 4 * n,
-            "moments": 8 * n,
-            "gradients": 4 * n,
-            "gathered": parts["states"] - 16 * n,
-        }
-        held |= {"reducing": 4 * min(n, 1 << 22) * (layout.world > 1)}
-        held |= {"activations": parts["activations"], "work": parts["work"]}
-        return held | {"total": sum(held.values()), "peak": "backward"}
-    root, blocks = units(model, layout, precision)
-    arrive = imbalance if layout.expert_parallel > 1 else 0.0
-    kept = kept_bytes(cfg, rows, precision, recompute, arrive, layout.cuda and not seen)
-    table, stream = 4 * cfg.vocab_size * cfg.d_model, rows * cfg.max_seq_len * cfg.d_model * b
-    sizes = {
-        block: [sum(f(u) for u in block) for f in (Unit.local, Unit.padded, Unit.gathered)]
-        for block in blocks
-    }
-    own, padded, gathered = zip(*(sizes[block] for block in blocks))
-    mine = 4 * (root.local() + sum(own))
-    everything = 0 if zero3 else sum(gathered)
-    waiting = (
-        layout.reduce_bytes * (root.padded() + sum(padded)) * (layout.zero_stage == 1 and steps > 1)
-    )
+    step = StepShape(rows, steps, precision, recompute)
+    if layout.shard == 1:
+        return replica_memory(model, layout, step)
+    return ShardedStep(model, layout, step, imbalance).peak()
 
-    def phase(name, gathered, reducing, activations, work, gradients=mine):
-        gradients = mine if steps > 1 else gradients
+
+def visible_memory(model, layout: Layout, rows: int, precision: str, recompute: str) -> dict:
+    """rank_memory of one balanced micro-step, without what tools.simulate.fake_run cannot see:
+    moments, what the experts' operator allocates inside, and logits in chunks larger than a
+    CPU's."""
+    step = StepShape(rows, 1, precision, recompute)
+    return ShardedStep(model, layout, step, imbalance=1.0, all_visible=False).peak()
+
+
+def replica_memory(model, layout: Layout, step: StepShape) -> dict:
+    """rank_memory of train.py, where each rank holds all."""
+    n = count_parameters(model)
+    parts = memory(model.cfg, n, step.rows, step.precision, step.recompute, layout.cuda)
+    chunk = min(n, 1 << 22)  # train.Parallel.CHUNK
+    held = {
+        "weights": 4 * n,
+        "moments": 8 * n,
+        "gradients": 4 * n,
+        "gathered": parts["states"] - 16 * n,
+        "reducing": 4 * chunk if layout.world > 1 else 0,
+        "activations": parts["activations"],
+        "work": parts["work"],
+    }
+    return held | {"total": sum(held.values()), "peak": "backward"}
+
+
+class ShardedStep:
+    """The bytes of a step under FSDP2, phase by phase, on the rank that holds most."""
+
+    def __init__(self, model, layout: Layout, step: StepShape, imbalance: float, all_visible=True):
+        self.cfg, self.layout, self.step, self.all_visible = model.cfg, layout, step, all_visible
+        self.root, self.blocks = fsdp_units(model, layout, step.precision)
+        arrive = imbalance if layout.expert_parallel > 1 else 0.0
+        cuda = layout.cuda and all_visible
+        how = (step.rows, step.precision, step.recompute, arrive, cuda)
+        self.kept = kept_bytes(model.cfg, *how)
+        sums = {}  # of the units of a block; most blocks are alike
+        for block in set(self.blocks):
+            functions = (Unit.local, Unit.padded, Unit.gathered)
+            sums[block] = [sum(f(unit) for unit in block) for f in functions]
+        local, padded, gathered = zip(*(sums[block] for block in self.blocks))
+        self.own = 4 * (self.root.local() + sum(local))  # this rank's weights; its gradients
+        self.gathered = gathered  # of each block
+        self.table = 4 * self.cfg.vocab_size * self.cfg.d_model  # a gradient of the embedding
+        N = step.rows * self.cfg.max_seq_len
+        b = number_bytes(step.precision)
+        self.stream = N * self.cfg.d_model * b  # the residual stream
+        self.last_norm = N * self.cfg.d_model * (4 + 2 * b)  # what it keeps
+        # stages 1 and 2 keep the blocks gathered for the whole step
+        self.zero3 = layout.zero_stage == 3
+        self.always_gathered = 0 if self.zero3 else sum(gathered)
+        # stage 1 sums whole gradients over micro-steps before it sends them
+        self.waiting = 0
+        if layout.zero_stage == 1 and step.micro_steps > 1:
+            self.waiting = layout.reduce_bytes * (self.root.padded() + sum(padded))
+
+    def phase(self, name, gathered=0, reducing=0, activations=0, work=0, gradients=None) -> dict:
+        """gradients: bytes that have come home; None, and from the second micro-step on: all."""
+        if gradients is None or self.step.micro_steps > 1:
+            gradients = self.own
         return {
             "gradients": gradients,
-            "gathered": gathered + everything,
-            "reducing": reducing + waiting,
-        } | {"activations": activations, "work": work, "peak": name}
+            "gathered": gathered + self.always_gathered,
+            "reducing": reducing + self.waiting,
+            "activations": activations,
+            "work": work,
+            "peak": name,
+        }
 
-    lead = rows * cfg.max_seq_len * cfg.d_model * (4 + 2 * b)  # what the last norm keeps
-    phases = [
-        phase(
-            "loss",
-            root.gathered(),
-            0,
-            lead + sum(kept["kept"]),
-            kept["head"] + table // 2 * (b < 4),
-            0,
-        )
-    ]
-    gone, there, flying = (
-        0,
-        sum(kept["kept"]),
-        0,
-    )  # bytes of gradients that are home, of activations, of those under way
-    for i in reversed(range(cfg.n_layers)):
-        # the next unit is on its way, or the last one's buffer is still there
-        more = max(
-            (u.gathered() for u in (*blocks[i][1:], *(blocks[i - 1] if i else ()))), default=0
-        )
-        held = root.gathered() + (gathered[i] + more) * zero3
-        work = 2 * stream + (kept["travel"] + kept["rows"] * (not seen)) * cfg.is_moe(i)
-        acts = there + kept["again"][i]
-        there -= kept["kept"][i]
-        name, most = f"backward of block {i}", max(u.gathered() for u in blocks[i])
-        phases.append(
-            phase(name, held, table + most + flying, acts, work, gone)
-        )  # the head's gradient waits, too
-        for u in reversed(blocks[i]):  # experts of their own come first, then what is left
-            rest = there + kept["attention"][i] * (u is not blocks[i][0])
-            flying = layout.reduce_bytes * u.padded()
-            held -= u.gathered() * zero3
-            phases.append(phase(name, held, table + u.gathered() + flying, rest, 2 * stream, gone))
-            gone += 4 * u.local()
-    ends = (4 + layout.reduce_bytes) * root.padded() + table * cfg.tie_embeddings
-    phases += [phase("backward of the root", 0, ends, 0, stream), phase("optimizer", 0, 0, 0, 0)]
-    most = max(phases, key=lambda p: sum(v for k, v in p.items() if k != "peak"))
-    held = {"weights": mine, "moments": 0 if seen else 2 * mine} | most
-    return held | {"total": sum(v for k, v in held.items() if k != "peak")}
+    def peak(self) -> dict:
+        """The phase that holds most."""
+        layout, root = self.layout, self.root
+        work = self.kept["head"]
+        if self.step.precision != "fp32":
+            work += self.table // 2
+        activations = self.last_norm + sum(self.kept["kept"])
+        phases = [self.phase("loss", root.gathered(), 0, activations, work, gradients=0)]
+        phases += self.backward()
+        reducing = (4 + layout.reduce_bytes) * root.padded()
+        if self.cfg.tie_embeddings:
+            reducing += self.table  # the head's and the embedding's
+        phases.append(self.phase("backward of the root", 0, reducing, 0, self.stream))
+        phases.append(self.phase("optimizer"))
+        most = max(phases, key=total_of)
+        held = {"weights": self.own, "moments": 2 * self.own if self.all_visible else 0} | most
+        return held | {"total": total_of(held)}
+
+    def backward(self) -> list[dict]:
+        """The phases of the blocks' backward passes, from the last to the first: of each block all
+        of its activations are there first, then one unit after the other sends its gradients
+        off."""
+        root, kept, reduce_bytes = self.root, self.kept, self.layout.reduce_bytes
+        phases = []
+        home = flying = 0  # bytes of gradients that are with their owner; that are on their way
+        left = sum(kept["kept"])  # bytes of activations
+        for i in reversed(range(self.cfg.n_layers)):
+            name, units = f"backward of block {i}", self.blocks[i]
+            held = root.gathered()
+            if self.zero3:
+                # the next unit is on its way, or the last one's buffer is still there
+                others = units[1:] if i == 0 else (*units[1:], *self.blocks[i - 1])
+                next_one = max((unit.gathered() for unit in others), default=0)
+                held += self.gathered[i] + next_one
+            work = 2 * self.stream
+            if self.cfg.is_moe(i):
+                work += kept["travel"] + (kept["rows"] if self.all_visible else 0)
+            largest = max(unit.gathered() for unit in units)
+            reducing = self.table + largest + flying  # the head's gradient waits, too
+            activations = left + kept["again"][i]
+            phases.append(self.phase(name, held, reducing, activations, work, home))
+            left -= kept["kept"][i]
+            for unit in reversed(units):  # experts of their own come first, then what is left
+                flying = reduce_bytes * unit.padded()
+                if self.zero3:
+                    held -= unit.gathered()
+                reducing = self.table + unit.gathered() + flying
+                rest = left if unit is units[0] else left + kept["attention"][i]
+                phases.append(self.phase(name, held, reducing, rest, 2 * self.stream, home))
+                home += 4 * unit.local()
+        return phases
 
 
-def smallest(model, stage: int, rows_per_step: int, precision: str, room: float) -> int | None:
-    """The least power of two of GPUs, up to 4096, on which some configuration fits into `room` bytes each."""
-    slots = (model.cfg.n_experts_max or model.cfg.n_experts) if model.cfg.n_experts else 0
+def total_of(phase: dict) -> int:
+    return sum(size for name, size in phase.items() if name != "peak")
+
+
+# ---------------------------------------------------------------- what fits where
+
+SIZES = (24, 40, 80, 141, 192)  # GB of GPUs on the market
+# a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
+CERTAIN = 1.1
+
+
+def divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def expert_slots(cfg: ModelConfig) -> int:
+    """Of a layer, those not in use included; 0 for a dense model."""
+    return (cfg.n_experts_max or cfg.n_experts) if cfg.n_experts else 0
+
+
+def candidates(base: Layout, slots: int, rows_per_step: int):
+    """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take.
+
+    base: world, zero_stage, reduce_bytes and cuda of all of them. None where the rows do not
+    divide.
+    """
+    if rows_per_step % base.world:
+        return
+    shapes = [(0, 1)]  # hsdp_shard_size, expert_parallel
+    if base.zero_stage:
+        shapes += [(size, 1) for size in divisors(base.world)[1:-1]]
+        shapes += [(0, ep) for ep in divisors(math.gcd(base.world, slots))[1:]]
+    for size, ep in shapes:
+        how = (base.zero_stage, size, ep, base.reduce_bytes, base.cuda)
+        layout = Layout(base.world, *how)
+        for rows in divisors(rows_per_step // base.world):
+            for recompute in RECOMPUTE:
+                yield layout, rows, recompute
+
+
+def fewest_gpus(model, stage: int, rows_per_step: int, precision: str, room: float) -> int | None:
+    """The least power of two of GPUs, up to 4096, on which some configuration fits into `room`
+    bytes each."""
     for world in (1 << k for k in range(13)):
         if rows_per_step % world:
             return None
-        for layout, rows, recompute in candidates(
-            world, stage if world > 1 else 0, slots, rows_per_step
-        ):
-            if rows == 1 and recompute == "block":  # what needs least
-                steps = rows_per_step // world
-                if (
-                    rank_memory(model, layout, rows, steps, precision, recompute, IMBALANCE)[
-                        "total"
-                    ]
-                    <= room
-                ):
-                    return world
+        base = Layout(world, stage if world > 1 else 0)
+        steps = rows_per_step // world
+        for layout, rows, recompute in candidates(base, expert_slots(model.cfg), rows_per_step):
+            if rows > 1 or recompute != "block":
+                continue  # one row and "block" need least
+            how = (1, steps, precision, "block", IMBALANCE)
+            if rank_memory(model, layout, *how)["total"] <= room:
+                return world
     return None
 
 
-# ---------------------------------------------------------------- what does not fit
-
-SURE = 1.1  # a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
+def fewest_gpus_text(
+    model, stage: int, rows_per_step: int, precision: str, share: float
+) -> tuple[list[str], bool]:
+    """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do."""
+    texts, every = [], True
+    for gb in (80, 141):
+        n = fewest_gpus(model, stage, rows_per_step, precision, share * gb * 1e9)
+        texts.append(f"{n or 'none'} x {gb} GB")
+        every = every and n is not None
+    return texts, every
 
 
 def misfit(
@@ -398,86 +520,98 @@ def misfit(
     have: float,
     share: float = 0.92,
 ) -> tuple[str, bool]:
-    """Why a run cannot fit into `have` bytes a process, and what could, or ""; and whether that is beyond doubt.
+    """Why a run cannot fit into `have` bytes a process, and what could, or ""; and whether that is
+    certain.
 
-    Beyond doubt are states (weights, gradients, moments: exact) above the memory, and an estimate SURE times it.
-    how: (precision, recompute). What is named instead leaves room: it takes `share` of the memory.
+    Certain are states (weights, gradients, moments: exact) above the memory, and an estimate
+    CERTAIN times it. how: (precision, recompute). What is named instead takes at most `share` of
+    the memory.
     """
-    per_rank, recompute, there = rows_per_step // layout.world, how[1], f"{have / 2**30:.1f} GiB"
+    precision, recompute = how
+    rank_rows = rows_per_step // layout.world
 
     def need(rows, recompute):
-        return rank_memory(model, layout, rows, per_rank // rows, how[0], recompute, IMBALANCE)
+        args = (rows, rank_rows // rows, precision, recompute, IMBALANCE)
+        return rank_memory(model, layout, *args)
 
     now = need(rows, recompute)
     states, total = 4 * now["weights"], now["total"]
     if max(states, total) <= have:
         return "", False
-    would = []
+    would_fit = []
     for mode in RECOMPUTE[RECOMPUTE.index(recompute) :]:
-        sizes = [
-            r
-            for r in range(1, rows + 1)
-            if per_rank % r == 0 and need(r, mode)["total"] <= share * have
-        ]
+        sizes = []
+        for r in range(1, rows + 1):
+            if rank_rows % r == 0 and need(r, mode)["total"] <= share * have:
+                sizes.append(r)
         words = [] if mode == recompute else [f"activation_checkpointing: {mode}"]
         if sizes and max(sizes) < rows:
             words.append(f"batch_size: {max(sizes)}")
         if sizes and words:
-            would.append(" with ".join(words))
-    text = f"about {total / 2**30:.1f} GiB a process, and there are {there}"
-    if would:
-        return f"{text}; {' or '.join(would)} would fit", total > SURE * have
+            would_fit.append(" with ".join(words))
+    there = f"and there are {have / GIB:.1f} GiB"
+    text = f"about {total / GIB:.1f} GiB a process, {there}"
+    if would_fit:
+        return f"{text}; {' or '.join(would_fit)} would fit", total > CERTAIN * have
     if states > have:
-        text = f"weights, gradients and moments alone are {states / 2**30:.1f} GiB a process, and there are {there}:"
-        text = f"{text} no batch_size helps"
+        text = f"weights, gradients and moments alone are {states / GIB:.1f} GiB a process, {there}"
+        text += ": no batch_size helps"
     else:
-        least = need(1, "block")["total"] / 2**30
-        text = f"{text}, and one row with activation_checkpointing: block still needs about {least:.1f}"
-    return f"{text}. {who_holds(model, layout, share)}", states > have or total > SURE * have
+        least = need(1, "block")["total"] / GIB
+        text += f", and one row with activation_checkpointing: block still needs about {least:.1f}"
+    certain = states > have or total > CERTAIN * have
+    return f"{text}. {who_holds(model, layout, share)}", certain
 
 
 def who_holds(model: Transformer, layout: Layout, share: float) -> str:
-    """The smallest GPU for whole copies and the fewest for parts, whatever the batch; in mixed_bf16, of one row."""
+    """The smallest GPU for a replica and the fewest for shards, whatever the batch; one row in
+    mixed_bf16."""
     need = rank_memory(model, Layout(), 1, 2, "mixed_bf16", "block")["total"]
-    whole = next(
-        (f"a GPU of {gb} GB" for gb in SIZES if need <= share * gb * 1e9), "more than any GPU has"
-    )
-    parts, _ = smallest_machines(model, layout.zero_stage or 3, 1 << 13, "mixed_bf16", share)
-    return f"Whole copies need about {need / 2**30:.1f} GiB: {whole}; train_fsdp.py needs {' or '.join(parts)}"
+    fitting = [gb for gb in SIZES if need <= share * gb * 1e9]
+    replica = f"a GPU of {fitting[0]} GB" if fitting else "more than any GPU has"
+    stage = layout.zero_stage or 3
+    shards, _ = fewest_gpus_text(model, stage, 1 << 13, "mixed_bf16", share)
+    text = f"Whole copies need about {need / GIB:.1f} GiB: {replica}; train_fsdp.py needs"
+    return f"{text} {' or '.join(shards)}"
 
 
 # ---------------------------------------------------------------- how long to train
 
-# L(N, D) = E + A/N^a + B/D^b: Besiroglu et al. 2024 (2404.10102), the refit of "Chinchilla" (Hoffmann et al. 2022).
-# E, 1.8172 nats of another text and tokenizer, is not needed: only ratios of compute and tokens carry over.
-LAW_A, LAW_B, LAW_a, LAW_b = 482.01, 2085.43, 0.3478, 0.3658
-FITTED = {
+# L(N, D) = E + A/N^a + B/D^b: Besiroglu et al. 2024 (2404.10102), the refit of "Chinchilla"
+# (Hoffmann et al. 2022). E, 1.8172 nats of another text and tokenizer, is not needed: only ratios
+# of compute and tokens carry over.
+LAW_A = 482.01
+LAW_B = 2085.43
+LAW_a = 0.3478
+LAW_b = 0.3658
+FITTED = {  # where the law was fitted
     "parameters": (57e6, 16e9),
     "tokens": (0.25e9, 318e9),
     "FLOPs": (1.4e18, 1.3e22),
-}  # where the law was fitted
-REPEAT = 15.388  # epochs over which the worth of a repeat falls by 1/e: Muennighoff et al. 2023 (2305.16264)
+}
+# epochs over which the worth of a repeat falls by 1/e: Muennighoff et al. 2023 (2305.16264)
+REPEAT = 15.388
 
 
 def optimum(flops: float) -> tuple[float, float]:
-    """(parameters, tokens) of the lowest loss at `flops` = 6ND: N = G (C/6)^(b/(a+b)), G = (aA/bB)^(1/(a+b))."""
-    n = (LAW_a * LAW_A / (LAW_b * LAW_B)) ** (1 / (LAW_a + LAW_b)) * (flops / 6) ** (
-        LAW_b / (LAW_a + LAW_b)
-    )
+    """(parameters, tokens) of the lowest loss at `flops` = 6ND: N = G (C/6)^(b/(a+b)), G =
+    (aA/bB)^(1/(a+b))."""
+    g = (LAW_a * LAW_A / (LAW_b * LAW_B)) ** (1 / (LAW_a + LAW_b))
+    n = g * (flops / 6) ** (LAW_b / (LAW_a + LAW_b))
     return n, flops / 6 / n
 
 
 def effective_tokens(unique: float, tokens: float) -> float:
-    """What `tokens` on `unique` ones are worth in fresh ones: U + U R (1 - e^-(epochs - 1)/R) (Muennighoff)."""
-    return (
-        tokens
-        if tokens <= unique
-        else unique * (1 + REPEAT * (1 - math.exp(-(tokens / unique - 1) / REPEAT)))
-    )
+    """What `tokens` on `unique` ones are worth in fresh ones: U + U R (1 - e^-(epochs - 1)/R)
+    (Muennighoff)."""
+    if tokens <= unique:
+        return tokens
+    return unique * (1 + REPEAT * (1 - math.exp(-(tokens / unique - 1) / REPEAT)))
 
 
 def extra_compute(n_params: float, tokens: float, fresh: float | None = None) -> float:
-    """Compute 6ND beyond the least that reaches the same loss, as a share: 0.08 is 8 % more. `fresh`: D's worth.
+    """Compute 6ND beyond the least that reaches the same loss, as a share: 0.08 is 8 % more.
+    `fresh`: D's worth.
 
     On the optimal path A/N^a + B/D^b falls as C^-g, g = ab/(a+b), which inverts in closed form.
     """
@@ -495,72 +629,76 @@ def chinchilla(
     multiplier: float = 20.0,
     moe: bool = False,
 ) -> dict:
-    """Whether a run's length fits its model and data, in counts and ratios; the target: multiplier x active tokens."""
+    """Whether a run's length fits its model and data, in counts and ratios; target: multiplier x
+    active tokens."""
     n, unique, tokens = n_params_active, max(1, unique_tokens), max(1, planned_tokens)
     fresh, ratio, epochs = effective_tokens(unique, tokens), tokens / n, tokens / unique
     here = {"parameters": n, "tokens": tokens, "FLOPs": 6.0 * n * tokens}
-    plan = {
+    extrapolated = [k for k, (low, high) in FITTED.items() if not low <= here[k] <= high]
+    band = "inside"
+    if ratio < BAND[0]:
+        band = "below"
+    elif ratio > BAND[1]:
+        band = "above"
+    # parameters that the data fit: in 4 epochs, nearly as good as fresh; in 22, which is all that
+    # is worth repeating, and lean
+    four = effective_tokens(unique, 4 * unique) / multiplier
+    most = effective_tokens(unique, 22 * unique) / BAND[0]
+    return {
         "n_params_active": n,
         "flops_per_token": flops_per_token,
         "unique_tokens": unique,
         "planned_tokens": tokens,
-    }
-    plan |= {
         "multiplier": multiplier,
         "moe": moe,
         "target_tokens": multiplier * n,
         "tokens_per_param": ratio,
+        "epochs": epochs,
+        "effective_tokens": fresh,
+        "coverage": fresh / (multiplier * n),
+        "last_epoch_value": math.exp(-max(0.0, epochs - 1) / REPEAT),
+        "band": band,
+        "extra_compute": extra_compute(n, tokens, fresh),
+        "extrapolated": extrapolated,
+        "fitting_params": (four, most),
+        "data_limited": unique < multiplier * n / 8,
     }
-    plan |= {"epochs": epochs, "effective_tokens": fresh, "coverage": fresh / (multiplier * n)}
-    plan |= {"last_epoch_value": math.exp(-max(0.0, epochs - 1) / REPEAT)}
-    plan |= {"band": "below" if ratio < BAND[0] else "above" if ratio > BAND[1] else "inside"}
-    plan |= {"extra_compute": extra_compute(n, tokens, fresh)}
-    plan |= {"extrapolated": [k for k, (low, high) in FITTED.items() if not low <= here[k] <= high]}
-    # parameters that the data fit: in 4 epochs, nearly as good as fresh; in 22, all that is worth repeating, and lean
-    fits = (
-        effective_tokens(unique, 4 * unique) / multiplier,
-        effective_tokens(unique, 22 * unique) / BAND[0],
-    )
-    plan |= {"fitting_params": fits, "data_limited": unique < multiplier * n / 8}
-    return plan
 
 
 def plan_lines(plan: dict) -> list[str]:
     """The start-up lines on a chinchilla() plan, advice last."""
-    p, d = plan, describe
-    per_token, repeats = (
-        d(p["flops_per_token"], "FLOP"),
-        f" (repeats count as {d(p['effective_tokens'])} tokens)",
-    )
-    compute = f"needs {1 + p['extra_compute']:.3g} times the compute that the best size and length would need"
-    if p["extra_compute"] < 0.05:
-        compute = "no other size and length would need much less compute"
-    far = (
-        f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
-        if p["extrapolated"]
-        else ""
-    )
-    lines = [
-        f"plan       {d(p['n_params_active'])} active parameters, {per_token} a token; {d(p['planned_tokens'])} tokens"
-        f" planned, {d(p['unique_tokens'])} unique: {p['epochs']:.2f} epochs",
-        f"plan       target {d(p['target_tokens'])} tokens, {p['multiplier']:g} a parameter: coverage"
-        f" {100 * p['coverage']:.3g} %{repeats if p['epochs'] > 1 else ''}",
-        f"plan       {p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band {BAND[0]} to {BAND[1]}:"
-        f" {compute} for this loss{far}",
-    ]
+    p = plan
+    numbers = {k: human_number(v) for k, v in p.items() if isinstance(v, (int, float))}
+    per_token = human_number(p["flops_per_token"], "FLOP")
+    text = f"{numbers['n_params_active']} active parameters, {per_token} a token;"
+    text += f" {numbers['planned_tokens']} tokens planned, {numbers['unique_tokens']} unique:"
+    lines = [f"plan       {text} {p['epochs']:.2f} epochs"]
+    text = f"target {numbers['target_tokens']} tokens, {p['multiplier']:g} a parameter: coverage"
+    text += f" {100 * p['coverage']:.3g} %"
+    if p["epochs"] > 1:
+        text += f" (repeats count as {numbers['effective_tokens']} tokens)"
+    lines.append(f"plan       {text}")
+    compute = "no other size and length would need much less compute"
+    if p["extra_compute"] >= 0.05:
+        times = f"{1 + p['extra_compute']:.3g} times"
+        compute = f"needs {times} the compute that the best size and length would need"
+    text = f"{p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band"
+    text += f" {BAND[0]} to {BAND[1]}: {compute} for this loss"
+    if p["extrapolated"]:
+        text += f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
+    lines.append(f"plan       {text}")
     if p["moe"]:
-        lines += [
-            "plan       that law is of dense models, on active parameters a lower bound: MoE usually wants more"
-        ]
+        text = "that law is of dense models, on active parameters a lower bound"
+        lines.append(f"plan       {text}: MoE usually wants more")
     if p["epochs"] > 4:
-        lines += [
-            f"advice     beyond 4 epochs repeats fade: a token of the last counts {p['last_epoch_value']:.2f}"
-        ]
+        text = (
+            f"beyond 4 epochs repeats fade: a token of the last counts {p['last_epoch_value']:.2f}"
+        )
+        lines.append(f"advice     {text}")
     if p["data_limited"]:
-        low, high = map(d, p["fitting_params"])
-        lines += [
-            f"advice     data-limited: these tokens fit {low} (4 epochs) to {high} parameters; or add data"
-        ]
+        low, high = (human_number(n) for n in p["fitting_params"])
+        text = f"data-limited: these tokens fit {low} (4 epochs) to {high} parameters; or add data"
+        lines.append(f"advice     {text}")
     return lines
 
 
@@ -572,12 +710,14 @@ def auto_steps(
     min_epochs: float = 0.0,
     max_epochs: float = 50.0,
 ) -> tuple[int, str]:
-    """auto_epoch_scaling: steps for `multiplier` tokens an active parameter, in epochs never rounded up; and why."""
+    """auto_epoch_scaling: steps for `multiplier` tokens an active parameter, in epochs never
+    rounded up; and why."""
     target = multiplier * n_params_active
     wanted = target / max(1, unique_tokens)
     epochs = min(max(wanted, min_epochs), max_epochs)
     steps = max(1, round(epochs * unique_tokens / tokens_per_step))
-    why = f"{multiplier:g} x {describe(n_params_active)} = {describe(target)} tokens are {describe(wanted)} epochs"
+    tokens = f"{multiplier:g} x {human_number(n_params_active)} = {human_number(target)} tokens"
+    why = f"{tokens} are {human_number(wanted)} epochs"
     if epochs != wanted:
         why += f", clamped to {'max' if epochs < wanted else 'min'}_epochs {epochs:g}"
     if epochs > 4:
@@ -585,45 +725,10 @@ def auto_steps(
     return steps, f"length     {steps:,} steps by auto_epoch_scaling: {why}"
 
 
-# ---------------------------------------------------------------- during the run
+YEAR = 365.25 * 86400  # seconds
 
 
-# ---------------------------------------------------------------- python -m lumen.machine
-
-
-def candidates(
-    world: int, stage: int, slots: int, rows_per_step: int, reduce_bytes: int = 4, cuda: bool = True
-):
-    """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take."""
-
-    def divisors(n):
-        return [k for k in range(1, n + 1) if n % k == 0]
-
-    shapes = [(0, 1)]  # hsdp_shard_size, expert_parallel
-    if stage:
-        shapes += [(size, 1) for size in divisors(world)[1:-1]]
-        shapes += [(0, ep) for ep in divisors(math.gcd(world, slots))[1:]]
-    layouts = [Layout(world, stage, size, ep, reduce_bytes, cuda) for size, ep in shapes]
-    for layout in layouts:
-        for rows in divisors(rows_per_step // world) if rows_per_step % world == 0 else ():
-            for recompute in RECOMPUTE:
-                yield layout, rows, recompute
-
-
-def smallest_machines(
-    model, stage: int, rows_per_step: int, precision: str, share: float
-) -> tuple[list[str], bool]:
-    """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do."""
-    found = {
-        gb: smallest(model, stage, rows_per_step, precision, share * gb * 1e9) for gb in (80, 141)
-    }
-    return [f"{n or 'none'} x {gb} GB" for gb, n in found.items()], all(found.values())
-
-
-YEAR = 365.25 * 86400
-
-
-def span(seconds: float) -> str:
+def human_time(seconds: float) -> str:
     """A length of time in the unit that one thinks of it in: 45 s, 3.2 hours, 40,000 years."""
     for unit, size in (("years", YEAR), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:

@@ -92,9 +92,9 @@ class Report:
             say(f"advice     {line}")
         if self.dry_run and self.dry_run["hardware"] != "measured":
             return
-        per_token, in_all = (plan.describe(self.flops_per_token * k, "FLOP") for k in (1, tokens))
-        least = plan.span(self.flops_per_token * tokens / self.peak / self.parallel.world)
-        peak = plan.describe(self.peak, "FLOP/s") + (
+        per_token, in_all = (machines.human_number(self.flops_per_token * k, "FLOP") for k in (1, tokens))
+        least = plan.human_time(self.flops_per_token * tokens / self.peak / self.parallel.world)
+        peak = machines.human_number(self.peak, "FLOP/s") + (
             " measured here" * (self.peak != machines.sheet_flops(self.machine))
         )
         say(
@@ -174,49 +174,6 @@ class Report:
         need = self.cfg.model.max_seq_len + 1
         text = f"no evaluation: no source has a validation window of {need} tokens, best.json names the"
         return f"{text} last step; hold out more text, or lower model.max_seq_len"
-
-    def simulate(self, watch=None) -> None:
-        """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
-        from tools import simulate  # upward, and only in a dry run
-
-        cfg, m, given = self.cfg, self.cfg.model, self.dry_run
-        layout, precision = self.parallel.layout, given.get("precision", cfg.precision)
-        hw, mode = (
-            machines.hardware(given["hardware"], self.machine, given),
-            cfg.activation_checkpointing,
-        )
-        assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {
-            "share": cfg.target_memory
-        }
-        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
-        lines, best = simulate.dry_run_lines(
-            self.counted, layout, *counts, given["hardware"], hw, **assumed
-        )
-        for line in lines:
-            self.say(line)
-        layout, rows, mode = best["layout"], best["rows"], best["recompute"]
-        if watch is None or layout.shard == 1:
-            return
-        try:
-            depths = simulate.depths(m)
-        except ValueError as error:
-            self.say(f"checked    not: {error}")
-            return
-        cfg = dataclasses.replace(
-            cfg, precision=precision, batch_size=rows, activation_checkpointing=mode
-        )
-        try:
-            seen = {n: watch(cfg, layout, simulate.shallow(m, n)) for n in depths}
-            shown = simulate.compared_lines(seen, self.counted, layout, rows, precision, mode)
-        except (
-            Exception
-        ) as error:  # a private part of torch, another in each version: the dry run goes without
-            text = str(error).strip().splitlines() or ["?"]
-            shown = [
-                f"checked    not: fake tensors failed on torch {torch.__version__}: {type(error).__name__}: {text[0]}"
-            ]
-        for line in shown:
-            self.say(line)
 
     def sparse_lines(self) -> list[str]:
         """The start block's lines on MoE and MoD."""
@@ -368,7 +325,7 @@ class Report:
         share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
         numbers = f"loss {seen.loss:.4f}  ppl {row['ppl']:.4g}"
         numbers += f"  aux {row['aux_loss']:.4f}" if "aux_loss" in row else ""
-        numbers += f"  lr {seen.lr:.2e}  norm {seen.grad_norm:.2f}  {plan.describe(speed)} tok/s"
+        numbers += f"  lr {seen.lr:.2e}  norm {seen.grad_norm:.2f}  {machines.human_number(speed)} tok/s"
         share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
         went = f"{clock(sum(self.watch.spent.values()))} gone, {clock(left)} left"
         self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")

@@ -10,7 +10,7 @@ learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE
     parameters and tokens, from configs/quickstart.yaml. A run that --out holds already is not repeated.
 layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]: what each key of train_fsdp.py costs and spares on the
     processes of this machine, and one process beside them: tokens/s, communication, bytes, memory.
-faults [--only ROWS] [--kinds K] [--arms A] [--out FILE] [--table] [--quick] [--healthy N]: the 25 faults of
+faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]: the 25 faults of
     faults.py on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
 gpu [PART ...]: all that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models, speed.
     `--device cpu` runs its logic at toy sizes. Written without a GPU at hand: the CUDA paths were never run.
@@ -43,7 +43,7 @@ from lumen import machine as machines
 from lumen.config import Config, find_yaml, load_yaml
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
-from lumen.machine import commit, free_memory
+from lumen.machine import git_commit, free_memory
 from lumen.optim import build_optimizer, step_optimizer
 from model import KVCache, ModelConfig, Transformer
 from tools import faults, simulate
@@ -208,11 +208,11 @@ def options(words: list[str], **known) -> argparse.Namespace:
 def machine_line(m: machines.Machine | None = None) -> str:
     """Hardware, flags, measured peak, versions, commit and date: what every number is printed with."""
     m = m or machines.detect()
-    peak = plan.describe(machines.matrix_peak(m.device, m.compute_dtype, 1.0), "FLOP/s")
+    peak = machines.human_number(machines.matrix_peak(m.device, m.compute_dtype, 1.0), "FLOP/s")
     flags = " ".join(machines.cpu_flags())
     return (
         f"{m.device.type} {m.name} ({flags}), {torch.get_num_threads()} threads, {m.precision} matrices {peak}, "
-        f"torch {torch.__version__}, commit {commit()}, {time.strftime('%Y-%m-%d')}"
+        f"torch {torch.__version__}, commit {git_commit()}, {time.strftime('%Y-%m-%d')}"
     )
 
 
@@ -256,8 +256,8 @@ def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
     if max(rates) > peak:
         peak = max(peak, machines.matrix_peak(m.device, m.compute_dtype, 1.0))
     if max(rates) > peak:
-        peak = plan.describe(peak, "FLOP/s")
-        return f"- ({plan.describe(max(rates), 'FLOP/s')} is above the peak, {peak}: was the machine busy?)"
+        peak = machines.human_number(peak, "FLOP/s")
+        return f"- ({machines.human_number(max(rates), 'FLOP/s')} is above the peak, {peak}: was the machine busy?)"
     return (
         spread([rate / peak for rate in rates])
         if len(rates) > 1
@@ -530,7 +530,7 @@ def speed(words: list[str]) -> int:
         trainer.model.flops_per_token() / trainer.parallel.world
     )  # now: MoD's capacity may have been annealed
     rates = [r["tokens_per_second"] * flops for r in clean]
-    sheet = machines.known(trainer.machine.name) and trainer.machine.precision != "fp32"
+    sheet = machines.data_sheet(trainer.machine.name) and trainer.machine.precision != "fp32"
     print("tokens/s  " + spread([r["tokens_per_second"] for r in clean]))
     kind = "of the data sheet's peak" if sheet else "of the measured matrix peak"
     print(f"mfu       {mfu(rates, trainer.machine, trainer.peak)} {kind}")
@@ -697,8 +697,8 @@ def kernel_shape(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds
     flops, formula = 6 * T * C * K * I, dout.element_size() * (T * C + 2 * T * K * I)
     for name in layers:
         a, b, kept = forward[name], whole[name], kept_bytes(layers[name], [w13, w2, one, two])
-        text = f"forward {plan.describe(flops / min(a), 'FLOP/s')}, {1e3 * min(a):.2f} ms; with backward "
-        text += f"{plan.describe(3 * flops / min(b), 'FLOP/s')}, {1e3 * min(b):.2f} ms; keeps {kept / 2**20:.1f} MiB"
+        text = f"forward {machines.human_number(flops / min(a), 'FLOP/s')}, {1e3 * min(a):.2f} ms; with backward "
+        text += f"{machines.human_number(3 * flops / min(b), 'FLOP/s')}, {1e3 * min(b):.2f} ms; keeps {kept / 2**20:.1f} MiB"
         print(f"  {name:<10} {text}")
         if name != "dense":
             print(f"    time against dense: forward {ratio(a, forward['dense'])}")
@@ -751,7 +751,7 @@ def step(words: list[str]) -> int:
         times = interleaved(built, o.rounds, m.device)
         for name, made in built.items():
             n, t = sum(p.numel() for p in made.model.parameters()), times[name]
-            text = f"{1e3 * min(t):.0f} ms, {plan.describe(made.tokens / min(t))} tokens/s at best; s {spread(t)}"
+            text = f"{1e3 * min(t):.0f} ms, {machines.human_number(made.tokens / min(t))} tokens/s at best; s {spread(t)}"
             print(f"  {name:<10} {text}; {n:,} parameters; {made.name}")
         for a, b in PAIRS:
             if a in times and b in times:
@@ -920,8 +920,8 @@ def learn_table(rows: list[dict]) -> list[str]:
         cells = [name, len(mine), f"{mean('val_loss', '.4f')} ({min(loss):.4f} to {max(loss):.4f})"]
         cells += [mean("val_bpb", ".4f"), mean("mod_gap", "+.4f")]
         cells += [f"{mine[0][key]:,}" for key in ("total", "active", "router")]
-        cells += [plan.describe(mine[0]["flops_per_token"])]
-        cells += [plan.describe(statistics.median(r["tokens_per_second"] for r in mine))]
+        cells += [machines.human_number(mine[0]["flops_per_token"])]
+        cells += [machines.human_number(statistics.median(r["tokens_per_second"] for r in mine))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     others = [
         f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps
@@ -1042,7 +1042,7 @@ def tell(run: Ours, times: list[float], peak: float) -> str:
     rate = speed * run.model.flops_per_token()
     text = f"{1e3 * min(times):.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}), "
     m = run.machine
-    text += f"{plan.describe(speed)} tokens/s, MFU {mfu([rate], m, machines.peak_flops(m))} (of the measured peak "
+    text += f"{machines.human_number(speed)} tokens/s, MFU {mfu([rate], m, machines.peak_flops(m))} (of the measured peak "
     text += (
         f"{mfu([rate], m, peak)}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
     )
@@ -1091,16 +1091,11 @@ def model_steps(m: machines.Machine, toy: bool) -> int:
 def fault_table(words: list[str]) -> int:
     """The runs that --out does not hold yet, then the table. --quick: six rows, dense, act; exit code 1 where one is
     not as expected. --healthy N: until the file holds N steps without a fault."""
-    known = {
-        "only": "",
-        "arms": "act,off,reference",
-        "kinds": "dense,moe",
-        "out": "out/faults.json",
-    }
+    known = {"only": "", "modes": "", "kinds": "", "out": "out/faults.json"}
     o = options(words, **known, table=False, quick=False, healthy=0)
-    book = faults.run(o)
-    rows, wrong = faults.fault_table(book.data["runs"])
-    print("\n".join([machine_line(), *rows, *faults.healthy_table(book.data["healthy"])]))
+    results = faults.run(o)
+    lines, wrong = faults.fault_table(results.data["runs"])
+    print("\n".join([machine_line(), *lines, *faults.healthy_table(results.data["healthy"])]))
     return 1 if o.quick and wrong else 0
 
 
@@ -1174,7 +1169,7 @@ def layouts(words: list[str]) -> int:
                 out.unlink()
     print(machine_line())
     shape = ModelConfig(**SPREAD["model"])
-    print(f"{plan.count(plan.on_meta(shape)):,} parameters, 4 rows of {shape.max_seq_len} tokens a process, 2"
+    print(f"{plan.count_parameters(plan.on_meta(shape)):,} parameters, 4 rows of {shape.max_seq_len} tokens a process, 2"
           f" micro-steps a step; {o.ranks} processes of one thread on {os.cpu_count()} cores, gloo; {o.rounds} rounds."
           " MB above the imports on rank 0; communicating: the share of a step, waiting for others in it")  # fmt: skip
     first, base = next(((n, r) for n, r in runs.items() if n not in ones), ("-", []))
@@ -1183,7 +1178,7 @@ def layouts(words: list[str]) -> int:
     print("|---" * 7 + "|")
     for name, (memory, *timed) in runs.items():
         times = [r["seconds"] for r in timed]
-        cells = [name, plan.describe(statistics.median(r["tokens"] / r["seconds"] for r in timed))]
+        cells = [name, machines.human_number(statistics.median(r["tokens"] / r["seconds"] for r in timed))]
         cells += [
             ratio(times, [r["seconds"] for r in base[1:]]) if name not in ones and base else "-"
         ]

@@ -58,6 +58,7 @@ from lumen.errors import ERRORS, UserError
 from model import HeadLoss, ModelConfig, Transformer
 from prepare_data import main as prepare_main
 from prepare_data import prepare
+from tools import simulate
 from train import Parallel, Trainer, main
 
 # ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
@@ -2155,7 +2156,7 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     keys = tiny(
         batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
     )
-    monkeypatch.setattr(train, "pick_backend", lambda *a: pytest.fail("experts were made"))
+    monkeypatch.setattr(simulate, "pick_backend", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
@@ -2198,7 +2199,7 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
     for name, memory in (("gpt2_124m", 80e9), ("moe_124m", 80e9), ("lumi_base", 24e9)):
         keys = yaml.safe_load(presets()[name].read_text())
         cfg = ModelConfig(**keys["model"])
-        n, rows = plan.count(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
+        n, rows = plan.count_parameters(plan.on_meta(cfg)), keys["batch_tokens"] // cfg.max_seq_len
         need = functools.cache(
             lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"]
         )

@@ -2,16 +2,18 @@
 
 import json
 import math
-import os
 import re
 import sys
 
 import pytest
 import torch
-from conftest import write_yaml
+from conftest import ROOT, write_yaml
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
+from lumen import files
 from lumen import machine as machines
+from lumen.detectors import StepNumbers
 from lumen.errors import UserError
 from lumen.report import main as report_main
 from model import ModelConfig
@@ -242,7 +244,7 @@ def small(monkeypatch, tmp_path):
 def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
     # in turn, and in this process: a new one would not see the sizes of `small`
     monkeypatch.setattr(
-        faults, "side_by_side", lambda book, parts: [faults.work(book.path, *p) for p in parts]
+        faults, "side_by_side", lambda results, parts: [p.run(results.path) for p in parts]
     )
     words = ("--quick", "--only", "5,8,7,24")
     runs = small(*words)["runs"]
@@ -258,7 +260,7 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
         assert (
             runs[f"{row}/dense/act/late/1337"]["digest"] == runs["0/dense/act/late/1337"]["digest"]
         )
-    line = rows["7", "activation NaN for ever", "dense", "late", "act"]
+    line = rows["7", "activation NaN forever", "dense", "late", "act"]
     assert "| stop in order | stop in order |" in line and line.endswith("| 0 | yes |"), line
     assert rows["24", "healthy", "dense", "late", "act"].endswith(
         "| +0.0000 | 0 | - | - | 0 | yes |"
@@ -270,14 +272,14 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
         if "and more" in line
     ]
     assert counts and all(c[2] == c[3] for c in counts), "what was decided was real"
-    monkeypatch.setattr(faults, "start", None)  # nothing is run again
+    monkeypatch.setattr(faults, "train", None)  # nothing is run again
     assert small(*words)["runs"] == runs
     assert small("--table")["runs"] == runs
     monkeypatch.setattr(faults, "FAULT_RUN", faults.FAULT_RUN | {"max_steps": 71})
     with pytest.raises(UserError) as error:
         small("--table")
     assert error.value.code == "E117"
-    for words in (["--only", "99"], ["--arms", "on"], ["--kinds", "sparse"]):
+    for words in (["--only", "99"], ["--modes", "on"], ["--kinds", "sparse"]):
         with pytest.raises(UserError) as error:
             bench.main(["faults", *words])
         assert error.value.code == "E002"
@@ -292,24 +294,26 @@ def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     run |= {
         "code": 0,
         "step": 600,
-        "turns": 600,
+        "iterations": 600,
         "dropped": 0,
         "digest": "a",
         "reference": 0,
         "decisions": [],
+        "health": [],
     }
-    book = faults.Book(out)
+    results = faults.Results(out)
     for kind in ("dense", "moe"):
-        book.data["runs"] |= {f"24/{kind}/off/late/{1337 + i}": run for i in range(faults.SEEDS)}
-        book.data["runs"][f"24/{kind}/act/late/1337"] = run
-    faults.checkpoint.write_json(f"{out}.1", book.data)  # a part that had been done
-    faults.checkpoint.write_json(
-        out, book.data | {"runs": {k: r for k, r in book.data["runs"].items() if "moe" not in k}}
+        results.data["runs"] |= {f"24/{kind}/off/late/{1337 + i}": run for i in range(faults.SEEDS)}
+        results.data["runs"][f"24/{kind}/act/late/1337"] = run
+    files.write_json(f"{out}.1", results.data)  # a part that had been done
+    files.write_json(
+        out,
+        results.data | {"runs": {k: r for k, r in results.data["runs"].items() if "moe" not in k}},
     )
-    words = ["faults", "--only", "24", "--arms", "act", "--out", str(out)]
+    words = ["faults", "--only", "24", "--modes", "act", "--out", str(out)]
     assert bench.main(words) == 0 and sorted(tmp_path.iterdir()) == [out]
     assert "late, act: 2 of 2 as expected" in capsys.readouterr().out
-    assert json.loads(out.read_text()) == book.data
+    assert json.loads(out.read_text()) == results.data
     (tmp_path / "faults.json.1").write_text('{"plan": 0, "runs": {}}')
     with pytest.raises(UserError, match="a part of it failed"):
         bench.main(words)
@@ -318,7 +322,7 @@ def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
 def test_a_fault_does_harm(small, monkeypatch):
     """Where nothing is done about it: or the table would prove nothing."""
     monkeypatch.setattr(faults, "SEEDS", 1)
-    runs = small("--only", "1,10", "--kinds", "moe", "--arms", "off")["runs"]
+    runs = small("--only", "1,10", "--kinds", "moe", "--modes", "off")["runs"]
     for row in ("1", "10"):
         assert (
             runs[f"{row}/moe/off/late/1337"]["val_loss"]
@@ -336,61 +340,80 @@ def test_healthy_steps_add_up(small, capsys):
     assert "bits of mode off in 2 of 2" in said
 
 
-@pytest.mark.parametrize("row", ["18", "20"])
-def test_scenes_of_files(small, row, capsys):
-    small("--only", row, "--kinds", "dense")
-    assert "as expected, 0 false" in capsys.readouterr().out and not os.getenv("RANK")
+def test_rows_about_files_and_processes_name_a_test_that_is_there():
+    for row, (_, name) in faults.PROVEN_BY_TESTS.items():
+        file, test = name.split("::")
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), row
+    assert not faults.PROVEN_BY_TESTS.keys() & faults.FAULTS.keys()
+    with pytest.raises(UserError, match="test_survival.py"):
+        bench.main(["faults", "--only", "18"])
+
+
+@pytest.mark.nightly
+def test_out_of_memory_in_the_optimizer_restarts_smaller(tiny, tmp_path, request):
+    """Row 13: no micro-step can be made smaller there, so the process asks to be started again (75)."""
+    path = write_yaml(tmp_path / "c.yaml", tiny("run", batch_size=4, max_steps=12))
+    steps = []
+
+    def run_out(optimizer, args, kwargs):
+        steps.append(1)
+        if len(steps) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
+
+    hook = register_optimizer_step_pre_hook(run_out)
+    request.addfinalizer(hook.remove)
+    with pytest.raises(UserError) as error:
+        train.main([str(path)])
+    assert (error.value.code, error.value.exit_code) == ("E201", 75)
+    out = tmp_path / "run"
+    assert json.loads((out / "oom_hint.json").read_text())["micro_batch"] == 2
+    assert json.loads((out / "status.json").read_text())["state"] == "restart"
+    assert train.main([str(path)]) == 0
+    assert json.loads((out / "status.json").read_text())["step"] == 12
+
+
+BASE = {"val_loss": 1.0, "digest": "a"}
+ROLLBACK = {"id": 1, "level": 2, "executed": True, "action": "rollback", "trigger": "t"}
+ROLLBACK |= {"basis": "evalue", "confidence": 0.8, "reason": ""}
+
+
+def verdict(fault, mode: str, limit: float = 0.03, **changes):
+    run = {"code": 0, "step": faults.FAULT_RUN["max_steps"], "iterations": 700, "dropped": 2}
+    run |= {"val_loss": 1.02, "digest": "b", "decisions": [], "reference": 0, "health": []}
+    against = {"base": BASE, "bits": None}
+    return faults.judge(fault, f"1/dense/{mode}/late/1337", run | changes, against, limit)
 
 
 def test_failures_are_said_as_such():
     fault = faults.Fault("x", lasts=5, needs="divergence", most={"rollback": 0})
-    base, row = (
-        {"val_loss": 1.0, "digest": "a"},
-        {"level": 2, "executed": True, "action": "rollback", "trigger": "t"},
-    )
-    row |= {"id": 1, "basis": "evalue", "confidence": 0.8, "reason": ""}
-    run = {
-        "code": 0,
-        "step": faults.FAULT_RUN["max_steps"],
-        "turns": 700,
-        "dropped": 2,
-        "val_loss": 1.02,
-        "digest": "b",
-    }
-    run |= {"decisions": [row | {"turn": 300}, row | {"turn": 330, "id": 2}], "reference": 0}
-    j = faults.judge(fault, "late", "act", run, base, 0.01, None)
-    assert j["came"] == "not recovered" and j["gap"] == pytest.approx(0.02) and not j["good"]
-    assert (j["lost"], j["found"], j["false"]) == (102, 10, 1)
-    assert j["sure"] == [("evalue", 0.8, False), ("evalue", 0.8, True)], (
+    rows = [ROLLBACK | {"turn": 300}, ROLLBACK | {"turn": 330, "id": 2}]
+    v = verdict(fault, "act", 0.01, decisions=rows)
+    assert v.came == "not recovered" and v.gap == pytest.approx(0.02) and not v.good
+    assert (v.lost, v.found_after, v.false_actions) == (102, 10, 1)
+    assert v.confidences == [("evalue", 0.8, False), ("evalue", 0.8, True)], (
         "before the fault it was not real"
     )
-    assert j["wrong"] == ["nothing said of divergence", "2 x rollback", "1 false actions"]
-    good = faults.judge(faults.Fault("x"), "late", "off", run | {"decisions": []}, base, 0.03, None)
-    assert good["good"] and good["came"] == "recover"
-    assert (
-        faults.judge(fault, "late", "off", run | {"code": 3, "kept": None}, base, 0.03, None)[
-            "came"
-        ]
-        == "code 3"
-    )
-    j = faults.judge(
-        faults.Fault("x", lasts=0), "late", "act", run | {"decisions": []}, base, 0.03, None
-    )
-    assert j["wrong"] == ["not the bits of mode off"]
+    assert v.wrong == ["nothing said of divergence", "2 x rollback", "1 false actions"]
+    v = verdict(faults.Fault("x"), "off")
+    assert v.good and v.came == "recover"
+    assert verdict(fault, "off", code=3, kept=None).came == "code 3"
+    v = verdict(fault, "off", code=3, kept=200)
+    assert v.came == "stop in order" and not v.good
+    assert verdict(faults.Fault("x", lasts=0), "act").wrong == ["not the bits of mode off"]
 
 
 def test_the_reference_rules(tiny):
     trainer = train.Trainer(tiny("ref", max_steps=80, save_interval=0))
-    losses = iter([3.0] * 60 + [9.0, 3.0] * 80)
-    trainer.finish_pending_step = lambda: {
-        "loss": next(losses),
-        "grad_norm": 1e4 if trainer.n == 115 else 1.0,
-        "turn": trainer.n,
-    }
-    done = faults.reference(trainer, True)
-    for trainer.n in range(1, 120):
-        trainer.finish_pending_step()
-    assert done == [50, 115] and trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
+    losses = [3.0] * 60 + [9.0, 3.0] * 80
+    now = StepNumbers(0, 0, 0)
+    trainer.drain = lambda: now
+    acted_at = faults.reference_rules(trainer, True)
+    for now.iteration in range(1, 120):
+        now.loss = losses[now.iteration - 1]
+        now.grad_norm = 1e4 if now.iteration == 115 else 1.0
+        trainer.drain()
+    assert acted_at == [50, 115]
+    assert trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
     trainer.close()
 
 

@@ -1,4 +1,4 @@
-"""The dry run: memory, traffic and time of many processes, all simulated in plan.py; and its look at fake tensors."""
+"""The dry run: memory, traffic and time of many processes, all arithmetic; and its look at fake tensors."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ LAYOUTS = [
 def test_every_parameter_lies_on_as_many_ranks_as_there_are_copies(layout, precision):
     for cfg in (DENSE, MOE) if layout.expert_parallel == 1 else (MOE,):
         model = plan.on_meta(cfg)
-        root, blocks = plan.units(model, layout, precision)
+        root, blocks = plan.fsdp_units(model, layout, precision)
         total = 0
         for unit, alike in ((root, 1), *((u, 1) for block in blocks for u in block)):
             held = [unit.local(rank) for rank in range(unit.ranks)]
@@ -53,8 +53,8 @@ def test_every_parameter_lies_on_as_many_ranks_as_there_are_copies(layout, preci
             layout.expert_parallel > 1
         )  # then each is held once in all, though a group holds only its own
         copies = layout.world // layout.shard
-        assert total == copies * (plan.count(model) - experts * apart) + experts * apart
-        assert plan.count(model) == model.n_params()["total"]
+        assert total == copies * (plan.count_parameters(model) - experts * apart) + experts * apart
+        assert plan.count_parameters(model) == model.n_params()["total"]
 
 
 def total(model, layout, rows=2, recompute="none", precision="mixed_bf16", steps=4, **more):
@@ -88,7 +88,7 @@ def test_memory_falls_and_rises_as_it_must(cfg, precision):
     if cfg is MOE:
         even, uneven = (total(model, plan.Layout(8, 3, 0, 4), 8, imbalance=x) for x in (1.0, 2.0))
         assert even < uneven
-    one = plan.memory(model.cfg, plan.count(model), 2, precision)
+    one = plan.memory(model.cfg, plan.count_parameters(model), 2, precision)
     assert total(model, plan.Layout(1, 0), precision=precision) == one["total"]
 
 
@@ -96,20 +96,20 @@ def test_traffic_by_hand():
     """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and sends as many back."""
     model = plan.on_meta(dataclasses.replace(DENSE, vocab_size=128))
     found = simulate.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
-    n, root = plan.count(model), sum(p.numel() for p in (model.embed.weight, model.norm.weight))
+    n, root = plan.count_parameters(model), sum(p.numel() for p in (model.embed.weight, model.norm.weight))
     assert sum(m[0] for m in found["all-gather"]) == 4 * 5 * (2 * (n - root) + root)
     assert sum(m[0] for m in found["reduce-scatter"]) == 4 * 5 * n
     fast = dataclasses.replace(H100, link=1e15)
-    assert simulate.travel(H100, 450e9, 4) == pytest.approx(3 / 4)
-    assert simulate.travel(fast, 8 * 50e9, 16) == pytest.approx(1 / 2), (
+    assert simulate.ring_seconds(H100, 450e9, 4) == pytest.approx(3 / 4)
+    assert simulate.ring_seconds(fast, 8 * 50e9, 16) == pytest.approx(1 / 2), (
         "a machine's cards share what comes in"
     )
-    assert simulate.travel(fast, 50e9, 16, 1, True) == pytest.approx(1 / 2), (
+    assert simulate.ring_seconds(fast, 50e9, 16, 1, True) == pytest.approx(1 / 2), (
         "all-to-all: all of it is one's own"
     )
     assert (
-        simulate.travel(H100, 50e9, 2, 8) == pytest.approx(1 / 2)
-        and simulate.travel(H100, 1e9, 1) == 0
+        simulate.ring_seconds(H100, 50e9, 2, 8) == pytest.approx(1 / 2)
+        and simulate.ring_seconds(H100, 1e9, 1) == 0
     )
     two = simulate.traffic(model, plan.Layout(4, 2), 2, 5, "fp32")
     assert sum(m[0] for m in two["all-gather"]) == 4 * n
@@ -126,28 +126,30 @@ def test_traffic_by_hand():
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_search_finds_the_cheapest_that_fits(cfg):
     model, world, rows_per_step = plan.on_meta(cfg), 8, 64
-    need = sorted(
-        simulate.simulate(model, layout, rows, rows_per_step, "mixed_bf16", k, H100, 0.4)["memory"][
-            "total"
-        ]
-        for layout, rows, k in plan.candidates(world, 3, cfg.n_experts, rows_per_step)
-    )
+    base, assumed = plan.Layout(world, 3), simulate.Assumed(mfu=0.4)
+
+    def step(layout, rows, recompute):
+        steps = rows_per_step // (rows * world)
+        shape = plan.StepShape(rows, steps, "mixed_bf16", recompute)
+        return simulate.simulate_step(model, layout, shape, H100, assumed)
+
+    every = plan.candidates(base, cfg.n_experts, rows_per_step)
+    need = sorted(step(*candidate).memory["total"] for candidate in every)
     for room in (need[0] - 1, need[0], need[len(need) // 2], need[-1]):
-        found = simulate.cheapest(model, world, 3, rows_per_step, "mixed_bf16", H100, room, mfu=0.4)
+        how = (rows_per_step, "mixed_bf16", H100, room, assumed)
+        found = simulate.cheapest(model, base, *how)
         best = None  # the same by brute force, with loops of its own
         for size, ep, rows, k in itertools.product(
             (0, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8), plan.RECOMPUTE
         ):
             if (size and ep > 1) or (ep > 1 and not cfg.n_experts):
                 continue
-            s = simulate.simulate(
-                model, plan.Layout(8, 3, size, ep), rows, rows_per_step, "mixed_bf16", k, H100, 0.4
-            )
-            if s["memory"]["total"] <= room:
-                best = min(best or 9e99, s["seconds"]["step"])
+            s = step(plan.Layout(8, 3, size, ep), rows, k)
+            if s.memory["total"] <= room:
+                best = min(best or 9e99, s.seconds["step"])
         assert (found is None) == (best is None) == (room < need[0])
         if found:
-            assert found["memory"]["total"] <= room and found["seconds"]["step"] == best
+            assert found.memory["total"] <= room and found.seconds["step"] == best
 
 
 @pytest.mark.parametrize("recompute", plan.RECOMPUTE)
@@ -179,7 +181,7 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    n = plan.count(model)
+    n = plan.count_parameters(model)
     parts = plan.memory(cfg, n, 4, "fp32", recompute, cuda=False)
     estimate = parts["total"] - 16 * n
     kind, off = "moe" if sparse else "dense", estimate / most - 1

@@ -183,7 +183,7 @@ def test_every_preset_is_there_and_in_the_docs():
 def test_the_gpus_that_the_docs_name_hold_the_preset(name):
     cfg = read_config([name])[0]
     model, rows = plan.on_meta(cfg.model), cfg.batch_tokens // cfg.model.max_seq_len
-    found = [plan.smallest(model, 3, rows, "mixed_bf16", 0.92 * gb * 1e9) for gb in (80, 141)]
+    found = [plan.fewest_gpus(model, 3, rows, "mixed_bf16", 0.92 * gb * 1e9) for gb in (80, 141)]
     assert re.search(
         rf"\| `{name}` \|.*\| {found[0]} / {found[1]} \|", (ROOT / "docs/presets.md").read_text()
     ), found
@@ -204,7 +204,7 @@ def test_what_presets_say_of_their_memory_is_what_the_plan_says():
                 "total"
             ]
 
-        assert round(16 * plan.count(model) / 2**30) == int(said[1])
+        assert round(16 * plan.count_parameters(model) / 2**30) == int(said[1])
         for rows, gib in re.findall(r"with batch_size (\d+) \((\d+) GiB\)", head):
             assert round(need(int(rows)) / 2**30) == int(gib)
         for gib in re.findall(r"as it is \((\d+) GiB\)", head):
@@ -243,11 +243,11 @@ CARDS |= {"Tesla V100-SXM2-32GB": "v100"}
 
 def test_a_card_is_known_by_all_words_of_its_name_or_not_at_all():
     for name, key in CARDS.items():
-        assert machines.known(name) is machines.HARDWARE[key], name
+        assert machines.data_sheet(name) is machines.HARDWARE[key], name
         assert machines.hardware_key(name) == key
     for name in OTHERS.split("|"):
-        assert machines.known(name) is machines.known(f"NVIDIA {name}") is None, name
-    assert machines.known("") is machines.known("x86_64") is machines.known("NVIDIA") is None
+        assert machines.data_sheet(name) is machines.data_sheet(f"NVIDIA {name}") is None, name
+    assert machines.data_sheet("") is machines.data_sheet("x86_64") is machines.data_sheet("NVIDIA") is None
 
 
 def test_the_peak_of_an_unknown_card_is_measured_never_a_neighbours(monkeypatch):
@@ -297,7 +297,7 @@ def test_lengths_of_time_are_in_units_that_one_thinks_in():
         1e8: "3.17 years",
     }
     spans |= {1.3e12: "41,200 years", 4.3e14: "13,600,000 years"}
-    assert {s: plan.span(s) for s in spans} == spans
+    assert {s: plan.human_time(s) for s in spans} == spans
 
 
 def test_lunaris_yaml_is_as_its_readme_has_it():
@@ -407,7 +407,7 @@ def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
     assert [machines.untried(f"{version}.9+cu130") for version in machines.TRIED] == [[]] * len(
         machines.TRIED
     )
-    assert machines.release("2.9.1") < machines.release("2.11.0") < machines.release("3.0"), (
+    assert machines.version_numbers("2.9.1") < machines.version_numbers("2.11.0") < machines.version_numbers("3.0"), (
         "numbers, not letters"
     )
 
