@@ -30,6 +30,7 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
+from evaluate import Evaluation, evaluate_loss
 from kernels import pick_attention, pick_backend
 from lumen import checkpoint, files, forecast, launch, owner, plan
 from lumen import machine as machines
@@ -37,7 +38,7 @@ from lumen import tokenizer as tokenizers
 from lumen.checkpoint import model_of, refuse_odd
 from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
 from lumen.control import ByHand
-from lumen.detectors import StepNumbers, above_chance
+from lumen.detectors import StepNumbers
 from lumen.errors import UserError
 from lumen.experts import Rows, expert_numbers, release_siblings
 from lumen.launch import check_launch, clock, command, environment
@@ -45,7 +46,7 @@ from lumen.loader import Loader, Source, Sums, val_rows
 from lumen.machine import free_memory, peak_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
-from lumen.report import Report, open_log_file, start_wandb
+from lumen.report import Report, evaluation_lines, open_log_file, start_wandb
 from lumen.resume import prepare_first
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
@@ -396,12 +397,7 @@ class Trainer(ByHand, Report):
         self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.loss_scale = None, None, None
         self.latest: StepNumbers | None = None  # of the last finished step
-        self.forecast, self.outlook, self.val_parts, self.best_parts = (
-            forecast.Forecast(),
-            {},
-            [],
-            [],
-        )
+        self.forecast, self.outlook, self.best_parts = forecast.Forecast(), {}, []
         self.measured_on = None  # which validation set val_loss and what follows from it are of
         self.changes, self.origin = (
             [],
@@ -1977,151 +1973,66 @@ class Trainer(ByHand, Report):
 
     # ---- evaluation and saving
 
-    @torch.no_grad()
     def evaluate(self) -> bool:
-        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
-        cfg, par, model = self.cfg, self.parallel, self.model
+        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best.
+
+        A signal leaves it; UserError, after a save, where a row cannot be read.
+        """
         self.finish_pending_step()
         self.watch.lap("other")
         began = time.perf_counter()
         self.evaluated_at = self.step
         if not self.val_set:
             return False
-        (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
-        names = list(self.val_sources)
-        double = torch.float32 if par.device.type == "mps" else torch.float64
-        sums = torch.zeros(
-            len(names), 4, dtype=double, device=par.device
-        )  # ce, targets, correct; ce as MoD trains
-        depth = torch.zeros(
-            len(self.mod), 2, dtype=double, device=par.device
-        )  # tokens kept; agreeing with training
-        learned = any(mod.routing == "learned" for mod in self.mod.values())
-        sizes, means = torch.zeros(len(names), 1, dtype=double), []  # bytes; loss of each batch
-        model.eval()
-        for first in range(0, len(self.val_set), rows * count):
-            mine = self.val_set[first + index * rows : first + (index + 1) * rows]
-            for k, name in enumerate(names):
-                chosen = [i for n, i in mine if n == name]
-                if not chosen and par.collective_free:
-                    continue
-                window = np.full(
-                    (rows, T + 1), -1, dtype=np.int64
-                )  # short batches are padded with ignored rows
-                try:
-                    for r, i in enumerate(chosen):
-                        window[r] = self.val_sources[name].window(i)
-                except (
-                    UserError
-                ) as error:  # the other ranks are about to agree: they learn it there
-                    self.data_error = error
-                    if par.collective_free:
-                        break
-                x, y = window[:, :-1].clip(min=0), window[:, 1:]
-                sizes[k] += (
-                    int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
-                )
-                x, y = (
-                    self.to_device(np.ascontiguousarray(x)),
-                    self.to_device(np.ascontiguousarray(y)),
-                )
-                _, parts = model(x, targets=y)
-                as_trained = parts["ce"]
-                if self.mod:
-                    depth += parts["depth"].to(double)
-                if learned:  # once more by the rule of training, which may look ahead
-                    model.causal = False
-                    as_trained = model(x, targets=y)[1]["ce"]
-                    model.causal = True
-                sums[k] += torch.stack(
-                    [parts["ce"], parts["count"], parts["correct"], as_trained]
-                ).to(double)
-                means += [parts["ce"] / parts["count"]] if chosen else []
-            left, failed = par.all_reduce_max([self.stop_signal, int(self.data_error is not None)])
-            if left or failed:
-                model.train()
-                self.evaluated_at = None
-                if failed:
-                    self.save()
-                    par.run_or_raise_on_all(self.raise_data_error)
-                self.stopping = True
-                self.say("evaluation left: a signal came")
-                return False
-        model.train()
-        mine = torch.stack(means).tolist() if means else []
-        parts = par.gather((torch.cat([sums.cpu(), sizes], dim=1), depth.cpu(), mine))
-        *parts, means = zip(*parts)
-        sums, depth = (torch.stack(part).sum(0) for part in parts)
-        means = [x for mine in means for x in mine]
-        ce, targets, correct, as_trained, size = sums.sum(0).tolist()
-        self.val_loss = ce / targets
-        better = self.best_val_loss is None or self.val_loss < self.best_val_loss
-        new_best = better and math.isfinite(self.val_loss)
-        if new_best:
-            self.best_val_loss, self.best_step, self.evaluations_since_best = (
-                self.val_loss,
-                self.step,
-                0,
-            )
-            self.best_parts, self.rises = means, []
-        else:
-            self.evaluations_since_best += 1
-            if len(means) == len(self.best_parts):  # the same batches as at the best
-                self.rises = [
-                    *self.rises[-1:],
-                    forecast.paired_rise(np.array(self.best_parts), np.array(means)),
-                ]
-        if (
-            cfg.early_stopping_patience
-            and self.evaluations_since_best >= cfg.early_stopping_patience
-        ):
-            said = f"early stop: {self.evaluations_since_best} evaluations without a new best"
-            self.say(said)
-            self.orchestrator.decide("patience", "stop", said, 2, basis="rule", always=True)
+        how = (self.parallel, self.cfg.batch_size, self.token_bytes, self.asked_to_stop)
+        try:
+            found = evaluate_loss(self.model, self.val_set, self.val_sources, *how)
+        except UserError:
+            self.evaluated_at = None
+            self.save()
+            raise
+        if found is None:
+            self.evaluated_at = None
+            self.stopping = True
+            self.say("evaluation left: a signal came")
+            return False
+        new_best = self.compare_with_best(found)
+        patience = self.cfg.early_stopping_patience
+        if patience and self.evaluations_since_best >= patience:
+            text = f"early stop: {self.evaluations_since_best} evaluations without a new best"
+            self.say(text)
+            self.orchestrator.decide("patience", "stop", text, 2, basis="rule", always=True)
             self.stopped_early = True
-        row = {
-            "step": self.step,
-            "attempt": self.attempt,
-            "tokens": self.tokens,
-            "val_loss": self.val_loss,
-        }
-        row |= {
-            "val_accuracy": correct / targets,
-            "val_bpb": ce / math.log(2) / size if size else None,
-        }
+        row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens} | found.row()
         row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
-        if self.mod:  # a model makes text by the causal rule, so that is val_loss
-            usage, agree = (depth / targets).T.tolist()
-            row |= {
-                "val_loss_as_trained": as_trained / targets,
-                "mod_gap": (ce - as_trained) / targets,
-            }
-            row |= {"mod_agreement": sum(agree) / len(agree)}
-            row |= {"mod_depth": cfg.model.n_layers - sum(1 - u for u in usage)}
-        if len(names) > 1:
-            row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
         self.record(row)
         self.orchestrator.evaluated(row)
-        bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
-        best = (
-            " (best)"
-            if new_best
-            else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
-        )
-        if above_chance(self.val_loss, cfg.model.vocab_size):
-            best += f", worse than guessing ({math.log(cfg.model.vocab_size):.2f})"
         took = time.perf_counter() - began
-        right = f"{100 * row['val_accuracy']:.1f} % right"
-        self.say(
-            f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s"
-        )
-        if self.mod:
-            text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}, the rules agree on "
-            text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
-            self.say(f"           causal rule above; {text}")
+        for line in evaluation_lines(row, new_best, took, self.cfg.model):
+            self.say(line)
         self.watch.leave_out(took)
         self.watch.lap("evaluation")
         return new_best
+
+    def asked_to_stop(self) -> int:
+        return self.stop_signal
+
+    def compare_with_best(self, found: Evaluation) -> bool:
+        """Takes an evaluation into the numbers of the run; returns whether it is the best so far."""
+        self.val_loss = found.loss
+        better = self.best_val_loss is None or found.loss < self.best_val_loss
+        if better and math.isfinite(found.loss):
+            self.best_val_loss = found.loss
+            self.best_step = self.step
+            self.evaluations_since_best = 0
+            self.best_parts = found.batch_losses
+            self.rises = []
+            return True
+        self.evaluations_since_best += 1
+        if len(found.batch_losses) == len(self.best_parts):  # the same batches as at the best
+            before, now = np.array(self.best_parts), np.array(found.batch_losses)
+            self.rises = [*self.rises[-1:], forecast.paired_rise(before, now)]
+        return False
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""

@@ -25,13 +25,14 @@ from lumen import files, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
-from lumen.detectors import StepNumbers
+from lumen.detectors import StepNumbers, above_chance
 from lumen.errors import UserError, a_path
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics
 from lumen.files import read_lines
 from lumen.launch import Words, clock, command, print_now, speak
 from lumen.machine import resident_bytes
 from lumen.orchestrate import Orchestrator
+from model import ModelConfig
 from model_moe import MoD
 
 
@@ -601,6 +602,28 @@ class Report:
             self.drawing = subprocess.Popen(
                 [*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet
             )
+
+
+def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig) -> list[str]:
+    """An evaluation for the console, from its row of metrics.jsonl; took: seconds."""
+    text = f"step {row['step']}: val_loss {row['val_loss']:.4f}"
+    if row["val_bpb"] is not None:
+        text += f", {row['val_bpb']:.4f} bits per byte"
+    text += f", {100 * row['val_accuracy']:.1f} % right"
+    if new_best:
+        text += " (best)"
+    else:
+        best = row["best_val_loss"] or math.nan
+        text += f" (best {best:.4f} at step {row['best_step']})"
+    if above_chance(row["val_loss"], model.vocab_size):
+        text += f", worse than guessing ({math.log(model.vocab_size):.2f})"
+    lines = [f"eval       {text}, {took:.1f} s"]
+    if "mod_gap" in row:
+        text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}"
+        text += f", the rules agree on {100 * row['mod_agreement']:.1f} %"
+        text += f", {row['mod_depth']:.2f} of {model.n_layers} layers a token"
+        lines.append(f"           causal rule above; {text}")
+    return lines
 
 
 def finite(x):

@@ -114,7 +114,7 @@ class Saver:
     def own_pieces(self, tensors: dict[str, torch.Tensor], copy: bool) -> dict[str, list]:
         """What this rank writes, as checkpoint.write takes it.
 
-        {tensor name: [(global shape, offset, local tensor), ...]}; `copy`: training goes on meanwhile.
+        {tensor name: [(global shape, offset, local tensor), ...]}; `copy`: training will go on.
         """
         pieces = {}
         for name, tensor in tensors.items():
@@ -162,7 +162,7 @@ class Saver:
         return not self.unsaved
 
     def commit(self, writing: Writing) -> str | None:
-        """Where all ranks wrote their parts rank 0 makes a checkpoint of them. Returns its error."""
+        """If all ranks wrote their parts, rank 0 makes a checkpoint of them. Returns the error."""
         error = writing.error
         failed = self.parallel.all_reduce_max([error is not None])[0]
         if self.main and not failed:
