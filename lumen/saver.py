@@ -189,9 +189,9 @@ class Saver:
             return
         state, report = json.loads(writing.state), self.report
         best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
-        with report.nicety(f"beside {writing.final.name}"):
+        with report.optional(f"beside {writing.final.name}"):
             report.furnish()
-        with report.nicety("best.json"):
+        with report.optional("best.json"):
             files.write_json(self.out / "best.json", best)
             if writing.prune:
                 # The best step as of this checkpoint: a newer one may not be on the disk yet.

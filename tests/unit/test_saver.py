@@ -47,7 +47,7 @@ class Listener:
         self.furnished += 1
 
     @contextlib.contextmanager
-    def nicety(self, what):
+    def optional(self, what):
         yield
 
 
