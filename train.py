@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -26,25 +25,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
-from tqdm import tqdm
 
+from evaluate import Evaluation, evaluate_loss
 from kernels import pick_attention, pick_backend
-from lumen import checkpoint, files, forecast, launch, owner, plan
+from lumen import checkpoint, files, forecast, launch, lines, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import model_of, refuse_odd
 from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
 from lumen.control import ByHand
-from lumen.detectors import StepNumbers, above_chance
+from lumen.detectors import StepNumbers
 from lumen.errors import UserError
-from lumen.experts import Rows, expert_numbers, release_siblings
+from lumen.experts import Rows, expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.launch import check_launch, clock, command, environment
 from lumen.loader import Loader, Source, Sums, val_rows
-from lumen.machine import free_memory, peak_bytes, to_host
+from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
-from lumen.report import Report, open_log_file, start_wandb
+from lumen.report import Report
 from lumen.resume import prepare_first
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
@@ -362,10 +360,9 @@ RELEASE_EVERY = (
 )
 OURS = "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
 OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl", "training.png"]
-WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"  # and the rest's sha256
 
 
-class Trainer(ByHand, Report):
+class Trainer(ByHand):
     """One run: cfg, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()` is the loop.
 
     `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
@@ -380,8 +377,6 @@ class Trainer(ByHand, Report):
             words = config if isinstance(config, list) else [str(config)]
             self.cfg, self.written, notes, _ = read_config(words)
         self.started = time.monotonic()
-        self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
-        self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = (
             None,
@@ -392,15 +387,10 @@ class Trainer(ByHand, Report):
         self.evaluated_at, self.stopped_early, self.data_error = None, False, None
         self.stop_signal = self.save_signal = 0  # what this rank has heard
         self.stopping = self.save_asked = False  # what all ranks have agreed on
-        self.unwritten: dict[str, bytes] = {}  # file: lines that it did not take
         self.pending, self.model, self.loss_scale = None, None, None
         self.latest: StepNumbers | None = None  # of the last finished step
-        self.forecast, self.outlook, self.val_parts, self.best_parts = (
-            forecast.Forecast(),
-            {},
-            [],
-            [],
-        )
+        self.forecast, self.outlook, self.best_parts = forecast.Forecast(), {}, []
+        self.experts_why = ""
         self.measured_on = None  # which validation set val_loss and what follows from it are of
         self.changes, self.origin = (
             [],
@@ -411,7 +401,7 @@ class Trainer(ByHand, Report):
             [],
             [],
         )  # of successive checks and evaluations: see forecast.justified_stop
-        self.out, self.attempt = Path(self.cfg.out_dir), 0
+        self.out = Path(self.cfg.out_dir)
 
         self.dry_run = dry_run
         if (
@@ -428,6 +418,7 @@ class Trainer(ByHand, Report):
         prepare_first(self.cfg, bool(dry_run))
         self.parallel = parallel(self.cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
+        self.report = Report(self.out, self.main)
         if self.parallel.collective_free:  # zero_stage 0 is what this is
             given = [
                 key
@@ -455,7 +446,8 @@ class Trainer(ByHand, Report):
         weights = (
             self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
         )
-        self.start_block(notes)
+        for line in lines.start_lines(self.facts(notes)):
+            self.say(line)
         if dry_run:
             return
         replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
@@ -465,7 +457,7 @@ class Trainer(ByHand, Report):
         self.build(saved, weights)
         self.started_at = self.step
         self.watch = Stopwatch(self.step, runs_ahead=self.parallel.device.type == "cuda")
-        self.saver = Saver(self.cfg, self.parallel, self.owner, self, self.watch)
+        self.saver = Saver(self.cfg, self.parallel, self.owner, self.report, self.watch)
         if saved is not None:
             self.find_best()
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
@@ -530,7 +522,7 @@ class Trainer(ByHand, Report):
         self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
         if cfg.early_stopping_patience and not self.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
-            raise UserError("E114", f"{text}; {self.no_validation()}")
+            raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
 
     def same_tokenizer(self, other: Path) -> bool:
         """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
@@ -1221,7 +1213,7 @@ class Trainer(ByHand, Report):
         self.step, self.cursor = saved.state["step"], saved.state["cursor"]
         self.take_numbers(saved.state)
         if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
-            self.wandb_id = saved.state.get("wandb_id")
+            self.report.wandb_id = saved.state.get("wandb_id")
 
     def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
         """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
@@ -1308,15 +1300,13 @@ class Trainer(ByHand, Report):
             moe.router.retired.fill_(-1)  # the steps of another run
 
     def open_files(self) -> None:
-        """Rank 0: this process owns out_dir now."""
-        cfg = self.cfg
+        """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
         if not self.main:
             return
-        self.attempt = self.read_status().get("attempt", 0) + 1
+        report, batch_tokens = self.report, self.rows_per_step * self.cfg.model.max_seq_len
         try:
-            self.log_file = open_log_file(self.out / "train.log")
-            self.write_config()
-            self.copy_tokenizer()
+            report.open(lines.config_yaml(self.cfg, batch_tokens), self.tokenizer_dir)
+            report.copy_tokenizer(self.tokenizer_sum, self.tokenizer_then)
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
         if self.step:  # a process that was killed may have saved and not yet said so
@@ -1327,70 +1317,12 @@ class Trainer(ByHand, Report):
                 else:
                     files.write_json(self.out / "best.json", best)
         self.write_status("running")
-        if cfg.wandb_project:
-            self.wandb = start_wandb(cfg, self.say, self.wandb_id)
-            self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
-        if cfg.picture and importlib.util.find_spec("matplotlib") is None:
-            raise UserError("E003", "picture: true needs its package: pip install matplotlib")
-        if cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "E003", "tensorboard: true needs its package: pip install tensorboard"
-                ) from error
-            with self.nicety("TensorBoard"):
-                self.board = SummaryWriter(str(self.out / "tensorboard"))
-
-    def furnish(self) -> None:
-        """At a save: what stands beside the checkpoints, and sample.py needs, comes back if it was deleted."""
-        if not (self.out / "config.yaml").exists():
-            self.write_config()
-        for name in ("tokenizer.json", "token_bytes.npy"):
-            if self.tokenizer_dir and not (self.out / name).exists():
-                shutil.copyfile(self.tokenizer_dir / name, self.out / name)
-        if not owner.same_file(self.log_file, self.out / "train.log"):
-            old, self.log_file = self.log_file, open_log_file(self.out / "train.log")
-            with contextlib.suppress(OSError):
-                old.close()
-
-    def write_config(self) -> None:
-        """config.yaml, as resolved: started with it the run goes on, or with another out_dir is repeated, on any number
-        of processes. A config.yaml that is not what Lumen wrote stays, and ours is resolved.yaml."""
-        cfg, theirs = self.cfg, self.out / "config.yaml"
-        resolved = dataclasses.asdict(cfg) | {
-            "num_epochs": None,
-            "auto_epoch_scaling": False,
-        }  # max_steps says it
-        resolved |= {"resume": "auto", "overwrite": False}  # they were said for this start
-        resolved["batch_tokens"] = self.rows_per_step * cfg.model.max_seq_len
-        del resolved["gradient_accumulation_steps"]  # follows from it
-        text = yaml.safe_dump(resolved, sort_keys=False)
-        free = [f for f in (theirs, self.out / "resolved.yaml") if not f.exists() or lumen_wrote(f)]
-        if free:
-            free[0].write_text(f"{WRITTEN} {text_sum(text)}\n{text}", encoding="utf-8")
-        if theirs not in free:
-            self.say(
-                f"note       {theirs} is not what Lumen wrote and stays; as resolved: {[*free, 'nowhere'][0]}"
-            )
-
-    def copy_tokenizer(self) -> None:
-        """tokenizer.json and token_bytes.npy are those of the data that the run trains on now; a tokenizer that earlier
-        steps were made with is kept under its sum."""
-        if not self.tokenizer_dir:
-            return
-        file, then = self.out / "tokenizer.json", self.tokenizer_then
-        if then and file.exists() and then != self.tokenizer_sum:
-            file.rename(tokenizers.former(self.out, then))
-        for name in ("tokenizer.json", "token_bytes.npy"):
-            data = (self.tokenizer_dir / name).read_bytes()
-            if not (self.out / name).exists() or (self.out / name).read_bytes() != data:
-                (self.out / name).write_bytes(data)
+        report.open_charts(self.cfg)
 
     def open_log(self) -> None:
         """Files, a number for this attempt, signals."""
         self.parallel.run_or_raise_on_all(self.open_files)
-        self.attempt = self.parallel.broadcast(self.attempt)
+        self.report.attempt = self.parallel.broadcast(self.report.attempt)
         self.orchestrator.begin()
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
@@ -1450,7 +1382,7 @@ class Trainer(ByHand, Report):
             self.watch,
         )
         watch.start(self.step)
-        self.open_bar()
+        self.report.open_bar(self.cfg.max_steps, self.step)
         model.train()
         while True:
             # what was decided an iteration ago: a rollback, commands; and a snapshot
@@ -1681,8 +1613,7 @@ class Trainer(ByHand, Report):
             self.look_ahead()
         if every(self.cfg.log_interval, following) or following == end:
             self.log(numbers)
-        if self.bar:
-            self.bar.update(1)
+        self.report.progress(following, numbers.loss)
         return numbers
 
     def step_numbers(self, pending: Pending, sums: dict[str, torch.Tensor]) -> StepNumbers:
@@ -1740,11 +1671,6 @@ class Trainer(ByHand, Report):
         code = 4 if self.saver.unsaved else 0
         self.finish(state, code)
         return code
-
-    def open_bar(self) -> None:
-        if self.main and sys.stderr.isatty():
-            total = self.cfg.max_steps
-            self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
 
     def release_siblings(self) -> None:
         """Now and then: both halves of a split expert may be chosen once they have parted."""
@@ -1886,8 +1812,7 @@ class Trainer(ByHand, Report):
         self.find_best()
         self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
         self.watch.restart(self.step)
-        if self.bar:
-            self.bar.n = self.step
+        self.report.progress(self.step)
 
     def find_best(self) -> None:
         """If the best step is gone (set aside, damaged, deleted) the best of those still there takes its place."""
@@ -1974,153 +1899,233 @@ class Trainer(ByHand, Report):
             found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
         return found[0] if found else None
 
+    # ---- what it says
+
+    @property
+    def attempt(self) -> int:
+        """Which start of this run it is; 0 until it owns out_dir."""
+        return self.report.attempt
+
+    def say(self, text: str) -> None:
+        """One line to the console and to train.log, from rank 0."""
+        self.report.say(text)
+
+    def append(self, name: str, row: dict) -> None:
+        """One line to an append-only file in out_dir, from rank 0."""
+        self.report.append(name, row)
+
+    def record(self, row: dict) -> None:
+        """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
+        self.report.record(row)
+
+    def write_status(
+        self, state: str, code: int = 0, reason: str = "", anyone: bool = False
+    ) -> None:
+        """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
+        self.report.status(state, self.step, code, reason, anyone)
+
+    def facts(self, notes: list[str] | None = None) -> lines.Start:
+        """What the start lines and suggested.yaml tell of this run."""
+        cfg = self.cfg
+        run = types.SimpleNamespace(
+            rows_per_step=self.rows_per_step,
+            micro_batch=cfg.batch_size,
+            accumulation=cfg.gradient_accumulation_steps,
+            max_steps=cfg.max_steps,
+            min_lr=cfg.min_lr,
+            peak_step=self.warm_up,
+            precision=cfg.precision,
+            compile_model=cfg.compile_model,
+            deterministic=cfg.deterministic,
+            attention=cfg.attention,
+            attention_why=self.attention_why,
+            expert_backend=cfg.expert_backend,
+            experts_why=self.experts_why,
+        )
+        return lines.Start(
+            cfg=cfg,
+            run=run,
+            model=self.counted,
+            machine=self.machine,
+            layout=self.parallel.layout,
+            readers=self.parallel.rows()[1],
+            sources=self.sources,
+            val_sources=self.val_sources,
+            n_working=self.n_working,
+            flops_per_token=self.flops_per_token,
+            peak=self.peak,
+            world=self.parallel.world,
+            lr_at_peak=self.scheduled_lr(self.warm_up),
+            last_lr=self.scheduled_lr(cfg.max_steps - 1),
+            misfit=self.misfit,
+            notes=[*(notes or []), *self.machine.notes, *filter(None, [self.hint]), *self.changes],
+            elsewhere=bool(self.dry_run) and self.dry_run["hardware"] != "measured",
+        )
+
+    def log(self, numbers: StepNumbers) -> None:
+        """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
+        cfg, orch, done = self.cfg, self.orchestrator, numbers.step + 1
+        interval = self.watch.interval(done)
+        flops = self.flops_per_token
+        if self.mod:
+            flops = self.model.flops_per_token()  # MoD's capacity may be annealed
+        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens}
+        row |= lines.step_row(numbers)
+        peak = self.peak * self.parallel.world
+        row |= lines.speed_row(interval, self.targets_per_step, flops, peak)
+        row |= {"dropped": orch.dropped} | lines.health_row(orch.health, orch.causes) | self.outlook
+        self.outlook = {}
+        row |= lines.memory_row(self.parallel.device)
+        if cfg.z_loss:
+            row["z_loss"] = numbers.z_loss
+        if numbers.experts is not None:
+            # the weight in force: it is a knob, and may have been changed on the way
+            weight = next(iter(self.moe.values())).router.aux_weight
+            z_weight = cfg.model.router_z_loss_weight
+            row |= lines.experts_row(numbers.experts, self.targets_per_step, weight, z_weight)
+        if numbers.depth is not None:
+            row |= lines.depth_row(numbers.depth)
+        row |= lines.epoch_row(self.loader.epochs(numbers.cursor + self.rows_per_step))
+        self.record(row)
+        for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
+            self.report.record_bars(name, values, done)
+        gone, left = sum(self.watch.spent.values()), (cfg.max_steps - done) / interval.speed()
+        self.say(lines.step_line(row, cfg.max_steps, gone, left))
+        for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
+            self.say(line)
+        self.watch.restart(done, interval)
+
+    def routing(self, sums: dict) -> dict:
+        """{"experts": ..., "depth": ...} from what expert_numbers names; empty without them."""
+        cfg, found = self.cfg.model, {}
+        if "moe.counts" in sums:
+            found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
+        if "mod.counts" in sums:
+            saved = 1 - self.model.flops_per_token() / self.flops_undiminished
+            found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
+        return found
+
+    def get_expert_statistics(self) -> dict:
+        """Of the last step, over all ranks: see experts.expert_statistics."""
+        if not self.moe:
+            return refused("this model has no layer of MoE: set model.n_experts")
+        if self.sparse is None:
+            return refused("no step has been made yet")
+        return self.routing(expert_numbers(self.moe, self.sparse))["experts"]
+
+    def get_mod_statistics(self) -> dict:
+        """Of the last step, over all ranks; see experts.mod_statistics."""
+        if not self.mod:
+            return refused("this model has no layer of MoD: set model.mod_capacity")
+        if self.sparse is None:
+            return refused("no step has been made yet")
+        return self.routing(expert_numbers(self.moe, self.sparse))["depth"]
+
+    def simulate(self, watch=None) -> None:
+        """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
+        from tools import simulate  # upward, and only in a dry run
+
+        cfg, m, given = self.cfg, self.cfg.model, self.dry_run
+        layout, precision = self.parallel.layout, given.get("precision", cfg.precision)
+        hw, mode = (
+            machines.hardware(given["hardware"], self.machine, given),
+            cfg.activation_checkpointing,
+        )
+        assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {
+            "share": cfg.target_memory
+        }
+        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
+        said, best = simulate.dry_run_lines(
+            self.counted, layout, *counts, given["hardware"], hw, **assumed
+        )
+        for line in said:
+            self.say(line)
+        layout, rows, mode = best["layout"], best["rows"], best["recompute"]
+        if watch is None or layout.shard == 1:
+            return
+        try:
+            depths = simulate.depths(m)
+        except ValueError as error:
+            self.say(f"checked    not: {error}")
+            return
+        cfg = dataclasses.replace(
+            cfg, precision=precision, batch_size=rows, activation_checkpointing=mode
+        )
+        try:
+            seen = {n: watch(cfg, layout, simulate.shallow(m, n)) for n in depths}
+            shown = simulate.compared_lines(seen, self.counted, layout, rows, precision, mode)
+        except (
+            Exception
+        ) as error:  # a private part of torch, another in each version: the dry run goes without
+            text = str(error).strip().splitlines() or ["?"]
+            shown = [
+                f"checked    not: fake tensors failed on torch {torch.__version__}: {type(error).__name__}: {text[0]}"
+            ]
+        for line in shown:
+            self.say(line)
+
     # ---- evaluation and saving
 
-    @torch.no_grad()
     def evaluate(self) -> bool:
-        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best. A signal leaves it."""
-        cfg, par, model = self.cfg, self.parallel, self.model
+        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best.
+
+        A signal leaves it; UserError, after a save, where a row cannot be read.
+        """
         self.finish_pending_step()
         self.watch.lap("other")
         began = time.perf_counter()
         self.evaluated_at = self.step
         if not self.val_set:
             return False
-        (index, count), rows, T = par.rows(), cfg.batch_size, cfg.model.max_seq_len
-        names = list(self.val_sources)
-        double = torch.float32 if par.device.type == "mps" else torch.float64
-        sums = torch.zeros(
-            len(names), 4, dtype=double, device=par.device
-        )  # ce, targets, correct; ce as MoD trains
-        depth = torch.zeros(
-            len(self.mod), 2, dtype=double, device=par.device
-        )  # tokens kept; agreeing with training
-        learned = any(mod.routing == "learned" for mod in self.mod.values())
-        sizes, means = torch.zeros(len(names), 1, dtype=double), []  # bytes; loss of each batch
-        model.eval()
-        for first in range(0, len(self.val_set), rows * count):
-            mine = self.val_set[first + index * rows : first + (index + 1) * rows]
-            for k, name in enumerate(names):
-                chosen = [i for n, i in mine if n == name]
-                if not chosen and par.collective_free:
-                    continue
-                window = np.full(
-                    (rows, T + 1), -1, dtype=np.int64
-                )  # short batches are padded with ignored rows
-                try:
-                    for r, i in enumerate(chosen):
-                        window[r] = self.val_sources[name].window(i)
-                except (
-                    UserError
-                ) as error:  # the other ranks are about to agree: they learn it there
-                    self.data_error = error
-                    if par.collective_free:
-                        break
-                x, y = window[:, :-1].clip(min=0), window[:, 1:]
-                sizes[k] += (
-                    int(self.token_bytes[y[y >= 0]].sum()) if self.token_bytes is not None else 0
-                )
-                x, y = (
-                    self.to_device(np.ascontiguousarray(x)),
-                    self.to_device(np.ascontiguousarray(y)),
-                )
-                _, parts = model(x, targets=y)
-                as_trained = parts["ce"]
-                if self.mod:
-                    depth += parts["depth"].to(double)
-                if learned:  # once more by the rule of training, which may look ahead
-                    model.causal = False
-                    as_trained = model(x, targets=y)[1]["ce"]
-                    model.causal = True
-                sums[k] += torch.stack(
-                    [parts["ce"], parts["count"], parts["correct"], as_trained]
-                ).to(double)
-                means += [parts["ce"] / parts["count"]] if chosen else []
-            left, failed = par.all_reduce_max([self.stop_signal, int(self.data_error is not None)])
-            if left or failed:
-                model.train()
-                self.evaluated_at = None
-                if failed:
-                    self.save()
-                    par.run_or_raise_on_all(self.raise_data_error)
-                self.stopping = True
-                self.say("evaluation left: a signal came")
-                return False
-        model.train()
-        mine = torch.stack(means).tolist() if means else []
-        parts = par.gather((torch.cat([sums.cpu(), sizes], dim=1), depth.cpu(), mine))
-        *parts, means = zip(*parts)
-        sums, depth = (torch.stack(part).sum(0) for part in parts)
-        means = [x for mine in means for x in mine]
-        ce, targets, correct, as_trained, size = sums.sum(0).tolist()
-        self.val_loss = ce / targets
-        better = self.best_val_loss is None or self.val_loss < self.best_val_loss
-        new_best = better and math.isfinite(self.val_loss)
-        if new_best:
-            self.best_val_loss, self.best_step, self.evaluations_since_best = (
-                self.val_loss,
-                self.step,
-                0,
-            )
-            self.best_parts, self.rises = means, []
-        else:
-            self.evaluations_since_best += 1
-            if len(means) == len(self.best_parts):  # the same batches as at the best
-                self.rises = [
-                    *self.rises[-1:],
-                    forecast.paired_rise(np.array(self.best_parts), np.array(means)),
-                ]
-        if (
-            cfg.early_stopping_patience
-            and self.evaluations_since_best >= cfg.early_stopping_patience
-        ):
-            said = f"early stop: {self.evaluations_since_best} evaluations without a new best"
-            self.say(said)
-            self.orchestrator.decide("patience", "stop", said, 2, basis="rule", always=True)
+        how = (self.parallel, self.cfg.batch_size, self.token_bytes, self.asked_to_stop)
+        try:
+            found = evaluate_loss(self.model, self.val_set, self.val_sources, *how)
+        except UserError:
+            self.evaluated_at = None
+            self.save()
+            raise
+        if found is None:
+            self.evaluated_at = None
+            self.stopping = True
+            self.say("evaluation left: a signal came")
+            return False
+        new_best = self.compare_with_best(found)
+        patience = self.cfg.early_stopping_patience
+        if patience and self.evaluations_since_best >= patience:
+            text = f"early stop: {self.evaluations_since_best} evaluations without a new best"
+            self.say(text)
+            self.orchestrator.decide("patience", "stop", text, 2, basis="rule", always=True)
             self.stopped_early = True
-        row = {
-            "step": self.step,
-            "attempt": self.attempt,
-            "tokens": self.tokens,
-            "val_loss": self.val_loss,
-        }
-        row |= {
-            "val_accuracy": correct / targets,
-            "val_bpb": ce / math.log(2) / size if size else None,
-        }
+        row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens} | found.row()
         row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
-        if self.mod:  # a model makes text by the causal rule, so that is val_loss
-            usage, agree = (depth / targets).T.tolist()
-            row |= {
-                "val_loss_as_trained": as_trained / targets,
-                "mod_gap": (ce - as_trained) / targets,
-            }
-            row |= {"mod_agreement": sum(agree) / len(agree)}
-            row |= {"mod_depth": cfg.model.n_layers - sum(1 - u for u in usage)}
-        if len(names) > 1:
-            row |= {f"val_loss/{n}": (s[0] / s[1]).item() for n, s in zip(names, sums) if s[1]}
         self.record(row)
         self.orchestrator.evaluated(row)
-        bpb = f", {row['val_bpb']:.4f} bits per byte" if size else ""
-        best = (
-            " (best)"
-            if new_best
-            else f" (best {self.best_val_loss or math.nan:.4f} at step {self.best_step})"
-        )
-        if above_chance(self.val_loss, cfg.model.vocab_size):
-            best += f", worse than guessing ({math.log(cfg.model.vocab_size):.2f})"
         took = time.perf_counter() - began
-        right = f"{100 * row['val_accuracy']:.1f} % right"
-        self.say(
-            f"eval       step {self.step}: val_loss {self.val_loss:.4f}{bpb}, {right}{best}, {took:.1f} s"
-        )
-        if self.mod:
-            text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}, the rules agree on "
-            text += f"{100 * row['mod_agreement']:.1f} %, {row['mod_depth']:.2f} of {cfg.model.n_layers} layers a token"
-            self.say(f"           causal rule above; {text}")
+        for line in lines.evaluation_lines(row, new_best, took, self.cfg.model):
+            self.say(line)
         self.watch.leave_out(took)
         self.watch.lap("evaluation")
         return new_best
+
+    def asked_to_stop(self) -> int:
+        return self.stop_signal
+
+    def compare_with_best(self, found: Evaluation) -> bool:
+        """Takes an evaluation into the numbers of the run; returns whether it is the best so far."""
+        self.val_loss = found.loss
+        better = self.best_val_loss is None or found.loss < self.best_val_loss
+        if better and math.isfinite(found.loss):
+            self.best_val_loss = found.loss
+            self.best_step = self.step
+            self.evaluations_since_best = 0
+            self.best_parts = found.batch_losses
+            self.rises = []
+            return True
+        self.evaluations_since_best += 1
+        if len(found.batch_losses) == len(self.best_parts):  # the same batches as at the best
+            before, now = np.array(self.best_parts), np.array(found.batch_losses)
+            self.rises = [*self.rises[-1:], forecast.paired_rise(before, now)]
+        return False
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""
@@ -2146,7 +2151,7 @@ class Trainer(ByHand, Report):
             "fingerprints",
             "versions",
         )
-        names += ("attempt", "wandb_id")
+        names += ("attempt",)
         knobs, model = (
             self.orchestrator.knobs,
             config["model"],
@@ -2160,6 +2165,7 @@ class Trainer(ByHand, Report):
         scaler = None if self.loss_scale is None else self.loss_scale.state()
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
         extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
+        extra |= {"wandb_id": self.report.wandb_id}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
 
@@ -2175,33 +2181,46 @@ class Trainer(ByHand, Report):
 
     def finish(self, state: str, code: int) -> None:
         """The last words: a sample, the status, everything closed."""
-        if self.bar:
-            self.bar.close()
-            self.bar = None
-        if (
-            state == "finished"
-            and (self.main or not self.parallel.collective_free)
-            and self.cfg.sample_prompt is not None
-        ):
-            with self.nicety("sample"):
-                self.print_sample()
-        took = clock(time.monotonic() - self.started)
-        what = f"{state} at step {self.step}: {self.tokens:,} tokens, {self.orchestrator.dropped} steps dropped, {took}"
-        what += f", the orchestrator took {100 * self.orchestrator.seconds / max(1e-9, sum(self.watch.spent.values())):.2f} %"
+        self.report.close_bar()
+        if state == "finished" and self.cfg.sample_prompt is not None:
+            if self.main or not self.parallel.collective_free:
+                with self.report.optional("sample"):
+                    how = (self.cfg.sample_prompt, self.cfg.seed)
+                    self.report.print_sample(self.model, self.parallel, *how)
         worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
-        what += f"; {worse}" if worse else ""
-        self.say(what + ("" if code == 0 else "; E307: the last checkpoint could not be written"))
+        text = f"{state} at step {self.step}: {self.tokens:,} tokens"
+        text += f", {self.orchestrator.dropped} steps dropped"
+        text += f", {clock(time.monotonic() - self.started)}"
+        share = self.orchestrator.seconds / max(1e-9, sum(self.watch.spent.values()))
+        text += f", the orchestrator took {100 * share:.2f} %"
+        if worse:
+            text += f"; {worse}"
+        if code:
+            text += "; E307: the last checkpoint could not be written"
+        self.say(text)
         if state == "finished" and self.main:
-            with self.nicety("suggested.yaml"):
+            with self.report.optional("suggested.yaml"):
                 self.suggest()
-        asked = (
-            state == "stopped" and self.stop_signal == 2
-        )  # else it was a signal: a scheduler may start it again
-        reason = "as asked for" if asked else worse if state == "finished" else ""
-        self.write_status(
-            state, code, "the last checkpoint could not be written" if code else reason
-        )
+        reason = ""
+        if code:
+            reason = "the last checkpoint could not be written"
+        elif state == "finished":
+            reason = worse
+        elif self.stop_signal == 2:  # else it was a signal: a scheduler may start it again
+            reason = "as asked for"
+        self.write_status(state, code, reason)
         self.close()
+
+    def suggest(self) -> None:
+        """suggested.yaml, from what this run has found."""
+        device = self.parallel.device
+        used = resident_bytes() or 0
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_reserved()
+        found = (used / machines.total_memory(device), self.hint)
+        rollbacks = len(self.orchestrator.rollbacks)
+        text = lines.suggestion(self.facts(), self.written, *found, rollbacks, Orchestrator.CUT)
+        self.report.write_suggestion(text)
 
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""
@@ -2209,23 +2228,9 @@ class Trainer(ByHand, Report):
             self.loader.close()
             if self.loader.sums:
                 self.loader.sums.end()
-        self.close_writers()
+        self.report.close()
         self.parallel.close()
         self.owner.release()
-
-
-def text_sum(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def lumen_wrote(file: Path) -> bool:
-    """Whether a config.yaml is as Lumen left it there."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    head, _, rest = text.partition("\n")
-    before = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "  # when no sum stood on top
-    return head == f"{WRITTEN} {text_sum(rest)}" or (
-        head.startswith("data_dir: ") and before in text
-    )
 
 
 def check_states(cfg: Config, layout: plan.Layout) -> None:
@@ -2242,6 +2247,10 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
     )
     if sure:
         raise UserError("E200", why)
+
+
+def refused(reason: str) -> dict:
+    return {"refused": "E308", "reason": reason}
 
 
 # ---------------------------------------------------------------- main
@@ -2267,7 +2276,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
             )  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
         return status["code"]
     if flags.get("dry_run"):
-        from tools.simulate import dry_run  # upward, and only a dry run calls it
+        from tools.simulate import dry_run
 
         return dry_run(cfg, written, notes, flags, check)
     try:
@@ -2288,7 +2297,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
     try:
         return trainer.fit()
     except UserError as error:
-        trainer.close_writers()
+        trainer.report.close()
         trainer.write_status(
             "diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error)
         )
@@ -2296,7 +2305,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
     except (
         torch.OutOfMemoryError
     ) as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
-        trainer.close_writers()
+        trainer.report.close()
         first = (str(error).splitlines() or ["?"])[0]
         if trainer.cfg.batch_size == 1:
             text = f"step {trainer.step}, one row a micro-step: {first}"
@@ -2319,11 +2328,11 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
         trainer.write_status("restart", 75, text, anyone=True)
         raise UserError("E201", text) from error
     except Exception as error:
-        trainer.close_writers()
+        trainer.report.close()
         if trainer.parallel.world > 1 and lost_peer(error):
             late = "another rank hangs or cannot be reached: " * ("imed out" in str(error))
             text = f"step {trainer.step}: {late}{str(error).splitlines()[0]}"
-            there = trainer.read_status()  # of the rank that was lost, if it could say why
+            there = trainer.report.read_status()  # of the rank that was lost, if it could say why
             if (there.get("attempt"), there.get("state")) not in [
                 (trainer.attempt, s) for s in ("input_error", "restart")
             ]:

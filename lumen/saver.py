@@ -114,7 +114,7 @@ class Saver:
     def own_pieces(self, tensors: dict[str, torch.Tensor], copy: bool) -> dict[str, list]:
         """What this rank writes, as checkpoint.write takes it.
 
-        {tensor name: [(global shape, offset, local tensor), ...]}; `copy`: training goes on meanwhile.
+        {tensor name: [(global shape, offset, local tensor), ...]}; `copy`: training will go on.
         """
         pieces = {}
         for name, tensor in tensors.items():
@@ -162,7 +162,7 @@ class Saver:
         return not self.unsaved
 
     def commit(self, writing: Writing) -> str | None:
-        """Where all ranks wrote their parts rank 0 makes a checkpoint of them. Returns its error."""
+        """If all ranks wrote their parts, rank 0 makes a checkpoint of them. Returns the error."""
         error = writing.error
         failed = self.parallel.all_reduce_max([error is not None])[0]
         if self.main and not failed:
@@ -189,9 +189,9 @@ class Saver:
             return
         state, report = json.loads(writing.state), self.report
         best = {"step": state["best_step"], "val_loss": state["best_val_loss"]}
-        with report.nicety(f"beside {writing.final.name}"):
+        with report.optional(f"beside {writing.final.name}"):
             report.furnish()
-        with report.nicety("best.json"):
+        with report.optional("best.json"):
             files.write_json(self.out / "best.json", best)
             if writing.prune:
                 # The best step as of this checkpoint: a newer one may not be on the disk yet.

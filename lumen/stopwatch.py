@@ -63,9 +63,11 @@ class Stopwatch:
     # ---- marks in the GPU's queue
 
     def mark(self, name: str) -> None:
-        """On CUDA: what was queued since the last mark is `name`. Nothing is queued during a wait for
-        data, so between the marks around it lies the time for which the GPU was idle. Tested with an
-        emulated queue only."""
+        """On CUDA: what was queued since the last mark is `name`.
+
+        Nothing is queued during a wait for data, so between the marks around it lies the time for
+        which the GPU was idle. Tested with an emulated queue only.
+        """
         if self.runs_ahead:
             self._marks.append((name, event_now()))
 

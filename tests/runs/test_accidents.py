@@ -490,8 +490,9 @@ def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
     )
     trainer = Trainer(keys)
     if console == "full disk":
-        trainer.log_file.close()
-        trainer.log_file, trainer.furnish = open("/dev/full", "w", buffering=1), lambda: None
+        trainer.report.log_file.close()
+        trainer.report.log_file = open("/dev/full", "w", buffering=1)
+        trainer.report.furnish = lambda: None
     monkeypatch.setattr(sys, "stdout", stream)
     assert trainer.fit() == 0
     monkeypatch.undo()
@@ -620,7 +621,7 @@ class Poor:
 
 
 @pytest.mark.parametrize(
-    "what", ["generate", "tokenizer", "suggest", "charts", "best.json", "draw"]
+    "what", ["generate", "tokenizer", "suggest", "charts", "best.json"]
 )
 def test_a_nicety_fails(tiny, text, monkeypatch, what):
     """The sample's logits are NaN, its tokenizer.json cannot be read, suggested.yaml, best.json or a chart cannot be
@@ -641,14 +642,11 @@ def test_a_nicety_fails(tiny, text, monkeypatch, what):
     if what == "tokenizer":
         (trainer.out / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
     if what == "suggest":
-        monkeypatch.setattr(report.plan, "auto_steps", fails)
+        monkeypatch.setattr(plan, "auto_steps", fails)
     if what == "charts":
-        trainer.wandb, trainer.board = charts = [Poor(), Poor()]
+        trainer.report.wandb, trainer.report.board = charts = [Poor(), Poor()]
     if what == "best.json":
         (trainer.out / "best.json").mkdir()
-    if what == "draw":
-        trainer.cfg.picture = True
-        monkeypatch.setattr(report.subprocess, "Popen", fails)
     assert trainer.fit() == 0
     status = json.loads((trainer.out / "status.json").read_text())
     assert (status["state"], status["code"]) == ("finished", 0)
@@ -2934,7 +2932,7 @@ def test_wandb_goes_on_with_the_run_and_is_quiet(tiny, monkeypatch, capfd):
         (None, "allow"),
     ]
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("wandb")]
-    assert len(lines) == 3 and "run id1, offline:" in lines[1] and trainer.wandb_id == "id1"
+    assert len(lines) == 3 and "run id1, offline:" in lines[1] and trainer.report.wandb_id == "id1"
 
 
 def test_the_picture_names_only_what_happened(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lumen import checkpoint
-from lumen.files import read
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
 
@@ -48,7 +47,7 @@ class Listener:
         self.furnished += 1
 
     @contextlib.contextmanager
-    def nicety(self, what):
+    def optional(self, what):
         yield
 
 
@@ -70,7 +69,10 @@ def test_a_save_is_there_when_it_returns_and_old_ones_go(saver):
         assert saver.save(step, tensors, state(step, best=1))
     assert checkpoint.list_steps(saver.out) == [1, 3], "the best and the newest"
     assert torch.equal(checkpoint.find(saver.out).read("model.w"), tensors["model.w"])
-    assert saver.report.furnished == 3 and read(saver.out / "best.json")["step"] == 1
+    assert (
+        saver.report.furnished == 3
+        and json.loads((saver.out / "best.json").read_text())["step"] == 1
+    )
     assert saver.save(4, tensors, state(4, best=1), prune=False)
     assert checkpoint.list_steps(saver.out) == [1, 3, 4]
     assert saver.watch.spent["checkpoint"] > 0 and not saver.busy

@@ -1,0 +1,490 @@
+"""What a run says, made of plain values: lines for the console, rows for metrics.jsonl.
+
+In the order in which they are seen: the block at a start, a log step, sparse layers, an evaluation,
+suggested.yaml. Nobody here looks into a Trainer, writes a file or prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import torch
+import yaml
+
+from lumen import machine as machines
+from lumen import plan
+from lumen.config import Config
+from lumen.detectors import StepNumbers, above_chance
+from lumen.launch import clock
+from lumen.machine import resident_bytes
+from lumen.stopwatch import Interval
+from model import ModelConfig, Transformer
+from model_moe import MoD
+
+FEW_ROWS = 16  # below that differences of val_loss are mostly noise
+
+
+@dataclass
+class Start:
+    """All that the start lines are made of."""
+
+    cfg: Config
+    run: object  # what the configuration left open, as resolved: rows_per_step, micro_batch, ...
+    model: Transformer  # on the meta device: it has shapes, no weights
+    machine: machines.Machine
+    layout: plan.Layout
+    readers: int  # ranks that read rows of their own
+    sources: dict  # lumen.loader.Source by name: the training splits, and those held out
+    val_sources: dict
+    n_working: int  # parameters that work on a token: plan's and Chinchilla's N
+    flops_per_token: float
+    peak: float = 0.0  # FLOP/s of one rank's matrices
+    world: int = 1
+    lr_at_peak: float = 0.0  # the scheduled rate at the end of the warm-up, and of the last step
+    last_lr: float = 0.0
+    misfit: str = ""  # why it may not fit into memory
+    notes: list[str] = field(default_factory=list)
+    elsewhere: bool = False  # a dry run for other hardware: this machine computes nothing
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.run.rows_per_step * self.cfg.model.max_seq_len * self.run.max_steps
+
+    @property
+    def windows(self) -> int:
+        """Rows that the training data hold."""
+        return sum(source.windows for source in self.sources.values())
+
+
+def start_lines(start: Start) -> list[str]:
+    """The whole block."""
+    cfg, run = start.cfg, start.run
+    lines = [f"note       {note}" for note in start.notes]
+    lines += [model_line(cfg.model, start.model.n_params())]
+    lines += sparse_lines(cfg.model, run.expert_backend, run.experts_why, run.max_steps)
+    lines += data_lines(start.sources, start.val_sources)
+    lines += length_lines(start)
+    lines += [schedule_line(cfg, run.min_lr, run.peak_step)]
+    advice = rate_advice(cfg, run.max_steps, run.peak_step, start.lr_at_peak, start.last_lr)
+    advice += validation_advice(cfg, start.sources, start.val_sources)
+    lines += [f"advice     {text}" for text in advice]
+    if start.elsewhere:
+        return lines
+    return lines + machine_lines(start) + [f"advice     {text}" for text in machine_advice(start)]
+
+
+# ---------------------------------------------------------------- a start: model and data
+
+
+def model_line(m: ModelConfig, n: dict[str, int]) -> str:
+    """n: the counts of Transformer.n_params."""
+    text = f"{n['total']:,} parameters"
+    if n["active"] != n["total"]:
+        text += f", {n['active']:,} active"
+    text += f", {n['non_embedding']:,} of them no embeddings"
+    shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads"
+    return f"model      {text}: {shape}, d_ff {m.d_ff}, vocab {m.vocab_size}"
+
+
+def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list[str]:
+    """On MoE and MoD layers; `backend` is that of the experts, `why` the reason for it."""
+    moe = [i for i in range(m.n_layers) if m.is_moe(i)]
+    mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
+    lines = []
+    if moe:
+        lines.append(f"experts    {moe_text(m, len(moe))}; {backend}: {why}")
+    if mod:
+        lines.append(f"depth      {mod_text(m, mod)}")
+        if m.mod_anneal_steps > max_steps:
+            text = f"mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen"
+            lines.append(f"advice     {text}")
+    if idle := m.idle():
+        text = "without effect, for n_experts or mod_capacity is not set"
+        lines.append(f"advice     {text}: {', '.join(idle)}")
+    if moe or mod:
+        from export import refusals
+
+        for reason in refusals(m)[:3]:
+            lines.append(f"advice     will not export to Hugging Face: {reason}")
+    return lines
+
+
+def moe_text(m: ModelConfig, n_layers: int) -> str:
+    text = f"{m.n_experts_per_token} of {m.n_experts} x {m.d_expert}"
+    if m.n_shared_experts:
+        text += f", {m.n_shared_experts} shared"
+    if m.n_null_experts:
+        text += f", {m.n_null_experts} null"
+    if m.n_experts_max:
+        text += f", {m.n_experts_max} slots"
+    text += f" in {n_layers} layers; {m.router}"
+    if m.norm_topk:
+        text += ", renormalised"
+    text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
+    return f"{text}; capacity {m.capacity_factor:g}" if m.capacity_factor else f"{text}; dropless"
+
+
+def mod_text(m: ModelConfig, layers: list[int]) -> str:
+    mean = sum(m.capacity(i) for i in layers) / len(layers)
+    part = "FFN" if m.mod_ffn_only else "block"
+    text = f"{m.mod_routing} routing, capacity {mean:.3g}, {part} of {len(layers)} layers"
+    if m.mod_anneal_steps:
+        text += f", from 1.0 over {m.mod_anneal_steps} steps"
+    return text
+
+
+def data_lines(sources: dict, val_sources: dict) -> list[str]:
+    """A line for each source."""
+    if not sources:
+        text = "not prepared yet: its size, and a length that follows from it, are unknown"
+        return [f"data       {text}"]
+    lines = []
+    for name, source in sources.items():
+        held_out = val_sources[name].tokens if name in val_sources else 0
+        text = f"{name}: {source.tokens:,} train tokens, {held_out:,} val"
+        if source.bare and held_out:
+            text += " (tail held out)"
+        unused = 100 * source.unused / max(1, source.tokens)
+        lines.append(f"data       {text}; {unused:.3f} % unused; {source.path}")
+    return lines
+
+
+# ---------------------------------------------------------------- a start: length and schedule
+
+
+def length_lines(start: Start) -> list[str]:
+    """A step's tokens and the run's, and how they compare with Chinchilla's."""
+    cfg, run, T = start.cfg, start.run, start.cfg.model.max_seq_len
+    step = f"{run.rows_per_step * T:,} tokens a step: {run.micro_batch} rows x {T} tokens"
+    lines = [f"batch      {step} x {run.accumulation} micro-steps x {start.readers} ranks"]
+    length = f"length     {run.max_steps:,} steps, {start.tokens:,} tokens"
+    if not start.windows:
+        return [*lines, length]
+    epochs = run.rows_per_step * run.max_steps / start.windows
+    lines.append(f"{length}, {epochs:.2f} epochs")
+    counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
+    moe = bool(cfg.model.n_experts)
+    return lines + plan.plan_lines(plan.chinchilla(*counts, cfg.chinchilla_multiplier, moe=moe))
+
+
+def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
+    text = f"{cfg.lr_schedule} {cfg.learning_rate:g} -> {min_lr:g}"
+    if cfg.lr_schedule == "onecycle":
+        return f"schedule   {text}, 30 % of it upwards: {peak_step} warm-up steps"
+    return f"schedule   {text}, {peak_step} warm-up steps"
+
+
+def rate_advice(
+    cfg: Config, max_steps: int, peak_step: int, lr_at_peak: float, last_lr: float
+) -> list[str]:
+    """What is odd about the learning rate, seen before a step is made."""
+    lines, peak = [], cfg.learning_rate
+    usual = 0.5 / cfg.model.d_model  # near GPT-3's, 768 to 12288 wide (Brown et al. 2020)
+    if peak > min(1e-2, 10 * usual):
+        text = f"learning_rate {peak:g} is far above what {cfg.optimizer} bears at this width"
+        text += f", {min(1e-2, 2 * usual):.1g} is usual"
+        lines.append(f"{text}: the loss may explode in the first steps")
+    if max_steps and peak_step >= max_steps:
+        text = f"warmup_steps {peak_step} of {max_steps} steps: the rate never comes above"
+        lines.append(f"{text} {last_lr:.2g} of {peak:g}; lower warmup_steps")
+    elif cfg.lr_schedule == "wsd" and lr_at_peak < peak / 1.5:
+        text = f"wsd's decay begins within the warm-up: the rate falls from {peak:g} to"
+        text += f" {lr_at_peak:.2g} at step {peak_step}"
+        lines.append(f"{text}; lower warmup_steps or decay_frac")
+    return lines
+
+
+def validation_advice(cfg: Config, sources: dict, val_sources: dict) -> list[str]:
+    """An evaluation that cannot be, or that says little."""
+    if not sources:
+        return []
+    if not val_sources:
+        return [no_validation(cfg)]
+    lines, T = [], cfg.model.max_seq_len
+    missing = [name for name in sources if name not in val_sources]
+    if missing:
+        lines.append(f"no validation in {', '.join(missing)}: val_loss is of the others alone")
+    windows = sum(source.windows for source in val_sources.values())
+    rows = min(windows, max(1, cfg.eval_tokens // T))
+    if rows < FEW_ROWS:
+        text = f"an evaluation reads {rows} rows of {T} tokens"
+        lines.append(f"{text}: differences of val_loss are mostly noise")
+    return lines
+
+
+def no_validation(cfg: Config) -> str:
+    """Why there is no evaluation, and what to do."""
+    if cfg.val_fraction == 0:
+        return "no evaluation, as val_fraction is 0: best.json names the last step"
+    text = "no evaluation: no source has a validation window of"
+    text += f" {cfg.model.max_seq_len + 1} tokens, best.json names the last step"
+    return f"{text}; hold out more text, or lower model.max_seq_len"
+
+
+# ---------------------------------------------------------------- a start: this machine
+
+
+def machine_lines(start: Start) -> list[str]:
+    """How long it would take here at least, on what it runs, and the memory that it needs."""
+    run, machine = start.run, start.machine
+    per_token = machines.human_number(start.flops_per_token, "FLOP")
+    flops = start.flops_per_token * start.tokens
+    least = plan.human_time(flops / start.peak / start.world)
+    peak = machines.human_number(start.peak, "FLOP/s")
+    if start.peak != machines.sheet_flops(machine):
+        peak += " measured here"
+    text = f"{per_token} a token, {machines.human_number(flops, 'FLOP')} in all"
+    lines = [f"compute    {text}: {least} if every FLOP ran at the matrix peak, {peak}"]
+    text = f"{machine.device} {machine.name}"
+    if machine.device.type == "cpu":
+        text += f" ({' '.join(machines.cpu_flags())})"
+    text += f", {torch.get_num_threads()} threads: {run.precision}"
+    lines.append(
+        f"device     {text}, compile {run.compile_model}, deterministic {run.deterministic}"
+    )
+    lines.append(f"attention  {run.attention}: {run.attention_why}")
+    lines.append(memory_line(start))
+    return lines
+
+
+def memory_line(start: Start) -> str:
+    """The estimate for a process, and what it has."""
+    cfg, run, layout = start.cfg, start.run, start.layout
+    how = (run.precision, cfg.activation_checkpointing)
+    if layout.shard == 1:
+        total = start.model.n_params()["total"]
+        need = plan.memory(cfg.model, total, run.micro_batch, *how, layout.cuda)
+    else:
+        batch = (run.micro_batch, run.accumulation)
+        need = plan.rank_memory(start.model, layout, *batch, *how, plan.IMBALANCE)
+    parts = [f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak")]
+    have = machines.own_memory(start.machine.device) / 2**30
+    text = f"about {need['total'] / 2**30:.2f} of {have:.1f} GiB a process"
+    return f"memory     {text} ({', '.join(parts)} GiB)"
+
+
+def machine_advice(start: Start) -> list[str]:
+    cfg, tokens = start.cfg, start.tokens
+    lines = []
+    if start.misfit:
+        lines.append(start.misfit)
+    if cfg.model.vocab_size % 64:
+        lines.append(f"vocab_size {cfg.model.vocab_size} is not a multiple of 64: slower on GPUs")
+    unique = start.windows * cfg.model.max_seq_len
+    if start.model.n_params()["total"] > tokens > unique > 0:
+        text = "fewer tokens than parameters, read more than once"
+        lines.append(f"{text}: such a model mostly memorises")
+    if start.machine.device.type == "cuda" and start.run.deterministic:
+        lines.append("deterministic: true costs speed on CUDA (not measured yet)")
+    return lines
+
+
+# ---------------------------------------------------------------- a log step
+
+
+def step_row(numbers: StepNumbers) -> dict:
+    """What metrics.jsonl says of the step itself."""
+    row = {"loss": numbers.loss, "ppl": math.exp(min(numbers.loss, 50.0))}
+    return row | {"lr": numbers.lr, "grad_norm": numbers.grad_norm}
+
+
+def speed_row(interval: Interval, tokens: int, flops: float, peak: float) -> dict:
+    """How fast steps were, and where the time went.
+
+    tokens: of a step; flops: of a token; peak: FLOP/s of all ranks' matrices together.
+    """
+    speed = interval.speed() * tokens
+    mfu = speed * flops / peak
+    row = {"tokens_per_second": speed}
+    row["mfu"] = mfu if mfu <= 1 else None  # above 1 the peak was measured too low
+    row["data_wait"] = interval.spent["data"] / interval.seconds
+    return row | {f"time/{name}": share for name, share in interval.shares().items()}
+
+
+def memory_row(device: torch.device) -> dict:
+    """Bytes: of the GPU at most, allocated and reserved, and of this process."""
+    row = {"mem_allocated": None, "mem_reserved": None, "ram": resident_bytes()}
+    if device.type == "cuda":
+        row["mem_allocated"] = torch.cuda.max_memory_allocated()
+        row["mem_reserved"] = torch.cuda.max_memory_reserved()
+    return row
+
+
+def health_row(health: str | None, causes: list[str]) -> dict:
+    row = {"health": health, "health_causes": causes}
+    if health:
+        row["health_level"] = ("healthy", "warning", "critical").index(health)
+    return row
+
+
+def epoch_row(epochs: dict[str, float]) -> dict:
+    """epochs: how often each source was read."""
+    if len(epochs) == 1:
+        return {"epoch": next(iter(epochs.values()))}
+    return {f"epoch/{name}": count for name, count in epochs.items()}
+
+
+def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
+    """A row of metrics.jsonl for the console; seconds since the start, and to the end."""
+    text = f"step {row['step']:>6}/{max_steps}  loss {row['loss']:.4f}  ppl {row['ppl']:.4g}"
+    if "aux_loss" in row:
+        text += f"  aux {row['aux_loss']:.4f}"
+    text += f"  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}"
+    text += f"  {machines.human_number(row['tokens_per_second'])} tok/s"
+    text += "  mfu -" if row["mfu"] is None else f"  mfu {100 * row['mfu']:.0f} %"
+    epochs = [count for key, count in row.items() if key.startswith("epoch")]
+    text += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs):.2f}"
+    if row["mem_reserved"] is not None:
+        text += f"  {row['mem_reserved'] / 2**30:.1f} GiB"
+    return f"{text}  {clock(gone)} gone, {clock(left)} left"
+
+
+# ---------------------------------------------------------------- sparse layers
+
+
+def routing_lines(experts: dict | None, depth: dict | None, n_layers: int) -> list[str]:
+    """experts.expert_statistics and mod_statistics of a step, for the console."""
+    lines = []
+    if experts is not None:
+        layers = experts["layers"]
+        worst = max(layers, key=lambda i: layers[i]["max_violation"])
+        low, high = experts["bias_range"]
+        text = f"hottest {1 + experts['max_violation']:.2f} x fair (layer {worst})"
+        text += f", entropy {experts['routing_entropy']:.3f} of {experts['max_entropy']:.3f} nats"
+        text += f", dead {experts['dead']}, dropped {experts['tokens_dropped']}"
+        text += f", bias {low:+.3f} to {high:+.3f}, confidence {experts['confidence']:.2f}"
+        lines.append(f"experts    {text}")
+    if depth is not None:
+        text = f"{depth['average_depth']:.2f} of {n_layers} layers a token"
+        text += f", capacity {depth['capacity_factor']:.3f}"
+        text += f", predictor agrees {100 * depth['predictor_agreement']:.1f} %"
+        lines.append(f"depth      {text}")
+    return lines
+
+
+def experts_row(experts: dict, tokens: int, aux_weight: float, z_weight: float) -> dict:
+    """What metrics.jsonl says of MoE layers; tokens: of a step; the weights of their two losses.
+
+    A router inside MoD sees a part of the tokens only, so a layer's mean counts by what it saw.
+    """
+    layers, row = experts["layers"], {}
+    losses = (
+        ("aux_loss", aux_weight, "load_balance_loss"),
+        ("router_z_loss", z_weight, "router_z"),
+    )
+    for key, weight, name in losses:
+        row[key] = weight * sum(x[name] * x["tokens"] for x in layers.values()) / tokens
+    for name in ("routing_entropy", "max_entropy", "max_violation", "tokens_dropped", "dead"):
+        row[f"experts/{name}"] = experts[name]
+    for name in ("confidence", "token_entropy", "null_share"):
+        row[f"experts/{name}"] = experts[name]
+    row["experts/bias_min"], row["experts/bias_max"] = experts["bias_range"]
+    return row | share_bars(experts)
+
+
+def share_bars(experts: dict) -> dict[str, list]:
+    """Each expert's share of the choices, by layer."""
+    layers = experts["layers"].items()
+    return {f"experts/share/{i}": layer["per_expert_utilization"] for i, layer in layers}
+
+
+def routing_bars(experts: dict | None, depth: dict | None) -> dict[str, list]:
+    """What is charted as bars: shares of experts, and how often MoD layers kept each position."""
+    bars = {} if experts is None else share_bars(experts)
+    if depth is not None:
+        bars["depth/position"] = depth["position_usage"]
+    return bars
+
+
+def depth_row(depth: dict) -> dict:
+    """What metrics.jsonl says of MoD layers."""
+    usage = depth["per_layer_usage"]
+    row = {"mod_loss": MoD.BCE_WEIGHT * depth["predictor_loss"] * len(usage)}
+    for name in ("capacity_factor", "average_depth", "predictor_agreement"):
+        row[f"depth/{name}"] = depth[name]
+    return row | {f"depth/usage/{i}": share for i, share in usage.items()}
+
+
+# ---------------------------------------------------------------- evaluations, the end
+
+
+def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig) -> list[str]:
+    """An evaluation for the console, from its row of metrics.jsonl; took: seconds."""
+    text = f"step {row['step']}: val_loss {row['val_loss']:.4f}"
+    if row["val_bpb"] is not None:
+        text += f", {row['val_bpb']:.4f} bits per byte"
+    text += f", {100 * row['val_accuracy']:.1f} % right"
+    if new_best:
+        text += " (best)"
+    else:
+        best = row["best_val_loss"] or math.nan
+        text += f" (best {best:.4f} at step {row['best_step']})"
+    if above_chance(row["val_loss"], model.vocab_size):
+        text += f", worse than guessing ({math.log(model.vocab_size):.2f})"
+    lines = [f"eval       {text}, {took:.1f} s"]
+    if "mod_gap" in row:
+        text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}"
+        text += f", the rules agree on {100 * row['mod_agreement']:.1f} %"
+        text += f", {row['mod_depth']:.2f} of {model.n_layers} layers a token"
+        lines.append(f"           causal rule above; {text}")
+    return lines
+
+
+def config_yaml(cfg: Config, batch_tokens: int) -> str:
+    """config.yaml, as resolved: a start with it goes on, or in another out_dir repeats the run, on
+    any number of processes."""
+    keys = dataclasses.asdict(cfg)
+    keys |= {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
+    keys |= {"resume": "auto", "overwrite": False}  # they were said for this start
+    keys["batch_tokens"] = batch_tokens
+    del keys["gradient_accumulation_steps"]  # follows from it
+    return yaml.safe_dump(keys, sort_keys=False)
+
+
+# what the next run has of its own, or what is said anew
+NOT_SUGGESTED = {"batch_size", "gradient_accumulation_steps", "batch_tokens"}
+NOT_SUGGESTED |= {"max_steps", "num_epochs", "auto_epoch_scaling"}
+NOT_SUGGESTED |= {"resume", "overwrite", "out_dir"}
+
+
+def suggestion(
+    start: Start,
+    written: dict,
+    memory_share: float,
+    hint: str | None,
+    rollbacks: int,
+    lr_cut: float,
+) -> str:
+    """suggested.yaml: a run's configuration for next time, with what was found on the way, and why.
+
+    start: of the run as it is now; written: its configuration as it was written; memory_share: how
+    much of the memory it used; hint: why the micro-batch is not what was asked for; lr_cut: the
+    factor of a rollback.
+    """
+    cfg, run, T = start.cfg, start.run, start.cfg.model.max_seq_len
+    rows = run.rows_per_step
+    why_size = f"as run, {100 * memory_share:.0f} % of the memory used"
+    asked = written.get("batch_size")
+    if asked not in (None, run.micro_batch):
+        why_size = f"{asked} was asked for; {hint or why_size}"
+    limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
+    steps, why_steps = plan.auto_steps(start.n_working, start.windows * T, rows * T, *limits)
+    why_steps = why_steps.removeprefix("length").strip()
+    follows = f"accumulation follows from it: {run.accumulation} micro-steps"
+    parameters = start.model.n_params()["total"]
+    lines = [f"# made at the end of {cfg.out_dir}, {parameters:,} parameters; the comments say why"]
+    lines += [f"batch_size: {run.micro_batch}  # {why_size}"]
+    lines += [f"batch_tokens: {rows * T}  # as run; {follows} on {start.readers} ranks"]
+    lines += [f"max_steps: {steps}  # {why_steps}; this run had {run.max_steps}"]
+    keys = {key: value for key, value in written.items() if key not in NOT_SUGGESTED}
+    orchestrator = keys.get("orchestrator", {})
+    keys["orchestrator"] = {
+        k: v for k, v in orchestrator.items() if k != "replay" and v != "replay"
+    }
+    if rollbacks:
+        keys["learning_rate"] = cfg.learning_rate * lr_cut
+        lines += [f"# learning_rate: x {lr_cut}, for this run was rolled back {rollbacks} times"]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(keys, sort_keys=False)
