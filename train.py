@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -34,7 +33,8 @@ from lumen import checkpoint, files, forecast, launch, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import model_of, refuse_odd
-from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
+from lumen.cli import read_config
+from lumen.config import SHARDING, Config, build_config, help_text, printed
 from lumen.control import ByHand
 from lumen.detectors import StepNumbers, above_chance
 from lumen.errors import UserError
@@ -324,7 +324,7 @@ class Trainer(ByHand, Report):
             words = config if isinstance(config, list) else [str(config)]
             self.cfg, self.written, notes, _ = read_config(words)
         self.started = time.monotonic()
-        self.bar, self.log_file, self.wandb, self.board, self.drawing = None, None, None, None, None
+        self.bar, self.log_file, self.wandb, self.board = None, None, None, None
         self.wandb_id = None
         self.step = self.cursor = self.tokens = 0
         self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = (
@@ -736,12 +736,12 @@ class Trainer(ByHand, Report):
         self.n_working = round(
             self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished
         )
-        keys = ("auto_epoch_scaling", "chinchilla_multiplier", "min_auto_epochs", "max_auto_epochs")
-        steps = kept("max_steps", "max_steps", "num_epochs", *keys)
+        steps = kept("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
         cfg.max_steps = cfg.max_steps if steps is None else steps
-        if cfg.max_steps is None and cfg.auto_epoch_scaling and windows:
-            limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-            cfg.max_steps, why = plan.auto_steps(self.n_working, windows * T, rows * T, *limits)
+        if cfg.max_steps is None and cfg.tokens_per_parameter and windows:
+            counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
+            most = 50 if cfg.num_epochs is None else cfg.num_epochs
+            cfg.max_steps, why = plan.auto_steps(*counts, max_epochs=most)
             self.changes.append(why)
         if cfg.max_steps is None:
             cfg.max_steps = (
@@ -1271,8 +1271,6 @@ class Trainer(ByHand, Report):
         if cfg.wandb_project:
             self.wandb = start_wandb(cfg, self.say, self.wandb_id)
             self.wandb_id = self.wandb.id if self.wandb else self.wandb_id
-        if cfg.picture and importlib.util.find_spec("matplotlib") is None:
-            raise UserError("E003", "picture: true needs its package: pip install matplotlib")
         if cfg.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1301,7 +1299,7 @@ class Trainer(ByHand, Report):
         cfg, theirs = self.cfg, self.out / "config.yaml"
         resolved = dataclasses.asdict(cfg) | {
             "num_epochs": None,
-            "auto_epoch_scaling": False,
+            "tokens_per_parameter": None,
         }  # max_steps says it
         resolved |= {"resume": "auto", "overwrite": False}  # they were said for this start
         resolved["batch_tokens"] = self.rows_per_step * cfg.model.max_seq_len
@@ -1661,7 +1659,7 @@ class Trainer(ByHand, Report):
         due = (
             step + 1
         ) % self.cfg.orchestrator.check_interval == 0 and step + 1 < self.cfg.max_steps
-        if due and (self.cfg.enable_loss_landscape or self.cfg.enable_early_stopping):
+        if due:
             self.look_ahead()
         if (step + 1) % self.cfg.log_interval == 0 or step + 1 == self.cfg.max_steps:
             self.log(seen)
@@ -1693,19 +1691,16 @@ class Trainer(ByHand, Report):
 
     def said_of(self, found: dict, planned: float, unique: int) -> str | None:
         """Say what the forecast found; returns the advice."""
-        cfg, efficient = self.cfg, self.cfg.enable_compute_efficiency
+        cfg = self.cfg
         text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
         if "final" in found:
             text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
             text += f"{found['final_high']:.3f}), {100 * found['gained']:.0f} % of the way there"
             self.gains = [*self.gains[-2:], found["stable_gain_high"]]
-            if efficient:
-                slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
-                text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
+            slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
+            text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
         self.say(f"forecast   {text}; {found['recommendation']}")
-        self.outlook = {
-            f"forecast/{k}": v for k, v in found.items() if efficient or not k.startswith("slope")
-        }
+        self.outlook = {f"forecast/{k}": v for k, v in found.items()}
         rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
         epochs = found["share"] * planned / max(1, unique)
         gain = found.get("anneal_gain", 0.0)
@@ -2158,9 +2153,9 @@ def main(argv: list[str], parallel=Parallel, watch=None, check=None) -> int:
         return 0
     check_launch()
     rank = environment("RANK", 0)
-    cfg, _, _, flags = read_config(argv)
+    cfg, _, notes, flags = read_config(argv)
     if flags.get("print_config"):
-        print(printed(cfg, sharded=check is not None) if rank == 0 else "", end="")
+        print(printed(cfg, check is not None, notes) if rank == 0 else "", end="")
         return 0
     if status := owner.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
         if rank == 0:

@@ -26,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lumen import checkpoint
+from lumen import aliases, checkpoint
+from lumen.config import own_keys
 from lumen.errors import UserError, a_path, expand
 from lumen.files import sha256, sync, write_json
 from lumen.launch import Words, command
@@ -231,10 +232,12 @@ def all_folders(out_dir) -> list[Path]:
 
 def modernised(state: dict) -> dict:
     """The state of a checkpoint with the names of today for what older versions called otherwise."""
-    for block in ("config", "written", "auto"):
-        keys = state.get(block, {})
-        if "expert_back_end" in keys:
-            keys["expert_backend"] = keys.pop("expert_back_end")
+    for block in ("config", "written"):
+        if isinstance(state.get(block), dict):
+            aliases.rename(state[block], own_keys(), str)
+    auto = state.get("auto") or {}
+    if "expert_back_end" in auto:
+        auto["expert_backend"] = auto.pop("expert_back_end")
     return state
 
 

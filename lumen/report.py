@@ -11,9 +11,6 @@ import io
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +78,7 @@ class Report:
                 windows * T,
                 tokens,
                 self.flops_per_token,
-                cfg.chinchilla_multiplier,
+                cfg.tokens_per_parameter or 20.0,
             )
             for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
                 say(line)
@@ -520,7 +517,7 @@ class Report:
         """suggested.yaml: this run's configuration for next time, with what was found on the way and why."""
         cfg, n = self.cfg, self.counted.n_params()
         T, cuda = cfg.model.max_seq_len, self.parallel.device.type == "cuda"
-        ours = "batch_size gradient_accumulation_steps max_steps batch_tokens num_epochs auto_epoch_scaling resume "
+        ours = "batch_size gradient_accumulation_steps max_steps batch_tokens num_epochs tokens_per_parameter resume "
         ours = f"{ours} overwrite out_dir".split()  # out_dir: this run's is finished
         keys = {k: v for k, v in self.written.items() if k not in ours}
         keys["orchestrator"] = {
@@ -529,8 +526,8 @@ class Report:
         used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
         share = used / machines.total_memory(self.parallel.device)
         unique = sum(s.windows for s in self.sources.values()) * T
-        limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-        steps, why = plan.auto_steps(self.n_working, unique, self.rows_per_step * T, *limits)
+        counts = (self.n_working, unique, self.rows_per_step * T, cfg.tokens_per_parameter or 20.0)
+        steps, why = plan.auto_steps(*counts)
         asked = self.written.get("batch_size")
         found = f"as run, {100 * share:.0f} % of the memory used"
         if asked not in (None, cfg.batch_size):
@@ -588,25 +585,6 @@ class Report:
         self.say(
             f"sample     of the trained model, seed {self.cfg.seed}:\n{'-' * 60}\n{text}\n{'-' * 60}"
         )
-
-    def draw(self) -> None:
-        """out_dir/training.png, by a process of its own with the lowest priority: no step waits for it."""
-        if (
-            self.drawing is None or self.drawing.poll() is not None
-        ):  # else the last one is still at it
-            words = [sys.executable, "-m", "lumen.report", str(self.out), "--picture"]
-            nice = ["nice", "-n", "19"] if shutil.which("nice") else []
-            quiet = {
-                "stdout": subprocess.DEVNULL,
-                "stderr": subprocess.DEVNULL,
-                "start_new_session": True,
-            }
-            env = {
-                k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-            }
-            self.drawing = subprocess.Popen(
-                [*nice, *words], env=env | {"CUDA_VISIBLE_DEVICES": ""}, **quiet
-            )
 
 
 def finite(x):

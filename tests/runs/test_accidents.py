@@ -42,7 +42,8 @@ from lumen import checkpoint, config, files, launch, loader, plan, report, stopw
 from lumen import machine as machines
 from lumen import orchestrate as orchestrator
 from lumen import owner as owners
-from lumen.config import Config, OrchestratorConfig, build_config, presets, read_config
+from lumen.cli import presets, read_config
+from lumen.config import Config, OrchestratorConfig, build_config
 from lumen.errors import ERRORS, UserError
 from model import HeadLoss, ModelConfig, Transformer
 from prepare_data import main as prepare_main

@@ -5,7 +5,8 @@ import pytest
 import yaml
 from conftest import fingerprint, write_yaml
 
-from lumen.config import Config, OrchestratorConfig, help_text, read_config
+from lumen.cli import read_config
+from lumen.config import Config, OrchestratorConfig, help_text
 from lumen.errors import UserError
 from model import ModelConfig
 from train import Trainer
