@@ -291,6 +291,8 @@ def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) ->
     place.known |= {key: place(name) for key, name in of_file.moved.items()}
     of_words = aliases.rename(line.tree, own, lambda key: TYPED, tree)
     line.typed = (line.typed - set(of_words.moved.values())) | set(of_words.moved)
+    if any(key.startswith("prepare.") for key in line.typed):
+        line.typed.add("prepare")
     notes += of_file.notes + of_words.notes
     for block in BLOCKS:
         if block in line.typed:  # a whole block was typed: it replaces the file's

@@ -130,7 +130,7 @@ def holds(part: str, value) -> bool:
         word = str(value).lower() if isinstance(value, bool) else value
         pattern = re.escape(part).replace("N", r"\d{1,4}")
         return isinstance(word, str) and re.fullmatch(pattern, word) is not None
-    if isinstance(value, (bool, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     low, high = float(bounds[2]), float(bounds[3])
     above = value >= low if bounds[1] == "[" else value > low
