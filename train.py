@@ -32,7 +32,8 @@ from lumen import checkpoint, files, forecast, launch, lines, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import model_of, refuse_odd
-from lumen.config import SHARDING, Config, build_config, help_text, printed, read_config
+from lumen.cli import read_config
+from lumen.config import SHARDING, Config, build_config, help_text, printed
 from lumen.control import ByHand
 from lumen.detectors import StepNumbers
 from lumen.errors import UserError
@@ -785,12 +786,12 @@ class Trainer(ByHand):
         self.n_working = round(
             self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished
         )
-        keys = ("auto_epoch_scaling", "chinchilla_multiplier", "min_auto_epochs", "max_auto_epochs")
-        steps = kept("max_steps", "max_steps", "num_epochs", *keys)
+        steps = kept("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
         cfg.max_steps = cfg.max_steps if steps is None else steps
-        if cfg.max_steps is None and cfg.auto_epoch_scaling and windows:
-            limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-            cfg.max_steps, why = plan.auto_steps(self.n_working, windows * T, rows * T, *limits)
+        if cfg.max_steps is None and cfg.tokens_per_parameter and windows:
+            counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
+            most = 50 if cfg.num_epochs is None else cfg.num_epochs
+            cfg.max_steps, why = plan.auto_steps(*counts, max_epochs=most)
             self.changes.append(why)
         if cfg.max_steps is None:
             cfg.max_steps = (
@@ -1721,19 +1722,16 @@ class Trainer(ByHand):
 
     def said_of(self, found: dict, planned: float, unique: int) -> str | None:
         """Say what the forecast found; returns the advice."""
-        cfg, efficient = self.cfg, self.cfg.enable_compute_efficiency
+        cfg = self.cfg
         text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
         if "final" in found:
             text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
             text += f"{found['final_high']:.3f}), {100 * found['gained']:.0f} % of the way there"
             self.gains = [*self.gains[-2:], found["stable_gain_high"]]
-            if efficient:
-                slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
-                text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
+            slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
+            text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
         self.say(f"forecast   {text}; {found['recommendation']}")
-        self.outlook = {
-            f"forecast/{k}": v for k, v in found.items() if efficient or not k.startswith("slope")
-        }
+        self.outlook = {f"forecast/{k}": v for k, v in found.items()}
         rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
         epochs = found["share"] * planned / max(1, unique)
         gain = found.get("anneal_gain", 0.0)
@@ -2021,49 +2019,6 @@ class Trainer(ByHand):
             return refused("no step has been made yet")
         return self.routing(expert_numbers(self.moe, self.sparse))["depth"]
 
-    def simulate(self, watch=None) -> None:
-        """The dry run's second half: what the run would need elsewhere, and how near a look at a few layers comes."""
-        from tools import simulate  # upward, and only in a dry run
-
-        cfg, m, given = self.cfg, self.cfg.model, self.dry_run
-        layout, precision = self.parallel.layout, given.get("precision", cfg.precision)
-        hw, mode = (
-            machines.hardware(given["hardware"], self.machine, given),
-            cfg.activation_checkpointing,
-        )
-        assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {
-            "share": cfg.target_memory
-        }
-        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
-        said, best = simulate.dry_run_lines(
-            self.counted, layout, *counts, given["hardware"], hw, **assumed
-        )
-        for line in said:
-            self.say(line)
-        layout, rows, mode = best["layout"], best["rows"], best["recompute"]
-        if watch is None or layout.shard == 1:
-            return
-        try:
-            depths = simulate.depths(m)
-        except ValueError as error:
-            self.say(f"checked    not: {error}")
-            return
-        cfg = dataclasses.replace(
-            cfg, precision=precision, batch_size=rows, activation_checkpointing=mode
-        )
-        try:
-            seen = {n: watch(cfg, layout, simulate.shallow(m, n)) for n in depths}
-            shown = simulate.compared_lines(seen, self.counted, layout, rows, precision, mode)
-        except (
-            Exception
-        ) as error:  # a private part of torch, another in each version: the dry run goes without
-            text = str(error).strip().splitlines() or ["?"]
-            shown = [
-                f"checked    not: fake tensors failed on torch {torch.__version__}: {type(error).__name__}: {text[0]}"
-            ]
-        for line in shown:
-            self.say(line)
-
     # ---- evaluation and saving
 
     def evaluate(self) -> bool:
@@ -2265,7 +2220,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
     rank = environment("RANK", 0)
     cfg, written, notes, flags = read_config(argv)
     if flags.get("print_config"):
-        print(printed(cfg, sharded=check is not None) if rank == 0 else "", end="")
+        print(printed(cfg, check is not None, notes) if rank == 0 else "", end="")
         return 0
     if status := owner.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
         if rank == 0:

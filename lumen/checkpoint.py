@@ -26,7 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lumen import checkpoint
+import prepare_data
+from lumen import aliases, checkpoint
+from lumen.config import own_keys
 from lumen.errors import UserError, a_path, expand
 from lumen.files import sha256, sync, write_json
 from lumen.launch import Words, command
@@ -231,10 +233,12 @@ def all_folders(out_dir) -> list[Path]:
 
 def modernised(state: dict) -> dict:
     """The state of a checkpoint with the names of today for what older versions called otherwise."""
-    for block in ("config", "written", "auto"):
-        keys = state.get(block, {})
-        if "expert_back_end" in keys:
-            keys["expert_backend"] = keys.pop("expert_back_end")
+    for block in ("config", "written"):
+        if isinstance(state.get(block), dict):
+            aliases.rename(state[block], own_keys(), str)
+    auto = state.get("auto") or {}
+    if "expert_back_end" in auto:
+        auto["expert_backend"] = auto.pop("expert_back_end")
     return state
 
 
@@ -383,7 +387,7 @@ def find(path, best: bool = False, say=print) -> Checkpoint:
     for folder in folders(path, best):
         try:
             checkpoint = Checkpoint(folder)
-            wrong = checkpoint.verify()
+            wrong = prepare_data.verify()
         except UserError as error:
             if asked or final(error):
                 raise
@@ -407,7 +411,7 @@ def main(argv: list[str]) -> int:
         step = step_of(folder)
         try:
             checkpoint = Checkpoint(folder)
-            wrong, state = checkpoint.verify(), checkpoint.state
+            wrong, state = prepare_data.verify(), checkpoint.state
             size, tokens, val_loss = (
                 checkpoint.size() / 1e6,
                 state.get("tokens", 0),

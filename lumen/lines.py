@@ -167,7 +167,8 @@ def length_lines(start: Start) -> list[str]:
     lines.append(f"{length}, {epochs:.2f} epochs")
     counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
     moe = bool(cfg.model.n_experts)
-    return lines + plan.plan_lines(plan.chinchilla(*counts, cfg.chinchilla_multiplier, moe=moe))
+    ratio = cfg.tokens_per_parameter or 20.0
+    return lines + plan.plan_lines(plan.chinchilla(*counts, ratio, moe=moe))
 
 
 def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
@@ -437,7 +438,7 @@ def config_yaml(cfg: Config, batch_tokens: int) -> str:
     """config.yaml, as resolved: a start with it goes on, or in another out_dir repeats the run, on
     any number of processes."""
     keys = dataclasses.asdict(cfg)
-    keys |= {"num_epochs": None, "auto_epoch_scaling": False}  # max_steps says it
+    keys |= {"num_epochs": None, "tokens_per_parameter": None}  # max_steps says it
     keys |= {"resume": "auto", "overwrite": False}  # they were said for this start
     keys["batch_tokens"] = batch_tokens
     del keys["gradient_accumulation_steps"]  # follows from it
@@ -446,7 +447,7 @@ def config_yaml(cfg: Config, batch_tokens: int) -> str:
 
 # what the next run has of its own, or what is said anew
 NOT_SUGGESTED = {"batch_size", "gradient_accumulation_steps", "batch_tokens"}
-NOT_SUGGESTED |= {"max_steps", "num_epochs", "auto_epoch_scaling"}
+NOT_SUGGESTED |= {"max_steps", "num_epochs", "tokens_per_parameter"}
 NOT_SUGGESTED |= {"resume", "overwrite", "out_dir"}
 
 
@@ -470,8 +471,8 @@ def suggestion(
     asked = written.get("batch_size")
     if asked not in (None, run.micro_batch):
         why_size = f"{asked} was asked for; {hint or why_size}"
-    limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-    steps, why_steps = plan.auto_steps(start.n_working, start.windows * T, rows * T, *limits)
+    counts = (start.n_working, start.windows * T, rows * T)
+    steps, why_steps = plan.auto_steps(*counts, cfg.tokens_per_parameter or 20.0)
     why_steps = why_steps.removeprefix("length").strip()
     follows = f"accumulation follows from it: {run.accumulation} micro-steps"
     parameters = start.model.n_params()["total"]

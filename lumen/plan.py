@@ -710,8 +710,7 @@ def auto_steps(
     min_epochs: float = 0.0,
     max_epochs: float = 50.0,
 ) -> tuple[int, str]:
-    """auto_epoch_scaling: steps for `multiplier` tokens an active parameter, in epochs never
-    rounded up; and why."""
+    """tokens_per_parameter: steps for `multiplier` tokens an active parameter, in epochs; and why."""
     target = multiplier * n_params_active
     wanted = target / max(1, unique_tokens)
     epochs = min(max(wanted, min_epochs), max_epochs)
@@ -722,7 +721,7 @@ def auto_steps(
         why += f", clamped to {'max' if epochs < wanted else 'min'}_epochs {epochs:g}"
     if epochs > 4:
         why += f", worth {effective_tokens(1, epochs):.3g} fresh ones"
-    return steps, f"length     {steps:,} steps by auto_epoch_scaling: {why}"
+    return steps, f"length     {steps:,} steps by tokens_per_parameter: {why}"
 
 
 YEAR = 365.25 * 86400  # seconds

@@ -40,10 +40,11 @@ import kernels as expert_kernels
 import model_moe
 from lumen import checkpoint, files, plan
 from lumen import machine as machines
-from lumen.config import Config, find_yaml, load_yaml
+from lumen.cli import find_yaml, load_yaml
+from lumen.config import Config
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
-from lumen.machine import git_commit, free_memory
+from lumen.machine import free_memory, git_commit
 from lumen.optim import build_optimizer, step_optimizer
 from model import KVCache, ModelConfig, Transformer
 from tools import faults, simulate
@@ -144,7 +145,7 @@ SPREAD = {
 SPREAD |= {
     "eval_tokens": 1,
     "log_interval": 1000,
-    "use_adaptive_training": False,
+    "orchestrator": {"mode": "off"},
     "expert_backend": "slices",
 }
 SPREAD["model"] = {

@@ -654,9 +654,10 @@ class DryRun(Report):
         share = self.flops_per_token / on_meta(without_mod).flops_per_token()
         self.n_working = round(self.counted.n_params()["active"] * share)
         steps = cfg.max_steps
-        if steps is None and cfg.auto_epoch_scaling and windows:
-            limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-            steps, why = auto_steps(self.n_working, windows * T, rows * T, *limits)
+        if steps is None and cfg.tokens_per_parameter and windows:
+            counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
+            most = 50 if cfg.num_epochs is None else cfg.num_epochs
+            steps, why = auto_steps(*counts, max_epochs=most)
             self.changes.append(why)
         if steps is None:
             epochs = 1.0 if cfg.num_epochs is None else cfg.num_epochs

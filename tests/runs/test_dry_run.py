@@ -13,7 +13,7 @@ import train
 import train_fsdp
 from lumen import machine as machines
 from lumen import plan
-from lumen.config import read_config
+from lumen.cli import read_config
 from lumen.errors import UserError
 from model import HeadLoss, ModelConfig, Transformer
 from tools import simulate

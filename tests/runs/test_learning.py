@@ -63,7 +63,7 @@ def keys(source, out, kind, seed, steps, model=None, **changes) -> dict:
     }
     return (
         run
-        | {"save_interval": 0, "log_interval": 1, "use_adaptive_training": False}
+        | {"save_interval": 0, "log_interval": 1, "orchestrator": {"mode": "off"}}
         | changes
         | {"model": shape}
     )

@@ -19,7 +19,7 @@ from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_ya
 import train
 from lumen import checkpoint
 from lumen import machine as machines
-from lumen.config import CHOICES, Config
+from lumen.config import RANGES, Config
 from lumen.errors import UserError
 from lumen.optim import build_optimizer
 from model import ModelConfig, Transformer
@@ -39,7 +39,7 @@ def same_run(a, b, step=12) -> bool:
 # ---------------------------------------------------------------- schedule, optimizer
 
 
-@pytest.mark.parametrize("name", CHOICES["lr_schedule"])
+@pytest.mark.parametrize("name", RANGES["lr_schedule"].split(" | "))
 def test_schedules(name):
     cfg = Config(
         data_dir="x",

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import model_moe
 import sample
 import train
-from lumen.config import Config, read_config
+from lumen.cli import read_config
+from lumen.config import Config
 from lumen.errors import UserError
 from lumen.experts import (
     WINDOW,

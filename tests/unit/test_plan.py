@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from lumen import forecast, plan
 from lumen import machine as machines
-from lumen.config import read_config
+from lumen.cli import read_config
 from lumen.errors import UserError
 from lumen.forecast import Forecast
 from model import ModelConfig, Transformer

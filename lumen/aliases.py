@@ -1,0 +1,236 @@
+"""Names that other trainers and older versions use, made ours: the table is configs/aliases.yaml.
+
+A key that is met is printed as `hidden_size -> model.d_model 2048`. Where the meaning differs it is
+refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lumen.errors import UserError
+from lumen.values import allowed, as_number, convert, in_words, short
+
+TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
+
+
+@functools.cache
+def table() -> dict[str, dict]:
+    """Foreign name -> its row, {"to": key} where that is all. Names with commas share one."""
+    rows = {}
+    for names, row in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items():
+        row = row if isinstance(row, dict) else {"to": row}
+        if "switch" in row:
+            row |= {"to": row["switch"], "values": {True: row[True], False: row[False]}}
+        values = row.get("values", {})
+        values = {n: new for old, new in values.items() for n in split(old)}
+        rows |= {name: row | {"values": values} for name in split(names)}
+    return rows
+
+
+def split(names) -> list:
+    return names.split(", ") if isinstance(names, str) else [names]
+
+
+@dataclass
+class Claim:
+    """What one key that was written says of one of ours."""
+
+    name: str  # as written: "hidden_size", "model.hidden_size"
+    given: object  # the value as written
+    key: str  # ours
+    value: object  # ours
+    agrees: tuple = ()  # other values of ours that it does not contradict
+    weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names
+
+
+@dataclass
+class Renaming:
+    """What became of the foreign names in one tree of keys."""
+
+    moved: dict[str, str] = field(default_factory=dict)  # our key: the name it was written under
+    wrong: list[str] = field(default_factory=list)  # refusals, each with its place
+    notes: list[str] = field(default_factory=list)
+    ignored: dict[str, list[str]] = field(default_factory=dict)  # why: names
+
+
+def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | None = None):
+    """Make the foreign names in `tree` ours, in place -> Renaming.
+
+    own: {our key, as "model.d_model": its type}. where(key): file and line. under: the tree of the
+    file that `tree` was typed over; a switch that is on does not touch what it says.
+    """
+    done, under = Renaming(), under or {}
+    lift_sections(tree, done, where)
+    given = written(tree, own)
+    claims: dict[str, list[Claim]] = {}
+    for name, value in given.items():
+        row = row_of(name, value, own)
+        if row is None:
+            continue
+        said = claim(name, value, row)
+        switch = row.get("with")
+        off = switch and not given.get(switch) and get(under, row["to"]) is None
+        if off:
+            said = {"ignore": f"{switch} is not true"}
+        if isinstance(said, Claim):
+            claims.setdefault(said.key, []).append(said)
+        elif "refuse" in said:
+            done.wrong.append(f"{where(name)}: {name}: {short(value)}: {said['refuse']}")
+        else:
+            done.ignored.setdefault(said["ignore"], []).append(name)
+        drop(tree, name)
+    for several in claims.values():
+        settle(tree, several, own, where, under, done)
+    for why, names in done.ignored.items():
+        done.notes.append(f"{', '.join(names)} has no effect: {why}")
+    return done
+
+
+def lift_sections(tree: dict, done: Renaming, where) -> None:
+    """What a `training_params:` holds is read as if it stood at the top level."""
+    for section in [name for name in tree if table().get(name, {}).get("section")]:
+        inner = tree.pop(section)
+        if not isinstance(inner, dict):
+            done.wrong.append(f"{where(section)}: {section}: a mapping of keys is expected")
+            continue
+        for name, value in inner.items():
+            if name in tree:
+                text = f"{section}.{name} stands at the top level too; drop one"
+                done.wrong.append(f"{where(f'{section}.{name}')}: {text}")
+            tree[name] = value
+            done.moved[name] = f"{section}.{name}"
+
+
+def blocks_of(own: dict) -> list[str]:
+    return sorted({name.partition(".")[0] for name in own if "." in name})
+
+
+def written(tree: dict, own: dict) -> dict[str, object]:
+    """Every key that was written: {"model.d_model": its value}."""
+    found = {}
+    for name, value in tree.items():
+        if name not in blocks_of(own):
+            found[str(name)] = value
+        elif isinstance(value, dict):
+            found |= {f"{name}.{below}": inner for below, inner in value.items()}
+    return found
+
+
+def row_of(name: str, value, own: dict) -> dict | None:
+    """The row of the table for a key and its value; None where there is nothing to do.
+
+    Our own key has one where the table knows another name for this value. A key of a block that
+    stands at the top level goes into its block.
+    """
+    bare = name.rpartition(".")[2]
+    if name in own:
+        row = table().get(name)
+        known = row is not None and "values" in row and plain(value) in row["values"]
+        return row | {"to": name} if known else None
+    row = table().get(bare, {})
+    if row.keys() & {"to", "ignore", "refuse"}:
+        return row
+    homes = [f"{block}.{bare}" for block in blocks_of(own) if f"{block}.{bare}" in own]
+    return {"to": homes[0], "values": {}} if name == bare and len(homes) == 1 else None
+
+
+def plain(value):
+    """A value as the table writes it: 'true' is true, '1e-2' is 0.01, a list is its text."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    number = None if isinstance(value, bool) else as_number(value, float)
+    if number is not None:
+        return number
+    return str(value) if isinstance(value, (dict, list)) else value
+
+
+def claim(name: str, value, row: dict) -> Claim | dict:
+    """What a row of the table makes of a value: a Claim, {ignore: why} or {refuse: why}."""
+    key, is_off = row.get("to"), plain(value) in (None, False)
+    if plain(value) in row["values"]:
+        new = row["values"][plain(value)]
+        if isinstance(new, dict):
+            return new
+        first, *agrees = new if isinstance(new, list) else [new]
+        weight = 1
+        if row.get("switch"):
+            weight = 2 if is_off else 0
+        return Claim(name, value, key, first, tuple(agrees), weight)
+    if "refuse" in row:
+        return {"ignore": "it is off"} if is_off else row
+    if "ignore" in row:
+        return row
+    if value is None:
+        return {"ignore": "it is null"}
+    if "range" in row and not allowed(as_number(value, float), row["range"]):
+        return {"refuse": f"must be {in_words(row['range'])}"}
+    if "form" in row:
+        return Claim(name, value, key, row["form"].replace("NAME", str(value)))
+    return Claim(name, value, key, value)
+
+
+def settle(tree, several: list[Claim], own, where, under: dict, done: Renaming) -> None:
+    """Give one of our keys the value that foreign names say; refuse what contradicts another."""
+    best = max(several, key=lambda said: said.weight)
+    key, ours = best.key, get(tree, best.key)
+    if best.weight == 0 and (ours is not None or get(under, key) is not None):
+        return  # how much of it there is says our key
+    for other in several:
+        if other.weight == best.weight and not same(key, best.value, other.value, own):
+            text = f"{other.name}: {as_yaml(other.given)} and {best.name}: {as_yaml(best.given)}"
+            done.wrong.append(f"{where(best.name)}: {text} are both {key} here; drop one")
+    if ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
+        text = f"{best.name}: {as_yaml(best.given)} is {key}: {as_yaml(best.value)} here"
+        done.wrong.append(f"{where(best.name)}: {text}, and {key}: {as_yaml(ours)}; drop one")
+    if ours is None:
+        put(tree, key, best.value)
+        done.moved[key] = best.name
+    short_name = best.name if best.value == best.given else f"{best.name} {as_yaml(best.given)}"
+    done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}")
+
+
+def same(key: str, a, b, own: dict) -> bool:
+    """Whether two spellings mean one value: 3e-4 and "0.0003"."""
+    with contextlib.suppress(UserError, KeyError):
+        return convert(a, own[key], "") == convert(b, own[key], "")
+    return a == b
+
+
+def as_yaml(value) -> str:
+    """A value as a user writes it, cut where it is long."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) and len(value) < 60 else short(value)
+
+
+# ---------------------------------------------------------------- places in a tree
+
+
+def get(tree: dict, key: str):
+    """What stands at "model.d_model", None where nothing does."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def put(tree: dict, key: str, value) -> None:
+    block, _, name = key.rpartition(".")
+    if block:
+        if not isinstance(tree.get(block), dict):
+            tree[block] = {}
+        tree = tree[block]
+    tree[name] = value
+
+
+def drop(tree: dict, key: str) -> None:
+    block, _, name = key.rpartition(".")
+    (tree[block] if block else tree).pop(name)

@@ -1,0 +1,381 @@
+"""`train.py CONFIG --key value`: the YAML file or preset and the words typed over it -> `Config`.
+
+What is typed beats what the file says, also where the file says it in another way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lumen import aliases
+from lumen.config import BLOCKS, FLAGS, SIMULATED, Config, build_config, open_blocks, own_keys
+from lumen.errors import UserError, expand, nearest
+from lumen.values import convert, short
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TYPED = "command line"  # where a key stands that is in no file
+PIPES: dict[str, str] = {}  # what can be read only once: main() and the Trainer both ask for it
+# Typed, a key replaces these of the file, which say the same in another way.
+INSTEAD = {
+    "max_steps": ("num_epochs", "tokens_per_parameter"),
+    "num_epochs": ("max_steps", "tokens_per_parameter"),
+    "tokens_per_parameter": ("max_steps", "num_epochs"),
+    "batch_tokens": ("gradient_accumulation_steps",),
+    "gradient_accumulation_steps": ("batch_tokens",),  # batch_size alone goes with batch_tokens
+    "data_dir": ("data", "prepare"),
+    "data": ("data_dir", "prepare"),
+    "prepare": ("data_dir", "data"),
+    "model.ffn_hidden_multiplier": ("model.d_ff",),
+    "model.moe_layers": ("model.moe_every", "model.n_dense_layers"),
+    "model.moe_every": ("model.moe_layers",),
+    "model.mod_layers": ("model.mod_every", "model.mod_start_layer", "model.mod_end_layer"),
+    "model.mod_every": ("model.mod_layers",),
+}
+
+
+# ---------------------------------------------------------------- YAML
+
+
+class Plain(yaml.SafeLoader):
+    """YAML whose numbers and dates stay as written where they would become something else.
+
+    010 is no 8, 1:30 no 90, and a folder called 0.10 or 2026-01-02 keeps its name. convert() makes
+    numbers where they belong.
+    """
+
+    def construct_number(self, node):
+        text = node.value
+        if re.fullmatch(r"[-+]?(0|[1-9]\d*)", text) and len(text) < 20:
+            return int(text)
+        try:
+            return float(text) if repr(float(text)) == text else text
+        except ValueError:
+            return text
+
+
+for kind in ("int", "float", "timestamp"):
+    Plain.add_constructor(f"tag:yaml.org,2002:{kind}", Plain.construct_number)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with its mark. E001, E002."""
+    if str(path) in PIPES:
+        return PIPES[str(path)]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError("E001", f"{path} cannot be read: {error.strerror}") from error
+    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        what = f"byte 0x{data[error.start]:02x} is not {error.encoding.upper()}"
+        text = f"{path}:{line}: {what}; convert the file, for instance with iconv"
+        raise UserError("E002", text) from error
+    if not path.is_file():
+        PIPES[str(path)] = text
+    return text
+
+
+def without_comments(text: str) -> str:
+    """JSON as YAML reads it: no `//` comments, no tabs between values."""
+    kept = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|\t')
+    return kept.sub(lambda match: match[1] or " ", text)
+
+
+def key_lines(node, path: Path) -> dict[str, int]:
+    """The line of each key of a YAML document: {"model.d_model": 7}. E002 where one comes twice."""
+    lines: dict[str, int] = {}
+    seen = set()  # nodes: an anchor may be met twice, or in itself
+
+    def walk(node, prefix: str) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                lines[f"{prefix}[{i}]"] = item.start_mark.line + 1
+                walk(item, f"{prefix}[{i}]")
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                name = f"{prefix}.{key.value}" if prefix else str(key.value)
+                merge = key.tag == "tag:yaml.org,2002:merge"  # <<: *other
+                if merge:
+                    name = prefix
+                elif name in lines:
+                    text = f"{path}:{line}: {name} stands here for the second time"
+                    raise UserError("E002", text)
+                lines[name] = line
+                walk(value, name)
+
+    walk(node, "")
+    return lines
+
+
+def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
+    """A YAML or JSON file as a dict, and the line of each key. Keys given twice are refused."""
+    text = read_text(path)
+    if path.suffix == ".json":
+        text = without_comments(text)
+    tree, lines = {}, {}
+    try:
+        loader = Plain(text)
+        node = loader.get_single_node()
+        if node is not None:
+            lines = key_lines(node, path)
+            tree = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError("E002", f"{path}{line}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        text = f"{path}: not a configuration: nested too deeply, or in itself"
+        raise UserError("E002", text) from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        text = f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}"
+        raise UserError("E002", text)
+    return tree, lines
+
+
+def typed_value(text: str):
+    """A word of the command line as YAML reads it, "" as null; what is no YAML is a text."""
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+        return yaml.load(text, Plain) if text else None  # Plain is a SafeLoader
+    return text
+
+
+# ---------------------------------------------------------------- file and command line
+
+
+@dataclass
+class CommandLine:
+    """The words behind `train.py`: CONFIG, keys over it, flags."""
+
+    config: str | None = None
+    tree: dict = field(default_factory=dict)  # keys as typed, in the blocks of a YAML
+    typed: set[str] = field(default_factory=set)  # their names, "model.d_model"
+    flags: dict = field(default_factory=dict)  # FLAGS and SIMULATED
+
+
+def read_words(argv: list[str]) -> CommandLine:
+    """Words -> CommandLine; --key value, --key=value, hyphens or underscores. E002."""
+    words, line = list(argv), CommandLine()
+    if words and not words[0].startswith("-"):
+        line.config = words.pop(0)
+    open_blocks(line.tree, lambda key: TYPED)
+    while words:
+        word = words.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            text = "options look like --key value or --key=value"
+            raise UserError("E002", f"{TYPED}: {short(word)}: {text}")
+        key, has_value, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in FLAGS:
+            line.flags[key] = not has_value or convert(value, bool, f"{TYPED}: --{key}")
+            continue
+        if not has_value:
+            follows = words and not words[0].startswith("--")
+            if not follows and not may_stand_alone(key):
+                raise UserError("E002", f"{TYPED}: --{key} needs a value")
+            value = words.pop(0) if follows else "true"
+        if key in SIMULATED:
+            line.flags[key] = simulated(key, value)
+        else:
+            target, name = slot(line.tree, key)
+            target[name] = typed_value(value)
+            line.typed.add(key)
+            open_blocks(line.tree, lambda key: TYPED)
+    asked = [key for key in line.flags if key in SIMULATED]
+    if asked and not line.flags.get("dry_run"):
+        text = "goes with --dry_run only; torchrun sets the real number"
+        raise UserError("E002", f"{TYPED}: --{asked[0]} {text}")
+    return line
+
+
+def may_stand_alone(key: str) -> bool:
+    """Whether --key without a value means true; a key that nobody knows is told so later."""
+    if key in SIMULATED:
+        return False
+    own = own_keys()
+    row = aliases.table().get(key, {})
+    if key not in own and True in row.get("values", {}):
+        return True
+    kind = own.get(key) or own.get(row.get("to"), bool)
+    return bool in (kind, *typing.get_args(kind))
+
+
+def simulated(key: str, value: str):
+    """The value of an option of --dry_run. E002."""
+    found = convert(value, SIMULATED[key][0], f"{TYPED}: --{key}")
+    if not isinstance(found, str) and found <= 0:
+        raise UserError("E002", f"{TYPED}: --{key}: {value} must be above 0")
+    return found
+
+
+def slot(tree: dict, key: str) -> tuple[dict, str]:
+    """The mapping in which a key stands, and its name there."""
+    block, _, name = key.partition(".")
+    return (tree[block], name) if name and block in BLOCKS else (tree, key)
+
+
+class Places:
+    """Where each key stands: file and line, or the command line."""
+
+    def __init__(self, path: Path | None, lines: dict[str, int]):
+        self.known = {key: f"{path}:{line}" for key, line in lines.items()}
+        self.otherwise = str(path or TYPED)
+
+    def __call__(self, key: str) -> str:
+        """Its place, or that of the innermost mapping around it that was written."""
+        while key and key not in self.known:
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return self.known.get(key, self.otherwise)
+
+    def type_over(self, key: str) -> None:
+        """It is typed, with all that stands inside it."""
+        inner = (f"{key}.", f"{key}[")
+        self.known = {k: place for k, place in self.known.items() if not k.startswith(inner)}
+        self.known[key] = TYPED
+
+
+def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
+    """YAML file and command line -> (Config, keys as written, notes for the user, flags)."""
+    line, notes = read_words(argv), []
+    path = find_yaml(line.config) if line.config is not None else None
+    tree, lines = load_yaml(path) if path else ({}, {})
+    home = run_of(path) if path else None
+    moved_from = str(tree.get("out_dir")) if home else None
+    if home and not same_place(expand(moved_from), home):
+        tree["out_dir"] = home
+    else:
+        moved_from = None
+    place = Places(path, lines)
+    open_blocks(tree, place)
+    wrong = type_over(tree, line, place, notes)
+    if path and CONFIGS in path.resolve().parents:
+        leave_out_prompt(tree, line.typed, notes)
+    typed_wins(tree, line.typed, notes)
+    if path is None and not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+        usage = "python train.py CONFIG [--key value ...]; CONFIG is your YAML file or a preset"
+        raise UserError("E001", f"which configuration? {usage}: {', '.join(presets())}")
+    cfg = build_config(tree, place, notes, wrong)
+    if moved_from and tree.get("out_dir") == home:
+        text = f"where this config.yaml lies; it says {moved_from}: the run was moved or copied"
+        notes.append(f"out_dir: {home}, {text}")
+    elif home and cfg.out_dir and not same_place(cfg.out_dir, home):
+        notes.append(f"out_dir: {cfg.out_dir}, as typed; {path} is of the run in {home}")
+    if cfg.out_dir is None:
+        name = path.stem if path and path.is_file() else "run"
+        cfg = dataclasses.replace(cfg, out_dir=f"out/{name}")
+    return cfg, tree, notes, line.flags
+
+
+def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) -> list[str]:
+    """Put what was typed over the file's keys, both under our names first -> what is refused."""
+    own = own_keys()
+    of_file = aliases.rename(tree, own, place)
+    place.known |= {key: place(name) for key, name in of_file.moved.items()}
+    of_words = aliases.rename(line.tree, own, lambda key: TYPED, tree)
+    line.typed = (line.typed - set(of_words.moved.values())) | set(of_words.moved)
+    if any(key.startswith("prepare.") for key in line.typed):
+        line.typed.add("prepare")
+    notes += of_file.notes + of_words.notes
+    for block in BLOCKS:
+        if block in line.typed:  # a whole block was typed: it replaces the file's
+            tree[block] = {}
+        tree[block] |= line.tree.pop(block)
+    tree |= line.tree
+    for key in line.typed:
+        place.type_over(key)
+    return of_file.wrong + of_words.wrong
+
+
+def leave_out_prompt(tree: dict, typed: set[str], notes: list[str]) -> None:
+    """A preset's sample_prompt continues the preset's own text, no other data."""
+    own = next((key for key in ("prepare", "data_dir", "data") if key in typed), None)
+    if own and "sample_prompt" in tree and "sample_prompt" not in typed:
+        tree.pop("sample_prompt")
+        text = "the preset's sample_prompt goes with its own data, not with"
+        notes.append(f"{text} --{own}: no sample")
+
+
+def typed_wins(tree: dict, typed: set[str], notes: list[str]) -> None:
+    """What is typed beats what the file says in another way, with a note."""
+    for key in [key for key in INSTEAD if key in typed]:
+        ours = aliases.get(tree, key)
+        if ours is None or ours is False:
+            continue
+        for other in INSTEAD[key]:
+            theirs = aliases.get(tree, other)
+            if theirs is None or theirs is False or other in typed:
+                continue
+            if other == "prepare" and isinstance(theirs, dict) and theirs.get("out") == ours:
+                continue  # data_dir is what the file prepares
+            aliases.drop(tree, other)
+            notes.append(f"{key} was typed: {other}: {short(theirs)} of the file is left out")
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset."""
+    files = sorted(CONFIGS.rglob("*.yaml"))
+    return {path.stem: path for path in files if path != aliases.TABLE}
+
+
+def find_yaml(name: str) -> Path:
+    """A path, or the name of a preset in configs/. E001 with what may be meant."""
+    path, known = Path(expand(name)), presets()
+    try:
+        if path.exists() and not path.is_dir():  # a pipe is right too
+            return path
+        if name in known:
+            return known[name]
+        hint = elsewhere(name, path, known)
+    except (OSError, ValueError) as error:  # too long for a name, a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError("E001", f"{short(name)}: {reason}") from error
+    raise UserError("E001", f"{name} {hint}")
+
+
+def elsewhere(name: str, path: Path, known: dict[str, Path]) -> str:
+    """Why there is no configuration at `path`, and which file may be meant."""
+    if path.is_dir():
+        if (path / "config.yaml").is_file():
+            return f"is a folder; did you mean {path / 'config.yaml'}?"
+        return "is a folder; a YAML file, or the name of a preset, is expected"
+    ours = CONFIGS.parent / name
+    if ours.is_file():
+        hint = f": {path.stem} alone names that preset" if known.get(path.stem) == ours else ""
+        return f"does not exist in {Path.cwd()}; {ours} does{hint}"
+    here = [str(p) for p in path.parent.glob("*.y*ml")]
+    near = nearest(str(path), here)
+    if preset := nearest(path.stem, known):
+        near = near or f"configs/{preset}.yaml"
+    hint = f"did you mean {near}?" if near else f"presets: {', '.join(known)}"
+    return f"does not exist; {hint}"
+
+
+def same_place(a, b) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def run_of(path: Path) -> str | None:
+    """The folder of the run that a configuration lies in, which may have been moved or copied."""
+    if path.name not in ("config.yaml", "resolved.yaml"):
+        return None
+    folder = path.parent
+    a_run = (folder / "status.json").exists() or any(folder.glob("step_*/manifest.json"))
+    return str(folder) if a_run else None
