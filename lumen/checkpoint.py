@@ -236,6 +236,13 @@ def modernised(state: dict) -> dict:
         keys = state.get(block, {})
         if "expert_back_end" in keys:
             keys["expert_backend"] = keys.pop("expert_back_end")
+    if "auto" in state:  # what is `run` now; some of it stood in the resolved configuration only
+        run = state["run"] = state.pop("auto")
+        run["rows_per_step"] = run.pop("rows")
+        run["segments"] = state.pop("segments")
+        run["accumulation"] = state["config"]["gradient_accumulation_steps"]
+        for name in ("min_lr", "warmup_steps"):
+            run[name] = state["config"][name]
     return state
 
 

@@ -196,10 +196,12 @@ class ByHand:
                     raise UserError(
                         "E309", f"dataset: sources named {list(self.sources)} are expected"
                     )
-                loader = Loader(dataset, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
+                loader = Loader(
+                    dataset, self.cfg.seed, self.run.segments, self.cfg.model.vocab_size
+                )
                 self.loader.close()
                 self.sources, self.loader = dataset, loader
-            self.set_micro_batch(self.cfg.batch_size)
+            self.set_micro_batch(self.run.micro_batch)
 
         return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
 
@@ -257,7 +259,7 @@ class ByHand:
         if not seen:
             return {"refused": "E308", "reason": "no step has been made yet"}
         used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        epochs = self.loader.epochs(seen["cursor"] + self.run.rows_per_step)
         return {
             "loss": seen["loss"],
             "learning_rate": seen["lr"],
@@ -273,7 +275,7 @@ class ByHand:
         steps, seconds = self.step - self.clock_step, time.perf_counter() - self.clock
         if steps <= 0:
             return self.speed
-        return steps * self.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
+        return steps * self.run.rows_per_step * self.cfg.model.max_seq_len / max(seconds, 1e-9)
 
     def _extract_moe_routing_stats(self) -> dict:
         """get_expert_statistics, by the name it has in LuminaAI."""

@@ -43,8 +43,8 @@ class Report:
     def start_block(self, notes: list[str]) -> None:
         """What will run, before it runs."""
         cfg, m, say = self.cfg, self.cfg.model, self.say
-        n, T, rows = self.counted.n_params(), m.max_seq_len, self.rows_per_step
-        tokens = rows * T * cfg.max_steps
+        n, T, rows = self.counted.n_params(), m.max_seq_len, self.run.rows_per_step
+        tokens = rows * T * self.run.max_steps
         for note in (
             *notes,
             *self.machine.notes,
@@ -70,11 +70,13 @@ class Report:
             say(
                 f"data       {name}: {s.tokens:,} train tokens, {held:,} val{tail}; {unused:.3f} % unused; {s.path}"
             )
-        layout = f"{cfg.gradient_accumulation_steps} micro-steps x {self.parallel.rows()[1]} ranks"
-        say(f"batch      {rows * T:,} tokens a step: {cfg.batch_size} rows x {T} tokens x {layout}")
+        layout = f"{self.run.accumulation} micro-steps x {self.parallel.rows()[1]} ranks"
+        say(
+            f"batch      {rows * T:,} tokens a step: {self.run.micro_batch} rows x {T} tokens x {layout}"
+        )
         windows = sum(s.windows for s in self.sources.values())
-        epochs = f", {rows * cfg.max_steps / windows:.2f} epochs" if windows else ""
-        say(f"length     {cfg.max_steps:,} steps, {tokens:,} tokens{epochs}")
+        epochs = f", {rows * self.run.max_steps / windows:.2f} epochs" if windows else ""
+        say(f"length     {self.run.max_steps:,} steps, {tokens:,} tokens{epochs}")
         if windows:
             counts = (
                 self.n_working,
@@ -86,8 +88,8 @@ class Report:
             for line in plan.plan_lines(plan.chinchilla(*counts, moe=bool(m.n_experts))):
                 say(line)
         warm_up = "30 % of it upwards: " if cfg.lr_schedule == "onecycle" else ""
-        warm_up += f"{self.warm_up} warm-up steps"
-        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {cfg.min_lr:g}, {warm_up}")
+        warm_up += f"{self.run.peak_step} warm-up steps"
+        say(f"schedule   {cfg.lr_schedule} {cfg.learning_rate:g} -> {self.run.min_lr:g}, {warm_up}")
         for line in (*self.rate_lines(), *self.validation_lines()):
             say(f"advice     {line}")
         if self.dry_run and self.dry_run["hardware"] != "measured":
@@ -101,17 +103,22 @@ class Report:
             f"compute    {per_token} a token, {in_all} in all: {least} if every FLOP ran at the matrix peak, {peak}"
         )
         flags = f" ({' '.join(machines.cpu_flags())})" if self.machine.device.type == "cpu" else ""
-        state = f"{cfg.precision}, compile {cfg.compile_model}, deterministic {cfg.deterministic}"
+        state = f"{self.run.precision}, compile {self.run.compile_model}, deterministic {self.run.deterministic}"
         say(
             f"device     {self.machine.device} {self.machine.name}{flags}, {torch.get_num_threads()} threads: {state}"
         )
-        say(f"attention  {cfg.attention}: {self.attention_why}")
-        steps, how = cfg.gradient_accumulation_steps, (cfg.precision, cfg.activation_checkpointing)
+        say(f"attention  {self.run.attention}: {self.run.attention_why}")
+        steps, how = self.run.accumulation, (self.run.precision, cfg.activation_checkpointing)
         if self.parallel.layout.shard == 1:
-            need = plan.memory(m, n["total"], cfg.batch_size, *how, self.parallel.layout.cuda)
+            need = plan.memory(m, n["total"], self.run.micro_batch, *how, self.parallel.layout.cuda)
         else:
             need = plan.rank_memory(
-                self.counted, self.parallel.layout, cfg.batch_size, steps, *how, plan.IMBALANCE
+                self.counted,
+                self.parallel.layout,
+                self.run.micro_batch,
+                steps,
+                *how,
+                plan.IMBALANCE,
             )
         parts = ", ".join(
             f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak")
@@ -128,14 +135,14 @@ class Report:
             say(
                 "advice     fewer tokens than parameters, read more than once: such a model mostly memorises"
             )
-        if self.machine.device.type == "cuda" and cfg.deterministic:
+        if self.machine.device.type == "cuda" and self.run.deterministic:
             say("advice     deterministic: true costs speed on CUDA (not measured yet)")
 
     def rate_lines(self) -> list[str]:
         """What is odd about the learning rate, seen before a step is made."""
         cfg, lines = self.cfg, []
         usual = 0.5 / cfg.model.d_model  # near GPT-3's, 768 to 12288 wide (Brown et al. 2020)
-        peak, steps, up = cfg.learning_rate, cfg.max_steps, self.warm_up
+        peak, steps, up = cfg.learning_rate, self.run.max_steps, self.run.peak_step
         if peak > min(1e-2, 10 * usual):
             text = f"learning_rate {peak:g} is far above what {cfg.optimizer} bears at this width"
             text += f", {min(1e-2, 2 * usual):.1g} is usual"
@@ -180,7 +187,7 @@ class Report:
         from tools import simulate  # upward, and only in a dry run
 
         cfg, m, given = self.cfg, self.cfg.model, self.dry_run
-        layout, precision = self.parallel.layout, given.get("precision", cfg.precision)
+        layout, precision = self.parallel.layout, given.get("precision", self.run.precision)
         hw, mode = (
             machines.hardware(given["hardware"], self.machine, given),
             cfg.activation_checkpointing,
@@ -188,7 +195,7 @@ class Report:
         assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given} | {
             "share": cfg.target_memory
         }
-        counts = (cfg.batch_size, self.rows_per_step, cfg.max_steps, precision, mode)
+        counts = (self.run.micro_batch, self.run.rows_per_step, self.run.max_steps, precision, mode)
         lines, best = simulate.dry_run_lines(
             self.counted, layout, *counts, given["hardware"], hw, **assumed
         )
@@ -232,7 +239,7 @@ class Report:
             text += f"; balance: loss {m.aux_loss_weight:g}, bias {m.bias_update_rate:g}"
             drop = f"capacity {m.capacity_factor:g}" if m.capacity_factor else "dropless"
             lines.append(
-                f"experts    {text}; {drop}; {self.cfg.expert_backend}: {self.experts_why}"
+                f"experts    {text}; {drop}; {self.run.expert_backend}: {self.run.experts_why}"
             )
         if mod:
             what = "FFN" if m.mod_ffn_only else "block"
@@ -240,7 +247,7 @@ class Report:
             text = f"{m.mod_routing} routing, capacity {mean:.3g}, {what} of {len(mod)} layers"
             anneal = f", from 1.0 over {m.mod_anneal_steps} steps" if m.mod_anneal_steps else ""
             lines.append(f"depth      {text}{anneal}")
-        if m.mod_anneal_steps > self.cfg.max_steps and mod:
+        if m.mod_anneal_steps > self.run.max_steps and mod:
             lines.append(
                 f"advice     mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen"
             )
@@ -331,9 +338,9 @@ class Report:
         cfg, done = self.cfg, seen["step"] + 1
         seconds = max(1e-9, time.perf_counter() - self.clock)
         steps = max(1, done - self.clock_step)
-        speed = self.speed = steps * self.rows_per_step * cfg.model.max_seq_len / seconds
+        speed = self.speed = steps * self.run.rows_per_step * cfg.model.max_seq_len / seconds
         cuda = self.parallel.device.type == "cuda"
-        epochs = self.loader.epochs(seen["cursor"] + self.rows_per_step)
+        epochs = self.loader.epochs(seen["cursor"] + self.run.rows_per_step)
         row = {"step": done, "attempt": self.attempt, "tokens": self.tokens, "loss": seen["loss"]}
         row |= {
             "ppl": math.exp(min(seen["loss"], 50.0)),
@@ -370,7 +377,7 @@ class Report:
         row |= self.routing_row(seen)
         row |= {f"epoch/{n}" if len(epochs) > 1 else "epoch": e for n, e in epochs.items()}
         self.record(row)
-        left = (cfg.max_steps - done) * seconds / steps
+        left = (self.run.max_steps - done) * seconds / steps
         share = "mfu -" if row["mfu"] is None else f"mfu {100 * mfu:.0f} %"
         share += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs.values()):.2f}"
         numbers = f"loss {seen['loss']:.4f}  ppl {row['ppl']:.4g}"
@@ -380,7 +387,7 @@ class Report:
         )
         share += f"  {row['mem_reserved'] / 2**30:.1f} GiB" if cuda else ""
         went = f"{clock(sum(self.spent.values()))} gone, {clock(left)} left"
-        self.say(f"step {done:>6}/{cfg.max_steps}  {numbers}  {share}  {went}")
+        self.say(f"step {done:>6}/{self.run.max_steps}  {numbers}  {share}  {went}")
         for line in self.routing_lines(seen):
             self.say(line)
         if self.bar:
@@ -432,7 +439,7 @@ class Report:
         if "experts" in seen:
             e, layers = seen["experts"], seen["experts"]["layers"]
             nominal = (
-                self.rows_per_step * cfg.max_seq_len
+                self.run.rows_per_step * cfg.max_seq_len
             )  # of which a router inside MoD sees a part
             in_force = next(
                 iter(self.moe.values())
@@ -540,23 +547,21 @@ class Report:
         share = used / machines.total_memory(self.parallel.device)
         unique = sum(s.windows for s in self.sources.values()) * T
         limits = (cfg.chinchilla_multiplier, cfg.min_auto_epochs, cfg.max_auto_epochs)
-        steps, why = plan.auto_steps(self.n_working, unique, self.rows_per_step * T, *limits)
+        steps, why = plan.auto_steps(self.n_working, unique, self.run.rows_per_step * T, *limits)
         asked = self.written.get("batch_size")
         found = f"as run, {100 * share:.0f} % of the memory used"
-        if asked not in (None, cfg.batch_size):
+        if asked not in (None, self.run.micro_batch):
             found = f"{asked} was asked for; " + (self.hint or found)
         lines = [
             f"# made at the end of {self.out}, {n['total']:,} parameters; the comments say why"
         ]
-        lines += [f"batch_size: {cfg.batch_size}  # {found}"]
-        accumulate = (
-            f"{cfg.gradient_accumulation_steps} micro-steps on {self.parallel.rows()[1]} ranks"
-        )
+        lines += [f"batch_size: {self.run.micro_batch}  # {found}"]
+        accumulate = f"{self.run.accumulation} micro-steps on {self.parallel.rows()[1]} ranks"
         lines += [
-            f"batch_tokens: {self.rows_per_step * T}  # as run; accumulation follows from it: {accumulate}"
+            f"batch_tokens: {self.run.rows_per_step * T}  # as run; accumulation follows from it: {accumulate}"
         ]
         lines += [
-            f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {cfg.max_steps}"
+            f"max_steps: {steps}  # {why.removeprefix('length').strip()}; this run had {self.run.max_steps}"
         ]
         rolled = len(self.orchestrator.rollbacks)
         if rolled:

@@ -143,7 +143,7 @@ def gradient(t, at, factor, turns=1):
 def data(t, at, what, steps):
     def batch(real, row, count):
         (x, y), rng = real(row, count), np.random.default_rng(row)
-        if 0 <= row // t.rows_per_step - at + 1 < steps:
+        if 0 <= row // t.run.rows_per_step - at + 1 < steps:
             if what == "targets":
                 y[:] = rng.permuted(y, axis=1)
             else:
@@ -178,7 +178,7 @@ def no_memory(t, at, rows):
 
 def no_memory_in_step(t, at):
     def step(real):
-        if t.orchestrator.turn >= at and t.cfg.batch_size > 8:
+        if t.orchestrator.turn >= at and t.run.micro_batch > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
         real()
 

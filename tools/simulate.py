@@ -393,7 +393,7 @@ def fake_run(cfg: Config, layout: plan.Layout, small: ModelConfig) -> dict[str, 
     try:
         with torch.device("meta"):
             model = Transformer(small)
-        dtype = Sharded.compute_dtype(cfg)
+        dtype = Sharded.compute_dtype(cfg.precision)
         parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
         model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
         with FakeTensorMode(allow_non_fake_inputs=True):
