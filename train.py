@@ -44,6 +44,7 @@ from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report
+from lumen.resolve import Run, resolved, rise
 from lumen.resume import prepare_first
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
@@ -53,24 +54,25 @@ from model_moe import draw_dropout, update_balance
 # ---------------------------------------------------------------- schedule and optimizer
 
 
-def lr_at(cfg: Config, step: int) -> float:
-    """The learning rate of turn `step` (from 0) of cfg.max_steps; needs resolved warmup_steps and min_lr."""
-    peak, low, n = cfg.learning_rate, cfg.min_lr, cfg.max_steps
+def lr_at(cfg: Config, run: Run, step: int) -> float:
+    """The learning rate of step `step` (from 0) of run.max_steps, before the orchestrator's factor."""
+    peak, low, n = cfg.learning_rate, run.min_lr, run.max_steps
     if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
-        up = rise(cfg)
+        up = run.peak_step
         if step < up:
             return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
         return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
-    if step < cfg.warmup_steps:
-        return peak * (step + 1) / cfg.warmup_steps
+    if step < run.warmup_steps:
+        return peak * (step + 1) / run.warmup_steps
+    if cfg.lr_schedule == "constant":
+        return peak
     if cfg.lr_schedule == "wsd":  # warm-up, stable, decay
         decay = max(1, round(cfg.decay_frac * n))
         return low + (peak - low) * min(1.0, (n - step) / decay)
-    done = (step - cfg.warmup_steps) / max(1, n - cfg.warmup_steps)
-    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[
-        cfg.lr_schedule
-    ]
-    return peak if cfg.lr_schedule == "constant" else low + (peak - low) * share
+    done = (step - run.warmup_steps) / max(1, n - run.warmup_steps)
+    cosine = cfg.lr_schedule == "cosine"
+    share = (1 + math.cos(math.pi * done)) / 2 if cosine else 1 - done
+    return low + (peak - low) * share
 
 
 def mix(seed: int, row: int) -> int:
@@ -81,23 +83,32 @@ def mix(seed: int, row: int) -> int:
     )
 
 
-def rise(cfg: Config) -> int:
-    """Steps until the learning rate is at its peak."""
-    return max(1, int(0.3 * cfg.max_steps)) if cfg.lr_schedule == "onecycle" else cfg.warmup_steps
-
-
-def leap(before: dict, cfg: Config, step: int) -> str | None:
-    """A resumed run whose learning rate would leap: the rate that the resolved configuration `before` had for
-    `step` against that of `cfg`, and what makes the difference."""
-    then = types.SimpleNamespace(**dataclasses.asdict(cfg) | before)
-    was, now = lr_at(then, max(0, min(step, then.max_steps - 1))), lr_at(cfg, step)
-    if step >= cfg.max_steps or now <= 1.5 * was and was <= 1.5 * now:
+def leap(before: dict, cfg: Config, run: Run, step: int) -> str | None:
+    """A resumed run whose learning rate would leap: the rate of `step` by the configuration `before`, as the
+    checkpoint has it resolved, against today's, and what makes the difference; None where it does not."""
+    now = resolved(cfg, run)
+    then = types.SimpleNamespace(**now | before)
+    then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
+    was = lr_at(then, then, max(0, min(step, then.max_steps - 1)))
+    becomes = lr_at(cfg, run, step)
+    if step >= run.max_steps or (becomes <= 1.5 * was and was <= 1.5 * becomes):
         return None
-    keys = "learning_rate min_lr lr_schedule max_steps warmup_steps decay_frac".split()
-    changed = [k for k in keys if getattr(then, k) != getattr(cfg, k)]
-    why = ", ".join(f"{k} {getattr(then, k)} -> {getattr(cfg, k)}" for k in changed)
-    text = f"the learning rate leaps from {was:.2e} to {now:.2e} at step {step} ({why}); lr_schedule: wsd"
-    return f"{text} can be made longer without that, init_from starts a new schedule"
+    why = []
+    for key in (
+        "learning_rate",
+        "min_lr",
+        "lr_schedule",
+        "max_steps",
+        "warmup_steps",
+        "decay_frac",
+    ):
+        if getattr(then, key) != now[key]:
+            why.append(f"{key} {getattr(then, key)} -> {now[key]}")
+    text = (
+        f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step} ({', '.join(why)})"
+    )
+    text += "; lr_schedule: wsd can be made longer without that, init_from starts a new schedule"
+    return text
 
 
 # ---------------------------------------------------------------- parallel
@@ -162,10 +173,10 @@ class Parallel(Rows):
         """(index, count): which reader of the data this rank is."""
         return self.rank, self.world
 
-    def build(self, cfg: Config, fill: bool = True) -> Transformer:
+    def build(self, cfg: Config, precision: str, fill: bool = True) -> Transformer:
         """The model on this rank's device, with its initial weights.
 
-        Not `fill`: without them, for others are about to be copied in.
+        `precision`: as resolved. Not `fill`: without weights, for others are about to be copied in.
         """
         with torch.device(self.device):
             model = Transformer(cfg.model)
@@ -391,7 +402,6 @@ class Trainer(ByHand):
         self.pending, self.model, self.loss_scale = None, None, None
         self.latest: StepNumbers | None = None  # of the last finished step
         self.forecast, self.outlook, self.best_parts = forecast.Forecast(), {}, []
-        self.experts_why = ""
         self.measured_on = None  # which validation set val_loss and what follows from it are of
         self.changes, self.origin = (
             [],
@@ -716,23 +726,23 @@ class Trainer(ByHand):
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
         cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
-        before = saved.state if saved else {"written": {}, "auto": {}}
+        before = saved.state if saved else {"written": {}, "run": {}}
         self.hint, self.measure_memory = None, False
 
         def kept(name, *keys):
             same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
-            return before["auto"].get(name) if same else None
+            return before["run"].get(name) if same else None
 
         def kept_here(
             name, *keys
         ):  # what suited a CPU does not suit a GPU; older checkpoints do not say
             here = par.device.type
-            return kept(name, *keys) if before["auto"].get("device", here) == here else None
+            return kept(name, *keys) if before["run"].get("device", here) == here else None
 
         # batch: rows per step stay what they were, on any world size
         rank_count, rows = (
             par.rows()[1],
-            kept("rows", "batch_size", "gradient_accumulation_steps", "batch_tokens"),
+            kept("rows_per_step", "batch_size", "gradient_accumulation_steps", "batch_tokens"),
         )
         if rows is None and cfg.batch_tokens:
             unit = T * rank_count
@@ -770,7 +780,6 @@ class Trainer(ByHand):
             self.changes.append(
                 f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}"
             )
-        self.rows_per_step = rows
         cfg.batch_size, cfg.gradient_accumulation_steps = micro, rows // (micro * rank_count)
 
         # length
@@ -806,9 +815,6 @@ class Trainer(ByHand):
         cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
         warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
-        self.warm_up = rise(cfg)
-        if saved and (said := leap(saved.state["config"], cfg, saved.state["step"])):
-            self.changes.append(said)
 
         # machine: what rank 0 finds, kept on resume
         precision = kept_here("precision")
@@ -836,9 +842,10 @@ class Trainer(ByHand):
             backend, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
-        cfg.attention, self.attention_why = par.broadcast((backend, why))
+        cfg.attention, attention_why = par.broadcast((backend, why))
+        experts_why = ""
         if cfg.model.n_experts:
-            cfg.expert_backend, self.experts_why = par.broadcast(
+            cfg.expert_backend, experts_why = par.broadcast(
                 self.pick_experts(kept_here("expert_backend"))
             )
         deterministic = kept_here("deterministic")
@@ -847,37 +854,17 @@ class Trainer(ByHand):
                 cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
             )
         cfg.deterministic = par.broadcast(deterministic)
-        names = (
-            "max_steps",
-            "precision",
-            "compile_model",
-            "attention",
-            "deterministic",
-            "expert_backend",
-        )
-        self.auto = {
-            "rows": rows,
-            "micro_batch": micro,
-            "device": par.device.type,
-            **{k: getattr(cfg, k) for k in names},
-        }
-        self.versions = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "micro_batch": micro,
-        }
+        self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         self.versions |= {"device": self.machine.name, "world": par.world}
         was = before.get("versions", {})
-        differ = [
-            f"{k} {was[k]} -> {v}" for k, v in self.versions.items() if k in was and was[k] != v
-        ]
+        here = self.versions | {"micro_batch": micro}
+        if saved:
+            was = was | {"micro_batch": before["run"]["micro_batch"]}
+        differ = [f"{k} {was[k]} -> {v}" for k, v in here.items() if k in was and was[k] != v]
         if differ and cfg.deterministic:
             self.changes.append(
                 f"equal bits to the run so far cannot be promised: {', '.join(differ)}"
             )
-
-        if saved:
-            self.compare(before["config"] | {"batch_tokens": before["auto"]["rows"] * T})
 
         # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
         weights = self.weights
@@ -886,10 +873,12 @@ class Trainer(ByHand):
             segments.append([start * rows, phase["weights"]])
             until = phase.get("until", cfg.max_steps)
             start = round(until * cfg.max_steps) if until <= 1 else int(until)
-        if saved and before["segments"] != segments:
+        if saved and before["run"]["segments"] != segments:
             self.cursor = before["cursor"]
             past = [
-                s for s in before["segments"] if s[0] < self.cursor and set(s[1]) <= set(weights)
+                s
+                for s in before["run"]["segments"]
+                if s[0] < self.cursor and set(s[1]) <= set(weights)
             ]
             future = [s for s in segments if s[0] > self.cursor]
             current = next(s[1] for s in reversed(segments) if s[0] <= self.cursor)
@@ -898,13 +887,33 @@ class Trainer(ByHand):
             elif past[-1][1] != current:
                 past.append([self.cursor, current])
             segments = past + future
-        self.segments = segments
+        self.run = Run(
+            rows_per_step=rows,
+            micro_batch=micro,
+            accumulation=cfg.gradient_accumulation_steps,
+            max_steps=cfg.max_steps,
+            min_lr=cfg.min_lr,
+            warmup_steps=cfg.warmup_steps,
+            peak_step=rise(cfg.lr_schedule, cfg.max_steps, cfg.warmup_steps),
+            device=par.device.type,
+            precision=cfg.precision,
+            compile_model=cfg.compile_model,
+            attention=cfg.attention,
+            attention_why=attention_why,
+            expert_backend=cfg.expert_backend,
+            experts_why=experts_why,
+            deterministic=cfg.deterministic,
+            segments=segments,
+        )
+        if saved:
+            if said := leap(before["config"], cfg, self.run, before["step"]):
+                self.changes.append(said)
+            self.compare(before["config"] | {"batch_tokens": before["run"]["rows_per_step"] * T})
 
     def compare(self, before: dict) -> None:
         """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
-        resolved = dataclasses.asdict(self.cfg) | {
-            "batch_tokens": self.rows_per_step * self.cfg.model.max_seq_len
-        }
+        now = resolved(self.cfg, self.run)
+        now["batch_tokens"] = self.run.rows_per_step * self.cfg.model.max_seq_len
         apart = {
             "model",
             "resume",
@@ -913,11 +922,11 @@ class Trainer(ByHand):
             "allow_data_change",
             "allow_tokenizer_change",
         }
-        for key, now in resolved.items():
-            then = before.get(key, now)  # a key that is newer than the checkpoint
-            pairs = [(key, then, now)]
+        for key, value in now.items():
+            then = before.get(key, value)  # a key that is newer than the checkpoint
+            pairs = [(key, then, value)]
             if key == "orchestrator":
-                pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in now.items()]
+                pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in value.items()]
             if key not in apart:
                 self.changes += [
                     f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b
@@ -1060,21 +1069,21 @@ class Trainer(ByHand):
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
         cfg, par = self.cfg, self.parallel
         torch.use_deterministic_algorithms(
-            cfg.deterministic
+            self.run.deterministic
         )  # off too: this may be a process's second run
         torch.utils.deterministic.fill_uninitialized_memory = (
             False  # a debugging aid that costs a pass over memory
         )
-        model = self.model = par.build(cfg, saved is None)
+        model = self.model = par.build(cfg, self.run.precision, saved is None)
         model.compute_dtype, model.z_loss, model.backend = (
             self.machine.compute_dtype,
             cfg.z_loss,
-            cfg.attention,
+            self.run.attention,
         )
         model.recompute = cfg.activation_checkpointing
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
         for moe in self.moe.values():
-            moe.backend = cfg.expert_backend
+            moe.backend = self.run.expert_backend
         self.sparse = None  # the sums of the MoE and MoD layers in the last step, by name
         # what the one collective carries: the model's sums, our flags, the sparse layers' sums
         shapes = model.sum_shapes()
@@ -1082,8 +1091,8 @@ class Trainer(ByHand):
         self.shapes |= dict.fromkeys(FLAGS, ())
         self.shapes |= {name: shape for name, shape in shapes.items() if "." in name}
         self.sum_dtype = torch.float32 if par.device.type == "mps" else torch.float64
-        self.targets_per_step = self.rows_per_step * cfg.model.max_seq_len  # if all are valid
-        if cfg.compile_model:
+        self.targets_per_step = self.run.rows_per_step * cfg.model.max_seq_len  # if all are valid
+        if self.run.compile_model:
             torch.compiler.config.recompile_limit = (
                 64  # dense, MoE and MoD blocks, each while training and evaluating
             )
@@ -1093,9 +1102,9 @@ class Trainer(ByHand):
                 block.compile()
         self.weights = par.weights(model)
         self.optimizer = build_optimizer(cfg, self.weights)
-        if cfg.precision == "mixed_fp16":
+        if self.run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
-        last = self.segments[-1][1]
+        last = self.run.segments[-1][1]
         shares = {n: float(last.get(n, 0)) for n in self.val_sources}
         if not any(shares.values()):
             shares = dict.fromkeys(shares, 1.0)
@@ -1109,8 +1118,8 @@ class Trainer(ByHand):
             self.say(f"weights    from {cfg.init_from}")
         if self.measure_memory:
             self.probe()
-        micro, accum = cfg.batch_size, cfg.gradient_accumulation_steps
-        self.loader = Loader(self.sources, cfg.seed, self.segments, cfg.model.vocab_size)
+        micro, accum = self.run.micro_batch, self.run.accumulation
+        self.loader = Loader(self.sources, cfg.seed, self.run.segments, cfg.model.vocab_size)
         self.loader.start(self.cursor, *par.rows(), micro, accum)
         if self.main:
             every = [*self.sources.values(), *self.val_sources.values()]
@@ -1157,7 +1166,7 @@ class Trainer(ByHand):
         E200 where one row does not fit. Never run on a GPU yet: the search and what it leaves behind are tested."""
         cfg, device = self.cfg, self.parallel.device
         rows, room = (
-            self.rows_per_step // self.parallel.rows()[1],
+            self.run.rows_per_step // self.parallel.rows()[1],
             cfg.target_memory * machines.total_memory(device),
         )
         sizes, peaks = [n for n in range(1, rows + 1) if rows % n == 0], {}
@@ -1190,8 +1199,7 @@ class Trainer(ByHand):
                 "E200",
                 f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs",
             )
-        cfg.batch_size, cfg.gradient_accumulation_steps = best, rows // best
-        self.auto["micro_batch"] = self.versions["micro_batch"] = best
+        self.run = dataclasses.replace(self.run, micro_batch=best, accumulation=rows // best)
         need = peaks.get(best, 0) / 2**30  # 0: another rank's choice
         self.say(
             f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB"
@@ -1304,9 +1312,9 @@ class Trainer(ByHand):
         """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
         if not self.main:
             return
-        report, batch_tokens = self.report, self.rows_per_step * self.cfg.model.max_seq_len
+        report = self.report
         try:
-            report.open(lines.config_yaml(self.cfg, batch_tokens), self.tokenizer_dir)
+            report.open(lines.config_yaml(self.cfg, self.run), self.tokenizer_dir)
             report.copy_tokenizer(self.tokenizer_sum, self.tokenizer_then)
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
@@ -1383,7 +1391,7 @@ class Trainer(ByHand):
             self.watch,
         )
         watch.start(self.step)
-        self.report.open_bar(self.cfg.max_steps, self.step)
+        self.report.open_bar(self.run.max_steps, self.step)
         model.train()
         while True:
             # what was decided an iteration ago: a rollback, commands; and a snapshot
@@ -1392,7 +1400,7 @@ class Trainer(ByHand):
             began_at = self.step
 
             # schedule
-            lr = lr_at(cfg, self.step) * orch.lr_factor()
+            lr = lr_at(cfg, self.run, self.step) * orch.lr_factor()
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)  # MoD's capacity may be annealed
@@ -1442,7 +1450,7 @@ class Trainer(ByHand):
 
             # advance
             self.step += 1
-            self.cursor += self.rows_per_step
+            self.cursor += self.run.rows_per_step
             if not self.may_lag():
                 numbers = self.finish_pending_step() or numbers
             self.heed(numbers)
@@ -1451,7 +1459,7 @@ class Trainer(ByHand):
         """What comes before the next step. Pure: it looks, and changes nothing."""
         cfg, step = self.cfg, self.step
         moved = step != self.started_at
-        last = step >= self.cfg.max_steps or self.stopped_early
+        last = step >= self.run.max_steps or self.stopped_early
         # A process neither evaluates nor saves what it has just loaded, unless that was saved for a
         # signal, without its evaluation.
         missing = self.evaluated_at != step
@@ -1495,7 +1503,7 @@ class Trainer(ByHand):
         }
         out_of_memory = False
         try:
-            for micro in range(self.cfg.gradient_accumulation_steps):
+            for micro in range(self.run.accumulation):
                 self.watch.lap("compute" if micro else "other")
                 self.watch.mark("compute")
                 if not self.microstep(micro, sums):
@@ -1531,7 +1539,7 @@ class Trainer(ByHand):
         self.watch.lap("data")
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
-        with par.microstep(self.model, micro == self.cfg.gradient_accumulation_steps - 1):
+        with par.microstep(self.model, micro == self.run.accumulation - 1):
             total, counted = self.model(self.to_device(x), targets=self.to_device(y))
             loss = total / self.targets_per_step
             if self.loss_scale is not None:
@@ -1609,7 +1617,7 @@ class Trainer(ByHand):
             self.forecast.add(self.tokens, flops, numbers.loss, pending.lr)
         self.orchestrator.observe(numbers)
         following = pending.step + 1
-        end = self.cfg.max_steps
+        end = self.run.max_steps
         if every(self.cfg.orchestrator.check_interval, following) and following < end:
             self.look_ahead()
         if every(self.cfg.log_interval, following) or following == end:
@@ -1646,7 +1654,7 @@ class Trainer(ByHand):
         """Whether a step's numbers may still be on their way when the next one begins. A CPU has
         nothing to overlap them with, and a save must not leave a step half counted."""
         cfg, step = self.cfg, self.step
-        ends = step >= self.cfg.max_steps or every(cfg.save_interval, step)
+        ends = step >= self.run.max_steps or every(cfg.save_interval, step)
         on_cpu = self.parallel.device.type == "cpu"
         return not (on_cpu or ends or every(cfg.eval_interval, step))
 
@@ -1667,7 +1675,7 @@ class Trainer(ByHand):
                 time.sleep(1)
                 self.save()
         self.finish_pending_step()
-        through = self.step >= self.cfg.max_steps or self.stopped_early
+        through = self.step >= self.run.max_steps or self.stopped_early
         state = "finished" if through and self.evaluated_at == self.step else "stopped"
         code = 4 if self.saver.unsaved else 0
         self.finish(state, code)
@@ -1689,7 +1697,7 @@ class Trainer(ByHand):
 
     def dummy_batch(self) -> tuple[int, np.ndarray, np.ndarray]:
         """(row, x, y) of a micro-step without a valid target."""
-        shape = (self.cfg.batch_size, self.cfg.model.max_seq_len)
+        shape = (self.run.micro_batch, self.cfg.model.max_seq_len)
         return self.cursor, np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -1701,11 +1709,13 @@ class Trainer(ByHand):
     def look_ahead(self) -> None:
         """Where the run stands and where it will end; what is justified to do about its length."""
         cfg, T = self.cfg, self.cfg.model.max_seq_len
-        planned = self.rows_per_step * T * cfg.max_steps
+        planned = self.run.rows_per_step * T * self.run.max_steps
         unique = sum(s.windows for s in self.sources.values()) * T
         try:
             found = self.forecast.status(
-                planned, lambda share: lr_at(cfg, round(share * cfg.max_steps)), unique
+                planned,
+                lambda share: lr_at(cfg, self.run, round(share * self.run.max_steps)),
+                unique,
             )
         except (
             Exception
@@ -1741,7 +1751,7 @@ class Trainer(ByHand):
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
         the same rows in smaller micro-batches. E200 where they cannot be smaller."""
         self.step, self.cursor = step, cursor
-        rows, micro = self.rows_per_step // self.parallel.rows()[1], self.cfg.batch_size
+        rows, micro = self.run.rows_per_step // self.parallel.rows()[1], self.run.micro_batch
         smaller = max((m for m in range(1, micro // 2 + 1) if rows % m == 0), default=None)
         said = f"a rank ran out of memory with {micro} rows a micro-step"
         if smaller is None:
@@ -1768,8 +1778,8 @@ class Trainer(ByHand):
 
     def set_micro_batch(self, size: int) -> None:
         """Rows a micro-step from the next step on; accumulation follows, the batch of a step stays."""
-        cfg, (index, count) = self.cfg, self.parallel.rows()
-        rows = self.rows_per_step // count
+        index, count = self.parallel.rows()
+        rows = self.run.rows_per_step // count
         if not 0 < size <= rows or rows % size:
             near = sorted(
                 (m for m in range(1, rows + 1) if rows % m == 0), key=lambda m: abs(m - size)
@@ -1777,9 +1787,8 @@ class Trainer(ByHand):
             raise ValueError(
                 f"batch_size: {size} does not divide the {rows} rows of a rank and step; near it: {near}"
             )
-        cfg.batch_size, cfg.gradient_accumulation_steps = size, rows // size
-        self.auto["micro_batch"] = self.versions["micro_batch"] = size
-        self.loader.start(self.cursor, index, count, size, cfg.gradient_accumulation_steps)
+        self.run = dataclasses.replace(self.run, micro_batch=size, accumulation=rows // size)
+        self.loader.start(self.cursor, index, count, size, self.run.accumulation)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Tensors and loss scale of a checkpoint, in place."""
@@ -1808,7 +1817,7 @@ class Trainer(ByHand):
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
         self.find_best()
-        self.set_micro_batch(self.cfg.batch_size)  # the loader reads on from the cursor
+        self.set_micro_batch(self.run.micro_batch)  # the loader reads on from the cursor
         self.watch.restart(self.step)
         self.report.progress(self.step)
 
@@ -1840,7 +1849,7 @@ class Trainer(ByHand):
         the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
         did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
         cfg, par, why = self.cfg, self.parallel, ""
-        for rows in (cfg.batch_size, 1) if par.collective_free else (1,):
+        for rows in (self.run.micro_batch, 1) if par.collective_free else (1,):
             try:
                 return self.repeat_rows(cursor, rows)
             except Exception as error:  # to know more is not worth a run
@@ -1871,8 +1880,8 @@ class Trainer(ByHand):
         index, count = par.rows()
         try:
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                each = cfg.batch_size
-                for part in range(cfg.gradient_accumulation_steps * each // rows):
+                each = self.run.micro_batch
+                for part in range(self.run.accumulation * each // rows):
                     micro, inside = divmod(part * rows, each)
                     row = cursor + (micro * count + index) * each + inside
                     try:
@@ -1925,24 +1934,9 @@ class Trainer(ByHand):
     def facts(self, notes: list[str] | None = None) -> lines.Start:
         """What the start lines and suggested.yaml tell of this run."""
         cfg = self.cfg
-        run = types.SimpleNamespace(
-            rows_per_step=self.rows_per_step,
-            micro_batch=cfg.batch_size,
-            accumulation=cfg.gradient_accumulation_steps,
-            max_steps=cfg.max_steps,
-            min_lr=cfg.min_lr,
-            peak_step=self.warm_up,
-            precision=cfg.precision,
-            compile_model=cfg.compile_model,
-            deterministic=cfg.deterministic,
-            attention=cfg.attention,
-            attention_why=self.attention_why,
-            expert_backend=cfg.expert_backend,
-            experts_why=self.experts_why,
-        )
         return lines.Start(
             cfg=cfg,
-            run=run,
+            run=self.run,
             model=self.counted,
             machine=self.machine,
             layout=self.parallel.layout,
@@ -1953,8 +1947,8 @@ class Trainer(ByHand):
             flops_per_token=self.flops_per_token,
             peak=self.peak,
             world=self.parallel.world,
-            lr_at_peak=self.scheduled_lr(self.warm_up),
-            last_lr=self.scheduled_lr(cfg.max_steps - 1),
+            lr_at_peak=self.scheduled_lr(self.run.peak_step),
+            last_lr=self.scheduled_lr(self.run.max_steps - 1),
             misfit=self.misfit,
             notes=[*(notes or []), *self.machine.notes, *filter(None, [self.hint]), *self.changes],
             elsewhere=bool(self.dry_run) and self.dry_run["hardware"] != "measured",
@@ -1983,12 +1977,12 @@ class Trainer(ByHand):
             row |= lines.experts_row(numbers.experts, self.targets_per_step, weight, z_weight)
         if numbers.depth is not None:
             row |= lines.depth_row(numbers.depth)
-        row |= lines.epoch_row(self.loader.epochs(numbers.cursor + self.rows_per_step))
+        row |= lines.epoch_row(self.loader.epochs(numbers.cursor + self.run.rows_per_step))
         self.record(row)
         for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
             self.report.record_bars(name, values, done)
-        gone, left = sum(self.watch.spent.values()), (cfg.max_steps - done) / interval.speed()
-        self.say(lines.step_line(row, cfg.max_steps, gone, left))
+        gone, left = sum(self.watch.spent.values()), (self.run.max_steps - done) / interval.speed()
+        self.say(lines.step_line(row, self.run.max_steps, gone, left))
         for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
             self.say(line)
         self.watch.restart(done, interval)
@@ -2032,7 +2026,7 @@ class Trainer(ByHand):
         self.evaluated_at = self.step
         if not self.val_set:
             return False
-        how = (self.parallel, self.cfg.batch_size, self.token_bytes, self.asked_to_stop)
+        how = (self.parallel, self.run.micro_batch, self.token_bytes, self.asked_to_stop)
         try:
             found = evaluate_loss(self.model, self.val_set, self.val_sources, *how)
         except UserError:
@@ -2094,18 +2088,8 @@ class Trainer(ByHand):
 
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
-        config = dataclasses.asdict(self.cfg)
-        names = (
-            "step",
-            "cursor",
-            *NUMBERS,
-            "segments",
-            "auto",
-            "written",
-            "model_written",
-            "fingerprints",
-            "versions",
-        )
+        config = resolved(self.cfg, self.run)
+        names = ("step", "cursor", *NUMBERS, "written", "model_written", "fingerprints", "versions")
         names += ("attempt",)
         knobs, model = (
             self.orchestrator.knobs,
@@ -2119,6 +2103,7 @@ class Trainer(ByHand):
             model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
         scaler = None if self.loss_scale is None else self.loss_scale.state()
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
+        extra |= {"run": dataclasses.asdict(self.run)}
         extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
         extra |= {"wandb_id": self.report.wandb_id}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
@@ -2132,7 +2117,7 @@ class Trainer(ByHand):
 
     def scheduled_lr(self, step: int | None = None) -> float:
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
-        return lr_at(self.cfg, self.step if step is None else step)
+        return lr_at(self.cfg, self.run, self.step if step is None else step)
 
     def finish(self, state: str, code: int) -> None:
         """The last words: a sample, the status, everything closed."""
@@ -2243,7 +2228,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
         owner.refused(error)
         raise
     if (
-        trainer.step >= trainer.cfg.max_steps or trainer.stopped_early
+        trainer.step >= trainer.run.max_steps or trainer.stopped_early
     ) and trainer.evaluated_at == trainer.step:
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")
@@ -2262,13 +2247,13 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
     ) as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
         trainer.report.close()
         first = (str(error).splitlines() or ["?"])[0]
-        if trainer.cfg.batch_size == 1:
+        if trainer.run.micro_batch == 1:
             text = f"step {trainer.step}, one row a micro-step: {first}"
             trainer.write_status("input_error", 2, text, anyone=True)
             raise UserError(
                 "E200", f"{text}; try activation_checkpointing: block, or a smaller model"
             ) from error
-        smaller = trainer.cfg.batch_size // 2
+        smaller = trainer.run.micro_batch // 2
         hint = {
             "micro_batch": smaller,
             "written": trainer.written.get("batch_size"),

@@ -206,14 +206,14 @@ class Sharded(Parallel):
         self.replicas = self.dense.size(0) if self.dense.ndim == 2 else 1
         self.writes = self.dense.ndim == 1 or self.dense.get_local_rank("replicate") == 0
 
-    def build(self, cfg: Config, fill: bool = True) -> Transformer:
+    def build(self, cfg: Config, precision: str, fill: bool = True) -> Transformer:
         """Made on the meta device, sharded, and filled part by part: beside its part a rank holds one unit (a block) at
         a time, gathered, and the weights are those that one process would begin with."""
-        if cfg.precision == "mixed_fp16":  # auto may have become that
+        if precision == "mixed_fp16":  # auto may have become that
             raise UserError("E002", FP16)
         with torch.device("meta"):
             model = Transformer(cfg.model)
-        parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(cfg))
+        parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(precision))
         model.to_empty(device=self.device)
         for mod in model.sparse_layers("mod").values():
             mod.collective_free = False
@@ -258,8 +258,8 @@ class Sharded(Parallel):
         return model
 
     @staticmethod
-    def compute_dtype(cfg: Config) -> torch.dtype:
-        return torch.bfloat16 if cfg.precision == "mixed_bf16" else torch.float32
+    def compute_dtype(precision: str) -> torch.dtype:
+        return torch.bfloat16 if precision == "mixed_bf16" else torch.float32
 
     def weights(self, model) -> dict[str, torch.Tensor]:
         return {name: local for name, (_, local) in self.parts.items()}

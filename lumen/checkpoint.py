@@ -236,9 +236,15 @@ def modernised(state: dict) -> dict:
     for block in ("config", "written"):
         if isinstance(state.get(block), dict):
             aliases.rename(state[block], own_keys(), str)
-    auto = state.get("auto") or {}
-    if "expert_back_end" in auto:
-        auto["expert_backend"] = auto.pop("expert_back_end")
+    if "auto" in state:  # what is `run` now; some of it stood in the resolved configuration only
+        run = state["run"] = state.pop("auto")
+        if "expert_back_end" in run:
+            run["expert_backend"] = run.pop("expert_back_end")
+        run["rows_per_step"] = run.pop("rows")
+        run["segments"] = state.pop("segments")
+        run["accumulation"] = state["config"]["gradient_accumulation_steps"]
+        for name in ("min_lr", "warmup_steps"):
+            run[name] = state["config"][name]
     return state
 
 

@@ -194,10 +194,12 @@ class ByHand:
                     raise UserError(
                         "E309", f"dataset: sources named {list(self.sources)} are expected"
                     )
-                loader = Loader(dataset, self.cfg.seed, self.segments, self.cfg.model.vocab_size)
+                loader = Loader(
+                    dataset, self.cfg.seed, self.run.segments, self.cfg.model.vocab_size
+                )
                 self.loader.close()
                 self.sources, self.loader = dataset, loader
-            self.set_micro_batch(self.cfg.batch_size)
+            self.set_micro_batch(self.run.micro_batch)
 
         return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
 
@@ -255,7 +257,7 @@ class ByHand:
         if seen is None:
             return {"refused": "E308", "reason": "no step has been made yet"}
         used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen.cursor + self.rows_per_step)
+        epochs = self.loader.epochs(seen.cursor + self.run.rows_per_step)
         return {
             "loss": seen.loss,
             "learning_rate": seen.lr,
@@ -271,7 +273,7 @@ class ByHand:
         interval = self.watch.interval(self.step)
         if interval.steps <= 0:
             interval = self.watch.last
-        return interval.speed() * self.rows_per_step * self.cfg.model.max_seq_len
+        return interval.speed() * self.run.rows_per_step * self.cfg.model.max_seq_len
 
     def _extract_moe_routing_stats(self) -> dict:
         """get_expert_statistics, by the name it has in LuminaAI."""

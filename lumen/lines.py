@@ -6,7 +6,6 @@ suggested.yaml. Nobody here looks into a Trainer, writes a file or prints.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from lumen.config import Config
 from lumen.detectors import StepNumbers, above_chance
 from lumen.launch import clock
 from lumen.machine import resident_bytes
+from lumen.resolve import Run, resolved
 from lumen.stopwatch import Interval
 from model import ModelConfig, Transformer
 from model_moe import MoD
@@ -31,7 +31,7 @@ class Start:
     """All that the start lines are made of."""
 
     cfg: Config
-    run: object  # what the configuration left open, as resolved: rows_per_step, micro_batch, ...
+    run: Run
     model: Transformer  # on the meta device: it has shapes, no weights
     machine: machines.Machine
     layout: plan.Layout
@@ -434,13 +434,13 @@ def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig)
     return lines
 
 
-def config_yaml(cfg: Config, batch_tokens: int) -> str:
+def config_yaml(cfg: Config, run: Run) -> str:
     """config.yaml, as resolved: a start with it goes on, or in another out_dir repeats the run, on
     any number of processes."""
-    keys = dataclasses.asdict(cfg)
+    keys = resolved(cfg, run)
     keys |= {"num_epochs": None, "tokens_per_parameter": None}  # max_steps says it
     keys |= {"resume": "auto", "overwrite": False}  # they were said for this start
-    keys["batch_tokens"] = batch_tokens
+    keys["batch_tokens"] = run.rows_per_step * cfg.model.max_seq_len
     del keys["gradient_accumulation_steps"]  # follows from it
     return yaml.safe_dump(keys, sort_keys=False)
 

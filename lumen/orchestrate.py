@@ -29,6 +29,7 @@ from lumen.control import METHODS, RESEED, ROUTER_KNOBS, WRONG, compiled_graphs
 from lumen.detectors import Divergence, NormLimit, StepNumbers, above_chance
 from lumen.errors import UserError
 from lumen.launch import environment
+from lumen.resolve import with_length
 
 SAFE = 40  # healthy steps until a snapshot counts as certified: twice what the slowest alarm on a real spike took
 
@@ -201,7 +202,7 @@ class Orchestrator:
             0,
             [],
         )  # counters at the last check; steps/s at the first ones
-        words = [t.cfg.seed, t.model_written, t.fingerprints, t.rows_per_step]
+        words = [t.cfg.seed, t.model_written, t.fingerprints, t.run.rows_per_step]
         words += [
             getattr(t.cfg, k)
             for k in ("learning_rate", "lr_schedule", "optimizer", "grad_clip", "z_loss")
@@ -230,7 +231,7 @@ class Orchestrator:
         """At the top of a turn: what was decided, commands, a snapshot. Returns whether the run went back."""
         began, t = time.perf_counter(), self.trainer
         self.turn += 1
-        if any(self.at < start <= t.cursor for start, _ in t.segments[1:]) and self.watching:
+        if any(self.at < start <= t.cursor for start, _ in t.run.segments[1:]) and self.watching:
             self.course.forget()  # another mixture of data begins: the loss may be another
         self.at = t.cursor
         todo, self.todo = self.todo, []
@@ -335,9 +336,9 @@ class Orchestrator:
             steps = max(
                 t.step + 1, round(t.step / (1 - t.cfg.decay_frac))
             )  # of which the decay is that share
-            before, t.cfg.max_steps = t.cfg.max_steps, min(steps, t.cfg.max_steps)
-            t.auto["max_steps"] = t.cfg.max_steps
-            return {"args": {"max_steps": t.cfg.max_steps}, "before": {"max_steps": before}}
+            before = t.run.max_steps
+            t.run = with_length(t.cfg, t.run, min(steps, before))
+            return {"args": {"max_steps": t.run.max_steps}, "before": {"max_steps": before}}
 
         blocked = None if t.cfg.enable_early_stopping else "enable_early_stopping: false"
         self.todo.append(
@@ -370,7 +371,7 @@ class Orchestrator:
             )  # of weights that no step had touched, or of new data
         for name, loss in losses.items():
             risen = not loss <= 1.1 * first
-            if not above_chance(loss, n) or not (risen or t.step >= t.warm_up + self.LEARNED):
+            if not above_chance(loss, n) or not (risen or t.step >= t.run.peak_step + self.LEARNED):
                 continue
             chance = f"guessing costs ln(vocab_size) = {math.log(n):.2f}"
             said = f"worse than guessing: {name} is {loss:.2f}, {chance}"
@@ -879,7 +880,7 @@ class Orchestrator:
         t, cuda = self.trainer, self.trainer.parallel.device.type == "cuda"
         out = {"turns": self.turn, "seconds": time.perf_counter(), "graphs": 0} | t.watch.spent
         out |= t.watch.on_device  # launching takes alike on all ranks, whatever their GPUs do
-        if t.cfg.compile_model:
+        if t.run.compile_model:
             out["graphs"] = compiled_graphs()
         return out | {
             "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0
@@ -1300,7 +1301,8 @@ class Orchestrator:
             self.trainer.recycle(args["layer"])
         elif row["trigger"] == "length":
             self.trainer.stopped_early |= action == "stop"
-            self.trainer.cfg.max_steps = args.get("max_steps", self.trainer.cfg.max_steps)
+            t = self.trainer
+            t.run = with_length(t.cfg, t.run, args.get("max_steps", t.run.max_steps))
         elif row["trigger"] == "oom":
             self.trainer.set_micro_batch(args["new_size"])
         elif row["trigger"] == "user" and action in METHODS and action not in ("save", "stop"):

@@ -190,16 +190,14 @@ def fingerprint(out_dir, step: int) -> dict:
         "step",
         "cursor",
         "tokens",
-        "segments",
         "val_loss",
         "best_val_loss",
         "best_step",
         "scaler",
         "orchestrator",
     )
-    return {k: v["sha256"] for k, v in files.items() if k != "state.json"} | {
-        k: state[k] for k in names
-    }
+    sums = {k: v["sha256"] for k, v in files.items() if k != "state.json"}
+    return sums | {k: state[k] for k in names} | {"segments": state["run"]["segments"]}
 
 
 def run(command: list, timeout: float, **options) -> subprocess.CompletedProcess:

@@ -872,7 +872,7 @@ def train_once(tree: dict, log: Path) -> dict:
             trainer = Trainer(tree | {"out_dir": folder})
             trainer.record = rows.append
             trainer.fit()
-        if trainer.step < trainer.cfg.max_steps:  # a signal: what it asked to stop is all of it
+        if trainer.step < trainer.run.max_steps:  # a signal: what it asked to stop is all of it
             raise KeyboardInterrupt
     last = next(r for r in reversed(rows) if "val_loss" in r)
     names = ("val_loss", "val_bpb", "val_loss_as_trained", "mod_gap", "mod_agreement", "mod_depth")
@@ -1278,7 +1278,14 @@ def layout_run(job: dict) -> int:
         cfg.expert_parallel,
         2 if cfg.reduce_dtype == "bf16" else 4,
     )
-    args = (trainer.counted, at, cfg.batch_size, 2, cfg.precision, cfg.activation_checkpointing)
+    args = (
+        trainer.counted,
+        at,
+        trainer.run.micro_batch,
+        2,
+        trainer.run.precision,
+        cfg.activation_checkpointing,
+    )
     planned = simulate.traffic(*args)
     kinds = {
         "gather": ("all-gather",),
@@ -1287,7 +1294,7 @@ def layout_run(job: dict) -> int:
     }
     found = {
         "seconds": seconds / steps,
-        "tokens": trainer.rows_per_step * cfg.model.max_seq_len,
+        "tokens": trainer.run.rows_per_step * cfg.model.max_seq_len,
         "build": build[0],
     }
     found |= {"share": (marks[-1][1] - marks[0][1]) / seconds, "peak": high_water() - before}

@@ -182,7 +182,7 @@ def bad_batches(trainer, at, kind, steps):
     def batch(real, first_row, count):
         x, y = real(first_row, count)
         rng = np.random.default_rng(first_row)
-        if not 0 <= first_row // trainer.rows_per_step - at + 1 < steps:
+        if not 0 <= first_row // trainer.run.rows_per_step - at + 1 < steps:
             return x, y
         if kind == "targets":
             y[:] = rng.permuted(y, axis=1)

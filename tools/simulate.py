@@ -470,7 +470,7 @@ def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
     try:
         with torch.device("meta"):
             model = Transformer(small)
-        dtype = Sharded.compute_dtype(cfg)
+        dtype = Sharded.compute_dtype(cfg.precision)
         parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
         model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
         with machines.fake_tensors():

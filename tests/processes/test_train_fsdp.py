@@ -538,7 +538,7 @@ def build(config) -> None:
     parallel = kept(build_config(config, lambda key: "config", []))
     for _ in range(2):  # the first time modules are loaded, too
         before = high_water(reset=True)
-        model = parallel.build(build_config(config, lambda key: "config", []))
+        model = parallel.build(build_config(config, lambda key: "config", []), "fp32")
         most = high_water() - before
         part = sum(x.nbytes for x in parallel.weights(model).values())
         block = max(
@@ -589,7 +589,7 @@ def do(job) -> None:
             ), folder
     elif what == "first":
         with contextlib.redirect_stdout(None):
-            one = Parallel.build(trainer.parallel, trainer.cfg).state_dict()
+            one = Parallel.build(trainer.parallel, trainer.cfg, trainer.run.precision).state_dict()
 
         def read(name, offset, shape, size):
             tensor = one.get(name.removeprefix("model."), torch.zeros(shape))

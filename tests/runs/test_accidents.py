@@ -730,7 +730,7 @@ def test_a_hint_of_another_device(tiny):
         hint = {"micro_batch": 2, "written": 4, "step": 1} | ({"device": device} if device else {})
         checkpoint.write_json(out / "oom_hint.json", hint)
         trainer = Trainer(keys)
-        assert trainer.cfg.batch_size == rows
+        assert trainer.run.micro_batch == rows
         trainer.close()
 
 
@@ -1038,7 +1038,7 @@ def test_config_yaml_on_another_number_of_processes(tiny):
         again = Trainer(
             [str(first.out / "config.yaml"), "--out_dir", str(first.out) + "-two"], TwoRanks
         )
-        assert again.rows_per_step == first.rows_per_step == 4
+        assert again.run.rows_per_step == first.run.rows_per_step == 4
         again.close()
 
 
@@ -1051,14 +1051,14 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
 
     def older(self, path):
         real(self, path)
-        self.state["auto"] |= auto
+        self.state["run"] |= auto
         self.state["config"] |= {
             k: v for k, v in auto.items() if k in self.state["config"] and k != "device"
         }
 
     monkeypatch.setattr(checkpoint.Checkpoint, "__init__", older)
     here = Trainer(keys)
-    had = here.cfg
+    had = here.run
     here.close()
     auto |= {
         "device": "cuda",
@@ -1068,7 +1068,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     }
     there = Trainer(keys)
     for key in ("precision", "compile_model", "deterministic", "attention"):
-        assert getattr(there.cfg, key) == getattr(had, key)
+        assert getattr(there.run, key) == getattr(had, key)
     assert {c.partition(":")[0] for c in there.changes} == {
         "precision",
         "compile_model",
@@ -1079,7 +1079,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     monkeypatch.setattr("lumen.machine.find_compiler", lambda: None)
     there = Trainer(keys)
     assert (
-        there.cfg.compile_model is False
+        there.run.compile_model is False
         and "compile_model: True in the checkpoint, False now" in there.changes
     )
     there.close()
@@ -1913,7 +1913,7 @@ def test_what_is_typed_beats_what_the_file_says(text, words, gone, kept, tmp_pat
 
 def test_no_epoch_is_no_step(tiny):
     """num_epochs: 0 is no step, as max_steps: 0 is; it was taken for "not set"."""
-    assert Trainer(tiny(max_steps=..., num_epochs=0)).cfg.max_steps == 0
+    assert Trainer(tiny(max_steps=..., num_epochs=0)).run.max_steps == 0
 
 
 LONG = "x" * 300
@@ -2164,7 +2164,7 @@ def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
 
     def peak(model, rows, device):
         held = sum(p.grad is not None for p in model.parameters())
-        step = trainer.rows_per_step
+        step = trainer.run.rows_per_step
         assert held == (len(list(model.parameters())) if rows < step else 0), (
             "an earlier micro-step's gradients"
         )
@@ -2196,10 +2196,10 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
             lambda r, cfg=cfg, n=n: plan.memory(cfg, n, r, "mixed_bf16")["total"]
         )
         on_a_gpu(monkeypatch, trainer, memory, need)
-        trainer.rows_per_step = rows
+        trainer.run = dataclasses.replace(trainer.run, rows_per_step=rows)
         trainer.probe()
         best = max(r for r in range(1, rows + 1) if rows % r == 0 and need(r) <= 0.92 * memory)
-        assert 1 < best < rows and trainer.cfg.batch_size == trainer.auto["micro_batch"] == best
+        assert 1 < best < rows and trainer.run.micro_batch == best
     trainer.loader.close()
 
 
@@ -2211,7 +2211,7 @@ def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
     )
     on_a_gpu(monkeypatch, trainer, 2500, lambda rows: 1000 * rows)
     trainer.probe()
-    assert trainer.cfg.batch_size == 2 and all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.run.micro_batch == 2 and all(p.grad is None for p in trainer.model.parameters())
     on_a_gpu(monkeypatch, trainer, 900, lambda rows: 1000 * rows)
     with pytest.raises(UserError, match="E200: batch_size: auto.*one row does not fit") as e:
         trainer.probe()
@@ -2402,7 +2402,7 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
         return found
 
     trainer.model.forward, trainer.diagnose = poisoned, watched
-    assert trainer.fit() == 0 and trainer.orchestrator.dropped == 1 and trainer.cfg.batch_size == 4
+    assert trainer.fit() == 0 and trainer.orchestrator.dropped == 1 and trainer.run.micro_batch == 4
     assert (
         left
         and not any(g is not None for g in left)
@@ -2478,7 +2478,7 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
     )
 
     def late():
-        due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.cfg.max_steps
+        due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.run.max_steps
         own = trainer.pending and trainer.pending[2] == trainer.orchestrator.turn
         return None if own and not due and "late" in keys["out_dir"] else drain()
 

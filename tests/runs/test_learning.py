@@ -105,10 +105,11 @@ def train_theirs(model, trainer: Trainer, balance: float) -> tuple[list[float], 
     ]
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     model.train()
-    for step in range(cfg.max_steps):
+    rows = trainer.run.micro_batch
+    for step in range(trainer.run.max_steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
-        x, y = trainer.loader.batch(step * cfg.batch_size, cfg.batch_size)
+            group["lr"] = lr_at(cfg, trainer.run, step)
+        x, y = trainer.loader.batch(step * rows, rows)
         out = model(input_ids=torch.from_numpy(x))
         loss = F.cross_entropy(out.logits.flatten(0, 1), torch.from_numpy(y).flatten())
         losses.append(loss.item())

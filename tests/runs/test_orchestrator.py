@@ -301,7 +301,7 @@ def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
     reference.optimizer.step = lambda: step() if reference.orchestrator.turn != 50 else None
     assert reference.fit() == 0
     assert equal(tensors(guarded), tensors(reference))
-    assert guarded.tokens == reference.tokens - guarded.rows_per_step * 32, (
+    assert guarded.tokens == reference.tokens - guarded.run.rows_per_step * 32, (
         "the reference believed it had trained on it"
     )
 
@@ -519,12 +519,14 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
     assert (
         went["step"] < 150 and went["before"] <= 190 and equal(went["now"], kept[went["step"]])
     ), "moments too"
-    assert went["cursor"] == went["before"] * trainer.rows_per_step, "the data goes on where it was"
+    assert went["cursor"] == went["before"] * trainer.run.rows_per_step, (
+        "the data goes on where it was"
+    )
     assert (
         trainer.step == 240
-        and trainer.cursor == (240 + went["before"] - went["step"]) * trainer.rows_per_step
+        and trainer.cursor == (240 + went["before"] - went["step"]) * trainer.run.rows_per_step
     )
-    assert trainer.tokens == 240 * trainer.rows_per_step * 32, (
+    assert trainer.tokens == 240 * trainer.run.rows_per_step * 32, (
         "those dropped came before, and were taken back too"
     )
     aside = sorted(p.name for p in trainer.out.glob("*.rolled_back"))
@@ -913,7 +915,7 @@ def short_of_memory(trainer, limit, rank=0, calls=None, at=20):
             and rows > limit
         ):
             calls[0] += 1
-            if calls[0] % 2 == 0 or trainer.cfg.gradient_accumulation_steps == 1:
+            if calls[0] % 2 == 0 or trainer.run.accumulation == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate (injected)")
 
     trainer.model.blocks[1].register_forward_pre_hook(hook)
@@ -936,7 +938,7 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(tiny, kind):
     short_of_memory(trainer, 2)
     assert trainer.fit() == 0
     whole = run(keys | {"out_dir": keys["out_dir"] + "-whole"})
-    assert (trainer.cfg.batch_size, trainer.cfg.gradient_accumulation_steps) == (2, 8)
+    assert (trainer.run.micro_batch, trainer.run.accumulation) == (2, 8)
     assert [d["args"]["new_size"] for d in decisions(trainer)] == [4, 2]
     assert (trainer.step, trainer.cursor, trainer.tokens) == (
         whole.step,
@@ -948,7 +950,7 @@ def test_out_of_memory_halves_the_microbatch_and_loses_nothing(tiny, kind):
     assert all(a[s] == b[s] for s in range(1, 21)), "until then bit for bit"
     assert max(abs(a[s] - b[s]) for s in a) < 1e-5 and abs(a[21] - b[21]) < 1e-6
     again = Trainer(keys | {"max_steps": 44})
-    assert again.cfg.batch_size == 2, "a resumed run remembers"
+    assert again.run.micro_batch == 2, "a resumed run remembers"
     again.loader.close()
 
 
@@ -995,13 +997,13 @@ def test_batch_size_auto_is_what_fits(tiny, monkeypatch):
         batch_size="auto", gradient_accumulation_steps=..., batch_tokens=16 * 32, max_steps=1
     )
     plenty = Trainer(keys)
-    assert (plenty.cfg.batch_size, plenty.cfg.gradient_accumulation_steps) == (16, 1)
+    assert (plenty.run.micro_batch, plenty.run.accumulation) == (16, 1)
     plenty.loader.close()
     cfg, n = plenty.cfg.model, plenty.counted.n_params()["total"]
     need = {r: train.plan.memory(cfg, n, r, "fp32")["total"] for r in (4, 8)}
     monkeypatch.setattr(machines, "total_memory", lambda device: (need[4] + need[8]) / 2 / 0.92)
     small = Trainer(keys | {"out_dir": keys["out_dir"] + "-small"})
-    assert (small.cfg.batch_size, small.cfg.gradient_accumulation_steps) == (4, 4)
+    assert (small.run.micro_batch, small.run.accumulation) == (4, 4)
     assert equal(tensors(small), tensors(plenty)), "finding out changes nothing"
     small.loader.close()
     monkeypatch.setattr(machines, "total_memory", lambda device: 1000)
@@ -1029,7 +1031,7 @@ def test_the_probe_on_a_gpu_leaves_no_trace(tiny, monkeypatch):
         machines, "total_memory", lambda device: 2200
     )  # 0.92 of it are 1024 above the rest: 9 rows
     probed.probe()
-    assert (probed.cfg.batch_size, probed.cfg.gradient_accumulation_steps) == (8, 2)
+    assert (probed.run.micro_batch, probed.run.accumulation) == (8, 2)
     assert equal(tensors(left), tensors(probed))
     probed.set_micro_batch(4)
     assert left.fit() == 0 and probed.fit() == 0 and equal(tensors(left), tensors(probed))
@@ -1304,10 +1306,10 @@ def test_tokens_per_parameter_sets_the_length(tiny):
         name = f"{keys['out_dir']}-{len(more)}{'-'.join(more)}"
         trainer = Trainer(keys | {"out_dir": name} | more)
         trainer.loader.close()
-        return trainer.cfg.max_steps, trainer
+        return trainer.run.max_steps, trainer
 
     found, trainer = steps()
-    tokens, n = trainer.rows_per_step * 32, trainer.counted.n_params()["active"]
+    tokens, n = trainer.run.rows_per_step * 32, trainer.counted.n_params()["active"]
     assert found == round(0.5 * n / tokens)
     found_moe, moe = steps(model=keys["model"] | MOE)
     assert found_moe == round(0.5 * moe.counted.n_params()["active"] / tokens) > found
@@ -1361,11 +1363,12 @@ def test_suggested_yaml_runs_as_it_is(tiny):
     path = trainer.out / "suggested.yaml"
     cfg, *_ = read_config([str(path)])
     assert (
-        cfg.batch_size == trainer.cfg.batch_size and cfg.batch_tokens == trainer.rows_per_step * 32
+        cfg.batch_size == trainer.run.micro_batch
+        and cfg.batch_tokens == trainer.run.rows_per_step * 32
     )
     assert cfg.max_steps > 8 and path.read_text().count("#") >= 4
     again = Trainer([str(path), "--max_steps", "2", "--out_dir", str(trainer.out) + "-again"])
-    assert again.rows_per_step == trainer.rows_per_step and again.fit() == 0
+    assert again.run.rows_per_step == trainer.run.rows_per_step and again.fit() == 0
 
 
 def test_health_names_the_cause(tiny):

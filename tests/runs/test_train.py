@@ -22,6 +22,7 @@ from lumen import machine as machines
 from lumen.config import RANGES, Config
 from lumen.errors import UserError
 from lumen.optim import build_optimizer
+from lumen.resolve import rise
 from model import ModelConfig, Transformer
 from train import Parallel, Trainer, lr_at
 
@@ -41,16 +42,11 @@ def same_run(a, b, step=12) -> bool:
 
 @pytest.mark.parametrize("name", RANGES["lr_schedule"].split(" | "))
 def test_schedules(name):
-    cfg = Config(
-        data_dir="x",
-        lr_schedule=name,
-        learning_rate=1.0,
-        min_lr=0.1,
-        warmup_steps=10,
-        max_steps=100,
-    )
-    lr = [lr_at(cfg, s) for s in range(101)]
+    cfg = Config(data_dir="x", lr_schedule=name, learning_rate=1.0)
     peak = 30 if name == "onecycle" else 10
+    assert rise(name, 100, 10) == peak
+    run = SimpleNamespace(max_steps=100, min_lr=0.1, warmup_steps=10, peak_step=peak)
+    lr = [lr_at(cfg, run, s) for s in range(101)]
     assert all(a < b for a, b in zip(lr[:peak], lr[1:peak])), "rises"
     assert abs(lr[peak] - 1.0) < 1e-9 and max(lr) <= 1.0 + 1e-9
     assert all(a >= b - 1e-12 for a, b in zip(lr[peak:], lr[peak + 1 :])), "falls"
@@ -404,13 +400,13 @@ def test_resolved_values_are_kept_unless_the_yaml_changes(tiny):
     trainer = Trainer(keys)
     stop_at(trainer, 3)
     trainer.fit()
-    steps = trainer.cfg.max_steps
+    steps = trainer.run.max_steps
     assert steps == int(trainer.sources["data"].windows * 0.05) // 4
     again = Trainer(keys | {"log_interval": 7})
-    assert again.cfg.max_steps == steps and again.step == 4
+    assert again.run.max_steps == steps and again.step == 4
     again.loader.close()
     longer = Trainer(keys | {"num_epochs": 0.1})
-    assert longer.cfg.max_steps > steps
+    assert longer.run.max_steps > steps
     longer.loader.close()
 
 
@@ -502,7 +498,7 @@ def test_phases_and_several_sources(tiny, tmp_path):
         data_dir=..., data={"sources": sources, "phases": phases}, max_steps=20, eval_interval=10
     )
     trainer = Trainer(keys)
-    assert trainer.segments == [[0, {"low": 1}], [40, {"high": 3, "low": 1}]]
+    assert trainer.run.segments == [[0, {"low": 1}], [40, {"high": 3, "low": 1}]]
     stop_at(trainer, 13)
     trainer.fit()
     resumed = finish(keys)

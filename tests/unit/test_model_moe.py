@@ -515,7 +515,7 @@ def test_the_routers_learning_rate_survives_the_schedule(tiny):
         before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         trainer.fit()
         routers = {n for n in before if ".router." in n or ".predictor." in n}
-        lr = lr_at(trainer.cfg, 6)
+        lr = lr_at(trainer.cfg, trainer.run, 6)
         for group in trainer.optimizer.param_groups:
             mine = {
                 n
