@@ -339,12 +339,9 @@ def to_hf(
     has no Hugging Face architecture, E402 when `check` finds a difference (the folder then keeps the suffix .tmp).
     """
     source = checkpoint.find(run, best, say)
-    keys, imported = source.state["config"]["model"], source.state.get("imported") or {}
-    if unknown := sorted(set(keys) - {f.name for f in dataclasses.fields(ModelConfig)}):
-        raise UserError(
-            "E400", f"{source.path}: model.{', model.'.join(unknown)}: not known to this version"
-        )
-    cfg, dtype = ModelConfig(**keys), dtype or imported.get("dtype", "float32")
+    cfg = source.model_config()
+    imported = source.state.get("imported") or {}
+    dtype = dtype or imported.get("dtype", "float32")
     with torch.device("meta"):
         shapes = {
             f"model.{name}": list(t.shape) for name, t in Transformer(cfg).state_dict().items()
@@ -441,8 +438,8 @@ def write_shards(
                 tensor = source.read(f"model.{ours}", first, region).view(shape)
                 tensor *= scale if ours.endswith("experts.w2") else 1.0
             tensors[theirs] = tensor.to(to(ours))
-            if value := checkpoint.odd(tensors[theirs]):
-                if checkpoint.odd(tensor):
+            if value := checkpoint.nonfinite(tensors[theirs]):
+                if checkpoint.nonfinite(tensor):
                     raise UserError(
                         "E303", f"{source.path}: model.{ours} holds {value}: the run had diverged"
                     )
@@ -744,7 +741,7 @@ def write_run(
             "E401", f"{imported['from']}: do not fit the configuration: {', '.join(wrong[:8])}"
         )
     if broken := [
-        f"{name} holds {value}" for name, t in state.items() if (value := checkpoint.odd(t))
+        f"{name} holds {value}" for name, t in state.items() if (value := checkpoint.nonfinite(t))
     ]:
         raise UserError("E401", f"{imported['from']}: {'; '.join(broken[:8])}")
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)

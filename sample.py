@@ -1,14 +1,15 @@
-"""Generate from a trained run: `python sample.py out/run --prompt "def " --max_new_tokens 200 --temperature 0.8`.
+"""Generate from a trained run: `python sample.py out/run --prompt "def " --max_new_tokens 200
+--temperature 0.8`.
 
-Several prompts (--prompt is repeatable) times --num_samples form one ragged batch that shares every forward pass. Each
-sequence draws from a generator of its own (sample i of any prompt: seed + i), so in fp32 its text does not depend on
-what else is in the batch. A notebook needs two lines: `model, tokenizer, step = load("out/run")`, then `sample(...)`.
+Several prompts (--prompt is repeatable) times --num_samples form one ragged batch that shares
+every forward pass. Each sequence draws from a generator of its own (sample i of any prompt: seed +
+i), so in fp32 its text does not depend on what else is in the batch. A notebook needs two lines:
+`model, tokenizer, step = load("out/run")`, then `sample(...)`.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import functools
 import sys
@@ -22,7 +23,8 @@ from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.launch import Words, command
 from lumen.machine import detect
-from model import ModelConfig, Transformer
+from lumen.stream import Stream
+from model import Transformer
 
 RANGES = {  # option: (lowest, highest, in words)
     "max_new_tokens": (1, 2**31, "at least 1"),
@@ -34,64 +36,6 @@ RANGES = {  # option: (lowest, highest, in words)
     "seed": (0, 2**62, "0 or more, below 2^62"),
     "num_samples": (1, 65536, "between 1 and 65536"),
 }
-
-# ---------------------------------------------------------------- ids to text, piece by piece
-
-
-class Stream:
-    """One sequence on its way to text. `reason` says why it ended: eot, stop, length (max_new_tokens) or context."""
-
-    def __init__(
-        self,
-        tokenizer,
-        ids: list[int],
-        stop: tuple[str, ...],
-        eot: int | None,
-        limit: int,
-        room: int,
-    ):
-        self.tokenizer, self.stop, self.eot, self.limit, self.room = (
-            tokenizer,
-            stop,
-            eot,
-            limit,
-            room,
-        )
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(
-            "replace"
-        )  # keeps the bytes of an unfinished character
-        self.ids, self.n_new, self.held, self.text, self.reason = ids, 0, "", "", None
-
-    def add(self, token: int) -> str:
-        """Take one more id; returns the text that is certain by now and sets `reason` if this was the last one."""
-        self.n_new += 1
-        if token == self.eot:
-            self.reason = "eot"
-        else:
-            self.held += (
-                self.utf8.decode(self.tokenizer.decode_bytes([token]))
-                if self.tokenizer
-                else f" {token}"
-            )
-            ends = [(at + len(s), at) for s in self.stop if (at := self.held.find(s)) >= 0]
-            if ends:  # the one completed first, however the text was cut into tokens
-                self.held, self.reason = self.held[: min(ends)[1]], "stop"
-            elif self.n_new == min(self.limit, self.room):
-                self.reason = "length" if self.limit <= self.room else "context"
-        keep = 0 if self.reason else max((_overlap(self.held, s) for s in self.stop), default=0)
-        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        if self.reason in ("eot", "length", "context"):
-            piece += self.utf8.decode(b"", final=True)
-        self.text += piece
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that could begin stop."""
-    return next(
-        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
-    )
-
 
 # ---------------------------------------------------------------- generation
 
@@ -109,7 +53,7 @@ def check(stop=(), **numbers) -> None:
 def sample(
     model: Transformer,
     tokenizer,  # tokenizer.Tokenizer, or None when all prompts are ids
-    prompts: list,  # each a text, or a list of ids: then its continuation is ids too, written "17 4 99"
+    prompts: list,  # each a text, or a list of ids: then its continuation is ids too: "17 4 99"
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -121,50 +65,61 @@ def sample(
     stop: tuple[str, ...] = (),  # a sequence ends before the first of these
     ignore_eot: bool = False,  # False: it ends at the tokenizer's <|endoftext|>
     on_text=None,  # called as on_text(sequence, piece of text, None or why it ended)
-    stats: dict
-    | None = None,  # filled in: prompt_tokens, prefill_seconds, new_tokens, decode_seconds, reasons
+    stats: dict | None = None,  # gets {prompt,new}_tokens, {prefill,decode}_seconds, reasons
 ) -> list[str]:
-    """The continuations without their prompts: num_samples for the first prompt, then for the next ...
+    """The continuations without their prompts: num_samples for the first prompt, then for the next.
 
-    An empty prompt starts from <|endoftext|>. A sequence ends at model.cfg.max_seq_len tokens at the latest (reason
-    "context"). UserError E500: an option or a prompt that cannot work, E501: text without a tokenizer.
+    An empty prompt starts from <|endoftext|>. A sequence ends at model.cfg.max_seq_len tokens at
+    the latest (reason "context"). UserError E113: tokenizer and model do not fit, E500: an option
+    or a prompt that cannot work, E501: text without a tokenizer.
     """
-    choice = dict(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    choice = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     check(stop=stop, max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples, **choice)
-    n_vocab = tokenizer.n_vocab if tokenizer else model.cfg.vocab_size
-    if n_vocab > model.cfg.vocab_size:
-        raise UserError(
-            "E113",
-            f"the tokenizer has {n_vocab} ids, the model's vocab_size is {model.cfg.vocab_size}",
-        )
+    vocab_size = model.cfg.vocab_size
+    n_vocab = tokenizer.n_vocab if tokenizer else vocab_size
+    if n_vocab > vocab_size:
+        text = f"the tokenizer has {n_vocab} ids, the model's vocab_size is {vocab_size}"
+        raise UserError("E113", text)
     eot = None if ignore_eot or tokenizer is None else tokenizer.eot_id
 
     streams = []
+    seeds = []
     for number, prompt in enumerate(prompts, 1):
-        ids, room = _encode(prompt, number, tokenizer, n_vocab, model.cfg.max_seq_len)
+        ids = _encode(prompt, number, tokenizer, n_vocab)
+        room = _room(ids, number, model.cfg.max_seq_len)
         reader = tokenizer if isinstance(prompt, str) else None
-        streams += [
-            Stream(reader, ids, tuple(stop), eot, max_new_tokens, room) for _ in range(num_samples)
-        ]
+        for i in range(num_samples):
+            streams.append(Stream(reader, ids, tuple(stop), eot, max_new_tokens, room))
+            seeds.append(seed + i)
     if not streams:
         return []
-    seeds = [seed + i for _ in prompts for i in range(num_samples)]
-    longest = max(min(s.limit, s.room) for s in streams)
-    steps = model.generate(
-        [s.ids for s in streams], longest, seeds, () if eot is None else (eot,), n_vocab, **choice
-    )
-    start, first = time.perf_counter(), None
+    longest = max(stream.limit for stream in streams)
+    stop_ids = () if eot is None else (eot,)
+    all_ids = [stream.ids for stream in streams]
+    steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, **choice)
+    times = _decode(steps, streams, on_text)
+    if stats is not None:
+        stats |= times
+        stats["prompt_tokens"] = sum(len(stream.ids) for stream in streams)
+        stats["new_tokens"] = sum(stream.n_new for stream in streams)
+        stats["reasons"] = [stream.reason for stream in streams]
+    return [stream.text if stream.tokenizer else stream.text.strip() for stream in streams]
+
+
+def _decode(steps, streams: list[Stream], on_text) -> dict[str, float]:
+    """Draw tokens until all streams have ended. Returns prefill_seconds and decode_seconds. E500:
+    the model's logits are not finite."""
+    start = time.perf_counter()
+    first = None
     try:
-        with (
-            contextlib.closing(steps),
-            torch.inference_mode(),
-        ):  # a tenth faster than no_grad on a CPU
+        # inference_mode is a tenth faster than no_grad on a CPU
+        with contextlib.closing(steps), torch.inference_mode():
             for tokens in steps:
                 first = first or time.perf_counter()
                 for i, (stream, token) in enumerate(zip(streams, tokens)):
@@ -172,38 +127,36 @@ def sample(
                         piece = stream.add(token)
                         if on_text and (piece or stream.reason):
                             on_text(i, piece, stream.reason)
-                if all(s.reason for s in streams):
+                if all(stream.reason for stream in streams):
                     break
     except FloatingPointError as error:
-        raise UserError(
-            "E500", f"{error}: the run has diverged, or --precision fp32 helps"
-        ) from error
-    if stats is not None:
-        stats.update(
-            prompt_tokens=sum(len(s.ids) for s in streams), new_tokens=sum(s.n_new for s in streams)
-        )
-        stats.update(prefill_seconds=first - start, decode_seconds=time.perf_counter() - first)
-        stats.update(reasons=[s.reason for s in streams])
-    return [s.text if s.tokenizer else s.text.strip() for s in streams]
+        text = f"{error}: the run has diverged, or --precision fp32 helps"
+        raise UserError("E500", text) from error
+    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
 
 
-def _encode(prompt, number: int, tokenizer, n_vocab: int, context: int) -> tuple[list[int], int]:
-    """The ids of a prompt and how many more fit. UserError as in `sample`."""
+def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
+    """The ids of a prompt. UserError as in `sample`."""
     if tokenizer is None and (isinstance(prompt, str) or not prompt):
-        raise UserError(
-            "E501", f"prompt {number} is text or empty, and this run has no tokenizer.json"
-        )
-    ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else [int(i) for i in prompt]
+        text = f"prompt {number} is text or empty, and this run has no tokenizer.json"
+        raise UserError("E501", text)
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt).tolist()
+    else:
+        ids = [int(i) for i in prompt]
     ids = ids or [tokenizer.eot_id]
     if not 0 <= min(ids) <= max(ids) < n_vocab:
-        raise UserError(
-            "E500",
-            f"prompt {number} has ids {min(ids)} to {max(ids)}; they must be 0 to {n_vocab - 1}",
-        )
+        text = f"prompt {number} has ids {min(ids)} to {max(ids)}; they must be 0 to {n_vocab - 1}"
+        raise UserError("E500", text)
+    return ids
+
+
+def _room(ids: list[int], number: int, context: int) -> int:
+    """How many more tokens fit into the model's context; at least one. UserError E500."""
     if len(ids) >= context:
-        text = f"prompt {number} has {len(ids)} tokens, the model's max_seq_len is {context}: no room for a new one"
-        raise UserError("E500", f"{text}; shorten it to {context - 1} at most")
-    return ids, context - len(ids)
+        text = f"prompt {number} has {len(ids)} tokens, the model's max_seq_len is {context}: "
+        raise UserError("E500", f"{text}no room for a new one; shorten it to {context - 1} at most")
+    return context - len(ids)
 
 
 # ---------------------------------------------------------------- a run from disk
@@ -218,26 +171,28 @@ def load(
     precision="auto",
     say=print,
 ):
-    """A run's (model ready to generate, tokenizer or None, step). UserError E305, and checkpoint.find's and others'."""
+    """A run's (model ready to generate, tokenizer or None, step). UserError E305: its tensors do
+    not fit its configuration; and those of checkpoint.find and Checkpoint.model_config."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
     path = expand(str(path))
-    found = checkpoint.find(path if step is None else checkpoint.step_dir(path, step), best, say)
-    spec = (
-        expand(tokenizer)
-        if tokenizer
-        else tok.of_run(found.path.parent, found.state.get("tokenizer"))
-    )
+    if step is not None:
+        path = checkpoint.step_dir(path, step)
+    found = checkpoint.find(path, best, say)
+    spec = expand(tokenizer) if tokenizer else None
+    if not spec:
+        spec = tok.of_run(found.path.parent, found.state.get("tokenizer"))
     here = detect(device, precision, False)
+    cfg = found.model_config()
     try:
         with torch.device("meta"):  # no memory, no initialisation
-            model = Transformer(ModelConfig(**found.state["config"]["model"]))
+            model = Transformer(cfg)
         model.load_state_dict(found.model_state(), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("E305", f"{found.path}: {error}") from error
     model.set_step(found.step)  # where MoD's capacity was
-    # a layer would cast its weight in every forward pass; here nobody needs the fp32 ones, so it is done once; but
-    # routers choose in fp32
+    # A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it is
+    # done once. But routers choose in fp32.
     for name, p in model.named_parameters():
         routes = ".router." in name or ".predictor." in name
         p.data = p.data.to(here.device, torch.float32 if routes else here.compute_dtype)
@@ -250,93 +205,76 @@ def load(
 
 
 class Printer:
-    """on_text for a terminal: sequences appear in order; the first unfinished one is live, later ones wait."""
+    """on_text for a terminal: sequences appear in order; the first unfinished one is live, later
+    ones wait."""
 
     def __init__(self, heads: list[str]):
-        self.waiting, self.ended, self.now = heads, set(), 0
+        self.waiting = heads  # text not yet printed, by sequence
+        self.ended: set[int] = set()
+        self.live = 0
 
     def __call__(self, i: int, piece: str, reason: str | None) -> None:
-        self.waiting[i] += piece + ("\n" if reason else "")
-        self.ended |= {i} if reason else set()
-        while self.now < len(self.waiting):
-            sys.stdout.write(self.waiting[self.now])
-            self.waiting[self.now] = ""
-            if self.now not in self.ended:
+        self.waiting[i] += piece
+        if reason:
+            self.waiting[i] += "\n"
+            self.ended.add(i)
+        while self.live < len(self.waiting):
+            sys.stdout.write(self.waiting[self.live])
+            self.waiting[self.live] = ""
+            if self.live not in self.ended:
                 break
-            self.now += 1
+            self.live += 1
         sys.stdout.flush()
 
 
 class Parser(Words):
-    def add(self, name: str, *others: str, **kwargs) -> None:
+    def option(self, name: str, help: str, kind=str, default=None, **more) -> None:
         if name in RANGES:
-            kwargs["help"] = (
-                f"{kwargs.get('help', '')} ({RANGES[name][2]}; default {kwargs['default']})".strip()
-            )
-        self.add_argument(f"--{name}", *others, **kwargs)
+            help = f"{help} ({RANGES[name][2]}; default {default})".strip()
+        self.add_argument(f"--{name}", type=kind, default=default, help=help, **more)
+
+    def texts(self, name: str, metavar: str, help: str) -> None:
+        self.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=help)
+
+    def flag(self, name: str, help: str) -> None:
+        self.add_argument(f"--{name}", action="store_true", help=help)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     p = Parser(prog="sample.py", description="Generate text from a trained run.")
     p.add_argument("run", type=a_path, help="a run's out_dir, or one of its step_* folders")
-    p.add(
-        "prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="repeatable; - reads it from stdin",
-    )
-    p.add(
-        "prompt_file",
-        action="append",
-        default=[],
-        metavar="F",
-        help="a prompt per file; one final newline is dropped",
-    )
-    p.add(
-        "ids",
-        action="append",
-        default=[],
-        metavar="'1 2 3'",
-        help="a prompt as token ids: ids in, ids out",
-    )
-    p.add("max_new_tokens", "--max_tokens", type=int, default=200)
-    p.add("temperature", type=float, default=0.8)
-    p.add("top_k", type=int, default=50, help="keep the k most likely tokens")
-    p.add("top_p", type=float, default=1.0, help="keep the smallest set with this much probability")
-    p.add(
-        "min_p", type=float, default=0.0, help="keep what has this share of the largest probability"
-    )
-    p.add("repetition_penalty", type=float, default=1.0)
-    p.add("seed", type=int, default=1, help="sample i draws with seed + i")
-    p.add("num_samples", type=int, default=1, help="of each prompt")
-    p.add(
-        "stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="ends a sequence; repeatable; --stop=TEXT if it has a -",
-    )
-    p.add("ignore_eot", action="store_true", help="go on after <|endoftext|>")
-    p.add("tokenizer", metavar="FILE", help="default: the run's tokenizer.json")
-    p.add(
-        "best",
-        action="store_true",
-        help="the checkpoint with the lowest validation loss, not the newest",
-    )
-    p.add("step", type=int, metavar="N", help="the checkpoint of step N")
-    p.add("device", default="auto", help="auto, cpu, cuda, mps")
-    p.add("precision", default="auto", help="auto, fp32, bf16, fp16")
+    p.texts("prompt", "TEXT", "repeatable; - reads it from stdin")
+    p.texts("prompt_file", "F", "a prompt per file; one final newline is dropped")
+    p.texts("ids", "'1 2 3'", "a prompt as token ids: ids in, ids out")
+    most = f"({RANGES['max_new_tokens'][2]}; default 200)"
+    p.add_argument("--max_new_tokens", "--max_tokens", type=int, default=200, help=most)
+    p.option("temperature", "", float, 0.8)
+    p.option("top_k", "keep the k most likely tokens", int, 50)
+    p.option("top_p", "keep the smallest set with this much probability", float, 1.0)
+    p.option("min_p", "keep what has this share of the largest probability", float, 0.0)
+    p.option("repetition_penalty", "", float, 1.0)
+    p.option("seed", "sample i draws with seed + i", int, 1)
+    p.option("num_samples", "of each prompt", int, 1)
+    p.texts("stop", "TEXT", "ends a sequence; repeatable; --stop=TEXT if it has a -")
+    p.flag("ignore_eot", "go on after <|endoftext|>")
+    p.option("tokenizer", "default: the run's tokenizer.json", metavar="FILE")
+    p.flag("best", "the checkpoint with the lowest validation loss, not the newest")
+    p.option("step", "the checkpoint of step N", int, metavar="N")
+    p.option("device", "auto, cpu, cuda, mps", default="auto")
+    p.option("precision", "auto, fp32, bf16, fp16", default="auto")
     return p.parse_args(argv)
 
 
 def read_prompts(args) -> list:
-    """Texts and lists of ids from the options; from stdin where asked, or where something is piped and nothing said."""
+    """Texts and lists of ids from the options; from stdin where asked, or where something is piped
+    and nothing said."""
     if not (args.prompt or args.prompt_file or args.ids):
         args.prompt = ["-"] if sys.stdin and not sys.stdin.isatty() else [""]
     prompts = []
     for prompt in args.prompt:
-        prompts.append(_text(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt)
+        if prompt == "-":
+            prompt = _text(sys.stdin.buffer.read(), "stdin")
+        prompts.append(prompt)
     for file in args.prompt_file:
         try:
             prompts.append(_text(Path(expand(file)).read_bytes(), file))
@@ -346,9 +284,8 @@ def read_prompts(args) -> list:
         try:
             prompts.append([int(i) for i in ids.replace(",", " ").split()])
         except ValueError as error:
-            raise UserError(
-                "E500", f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'"
-            ) from error
+            text = f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'"
+            raise UserError("E500", text) from error
     return prompts
 
 
@@ -367,35 +304,42 @@ def main(argv: list[str]) -> int:
     model, tokenizer, step = load(
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
     )
+    parameters, device = model.n_params()["total"], model.embed.weight.device
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(
-        f"{args.run}: step {step}, {model.n_params()['total']:,} parameters, {model.embed.weight.device}, {dtype}"
-    )
-    texts = [
-        prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in prompts
-    ]
-    heads = [
-        f"--- prompt {n}, sample {i + 1} ---\n{t}"
-        for n, t in enumerate(texts, 1)
-        for i in range(args.num_samples)
-    ]
-    heads = texts if len(heads) == 1 else heads
+    say(f"{args.run}: step {step}, {parameters:,} parameters, {device}, {dtype}")
+    heads = heads_of(prompts, args.num_samples)
     sys.stdout.reconfigure(errors="replace")
     options = {name: getattr(args, name) for name in (*RANGES, "stop", "ignore_eot")}
-    sample(model, tokenizer, prompts, **options, on_text=Printer(heads), stats=(stats := {}))
+    stats = {}
+    sample(model, tokenizer, prompts, **options, on_text=Printer(heads), stats=stats)
 
-    cut = sum(reason == "context" for reason in stats["reasons"])
+    cut = stats["reasons"].count("context")
     if cut:
-        say(
-            f"note: {cut} of {len(heads)} sequences stopped at the model's max_seq_len, {model.cfg.max_seq_len} tokens"
-        )
-    for name, n in (
-        ("prefill", stats["prompt_tokens"]),
-        ("decode", stats["new_tokens"] - len(heads)),
-    ):
-        seconds = stats[f"{name}_seconds"]
-        say(f"{name} {n} tokens in {seconds:.2f} s: {n / max(seconds, 1e-9):,.1f} tokens/s")
+        most = f"the model's max_seq_len, {model.cfg.max_seq_len} tokens"
+        say(f"note: {cut} of {len(heads)} sequences stopped at {most}")
+    say_speed(say, "prefill", stats["prompt_tokens"], stats["prefill_seconds"])
+    say_speed(say, "decode", stats["new_tokens"] - len(heads), stats["decode_seconds"])
     return 0
+
+
+def heads_of(prompts: list, num_samples: int) -> list[str]:
+    """What stands before each continuation: its prompt, below a headline where there are
+    several."""
+    texts = []
+    for prompt in prompts:
+        texts.append(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)))
+    if len(texts) * num_samples == 1:
+        return texts
+    heads = []
+    for n, text in enumerate(texts, 1):
+        for i in range(num_samples):
+            heads.append(f"--- prompt {n}, sample {i + 1} ---\n{text}")
+    return heads
+
+
+def say_speed(say, what: str, tokens: int, seconds: float) -> None:
+    speed = tokens / max(seconds, 1e-9)
+    say(f"{what} {tokens} tokens in {seconds:.2f} s: {speed:,.1f} tokens/s")
 
 
 if __name__ == "__main__":

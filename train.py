@@ -31,7 +31,7 @@ from kernels import pick_attention, pick_backend
 from lumen import checkpoint, files, forecast, launch, lines, owner, plan
 from lumen import machine as machines
 from lumen import tokenizer as tokenizers
-from lumen.checkpoint import model_of, refuse_odd
+from lumen.checkpoint import refuse_nonfinite
 from lumen.cli import read_config
 from lumen.config import SHARDING, Config, build_config, help_text, printed
 from lumen.control import ByHand
@@ -672,7 +672,7 @@ class Trainer(ByHand):
         if saved.state["fingerprints"] != self.fingerprints:
             then = saved.state.get("tokenizer")
             self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
-        now, model = self.model_written, dataclasses.asdict(model_of(saved, "model_written"))
+        now, model = self.model_written, dataclasses.asdict(saved.model_config(written=True))
         here = {
             k: v for k, v in now.items() if k != "init_std"
         }  # of what has long been changed by training
@@ -1233,7 +1233,7 @@ class Trainer(ByHand):
                     shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
                     raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
                 part = saved.read(theirs, offset, local.shape)
-                refuse_odd(f"{saved.path}: {theirs}", part)
+                refuse_nonfinite(f"{saved.path}: {theirs}", part)
                 local.copy_(part)
 
     def find_weights(self) -> tuple:
@@ -1255,7 +1255,7 @@ class Trainer(ByHand):
             then = state.state.get("tokenizer")
             file = tokenizers.of_run(state.path.parent, then)
             par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, then)
-            model = model_of(state)
+            model = state.model_config()
         free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
         if (
             self.cfg.model.n_experts_max >= model.n_experts_max
@@ -1303,7 +1303,7 @@ class Trainer(ByHand):
                     continue
                 where = tuple(slice(a, a + n) for a, n in zip(offset, size))
                 part = state.read(f"model.{name}", offset, size) if whole is None else whole[where]
-                refuse_odd(f"init_from {path}: {name}", part)
+                refuse_nonfinite(f"init_from {path}: {name}", part)
                 local[tuple(map(slice, size))].copy_(part)
         for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
             moe.router.retired.fill_(-1)  # the steps of another run

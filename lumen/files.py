@@ -29,7 +29,8 @@ UNSYNCED: set[str] = set()  # "files", "folders": the note about each is said on
 
 def sync(path) -> None:
     """Make a file's bytes, or a folder's names, survive a power loss. OSError where they are lost
-    already; that a file system cannot sync is noted once, for it matters only if the power fails."""
+    already; that a file system cannot sync is noted once, for it matters only if the power
+    fails."""
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -96,6 +97,16 @@ def read_lines(path: Path) -> list[dict]:
         whole = text[: text.rfind("\n") + 1]
         return [json.loads(line) for line in whole.split("\n")[:-1]]
     return []
+
+
+def drop_half_line(path) -> None:
+    """Truncate a .jsonl file behind its last line end: what a full disk or a kill left is cut off.
+    OSError."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 20)))  # a line is shorter than that
+        tail = file.read()
+        file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def sha256(path, core_share: float = 1.0, stopped=lambda: False) -> str:

@@ -543,7 +543,7 @@ def decode(words: list[str]) -> int:
     """512 greedy tokens with the cache, and without it; a random 8.9 M model unless a run is given."""
     if words:
         saved = checkpoint.find(words[0])
-        model = Transformer(ModelConfig(**saved.state["config"]["model"]))
+        model = Transformer(saved.model_config())
         model.load_state_dict(saved.model_state())
     else:
         model = Transformer(

@@ -591,7 +591,7 @@ def install() -> None:
     before(checkpoint, "write", "write")
     before(checkpoint, "commit", "commit")
     before(checkpoint, "write_json")
-    loader.WAITS, loader.PATIENCE = (0.01, 0.02), (0.03, 0.04)
+    loader.RETRY_WAITS_SECONDS, loader.DISK_RETRY_WAITS_SECONDS = (0.01, 0.02), (0.03, 0.04)
     pread, build = os.pread, Trainer.build
 
     def failing(*args):

@@ -787,7 +787,7 @@ def damage(folder, name: str, value: float) -> None:
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
     manifest["files"][file.name] = {"sha256": files.sha256(file), "size": file.stat().st_size}
     checkpoint.write_json(
-        Path(folder) / "manifest.json", manifest | {"sha256": checkpoint.digest(manifest)}
+        Path(folder) / "manifest.json", manifest | {"sha256": checkpoint.manifest_sha256(manifest)}
     )
 
 

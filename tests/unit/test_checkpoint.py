@@ -96,10 +96,35 @@ def test_damage_is_found_and_named(tmp_path):
     assert "bytes instead of" in damaged(lambda f: (f / "rank_00000.safetensors").write_bytes(b"x"))
     with pytest.raises(UserError, match="E303"):
         damaged(lambda f: (f / "manifest.json").write_text("{"))
+    newer = '{"format": 99, "files": {}, "tensors": {}}'
     with pytest.raises(UserError, match="E306"):
-        damaged(
-            lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}, "tensors": {}}')
-        )
+        damaged(lambda f: (f / "manifest.json").write_text(newer))
+
+
+def test_the_model_of_a_checkpoint(tmp_path):
+    """One reading, one code, for training, sampling, export and benchmarks."""
+
+    def saved(**state):
+        folder = checkpoint.step_dir(tmp_path, 1)
+        assert checkpoint.write(tmp_path / "x.tmp", 0, {}) is None
+        checkpoint.commit(tmp_path / "x.tmp", folder, 1, {"step": 1} | state)
+        return checkpoint.Checkpoint(folder)
+
+    keys = {"vocab_size": 100, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32}
+    found = saved(config={"model": keys}, model_written=keys | {"n_layers": 3})
+    assert (found.model_config().n_layers, found.model_config(written=True).n_layers) == (2, 3)
+    assert saved(config={"model": keys}).model_config(written=True).n_layers == 2  # an older one
+    for wrong, word in (
+        (
+            {"config": {"model": keys | {"n_minds": 1, "mod_future": 2}}},
+            "model.mod_future, model.n_minds",
+        ),
+        ({"config": {"model": keys | {"norm_order": "later"}}}, "norm_order"),
+        ({"config": {}}, "model"),
+        ({}, "config"),
+    ):
+        with pytest.raises(UserError, match=f"E306.*{word}"):
+            saved(**wrong).model_config()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +165,7 @@ def test_a_missing_piece_is_not_made_up(tmp_path):
     folder = save(tmp_path, 5, tensors(), 2)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tensors"]["model.a"]["pieces"].pop()
-    manifest["sha256"] = checkpoint.digest(manifest)
+    manifest["sha256"] = checkpoint.manifest_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="E303.*model.a"):
         checkpoint.Checkpoint(folder).read("model.a")

@@ -427,7 +427,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_one_that_does_not_fit_is_named(
     assert code(S.load, tmp_path).startswith("E305")
     model.cfg.norm_order = "later"
     save(tmp_path, 4, model=model)
-    assert code(S.load, tmp_path).startswith("E305")
+    assert code(S.load, tmp_path).startswith("E306")
 
 
 def test_bf16_weights_are_cast_once(run):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lumen import tokenizer as T
 from lumen.errors import UserError
-from lumen.sources import synthetic_document
+from lumen.synthetic import synthetic_document
 
 hf = pytest.importorskip("tokenizers")
 

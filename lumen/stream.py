@@ -1,0 +1,71 @@
+"""Ids to text, piece by piece: what may be shown while a sequence is still being drawn."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class Stream:
+    """One sequence on its way to text. `reason` says why it ended: eot, stop, length
+    (max_new_tokens) or context."""
+
+    def __init__(
+        self, tokenizer, ids: list[int], stop: tuple, eot: int | None, limit: int, room: int
+    ):
+        self.tokenizer = tokenizer  # None: ids are written as they are
+        self.ids = ids
+        self.stop = stop
+        self.eot = eot
+        self.limit = min(limit, room)  # new tokens: as asked for, or until the context is full
+        self.reason_at_limit = "length" if limit <= room else "context"
+        # keeps the bytes of an unfinished character
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_new = 0
+        self.held = ""  # may be the beginning of a stop string
+        self.text = ""
+        self.reason: str | None = None
+
+    def add(self, token: int) -> str:
+        """Take one more id; returns the text that is certain by now and sets `reason` if this was
+        the last one."""
+        self.n_new += 1
+        if token == self.eot:
+            self.reason = "eot"
+        else:
+            self.held += self.text_of(token)
+            self.look_for_end()
+        keep = 0
+        if not self.reason:
+            keep = max((_overlap(self.held, text) for text in self.stop), default=0)
+        certain = len(self.held) - keep
+        piece = self.held[:certain]
+        self.held = self.held[certain:]
+        if self.reason and self.reason != "stop":
+            piece += self.utf8.decode(b"", final=True)
+        self.text += piece
+        return piece
+
+    def text_of(self, token: int) -> str:
+        if self.tokenizer is None:
+            return f" {token}"
+        return self.utf8.decode(self.tokenizer.decode_bytes([token]))
+
+    def look_for_end(self) -> None:
+        ends = []
+        for text in self.stop:
+            at = self.held.find(text)
+            if at >= 0:
+                ends.append((at + len(text), at))
+        if ends:  # the one completed first, however the text was cut into tokens
+            self.held = self.held[: min(ends)[1]]
+            self.reason = "stop"
+        elif self.n_new == self.limit:
+            self.reason = self.reason_at_limit
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that could begin stop."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
