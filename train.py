@@ -1329,44 +1329,49 @@ class Trainer(ByHand):
         report.open_charts(self.cfg)
 
     def open_log(self) -> None:
-        """Files, a number for this attempt, signals."""
+        """Out_dir's files, a number for this attempt, signals."""
         self.parallel.run_or_raise_on_all(self.open_files)
         self.report.attempt = self.parallel.broadcast(self.report.attempt)
         self.orchestrator.begin()
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
-        self.first_interrupt = None
-        for name in ("SIGTERM", "SIGINT", "SIGHUP") + (
-            ("SIGUSR1",) if "RANK" not in os.environ else ()
-        ):
-            with contextlib.suppress(
-                ValueError, AttributeError
-            ):  # not the main thread; not on this system
-                if (
-                    name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-                ):  # nohup's word stands
-                    signal.signal(getattr(signal, name), self.on_signal)
+        self.listen()
+
+    def listen(self) -> None:
+        """From now on signals end the run in order; SIGUSR1 saves."""
+        self.first_interrupt = None  # when it came
+        names = ["SIGTERM", "SIGINT"]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            names.append("SIGHUP")  # else nohup has said that it shall be ignored
+        if "RANK" not in os.environ:  # torchrun dies of it and leaves its workers behind
+            names.append("SIGUSR1")
+        for name in names:
+            # not on every system, and not in a thread
+            with contextlib.suppress(ValueError, AttributeError):
+                signal.signal(getattr(signal, name), self.on_signal)
 
     def on_signal(self, number, frame) -> None:
         if number == getattr(signal, "SIGUSR1", None):
             self.save_signal = 1
             return
-        now = time.monotonic()
         if number == signal.SIGINT:
-            if (
-                self.first_interrupt and now - self.first_interrupt > 2
-            ):  # sooner: it came by two ways, torchrun's too
-                os._exit(130)
-            if (
-                self.main and not self.first_interrupt
-            ):  # no print: it may have been interrupted itself
-                with contextlib.suppress(OSError):
-                    os.write(
-                        2,
-                        b"\nstopping after this step and saving; Ctrl-C again leaves at once, without saving\n",
-                    )
-            self.first_interrupt = self.first_interrupt or now
+            self.on_interrupt()
         self.stop_signal = self.stop_signal or 1
+
+    def on_interrupt(self) -> None:
+        """Ctrl-C ends the run in order, a second one at once.
+
+        One that follows within two seconds is the same one: it came by way of torchrun too.
+        """
+        now = time.monotonic()
+        if self.first_interrupt is None:
+            self.first_interrupt = now
+            if self.main:
+                text = "stopping after this step and saving; Ctrl-C again leaves at once"
+                with contextlib.suppress(OSError):  # no print: it may be what was interrupted
+                    os.write(2, f"\n{text}, without saving\n".encode())
+        elif now - self.first_interrupt > 2:
+            os._exit(130)
 
     # ---- the loop
 
@@ -1934,6 +1939,7 @@ class Trainer(ByHand):
     def facts(self, notes: list[str] | None = None) -> lines.Start:
         """What the start lines and suggested.yaml tell of this run."""
         cfg = self.cfg
+        hint = [self.hint] if self.hint else []
         return lines.Start(
             cfg=cfg,
             run=self.run,
@@ -1950,8 +1956,7 @@ class Trainer(ByHand):
             lr_at_peak=self.scheduled_lr(self.run.peak_step),
             last_lr=self.scheduled_lr(self.run.max_steps - 1),
             misfit=self.misfit,
-            notes=[*(notes or []), *self.machine.notes, *filter(None, [self.hint]), *self.changes],
-            elsewhere=bool(self.dry_run) and self.dry_run["hardware"] != "measured",
+            notes=[*(notes or []), *self.machine.notes, *hint, *self.changes],
         )
 
     def log(self, numbers: StepNumbers) -> None:
@@ -2216,7 +2221,7 @@ def main(argv: list[str], parallel=Parallel, check=None) -> int:
             )  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
         return status["code"]
     if flags.get("dry_run"):
-        from tools.simulate import dry_run
+        from tools.simulate import dry_run  # upward, and only a dry run calls it
 
         return dry_run(cfg, written, notes, flags, check)
     try:

@@ -7,6 +7,7 @@ suggested.yaml. Nobody here looks into a Trainer, writes a file or prints.
 from __future__ import annotations
 
 import math
+import types
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,18 @@ from model import ModelConfig, Transformer
 from model_moe import MoD
 
 FEW_ROWS = 16  # below that differences of val_loss are mostly noise
+
+
+def as_resolved(cfg: Config, **known):
+    """A resolved configuration under the names that Start.run has."""
+    run = types.SimpleNamespace(micro_batch=cfg.batch_size, max_steps=cfg.max_steps)
+    run.accumulation = cfg.gradient_accumulation_steps
+    for name in ("min_lr", "precision", "compile_model", "deterministic", "attention"):
+        setattr(run, name, getattr(cfg, name))
+    run.expert_backend = cfg.expert_backend
+    for name, value in known.items():
+        setattr(run, name, value)
+    return run
 
 
 @dataclass
@@ -105,7 +118,7 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
         text = "without effect, for n_experts or mod_capacity is not set"
         lines.append(f"advice     {text}: {', '.join(idle)}")
     if moe or mod:
-        from export import refusals
+        from export import refusals  # upward: export knows what it can write
 
         for reason in refusals(m)[:3]:
             lines.append(f"advice     will not export to Hugging Face: {reason}")

@@ -264,7 +264,7 @@ class Report:
         self.say(f"sample     of the trained model, seed {seed}:\n{line}\n{text}\n{line}")
 
     def close(self) -> None:
-        """Charts and train.log; a bar too."""
+        """Charts and train.log; what was still to be written may fail."""
         with self.chart("wandb"):
             if self.wandb:
                 self.wandb.finish()

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import types
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from lumen import tokenizer as tokenizers
 from lumen.config import SHARDING, Config
 from lumen.errors import UserError
 from lumen.launch import environment
+from lumen.lines import Start, as_resolved, no_validation, start_lines
 from lumen.loader import Source
 from lumen.machine import Hardware, human_number
 from lumen.plan import (
@@ -526,7 +526,7 @@ def open_data(cfg: Config) -> tuple[dict[str, Source], dict[str, Source], int]:
     return train, val, vocab_size
 
 
-class DryRun(Report):
+class DryRun:
     """A run as its start block and the simulation want to see it: resolved, but neither built nor
     given a folder.
 
@@ -535,8 +535,6 @@ class DryRun(Report):
     """
 
     def __init__(self, cfg: Config, written: dict, flags: dict, layout: Layout):
-        self.bar = self.log_file = None
-        self.main = environment("RANK", 0) == 0  # this rank speaks
         self.written, self.dry_run, self.layout = written, flags, layout
         self.elsewhere = flags["hardware"] != "measured"
         self.precision = None  # there; None: as this machine resolves it
@@ -554,20 +552,20 @@ class DryRun(Report):
         self.cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
         if cfg.early_stopping_patience and not self.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
-            raise UserError("E114", f"{text}; {self.no_validation()}")
+            raise UserError("E114", f"{text}; {no_validation(cfg)}")
         try:
             self.counted = on_meta(self.cfg.model)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         self.changes: list[str] = []
         self.hint: str | None = None
-        self.misfit = ""
+        self.misfit = self.attention_why = self.experts_why = ""
+        self.peak = 0.0
         self.rows_per_step = self.rows_of_a_step()
         self.share_rows()
         self.set_length()
         if not self.elsewhere:
             self.look_here()
-        self.experts_why = ""
         if self.cfg.model.n_experts:
             backend, self.experts_why = self.pick_experts()
             self.cfg = replace(self.cfg, expert_backend=backend)
@@ -715,14 +713,30 @@ class DryRun(Report):
     def hardware(self) -> Hardware:
         return machines.hardware(self.dry_run["hardware"], self.machine, self.dry_run)
 
-    @property
-    def parallel(self):
-        """What the start block asks of Parallel."""
-        rows = (0, self.layout.world)
-        return types.SimpleNamespace(rows=lambda: rows, layout=self.layout, world=1)
-
-    def scheduled_lr(self, step: int) -> float:
-        return lr_at(self.cfg, step)
+    def facts(self, notes: list[str]) -> Start:
+        """What the start lines are made of."""
+        cfg = self.cfg
+        known = {"attention_why": self.attention_why, "experts_why": self.experts_why}
+        known |= {"rows_per_step": self.rows_per_step, "peak_step": self.warm_up}
+        hint = [self.hint] if self.hint else []
+        return Start(
+            cfg=cfg,
+            run=as_resolved(cfg, **known),
+            model=self.counted,
+            machine=self.machine,
+            layout=self.layout,
+            readers=self.layout.world,
+            sources=self.sources,
+            val_sources=self.val_sources,
+            n_working=self.n_working,
+            flops_per_token=self.flops_per_token,
+            peak=self.peak,
+            lr_at_peak=lr_at(cfg, self.warm_up),
+            last_lr=lr_at(cfg, cfg.max_steps - 1),
+            misfit=self.misfit,
+            notes=[*notes, *self.machine.notes, *hint, *self.changes],
+            elsewhere=self.elsewhere,
+        )
 
     def simulation(self) -> Simulation:
         """What the run would need where it is to run."""
@@ -785,11 +799,13 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
         if without_effect:
             where = "takes effect under train_fsdp.py, on several ranks"
             notes = [*notes, f"{', '.join(without_effect)}: {where}"]
-    run.start_block(notes)
+    report = Report(cfg.out_dir, environment("RANK", 0) == 0)
+    for line in start_lines(run.facts(notes)):
+        report.say(line)
     simulation = run.simulation()
     for line in simulation.lines():
-        run.say(line)
+        report.say(line)
     if check:
         for line in run.checked_lines(simulation.cheapest or simulation.as_it_is):
-            run.say(line)
+            report.say(line)
     return 0
