@@ -48,6 +48,7 @@ class Claim:
     value: object  # ours
     agrees: tuple = ()  # other values of ours that it does not contradict
     weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names
+    off: object = None  # of a switch: what ours is when it is off
 
 
 @dataclass
@@ -68,6 +69,10 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
     """
     done, under = Renaming(), under or {}
     lift_sections(tree, done, where)
+
+    def place(name: str) -> str:
+        return where(done.moved.get(name, name))
+
     given = written(tree, own)
     claims: dict[str, list[Claim]] = {}
     for name, value in given.items():
@@ -76,18 +81,17 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
             continue
         said = claim(name, value, row)
         switch = row.get("with")
-        off = switch and not given.get(switch) and get(under, row["to"]) is None
-        if off:
+        if switch and not plain(given.get(switch)) and get(under, row["to"]) is None:
             said = {"ignore": f"{switch} is not true"}
         if isinstance(said, Claim):
             claims.setdefault(said.key, []).append(said)
         elif "refuse" in said:
-            done.wrong.append(f"{where(name)}: {name}: {short(value)}: {said['refuse']}")
+            done.wrong.append(f"{place(name)}: {name}: {short(value)}: {said['refuse']}")
         else:
             done.ignored.setdefault(said["ignore"], []).append(name)
         drop(tree, name)
     for several in claims.values():
-        settle(tree, several, own, where, under, done)
+        settle(tree, several, own, place, under, done)
     for why, names in done.ignored.items():
         done.notes.append(f"{', '.join(names)} has no effect: {why}")
     return done
@@ -158,11 +162,11 @@ def claim(name: str, value, row: dict) -> Claim | dict:
         new = row["values"][plain(value)]
         if isinstance(new, dict):
             return new
-        first, *agrees = new if isinstance(new, list) else [new]
-        weight = 1
-        if row.get("switch"):
-            weight = 2 if is_off else 0
-        return Claim(name, value, key, first, tuple(agrees), weight)
+        first, *agrees = as_list(new)
+        if "switch" not in row:
+            return Claim(name, value, key, first, tuple(agrees))
+        off = as_list(row["values"][False])[0]
+        return Claim(name, value, key, first, tuple(agrees), 2 if is_off else 0, off)
     if "refuse" in row:
         return {"ignore": "it is off"} if is_off else row
     if "ignore" in row:
@@ -176,22 +180,31 @@ def claim(name: str, value, row: dict) -> Claim | dict:
     return Claim(name, value, key, value)
 
 
-def settle(tree, several: list[Claim], own, where, under: dict, done: Renaming) -> None:
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) -> None:
     """Give one of our keys the value that foreign names say; refuse what contradicts another."""
     best = max(several, key=lambda said: said.weight)
     key, ours = best.key, get(tree, best.key)
-    if best.weight == 0 and (ours is not None or get(under, key) is not None):
-        return  # how much of it there is says our key
+    if best.weight == 0:  # on: how much of it, our key may say
+        of_file = get(under, key)
+        if ours is None and of_file is not None and not same(key, of_file, best.off, own):
+            ours = of_file
+        if ours is not None:
+            done.notes.append(f"{best.name} {as_yaml(best.given)}: {key} {as_yaml(ours)} says it")
+            return
     for other in several:
         if other.weight == best.weight and not same(key, best.value, other.value, own):
             text = f"{other.name}: {as_yaml(other.given)} and {best.name}: {as_yaml(best.given)}"
-            done.wrong.append(f"{where(best.name)}: {text} are both {key} here; drop one")
+            done.wrong.append(f"{place(best.name)}: {text} are both {key} here; drop one")
     if ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
         text = f"{best.name}: {as_yaml(best.given)} is {key}: {as_yaml(best.value)} here"
-        done.wrong.append(f"{where(best.name)}: {text}, and {key}: {as_yaml(ours)}; drop one")
+        done.wrong.append(f"{place(best.name)}: {text}, and {key}: {as_yaml(ours)}; drop one")
     if ours is None:
         put(tree, key, best.value)
-        done.moved[key] = best.name
+        done.moved[key] = done.moved.get(best.name, best.name)
     short_name = best.name if best.value == best.given else f"{best.name} {as_yaml(best.given)}"
     done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}")
 

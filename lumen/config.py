@@ -209,6 +209,7 @@ WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 # ---------------------------------------------------------------- checks
 
 
+@functools.cache
 def own_keys() -> dict[str, object]:
     """Every key of ours with its type: {"learning_rate": float, "model.d_model": int}."""
     found = {name: kind for name, kind in KINDS[Config].items() if name not in BLOCKS}
@@ -262,7 +263,7 @@ def refuse_unknown(tree: dict, where, wrong: list[str]) -> None:
     known = {*own_keys(), *BLOCKS}
     names = [*tree, *(f"{block}.{name}" for block in BLOCKS for name in tree[block])]
     unknown = [str(name) for name in names if name not in known]
-    told = [f"{where(key)}: unknown key {key[:100]}; {meant(key)}" for key in unknown]
+    told = [f"{where(key)}: unknown key {short(key)[1:-1]}; {meant(key)}" for key in unknown]
     told = [*told, *wrong]
     if len(told) == 1:
         raise UserError("E002", told[0])

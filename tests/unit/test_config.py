@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, fingerprint, write_yaml
 
-from lumen import aliases
+from lumen import aliases, checkpoint
 from lumen.cli import read_config
 from lumen.config import (
     RANGES,
@@ -379,10 +379,18 @@ def test_what_is_typed_beats_the_file_under_its_other_names_too(tmp_path):
     assert read("--use_moe")[0].model.n_experts == 4  # how many says the file
     assert read("--use_moe", "false")[0].model.n_experts == 0
     assert read("--use_adaptive_training")[0].orchestrator.mode == "shadow"
+    assert "model.n_experts 4 says it" in read("--use_moe")[1]
     assert read("--use_adaptive_training=false")[0].orchestrator.mode == "off"
     assert read("--train_data", "mine.txt")[0].data_dir == "data/mine"
     refused([path, "--epochs"], "E002", "--epochs needs a value")
     refused([path, "--hidden_size", "x"], "E002", "command line: model.d_model: 'x' is not int")
+    path.write_text("data_dir: d\norchestrator: {mode: off}\n")
+    assert read("--use_adaptive_training")[0].orchestrator.mode == "act"
+    assert read("--use_moe")[0].model.n_experts == 8
+    path.write_text("data_dir: d\ntraining_params:\n  epochs: x\n")
+    refused([path], "E002", f"{path}:3: num_epochs: 'x' is not float")
+    path.write_text("data_dir: d\ntraining_params:\n  betas: x\n  nonsense: 1\n")
+    refused([path], "E002", f"{path}:3: betas: ", f"{path}:4: unknown key nonsense")
     path.write_text("data_dir: d\nhidden_size: x\n")
     refused([path], "E002", f"{path}:2: model.d_model: 'x' is not int")
 
@@ -398,3 +406,13 @@ def test_what_lumen_wrote_before_nine_keys_went_is_read(tmp_path):
     off = old | {"use_adaptive_training": False, "orchestrator": {"mode": "off"}}
     cfg, *_ = read_config([str(write_yaml(tmp_path / "config.yaml", off))])
     assert cfg.orchestrator.mode == "off"
+
+
+def test_checkpoints_from_before_are_read_under_the_names_of_today():
+    old = {"auto_epoch_scaling": True, "chinchilla_multiplier": 25, "max_auto_epochs": 4}
+    state = {"config": old | {"attention": "flex", "picture": True}, "written": dict(old)}
+    state |= {"auto": {"expert_back_end": "slices"}, "step": 5}
+    now = checkpoint.modernised(state)
+    assert now["written"] == {"tokens_per_parameter": 25, "num_epochs": 4}
+    assert now["config"] == now["written"] and now["auto"] == {"expert_backend": "slices"}
+    assert checkpoint.modernised({"step": 5}) == {"step": 5}

@@ -11,13 +11,13 @@ from packaging.requirements import Requirement
 
 from lumen import forecast, plan
 from lumen import machine as machines
-from lumen.cli import read_config
+from lumen.cli import presets, read_config
 from lumen.errors import UserError
 from lumen.forecast import Forecast
 from model import ModelConfig, Transformer
 from train import Trainer
 
-PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted(presets().values())
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be
 PROMISES = {f"b{n}": (n * 1e9, n * 8e9, 0.02) for n in (1, 7, 14, 30, 50, 100, 200, 300)}
 PROMISES |= {
