@@ -96,7 +96,10 @@ def test_traffic_by_hand():
     """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and sends as many back."""
     model = plan.on_meta(dataclasses.replace(DENSE, vocab_size=128))
     found = simulate.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
-    n, root = plan.count_parameters(model), sum(p.numel() for p in (model.embed.weight, model.norm.weight))
+    n, root = (
+        plan.count_parameters(model),
+        sum(p.numel() for p in (model.embed.weight, model.norm.weight)),
+    )
     assert sum(m[0] for m in found["all-gather"]) == 4 * 5 * (2 * (n - root) + root)
     assert sum(m[0] for m in found["reduce-scatter"]) == 4 * 5 * n
     fast = dataclasses.replace(H100, link=1e15)

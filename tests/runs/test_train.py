@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from rig import Halves, fake_fp16, faulty, finish, stop_at
 
 import train
 from lumen import checkpoint
@@ -25,12 +25,6 @@ from lumen.optim import build_optimizer
 from lumen.resolve import rise
 from model import ModelConfig, Transformer
 from train import Parallel, Trainer, lr_at
-
-
-def finish(keys, parallel=Parallel) -> Trainer:
-    trainer = Trainer(keys, parallel)
-    assert trainer.fit() == 0
-    return trainer
 
 
 def same_run(a, b, step=12) -> bool:
@@ -157,30 +151,16 @@ def test_masked_targets_count_in_the_global_mean(tiny):
     assert abs(norms[0] - norms[1]) < 1e-5 * norms[0], norms
 
 
-class Poisoned(Parallel):
-    """A parallel that puts a NaN or an infinity into one gradient at one step."""
-
-    at, value, calls = 5, float("nan"), 0
-
-    def reduce(self, model, stats):
-        stats = super().reduce(model, stats)
-        if self.calls == self.at:
-            model.blocks[1].ffn.w2.weight.grad[0, 0] = self.value
-        self.calls += 1
-        return stats
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_a_bad_step_is_dropped_exactly(tiny, value):
     """Weights, moments and the optimizer's count as before the step; step, cursor and schedule go on."""
     snapshots = []
 
-    class Watched(Poisoned):
+    class Watched(faulty([6], value=value)):
         def grad_norm(self, model):
             snapshots.append({k: v.clone() for k, v in trainer.tensors().items()})
             return super().grad_norm(model)
 
-    Watched.value = value
     trainer = Trainer(tiny(save_interval=0), Watched)
     assert trainer.fit() == 0
     before, after = snapshots[5], snapshots[6]
@@ -223,15 +203,6 @@ def test_fp16_scale_shrinks_until_it_fits_and_is_saved(tiny, monkeypatch):
     again.loader.close()
 
 
-def fake_fp16(real):
-    def machine(device, precision, compile_model, local_rank=0):
-        return dataclasses.replace(
-            real(device, "fp32", compile_model, local_rank), precision="mixed_fp16"
-        )
-
-    return machine
-
-
 def test_bf16_trains_with_fp32_masters(tiny):
     trainer = finish(tiny(max_steps=12, precision="bf16", batch_size=4))
     assert all(v.dtype == torch.float32 for v in trainer.tensors().values())
@@ -239,40 +210,23 @@ def test_bf16_trains_with_fp32_masters(tiny):
     assert loss[12] < loss[1]
 
 
-class Halves(Parallel):
-    """The toy second implementation that keeps the seam honest: each tensor lives in two regions of its first axis."""
-
+class Counted(Halves):
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.opened, self.lasts = 0, []
+        self.lasts = []
 
     def microstep(self, model, last):
-        self.opened += 1
         self.lasts.append(last)
         return super().microstep(model, last)
-
-    def local_shards(self, name, tensor):
-        if not tensor.dim():
-            return super().local_shards(name, tensor)
-        half, rest = (len(tensor) + 1) // 2, (0,) * (tensor.dim() - 1)
-        shape = tuple(tensor.shape)
-        return [
-            ((0, *rest), shape, tensor[:half], True),
-            ((half, *rest), shape, tensor[half:], True),
-        ]
 
 
 def test_another_parallel_needs_nothing_but_the_seam(tiny):
     plain = tiny("plain")
     finish(plain)
     keys = tiny("halves")
-    first = Trainer(keys, Halves)
-    stop_at(first, 6)
-    assert (
-        first.fit() == 0
-        and first.parallel.opened == 2 * first.step
-        and first.parallel.lasts[:2] == [False, True]
-    )
+    first = stop_at(Trainer(keys, Counted), 6)
+    assert first.fit() == 0
+    assert first.parallel.lasts == [False, True] * first.step
     saved = checkpoint.find(first.out)
     assert len(saved.tensors["model.embed.weight"]["pieces"]) == 2
     finish(keys)  # the plain Parallel reads what the other wrote
@@ -286,18 +240,6 @@ def test_another_parallel_needs_nothing_but_the_seam(tiny):
 
 
 # ---------------------------------------------------------------- resume
-
-
-def stop_at(trainer, step):
-    """As if a signal had come while this step's rows were read."""
-    following = trainer.loader.next
-
-    def next_rows():
-        if trainer.step == step:
-            trainer.stop_signal = 1
-        return following()
-
-    trainer.loader.next = next_rows
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -722,7 +664,7 @@ def test_ranks(tiny, tmp_path, world):
     ]
     jobs += [{"config": faulty, "unreadable_at": [1, 6]}, {"config": faulty}]
     result = run_python(
-        "tests/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
+        "tests/programs/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
     )
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     a, b, c = (losses(k["out_dir"]) for k in (one, many, moved))

@@ -25,8 +25,6 @@ from model import (
     rotate,
 )
 
-torch.set_num_threads(1)
-
 SMALL = dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, multiple_of=16, max_seq_len=32)
 KINDS = {
     "default": {},

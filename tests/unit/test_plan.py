@@ -247,7 +247,12 @@ def test_a_card_is_known_by_all_words_of_its_name_or_not_at_all():
         assert machines.hardware_key(name) == key
     for name in OTHERS.split("|"):
         assert machines.data_sheet(name) is machines.data_sheet(f"NVIDIA {name}") is None, name
-    assert machines.data_sheet("") is machines.data_sheet("x86_64") is machines.data_sheet("NVIDIA") is None
+    assert (
+        machines.data_sheet("")
+        is machines.data_sheet("x86_64")
+        is machines.data_sheet("NVIDIA")
+        is None
+    )
 
 
 def test_the_peak_of_an_unknown_card_is_measured_never_a_neighbours(monkeypatch):
@@ -407,9 +412,11 @@ def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
     assert [machines.untried(f"{version}.9+cu130") for version in machines.TRIED] == [[]] * len(
         machines.TRIED
     )
-    assert machines.version_numbers("2.9.1") < machines.version_numbers("2.11.0") < machines.version_numbers("3.0"), (
-        "numbers, not letters"
-    )
+    assert (
+        machines.version_numbers("2.9.1")
+        < machines.version_numbers("2.11.0")
+        < machines.version_numbers("3.0")
+    ), "numbers, not letters"
 
 
 def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):

@@ -19,8 +19,6 @@ from lumen import tokenizer as tok
 from lumen.errors import UserError
 from model import ModelConfig, Transformer
 
-torch.set_num_threads(1)
-
 T = tok.load("bytes")
 SMALL = dict(
     vocab_size=T.n_vocab + 12, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48
