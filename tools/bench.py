@@ -1237,7 +1237,7 @@ def layout_run(job: dict) -> int:
     build = []
 
     def measured(cfg):
-        parallel = train_fsdp.layout(cfg)
+        parallel = train_fsdp.make_parallel(cfg)
         make = parallel.build
 
         def build_it(cfg, fill):
