@@ -1,11 +1,15 @@
-"""TODO."""
+"""What this machine is: its devices, their speed and memory. `python -m lumen.machine` prints it.
+
+In this order: data sheets; what `auto` becomes here; speed; memory; the report; private parts of
+torch, each behind a named function.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import gc
-import importlib
+import importlib.util
 import math
 import os
 import platform
@@ -19,18 +23,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed
 
 from kernels import backends, pick_attention
 from lumen.errors import UserError
 from lumen.launch import Words, command, environment
 
-TRIED = (
-    "2.11",
-    "2.13",
-    "2.14",
-)  # torch, oldest first: on which the tests were run (2.11, 2.14: most)
+# torch, oldest first: on which the tests were run (2.11, 2.14: most)
+TRIED = ("2.11", "2.13", "2.14")
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
+
+# ---------------------------------------------------------------- data sheets
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Hardware:
     """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and
     of one GPU."""
 
-    flops: float  # FLOP/s of dense 16-bit matrix products, no sparsity
+    flops: float  # FLOP/s of dense 16-bit matmuls, no sparsity
     fp32: float  # FLOP/s in fp32, which Lumen does not round to TF32
     memory: float  # bytes
     bandwidth: float  # bytes/s of its memory
@@ -51,15 +53,16 @@ class Hardware:
         return self.fp32 if precision == "fp32" else self.flops
 
 
-# bytes/s one way: 16 lanes of PCIe 4; a GPU's share of 10 Gbit/s a machine, assumed where a maker
-# names no network
-PCIE, ETHERNET = 32e9, 1.25e9 / 8
+PCIE = 32e9  # bytes/s one way: 16 lanes of PCIe 4
+ETHERNET = (
+    1.25e9 / 8
+)  # a GPU's share of 10 Gbit/s a machine, assumed where a maker names no network
 NO_BF16 = ("v100", "t4")
 # SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of
 # b200 (its DGX), h200, h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine
 # Learning Engineering (Bekman); v100, l4, t4, NVLink (2 to 5) and InfiniBand (HDR, NDR) with other
-# public ones; a10g's and 3090's matrices are from memory
-HARDWARE = {
+# public ones; a10g's and 3090's matrices are from memory. fmt: off
+HARDWARE = {  # matmuls, in fp32, memory, its bandwidth, link, network, GPUs in a machine, source
     "b200": Hardware(
         2250e12, 75e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"
     ),
@@ -118,57 +121,112 @@ HARDWARE = {
         "NVIDIA T4 data sheet; network assumed",
     ),
 }
-MAKERS = re.compile(
-    r"nvidia|tesla|geforce|gpu|sxm\d*|hbm3e?|rtx|"
-)  # words of a name that tell no two rows apart
+# fmt: on
+# words of a name that tell no two rows apart
+MAKERS = re.compile(r"nvidia|tesla|geforce|gpu|sxm\d*|hbm3e?|rtx|")
 
 
 def name_words(name: str) -> set[str]:
-    """What a card's name says beyond its maker: NVIDIA A100-SXM4-80GB -> a100, 80gb; rtx4090 -> 4090."""
-    return {
-        w
-        for w in re.split(r"[^a-z0-9]+", name.lower().replace("rtx", "rtx "))
-        if not MAKERS.fullmatch(w)
-    }
+    """What a card's name says beyond its maker: NVIDIA A100-SXM4-80GB -> a100, 80gb."""
+    words = re.split(r"[^a-z0-9]+", name.lower().replace("rtx", "rtx "))
+    return {word for word in words if not MAKERS.fullmatch(word)}
 
 
 def data_sheet(name: str) -> Hardware | None:
     """The table's row for a GPU by the name that torch gives it, every word of which must be the
-    row's: an H100 PCIe, a slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other
-    cards, whose speed is not known here."""
-    for key, h in HARDWARE.items():
-        if name_words(key) <= name_words(name) <= name_words(key) | {gigabytes(h)}:
-            return h
+    row's.
+
+    An H100 PCIe, a slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other cards,
+    whose speed is not known here.
+    """
+    words = name_words(name)
+    for key, row in HARDWARE.items():
+        if name_words(key) <= words <= name_words(key) | {gigabytes(row)}:
+            return row
     return None
 
 
-def gigabytes(h: Hardware) -> str:
-    return f"{h.memory / 1e9:.0f}gb"
+def gigabytes(row: Hardware) -> str:
+    return f"{row.memory / 1e9:.0f}gb"
 
 
 def hardware_key(name: str) -> str:
     """The table's key for a card as somebody types it (rtx3090, tesla-v100); cpu and measured are
-    themselves. UserError E002 names those that it may be: more than one (a100), or some that are
-    spelt alike."""
+    themselves.
+
+    UserError E002 names those that it may be: more than one (a100), or some that are spelt alike.
+    """
     key = name.lower().replace("_", "-")
     if key in ("measured", "cpu", *HARDWARE):
         return key
-    words = name_words(key)
-    found = [k for k, h in HARDWARE.items() if words and words <= name_words(k) | {gigabytes(h)}]
-    if len(found) == 1:
-        return found[0]
-    hint = f"it may be {' or '.join(found)}; " if found else ""
-    if not found and (near := difflib.get_close_matches(key, HARDWARE, 1, 0.8)):
+    words, fitting = name_words(key), []
+    for other, row in HARDWARE.items():
+        if words and words <= name_words(other) | {gigabytes(row)}:
+            fitting.append(other)
+    if len(fitting) == 1:
+        return fitting[0]
+    hint = f"it may be {' or '.join(fitting)}; " if fitting else ""
+    if not fitting and (near := difflib.get_close_matches(key, HARDWARE, 1, 0.8)):
         hint = f"did you mean {near[0]}? "
     text = f"hardware: {name!r} is not known; {hint}known: {', '.join(HARDWARE)}, cpu, measured"
-    raise UserError(
-        "E002", f"{text}; for another card give the nearest with --peak_flops and --memory_gb"
+    text += "; for another card give the nearest with --peak_flops and --memory_gb"
+    raise UserError("E002", text)
+
+
+GIVEN = {  # --name: (field of Hardware, unit)
+    "peak_flops": ("flops", 1),
+    "memory_gb": ("memory", 1e9),
+    "link_gb_s": ("link", 1e9),
+    "network_gb_s": ("network", 1e9),
+    "gpus_per_node": ("per_node", 1),
+}
+
+
+def hardware(name: str, m: Machine, given: dict) -> Hardware:
+    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given`
+    overrides.
+
+    given: see GIVEN. UserError E002: see hardware_key.
+    """
+    key = hardware_key(name)
+    row = HARDWARE[key] if key in HARDWARE else measured_hardware(key, m, given)
+    changed = {}
+    for option, (name_here, unit) in GIVEN.items():
+        if option in given:
+            changed[name_here] = given[option] * unit
+    source = row.source
+    if changed:
+        source += f"; given: {', '.join(changed)}"
+    return replace(row, **changed, source=source)
+
+
+def measured_hardware(key: str, m: Machine, given: dict) -> Hardware:
+    """This machine's device, or (`cpu`) its CPU, which the processes of a machine share."""
+    device = m.device if key == "measured" else torch.device("cpu")
+    dtype = m.compute_dtype if key == "measured" else torch.float32
+    cuda = device.type == "cuda"
+    flops, bandwidth = matrix_peak(device, dtype), copy_bandwidth(device)
+    local = torch.cuda.device_count() if cuda else 1
+    per_node = max(local, given.get("gpus_per_node", 1))
+    share = per_node if device.type == "cpu" else 1
+    return Hardware(
+        flops=flops / share,
+        fp32=flops / share,
+        memory=total_memory(device) / share,
+        bandwidth=bandwidth / share,
+        link=PCIE,
+        network=8 * ETHERNET / per_node,
+        per_node=local,
+        source="matrices and memory measured here; network assumed",
     )
+
+
+# ---------------------------------------------------------------- what `auto` becomes here
 
 
 @dataclass
 class Machine:
-    """What `auto` resolved to here. `compile` is None where the length of the run has to decide (CPU)."""
+    """What `auto` became. `compile` is None where the length of the run has to decide (CPU)."""
 
     device: torch.device
     name: str
@@ -191,28 +249,25 @@ def untried(version: str) -> list[str]:
     forbidden."""
     if version_numbers(version) <= version_numbers(TRIED[-1]):
         return []
-    return [
-        f"torch {version} is newer than {TRIED[-1]}, the newest on which Lumen's tests were run"
-    ]
+    text = f"torch {version} is newer than {TRIED[-1]}, the newest on which Lumen's tests were run"
+    return [text]
 
 
 def cpu_flags() -> list[str]:
     """The flags of this CPU that decide the speed of matrices."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            words = next((set(line.split()) for line in f if line.startswith("flags")), set())
-    except OSError:
-        words = set()
+    words = set()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith("flags"):
+                words = set(line.split())
+                break
     return [w for w in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if w in words]
 
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware (mkldnn's own answer is wrong: without,
     bf16 is slower)."""
-    asked = getattr(
-        torch.cpu, "_is_avx512_bf16_supported", None
-    )  # private; knows what other systems' flags do not say
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or bool(asked and asked())
+    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags())) or cpu_says_bf16()
 
 
 def find_compiler() -> str | None:
@@ -224,126 +279,142 @@ def detect(
     precision: str = "auto",
     compile_model: bool | str = "auto",
     local_rank: int = 0,
-):
+) -> Machine:
     """Resolve device, precision and compilation to what works here. UserError E003 when what was
     asked does not."""
+    place, name, capability = find_device(device, local_rank)
+    notes = untried(torch.__version__)
+    precision = find_precision(precision, place.type, name, capability, notes)
+    compiled = find_compilation(compile_model, place.type, notes)
+    return Machine(place, name, precision, compiled, notes)
+
+
+def find_device(device: str, local_rank: int) -> tuple[torch.device, str, tuple[int, int]]:
+    """-> the device, its name, and on CUDA its compute capability, else (0, 0)."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = (
-        next(k for k in ("cuda", "mps", "cpu") if has[k])
-        if device == "auto"
-        else device.split(":")[0]
-    )
     if not re.fullmatch(r"auto|(cuda|mps|cpu)(:\d{1,4})?", device):
         raise UserError("E002", f"device: {device!r} is not auto, cuda, mps or cpu")
+    kind = device.split(":")[0]
+    if device == "auto":
+        kind = next(kind for kind, there in has.items() if there)
     if not has[kind]:
-        raise UserError(
-            "E003",
-            f"device: {device} is not there; this torch ({torch.__version__}) sees {_seen(has)}",
+        sees = ", ".join(kind for kind, there in has.items() if there)
+        text = f"device: {device} is not there; this torch ({torch.__version__}) sees only {sees}"
+        raise UserError("E003", text)
+    if kind != "cuda":
+        return torch.device(kind), platform.processor() or platform.machine(), (0, 0)
+    index = int(device.split(":")[1]) if ":" in device else local_rank
+    if index >= torch.cuda.device_count():
+        text = (
+            f"device cuda:{index} is not there; this machine has {torch.cuda.device_count()} GPUs"
         )
-    notes = untried(torch.__version__)
-    if kind == "cuda":
-        index = int(device.split(":")[1]) if ":" in device else local_rank
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                "E003",
-                f"device cuda:{index} is not there; this machine has {torch.cuda.device_count()} GPUs",
-            )
-        dev, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
-        capability = torch.cuda.get_device_capability(index)
-    else:
-        dev, name, capability = (
-            torch.device(kind),
-            platform.processor() or platform.machine(),
-            (0, 0),
-        )
+        raise UserError("E003", text)
+    capability = torch.cuda.get_device_capability(index)
+    return torch.device("cuda", index), torch.cuda.get_device_name(index), capability
 
+
+def find_precision(
+    precision: str, kind: str, name: str, capability: tuple[int, int], notes: list[str]
+) -> str:
+    """fp32, mixed_bf16 or mixed_fp16; why goes to `notes`."""
     if precision in ("bf16", "fp16"):
-        notes.append(
-            f"precision: {precision} means mixed_{precision}: master weights and moments stay fp32"
-        )
+        text = f"precision: {precision} means mixed_{precision}"
+        notes.append(f"{text}: master weights and moments stay fp32")
         precision = f"mixed_{precision}"
     if precision == "auto":
-        if kind == "cuda":
-            precision = (
-                "mixed_bf16"
-                if capability >= (8, 0)
-                else "mixed_fp16"
-                if capability >= (7, 0)
-                else "fp32"
-            )
-            notes.append(
-                f"precision: {precision} for compute capability {capability[0]}.{capability[1]}"
-            )
-        elif kind == "mps":
-            precision = "mixed_bf16" if _mps_bf16() else "fp32"
-            notes.append(f"precision: {precision} on MPS (Lumen has never been run there)")
-        else:
-            precision = "mixed_bf16" if cpu_has_bf16() else "fp32"
-            why = "has" if cpu_has_bf16() else "has no"
-            notes.append(f"precision: {precision}: this CPU {why} bf16 matrix units")
+        precision, why = auto_precision(kind, capability)
+        notes.append(f"precision: {precision}{why}")
     if precision not in DTYPES:
-        raise UserError(
-            "E002", f"precision: {precision!r} is not auto, fp32, mixed_bf16 or mixed_fp16"
-        )
+        text = f"precision: {precision!r} is not auto, fp32, mixed_bf16 or mixed_fp16"
+        raise UserError("E002", text)
     if kind == "cuda" and precision == "mixed_bf16" and capability < (8, 0):
         raise UserError("E003", f"precision: {name} has no bf16; take mixed_fp16 or fp32")
     if kind == "cpu" and precision == "mixed_fp16":
-        raise UserError(
-            "E003", "precision: mixed_fp16 is for GPUs; on a CPU take fp32 or mixed_bf16"
-        )
+        text = "precision: mixed_fp16 is for GPUs; on a CPU take fp32 or mixed_bf16"
+        raise UserError("E003", text)
     if kind == "cpu" and precision == "mixed_bf16" and not cpu_has_bf16():
-        notes.append(
+        text = (
             "precision: this CPU emulates bf16 and is several times slower with it than with fp32"
         )
-
-    if compile_model not in (True, False, "auto"):
-        raise UserError("E002", f"compile_model: {compile_model!r} is not auto, true or false")
-    if compile_model is True and kind == "cpu" and not find_compiler():
-        raise UserError(
-            "E003",
-            "compile_model: true needs a C++ compiler (apt-get install g++); or set it to false",
-        )
-    choice = compile_model if compile_model != "auto" else {"cuda": True, "mps": False}.get(kind)
-    if choice is None and not find_compiler():
-        choice = False
-        notes.append("compile: off, there is no C++ compiler")
-    return Machine(dev, name, precision, choice, notes)
+        notes.append(text)
+    return precision
 
 
-def _seen(has: dict) -> str:
-    return "only " + ", ".join(k for k, v in has.items() if v)
+def auto_precision(kind: str, capability: tuple[int, int]) -> tuple[str, str]:
+    """(precision, why)."""
+    if kind == "cuda":
+        why = f" for compute capability {capability[0]}.{capability[1]}"
+        if capability >= (8, 0):
+            return "mixed_bf16", why
+        return ("mixed_fp16" if capability >= (7, 0) else "fp32"), why
+    if kind == "mps":
+        precision = "mixed_bf16" if mps_has_bf16() else "fp32"
+        return precision, " on MPS (Lumen has never been run there)"
+    if cpu_has_bf16():
+        return "mixed_bf16", ": this CPU has bf16 matrix units"
+    return "fp32", ": this CPU has no bf16 matrix units"
 
 
-def _mps_bf16() -> bool:
+def mps_has_bf16() -> bool:
     try:
-        torch.ones(8, 8, device="mps", dtype=torch.bfloat16) @ torch.ones(
-            8, 8, device="mps", dtype=torch.bfloat16
-        )
+        ones = torch.ones(8, 8, device="mps", dtype=torch.bfloat16)
+        ones @ ones  # noqa: B018 - whether it raises
         return True
     except (RuntimeError, TypeError):
         return False
 
 
+def find_compilation(compile_model: bool | str, kind: str, notes: list[str]) -> bool | None:
+    """Whether to compile; None: the length of the run decides."""
+    if compile_model not in (True, False, "auto"):
+        raise UserError("E002", f"compile_model: {compile_model!r} is not auto, true or false")
+    if compile_model is True and kind == "cpu" and not find_compiler():
+        text = "compile_model: true needs a C++ compiler (apt-get install g++); or set it to false"
+        raise UserError("E003", text)
+    if compile_model != "auto":
+        return compile_model
+    if kind == "cpu" and find_compiler():
+        return None
+    if kind == "cpu":
+        notes.append("compile: off, there is no C++ compiler")
+    return kind == "cuda"
+
+
+# ---------------------------------------------------------------- speed
+
+
 def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
-    """FLOP/s of a square matrix product, measured for about `seconds` s; MFU is counted against it
-    without a table."""
-    n = (
-        8192
-        if torch.device(device).type == "cuda"
-        else 1024
-        if dtype == torch.float32 or cpu_has_bf16()
-        else 256
-    )
+    """FLOP/s of a square matmul, measured for about `seconds` s; without a data sheet MFU is
+    counted against it."""
+    cuda = torch.device(device).type == "cuda"
+    n = 1024
+    if cuda:
+        n = 8192
+    elif dtype != torch.float32 and not cpu_has_bf16():
+        n = 256  # emulated: a larger one would take minutes
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     best, until = 0.0, time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
-        a @ b
-        sync()
+        torch.matmul(a, b)
+        if cuda:
+            torch.cuda.synchronize()
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
         if time.perf_counter() > until:
             return best
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """bytes/s of the device's memory, read and written, the best of three copies of 64 MiB."""
+    block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        block.clone()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(block) / best
 
 
 def peak_flops(m: Machine) -> float:
@@ -353,185 +424,117 @@ def peak_flops(m: Machine) -> float:
 
 def sheet_flops(m: Machine) -> float:
     """FLOP/s of the data sheet; 0 where this card has no row in the table, or computes in fp32."""
-    there = data_sheet(m.name)
-    return there.flops if there and m.precision != "fp32" else 0.0
+    row = data_sheet(m.name)
+    return row.flops if row and m.precision != "fp32" else 0.0
 
 
-def set_collective_timeout(seconds: int) -> None:
-    """How long a collective of any group of processes waits from now on.
-
-    The list of groups is private to torch (the same in 2.11 to 2.14). Where it is gone, only the
-    group of all processes changes: meshes keep the longest wait.
-    """
-    c10d = torch.distributed.distributed_c10d
-    public = getattr(torch.distributed, "set_timeout", None)  # since torch 2.14
-    set_timeout = public or c10d._set_pg_timeout
-    world = getattr(c10d, "_world", None)
-    groups = [None] if world is None else list(world.pg_map)
-    for group in groups:
-        set_timeout(timedelta(seconds=seconds), group)
+# ---------------------------------------------------------------- memory
 
 
 def total_memory(device) -> int:
     """Bytes this process may use: the GPU's, or the machine's cut by the cgroup's limit."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    whole = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    )
-    return min([whole, *(limit for limit, _ in cgroups())])
+    installed = 0
+    if hasattr(os, "sysconf"):
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *(limit for limit, _ in cgroups())])
 
 
 def own_memory(device) -> float:
-    """Bytes that are this process's: a GPU's, or its share of what the processes of this machine have."""
+    """Bytes that are this process's: a GPU's, or its share of this machine's."""
     ranks = environment("LOCAL_WORLD_SIZE", 1) if torch.device(device).type == "cpu" else 1
     return total_memory(device) / ranks
 
 
 def available_memory(top: Path = Path("/")) -> int:
-    """Bytes of RAM that nobody uses, in this process's cgroups too. Where the system does not say
-    (no Linux): half of all. `top`: where /proc and /sys lie."""
+    """Bytes of RAM that nobody uses, in this process's cgroups too.
+
+    `top`: where /proc and /sys lie. Where the system does not say (no Linux): half of all.
+    """
     free = total_memory("cpu") // 2
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = (top / "proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        for line in (top / "proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) << 10
     return max(0, min([free, *(limit - used for limit, used in cgroups(top))]))
 
 
 def cgroups(top: Path = Path("/")) -> list[tuple[int, int]]:
     """(limit, used) in bytes of each memory cgroup around this process that has a limit, of version
-    2 and 1. Pages of files count as free: the kernel drops them for whoever asks, and a run that
-    has read its data has many."""
-    found = []
-    try:
+    2 and 1."""
+    rows = []
+    lines = []
+    with contextlib.suppress(OSError):
         lines = (top / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
     for line in lines:  # 0::/system.slice/job, or 4:memory:/docker/a1b2
         number, kinds, path = line.split(":", 2)
-        root, names = top / "sys/fs/cgroup", ("memory.max", "memory.current")
-        files = {"inactive_file", "active_file"}
-        if number != "0":
-            root, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            files = {f"total_{name}" for name in files}
+        second = number == "0"
+        if not second and "memory" not in kinds.split(","):
+            continue
+        root = top / "sys/fs/cgroup" if second else top / "sys/fs/cgroup/memory"
         inside = root / path.strip("/")  # a container sees only its end: the root, then, is its own
-        for folder in (
-            (inside, *inside.parents) if number == "0" or "memory" in kinds.split(",") else ()
-        ):
+        for folder in (inside, *inside.parents):
             if not folder.is_relative_to(root):
                 break
             with contextlib.suppress(OSError, ValueError):  # not there, or no limit: "max"
-                limit, used = (int((folder / name).read_text()) for name in names)
-                with contextlib.suppress(OSError):
-                    rows = map(str.split, (folder / "memory.stat").read_text().splitlines())
-                    used -= sum(int(n) for name, n in rows if name in files)
-                found.append((limit, used))
-    return found
+                rows.append(cgroup_limit(folder, second))
+    return rows
 
 
-def git_commit() -> str:
-    """Of this checkout; with a + where its files differ."""
-    try:
-        words = ("describe", "--always", "--exclude=*", "--dirty=+")
-        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip() or "?"
-    except OSError:
-        return "?"
+def cgroup_limit(folder: Path, second: bool) -> tuple[int, int]:
+    """(limit, used) of one memory cgroup, of version 2 (`second`) or 1. OSError, ValueError without
+    a limit.
 
-
-def hardware(name: str, m: Machine, given: dict) -> Hardware:
-    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given`
-    overrides.
-
-    given: peak_flops, memory_gb, link_gb_s, network_gb_s, gpus_per_node. UserError E002: see
-    hardware_key.
+    Pages of files count as free: the kernel drops them for whoever asks, and a run that has read
+    its data has many.
     """
-    key = hardware_key(name)
-    if key in ("measured", "cpu"):
-        device = m.device if key == "measured" else torch.device("cpu")
-        block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
-        best = math.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            block.clone()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        speed = matrix_peak(device, m.compute_dtype if key == "measured" else torch.float32)
-        local = torch.cuda.device_count() if device.type == "cuda" else 1
-        source = "matrices and memory measured here; network assumed"
-        share = (
-            max(local, given.get("gpus_per_node", 1)) if device.type == "cpu" else 1
-        )  # processes share a CPU
-        sizes = (x / share for x in (speed, speed, total_memory(device), 2 * len(block) / best))
-        base = Hardware(
-            *sizes, PCIE, 8 * ETHERNET / max(local, given.get("gpus_per_node", 1)), local, source
-        )
-    else:
-        base = HARDWARE[key]
-    units = {"peak_flops": ("flops", 1), "memory_gb": ("memory", 1e9), "link_gb_s": ("link", 1e9)}
-    units |= {"network_gb_s": ("network", 1e9), "gpus_per_node": ("per_node", 1)}
-    changed = {units[k][0]: v * units[k][1] for k, v in given.items() if k in units}
-    return replace(
-        base, **changed, source=base.source + f"; given: {', '.join(changed)}" * bool(changed)
-    )
-
-
-def env() -> int:
-    """Print what this machine offers to a training run. Exit code 2 when training cannot work here."""
-    problems = []
-    if sys.version_info < (3, 10):  # noqa: UP036 - this is where a user of an old Python learns it
-        problems.append(f"Python {platform.python_version()}: 3.10 or newer is needed")
-    if version_numbers(torch.__version__) < version_numbers(TRIED[0]):
-        problems.append(
-            f"torch {torch.__version__}: {TRIED[0]} or newer is needed (pip install -r requirements.txt)"
-        )
-    m = detect()
-    print(f"python       {platform.python_version()} on {platform.platform()}")
-    print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
-    gpus = f", {torch.cuda.device_count()} GPUs" if m.device.type == "cuda" else ""
-    print(
-        f"device       {m.device.type}: {m.name}{gpus}; CPU flags: {' '.join(cpu_flags()) or 'none known'}"
-    )
-    print("".join(f"             {note}\n" for note in m.notes), end="")
-    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        print(f"matrices     {label} {human_number(matrix_peak(m.device, dtype), 'FLOP/s')} measured")
-    print(f"compiler     {find_compiler() or 'none: compile_model stays off on the CPU'}")
-    print(f"memory       {total_memory('cpu') / 2**30:.1f} GiB", end="")
-    print(f", GPU {total_memory(m.device) / 2**30:.1f} GiB" if m.device.type == "cuda" else "")
-    free = shutil.disk_usage(".").free
-    print(f"disk         {free / 2**30:.1f} GiB free here")
-    if free < 1 << 30:
-        problems.append("less than 1 GiB of disk is free: checkpoints need it")
-    from model import ModelConfig
-
-    cfg = ModelConfig(vocab_size=64, d_model=128, n_layers=1, n_heads=2)
-    for choice in ("sdpa", "flash", "flex"):
-        name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
-        print(f"attention    {choice}: {'works' if name == choice else why}")
-    for name, why in backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
-        print(f"experts      {name}: {why or 'can work'}")
-    for package, use in (
-        ("wandb", "wandb_project"),
-        ("tensorboard", "tensorboard: true"),
-        ("transformers", "--check"),
-    ):
-        there = importlib.util.find_spec(package) is not None
-        print(
-            f"optional     {package}: {'there' if there else f'not there (pip install {package}), for {use}'}"
-        )
-    for module in ("numpy", "yaml", "tiktoken", "safetensors", "tqdm"):
-        if importlib.util.find_spec(module) is None:
-            problems.append(f"{module} is not installed (pip install -r requirements.txt)")
-    print("\n".join(f"PROBLEM      {p}" for p in problems) or "ready        training works here")
-    return 2 if problems else 0
+    names, files = ("memory.max", "memory.current"), ("inactive_file", "active_file")
+    if not second:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        files = ("total_inactive_file", "total_active_file")
+    limit, used = (int((folder / name).read_text()) for name in names)
+    with contextlib.suppress(OSError):
+        for row in (folder / "memory.stat").read_text().splitlines():
+            name, n = row.split()
+            if name in files:
+                used -= int(n)
+    return limit, used
 
 
 def resident_bytes() -> int | None:
+    """Of this process; None where the system does not say."""
     try:
         with open("/proc/self/statm", encoding="utf-8") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
+
+
+def peak_bytes(model, rows: int, device) -> int:
+    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs
+    no less.
+
+    Gradients are added to those that are there, and stay.
+    """
+    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
+    # unlike tokens: they go to many experts
+    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)
+    free_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.compiler.set_stance("force_eager"):
+        model(ids, targets=ids)[0].backward()
+    return torch.cuda.max_memory_reserved(device)
+
+
+def free_memory(device) -> None:
+    """Give back what dead tensors hold."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- the host and the GPU
 
 
 def to_host(numbers: torch.Tensor) -> tuple:
@@ -552,18 +555,91 @@ def event_now():
     return event
 
 
-def peak_bytes(model, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs
-    no less. Gradients are added to those that are there, and stay."""
-    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
-    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(
-        rows, T
-    )  # unlike ones: they go to many experts
-    free_memory(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    with torch.compiler.set_stance("force_eager"):
-        model(ids, targets=ids)[0].backward()
-    return torch.cuda.max_memory_reserved(device)
+# ---------------------------------------------------------------- the report
+
+
+def human_number(n: float, unit: str = "") -> str:
+    """1234567 -> 1.23M; with a unit: 1.23 MFLOP."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {letter}{unit}" if unit else f"{n / size:.3g}{letter}"
+    return f"{n:.3g} {unit}".strip()
+
+
+def git_commit() -> str:
+    """Of this checkout; with a + where its files differ."""
+    words = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "?"
+    except OSError:
+        return "?"
+
+
+def env() -> int:
+    """Print what this machine offers to a run. Exit code 2 when training cannot work here."""
+    m = detect()
+    cuda = m.device.type == "cuda"
+    threads = f"{torch.get_num_threads()} threads"
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    print(f"torch        {torch.__version__}, {threads}")
+    gpus = f", {torch.cuda.device_count()} GPUs" if cuda else ""
+    flags = " ".join(cpu_flags()) or "none known"
+    print(f"device       {m.device.type}: {m.name}{gpus}; CPU flags: {flags}")
+    for note in m.notes:
+        print(f"             {note}")
+    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        speed = human_number(matrix_peak(m.device, dtype), "FLOP/s")
+        print(f"matrices     {label} {speed} measured")
+    print(f"compiler     {find_compiler() or 'none: compile_model stays off on the CPU'}")
+    gpu = f", GPU {total_memory(m.device) / 2**30:.1f} GiB" if cuda else ""
+    print(f"memory       {total_memory('cpu') / 2**30:.1f} GiB{gpu}")
+    print(f"disk         {shutil.disk_usage('.').free / 2**30:.1f} GiB free here")
+    print_backends(m)
+    problems = find_problems()
+    for problem in problems:
+        print(f"PROBLEM      {problem}")
+    if not problems:
+        print("ready        training works here")
+    return 2 if problems else 0
+
+
+def print_backends(m: Machine) -> None:
+    """Which attention, experts and optional packages work here."""
+    from model import ModelConfig
+
+    cfg = ModelConfig(vocab_size=64, d_model=128, n_layers=1, n_heads=2)
+    for choice in ("sdpa", "flash", "flex"):
+        name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
+        print(f"attention    {choice}: {'works' if name == choice else why}")
+    for name, why in backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+        print(f"experts      {name}: {why or 'can work'}")
+    uses = {"wandb": "wandb_project", "tensorboard": "tensorboard: true", "transformers": "--check"}
+    for package, use in uses.items():
+        there = "there"
+        if importlib.util.find_spec(package) is None:
+            there = f"not there (pip install {package}), for {use}"
+        print(f"optional     {package}: {there}")
+
+
+def find_problems() -> list[str]:
+    """Why training cannot work here."""
+    problems, install = [], "(pip install -r requirements.txt)"
+    if sys.version_info < (3, 10):  # noqa: UP036 - this is where a user of an old Python learns it
+        problems.append(f"Python {platform.python_version()}: 3.10 or newer is needed")
+    if version_numbers(torch.__version__) < version_numbers(TRIED[0]):
+        text = f"torch {torch.__version__}: {TRIED[0]} or newer is needed"
+        problems.append(f"{text} {install}")
+    if shutil.disk_usage(".").free < 1 << 30:
+        problems.append("less than 1 GiB of disk is free: checkpoints need it")
+    for module in ("numpy", "yaml", "tiktoken", "safetensors", "tqdm"):
+        if importlib.util.find_spec(module) is None:
+            problems.append(f"{module} is not installed {install}")
+    return problems
+
+
+def main(argv: list[str]) -> int:
+    Words(prog="python -m lumen.machine", description=env.__doc__).parse_args(argv)
+    return env()
 
 
 # ---------------------------------------------------------------- private parts of torch
@@ -593,7 +669,7 @@ def local_region(p) -> tuple[tuple, tuple]:
 
 
 def init_fake_group(world: int) -> None:
-    """A default process group of so many ranks that are not there; this one is rank 0. 2.11 to 2.14."""
+    """A default process group of ranks that are not there; this one is rank 0. 2.11 to 2.14."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -618,26 +694,19 @@ def peak_of_fake_step(model, optimizer, ids) -> int:
     return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
 
 
-# ---------------------------------------------------------------- memory
+def set_collective_timeout(seconds: int) -> None:
+    """How long a collective of any group of processes waits from now on.
 
-
-def free_memory(device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def human_number(n: float, unit: str = "") -> str:
-    """1234567 -> 1.23M."""
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g} {letter}{unit}" if unit else f"{n / size:.3g}{letter}"
-    return f"{n:.3g} {unit}".strip()
-
-
-def main(argv: list[str]) -> int:
-    Words(prog="python -m lumen.machine", description=env.__doc__).parse_args(argv)
-    return env()
+    The list of groups is private to torch (the same in 2.11 to 2.14). Where it is gone, only the
+    group of all processes changes: meshes keep the longest wait.
+    """
+    c10d = torch.distributed.distributed_c10d
+    public = getattr(torch.distributed, "set_timeout", None)  # since torch 2.14
+    set_timeout = public or c10d._set_pg_timeout
+    world = getattr(c10d, "_world", None)
+    groups = [None] if world is None else list(world.pg_map)
+    for group in groups:
+        set_timeout(timedelta(seconds=seconds), group)
 
 
 if __name__ == "__main__":

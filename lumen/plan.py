@@ -710,7 +710,7 @@ def auto_steps(
     min_epochs: float = 0.0,
     max_epochs: float = 50.0,
 ) -> tuple[int, str]:
-    """tokens_per_parameter: steps for `multiplier` tokens an active parameter, in epochs; and why."""
+    """Steps for `multiplier` tokens an active parameter (tokens_per_parameter), and why."""
     target = multiplier * n_params_active
     wanted = target / max(1, unique_tokens)
     epochs = min(max(wanted, min_epochs), max_epochs)

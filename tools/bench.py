@@ -1,4 +1,5 @@
-"""The README's numbers. Every command prints the machine it ran on; times are ratios of interleaved rounds in one run.
+"""The README's numbers. Every command prints the machine it ran on; times are ratios of interleaved
+rounds in one run.
 
 speed CONFIG [--max_steps N] [--key value]: 40 steps of a configuration, or N, without evaluation or saving: tokens/s,
     MFU, data wait.
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,7 +46,7 @@ from lumen.cli import find_yaml, load_yaml
 from lumen.config import Config
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
-from lumen.machine import free_memory, git_commit
+from lumen.machine import compiled_so_far, free_memory, git_commit
 from lumen.optim import build_optimizer, step_optimizer
 from model import KVCache, ModelConfig, Transformer
 from tools import faults, simulate
@@ -221,11 +223,6 @@ def spread(values: list[float]) -> str:
     return f"median {statistics.median(values):.4g} (n {len(values)}, {min(values):.4g} to {max(values):.4g})"
 
 
-def compiled_so_far() -> int:
-    """A number that grows with all that torch compiles in this process, forward, backward, and again."""
-    return sum(sum(group.values()) for group in torch._dynamo.utils.counters.values())
-
-
 def seconds_of(run, wait) -> float:
     """Of one run(); one in which something was compiled does not count and is done again."""
     for _ in range(8):
@@ -240,7 +237,8 @@ def seconds_of(run, wait) -> float:
 
 
 def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the runs take turns, so that a busy machine is slow for all of them."""
+    """Seconds of each run in each round; the runs take turns, so that a busy machine is slow for
+    all of them."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     times = {name: [] for name in runs}
     for i in range(warm_up + rounds):
@@ -252,8 +250,9 @@ def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, 
 
 
 def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
-    """FLOP/s as shares of `peak`. Above 100 % it was measured while the machine was busy: it is measured again, in this
-    process, its dtype and its threads; where that does not help there is no MFU, and the reason."""
+    """FLOP/s as shares of `peak`. Above 100 % it was measured while the machine was busy: it is
+    measured again, in this process, its dtype and its threads; where that does not help there is
+    no MFU, and the reason."""
     if max(rates) > peak:
         peak = max(peak, machines.matrix_peak(m.device, m.compute_dtype, 1.0))
     if max(rates) > peak:
@@ -299,80 +298,75 @@ def time_limit(seconds: float):
 
 
 class Ours:
-    """One optimizer step of our model on random ids, a call; the lines of Trainer.fit with one micro-step.
+    """One optimizer step of our model on random ids, a call: the trainer's own parts, one micro-step.
 
-    The learning rate is 0: the same work, and the routing of the first step in all rounds.
+    The learning rate is 0: the same work, and the routing of the first step, in all rounds.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        machine: machines.Machine,
-        rows: int,
-        compiled=False,
-        backend="auto",
-    ):
+    def __init__(self, model: ModelConfig, machine, rows: int, compiled=False, backend="auto"):
         cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
         self.cfg, self.machine, self.parallel = cfg, machine, Parallel(cfg)
         with torch.device(machine.device):
             self.model = Transformer(model)
-        with (
-            torch.no_grad()
-        ):  # init_weights draws on the CPU, which takes long for a billion numbers
-            for name, p in self.model.named_parameters():
-                p.fill_(1.0) if p.dim() < 2 else p.zero_() if "predictor" in name else p.normal_(
-                    0, model.init_std
-                )
+        fill_quickly(self.model)
         self.model.compute_dtype = machine.compute_dtype
         self.moe = list(self.model.sparse_layers("moe").values())
-        shape = (
-            model.d_model,
-            model.d_expert,
-            model.n_experts,
-            model.n_experts_per_token,
-            rows * model.max_seq_len,
-        )
+        self.name = "compiled" if compiled else "eager"
+        self.tokens = rows * model.max_seq_len
         if self.moe:
-            picked = expert_kernels.pick_backend(
-                backend, machine.device, machine.compute_dtype, *shape
-            )[0]
+            shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token)
+            place = (machine.device, machine.compute_dtype)
+            picked, _ = expert_kernels.pick_backend(backend, *place, *shape, self.tokens)
             for moe in self.moe:
                 moe.backend = picked
-        self.name = (self.moe[0].backend + ", " if self.moe else "") + (
-            "compiled" if compiled else "eager"
-        )
+            self.name = f"{picked}, {self.name}"
         if compiled:
             torch.compiler.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
-        self.tokens = rows * model.max_seq_len
         self.x, self.y = batch(model, rows, machine.device)
         self.model.train()
 
     def __call__(self) -> torch.Tensor:
-        torch.use_deterministic_algorithms(
-            self.machine.device.type == "cpu"
-        )  # what `deterministic: auto` means
+        """Returns the mean loss, on the device."""
+        on_cpu = self.machine.device.type == "cpu"
+        torch.use_deterministic_algorithms(on_cpu)  # what `deterministic: auto` means
         torch.utils.deterministic.fill_uninitialized_memory = False
-        model, optimizer, par = self.model, self.optimizer, self.parallel
+        model, parallel = self.model, self.parallel
         total, sums = model(self.x, targets=self.y)
         (total / self.tokens).backward()
-        stats = par.reduce(model, torch.stack([sums["ce"], sums["z"], sums["count"]]).double())
-        norm = par.grad_norm(model)
-        bad = ~(torch.isfinite(stats[0]) & torch.isfinite(norm))
-        factor = (self.tokens / stats[2]).float()
-        clip = (self.cfg.grad_clip / (norm * factor + 1e-6)).clamp(max=1.0)
-        step_optimizer(optimizer, list(model.parameters()), clip * factor, bad)
+        stats = torch.stack([sums["ce"], sums["z"], sums["count"]]).double()
+        ce, _, count = parallel.reduce(model, stats)
+        factor = (self.tokens / count).float()
+        norm = parallel.grad_norm(model) * factor
+        bad = ~(torch.isfinite(ce) & torch.isfinite(norm))
+        clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        step_optimizer(self.optimizer, list(model.parameters()), clip * factor, bad)
         if self.moe:
             model_moe.update_balance(self.moe, sums["moe.counts"], bad)
-        return stats[0] / stats[2]
+        return ce / count
+
+
+@torch.no_grad()
+def fill_quickly(model: Transformer) -> None:
+    """Initial weights drawn on the device: init_weights draws on the CPU, which takes long for a
+    billion numbers."""
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            p.fill_(1.0)
+        elif "predictor" in name:
+            p.zero_()
+        else:
+            p.normal_(0, model.cfg.init_std)
 
 
 class Peer:
-    """The same step of transformers' Qwen3Moe or Qwen3: fused AdamW, fp32 masters, clipping, no router losses.
+    """The same step of transformers' Qwen3Moe or Qwen3: fused AdamW, fp32 masters, clipping, no
+    router losses.
 
-    precision: fp32; autocast (bf16 by torch.autocast); masters (a bf16 model beside fp32 weights in the optimizer).
+    precision: fp32; autocast (bf16 by torch.autocast); masters (a bf16 model beside fp32 weights in
+    the optimizer).
     """
 
     def __init__(
@@ -386,56 +380,31 @@ class Peer:
     ):
         import transformers
 
-        keys = {
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.d_model,
-            "num_hidden_layers": model.n_layers,
-        }
-        keys |= {"num_attention_heads": model.n_heads, "num_key_value_heads": model.n_kv_heads}
-        keys |= {"head_dim": model.head_dim, "intermediate_size": model.d_ff, "use_cache": False}
-        keys |= {
-            "max_position_embeddings": model.max_seq_len,
-            "tie_word_embeddings": model.tie_embeddings,
-        }
-        kind, sparse = "Qwen3", {}
-        if model.n_experts:
-            kind, sparse = (
-                "Qwen3Moe",
-                {"num_experts": model.n_experts, "moe_intermediate_size": model.d_expert},
-            )
-            sparse |= {
-                "num_experts_per_tok": model.n_experts_per_token,
-                "norm_topk_prob": model.norm_topk,
-            }
-            sparse |= {"output_router_logits": False}
-        config = getattr(transformers, f"{kind}Config")(**keys, **sparse)
+        kind = "Qwen3Moe" if model.n_experts else "Qwen3"
+        config = getattr(transformers, f"{kind}Config")(**peer_keys(model))
         with torch.device(machine.device):
             self.model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
         if model.n_experts:
             self.model.set_experts_implementation(experts)
-        self.masters = [p.detach().clone() for p in self.model.parameters()]
+        self.masters = list(self.model.parameters())
         if precision == "masters":
+            self.masters = [p.detach().clone() for p in self.masters]
             self.model.bfloat16()
-        else:
-            self.masters = list(self.model.parameters())
-        self.params, self.precision, self.device = (
-            list(self.model.parameters()),
-            precision,
-            machine.device,
-        )
+        self.params = list(self.model.parameters())
+        self.precision, self.device = precision, machine.device
         if compiled:
             self.model.compile()
-        names = [experts] if model.n_experts else []
-        self.name = ", ".join([*names, precision, "compiled" if compiled else "eager"])
-        self.optimizer = torch.optim.AdamW(
-            self.masters, 0.0, (0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        words = [experts] if model.n_experts else []
+        self.name = ", ".join([*words, precision, "compiled" if compiled else "eager"])
+        betas = (0.9, 0.95)
+        self.optimizer = torch.optim.AdamW(self.masters, 0.0, betas, weight_decay=0.1, fused=True)
         self.x, self.y = batch(model, rows, machine.device)
         self.tokens = rows * model.max_seq_len
 
     def __call__(self) -> torch.Tensor:
         torch.use_deterministic_algorithms(False)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
+        autocast = self.precision == "autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             loss = self.model(input_ids=self.x, labels=self.y, shift_labels=self.y).loss
         loss.backward()
         if self.precision == "masters":
@@ -450,6 +419,29 @@ class Peer:
         return loss.detach()
 
 
+def peer_keys(model: ModelConfig) -> dict:
+    """Our shape in transformers' words."""
+    keys = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.d_ff,
+        "use_cache": False,
+        "max_position_embeddings": model.max_seq_len,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    if model.n_experts:
+        keys["num_experts"] = model.n_experts
+        keys["moe_intermediate_size"] = model.d_expert
+        keys["num_experts_per_tok"] = model.n_experts_per_token
+        keys["norm_topk_prob"] = model.norm_topk
+        keys["output_router_logits"] = False
+    return keys
+
+
 def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(
         model.vocab_size, (rows, model.max_seq_len + 1), generator=torch.Generator().manual_seed(0)
@@ -458,7 +450,8 @@ def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Te
 
 
 def fastest(name: str, variants: list, limit: float, device):
-    """Build each variant (a function) and time two of its steps; returns the fastest, still built, or None."""
+    """Build each variant (a function) and time two of its steps; returns the fastest, still built,
+    or None."""
     best, best_time = None, math.inf
     for label, make, compiled in variants:
         if compiled and (not limit or not machines.find_compiler()):
@@ -485,8 +478,8 @@ def fastest(name: str, variants: list, limit: float, device):
 
 
 def speed(words: list[str]) -> int:
-    """Train some steps of a configuration into a temporary folder, in about ten parts: the first two are warm-up, and
-    those in which something was compiled are left out."""
+    """Train some steps of a configuration into a temporary folder, in about ten parts: the first
+    two are warm-up, and those in which something was compiled are left out."""
     parser = Words(prog="tools.bench speed", add_help=False)
     parser.add_argument("--max_steps", "--max-steps", type=int, default=40)
     o, words = parser.parse_known_args(words)
@@ -615,7 +608,8 @@ def decode(words: list[str]) -> int:
 
 
 def kept_bytes(run, leave_out: list[torch.Tensor]) -> int:
-    """Bytes that the graph of run() keeps for backward, each storage once, without those of `leave_out`."""
+    """Bytes that the graph of run() keeps for backward, each storage once, without those of
+    `leave_out`."""
     seen, out = {t.untyped_storage().data_ptr() for t in leave_out}, []
 
     def pack(t):
@@ -632,8 +626,9 @@ def kept_bytes(run, leave_out: list[torch.Tensor]) -> int:
 
 
 def kernels(words: list[str]) -> int:
-    """Forward, and forward + backward, of one expert layer with given routing; weights as the trainer has them, in
-    fp32 and cast by the layer, and where that differs once more in the compute dtype, as others measure."""
+    """Forward, and forward + backward, of one expert layer with given routing; weights as the
+    trainer has them, in fp32 and cast by the layer, and where that differs once more in the
+    compute dtype, as others measure."""
     o = options(words, rounds=10, device="auto", size="")
     m = machines.detect(o.device)
     print(machine_line(m))
@@ -712,7 +707,8 @@ def kernel_shape(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds
 
 
 def step(words: list[str]) -> int:
-    """Our MoE and dense model and, in its fastest variant, transformers' of the same shapes: one training step."""
+    """Our MoE and dense model and, in its fastest variant, transformers' of the same shapes: one
+    training step."""
     import torch._inductor.config as inductor
 
     o = options(words, rounds=7, no_peer=False, limit=120.0, device="auto", size="")
@@ -771,7 +767,8 @@ def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
         experts = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     bf16 = m.device.type == "cuda" or machines.cpu_has_bf16()
     for name in experts:
-        # batched_mm copies the weights of its expert for every choice of every token, and keeps them for backward
+        # batched_mm copies the weights of its expert for every choice of every token, and keeps
+        # them for backward
         need = (
             4
             * rows
@@ -804,8 +801,8 @@ def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
 
 
 def learn(words: list[str]) -> int:
-    """One file per run in --out (two processes may share it, --only says who does what); then the table, with the
-    time of a step measured for all variants in turns."""
+    """One file per run in --out (two processes may share it, --only says who does what); then the
+    table, with the time of a step measured for all variants in turns."""
     o = options(words, steps=0, seeds=3, threads=1, rounds=9, only="", out="out/learn")
     out, only = Path(o.out), o.only.split(",") if o.only else list(LEARN)
     if unknown := [name for name in only if name not in LEARN]:
@@ -934,7 +931,8 @@ def learn_table(rows: list[dict]) -> list[str]:
 
 
 def gpu(words: list[str]) -> int:
-    """Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context, not the command."""
+    """Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context,
+    not the command."""
     o = options(words, parts=None, device="cuda", inside=False)
     if unknown := [p for p in o.parts if p not in PARTS]:
         raise UserError("E002", f"gpu: no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
@@ -1090,8 +1088,9 @@ def model_steps(m: machines.Machine, toy: bool) -> int:
 
 
 def fault_table(words: list[str]) -> int:
-    """The runs that --out does not hold yet, then the table. --quick: six rows, dense, act; exit code 1 where one is
-    not as expected. --healthy N: until the file holds N steps without a fault."""
+    """The runs that --out does not hold yet, then the table. --quick: six rows, dense, act; exit
+    code 1 where one is not as expected. --healthy N: until the file holds N steps without a
+    fault."""
     known = {"only": "", "modes": "", "kinds": "", "out": "out/faults.json"}
     o = options(words, **known, table=False, quick=False, healthy=0)
     results = faults.run(o)
@@ -1104,93 +1103,97 @@ def fault_table(words: list[str]) -> int:
 
 
 def layouts(words: list[str]) -> int:
-    """Each layout is a launch of its own, in turns, a thread a process; one more launch of each for its memory."""
+    """Each layout is a launch of its own, in turns, a thread a process; one more launch of each for
+    its memory."""
     o = options(words, ranks=2, rounds=3, steps=12, only="", inside="")
     if o.inside:
         return layout_run(json.loads(Path(o.inside).read_text()))
-    chosen = {
-        n: k
-        for n, k in {"one process": {}, **LAYOUTS}.items()
-        if not o.only or n in o.only.split(",")
-    }
-    if unknown := [n for n in o.only.split(",") if n and n not in chosen]:
-        raise UserError(
-            "E002",
-            f"layouts: no {', '.join(unknown)}; there are: one process, {', '.join(LAYOUTS)}",
-        )
-    left_out = {"hsdp_shard_size"} if o.ranks < 4 else set()
-    if not {"avx512_bf16", "amx_bf16"} & set(machines.cpu_flags()):
-        left_out.add("precision")
-        print(
-            "mixed_bf16 is left out: this CPU has no units for it; --only mixed_bf16 measures it all the same"
-        )
-    chosen = {n: k for n, k in chosen.items() if o.only or not left_out & k.keys()}
-    runs, ones = {n: [] for n in chosen}, [n for n in chosen if "one process" in n]
+    chosen = chosen_layouts(o.only, o.ranks)
+    runs = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as top:
         faults.corpus(Path(top, "data"))
-        for n in range(o.rounds + 1):
+        for n in range(o.rounds + 1):  # the first looks at memory, and is not timed
             for name, changes in chosen.items():
-                ranks, job, out = (
-                    1 if name in ones else o.ranks,
-                    Path(top, "job.json"),
-                    Path(top, "out.json"),
-                )
-                config = SPREAD | {
-                    "data_dir": f"{top}/data",
-                    "out_dir": f"{top}/run",
-                    "max_steps": o.steps if n else 4,
-                }
-                config |= {
-                    "zero_stage": 0,
-                    "batch_tokens": 2 * ranks * 4 * SPREAD["model"]["max_seq_len"],
-                } | changes
-                job.write_text(json.dumps({"config": config, "out": str(out), "memory": n == 0}))
-                env = os.environ | {"OMP_NUM_THREADS": "1"}
-                env |= (
-                    {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"} if n == 0 else {}
-                )
-                here = ["-m", "tools.bench", "layouts", "--inside", str(job)]
-                torchrun = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={ranks}",
-                ]
-                done = subprocess.run(
-                    [*torchrun, *here], env=env, capture_output=True, text=True, timeout=900
-                )
-                if not out.exists():
-                    raise UserError("E001", f"layouts: {name}: {done.stderr[-2000:]}")
-                runs[name].append(json.loads(out.read_text()))
-                print(
-                    f"{time.strftime('%T')} {name}: {runs[name][-1]['seconds']:.2f} s a step",
-                    flush=True,
-                )
-                out.unlink()
+                ranks = 1 if name == ONE_PROCESS else o.ranks
+                steps = o.steps if n else 4
+                row = launch_layout(top, name, changes, ranks, steps, memory=n == 0)
+                runs[name].append(row)
+                print(f"{time.strftime('%T')} {name}: {row['seconds']:.2f} s a step", flush=True)
     print(machine_line())
-    shape = ModelConfig(**SPREAD["model"])
-    print(f"{plan.count_parameters(plan.on_meta(shape)):,} parameters, 4 rows of {shape.max_seq_len} tokens a process, 2"
-          f" micro-steps a step; {o.ranks} processes of one thread on {os.cpu_count()} cores, gloo; {o.rounds} rounds."
-          " MB above the imports on rank 0; communicating: the share of a step, waiting for others in it")  # fmt: skip
-    first, base = next(((n, r) for n, r in runs.items() if n not in ones), ("-", []))
-    print(f"| layout | tokens/s | time a step against {first} | communicating | MB gathered, reduced, sent (plan) |"
-          " MB while building | MB at the peak (plan) |")  # fmt: skip
-    print("|---" * 7 + "|")
-    for name, (memory, *timed) in runs.items():
-        times = [r["seconds"] for r in timed]
-        cells = [name, machines.human_number(statistics.median(r["tokens"] / r["seconds"] for r in timed))]
-        cells += [
-            ratio(times, [r["seconds"] for r in base[1:]]) if name not in ones and base else "-"
-        ]
-        cells += [f"{100 * statistics.median(r['share'] for r in timed):.0f} %"]
-        cells += [", ".join(f"{x / 1e6:.0f} ({y / 1e6:.0f})" for x, y in memory["bytes"])]
-        cells += [
-            f"{memory['build'] / 1e6:.0f}",
-            f"{memory['peak'] / 1e6:.0f} ({memory['plan'] / 1e6:.0f})",
-        ]
-        print(f"| {' | '.join(cells)} |")
+    print("\n".join(layout_table(runs, o.ranks, o.rounds)))
     return 0
+
+
+ONE_PROCESS = "one process"
+
+
+def chosen_layouts(only: str, ranks: int) -> dict[str, dict]:
+    """name: keys, of what this machine can do, or of what --only names. E002."""
+    every = {ONE_PROCESS: {}} | LAYOUTS
+    names = only.split(",") if only else list(every)
+    if unknown := [name for name in names if name not in every]:
+        text = f"layouts: no {', '.join(unknown)}; there are: {', '.join(every)}"
+        raise UserError("E002", text)
+    if only:
+        return {name: every[name] for name in names}
+    left_out = set()
+    if ranks < 4:
+        left_out.add("hsdp_shard_size")
+    if not machines.cpu_has_bf16():
+        left_out.add("precision")
+        text = "mixed_bf16 is left out: this CPU has no units for it; --only mixed_bf16 measures it"
+        print(f"{text} all the same")
+    return {name: keys for name, keys in every.items() if not left_out & keys.keys()}
+
+
+def launch_layout(top: str, name: str, changes: dict, ranks: int, steps: int, memory: bool) -> dict:
+    """Rank 0's numbers of one run, see layout_run; `memory`: with an allocator that gives
+    everything back."""
+    job, out = Path(top, "job.json"), Path(top, "out.json")
+    config = SPREAD | {"data_dir": f"{top}/data", "out_dir": f"{top}/run", "max_steps": steps}
+    config |= {"zero_stage": 0, "batch_tokens": 2 * ranks * 4 * SPREAD["model"]["max_seq_len"]}
+    job.write_text(json.dumps({"config": config | changes, "out": str(out)}))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if memory:
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", "-m", "tools.bench", "layouts", "--inside", str(job)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    if not out.exists():
+        raise UserError("E001", f"layouts: {name}: {done.stderr[-2000:]}")
+    row = json.loads(out.read_text())
+    out.unlink()
+    return row
+
+
+def layout_table(runs: dict[str, list], ranks: int, rounds: int) -> list[str]:
+    """Lines of Markdown. runs: of each layout the run that looked at memory, then those that are
+    timed."""
+    shape = ModelConfig(**SPREAD["model"])
+    n = plan.count_parameters(plan.on_meta(shape))
+    text = (
+        f"{n:,} parameters, 4 rows of {shape.max_seq_len} tokens a process, 2 micro-steps a step;"
+    )
+    text += f" {ranks} processes of one thread on {os.cpu_count()} cores, gloo; {rounds} rounds."
+    text += " MB above the imports on rank 0; communicating: the share of a step, waiting for"
+    lines = [f"{text} others in it"]
+    base = next((name for name in runs if name != ONE_PROCESS), "-")
+    titles = ["layout", "tokens/s", f"time a step against {base}", "communicating"]
+    titles += ["MB gathered, reduced, sent (plan)", "MB while building", "MB at the peak (plan)"]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, (memory, *timed) in runs.items():
+        rate = statistics.median(row["tokens"] / row["seconds"] for row in timed)
+        against = "-"
+        if name != ONE_PROCESS:
+            pair = ([row["seconds"] for row in rows] for rows in (timed, runs[base][1:]))
+            against = ratio(*pair)
+        share = statistics.median(row["share"] for row in timed)
+        sent = ", ".join(f"{x / 1e6:.0f} ({y / 1e6:.0f})" for x, y in memory["bytes"])
+        cells = [name, machines.human_number(rate), against, f"{100 * share:.0f} %", sent]
+        cells += [f"{memory['build'] / 1e6:.0f}"]
+        cells += [f"{memory['peak'] / 1e6:.0f} ({memory['plan'] / 1e6:.0f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def high_water(reset: bool = False) -> int:
@@ -1200,113 +1203,104 @@ def high_water(reset: bool = False) -> int:
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
 
 
-def layout_run(job: dict) -> int:
-    """Inside torchrun: rank 0's numbers of one run, as JSON. Its collectives are timed and counted where they are
-    called: what waits for the others counts as communication."""
-    import torch.distributed as dist
+class Collectives:
+    """Times and counts torch.distributed's collectives where they are called: what waits for others
+    counts as communication. Names differ from version to version of torch."""
 
+    KINDS = {
+        "all_gather_into_tensor": "gather",
+        "all_gather_single": "gather",
+        "reduce_scatter_tensor": "reduce",
+        "reduce_scatter_single": "reduce",
+        "all_reduce": "reduce",
+        "all_to_all_single": "all",
+    }
+
+    def __init__(self):
+        import torch.distributed as dist
+
+        self.seconds, self.sent = 0.0, {"gather": 0, "reduce": 0, "all": 0}
+        self.inside = False  # one may call another
+        for name in self.KINDS:
+            if hasattr(dist, name):
+                setattr(dist, name, functools.partial(self.call, name, getattr(dist, name)))
+
+    def call(self, name: str, real, *args, **kwargs):
+        if self.inside:
+            return real(*args, **kwargs)
+        self.inside, began = True, time.perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            self.inside = False
+            self.seconds += time.perf_counter() - began
+            tensors = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+            there_and_back = 2 if name == "all_reduce" else 1
+            self.sent[self.KINDS[name]] += max(x.nbytes for x in tensors) * there_and_back
+
+
+def layout_run(job: dict) -> int:
+    """Inside torchrun: rank 0's numbers of one run, as JSON."""
     import train_fsdp
 
-    spent, sent, inside = [0.0], {"gather": 0, "reduce": 0, "all": 0}, [False]
-
-    def watch(name, kind):
-        real = getattr(dist, name)
-
-        def timed(*args, **kw):
-            if inside[0]:
-                return real(*args, **kw)
-            inside[0], began = True, time.perf_counter()
-            try:
-                found = real(*args, **kw)
-                return found
-            finally:
-                inside[0] = False
-                spent[0] += time.perf_counter() - began
-                tensors = [x for x in (*args, *kw.values()) if torch.is_tensor(x)]
-                sent[kind] += max(x.nbytes for x in tensors) * (
-                    1 + (name == "all_reduce")
-                )  # there and back
-
-        setattr(dist, name, timed)
-
-    for name in ("all_gather_into_tensor", "all_gather_single"):
-        watch(name, "gather") if hasattr(dist, name) else None
-    for name in ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce"):
-        watch(name, "reduce") if hasattr(dist, name) else None
-    watch("all_to_all_single", "all")
-    build = []
+    collectives, build = Collectives(), []
 
     def measured(cfg):
-        parallel = train_fsdp.layout(cfg)
-        make = parallel.build
+        parallel = train_fsdp.make_parallel(cfg)
+        real = parallel.build
 
-        def build_it(cfg, fill):
+        def measured_build(*args):
             start = high_water(reset=True)
-            model = make(cfg, fill)
+            model = real(*args)
             build.append(high_water() - start)
             return model
 
-        parallel.build = build_it
+        parallel.build = measured_build
         return parallel
 
+    marks = []  # at the top of each iteration: time, seconds in collectives, bytes
     with contextlib.redirect_stdout(None):
         trainer = Trainer(job["config"], measured)
-        marks, act = [], trainer.orchestrator.act
+        trainer.save = lambda *args, **kwargs: True
+        held = list(trainer.parallel.weights(trainer.model).values())
+        for state in trainer.optimizer.state.values():
+            held += [x for x in state.values() if torch.is_tensor(x) and x.dim()]
+        before = high_water(reset=True) - sum(x.nbytes for x in held)
+        for _ in trainer.iterations():
+            marks.append((time.perf_counter(), collectives.seconds, dict(collectives.sent)))
+        trainer.end()
+    row = {"build": build[0], "peak": high_water() - before} | marks_row(marks[2:], trainer)
+    if trainer.parallel.rank == 0:
+        Path(job["out"]).write_text(json.dumps(row))
+    sys.stdout.flush()
+    os._exit(0)
 
-        def turn():
-            marks.append((time.perf_counter(), spent[0], dict(sent)))
-            return act()
 
-        trainer.orchestrator.act = turn
-        trainer.save = lambda *a, **k: True
-        states = [
-            x
-            for s in trainer.optimizer.state.values()
-            for x in s.values()
-            if torch.is_tensor(x) and x.dim()
-        ]
-        states += trainer.parallel.weights(trainer.model).values()
-        before = high_water(reset=True) - sum(x.nbytes for x in states)
-        trainer.fit()
-    marks = marks[2:]  # the first two steps allocate
-    steps, seconds = len(marks) - 1, marks[-1][0] - marks[0][0]
-    cfg, world = trainer.cfg, trainer.parallel.world
-    at = plan.Layout(
-        world,
-        cfg.zero_stage,
-        cfg.hsdp_shard_size,
-        cfg.expert_parallel,
-        2 if cfg.reduce_dtype == "bf16" else 4,
-    )
-    args = (
-        trainer.counted,
-        at,
-        trainer.run.micro_batch,
-        2,
-        trainer.run.precision,
-        cfg.activation_checkpointing,
-    )
-    planned = simulate.traffic(*args)
+def marks_row(marks: list, trainer) -> dict:
+    """Seconds and tokens a step, the share of communication, bytes of each kind beside the plan's."""
+    cfg, run = trainer.cfg, trainer.run
+    (began, spent, sent), (ended, spent_then, sent_then) = marks[0], marks[-1]
+    steps, seconds = len(marks) - 1, ended - began
+    layout = replace(trainer.parallel.layout, cuda=True)
+    shape = (run.micro_batch, run.accumulation, run.precision, cfg.activation_checkpointing)
+    planned = simulate.traffic(trainer.counted, layout, *shape)
     kinds = {
         "gather": ("all-gather",),
         "reduce": ("reduce-scatter", "all-reduce"),
         "all": ("all-to-all",),
     }
-    found = {
+    both = []
+    for kind, names in kinds.items():
+        messages = [message for name in names for message in planned[name]]
+        expected = sum(size for size, ranks, _ in messages if ranks > 1)
+        both.append(((sent_then[kind] - sent[kind]) / steps, expected))
+    return {
         "seconds": seconds / steps,
-        "tokens": trainer.run.rows_per_step * cfg.model.max_seq_len,
-        "build": build[0],
+        "tokens": run.rows_per_step * cfg.model.max_seq_len,
+        "share": (spent_then - spent) / seconds,
+        "bytes": both,
+        "plan": plan.rank_memory(trainer.counted, layout, *shape)["total"],
     }
-    found |= {"share": (marks[-1][1] - marks[0][1]) / seconds, "peak": high_water() - before}
-    found["bytes"] = []
-    for k, names in kinds.items():
-        expected = sum(m[0] * (m[1] > 1) for n in names for m in planned[n])
-        found["bytes"].append(((marks[-1][2][k] - marks[0][2][k]) / steps, expected))
-    found["plan"] = plan.rank_memory(*args)["total"]
-    if trainer.parallel.rank == 0:
-        Path(job["out"]).write_text(json.dumps(found))
-    sys.stdout.flush()
-    os._exit(0)
 
 
 COMMANDS = {

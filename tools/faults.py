@@ -121,20 +121,6 @@ def wrap(owner, name: str, change: Callable) -> None:
     setattr(owner, name, functools.partial(change, real))
 
 
-def at_each_iteration(trainer, act: Callable) -> None:
-    """act() at the top of each iteration, before its batch is read.
-
-    The first thing that an iteration asks of the model is set_step. (`for step in
-    trainer.iterations()` will do.)
-    """
-
-    def set_step(real, step):
-        real(step)
-        act()
-
-    wrap(trainer.model, "set_step", set_step)
-
-
 def after_reduce(trainer, act: Callable) -> None:
     """act() when the gradients have been summed, before their norm is taken."""
 
@@ -149,13 +135,13 @@ def after_reduce(trainer, act: Callable) -> None:
 def on_numbers(trainer, act: Callable) -> None:
     """act(numbers) when a step's numbers have reached the host."""
 
-    def drain(real):
+    def finish_pending_step(real):
         numbers = real()
         if numbers is not None and math.isfinite(numbers.loss):
             act(numbers)
         return numbers
 
-    wrap(trainer, "drain", drain)
+    wrap(trainer, "finish_pending_step", finish_pending_step)
 
 
 # ---------------------------------------------------------------- the faults
@@ -211,7 +197,7 @@ def change_weights(trainer, at, change, iterations=1):
             with torch.no_grad():
                 change(trainer, now(trainer) - at)
 
-    at_each_iteration(trainer, act)
+    return act
 
 
 def healing_noise(trainer, k, size=2.0, iterations=30):
@@ -238,7 +224,7 @@ def push_router(trainer, at, push):
 
     for moe in trainer.moe.values():
         moe.router.register_forward_pre_hook(look)
-    change_weights(trainer, at, change)
+    return change_weights(trainer, at, change)
 
 
 def flip_bit(trainer, k, bit):
@@ -262,7 +248,7 @@ class Fault:
     """A row of the table: what is done to the run, and what is expected of it."""
 
     what: str
-    inject: Callable | None = None  # (trainer, iteration)
+    inject: Callable | None = None  # (trainer, iteration); may return what each iteration calls
     expected: str = "recover"  # or "stop in order"
     lasts: float = 1  # iterations; an action more than 100 iterations after that is a false one
     kinds: tuple = tuple(KINDS)
@@ -376,16 +362,19 @@ def reference_rules(trainer, act: bool) -> list[int]:
 def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False) -> dict:
     """Train with a fault: how it ended, what was decided, and a digest of all tensors.
 
-    inject(trainer, at): see Fault. UserErrors of the run become its exit code, as in train.main.
+    inject(trainer, at): see Fault; what it returns, if anything, is called at the top of each
+    iteration. UserErrors of the run become its exit code, as in train.main.
     """
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         trainer = Trainer(keys)
         acted_at = reference_rules(trainer, by_reference_rules)
-        if inject:
-            inject(trainer, at)
+        act = inject(trainer, at) if inject else None
         try:
-            code, reason = trainer.fit(), ""
+            for _ in trainer.iterations():
+                if act:
+                    act()
+            code, reason = trainer.end(), ""
         except UserError as error:
             code, reason = error.exit_code, str(error)
         except Exception as error:
@@ -606,8 +595,8 @@ recover: completed, with a validation loss at most max(2 sigma of fault-free see
 the fault-free run of the same seed. stop in order: E301, and a clean, whole, finite checkpoint is
 there. Lost: iterations whose work did not stay. Found after: iterations to the first line of
 decisions.jsonl. False: actions before the fault or over 100 iterations after.
-early: iteration 40, where the loss has no trend to leave yet (64 accepted steps): only the guard can
-help. The same outcome is expected all the same; that the loss's detector says something is not.
+early: iteration 40, where the loss has no trend to leave yet (64 accepted steps): only the guard
+can help. The same outcome is expected all the same; that the loss's detector says something is not.
 off: steps that are not finite are dropped in every mode, and 50 of them in a row stop it.
 reference: LuminaAI's rules, where they would have done something.
 14, 15: with check_interval 10 and enable_architecture_adaptation: 600 steps are few, and the latter

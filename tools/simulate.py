@@ -24,7 +24,7 @@ from lumen import tokenizer as tokenizers
 from lumen.config import SHARDING, Config
 from lumen.errors import UserError
 from lumen.launch import environment
-from lumen.lines import Start, as_resolved, no_validation, start_lines
+from lumen.lines import Start, no_validation, start_lines
 from lumen.loader import Source
 from lumen.machine import Hardware, human_number
 from lumen.plan import (
@@ -53,8 +53,9 @@ from lumen.plan import (
     visible_memory,
 )
 from lumen.report import Report
+from lumen.resolve import Run, rise
 from model import ModelConfig, Transformer
-from train import lr_at, rise
+from train import lr_at
 from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
 
 GB = 1e9
@@ -289,7 +290,7 @@ class Simulation:
     def __init__(
         self, model, layout: Layout, step: StepShape, max_steps: int, hw, name: str, assumed
     ):
-        """hw: machine.Hardware, called `name`; assumed: Assumed. E002 where the layout cannot be."""
+        """hw: machine.Hardware, called `name`. E002 where the layout cannot be."""
         layout.check(expert_slots(model.cfg))
         self.model, self.layout, self.step, self.max_steps = model, layout, step, max_steps
         self.hw, self.name, self.assumed = hw, name, assumed
@@ -526,24 +527,26 @@ def open_data(cfg: Config) -> tuple[dict[str, Source], dict[str, Source], int]:
     return train, val, vocab_size
 
 
-class DryRun:
-    """A run as its start block and the simulation want to see it: resolved, but neither built nor
-    given a folder.
+def precision_there(hardware: str, precision: str) -> str:
+    """The precision of a run on other hardware, whatever this machine can do."""
+    if precision == "fp32" or hardware == "cpu":
+        return "fp32"
+    return "mixed_fp16" if hardware in machines.NO_BF16 else "mixed_bf16"
 
-    `elsewhere`: --hardware names a card; then this machine computes nothing and what it cannot do
+
+class DryRun:
+    """A run, resolved but neither built nor given a folder.
+
+    `elsewhere`: --hardware names a card; then this machine computes nothing, and what it cannot do
     does not matter.
     """
 
     def __init__(self, cfg: Config, written: dict, flags: dict, layout: Layout):
-        self.written, self.dry_run, self.layout = written, flags, layout
+        self.written, self.flags, self.layout = written, flags, layout
         self.elsewhere = flags["hardware"] != "measured"
         self.precision = None  # there; None: as this machine resolves it
         if self.elsewhere:
-            self.precision = "fp32" if flags["hardware"] == "cpu" else "mixed_bf16"
-            if flags["hardware"] in machines.NO_BF16:
-                self.precision = "mixed_fp16"
-            if cfg.precision == "fp32":
-                self.precision = "fp32"
+            self.precision = precision_there(flags["hardware"], cfg.precision)
             cpu = {"precision": "fp32", "device": "cpu", "compile_model": False}
             cfg = replace(cfg, **cpu, expert_backend="slices")
         local_rank = environment("LOCAL_RANK", 0)
@@ -554,21 +557,15 @@ class DryRun:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
             raise UserError("E114", f"{text}; {no_validation(cfg)}")
         try:
-            self.counted = on_meta(self.cfg.model)
+            self.model = on_meta(self.cfg.model)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         self.changes: list[str] = []
         self.hint: str | None = None
-        self.misfit = self.attention_why = self.experts_why = ""
-        self.peak = 0.0
-        self.rows_per_step = self.rows_of_a_step()
-        self.share_rows()
-        self.set_length()
-        if not self.elsewhere:
-            self.look_here()
-        if self.cfg.model.n_experts:
-            backend, self.experts_why = self.pick_experts()
-            self.cfg = replace(self.cfg, expert_backend=backend)
+        self.misfit, self.peak = "", 0.0
+        found = self.find_batch() | self.find_length()
+        found |= self.find_choices(found)
+        self.run = Run(**found, segments=[])
 
     def rows_of_a_step(self) -> int:
         """Rows of all ranks and micro-steps. E002 where the keys contradict each other."""
@@ -588,11 +585,11 @@ class DryRun:
                 raise UserError("E002", f"{text}: drop one")
         return rows
 
-    def share_rows(self) -> None:
+    def find_batch(self) -> dict:
         """The micro-batch: as written, as an earlier run here found it to fit, or for auto as the
         estimate says."""
-        rows, ranks = self.rows_per_step, self.layout.world
-        size = self.cfg.batch_size
+        self.rows_per_step = rows = self.rows_of_a_step()
+        ranks, size = self.layout.world, self.cfg.batch_size
         if not self.elsewhere:
             size = self.hinted_size(size)
         if size == "auto":
@@ -607,8 +604,8 @@ class DryRun:
         if micro != size and self.written.get("batch_size", "auto") != "auto":
             text = f"batch_size: {size} does not fit {rows} rows on {ranks} ranks: {micro}"
             self.changes.append(text)
-        steps = rows // (micro * ranks)
-        self.cfg = replace(self.cfg, batch_size=micro, gradient_accumulation_steps=steps)
+        accumulation = rows // (micro * ranks)
+        return {"rows_per_step": rows, "micro_batch": micro, "accumulation": accumulation}
 
     def hinted_size(self, size: int | str) -> int | str:
         """`size`, or less where a run in out_dir met the end of this machine's memory before."""
@@ -635,22 +632,22 @@ class DryRun:
         for n in range(1, rows + 1):
             if rows % n == 0:
                 args = (n, rows // n, precision, recompute, IMBALANCE)
-                need[n] = rank_memory(self.counted, self.layout, *args)["total"]
+                need[n] = rank_memory(self.model, self.layout, *args)["total"]
         best = max((n for n, size in need.items() if size <= room), default=1)
         sizes = f"about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
         self.hint = f"batch_size: auto is {best}: {sizes}"
         return best
 
-    def set_length(self) -> None:
+    def find_length(self) -> dict:
         """Steps, warm-up and the lowest rate. E114 where the data are less than one step."""
         cfg, T, rows = self.cfg, self.cfg.model.max_seq_len, self.rows_per_step
         windows = sum(source.windows for source in self.sources.values())
-        self.flops_per_token = self.counted.flops_per_token()
+        self.flops_per_token = self.model.flops_per_token()
         without_mod = replace(cfg.model, mod_capacity=1.0, mod_layers=None)
         # parameters that work on a token: MoE's active ones, MoD's weighted by its share of the
         # FLOPs
         share = self.flops_per_token / on_meta(without_mod).flops_per_token()
-        self.n_working = round(self.counted.n_params()["active"] * share)
+        self.n_working = round(self.model.n_params()["active"] * share)
         steps = cfg.max_steps
         if steps is None and cfg.tokens_per_parameter and windows:
             counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
@@ -668,37 +665,56 @@ class DryRun:
         warmup = min(2000, steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
         if 0 < warmup < 1:
             warmup = round(warmup * steps)
-        self.cfg = replace(cfg, max_steps=steps, min_lr=low, warmup_steps=int(warmup))
-        self.warm_up = rise(self.cfg)
+        peak_step = rise(cfg.lr_schedule, steps, int(warmup))
+        found = {"max_steps": steps, "min_lr": low, "warmup_steps": int(warmup)}
+        return found | {"peak_step": peak_step}
 
-    def look_here(self) -> None:
-        """The run as it would be on this machine: whether it fits, the speed of its matrices, what
-        `auto` becomes."""
+    def find_choices(self, found: dict) -> dict:
+        """What `auto` becomes on this machine, whether the run fits, how fast matrices are; of a
+        run elsewhere nothing but the backend of its experts. found: the fields of Run so far."""
+        cfg, machine = self.cfg, self.machine
+        choices = {
+            "device": machine.device.type,
+            "precision": machine.precision,
+            "compile_model": False,
+            "attention": cfg.attention,
+            "attention_why": "",
+            "expert_backend": cfg.expert_backend,
+            "experts_why": "",
+            "deterministic": cfg.deterministic,
+        }
+        if not self.elsewhere:
+            choices |= self.look_here(found)
+        if cfg.model.n_experts:
+            backend, why = self.pick_experts(found["micro_batch"])
+            choices |= {"expert_backend": backend, "experts_why": why}
+        return choices
+
+    def look_here(self, found: dict) -> dict:
         cfg, machine = self.cfg, self.machine
         how = (machine.precision, cfg.activation_checkpointing)
         have = machines.own_memory(machine.device)
-        args = (cfg.batch_size, self.rows_per_step, how, have, cfg.target_memory)
-        why, sure = misfit(self.counted, self.layout, *args)
+        args = (found["micro_batch"], self.rows_per_step, how, have, cfg.target_memory)
+        why, sure = misfit(self.model, self.layout, *args)
         if why:
             self.misfit = f"this {'will' if sure else 'may'} not fit: {why}"
         self.peak = machines.peak_flops(machine)
         compiled = machine.compile
         if compiled is None:
-            tokens = self.rows_per_step * cfg.model.max_seq_len * cfg.max_steps
+            tokens = self.rows_per_step * cfg.model.max_seq_len * found["max_steps"]
             compiled = self.flops_per_token * tokens / (self.peak * self.layout.world) > 600
         try:
             place = (machine.device, machine.compute_dtype)
-            attention, self.attention_why = pick_attention(cfg.attention, cfg.model, *place)
+            attention, why = pick_attention(cfg.attention, cfg.model, *place)
         except ValueError as error:
             raise UserError("E002", str(error)) from error
         deterministic = cfg.deterministic
         if deterministic == "auto":
             deterministic = machine.device.type == "cpu"
-        changed = {"precision": machine.precision, "compile_model": compiled}
-        changed |= {"attention": attention, "deterministic": deterministic}
-        self.cfg = replace(cfg, **changed)
+        choices = {"compile_model": compiled, "deterministic": deterministic}
+        return choices | {"attention": attention, "attention_why": why}
 
-    def pick_experts(self) -> tuple[str, str]:
+    def pick_experts(self, micro_batch: int) -> tuple[str, str]:
         """The backend of the expert layers, and why it is that one."""
         cfg, m = self.cfg, self.cfg.model
         if self.misfit:  # a layer of its experts alone may be too much
@@ -706,23 +722,23 @@ class DryRun:
         shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token)
         place = (self.machine.device, self.machine.compute_dtype)
         try:
-            return pick_backend(cfg.expert_backend, *place, *shape, cfg.batch_size * m.max_seq_len)
+            return pick_backend(cfg.expert_backend, *place, *shape, micro_batch * m.max_seq_len)
         except ValueError as error:
             raise UserError("E003", f"expert_backend: {error}") from error
 
     def hardware(self) -> Hardware:
-        return machines.hardware(self.dry_run["hardware"], self.machine, self.dry_run)
+        return machines.hardware(self.flags["hardware"], self.machine, self.flags)
 
     def facts(self, notes: list[str]) -> Start:
         """What the start lines are made of."""
-        cfg = self.cfg
-        known = {"attention_why": self.attention_why, "experts_why": self.experts_why}
-        known |= {"rows_per_step": self.rows_per_step, "peak_step": self.warm_up}
-        hint = [self.hint] if self.hint else []
+        run = self.run
+        notes = [*notes, *self.machine.notes]
+        if self.hint:
+            notes.append(self.hint)
         return Start(
-            cfg=cfg,
-            run=as_resolved(cfg, **known),
-            model=self.counted,
+            cfg=self.cfg,
+            run=run,
+            model=self.model,
             machine=self.machine,
             layout=self.layout,
             readers=self.layout.world,
@@ -731,23 +747,23 @@ class DryRun:
             n_working=self.n_working,
             flops_per_token=self.flops_per_token,
             peak=self.peak,
-            lr_at_peak=lr_at(cfg, self.warm_up),
-            last_lr=lr_at(cfg, cfg.max_steps - 1),
+            lr_at_peak=lr_at(self.cfg, run, run.peak_step),
+            last_lr=lr_at(self.cfg, run, run.max_steps - 1),
             misfit=self.misfit,
-            notes=[*notes, *self.machine.notes, *hint, *self.changes],
+            notes=notes + self.changes,
             elsewhere=self.elsewhere,
         )
 
     def simulation(self) -> Simulation:
         """What the run would need where it is to run."""
-        cfg, given = self.cfg, self.dry_run
+        cfg, run, given = self.cfg, self.run, self.flags
         assumed = {k: given[k] for k in ("mfu", "imbalance", "disk_gb_s") if k in given}
         assumed.setdefault("mfu", MFU["moe" if cfg.model.n_experts else "dense"])
         assumed = Assumed(**assumed, share=cfg.target_memory)
-        how = (self.precision or cfg.precision, cfg.activation_checkpointing)
-        step = StepShape(cfg.batch_size, cfg.gradient_accumulation_steps, *how)
+        how = (self.precision or run.precision, cfg.activation_checkpointing)
+        step = StepShape(run.micro_batch, run.accumulation, *how)
         where = (self.hardware(), given["hardware"], assumed)
-        return Simulation(self.counted, self.layout, step, cfg.max_steps, *where)
+        return Simulation(self.model, self.layout, step, run.max_steps, *where)
 
     def checked_lines(self, best: Simulated) -> list[str]:
         """How near rank_memory comes to a look at a few layers of the configuration `best`, on fake
@@ -763,10 +779,8 @@ class DryRun:
             return [f"checked    not: {error}"]
         try:
             seen = {n: fake_run(cfg, layout, n) for n in few}
-            return compared_lines(seen, self.counted, layout, rows, precision, recompute)
-        except (
-            Exception
-        ) as error:  # private parts of torch, others in each version: it goes without
+            return compared_lines(seen, self.model, layout, rows, precision, recompute)
+        except Exception as error:  # private parts of torch may differ: it goes without
             first = (str(error).strip().splitlines() or ["?"])[0]
             text = f"checked    not: fake tensors failed on torch {torch.__version__}"
             return [f"{text}: {type(error).__name__}: {first}"]

@@ -712,7 +712,7 @@ def main(mode, *words) -> None:
         HERE["faults"] = json.loads(words[0])[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
         sys.argv = ["train.py", *words[1:]]
         launch.command(
-            lambda argv: train.main(argv, Halves if mode == "main" else train_fsdp.layout)
+            lambda argv: train.main(argv, Halves if mode == "main" else train_fsdp.make_parallel)
         )
     sys.stdout.flush()
     sys.stderr.flush()

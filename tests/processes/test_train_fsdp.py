@@ -25,7 +25,7 @@ from lumen.config import build_config
 from lumen.errors import UserError
 from tools.bench import high_water
 from train import Parallel, Trainer
-from train_fsdp import Sharded, layout
+from train_fsdp import Sharded, make_parallel
 
 MOE = {
     "n_experts": 4,
@@ -453,7 +453,7 @@ def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_p
 def test_meshes_that_cannot_be_are_refused_before_anything_starts(keys, changes, text, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=text) as error:
-        Trainer(keys("refused", **changes), layout)
+        Trainer(keys("refused", **changes), make_parallel)
     assert error.value.code == "E002" and not dist.is_initialized()
 
 
@@ -520,7 +520,7 @@ def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kep
 
 def kept(config):
     """The layout's Parallel, whose process group serves the next job too."""
-    made = layout(config)
+    made = make_parallel(config)
     made.close = dist.barrier
     return made
 
@@ -546,7 +546,7 @@ def build(config) -> None:
         )
         whole = sum(p.numel() * 4 for p in model.parameters())
         del model
-        parallel.parts = {}
+        parallel.shards = {}
         gc.collect()
     print(f"most {most:,} part {part:,} block {block:,} whole {whole:,}", flush=True)
     assert part < 0.51 * whole and most < part + block + (4 << 20), (most, part, block, whole)
@@ -618,7 +618,7 @@ def main(path) -> None:
                 "train_fsdp.py",
                 str(write_yaml(Path(path).parent / "c.yaml", job["config"])),
             ]
-            launch.command(lambda argv: train.main(argv, layout))
+            launch.command(lambda argv: train.main(argv, make_parallel))
         do(job)
     dist.barrier()
     sys.stdout.flush()

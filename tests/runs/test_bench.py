@@ -406,12 +406,12 @@ def test_the_reference_rules(tiny):
     trainer = train.Trainer(tiny("ref", max_steps=80, save_interval=0))
     losses = [3.0] * 60 + [9.0, 3.0] * 80
     now = StepNumbers(0, 0, 0)
-    trainer.drain = lambda: now
+    trainer.finish_pending_step = lambda: now
     acted_at = faults.reference_rules(trainer, True)
     for now.iteration in range(1, 120):
         now.loss = losses[now.iteration - 1]
         now.grad_norm = 1e4 if now.iteration == 115 else 1.0
-        trainer.drain()
+        trainer.finish_pending_step()
     assert acted_at == [50, 115]
     assert trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
     trainer.close()
