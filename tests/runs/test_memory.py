@@ -81,8 +81,8 @@ def test_what_is_too_large_for_whole_copies_may_fit_in_parts(monkeypatch):
     is, by its own layout."""
     memory_of(monkeypatch, 20 << 30)
     cfg = read_config(["b1"])[0]
-    train.check_states(cfg, train_fsdp.check(cfg, 8))
-    for layout in (plan.Layout(8), train_fsdp.check(cfg, 2)):
+    train.check_states(cfg, train_fsdp.layout_of(cfg, 8))
+    for layout in (plan.Layout(8), train_fsdp.layout_of(cfg, 2)):
         with pytest.raises(UserError, match="E200.* gradients and moments alone"):
             train.check_states(cfg, layout)
 

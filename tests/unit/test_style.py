@@ -56,7 +56,6 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 # ---------------------------------------------------------------- what breaks a rule today
 
 NOT_YET = {  # file -> {rule: how many times}
-    "export.py": {"loop_over_nothing": 2},
     "kernels.py": {"expression_as_statement": 2},
     "model.py": {"few_comments": 1},
     "train.py": {
