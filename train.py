@@ -1853,7 +1853,7 @@ class Trainer(ByHand):
         """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite, or
         the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
         did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
-        cfg, par, why = self.cfg, self.parallel, ""
+        par, why = self.parallel, ""
         for rows in (self.run.micro_batch, 1) if par.collective_free else (1,):
             try:
                 return self.repeat_rows(cursor, rows)
