@@ -160,7 +160,9 @@ def test_an_evaluation():
 
 def test_config_and_suggestion_are_yaml():
     cfg = config(max_steps=100, batch_size=2)
-    again = yaml.safe_load(lines.config_yaml(cfg, 256))
+    run = start(cfg).run
+    run.warmup_steps = 5
+    again = yaml.safe_load(lines.config_yaml(cfg, run))
     assert again["batch_tokens"] == 256 and again["resume"] == "auto"
     assert "gradient_accumulation_steps" not in again and again["num_epochs"] is None
     written = {"batch_size": 4, "max_steps": 9, "out_dir": "x", "seed": 3}

@@ -8,7 +8,7 @@ from lumen.stopwatch import PARTS, Interval, Stopwatch
 
 @pytest.fixture
 def now(monkeypatch):
-    """now["host"] is what the host's clock says, now["device"] where the GPU's queue has come to."""
+    """now["host"]: what the host's clock says; now["device"]: how far the GPU has come."""
     now = {"host": 0.0, "device": 0.0}
 
     class Event:
