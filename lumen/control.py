@@ -58,9 +58,8 @@ class ByHand:
         """Split an expert, by default the hottest, into a free slot of the layer."""
 
         def do(moe):
-            pair = add_expert(
-                moe, self.optimizer, self.step, parent, self.split_seed(layer_idx), self.parallel
-            )
+            seed = self.split_seed(layer_idx)
+            pair = add_expert(moe, self.optimizer, self.step, self.parallel, parent, seed)
             return dict(zip(("parent", "expert"), pair))
 
         return self.surgery("add_expert", layer_idx, do, parent=parent)
@@ -91,9 +90,11 @@ class ByHand:
         return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
 
     def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
-        options = (self.split_seed(layer), self.parallel, parents)
+        moe, seed = self.moe[layer], self.split_seed(layer)
         try:
-            pair = recycle_expert(self.moe[layer], self.optimizer, self.step, expert, *options)
+            pair = recycle_expert(
+                moe, self.optimizer, self.step, self.parallel, expert, seed, parents
+            )
         except ValueError as error:
             raise UserError("E308", f"layer {layer}: {error}") from error
         return dict(zip(("parent", "expert"), pair))

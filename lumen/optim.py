@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from lumen.config import Config
+from model import role
 
 
 class AdamW(torch.optim.AdamW):
@@ -47,7 +48,7 @@ def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.
     Matrices decay, vectors (norms, biases) do not. Routers are groups of their own, since
     router_lr_factor may slow them down.
     """
-    is_router = {name: ".router." in name or ".predictor." in name for name in named}
+    is_router = {name: role(name) == "router" for name in named}
     groups = []
     for of_routers in (False, True):
         params = [p for name, p in named.items() if is_router[name] == of_routers]

@@ -3,6 +3,9 @@ against itself by another way (cached and full, chunked and whole, recomputed an
 
 import dataclasses
 import math
+import re
+import shutil
+import subprocess
 import sys
 import types
 
@@ -12,15 +15,21 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import ROOT
+
 import kernels
 from model import (
+    RANGES,
     Attention,
+    AttentionInputs,
     HeadLoss,
     KVCache,
     ModelConfig,
     RMSNorm,
     Transformer,
+    check_range,
     choose,
+    role,
     rope_tables,
     rotate,
 )
@@ -474,7 +483,7 @@ def test_attention_equals_the_written_out_formula():
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
     scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
     y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(2, 6, 32) @ attn.wo.weight.T
-    assert close(attn(x, rope), y, 1e-5)
+    assert close(attn(x, AttentionInputs(rope)), y, 1e-5)
 
 
 def test_swiglu_and_block_equal_the_written_out_formulas():
@@ -482,12 +491,12 @@ def test_swiglu_and_block_equal_the_written_out_formulas():
     block, x = model.blocks[0], torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     gate, up = x @ block.ffn.w13.weight[:96].T, x @ block.ffn.w13.weight[96:].T
     assert close(block.ffn(x), (gate * gate.sigmoid() * up) @ block.ffn.w2.weight.T, 1e-6)
-    rope = rope_tables(model.cfg, torch.arange(5))
-    y = x + block.attn(block.attn_norm(x), rope)
-    assert close(x + block(x, rope)[0], y + block.ffn(block.ffn_norm(y)), 1e-6)
+    inputs = AttentionInputs(rope_tables(model.cfg, torch.arange(5)))
+    y = x + block.attn(block.attn_norm(x), inputs)
+    assert close(x + block(x, inputs)[0], y + block.ffn(block.ffn_norm(y)), 1e-6)
     lunaris = make(std=0.3, norm_order="lunaris").blocks[0]
-    y = x + lunaris.attn(x, rope)
-    assert close(x + lunaris(x, rope)[0], y + lunaris.ffn(lunaris.ffn_norm(y)), 1e-6)
+    y = x + lunaris.attn(x, inputs)
+    assert close(x + lunaris(x, inputs)[0], y + lunaris.ffn(lunaris.ffn_norm(y)), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -687,11 +696,11 @@ def test_flops_per_token_equals_the_measured_ones(kind, recompute):
 # ---------------------------------------------------------------- refusals
 
 REFUSALS = [
-    (dict(n_layers=0), ("model.n_layers", "0", "at least 1")),
-    (dict(max_seq_len=0), ("model.max_seq_len", "0", "at least 1")),
-    (dict(n_heads=0), ("model.n_heads", "0", "at least 1")),
-    (dict(multiple_of=0), ("model.multiple_of", "0", "at least 1")),
-    (dict(d_model=-8), ("model.d_model", "-8", "at least 1")),
+    (dict(n_layers=0), ("model.n_layers", "0", "[1, ")),
+    (dict(max_seq_len=0), ("model.max_seq_len", "0", ">= 1")),
+    (dict(n_heads=0), ("model.n_heads", "0", "[1, ")),
+    (dict(multiple_of=0), ("model.multiple_of", "0", ">= 1")),
+    (dict(d_model=-8), ("model.d_model", "-8", "[1, ")),
     (dict(n_heads=5), ("model.n_heads", "5", "32", "[2, 4, 8]")),
     (dict(head_dim=7), ("model.head_dim", "7", "even")),
     (dict(n_heads=32), ("model.head_dim", "1 is odd")),
@@ -699,7 +708,7 @@ REFUSALS = [
     (dict(n_kv_heads=8), ("model.n_kv_heads", "8", "[1, 2, 4]")),
     pytest.param(dict(n_kv_heads=-2), ("model.n_kv_heads", "-2")),
     pytest.param(dict(head_dim=-2), ("model.head_dim", "-2")),
-    (dict(d_ff=-1), ("model.d_ff", "-1", "at least 1")),
+    (dict(d_ff=-1), ("model.d_ff", "-1", ">= 0")),
     (dict(dropout=1.0), ("model.dropout", "1.0", "[0, 1)")),
     (dict(dropout=-0.1), ("model.dropout", "-0.1", "[0, 1)")),
     (dict(norm_order="post"), ("model.norm_order", "'post'", "pre", "lunaris")),
@@ -718,6 +727,104 @@ def test_refusals_name_key_value_and_remedy(change, words):
     with pytest.raises(ValueError) as error:
         ModelConfig(**SMALL | change)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("> 0", (1e-9, 5), (0, -1, math.nan)),
+        (">= 1", (1, 2.5), (0.999, -math.inf)),
+        ("[0, 1)", (0, 0.5), (1, -1e-9, math.nan)),
+        ("(0, 1]", (1, 0.5), (0, 1.1)),
+        ("[1, 3]", (1, 2, 3), (0, 4)),
+    ],
+)
+def test_ranges(interval, inside, outside):
+    for value in inside:
+        check_range("key", value, interval)
+    for value in outside:
+        with pytest.raises(ValueError) as error:
+            check_range("key", value, interval)
+        assert f"key: {value} " in str(error.value) and interval in str(error.value)
+
+
+def test_every_number_of_the_configuration_is_finite_and_in_its_range():
+    for key, interval in RANGES.items():
+        assert check_range(key, getattr(ModelConfig(**SMALL), key), interval) is None
+        with pytest.raises(ValueError, match=f"model.{key}"):
+            ModelConfig(**SMALL | {key: -1 if interval != "(0, 1]" else 0})
+    for value in (math.nan, math.inf, 10**12):
+        with pytest.raises(ValueError, match="model.norm_eps"):
+            ModelConfig(**SMALL | dict(norm_eps=float(value) * 1e20))
+
+
+ROLES = {
+    "embed.weight": "embedding",
+    "head.weight": "head",
+    "norm.weight": "norm",
+    "blocks.3.attn_norm.weight": "norm",
+    "blocks.3.attn.q_norm.weight": "norm",
+    "blocks.3.attn.wqkv.weight": "matrix",
+    "blocks.3.ffn.w2.weight": "matrix",
+    "blocks.3.ffn.shared.w13.weight": "matrix",
+    "blocks.3.ffn.experts.w13": "expert",
+    "blocks.3.ffn.router.weight": "router",
+    "blocks.3.mod.router.weight": "router",
+    "blocks.3.mod.predictor.bias": "router",
+}
+
+
+def test_roles():
+    assert {name: role(name) for name in ROLES} == ROLES
+    sparse = dict(n_experts=4, n_shared_experts=1, mod_capacity=0.5, tie_embeddings=False)
+    for name, p in make(**sparse).named_parameters():
+        assert role(re.sub(r"\d+", "3", name)) == ROLES.get(re.sub(r"\d+", "3", name), role(name))
+        assert (role(name) == "norm") == (p.dim() == 1 and "predictor" not in name), name
+        assert (role(name) == "expert") == (p.dim() == 3), name
+
+
+# ---------------------------------------------------------------- copied out of the house
+
+ALONE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import ModelConfig, Transformer
+sizes = dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, multiple_of=16, max_seq_len=32)
+cfg = ModelConfig(**sizes, n_experts=4, d_expert=16, n_shared_experts=1, mod_capacity=0.5)
+model = Transformer(cfg)
+model.init_weights(0)
+x = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
+optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+for step in range(4):
+    total, sums = model(x[:, :-1], targets=x[:, 1:])
+    (total / sums["count"]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(sums["ce"].item())
+text = [row[0] for row in model.generate([[1, 2, 3]], 4, [0], temperature=0)]
+print(model.blocks[0].ffn.backend, *losses, *text)
+print(*sorted(m for m in sys.modules if m in ("kernels", "lumen", "yaml")))
+"""
+
+
+def test_the_model_trains_outside_of_the_house(tmp_path):
+    """model.py and model_moe.py in a folder by themselves, with the plain formula of the experts;
+    with kernels.py beside them by its operator, and the losses are the same."""
+    said = {}
+    for files in (("model.py", "model_moe.py"), ("model.py", "model_moe.py", "kernels.py")):
+        folder = tmp_path / str(len(files))
+        folder.mkdir()
+        for name in files:
+            shutil.copy(ROOT / name, folder)
+        command = [sys.executable, "-I", "-c", ALONE, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        said[len(files)], modules = done.stdout.splitlines()
+        assert modules == ("kernels" if len(files) == 3 else "")
+    backends, numbers = zip(*(text.split(maxsplit=1) for text in said.values()))
+    assert backends == ("plain", "slices")
+    plain, slices = ([float(x) for x in text.split()] for text in numbers)
+    assert plain == pytest.approx(slices, rel=1e-5) and plain[3] < plain[0]
 
 
 def test_a_model_without_vocabulary_is_refused():
@@ -807,16 +914,9 @@ def test_missing_flash_attn_falls_back_and_a_working_one_is_used(monkeypatch):
     assert close(model(x), want, 1e-5) and len(calls) == 2
 
 
-def test_flex_on_cpu_in_inference_only():
-    cfg = ModelConfig(**SMALL | dict(n_kv_heads=2, head_dim=16))
-    choice, why = kernels.pick_attention("flex", cfg, "cpu", train=True)
-    assert choice == "sdpa" and "flex" in why
-    assert kernels.pick_attention("flex", cfg, "cpu", train=False)[0] == "flex"
-    model, x = make(n_kv_heads=2, head_dim=16, std=0.2), ids(2, 12)
-    with torch.no_grad():
-        want = model(x)
-        model.backend = "flex"
-        assert close(model(x), want, 1e-5)
+def test_flex_is_refused_with_what_to_use():
+    with pytest.raises(ValueError, match="'flex' is not auto, sdpa or flash"):
+        kernels.pick_attention("flex", ModelConfig(**SMALL), "cpu")
 
 
 @pytest.mark.nightly
