@@ -101,7 +101,9 @@ class ModelConfig:
         self.check_layers()
 
     def refuse(self, key: str, text: str):
-        raise ValueError(f"model.{key}: {getattr(self, key)!r} {text}")
+        value = getattr(self, key)
+        value = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise ValueError(f"model.{key}: {value} {text}")
 
     def given(self, *keys: str) -> list[str]:
         """Those of the keys that do not have their default."""
@@ -647,7 +649,7 @@ class Block(nn.Module):
         h = self.attn(self.attn_norm(x), inputs)
         h = F.dropout(h, self.dropout, self.training)
         if self.mod is not None and self.ffn_only:
-            y, stats = self.mod(x + h, self.ffn_branch, inputs._replace(rope=None))
+            y, stats = self.mod(x + h, self.ffn_branch, inputs)
         else:
             y, stats = self.ffn_branch(x + h)
         return h + y, stats
