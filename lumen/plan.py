@@ -105,9 +105,9 @@ def kept_bytes(
         again = [a - k + N * b * C for a, k in zip(layers, kept)]
     table = cfg.vocab_size * C
     head = min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * 4 + table * 4 + N * C * b
-    if (
-        b == 2
-    ):  # the logits as computed; a chunk's gradient of the table (its copy to fp32 on a CPU is not counted)
+    # the logits as computed; a chunk's gradient of the table (its copy to fp32 on a CPU is not
+    # counted)
+    if b == 2:
         head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * b
     moe = any(map(cfg.is_moe, range(cfg.n_layers)))
     return {

@@ -648,59 +648,68 @@ def kernels(words: list[str]) -> int:
 
 
 def kernel_shape(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
+    """One shape: first whether the backends agree, then what each costs beside a dense SwiGLU."""
     (T, C, I, _, K), dtype = shape, m.compute_dtype
     (x, p, ids, w13, w2), dout = expert_kernels.sample(m.device, dtype, *shape)
     w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
-    one, two = (
-        torch.randn(n, device=m.device, dtype=weights) * n[1] ** -0.5
-        for n in ((2 * K * I, C), (C, K * I))
-    )
-    one, two = one.requires_grad_(), two.requires_grad_()
+    dense13 = torch.randn((2 * K * I, C), device=m.device, dtype=weights) * C**-0.5
+    dense2 = torch.randn((C, K * I), device=m.device, dtype=weights) * (K * I) ** -0.5
+    dense13, dense2 = dense13.requires_grad_(), dense2.requires_grad_()
 
     def dense():
-        gate, up = F.linear(x, one.to(dtype)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, two.to(dtype))
+        gate, up = F.linear(x, dense13.to(dtype)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, dense2.to(dtype))
 
-    layers, wrt, first = {"dense": dense}, {"dense": [x, one, two]}, None
+    layers, inputs = {"dense": dense}, {"dense": [x, dense13, dense2]}
     for name, why in reversed(expert_kernels.backends(m.device, dtype, C, I).items()):
-        try:
-            if why:
-                raise ValueError(why)
-            layer = functools.partial(expert_kernels.run_experts, x, p, ids, w13, w2, name)
-            y = layer()
-            found = [y.detach(), *torch.autograd.grad(y, [x, p, w13, w2], dout)]
-        except Exception as error:
-            print(f"  {name}: left out: {said(error)}")
+        if why:
+            print(f"  {name}: left out: ValueError: {why}")
             continue
-        layers[name], wrt[name], first = layer, [x, p, w13, w2], first or (name, found)
-        errors = [
-            ((a.float() - b.float()).norm() / b.float().norm()).item()
-            for a, b in zip(found, first[1])
-        ]
-        print(
-            f"  {name}: differs from {first[0]} by {max(errors):.1e} (output and all gradients)",
-            flush=True,
-        )
-    y = found = first = None  # free their memory
-    whole = {
-        name: lambda name=name: torch.autograd.grad(layers[name](), wrt[name], dout)
-        for name in layers
-    }
-    forward, whole = (
-        interleaved(layers, rounds, m.device, 2),
-        interleaved(whole, rounds, m.device, 2),
-    )
+        layers[name] = functools.partial(expert_kernels.run_experts, x, p, ids, w13, w2, name)
+        inputs[name] = [x, p, w13, w2]
+    for name in disagreeing(layers, inputs, dout):
+        del layers[name]
+
+    def with_backward(name):
+        return torch.autograd.grad(layers[name](), inputs[name], dout)
+
+    both = {name: functools.partial(with_backward, name) for name in layers}
+    forward = interleaved(layers, rounds, m.device, 2)
+    both = interleaved(both, rounds, m.device, 2)
     flops, formula = 6 * T * C * K * I, dout.element_size() * (T * C + 2 * T * K * I)
     for name in layers:
-        a, b, kept = forward[name], whole[name], kept_bytes(layers[name], [w13, w2, one, two])
-        text = f"forward {machines.human_number(flops / min(a), 'FLOP/s')}, {1e3 * min(a):.2f} ms; with backward "
-        text += f"{machines.human_number(3 * flops / min(b), 'FLOP/s')}, {1e3 * min(b):.2f} ms; keeps {kept / 2**20:.1f} MiB"
-        print(f"  {name:<10} {text}")
+        a, b = min(forward[name]), min(both[name])
+        kept = kept_bytes(layers[name], [w13, w2, dense13, dense2])
+        text = f"forward {machines.human_number(flops / a, 'FLOP/s')}, {1e3 * a:.2f} ms; with"
+        text += f" backward {machines.human_number(3 * flops / b, 'FLOP/s')}, {1e3 * b:.2f} ms"
+        print(f"  {name:<10} {text}; keeps {kept / 2**20:.1f} MiB")
         if name != "dense":
-            print(f"    time against dense: forward {ratio(a, forward['dense'])}")
-            print(
-                f"    with backward {ratio(b, whole['dense'])}; kept is {kept / formula:.3f} of 2Td + 4TKI"
-            )
+            print(f"    time against dense: forward {ratio(forward[name], forward['dense'])}")
+            text = f"    with backward {ratio(both[name], both['dense'])}"
+            print(f"{text}; kept is {kept / formula:.3f} of 2Td + 4TKI")
+
+
+def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
+    """Says how far outputs and gradients of the backends are from the first's; returns those that
+    fail."""
+    failed, first = [], None
+    for name, layer in layers.items():
+        if name == "dense":
+            continue
+        try:
+            y = layer()
+            values = [y.detach(), *torch.autograd.grad(y, inputs[name], dout)]
+        except Exception as error:  # somebody's kernel that does not work here
+            print(f"  {name}: left out: {said(error)}")
+            failed.append(name)
+            continue
+        first = first or (name, values)
+        errors = []
+        for a, b in zip(values, first[1]):
+            errors.append(((a.float() - b.float()).norm() / b.float().norm()).item())
+        text = f"  {name}: differs from {first[0]} by {max(errors):.1e}"
+        print(f"{text} (output and all gradients)", flush=True)
+    return failed
 
 
 # ---------------------------------------------------------------- whole models
@@ -712,34 +721,22 @@ def step(words: list[str]) -> int:
     import torch._inductor.config as inductor
 
     o = options(words, rounds=7, no_peer=False, limit=120.0, device="auto", size="")
-    inductor.compile_threads = (
-        1  # a compilation that is given up must not go on beside the measurement
-    )
-    m, rows = machines.detect(o.device), 2 if o.size == "toy" else 8
+    # a compilation that is given up must not go on beside the measurement
+    inductor.compile_threads = 1
+    m = machines.detect(o.device)
     print(machine_line(m))
-    peer = not o.no_peer
-    if peer:
-        try:
-            import transformers
-
-            print(f"peer: transformers {transformers.__version__}")
-        except ImportError:
-            peer = print("no peer: transformers is not installed")
+    peer = not o.no_peer and peer_is_there()
+    shape, rows = (TOY, 2) if o.size == "toy" else (STEP, 8)
+    model = f"{shape['n_layers']} x {shape['d_model']}"
     for grain, (moe, d_ff) in GRAINS.items():
-        shape = TOY if o.size == "toy" else STEP
-        print(
-            f"{grain}; {shape['n_layers']} x {shape['d_model']}, {rows} rows x {shape['max_seq_len']} tokens"
-        )
-        configs = {
-            "MoE": ModelConfig(**shape | moe | {"d_ff": d_ff}),
-            "dense": ModelConfig(**shape | {"d_ff": d_ff}),
-        }
+        print(f"{grain}; {model}, {rows} rows x {shape['max_seq_len']} tokens")
         built = {}
-        for kind, cfg in configs.items():
-            tries = [
-                (w, lambda cfg=cfg, c=c: Ours(cfg, m, rows, c), c)
-                for c, w in enumerate(("eager", "compiled"))
-            ]
+        for kind, keys in (("MoE", moe), ("dense", {})):
+            cfg = ModelConfig(**shape | keys | {"d_ff": d_ff})
+            tries = []
+            for compiled in (False, True):
+                label = "compiled" if compiled else "eager"
+                tries.append((label, functools.partial(Ours, cfg, m, rows, compiled), compiled))
             built[f"our {kind}"] = fastest(f"our {kind}", tries, o.limit, m.device)
             if peer:
                 tries = peer_variants(cfg, m, rows)
@@ -747,9 +744,7 @@ def step(words: list[str]) -> int:
         built = {name: made for name, made in built.items() if made is not None}
         times = interleaved(built, o.rounds, m.device)
         for name, made in built.items():
-            n, t = sum(p.numel() for p in made.model.parameters()), times[name]
-            text = f"{1e3 * min(t):.0f} ms, {machines.human_number(made.tokens / min(t))} tokens/s at best; s {spread(t)}"
-            print(f"  {name:<10} {text}; {n:,} parameters; {made.name}")
+            print(f"  {name:<10} {step_text(made, times[name])}")
         for a, b in PAIRS:
             if a in times and b in times:
                 print(f"  {a} / {b}: time {ratio(times[a], times[b])}")
@@ -758,43 +753,48 @@ def step(words: list[str]) -> int:
     return 0
 
 
+def step_text(made, times: list[float]) -> str:
+    n, best = sum(p.numel() for p in made.model.parameters()), min(times)
+    speed = machines.human_number(made.tokens / best)
+    text = f"{1e3 * best:.0f} ms, {speed} tokens/s at best; s {spread(times)}"
+    return f"{text}; {n:,} parameters; {made.name}"
+
+
+def peer_is_there() -> bool:
+    try:
+        import transformers
+    except ImportError:
+        print("no peer: transformers is not installed")
+        return False
+    print(f"peer: transformers {transformers.__version__}")
+    return True
+
+
 def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
     """(label, function, compiled?) of every way to run transformers' model here that fits into memory."""
-    experts, found = [""], []
+    names, variants = [""], []
     if cfg.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        experts = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
-    bf16 = m.device.type == "cuda" or machines.cpu_has_bf16()
-    for name in experts:
-        # batched_mm copies the weights of its expert for every choice of every token, and keeps
-        # them for backward
-        need = (
-            4
-            * rows
-            * cfg.max_seq_len
-            * cfg.n_experts_per_token
-            * 3
-            * cfg.d_model
-            * cfg.d_expert
-            * cfg.n_layers
-        )
-        if name == "batched_mm" and need > machines.total_memory(m.device) / 2:
-            print(
-                f"  peer MoE, {name}: left out: it would keep {need / 2**30:.0f} GiB of copied weights"
-            )
+        names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    precisions = ["fp32"]
+    if m.device.type == "cuda" or machines.cpu_has_bf16():
+        precisions += ["autocast", "masters"]
+    # batched_mm copies the weights of its expert for every choice of every token, and keeps them
+    # for backward
+    choices = rows * cfg.max_seq_len * cfg.n_experts_per_token * cfg.n_layers
+    copies = 4 * choices * 3 * cfg.d_model * cfg.d_expert
+    for name in names:
+        if name == "batched_mm" and copies > machines.total_memory(m.device) / 2:
+            text = f"it would keep {copies / 2**30:.0f} GiB of copied weights"
+            print(f"  peer MoE, {name}: left out: {text}")
             continue
-        for precision in ("fp32", "autocast", "masters") if bf16 else ("fp32",):
-            for c in (False, True):
-                make = functools.partial(Peer, cfg, m, rows, c, name, precision)
-                found.append(
-                    (
-                        ", ".join(w for w in (name, precision, "compiled" if c else "eager") if w),
-                        make,
-                        c,
-                    )
-                )
-    return found
+        for precision in precisions:
+            for compiled in (False, True):
+                words = [name, precision, "compiled" if compiled else "eager"]
+                make = functools.partial(Peer, cfg, m, rows, compiled, name, precision)
+                variants.append((", ".join(filter(None, words)), make, compiled))
+    return variants
 
 
 # ---------------------------------------------------------------- learning
@@ -871,60 +871,67 @@ def train_once(tree: dict, log: Path) -> dict:
             trainer.fit()
         if trainer.step < trainer.run.max_steps:  # a signal: what it asked to stop is all of it
             raise KeyboardInterrupt
-    last = next(r for r in reversed(rows) if "val_loss" in r)
+    last = next(row for row in reversed(rows) if "val_loss" in row)
     names = ("val_loss", "val_bpb", "val_loss_as_trained", "mod_gap", "mod_agreement", "mod_depth")
-    found = {k: last.get(k) for k in names}
-    n, speeds = (
-        trainer.model.n_params(),
-        [r["tokens_per_second"] for r in rows if "tokens_per_second" in r],
-    )
-    found |= {
+    n, speeds = trainer.model.n_params(), [row.get("tokens_per_second") for row in rows]
+    named = trainer.model.named_parameters()
+    return {name: last.get(name) for name in names} | {
         "total": n["total"],
         "active": n["active"],
         "flops_per_token": trainer.flops_per_token,
-    }
-    found |= {
-        "router": sum(p.numel() for k, p in trainer.model.named_parameters() if ".router." in k)
-    }
-    found |= {
+        "router": sum(p.numel() for name, p in named if ".router." in name),
         "steps": trainer.step,
         "tokens": trainer.tokens,
-        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second": statistics.median(filter(None, speeds)),
+        "seconds": time.perf_counter() - began,
     }
-    return found | {"seconds": time.perf_counter() - began}
 
 
 def learn_table(rows: list[dict]) -> list[str]:
     """A markdown table, a line per variant; runs of another length than most are left out and said."""
     if not rows:
         return ["no runs"]
-    steps = statistics.mode(r["steps"] for r in rows)
-    titles = "variant, n, val loss, bits per byte, gap, total, active, of it routers, FLOP a token, tokens/s".split(
-        ", "
-    )
-    tokens = next(r["tokens"] for r in rows if r["steps"] == steps)
-    text = f"{steps} steps, {tokens:,} tokens each. Val loss: mean (lowest to highest) over seeds, for MoD by the causal"
-    text += " rule; gap: what the rule of training, which looks ahead, would gain."
-    lines = [text, "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-
-    def mean(key, form):
-        return "-" if mine[0][key] is None else format(statistics.mean(r[key] for r in mine), form)
-
-    for name in dict.fromkeys([*LEARN, *(r["variant"] for r in rows)]):
-        mine = [r for r in rows if r["variant"] == name and r["steps"] == steps]
-        if not mine:
-            continue
-        loss = [r["val_loss"] for r in mine]
-        cells = [name, len(mine), f"{mean('val_loss', '.4f')} ({min(loss):.4f} to {max(loss):.4f})"]
-        cells += [mean("val_bpb", ".4f"), mean("mod_gap", "+.4f")]
-        cells += [f"{mine[0][key]:,}" for key in ("total", "active", "router")]
-        cells += [machines.human_number(mine[0]["flops_per_token"])]
-        cells += [machines.human_number(statistics.median(r["tokens_per_second"] for r in mine))]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    others = [
-        f"{r['variant']} {r['seed']} ({r['steps']} steps)" for r in rows if r["steps"] != steps
+    steps = statistics.mode(row["steps"] for row in rows)
+    same = [row for row in rows if row["steps"] == steps]
+    text = f"{steps} steps, {same[0]['tokens']:,} tokens each. Val loss: mean (lowest to highest)"
+    text += " over seeds, for MoD by the causal rule; gap: what the rule of training, which looks"
+    titles = [
+        "variant",
+        "n",
+        "val loss",
+        "bits per byte",
+        "gap",
+        "total",
+        "active",
+        "of it routers",
     ]
-    return lines + ([f"left out: {', '.join(others)}"] if others else [])
+    titles += ["FLOP a token", "tokens/s"]
+    lines = [f"{text} ahead, would gain.", ""]
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name in dict.fromkeys([*LEARN, *(row["variant"] for row in rows)]):
+        mine = [row for row in same if row["variant"] == name]
+        if mine:
+            lines.append(learn_row(name, mine))
+    others = [row for row in rows if row["steps"] != steps]
+    if others:
+        names = [f"{row['variant']} {row['seed']} ({row['steps']} steps)" for row in others]
+        lines.append(f"left out: {', '.join(names)}")
+    return lines
+
+
+def learn_row(name: str, mine: list[dict]) -> str:
+    def mean(key, form):
+        if mine[0][key] is None:
+            return "-"
+        return format(statistics.mean(row[key] for row in mine), form)
+
+    first, loss = mine[0], [row["val_loss"] for row in mine]
+    speed = statistics.median(row["tokens_per_second"] for row in mine)
+    cells = [name, len(mine), f"{mean('val_loss', '.4f')} ({min(loss):.4f} to {max(loss):.4f})"]
+    cells += [mean("val_bpb", ".4f"), mean("mod_gap", "+.4f")]
+    cells += [f"{first[key]:,}" for key in ("total", "active", "router")]
+    cells += [machines.human_number(first["flops_per_token"]), machines.human_number(speed)]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---------------------------------------------------------------- a GPU in ten minutes

@@ -379,7 +379,6 @@ def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False
             code, reason = error.exit_code, str(error)
         except Exception as error:
             code, reason = 1, f"{type(error).__name__}: {error}"
-        trainer.close_writers()
         trainer.close()
     if trainer.first_interrupt:
         raise KeyboardInterrupt  # what it asked to stop is all of it
