@@ -37,7 +37,7 @@ from lumen.config import SHARDING, Config, build_config, help_text, printed
 from lumen.control import ByHand
 from lumen.detectors import StepNumbers
 from lumen.errors import UserError
-from lumen.experts import Rows, expert_numbers, expert_statistics, mod_statistics, release_siblings
+from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.launch import check_launch, clock, command, environment
 from lumen.loader import Loader, Source, Sums, val_rows
 from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
@@ -121,7 +121,7 @@ def lost_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-class Parallel(Rows):
+class Parallel:
     """All that changes with the number of processes; this one replicates the model.
 
     There is no DistributedDataParallel. Forward and backward hold no collective; then gradients are
@@ -297,6 +297,19 @@ class Parallel(Rows):
         [(offset, global shape, local tensor, whether this rank is the one that writes it)]
         """
         return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
+
+    # how surgery reaches one expert's row of a parameter, or of a tensor of its optimizer's state
+
+    def local(self, p: torch.Tensor) -> torch.Tensor:
+        """What the optimizer knows the parameter as."""
+        return p
+
+    def row(self, p: torch.Tensor, tensor: torch.Tensor, e: int) -> torch.Tensor:
+        """A copy of row e of `tensor`, which is local(p) or has its shape."""
+        return tensor[e].clone()
+
+    def set_row(self, p: torch.Tensor, tensor: torch.Tensor, e: int, value) -> None:
+        tensor[e] = value
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
@@ -1691,7 +1704,7 @@ class Trainer(ByHand):
         if not self.cfg.model.n_experts_max or self.step % RELEASE_EVERY:
             return
         for layer, moe in self.moe.items():
-            for a, b in release_siblings(moe, self.parallel.broadcast, self.parallel):
+            for a, b in release_siblings(moe, self.parallel):
                 text = f"siblings {a} and {b} have parted, both can be chosen"
                 self.say(f"experts    layer {layer}: {text}")
 
