@@ -170,6 +170,14 @@ def tiny(shards, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """reference(keys) -> a finished run that tests only compare with, trained once a session; see rig.References."""
+    import rig  # here, for those who import this file only for its names need no trainer
+
+    return rig.References(tmp_path_factory.mktemp("reference"))
+
+
 def read_lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 

@@ -211,6 +211,10 @@ class References:
             read_only(out)
         return self.runs[name]
 
+    def keys(self, keys) -> dict:
+        """The keys of that run, its own out_dir among them."""
+        return keys | {"out_dir": str(self(keys).out)}
+
 
 # ---------------------------------------------------------------- data, sizes
 

@@ -352,22 +352,6 @@ def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
 
 # ---------------------------------------------------------------- a rank that hangs
 
-HANG = """
-import os, sys, time
-import {script} as script
-from lumen import launch, loader
-following = loader.Loader.next
-def hang(self, left=[4]):
-    left[0] -= 1
-    if left[0] == 0 and os.environ["RANK"] == "{rank}":
-        print("ASLEEP", flush=True)
-        while True:
-            time.sleep(1)
-    return following(self)
-loader.Loader.next = hang
-launch.command(script.main)
-"""
-
 
 @pytest.mark.parametrize("script, rank", [("train", 1), ("train_fsdp", 0)])
 def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank):
@@ -376,12 +360,11 @@ def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank
     path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", comm_timeout=5))
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port())}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    code, started = HANG.format(script=script, rank=rank), []
+    words = ["tests/programs/hanging.py", script, str(rank), str(path)]
+    started = []
     for r in (0, 1):
         env |= {"RANK": str(r), "LOCAL_RANK": str(r), "PYTHONPATH": str(ROOT)}
-        started.append(
-            subprocess.Popen([sys.executable, "-c", code, str(path)], env=env, **options)
-        )
+        started.append(subprocess.Popen([sys.executable, *words], env=env, **options))
     asleep, waits = started[rank], started[1 - rank]
     try:
         _, said = waits.communicate(timeout=180)

@@ -191,43 +191,33 @@ def test_control_jsonl_written_anew_and_without_a_last_newline(tiny):
     ]
 
 
-def weights_after(tiny, name, do, model=None, **changes):
-    """(answer, weights after three more steps, weights of the same run left alone)."""
-    found = {}
-    both = []
-    for which in ("left", name):
-        keys = tiny(
-            f"{name}-{which}",
-            model,
-            max_steps=9,
-            save_interval=0,
-            warmup_steps=0,
-            lr_schedule="constant",
-            **changes,
-        )
-        trainer = finish(
-            keys, iterations={6: lambda t: found.update(answer=do(t))} if which == name else None
-        )
-        both.append(trainer)
-    return found["answer"], both[1], both[0]
+@pytest.fixture
+def weights_after(tiny, reference):
+    """weights_after(name, do) -> (what do(trainer) answered before iteration 6 of 9, the run, the same run left alone)."""
+
+    def run(name, do, model=None, **changes):
+        short = {"max_steps": 9, "save_interval": 0, "warmup_steps": 0, "lr_schedule": "constant"}
+        keys, answers = tiny(name, model, **short, **changes), []
+        trainer = finish(keys, iterations={6: lambda t: answers.append(do(t))})
+        return answers[0], trainer, reference(keys)
+
+    return run
 
 
-def test_methods_on_the_optimizer_change_the_next_steps(tiny):
-    answer, t, left = weights_after(tiny, "lr", lambda t: t.emergency_lr_reduction(10.0))
+def test_methods_on_the_optimizer_change_the_next_steps(weights_after):
+    answer, t, left = weights_after("lr", lambda t: t.emergency_lr_reduction(10.0))
     assert answer["executed"] and not equal(tensors(t), tensors(left))
     rows = {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r}
     assert rows[7] == pytest.approx(rows[5] / 10) and rows[9] == pytest.approx(rows[5] / 10)
-    answer, t, left = weights_after(tiny, "wd", lambda t: t.adjust_weight_decay(0.5))
+    answer, t, left = weights_after("wd", lambda t: t.adjust_weight_decay(0.5))
     assert answer["executed"] and not equal(tensors(t), tensors(left))
     assert [g["weight_decay"] for g in t.optimizer.param_groups] == [0.5, 0.0]
-    answer, t, left = weights_after(
-        tiny, "lr2", lambda t: t._update_optimizer_param_groups("lr", 1e-4)
-    )
+    answer, t, left = weights_after("lr2", lambda t: t._update_optimizer_param_groups("lr", 1e-4))
     rows = {r["step"]: r["lr"] for r in read_lines(t.out / "metrics.jsonl") if "lr" in r}
     assert rows[7] == pytest.approx(1e-4)
     for param, value in (("beta1", 0.5), ("beta2", 0.5), ("eps", 1e-3), ("weight_decay", 0.7)):
         answer, t, left = weights_after(
-            tiny, param, lambda t, p=param, v=value: t._update_optimizer_param_groups(p, v)
+            param, lambda t, p=param, v=value: t._update_optimizer_param_groups(p, v)
         )
         assert answer["executed"] and not equal(tensors(t), tensors(left)), param
     assert t.emergency_lr_reduction(0.5)["refused"] == "E309", "it would raise it"
@@ -240,16 +230,14 @@ def test_methods_on_the_optimizer_change_the_next_steps(tiny):
     )
 
 
-def test_methods_on_routing_change_the_next_steps(tiny):
+def test_methods_on_routing_change_the_next_steps(tiny, weights_after):
     moe, mod = KINDS["moe"], {"mod_capacity": 0.5}
     for name, value in (
         ("adjust_capacity_factor", 0.5),
         ("adjust_routing_temperature", 2.0),
         ("enable_expert_dropout", 0.4),
     ):
-        answer, t, left = weights_after(
-            tiny, name, lambda t, n=name, v=value: getattr(t, n)(v), moe
-        )
+        answer, t, left = weights_after(name, lambda t, n=name, v=value: getattr(t, n)(v), moe)
         assert answer["executed"] and not equal(tensors(t), tensors(left)), name
         if name == "adjust_capacity_factor":
             assert (
@@ -265,7 +253,7 @@ def test_methods_on_routing_change_the_next_steps(tiny):
             assert (
                 t.enable_expert_dropout(0.0)["executed"] and t.moe[0].router.dropped_out is None
             ), "all may be chosen again"
-    answer, t, left = weights_after(tiny, "mod", lambda t: t.adjust_mod_capacity(0.25), mod)
+    answer, t, left = weights_after("mod", lambda t: t.adjust_mod_capacity(0.25), mod)
     assert (
         t.get_mod_statistics()["capacity_factor"] == 0.25
         and left.get_mod_statistics()["capacity_factor"] == 0.5
@@ -277,9 +265,7 @@ def test_methods_on_routing_change_the_next_steps(tiny):
     )
     again = Trainer(t.written | {"max_steps": 10})
     assert again.fit() == 0 and again.get_mod_statistics()["capacity_factor"] == 0.25
-    answer, t, left = weights_after(
-        tiny, "new", lambda t: t._initialize_new_expert([0, 4], [1, 2]), moe
-    )
+    answer, t, left = weights_after("new", lambda t: t._initialize_new_expert([0, 4], [1, 2]), moe)
     assert (
         answer["executed"] and answer["parent"] in (1, 2) and t.model.blocks[0].ffn.router.alive[4]
     )

@@ -136,25 +136,13 @@ def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
         assert "finished at step 2" in (trainer.out / "train.log").read_text()
 
 
-LASTS = """
-import sys
-from lumen import launch
-def main(argv):
-    for i in range(3000): print("caf\\u00e9 \\u2192 \\udce9", i)
-    print("still here", file=sys.stderr)
-    open(argv[0], "w").write("done")
-launch.command(main, lasting=True)
-"""
-
-
 @pytest.mark.parametrize(
     "end", ["| head -n 1", "> /dev/full", ">&-", "<&- >&- 2>&-", "> /dev/full 2>&1", "| true"]
 )
 def test_a_program_lasts_longer_than_its_console(tmp_path, end):
     """`| head`, a full disk behind the redirection, no stdout at all: the work is done, and that is what the exit code
     says. (prepare_data.py, export.py and both trainers are started so.)"""
-    (tmp_path / "program.py").write_text(LASTS)
-    words = f"set -o pipefail; {sys.executable} {tmp_path}/program.py {tmp_path}/out {end}"
+    words = f"set -o pipefail; {sys.executable} tests/programs/lasting.py {tmp_path}/out {end}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1:strict"}
     result = subprocess.run(["bash", "-c", words], cwd=ROOT, env=env, capture_output=True)
     assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr

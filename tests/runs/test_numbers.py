@@ -1,11 +1,10 @@
 """Numbers stay right: recomputation, odd batches, out of memory, changed weights, a second run in one process."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from conftest import fingerprint, read_lines
+from rig import at_iteration, fake_fp16
 
 import kernels
 from lumen import machine as machines
@@ -203,33 +202,25 @@ SHORT = {"max_steps": 8, "save_interval": 20, "eval_tokens": 64}
 
 
 def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
-    """In the order of a GPU, on the CPU: the numbers of a turn are seen in the next one. A save is asked for at step 3,
+    """In the order of a GPU, on the CPU: the numbers of a step are seen in the next one. A save is asked for at step 3,
     and step `hurt` runs out of memory once."""
-    trainer = Trainer(keys)
-    drain, forward, act, done = (
-        trainer.finish_pending_step,
-        trainer.model.forward,
-        trainer.orchestrator.act,
-        [],
-    )
+    trainer, failed = Trainer(keys), []
 
-    def late():
-        due = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= trainer.run.max_steps
-        own = trainer.pending and trainer.pending[2] == trainer.orchestrator.turn
-        return None if own and not due and "late" in keys["out_dir"] else drain()
+    def may_lag():
+        ends = trainer.step % trainer.cfg.save_interval == 0 or trainer.step >= keys["max_steps"]
+        return "late" in keys["out_dir"] and not ends
 
-    def full(idx, **more):
-        if trainer.model.training and trainer.step == hurt and not done:
-            done.append(1)
+    def full(model, inputs):
+        if model.training and trainer.step == hurt and not failed:
+            failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return forward(idx, **more)
 
-    def asked():
-        trainer.save_signal = trainer.save_signal or int(trainer.orchestrator.turn == 3)
-        return act()
+    def ask(trainer):
+        trainer.save_signal = 1
 
-    trainer.finish_pending_step, trainer.model.forward, trainer.orchestrator.act = late, full, asked
-    assert trainer.fit() == 0 and done
+    trainer.may_lag = may_lag
+    trainer.model.register_forward_pre_hook(full)
+    assert at_iteration(trainer, {4: ask}).fit() == 0 and failed
     return trainer
 
 
@@ -249,14 +240,7 @@ def test_out_of_memory_is_learned_of_by_a_save(tiny):
 
 def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
     """fp16: a step that was void for memory halved the loss scale, though nothing had overflowed."""
-    real = machines.detect
-
-    def machine(device, precision, compile_model=False, local_rank=0):
-        return dataclasses.replace(
-            real(device, "fp32", compile_model, local_rank), precision="mixed_fp16"
-        )
-
-    monkeypatch.setattr(machines, "detect", machine)
+    monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     for name in ("late", "at_once"):
         trainer = run_one_turn_late(tiny(name, **SHORT, precision="mixed_fp16"), 5)
         assert trainer.orchestrator.dropped == 0

@@ -153,7 +153,7 @@ def test_what_befalls_one_rank_of_two(tiny, tmp_path):
 # ---------------------------------------------------------------- rollback
 
 
-def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
+def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny, reference):
     keys = tiny(**LONG | {"save_interval": 40, "min_lr": 1e-5}) | {
         "orchestrator": {"snapshot_interval": 20}
     }
@@ -199,7 +199,7 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny):
     assert not json.loads((trainer.out / aside[-1] / "state.json").read_text())["clean"], (
         "saved during the alarm"
     )
-    healthy = finish(tiny("healthy", **LONG | {"min_lr": 1e-5}))
+    healthy = reference(tiny("healthy", **LONG | {"min_lr": 1e-5}))
     assert abs(trainer.val_loss - healthy.val_loss) < 0.05
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
     due = row["turn"] + trainer.orchestrator.OUTCOME
@@ -224,7 +224,7 @@ def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
     assert trainer.orchestrator.cool() == 1001
 
 
-def test_a_young_run_that_loses_all_goes_back(tiny):
+def test_a_young_run_that_loses_all_goes_back(tiny, reference):
     """At turn 40 there is no course to leave yet; but a loss above where it began needs none."""
     trainer = finish(tiny(**LONG | {"min_lr": 1e-5}), iterations={40: glitch})
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
@@ -233,7 +233,7 @@ def test_a_young_run_that_loses_all_goes_back(tiny):
         and abs(row["args"]["onset"] - 40) <= 8
         and row["args"]["to_step"] < 40
     )
-    healthy = finish(tiny("healthy", **LONG | {"min_lr": 1e-5}))
+    healthy = reference(tiny("healthy", **LONG | {"min_lr": 1e-5}))
     assert actions(healthy) == [] and abs(trainer.val_loss - healthy.val_loss) < 0.3
 
 

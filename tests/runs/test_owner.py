@@ -21,21 +21,13 @@ from lumen import owner as owners
 from lumen.errors import UserError
 from train import Trainer
 
-HOLDER = """
-import sys, time
-from lumen import owner as owners
-owner = owners.Owner(sys.argv[1])
-owner.take()
-print("mine", flush=True)
-time.sleep(99)
-"""
-
 
 @contextlib.contextmanager
 def owned(out):
     """Another process that owns the folder, and does nothing with it."""
-    command = [sys.executable, "-c", HOLDER, str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "tests/programs/holder.py", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "mine\n"
         yield process
@@ -315,10 +307,6 @@ def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
 def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
     """A rank is killed after the first checkpoint; torchrun starts all with the same words: nothing is deleted."""
     keys = tiny(resume="none", overwrite=True, save_interval=4, max_steps=12)
-    code = "import os, sys, train\nfrom lumen import launch\ntake = train.Trainer.finish_pending_step\ndef drain(self):\n"
-    code += "    if self.step == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': os.kill(os.getpid(), 9)\n"
-    code += "    return take(self)\ntrain.Trainer.finish_pending_step = drain\nlaunch.command(train.main, lasting=True)\n"
-    (tmp_path / "dies.py").write_text(code)
     words = [
         "-m",
         "torch.distributed.run",
@@ -326,7 +314,7 @@ def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
         "--max-restarts=1",
         "--master_port=29617",
     ]
-    result = run_python(*words, tmp_path / "dies.py", write_yaml(tmp_path / "c.yaml", keys))
+    result = run_python(*words, "tests/programs/dying.py", write_yaml(tmp_path / "c.yaml", keys))
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     rows = [
         r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["attempt"] == 2 and "loss" in r

@@ -243,10 +243,9 @@ def test_another_parallel_needs_nothing_but_the_seam(tiny):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_resumed_equals_never_stopped(tiny, dropout):
+def test_resumed_equals_never_stopped(tiny, reference, dropout):
     model = {"dropout": dropout}
-    whole, parts = tiny("whole", model), tiny("parts", model)
-    finish(whole)
+    whole, parts = reference.keys(tiny("whole", model)), tiny("parts", model)
     for step in (2, 5, 8):
         trainer = Trainer(parts)
         stop_at(trainer, step)
@@ -282,9 +281,8 @@ def test_used_out_dir(tiny):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "missing"])
-def test_damaged_newest_is_named_and_passed_over(tiny, damage, capsys):
-    whole, keys = tiny("whole"), tiny()
-    finish(whole)
+def test_damaged_newest_is_named_and_passed_over(tiny, reference, damage, capsys):
+    whole, keys = reference.keys(tiny("whole")), tiny()
     trainer = Trainer(keys)
     stop_at(trainer, 8)
     trainer.fit()
@@ -536,38 +534,12 @@ def test_signals_and_kill(tiny, tmp_path, ranks):
     assert same_run(keys, whole, 240)
 
 
-CRASH = """
-import os, sys, pathlib, shutil
-import train
-from lumen import checkpoint
-point, step = sys.argv[1], int(sys.argv[2])
-def die(*a, **k): os._exit(9)
-real_commit, real_rename = checkpoint.commit, pathlib.Path.rename
-def commit(folder, final, world, state):
-    if state["step"] == step:
-        if point == "before commit": die()
-        if point == "no manifest": checkpoint.write_json = die
-        if point == "moved aside":
-            shutil.copytree(checkpoint.step_dir(final.parent, step - 4), final)
-            calls = []
-            def rename(self, target):
-                if calls: die()
-                calls.append(1)
-                return real_rename(self, target)
-            pathlib.Path.rename = rename
-        if point == "pruning": shutil.rmtree = die
-    return real_commit(folder, final, world, state)
-checkpoint.commit = commit
-sys.exit(train.main(sys.argv[3:]))
-"""
-
-
 @pytest.mark.parametrize("point", ["before commit", "no manifest", "moved aside", "pruning"])
-def test_power_loss_in_a_save(tiny, tmp_path, point):
-    whole, keys = tiny("whole", save_total_limit=1), tiny("cut", save_total_limit=1)
-    finish(whole)
+def test_power_loss_in_a_save(tiny, reference, tmp_path, point):
+    keys = tiny("cut", save_total_limit=1)
+    whole = reference.keys(keys)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("-c", CRASH, point, 8, path)
+    result = run_python("tests/programs/power_loss.py", point, 8, path)
     assert result.returncode == 9, result.stderr + result.stdout
     finish(keys)
     assert same_run(whole, keys)
@@ -576,43 +548,29 @@ def test_power_loss_in_a_save(tiny, tmp_path, point):
     )
 
 
-DISK = """
-import resource, signal, sys
-import train
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-full, free_again = int(sys.argv[1]), int(sys.argv[2])
-real = train.Trainer.save
-def save(self, **how):  # between two steps the disk takes 60 kB files only: no checkpoint fits, a line of log does
-    limit = 60_000 if full <= self.step < free_again else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return real(self, **how)
-train.Trainer.save = save
-sys.exit(train.main(sys.argv[3:]))
-"""
-
-
-def test_disk_full(tiny, tmp_path):
+def test_disk_full(tiny, reference, tmp_path):
     keys = tiny("cut", save_interval=4, max_steps=16)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("-c", DISK, 4, 9, path)
+    result = run_python("tests/programs/full_disk.py", 4, 9, path)
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stdout.count("E307") >= 2 and checkpoint.list_steps(keys["out_dir"])[-1] == 16
     assert 4 not in checkpoint.list_steps(keys["out_dir"]) and 9 in checkpoint.list_steps(
         keys["out_dir"]
     ), "tried again"
-    whole = tiny("whole", max_steps=16)
-    finish(whole)
+    whole = reference.keys(tiny("whole", max_steps=16))
     assert same_run(whole, keys, 16)
     last = tiny("last", save_interval=4, max_steps=16)
-    result = run_python("-c", DISK, 16, 99, write_yaml(tmp_path / "l.yaml", last))
+    result = run_python(
+        "tests/programs/full_disk.py", 16, 99, write_yaml(tmp_path / "l.yaml", last)
+    )
     assert result.returncode == 4, result.stderr + result.stdout
     assert checkpoint.list_steps(last["out_dir"]) == [4, 8, 12]
     assert json.loads((Path(last["out_dir"]) / "status.json").read_text())["code"] == 4
 
 
-def test_a_checkpoint_is_written_beside_training(tiny, monkeypatch):
+def test_a_checkpoint_is_written_beside_training(tiny, reference, monkeypatch):
     """Training goes on while a thread writes; what is written is the step of the copy, and a failure is made good."""
-    base = finish(tiny("base"))
+    base = reference(tiny("base"))
     real, turns, fail = checkpoint.write, {}, []
 
     def slow(folder, rank, pieces):

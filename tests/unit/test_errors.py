@@ -9,24 +9,12 @@ from conftest import ROOT, run_python
 
 from lumen.errors import ERRORS, UserError
 
-CODE = """
-import sys
-from lumen import errors, launch
-def main(argv):
-    if argv == ["user"]: raise errors.UserError("E114", "x.npy:3: 12 tokens; 65 needed")
-    if argv == ["diverged"]: raise errors.UserError("E301", "step 7")
-    if argv == ["bug"]: raise RuntimeError("ours")
-    if argv == ["interrupt"]: raise KeyboardInterrupt
-    return int(argv[0])
-launch.command(main)
-"""
-
 
 @pytest.mark.parametrize(
     "word, code", [("user", 2), ("diverged", 3), ("bug", 1), ("interrupt", 130), ("0", 0), ("4", 4)]
 )
 def test_exit_codes_and_who_sees_a_traceback(word, code):
-    result = run_python("-c", CODE, word)
+    result = run_python("tests/programs/exits.py", word)
     assert result.returncode == code
     assert ("Traceback" in result.stderr) == (word == "bug")
     if word == "user":

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 
@@ -25,6 +24,8 @@ from lumen.loader import BLOCK, Loader, Shard, Source, feistel, val_rows
 
 ROOT = str(conftest.ROOT)
 few = settings(max_examples=25, deadline=None)
+
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def write(path, lengths, prefix="train", dtype=np.uint16, first=0):
@@ -625,25 +626,10 @@ def test_truncation_is_no_crash(tmp_path):
     path = str(tmp_path / "d")
     os.makedirs(path)
     np.save(os.path.join(path, "train_00000.npy"), np.zeros(4_000_000, np.uint16))
-    code = """
-        import sys
-        from lumen import loader
-        from lumen.errors import UserError
-        loader.RETRY_WAITS_SECONDS = (0.01, 0.01)
-        load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 4096)}, 1, [[0, {"d": 1}]])
-        load.start(0, 0, 1, 8, 1)
-        try:
-            for i in range(10**9):
-                load.next()
-                if i == 5:
-                    print("reading", flush=True)
-        except UserError as error:
-            sys.exit(f"{error.code} {error.text}")
-    """
     for _ in range(3):
-        run = [sys.executable, "-c", textwrap.dedent(code), path]
+        run = [sys.executable, "tests/programs/reading.py", path]
         child = subprocess.Popen(
-            run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            run, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert child.stdout.readline() == "reading\n"
         os.truncate(os.path.join(path, "train_00000.npy"), 1000)
@@ -659,16 +645,12 @@ def test_truncation_is_no_crash(tmp_path):
 
 def test_thousands_of_shards_under_a_small_limit_of_open_files(tmp_path):
     path = write(tmp_path / "d", [5] * 800)
-    code = """
-        import resource, sys
-        from lumen import loader
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-        loader.RETRY_WAITS_SECONDS = ()
-        source = loader.Source(sys.argv[1], "train", 7)
-        assert [int(source.window(i)[0]) for i in range(source.windows)] == list(range(0, source.windows * 7, 7))
-    """
     subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), path], cwd=ROOT, check=True, timeout=20
+        [sys.executable, "tests/programs/many_shards.py", path],
+        cwd=ROOT,
+        env=ENV,
+        check=True,
+        timeout=20,
     )
 
 
@@ -740,16 +722,8 @@ def test_errors_of_the_thread_are_raised_by_next(tmp_path, quick, monkeypatch):
 
 def test_an_abandoned_stream_does_not_keep_the_interpreter_alive(tmp_path):
     path = write(tmp_path / "d", [5000])
-    code = """
-        import sys
-        from lumen import loader
-        load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 10)}, 1, [[0, {"d": 1}]])
-        load.start(0, 0, 1, 4, 1)
-        load.next()
-        raise ValueError("the trainer's")
-    """
-    run = [sys.executable, "-c", textwrap.dedent(code), path]
-    child = subprocess.run(run, cwd=ROOT, timeout=20, stderr=subprocess.PIPE, text=True)
+    run = [sys.executable, "tests/programs/abandoning.py", path]
+    child = subprocess.run(run, cwd=ROOT, env=ENV, timeout=20, stderr=subprocess.PIPE, text=True)
     assert (
         child.returncode == 1
         and child.stderr.count("Traceback") == 1

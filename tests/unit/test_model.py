@@ -12,10 +12,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-from conftest import ROOT
 
 import kernels
 from model import (
