@@ -2,7 +2,7 @@
 
     python export.py to_hf out/run DIR [--dtype float32|bfloat16|float16] [--best] [--check]
     python export.py from_hf DIR out/run
-    python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...: only what the file does not say]
+    python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...]
 
 A model without QK-norm IS a Llama, one with QK-norm IS a Qwen3; with experts they are a Mixtral and a Qwen3Moe, with a
 sigmoid router a Dots1. Our fused matrices are theirs on top of one another, so both directions only slice and rename,
@@ -20,14 +20,16 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import checkpoint, files
+from lumen import checkpoint
 from lumen.errors import UserError, a_path, expand
+from lumen.files import read_json, sync, write_json
 from lumen.launch import Words, command
 from lumen.tokenizer import Tokenizer, load, of_run
 from model import ModelConfig, Transformer
@@ -35,17 +37,14 @@ from model import ModelConfig, Transformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # largest difference of fp32 logits that the check accepts
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ROPE_KEYS = {  # what rope_tables() in model.py reads of rope_scaling; transformers would act on other keys too
+# What rope_tables() in model.py reads of rope_scaling; transformers would act on other keys too.
+LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN_KEYS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-    ),
+    "llama3": ("factor", *LLAMA3_KEYS),
+    "yarn": ("factor", *YARN_KEYS),
 }
 CLASSES = {
     "llama": "Llama",
@@ -55,20 +54,33 @@ CLASSES = {
     "dots1": "Dots1",
 }
 DENSE = {  # our keys in the words of config.json
-    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "d_ff": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range", "tie_embeddings": "tie_word_embeddings",
-}  # fmt: skip
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
 MOE = DENSE | {"n_experts_per_token": "num_experts_per_tok", "d_expert": "moe_intermediate_size"}
 KEYS = {
-    "llama": DENSE, "qwen3": DENSE,
+    "llama": DENSE,
+    "qwen3": DENSE,
     "mixtral": MOE | {"n_experts": "num_local_experts", "d_expert": "intermediate_size"},
     "qwen3_moe": MOE | {"n_experts": "num_experts", "norm_topk": "norm_topk_prob"},
-    "dots1": MOE | {"n_experts": "n_routed_experts", "n_shared_experts": "n_shared_experts",
-                    "norm_topk": "norm_topk_prob", "n_dense_layers": "first_k_dense_replace",
-                    "route_scale": "routed_scaling_factor"},
-}  # fmt: skip
+    "dots1": MOE
+    | {
+        "n_experts": "n_routed_experts",
+        "n_shared_experts": "n_shared_experts",
+        "norm_topk": "norm_topk_prob",
+        "n_dense_layers": "first_k_dense_replace",
+        "route_scale": "routed_scaling_factor",
+    },
+}
 MUST = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -78,96 +90,104 @@ MUST = {
 DOTS1_MUST = {
     "n_group": 1,
     "topk_group": 1,
-}  # and, for vLLM, which scales the shared expert too (as of 2025):
-DOTS1_MUST |= {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-DEAD = (
-    -1e9
-)  # Dots1's selection bias of an empty slot: no score, which is below 1, can make up for it
+    # for vLLM, which scales the shared expert too (as of 2025)
+    "moe_layer_freq": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+# Dots1's selection bias of an empty slot: no score, which is below 1, can make up for it.
+DEAD_BIAS = -1e9
 
 
 def model_type(cfg: ModelConfig) -> str:
     """Hugging Face's name for this kind of model, provided that `refusals` finds nothing."""
-    if not any(map(cfg.is_moe, range(cfg.n_layers))):
+    if not any(cfg.is_moe(i) for i in range(cfg.n_layers)):
         return "qwen3" if cfg.qk_norm else "llama"
-    return "dots1" if cfg.router == "sigmoid" else "qwen3_moe" if cfg.qk_norm else "mixtral"
+    if cfg.router == "sigmoid":
+        return "dots1"
+    return "qwen3_moe" if cfg.qk_norm else "mixtral"
 
 
-def layout(
-    cfg: ModelConfig, kept: dict | None = None, fused=False
-) -> list[tuple[str, str, list[int], list[int]]]:
-    """(our tensor, Hugging Face's tensor, where it starts in ours, its shape) for every one of theirs.
+class Part(NamedTuple):
+    """One tensor of theirs, which is a region of one of ours."""
 
-    kept: {layer: slots whose experts there are}, by default all. fused: transformers 5 can write a layer's experts as
-    two 3-D tensors, as we do; everybody reads a tensor per expert.
+    ours: str
+    theirs: str
+    first: list[int]  # where it starts in ours
+    shape: list[int]
+
+
+def layout(cfg: ModelConfig, kept: dict | None = None, fused=False) -> list[Part]:
+    """Every tensor of theirs, in the order of the model.
+
+    kept: {layer: slots whose experts there are}, by default all. fused: transformers 5 can write a
+    layer's experts as two 3-D tensors, as we do; everybody reads a tensor per expert.
     """
-    d, q, kv, I = (
-        cfg.d_model,
-        cfg.n_heads * cfg.head_dim,
-        cfg.n_kv_heads * cfg.head_dim,
-        cfg.d_expert,
-    )
-    kind, table = model_type(cfg), []
-
-    def add(ours, *parts):
-        first = 0
-        for theirs, *shape in parts:
-            table.append((f"{ours}.weight", f"{theirs}.weight", [first, 0][: len(shape)], shape))
-            first += shape[0]
-
-    def swiglu(ours, theirs, width):
-        add(f"{ours}.w13", (f"{theirs}.gate_proj", width, d), (f"{theirs}.up_proj", width, d))
-        add(f"{ours}.w2", (f"{theirs}.down_proj", d, width))
-
-    add("embed", ("model.embed_tokens", cfg.vocab_size, d))
+    d, q, kv = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    table = stacked("embed", ("model.embed_tokens", cfg.vocab_size, d))
     for i in range(cfg.n_layers):
         b, h = f"blocks.{i}", f"model.layers.{i}"
-        a, m = f"{h}.self_attn", f"{h}.mlp"
-        add(f"{b}.attn_norm", (f"{h}.input_layernorm", d))
-        add(f"{b}.attn.wqkv", (f"{a}.q_proj", q, d), (f"{a}.k_proj", kv, d), (f"{a}.v_proj", kv, d))
-        add(f"{b}.attn.wo", (f"{a}.o_proj", d, q))
+        a = f"{h}.self_attn"
+        table += stacked(f"{b}.attn_norm", (f"{h}.input_layernorm", d))
+        qkv = (f"{a}.q_proj", q, d), (f"{a}.k_proj", kv, d), (f"{a}.v_proj", kv, d)
+        table += stacked(f"{b}.attn.wqkv", *qkv)
+        table += stacked(f"{b}.attn.wo", (f"{a}.o_proj", d, q))
         if cfg.qk_norm:
-            add(f"{b}.attn.q_norm", (f"{a}.q_norm", cfg.head_dim))
-            add(f"{b}.attn.k_norm", (f"{a}.k_norm", cfg.head_dim))
-        add(f"{b}.ffn_norm", (f"{h}.post_attention_layernorm", d))
-        if not cfg.is_moe(i):
-            swiglu(f"{b}.ffn", m, cfg.d_ff)
-            continue
-        slots = kept[i] if kept else range(cfg.n_experts_max or cfg.n_experts)
-        names = ("gate_proj", "up_proj", "down_proj")
-        if kind == "mixtral" and not fused:
-            m, names = f"{h}.block_sparse_moe", ("w1", "w3", "w2")
-        add(f"{b}.ffn.router", (f"{m}.gate", len(slots), d))
-        if kind == "dots1":
-            table.append(
-                (f"{b}.ffn.router.bias", f"{m}.gate.e_score_correction_bias", [0], [len(slots)])
-            )
-            swiglu(
-                f"{b}.ffn.shared", f"{m}.shared_experts", cfg.n_shared_experts * I
-            )  # of width 0 without any
-        parts = [
-            ("w13", names[0], 0, [I, d]),
-            ("w13", names[1], I, [I, d]),
-            ("w2", names[2], 0, [d, I]),
-        ]
-        for j, slot in enumerate(slots if not fused else ()):
-            for w, name, first, shape in parts:
-                table.append(
-                    (
-                        f"{b}.ffn.experts.{w}",
-                        f"{m}.experts.{j}.{name}.weight",
-                        [slot, first, 0],
-                        shape,
-                    )
-                )
-        for w, name, *shape in (
-            (("w13", "gate_up_proj", 2 * I, d), ("w2", "down_proj", d, I)) if fused else ()
-        ):
-            table.append(
-                (f"{b}.ffn.experts.{w}", f"{m}.experts.{name}", [0, 0, 0], [len(slots), *shape])
-            )
-    add("norm", ("model.norm", d))
+            table += stacked(f"{b}.attn.q_norm", (f"{a}.q_norm", cfg.head_dim))
+            table += stacked(f"{b}.attn.k_norm", (f"{a}.k_norm", cfg.head_dim))
+        table += stacked(f"{b}.ffn_norm", (f"{h}.post_attention_layernorm", d))
+        if cfg.is_moe(i):
+            slots = kept[i] if kept else list(range(cfg.n_experts_max or cfg.n_experts))
+            table += moe_layout(cfg, b, h, slots, fused)
+        else:
+            table += swiglu_layout(f"{b}.ffn", f"{h}.mlp", cfg.d_ff, d)
+    table += stacked("norm", ("model.norm", d))
     if not cfg.tie_embeddings:
-        add("head", ("lm_head", cfg.vocab_size, d))
+        table += stacked("head", ("lm_head", cfg.vocab_size, d))
+    return table
+
+
+def stacked(ours: str, *parts) -> list[Part]:
+    """Their weights (name, rows, ...) on top of one another are our one."""
+    table = []
+    first = 0
+    for theirs, *shape in parts:
+        at = [first] + [0] * (len(shape) - 1)
+        table.append(Part(f"{ours}.weight", f"{theirs}.weight", at, shape))
+        first += shape[0]
+    return table
+
+
+def swiglu_layout(ours: str, theirs: str, width: int, d: int) -> list[Part]:
+    gate, up = (f"{theirs}.gate_proj", width, d), (f"{theirs}.up_proj", width, d)
+    return [
+        *stacked(f"{ours}.w13", gate, up),
+        *stacked(f"{ours}.w2", (f"{theirs}.down_proj", d, width)),
+    ]
+
+
+def moe_layout(cfg: ModelConfig, b: str, h: str, slots: list[int], fused: bool) -> list[Part]:
+    d, width, kind = cfg.d_model, cfg.d_expert, model_type(cfg)
+    mlp, gate, up, down = f"{h}.mlp", "gate_proj", "up_proj", "down_proj"
+    if kind == "mixtral" and not fused:
+        mlp, gate, up, down = f"{h}.block_sparse_moe", "w1", "w3", "w2"
+    table = stacked(f"{b}.ffn.router", (f"{mlp}.gate", len(slots), d))
+    if kind == "dots1":
+        bias = f"{mlp}.gate.e_score_correction_bias"
+        table.append(Part(f"{b}.ffn.router.bias", bias, [0], [len(slots)]))
+        shared = cfg.n_shared_experts * width  # 0 without any
+        table += swiglu_layout(f"{b}.ffn.shared", f"{mlp}.shared_experts", shared, d)
+    w13, w2 = f"{b}.ffn.experts.w13", f"{b}.ffn.experts.w2"
+    if fused:
+        n, theirs = len(slots), f"{mlp}.experts"
+        table.append(Part(w13, f"{theirs}.gate_up_proj", [0, 0, 0], [n, 2 * width, d]))
+        table.append(Part(w2, f"{theirs}.down_proj", [0, 0, 0], [n, d, width]))
+        return table
+    for j, slot in enumerate(slots):
+        theirs = f"{mlp}.experts.{j}"
+        table.append(Part(w13, f"{theirs}.{gate}.weight", [slot, 0, 0], [width, d]))
+        table.append(Part(w13, f"{theirs}.{up}.weight", [slot, width, 0], [width, d]))
+        table.append(Part(w2, f"{theirs}.{down}.weight", [slot, 0, 0], [d, width]))
     return table
 
 
@@ -178,11 +198,9 @@ def odd_rope(scaling: dict) -> list[str]:
         return [f"rope_scaling: type {kind!r} is not one of {', '.join(ROPE_KEYS)}"]
     odd = []
     for key, value in scaling.items():
-        if (
-            key in ("type", "rope_type", "rope_theta")
-            or value is None
-            or (key, value) == ("truncate", True)
-        ):
+        if key in ("type", "rope_type", "rope_theta") or value is None:
+            continue
+        if key == "truncate" and value is True:  # what we do
             continue
         if key not in ROPE_KEYS[kind]:
             odd.append(f"rope_scaling.{key}: {value!r} has no meaning here for type {kind}")
@@ -206,18 +224,16 @@ def load_tokenizer(path, vocab_size: int) -> tuple[Tokenizer | None, str]:
 
 @contextlib.contextmanager
 def new_folder(path, used: str):
-    """A folder to fill, which gets its name when all went well. UserError `used` when something is there that is not
-    ours, or E403."""
+    """A folder to fill, which gets its name when all went well. UserError `used` when something is
+    there that is not ours; E403: it could not be written."""
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(used, f"{path} exists and is not empty: give another name")
     tmp = path.with_name(path.name + ".tmp")
     mark = tmp / ".lumen"  # what bears it was begun here and never finished
     if os.path.lexists(tmp) and not mark.exists():
-        raise UserError(
-            used,
-            f"{tmp}, where {path.name} would be made, is there and not ours: give another name",
-        )
+        text = f"{tmp}, where {path.name} would be made, is there and not ours: give another name"
+        raise UserError(used, text)
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
@@ -227,11 +243,10 @@ def new_folder(path, used: str):
         if path.exists():
             path.rmdir()
         tmp.rename(path)
-        files.sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
-        if not (
-            isinstance(error, UserError) and error.code == "E402"
-        ):  # that one is kept, to be looked into
+        differs = isinstance(error, UserError) and error.code == "E402"
+        if not differs:  # that one is kept, to be looked into
             shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError("E403", f"{path}: {error}") from error
@@ -247,28 +262,50 @@ def versions() -> dict:
 
 def refusals(cfg: ModelConfig) -> list[str]:
     """Why this model has no Hugging Face architecture, key by key; empty when it has one."""
-    kind, layers = model_type(cfg), range(cfg.n_layers)
-    soft, moe = kind in ("mixtral", "qwen3_moe"), [i for i in layers if cfg.is_moe(i)]
-    dense = [i for i in layers if i not in moe]
-    why = [text for wrong, text in (
-        (cfg.norm_order != "pre",
-         f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention) has no class"),
-        (cfg.rope_first, "rope_first: true (QK-norm after RoPE) has no class, Qwen3 norms before RoPE"),
-        (kind == "llama" and cfg.d_model % cfg.n_heads,
-         f"n_heads: {cfg.n_heads} does not divide d_model {cfg.d_model}, which Llama's class refuses"),
-        (any(cfg.capacity(i) < 1 for i in layers),
-         f"mod_capacity: {cfg.mod_capacity}: no class routes tokens around blocks"),
-        (moe and cfg.n_null_experts, f"n_null_experts: {cfg.n_null_experts}: no class has such choices"),
-        (kind == "dots1" and not cfg.qk_norm, "router: sigmoid with qk_norm: false has no class, Dots1 has QK-norm"),
-        (kind == "dots1" and moe != [*layers][len(dense):],
-         f"moe_layers: layers {dense} are dense: with router sigmoid (Dots1) dense layers can only come first"),
-        (kind == "dots1" and max(cfg.n_experts, cfg.n_experts_max) < 2, "n_experts: 1: Dots1's class needs two"),
-        (kind == "mixtral" and dense, f"moe_layers: layers {dense} are dense: without qk_norm (Mixtral) none can be"),
-        (kind == "mixtral" and not cfg.norm_topk, "norm_topk: false without qk_norm: Mixtral makes gates sum to 1"),
-        (soft and cfg.n_shared_experts,
-         f"n_shared_experts: {cfg.n_shared_experts} with router softmax has no class, only with sigmoid (Dots1)"),
-    ) if wrong]  # fmt: skip
-    return [f"model.{reason}" for reason in why + odd_rope(cfg.rope_scaling or {})]
+    kind = model_type(cfg)
+    moe = [i for i in range(cfg.n_layers) if cfg.is_moe(i)]
+    dense = [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
+    first_are_dense = dense == list(range(len(dense)))
+    why = []
+
+    def refuse(wrong, text: str) -> None:
+        if wrong:
+            why.append(f"model.{text}")
+
+    order = f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention)"
+    refuse(cfg.norm_order != "pre", f"{order} has no class")
+    refuse(
+        cfg.rope_first,
+        "rope_first: true (QK-norm after RoPE) has no class, Qwen3 norms before RoPE",
+    )
+    refuse(
+        kind == "llama" and cfg.d_model % cfg.n_heads,
+        f"n_heads: {cfg.n_heads} does not divide d_model {cfg.d_model}, which Llama's class refuses",
+    )
+    refuse(
+        any(cfg.capacity(i) < 1 for i in range(cfg.n_layers)),
+        f"mod_capacity: {cfg.mod_capacity}: no class routes tokens around blocks",
+    )
+    nulls = f"n_null_experts: {cfg.n_null_experts}"
+    refuse(moe and cfg.n_null_experts, f"{nulls}: no class has such choices")
+    layers = f"moe_layers: layers {dense} are dense"
+    if kind == "dots1":
+        refuse(
+            not cfg.qk_norm, "router: sigmoid with qk_norm: false has no class, Dots1 has QK-norm"
+        )
+        refuse(
+            not first_are_dense,
+            f"{layers}: with router sigmoid (Dots1) dense layers can only come first",
+        )
+        few = max(cfg.n_experts, cfg.n_experts_max) < 2
+        refuse(few, "n_experts: 1: Dots1's class needs two")
+    if kind == "mixtral":
+        refuse(dense, f"{layers}: without qk_norm (Mixtral) none can be")
+        refuse(not cfg.norm_topk, "norm_topk: false without qk_norm: Mixtral makes gates sum to 1")
+    if kind in ("mixtral", "qwen3_moe"):
+        shared = f"n_shared_experts: {cfg.n_shared_experts} with router softmax"
+        refuse(cfg.n_shared_experts, f"{shared} has no class, only with sigmoid (Dots1)")
+    return why + [f"model.{reason}" for reason in odd_rope(cfg.rope_scaling or {})]
 
 
 def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict, list[str]]:
@@ -276,38 +313,39 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
 
     Empty slots are left out where all layers have as many; Dots1 can also keep them, never to be chosen.
     """
-    kind, S, kept, ready, why = model_type(cfg), cfg.n_experts_max or cfg.n_experts, {}, {}, []
-    own, layers = torch.arange(S), [i for i in range(cfg.n_layers) if cfg.is_moe(i)]
+    kind, n_slots = model_type(cfg), cfg.n_experts_max or cfg.n_experts
+    own = torch.arange(n_slots)
 
-    def read(i, name):
+    def read(i: int, name: str) -> torch.Tensor:
         return source.read(f"model.blocks.{i}.ffn.router.{name}")
 
-    alive = {i: read(i, "alive") if cfg.n_experts_max else own >= 0 for i in layers}
+    alive = {}  # by layer, bool (n_slots,)
+    for i in range(cfg.n_layers):
+        if cfg.is_moe(i):
+            alive[i] = read(i, "alive") if cfg.n_experts_max else own >= 0
     counts = {i: int(a.sum()) for i, a in alive.items()}
-    every = kind == "dots1" and (
-        len({*counts.values()}) > 1 or 1 in counts.values()
-    )  # its class needs two
-    if len({*counts.values()}) > 1 and not every:
-        why.append(
-            f"experts alive by layer: {counts}: only with router sigmoid (Dots1) can layers differ"
-        )
+    kept, ready, why = {}, {}, []
+    differ = len(set(counts.values())) > 1
+    keep_dead = kind == "dots1" and (differ or 1 in counts.values())  # its class needs two
+    if differ and not keep_dead:
+        only = "only with router sigmoid (Dots1) can layers differ"
+        why.append(f"experts alive by layer: {counts}: {only}")
     for i, a in alive.items():
-        bias, siblings = (
-            read(i, "bias")[:S],
-            a & (read(i, "sibling") != own) if cfg.n_experts_max else ~a,
-        )
+        bias = read(i, "bias")[:n_slots]
         if kind != "dots1" and bias[a].any():
-            why.append(
-                f"layer {i}: its router has a selection bias, and {CLASSES[kind]}'s has none"
-            )
-        if siblings.any():
-            text = "only one can be chosen, which no class knows: train on until they have parted"
-            why.append(f"layer {i}: of the siblings {own[siblings].tolist()} {text}")
-        kept[i] = own[a | every].tolist()
-        ready[f"blocks.{i}.ffn.router.weight"] = (
-            read(i, "weight")[kept[i]] / cfg.routing_temperature
-        )
-        ready[f"blocks.{i}.ffn.router.bias"] = bias.masked_fill(~a, DEAD)[kept[i]]
+            has_none = f"its router has a selection bias, and {CLASSES[kind]}'s has none"
+            why.append(f"layer {i}: {has_none}")
+        if cfg.n_experts_max:
+            siblings = a & (read(i, "sibling") != own)
+            if siblings.any():
+                text = (
+                    "only one can be chosen, which no class knows: train on until they have parted"
+                )
+                why.append(f"layer {i}: of the siblings {own[siblings].tolist()} {text}")
+        kept[i] = own[a | keep_dead].tolist()
+        router = f"blocks.{i}.ffn.router"
+        ready[f"{router}.weight"] = read(i, "weight")[kept[i]] / cfg.routing_temperature
+        ready[f"{router}.bias"] = bias.masked_fill(~a, DEAD_BIAS)[kept[i]]
     return kept, ready, why
 
 
@@ -315,19 +353,31 @@ def hf_config(cfg: ModelConfig, dtype: str, ids: dict, n_experts: int = 0) -> di
     """config.json, with RoPE in the spelling of transformers 4 and in that of 5: each ignores the other's without a
     word and falls back to theta 10000. Keys with dangerous defaults (head_dim, the ids, windows) are always there."""
     scaling = {k: v for k, v in (cfg.rope_scaling or {}).items() if v is not None}
-    scaling = {"rope_type": scaling.pop("rope_type", scaling.pop("type", "default")), **scaling}
-    kind, dense = model_type(cfg), [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
-    config = {
-        "architectures": [f"{CLASSES[kind]}ForCausalLM"], "model_type": kind,
-        **{theirs: getattr(cfg, ours) for ours, theirs in KEYS[kind].items()}, **MUST,
-        "rope_theta": cfg.rope_theta, "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-        "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling}, "sliding_window": None,
-        "attention_dropout": 0.0, "use_cache": True, "torch_dtype": dtype, **ids,
-    }  # fmt: skip
-    config |= {KEYS[kind]["n_experts"]: n_experts} if n_experts else {}
-    extra = {"qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": dense}}
-    extra["dots1"] = DOTS1_MUST | {"first_k_dense_replace": len(dense)}
-    return config | extra.get(kind, {})
+    rope_type = scaling.pop("type", "default")
+    scaling = {"rope_type": scaling.pop("rope_type", rope_type), **scaling}
+    kind = model_type(cfg)
+    dense = [i for i in range(cfg.n_layers) if not cfg.is_moe(i)]
+    config = {theirs: getattr(cfg, ours) for ours, theirs in KEYS[kind].items()}
+    config |= MUST
+    config |= {
+        "architectures": [f"{CLASSES[kind]}ForCausalLM"],
+        "model_type": kind,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        "rope_parameters": {"rope_theta": cfg.rope_theta, **scaling},
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+    config |= ids
+    if n_experts:
+        config[KEYS[kind]["n_experts"]] = n_experts
+    if kind == "qwen3_moe":
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if kind == "dots1":
+        config |= DOTS1_MUST | {"first_k_dense_replace": len(dense)}
+    return config
 
 
 def to_hf(
@@ -342,65 +392,73 @@ def to_hf(
     cfg = source.model_config()
     imported = source.state.get("imported") or {}
     dtype = dtype or imported.get("dtype", "float32")
-    with torch.device("meta"):
-        shapes = {
-            f"model.{name}": list(t.shape) for name, t in Transformer(cfg).state_dict().items()
-        }
-    saved = {name: t["shape"] for name, t in source.tensors.items() if name.startswith("model.")}
-    wrong = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
-    kept, ready, why = routers(source, cfg) if not wrong else ({}, {}, [])
-    why = (
-        refusals(cfg)
-        + why
-        + ([] if dtype in DTYPES else [f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}"])
-    )
-    if why:
-        raise UserError("E400", f"{source.path}: {'; '.join(why)}")
-    if wrong:
-        raise UserError(
-            "E305",
-            f"{source.path}: not the same in its weights and its config: {', '.join(wrong[:8])}",
-        )
+    kept, ready = check_exportable(source, cfg, dtype)
     transformers = import_transformers() if check else None
 
     tokenizer_file = of_run(source.path.parent, source.state.get("tokenizer"))
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
     ids = {key: imported.get(key) for key in TOKEN_IDS}
     if tokenizer and "eos_token_id" not in imported:
-        # A pad id that can occur in a prompt makes generate() mask it there: a real pad token or none.
+        # A pad id that can occur in a prompt makes generate() mask it there: a real pad token or none
         ids = dict(zip(TOKEN_IDS, (tokenizer.eot_id, tokenizer.eot_id, tokenizer.pad_id)))
     config = hf_config(cfg, dtype, ids, max(map(len, kept.values()), default=0))
     report = {
         "architecture": config["architectures"][0],
         "dtype": dtype,
         "source": str(source.path),
+        "source_step": source.step,
+        "versions": versions(),
     }
-    report |= {"source_step": source.step, "versions": versions()}
+    result = ""
     with new_folder(folder, "E117") as tmp:
-        write_shards(source, layout(cfg, kept), ready, folded(cfg), DTYPES[dtype], tmp, shard_bytes)
-        files.write_json(tmp / "config.json", config)
-        files.write_json(tmp / "generation_config.json", ids)
+        write_shards(source, cfg, layout(cfg, kept), ready, DTYPES[dtype], tmp, shard_bytes)
+        write_json(tmp / "config.json", config)
+        write_json(tmp / "generation_config.json", ids)
         if tokenizer:
             shutil.copy(tokenizer_file, tmp / "tokenizer.json")
-            files.write_json(
-                tmp / "tokenizer_config.json", tokenizer_config(tokenizer, ids, cfg.max_seq_len)
-            )
+            made = tokenizer_config(tokenizer, ids, cfg.max_seq_len)
+            write_json(tmp / "tokenizer_config.json", made)
         if check:
             report |= compare(transformers, source, cfg, dtype, tokenizer, tmp)
             report["versions"]["transformers"] = transformers.__version__
-        files.write_json(tmp / "EXPORT.json", report)
-        found = [report.get(key) for key in ("max_diff", "greedy_equal", "ids_equal")]
-        text = "max_diff {}, greedy_equal {}, ids_equal {}".format(*found)
-        if check and not (
-            found[0] <= TOLERANCE and found[1] and found[2] is not False
-        ):  # a NaN is not <= either
-            raise UserError("E402", f"{tmp / 'EXPORT.json'}: {text}")
+        write_json(tmp / "EXPORT.json", report)
+        if check:
+            found = [f"{key} {report[key]}" for key in ("max_diff", "greedy_equal", "ids_equal")]
+            result = ", ".join(found)
+            close = report["max_diff"] <= TOLERANCE  # a NaN is not
+            if not close or not report["greedy_equal"] or report["ids_equal"] is False:
+                raise UserError("E402", f"{tmp / 'EXPORT.json'}: {result}")
     if not tokenizer:
         say(f"exported without a tokenizer: {why_not}")
-    say(
-        f"{report['architecture']}, step {source.step}, {dtype}{', ' + text if check else ''}: {folder}"
-    )
+    parts = [report["architecture"], f"step {source.step}", dtype, *([result] if result else [])]
+    say(f"{', '.join(parts)}: {folder}")
     return report
+
+
+def check_exportable(source, cfg: ModelConfig, dtype: str) -> tuple[dict, dict]:
+    """What `routers` keeps. E400: no Hugging Face architecture, E305: tensors and configuration
+    differ."""
+    with torch.device("meta"):
+        tensors = Transformer(cfg).state_dict()
+    shapes = {f"model.{name}": list(tensor.shape) for name, tensor in tensors.items()}
+    saved = {}
+    for name, tensor in source.tensors.items():
+        if name.startswith("model."):
+            saved[name] = tensor["shape"]
+    wrong = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
+    why = refusals(cfg)
+    kept, ready = {}, {}
+    if not wrong:
+        kept, ready, more = routers(source, cfg)
+        why += more
+    if dtype not in DTYPES:
+        why.append(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if why:
+        raise UserError("E400", f"{source.path}: {'; '.join(why)}")
+    if wrong:
+        text = f"not the same in its weights and its config: {', '.join(wrong[:8])}"
+        raise UserError("E305", f"{source.path}: {text}")
+    return kept, ready
 
 
 def folded(cfg: ModelConfig) -> float:
@@ -409,47 +467,66 @@ def folded(cfg: ModelConfig) -> float:
 
 
 def write_shards(
-    source, table, ready: dict, scale: float, dtype: torch.dtype, folder: Path, shard_bytes: int
+    source,
+    cfg: ModelConfig,
+    table: list[Part],
+    ready: dict,
+    dtype: torch.dtype,
+    folder: Path,
+    shard_bytes: int,
 ) -> None:
     """model.safetensors, or numbered shards and their index; holds one shard in memory."""
-
-    def to(ours):  # a bias decides between near-equal scores
-        return torch.float32 if ours.endswith(".bias") else dtype
-
-    sizes = [to(ours).itemsize * math.prod(shape) for ours, *_, shape in table]
-    shards, room = [], 0
-    for row, size in zip(table, sizes):
-        if size > room and (not shards or shards[-1]):
-            shards, room = [*shards, []], shard_bytes
-        shards[-1].append(row)
+    shards = [[]]
+    room = shard_bytes
+    total = 0
+    for part in table:
+        size = dtype_of(part.ours, dtype).itemsize * math.prod(part.shape)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(part)
         room -= size
+        total += size
     weight_map = {}
-    for i, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for ours, theirs, first, shape in shard:
-            tensor = ready.get(ours, torch.empty(shape) if 0 in shape else None)
-            if tensor is None:  # an expert is a matrix of a 3-D tensor
-                region = [1] * (len(first) - len(shape)) + shape
-                tensor = source.read(f"model.{ours}", first, region).view(shape)
-                tensor *= scale if ours.endswith("experts.w2") else 1.0
-            tensors[theirs] = tensor.to(to(ours))
-            if value := checkpoint.nonfinite(tensors[theirs]):
-                if checkpoint.nonfinite(tensor):
-                    raise UserError(
-                        "E303", f"{source.path}: model.{ours} holds {value}: the run had diverged"
-                    )
-                text = f"dtype: {dtype} cannot hold all of model.{ours}"
-                raise UserError("E400", f"{source.path}: {text}; take bfloat16 or float32")
+        for part in shard:
+            tensors[part.theirs] = export_tensor(source, cfg, part, ready, dtype)
         checkpoint.save_tensors(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        files.write_json(folder / "model.safetensors.index.json", index)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def dtype_of(ours: str, dtype: torch.dtype) -> torch.dtype:
+    """A bias decides between near-equal scores: it stays fp32."""
+    return torch.float32 if ours.endswith(".bias") else dtype
+
+
+def export_tensor(source, cfg, part: Part, ready: dict, dtype: torch.dtype) -> torch.Tensor:
+    """E303: its values are not finite, E400: `dtype` cannot hold them."""
+    if part.ours in ready:
+        tensor = ready[part.ours]
+    elif 0 in part.shape:
+        tensor = torch.empty(part.shape)
+    else:
+        # an expert is a matrix of a 3-D tensor
+        region = [1] * (len(part.first) - len(part.shape)) + part.shape
+        tensor = source.read(f"model.{part.ours}", part.first, region).view(part.shape)
+        if part.ours.endswith("experts.w2"):
+            tensor *= folded(cfg)
+    rounded = tensor.to(dtype_of(part.ours, dtype))
+    if value := checkpoint.nonfinite(rounded):
+        if checkpoint.nonfinite(tensor):
+            text = f"model.{part.ours} holds {value}: the run had diverged"
+            raise UserError("E303", f"{source.path}: {text}")
+        text = f"dtype: {dtype} cannot hold all of model.{part.ours}; take bfloat16 or float32"
+        raise UserError("E400", f"{source.path}: {text}")
+    return rounded
 
 
 def tokenizer_config(tokenizer: Tokenizer, ids: dict, max_seq_len: int) -> dict:
@@ -476,9 +553,8 @@ def import_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            "E003", f"the check needs transformers: pip install transformers ({error})"
-        ) from error
+        text = f"the check needs transformers: pip install transformers ({error})"
+        raise UserError("E003", text) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -492,36 +568,39 @@ def compare(
 
     Ours are the checkpoint's weights rounded to `dtype`, so what rounding costs is not part of the difference.
     """
-    ours, state = Transformer(cfg).eval(), source.model_state()
+    ours = Transformer(cfg).eval()
+    state = source.model_state()
     for name in {name for name, _ in ours.named_parameters()}:
-        heat = (
-            cfg.routing_temperature if name.endswith("router.weight") else 1.0
-        )  # folded in before the rounding
-        heat = 1 / folded(cfg) if name.endswith("experts.w2") else heat
-        state[name] = (state[name] / heat).to(DTYPES[dtype]).float() * heat
+        scale = 1.0  # what was folded in before the rounding
+        if name.endswith("router.weight"):
+            scale = cfg.routing_temperature
+        elif name.endswith("experts.w2"):
+            scale = 1 / folded(cfg)
+        state[name] = (state[name] / scale).to(DTYPES[dtype]).float() * scale
     ours.load_state_dict(state)
+    auto = transformers.AutoModelForCausalLM
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=torch.float32
-        ).eval()
+        theirs = auto.from_pretrained(folder, torch_dtype=torch.float32).eval()
         other = transformers.AutoTokenizer.from_pretrained(folder) if tokenizer else None
     except Exception as error:  # whatever it raises, the folder does not do what it promises
-        raise UserError(
-            "E402", f"transformers {transformers.__version__} cannot load {folder}: {error}"
-        ) from error
+        text = f"transformers {transformers.__version__} cannot load {folder}: {error}"
+        raise UserError("E402", text) from error
     n = tokenizer.n_vocab if tokenizer else cfg.vocab_size
-    idx = torch.randint(
-        n, (2, min(64, cfg.max_seq_len)), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(n, (2, min(64, cfg.max_seq_len)), generator=generator)  # (B, T)
     diff = (ours(idx) - theirs(idx).logits).abs().max().item()
-    # Their cached decoding against our full forward: each token they choose has our largest logit, or ties with it.
+    # Their cached decoding against our full forward: each token they choose has our largest logit,
+    # or ties with it.
     theirs.generation_config.eos_token_id = None  # go on for 32 tokens
     out = theirs.generate(idx[:1, :8], max_new_tokens=32, do_sample=False)
-    logits, new = ours(out)[0, -33:-1], out[0, -32:]
+    logits, new = ours(out)[0, -33:-1], out[0, -32:]  # (32, V), (32,)
     gap = (logits.max(-1).values - logits[torch.arange(32), new]).max().item()
-    equal = other and all(
-        tokenizer.encode(t).tolist() == other(t, add_special_tokens=False).input_ids for t in TEXTS
-    )
+    equal = None
+    if tokenizer:
+        equal = all(
+            tokenizer.encode(text).tolist() == other(text, add_special_tokens=False).input_ids
+            for text in TEXTS
+        )
     return {"max_diff": diff, "greedy_equal": gap <= 2 * TOLERANCE, "ids_equal": equal}
 
 
@@ -619,7 +698,7 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
     UserError E401 when a key of the configuration or a tensor is too many, missing, or of another shape.
     """
     folder = Path(folder)
-    config = files.read_json(folder / "config.json", "E401")
+    config = read_json(folder / "config.json", "E401")
     try:
         cfg = model_config(config, folder / "config.json")
     except (ValueError, TypeError, AttributeError) as error:
@@ -628,7 +707,7 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
         raise UserError("E401", f"{folder / 'config.json'}: {error.args[0]}: missing") from error
     index, shards = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.exists():
-        weight_map = files.read_json(index, "E401").get("weight_map")
+        weight_map = read_json(index, "E401").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError("E401", f"{index}: holds no weight_map")
         shards = [folder / str(name) for name in sorted(set(weight_map.values()))]
@@ -695,7 +774,7 @@ def add_buffers(cfg: ModelConfig, state: dict) -> ModelConfig:
         cfg.n_experts,
         [f"blocks.{i}.ffn.router." for i in range(cfg.n_layers) if cfg.is_moe(i)],
     )
-    alive = [state.setdefault(r + "bias", torch.zeros(E)) > DEAD / 2 for r in names]
+    alive = [state.setdefault(r + "bias", torch.zeros(E)) > DEAD_BIAS / 2 for r in names]
     counts = [int(a.sum()) for a in alive]
     slots = names and cfg.n_experts_per_token <= min(counts) < E
     for r, a in zip(names, alive):
@@ -718,7 +797,7 @@ def one_dtype(names: set[str]) -> str:
 def from_hf(folder, out_dir, say=print) -> None:
     """Make a run out of a Hugging Face folder: step 0, without an optimizer."""
     cfg, state, dtype, tokenizer_file = read_hf(folder)
-    config = files.read_json(Path(folder) / "config.json", "E401")
+    config = read_json(Path(folder) / "config.json", "E401")
     imported = {
         "from": str(Path(folder).resolve()),
         "dtype": dtype,
