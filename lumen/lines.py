@@ -17,6 +17,7 @@ from lumen import machine as machines
 from lumen import plan
 from lumen.config import Config
 from lumen.detectors import StepNumbers, above_chance
+from lumen.hf import refusals
 from lumen.launch import clock
 from lumen.machine import resident_bytes
 from lumen.resolve import Run, resolved
@@ -118,8 +119,6 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
         text = "without effect, for n_experts or mod_capacity is not set"
         lines.append(f"advice     {text}: {', '.join(idle)}")
     if moe or mod:
-        from export import refusals  # upward: export knows what it can write
-
         for reason in refusals(m)[:3]:
             lines.append(f"advice     will not export to Hugging Face: {reason}")
     return lines

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export import hf_config, layout
+from lumen.hf import hf_config, layout
 from train import Trainer, lr_at
 
 V, T = 32, 128  # symbols, tokens a row
