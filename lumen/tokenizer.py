@@ -1,15 +1,16 @@
 """Text to token ids and back: byte-level BPE (Sennrich et al. 2016, in GPT-2's form).
 
-train_bpe(texts, 8192) makes a vocabulary of our own: 256 bytes, merges, then <|endoftext|> <|pad|> <|im_start|>
-<|im_end|>. load(spec) gives "bytes" (no merges, works for everything), tiktoken's gpt2, cl100k_base, ... with exactly
-their ids, or a tokenizer.json, the only form on disk. `tokenizers.Tokenizer.from_file` reads ours, with the same ids.
-Of other people's we read those whose ids tiktoken can reproduce, and refuse the rest (E116). They have: a BPE model
-over all 256 bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or Sequence[Split(
-Regex, Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored:
-they frame a text, and we encode ordinary text only.
+train_bpe(texts, 8192) makes a vocabulary of our own: 256 bytes, merges, then <|endoftext|> <|pad|>
+<|im_start|> <|im_end|>. load(spec) gives "bytes" (no merges, works for everything), tiktoken's
+gpt2, cl100k_base, ... with exactly their ids, or a tokenizer.json, the only form on disk.
+`tokenizers.Tokenizer.from_file` reads ours, with the same ids. Of other people's we read those
+whose ids tiktoken can reproduce, and refuse the rest (E116). They have: a BPE model over all 256
+bytes, its merges in the order of the ids; pre-tokenizer ByteLevel with its GPT-2 regex, or
+Sequence[Split( Regex, Isolated), ByteLevel(use_regex=false)]; normalizer null or NFC; decoder
+ByteLevel. Post-processors are ignored: they frame a text, and we encode ordinary text only.
 
-Text never becomes a control token: "<|endoftext|>" in a document is encoded as the characters that it is made of, and
-control ids enter a stream only as integers that our code puts there.
+Text never becomes a control token: "<|endoftext|>" in a document is encoded as the characters that
+it is made of, and control ids enter a stream only as integers that our code puts there.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ import tiktoken
 
 from lumen.errors import UserError
 
-# The split patterns as they were published. tiktoken's newer spellings (`\s++$`, `{1,3}+`) mean the same to tiktoken's
-# regex engine but not to that of `tokenizers` (Oniguruma, where $ matches at every line end), so they are not used.
+# The split patterns as they were published. tiktoken's newer spellings (`\s++$`, `{1,3}+`) mean
+# the same to tiktoken's regex engine but not to that of `tokenizers` (Oniguruma, where $ matches
+# at every line end), so they are not used.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
@@ -47,21 +49,20 @@ O200K_PATTERN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-COMPLETE_PATTERNS = (
-    GPT2_PATTERN,
-    CL100K_PATTERN,
-    O200K_PATTERN,
-)  # every character of every text is in some match
+# with these every character of every text is in some match
+COMPLETE_PATTERNS = (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
 
-# What of a foreign pattern means the same in both engines. Not among it: ^ $ \b \w \h {1,3}+ [a&&b] (?<=...).
+# What of a foreign pattern means the same in both engines. Not among it: ^ $ \b \w \h {1,3}+
+# [a&&b] (?<=...).
 _SAFE_CLASS = r"\[\^?(?:\\[pP]\{\w+\}|\\[sSdrnt]|\\[^\w\s]|\w-\w|[^\\\[\]&~-])+\]"
 _SAFE_PATTERN = regex.compile(
     rf"(?:{_SAFE_CLASS}|\\[pP]\{{\w+\}}|\\[sSdrnt]|\\[^\w\s]|\((?:\?(?:i:|:|!|=|>))?|\)"
     r"|\{\d+(?:,\d*)?\}(?!\+)|[?*+]\+?|[|.]|[^\\\[\](){}^$.|?*+])*+"
 )
 
-# A run of N in a genome, of = in a log: without a limit its merges double to tokens of any length, seldom met again.
-# 128 bytes hold what words, indentation and ruled lines need: the longest piece in the standard library has 95.
+# A run of N in a genome, of = in a log: without a limit its merges double to tokens of any length,
+# seldom met again. 128 bytes hold what words, indentation and ruled lines need: the longest piece
+# in the standard library has 95.
 LONGEST_TOKEN = 128
 LONGEST_PIECE = 1000  # characters: a longer one is trained on in pieces, else each merge would go over all of it
 
@@ -79,11 +80,11 @@ _FILES = {  # tiktoken's: pattern, special ids, sha256
     "o200k_base": (O200K_PATTERN, {EOT: 199999, _END: 200018},
                    "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"),
 }  # fmt: skip
-NAMED = {"gpt2": "r50k_base"} | {
-    name: name for name in _FILES
-}  # one vocabulary; r50k_base has it in one file, not two
+# gpt2 and r50k_base are one vocabulary; r50k_base has it in one file, not two
+NAMED = {"gpt2": "r50k_base"} | {name: name for name in _FILES}
 
-# tokenizer.json writes a byte as a printable character: itself where it is one, else the next free one from U+0100 on
+# tokenizer.json writes a byte as a printable character: itself where it is one, else the next free
+# one from U+0100 on
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _CHAR = {byte: chr(byte) for byte in _PLAIN}
 _CHAR |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in _CHAR)}
@@ -95,20 +96,19 @@ def _chars(token: bytes) -> str:
 
 
 class Tokenizer:
-    """ranks: bytes of a token -> its id, which is also the priority of its merge. specials: control tokens -> id.
-    words: added tokens that stand for their text wherever it occurs (`<tool_call>` in Qwen's files); they are no
-    control tokens. n_vocab is the largest id + 1, specials included."""
+    """ranks: bytes of a token -> its id, which is also the priority of its merge. specials:
+    control tokens -> id. words: added tokens that stand for their text wherever it occurs
+    (`<tool_call>` in Qwen's files); they are no control tokens. n_vocab is the largest id + 1,
+    specials included."""
 
     def __init__(
         self, name: str, ranks: dict, specials: dict, pattern=CL100K_PATTERN, words=None, nfc=False
     ):
-        self.name, self.ranks, self.specials, self.pattern, self.nfc = (
-            name,
-            ranks,
-            specials,
-            pattern,
-            nfc,
-        )
+        self.name = name
+        self.ranks = ranks
+        self.specials = specials
+        self.pattern = pattern
+        self.nfc = nfc
         self.words = words or {}
         self.n_vocab = 1 + max((*ranks.values(), *specials.values(), *self.words.values()))
         self.eot_id = next(specials[name] for name in EOT_NAMES if name in specials)
@@ -123,9 +123,8 @@ class Tokenizer:
             special_tokens=specials_and_words,
         )
         self._words = set(self.words)
-        self._bytes = [
-            b""
-        ] * self.n_vocab  # ids that mean nothing (cl100k_base has some) decode to nothing
+        # ids that mean nothing (cl100k_base has some) decode to nothing
+        self._bytes = [b""] * self.n_vocab
         for token, i in ranks.items():
             self._bytes[i] = token
         for text, i in specials_and_words.items():
@@ -160,7 +159,8 @@ class Tokenizer:
         return np.array(ids, np.uint32)
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes of the ids (a sequence or array of integers); a control token gives its name. E113: no such id."""
+        """The bytes of the ids (a sequence or array of integers); a control token gives its name.
+        E113: no such id."""
         ids = np.asarray(ids).ravel()
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
             raise UserError(
@@ -174,20 +174,22 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into bits per byte.
-        uint32 for other people's vocabularies whose longest token does not fit."""
+        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into
+        bits per byte. uint32 for other people's vocabularies whose longest token does not fit."""
         lengths = np.array([len(token) for token in self._bytes])
         lengths = lengths.astype(np.uint16 if lengths.max() < 1 << 16 else np.uint32)
         lengths[list(self.specials.values())] = 0
         return lengths
 
     def to_json(self) -> str:
-        """tokenizer.json, the same text for the same tokenizer. The key model.name is ours; tokenizers ignores it."""
+        """tokenizer.json, the same text for the same tokenizer. The key model.name is ours;
+        tokenizers ignores it."""
         multi = sorted((rank, token) for token, rank in self.ranks.items() if len(token) > 1)
         pairs = [_parts(token, self.ranks) for _, token in multi]
         added = sorted((i, text) for text, i in {**self.specials, **self.words}.items())
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        # Added tokens stand in the vocabulary too: otherwise tokenizers numbers them anew, without cl100k_base's gaps.
+        # Added tokens stand in the vocabulary too: otherwise tokenizers numbers them anew, without
+        # cl100k_base's gaps.
         vocab = {_chars(token): i for token, i in self.ranks.items()} | {
             text: i for i, text in added
         }
@@ -208,16 +210,13 @@ class Tokenizer:
             "dropout": None,
             "unk_token": None,
             "continuing_subword_prefix": None,
-        }
-        model |= {
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
             "name": self.name,
+            # tokens that only a whole piece can be
+            "ignore_merges": any(len(pair) != 2 for pair in pairs),
         }
-        model["ignore_merges"] = any(
-            len(pair) != 2 for pair in pairs
-        )  # tokens that only a whole piece can be
         model["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
         model["merges"] = [" ".join(map(_chars, pair)) for pair in pairs if len(pair) == 2]
         whole = {"version": "1.0", "truncation": None, "padding": None}
@@ -234,8 +233,9 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Whether both make the same ids of every text. Unlike sha256 it does not look at the name, which a file of
-        another program takes from its folder, nor at how a file is spelled."""
+        """Whether both make the same ids of every text. Unlike sha256 it does not look at the
+        name, which a file of another program takes from its folder, nor at how a file is
+        spelled."""
         a, b = ((t.ranks, t.specials, t.words, t.pattern, t.nfc) for t in (self, other))
         return a == b
 
@@ -245,9 +245,11 @@ class Tokenizer:
 
 
 def _engine_pattern(pattern: str) -> str:
-    """The same matches, written for tiktoken's engine: one group without lookahead runs as an automaton, and encoding
-    is 1.4 times as fast. cl100k's possessive quantifiers are followed by nothing that could take a character back."""
-    # tiktoken drops what no match covers, tokenizers keeps it as a piece of its own: so does this last alternative
+    """The same matches, written for tiktoken's engine: one group without lookahead runs as an
+    automaton, and encoding is 1.4 times as fast. cl100k's possessive quantifiers are followed by
+    nothing that could take a character back."""
+    # tiktoken drops what no match covers, tokenizers keeps it as a piece of its own: so does this
+    # last alternative
     cover = "" if pattern in COMPLETE_PATTERNS else f"|(?:(?!{pattern})(?s:.))+"
     if pattern == CL100K_PATTERN:
         pattern = pattern.replace("?+", "?").replace("++", "+")
@@ -256,14 +258,16 @@ def _engine_pattern(pattern: str) -> str:
 
 
 def mend_surrogates(text: str) -> str:
-    """Joins surrogate pairs and replaces lone surrogates with U+FFFD: then the text can be UTF-8."""
+    """Joins surrogate pairs and replaces lone surrogates with U+FFFD: then the text can be
+    UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parts(token: bytes, ranks: dict) -> list[bytes]:
-    """What BPE makes of the token's bytes with the ranks below its own. Two parts are the pair whose merge it is; more
-    mean that no merge ever leads to it. When each merge is this pair, merging by rank (tiktoken) and by a list of pairs
-    (tokenizers) are the same: before the merge's turn, its bytes are in just this state wherever they stand."""
+    """What BPE makes of the token's bytes with the ranks below its own. Two parts are the pair
+    whose merge it is; more mean that no merge ever leads to it. When each merge is this pair,
+    merging by rank (tiktoken) and by a list of pairs (tokenizers) are the same: before the merge's
+    turn, its bytes are in just this state wherever they stand."""
     own, n = ranks[token], len(token)
     ends = list(range(1, n + 1))  # of the part that starts there
     starts = list(range(-1, n))  # of the part that ends there
@@ -271,14 +275,12 @@ def _parts(token: bytes, ranks: dict) -> list[bytes]:
         (rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(token[i : i + 2], own)) < own
     ]
     heapq.heapify(heap)
-    while (
-        heap
-    ):  # the lowest rank, of equals the first: linear but for the heap, however long the token is
+    # the lowest rank, of equals the first: linear but for the heap, however long the token is
+    while heap:
         _, i, end = heapq.heappop(heap)
         middle = ends[i]
-        if (
-            middle is None or middle >= n or ends[middle] != end
-        ):  # one of its parts is in another part since
+        # one of its parts is in another part since
+        if middle is None or middle >= n or ends[middle] != end:
             continue
         ends[i], ends[middle], starts[end] = end, None, i
         for a, b in ((starts[i], end), (i, ends[end] if end < n else n)):
@@ -294,12 +296,13 @@ def _parts(token: bytes, ranks: dict) -> list[bytes]:
 def train_bpe(
     texts: Iterable[str], n_vocab: int, name: str | None = None, max_chars: int | None = None
 ) -> Tokenizer:
-    """A vocabulary of n_vocab ids in all, specials included, from the texts (the first max_chars characters of each).
+    """A vocabulary of n_vocab ids in all, specials included, from the texts (the first max_chars
+    characters of each).
 
-    The next merge is that of the most frequent pair, of equals the one with the smallest ids, so the result depends on
-    the texts only, not on their order. Takes memory for the distinct pieces of the texts, not for the texts. Texts
-    with too few different pairs give a smaller vocabulary. No token is longer than LONGEST_TOKEN bytes.
-    E002: n_vocab below 256 + specials."""
+    The next merge is that of the most frequent pair, of equals the one with the smallest ids, so
+    the result depends on the texts only, not on their order. Takes memory for the distinct pieces
+    of the texts, not for the texts. Texts with too few different pairs give a smaller vocabulary.
+    No token is longer than LONGEST_TOKEN bytes. E002: n_vocab below 256 + specials."""
     lowest = 256 + len(SPECIALS)
     if n_vocab < lowest:
         raise UserError(
@@ -314,13 +317,10 @@ def train_bpe(
         for i in range(0, len(piece), LONGEST_PIECE):
             pieces[piece[i : i + LONGEST_PIECE]] += times
     counts = list(pieces.values())
-    words = [
-        piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces
-    ]  # one character per token: chr(id)
-    pair_count, where = (
-        Counter(),
-        defaultdict(set),
-    )  # where: words that hold, or once held, the pair
+    # one character per token: chr(id)
+    words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]
+    pair_count = Counter()
+    where = defaultdict(set)  # words that hold, or once held, the pair
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             pair_count[pair] += counts[i]
@@ -330,9 +330,8 @@ def train_bpe(
     heapq.heapify(heap)
     while heap and len(tokens) < n_vocab - len(SPECIALS):
         count, pair = heapq.heappop(heap)
-        if (
-            -count != pair_count[pair]
-        ):  # counts fall without a word to the heap, so look again when the pair comes up
+        # counts fall and the heap is not told, so look again when the pair comes up
+        if -count != pair_count[pair]:
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
@@ -345,9 +344,8 @@ def train_bpe(
         for i in where.pop(pair):
             between = words[i].split(pair)  # from left to right, without overlap: as BPE merges
             words[i], come = new.join(between), []
-            for n, (left, right) in enumerate(
-                zip(between, between[1:])
-            ):  # pairs change beside an occurrence only
+            # pairs change beside an occurrence only
+            for n, (left, right) in enumerate(zip(between, between[1:])):
                 if left:
                     pair_count[left[-1] + first] -= counts[i]
                     come.append(left[-1] + new)
@@ -373,7 +371,8 @@ def _own(name: str, tokens: list[bytes]) -> Tokenizer:
 
 
 def load(spec: str) -> Tokenizer:
-    """A tokenizer by name (bytes, or one of NAMED), or from a tokenizer.json, or a folder that has one.
+    """A tokenizer by name (bytes, or one of NAMED), or from a tokenizer.json, or a folder that has
+    one.
 
     E115: the file is not there; E116: it is of a kind that we would read wrongly."""
     if spec == "bytes":
@@ -397,8 +396,9 @@ def load(spec: str) -> Tokenizer:
 
 
 def of_run(folder, sha256: str | None = None) -> Path | None:
-    """The tokenizer.json in a run's folder for a step whose state.json names this sum. Where a run went on with another
-    tokenizer, the one of its steps before is kept as tokenizer.SUM.json. None: the run has none."""
+    """The tokenizer.json in a run's folder for a step whose state.json names this sum. Where a run
+    went on with another tokenizer, the one of its steps before is kept as tokenizer.SUM.json.
+    None: the run has none."""
     files = [former(folder, sha256)] if sha256 else []
     return next((file for file in (*files, Path(folder) / "tokenizer.json") if file.exists()), None)
 
@@ -408,8 +408,9 @@ def former(folder, sha256: str) -> Path:
 
 
 def _tiktoken_file(name: str, sha256: str) -> bytes:
-    """tiktoken's file, from its cache folder or else the network, checked. Not by tiktoken's own loader: that one waits
-    for the network without a limit and deletes a file whose sum is wrong. Never another vocabulary instead."""
+    """tiktoken's file, from its cache folder or else the network, checked. Not by tiktoken's own
+    loader: that one waits for the network without a limit and deletes a file whose sum is wrong.
+    Never another vocabulary instead."""
     url = f"https://openaipublic.blob.core.windows.net/encodings/{NAMED[name]}.tiktoken"
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
