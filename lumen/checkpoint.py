@@ -244,7 +244,7 @@ def all_folders(out_dir) -> list[Path]:
 
 
 def modernised(state: dict) -> dict:
-    """The state of a checkpoint with the names of today for what older versions called otherwise."""
+    """The state with the names of today for what older versions called otherwise."""
     for block in ("config", "written"):
         if isinstance(state.get(block), dict):
             aliases.rename(state[block], own_keys(), str)
