@@ -879,7 +879,7 @@ def train_once(tree: dict, log: Path) -> dict:
         "total": n["total"],
         "active": n["active"],
         "flops_per_token": trainer.flops_per_token,
-        "router": sum(p.numel() for name, p in named if ".router." in name),
+        "router": sum(p.numel() for name, p in named if role(name) == "router"),
         "steps": trainer.step,
         "tokens": trainer.tokens,
         "tokens_per_second": statistics.median(filter(None, speeds)),
