@@ -48,7 +48,7 @@ from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, free_memory, git_commit
 from lumen.optim import build_optimizer, step_optimizer
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, ModelConfig, Transformer, role
 from tools import faults, simulate
 from train import Parallel, Trainer
 
