@@ -44,7 +44,7 @@ from lumen.hf import (
 )
 from lumen.launch import Words, command
 from lumen.tokenizer import Tokenizer, load, of_run
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, role
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-4  # largest difference of fp32 logits that the check accepts
@@ -418,7 +418,7 @@ def read_hf(folder) -> tuple[ModelConfig, dict[str, torch.Tensor], str, Path | N
     state = {}
     for name, tensors in parts.items():
         state[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        if ".experts." in name:
+        if role(name) == "expert":
             state[name] = state[name].view(cfg.n_experts, -1, state[name].shape[-1])
     cfg = add_buffers(cfg, state)
     tokenizer_file = folder / "tokenizer.json"

@@ -24,7 +24,7 @@ from lumen.errors import UserError, a_path, expand
 from lumen.launch import Words, command
 from lumen.machine import detect
 from lumen.stream import Stream
-from model import Transformer
+from model import Transformer, role
 
 RANGES = {  # option: (lowest, highest, in words)
     "max_new_tokens": (1, 2**31, "at least 1"),
@@ -194,8 +194,8 @@ def load(
     # A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it is
     # done once. But routers choose in fp32.
     for name, p in model.named_parameters():
-        routes = ".router." in name or ".predictor." in name
-        p.data = p.data.to(here.device, torch.float32 if routes else here.compute_dtype)
+        dtype = torch.float32 if role(name) == "router" else here.compute_dtype
+        p.data = p.data.to(here.device, dtype)
     model = model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
     return model, tok.load(str(spec)) if spec else None, found.step

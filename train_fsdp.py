@@ -27,7 +27,7 @@ from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import command, environment
 from lumen.machine import local_region
-from model import Transformer
+from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
 
@@ -159,8 +159,8 @@ def parallelize(
     for block in model.blocks:
         # units inside the block first: fully_shard takes what no unit below has taken
         for name, module in list(block.named_modules()):
-            router = name.endswith(("router", "predictor"))
-            if low and router and any(True for _ in module.parameters(recurse=False)):
+            own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+            if low and own and role(own[0]) == "router":
                 shard(module, dense, in_fp32)
             if sparse is not None and isinstance(module, Experts):
                 shard(module, sparse["shard"], in_compute_dtype)
@@ -279,7 +279,7 @@ class Sharded(Parallel):
 
     def region_in_all(self, name: str, offset: tuple, shape: tuple) -> tuple[tuple, tuple]:
         """(offset, shape) of a shard in its parameter -> in the parameter that one process has."""
-        if self.sparse is None or ".experts." not in name:
+        if self.sparse is None or role(name) != "expert":
             return offset, shape
         ranks, index = self.sparse["experts"].size(), self.sparse.get_local_rank("experts")
         first = offset[0] + index * shape[0]

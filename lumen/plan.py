@@ -18,7 +18,7 @@ import torch
 from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
-from model import ModelConfig, Transformer, head_rows
+from model import Block, ModelConfig, Transformer, head_rows, role
 
 GIB = 2**30
 RECOMPUTE = ("none", "selective", "block")  # activation_checkpointing, from most memory to least
@@ -45,59 +45,17 @@ def kept_bytes(
     the fair share of rows come to this rank; 0: its own stay here. `cuda`: see model.head_rows.
     """
     b = 4 if precision == "fp32" else 2
-    C, q, kv, F = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.d_ff
-    K, width, slots = cfg.n_experts_per_token, cfg.d_expert, cfg.n_experts_max or cfg.n_experts
-    N, norm = (
-        rows * cfg.max_seq_len,
-        C * (4 + 2 * b),
-    )  # the norm's fp32 input; normalized; times weight
-    qk = (q + kv) * (b + (4 if b == 2 else 0)) if cfg.qk_norm else 0
-    attn = (
-        norm * (cfg.norm_order == "pre") + qk + b * ((q + 2 * kv) + (q + kv) + q)
-    )  # qkv; rotated; output
-    dropout = C if cfg.dropout else 0
-    # probabilities in fp32 (sigmoid: and normalised; with a z-loss the logits too); gates, choices
-    # and their order; the experts keep their pre-activation alone; a shared one is a SwiGLU
-    n, share = slots + cfg.n_null_experts, arrive or 1.0
-    scores = n * 4 * (1 + (cfg.router == "sigmoid") + (cfg.router_z_loss_weight > 0))
-    experts = (
-        scores
-        + K * (3 * 4 + 3 * 8)
-        + b * K * 2 * width * share
-        + b * 4 * cfg.n_shared_experts * width
-    )
-    experts += K * (b * C + 3 * 8) * arrive  # rows that came, their order
-    # selective keeps what products, attention and topk gave
-    products_attn = b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
-    products = {
-        False: b * (2 * F + C),
-        True: 4 * n + 12 * K + b * (C * max(1, K * arrive) + K * 2 * width * share),
-    }
-    products[True] += b * (2 * cfg.n_shared_experts * width + C) * (cfg.n_shared_experts > 0)
-    layers, kept, attention = (
-        [],
-        [],
-        [],
-    )  # all of it; what recomputation keeps; attention's share of all
+    N, C = rows * cfg.max_seq_len, cfg.d_model
+    # all of it; what recomputation keeps; attention's share of all
+    layers, kept, attention = [], [], []
     for i in range(cfg.n_layers):
-        moe, c, first = cfg.is_moe(i), cfg.capacity(i), attn + dropout
-        c = 1.0 if cfg.mod_anneal_steps else c  # annealed: it begins whole
-        second = norm + (experts if moe else b * 4 * F) + dropout  # gate and up; silu; product
-        outer = 1 if c < 1 and cfg.mod_ffn_only else c
-        if c < 1:  # MoD
-            learned = (
-                cfg.mod_routing == "learned"
-            )  # its fp32 input and that normalized, of every token; ungated change
-            second = c * (second + b * C * learned) + 8 * C * learned
-            first *= outer
+        first, second = Block.saved_bytes(cfg, i, b, False, arrive)
         layers.append(round(N * (first + second)))
         attention.append(round(N * first))
-        kept.append(
-            round(
-                N
-                * (b * C + (recompute == "selective") * (outer * products_attn + c * products[moe]))
-            )
-        )
+        held = b * C  # the block's input
+        if recompute == "selective":
+            held += sum(Block.saved_bytes(cfg, i, b, True, arrive))
+        kept.append(round(N * held))
     again = layers  # what is there while a block is in backward, beside what all blocks keep
     if recompute == "none":
         kept, again = layers, [0] * cfg.n_layers
@@ -110,14 +68,16 @@ def kept_bytes(
     if b == 2:
         head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * b
     moe = any(map(cfg.is_moe, range(cfg.n_layers)))
+    last_norm = C * (4 + 2 * b)
+    own = cfg.n_experts_per_token * b * (4 * cfg.d_expert + C)  # bytes of a token's expert rows
     return {
-        "activations": N * norm + sum(kept) + max(again),
+        "activations": N * last_norm + sum(kept) + max(again),
         "kept": kept,
         "again": again,
         "attention": attention,
         "head": head,
-        "rows": round(N * K * b * (4 * width + C) * share) * moe,
-        "travel": round(N * K * b * C * share) * (arrive > 0),
+        "rows": round(N * own * (arrive or 1.0)) if moe else 0,
+        "travel": round(N * cfg.n_experts_per_token * b * C * arrive),
     }
 
 
@@ -273,9 +233,9 @@ def fsdp_units(
     for block in set(blocks):  # most blocks are alike
         dense, routers, experts = [], [], []
         for name, shape in block:
-            if ".experts." in name and ep > 1:
+            if role(name) == "expert" and ep > 1:
                 experts.append((shape[0] // ep, *shape[1:]))
-            elif b < 4 and (".router." in name or ".predictor." in name):
+            elif role(name) == "router" and b < 4:
                 routers.append(shape)  # they compute in fp32
             else:
                 dense.append(shape)

@@ -48,7 +48,7 @@ from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, free_memory, git_commit
 from lumen.optim import build_optimizer, step_optimizer
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, ModelConfig, Transformer, role
 from tools import faults, simulate
 from train import Parallel, Trainer
 
@@ -879,7 +879,7 @@ def train_once(tree: dict, log: Path) -> dict:
         "total": n["total"],
         "active": n["active"],
         "flops_per_token": trainer.flops_per_token,
-        "router": sum(p.numel() for name, p in named if ".router." in name),
+        "router": sum(p.numel() for name, p in named if role(name) == "router"),
         "steps": trainer.step,
         "tokens": trainer.tokens,
         "tokens_per_second": statistics.median(filter(None, speeds)),

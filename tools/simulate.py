@@ -54,7 +54,7 @@ from lumen.plan import (
 )
 from lumen.report import Report
 from lumen.resolve import Run, rise
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, role
 from train import lr_at
 from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
 
@@ -237,15 +237,16 @@ def table_lines(head: list[str], rows: list[list]) -> list[str]:
 
 def kind_of(name: str) -> str:
     """Of a parameter, for the table."""
-    if name.startswith(("embed", "head")):
+    what = role(name)
+    if what in ("embedding", "head"):
         return "embeddings"
-    if ".wqkv." in f".{name}" or ".wo." in f".{name}":
-        return "attention"
-    if ".w13" not in name and ".w2" not in name:
+    if what in ("router", "norm"):
         return "routers, norms"
-    if ".experts." in name:
+    if what == "expert":
         return "experts"
-    return "shared experts" if ".shared." in name else "dense FFN"
+    if "attn" in name.split("."):
+        return "attention"
+    return "shared experts" if "shared" in name.split(".") else "dense FFN"
 
 
 def parameter_lines(model: Transformer, layout: Layout) -> list[str]:

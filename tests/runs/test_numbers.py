@@ -295,7 +295,7 @@ def test_text_is_made_while_training_by_another_backend(monkeypatch):
     )
     model.init_weights(0)
     own = [row[0] for row in model.generate([[1, 2, 3]], 6, [0], temperature=0)]
-    monkeypatch.setattr("model.for_generation", lambda *a: "grouped_mm")
+    monkeypatch.setattr("model_moe.for_generation", lambda *a: "grouped_mm")
     steps = model.generate([[1, 2, 3]], 6, [0], temperature=0)
     found, (moe,) = [next(steps)[0]], model.sparse_layers("moe").values()
     assert moe.backend == "grouped_mm"

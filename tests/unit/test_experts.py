@@ -18,8 +18,11 @@ from lumen.experts import (
     restore_expert,
 )
 from lumen.optim import build_optimizer
-from model import rope_tables
+from model import AttentionInputs, rope_tables
 from model_moe import update_balance
+from train import Parallel
+
+ROWS = Parallel(Config(data_dir="x"))  # how surgery reaches an expert's row: one process
 
 
 def distance(a, b) -> float:
@@ -43,7 +46,7 @@ def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router
         counts = stats["moe.counts"]
         moe.router.load.copy_(counts / counts.sum())
         hottest = int(counts.argmax())
-        assert add_expert(moe, torch.optim.AdamW(moe.parameters()), 0) == (hottest, E)
+        assert add_expert(moe, torch.optim.AdamW(moe.parameters()), 0, ROWS) == (hottest, E)
         after, stats = moe(x)
         now = stats["moe.counts"][[hottest, E]]
         moved.append(distance(after, before))
@@ -76,7 +79,7 @@ def test_a_split_of_the_optimizers_state():
     before = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
     weights = [p.detach().clone() for p in params]
     moe.router.bias[2], moe.router.load[2] = 0.25, 0.4
-    assert add_expert(moe, optimizer, 7, parent=2) == (2, 4)
+    assert add_expert(moe, optimizer, 7, ROWS, parent=2) == (2, 4)
     for p, was, w in zip(params, before, weights):
         state = optimizer.state[p]
         assert (state["exp_avg"][4] == 0).all(), "the child has no momentum"
@@ -113,25 +116,29 @@ def test_surgery_that_cannot_be_is_refused_and_changes_nothing():
     refused(lambda: prune_expert(moe, 0, 2), "expert 2", "0.60", "0.1", "force")
     refused(lambda: prune_expert(moe, 0, 3, force=True), "expert 3 is not alive", "[0, 1, 2]")
     refused(lambda: prune_expert(moe, 0, -1, force=True), "not alive")
-    refused(lambda: add_expert(moe, optimizer, 0, parent=3), "expert 3 is not alive")
+    refused(lambda: add_expert(moe, optimizer, 0, ROWS, parent=3), "expert 3 is not alive")
     refused(lambda: restore_expert(moe, 0, 1), "expert 1")
     (
         refused(lambda: restore_expert(moe, 0, 3), "expert 3"),
         refused(lambda: restore_expert(moe, 0, 9), "expert 9"),
     )
-    refused(lambda: recycle_expert(moe, optimizer, 0), "expert 2 carries")
+    refused(lambda: recycle_expert(moe, optimizer, 0, ROWS), "expert 2 carries")
     prune_expert(moe, 10, 2, force=True)
     refused(lambda: prune_expert(moe, 10, 1, force=True), "expert 1 is needed", "2")
     restore_expert(moe, 10, 2)
-    assert add_expert(moe, optimizer, 10) == (0, 3)
-    refused(lambda: add_expert(moe, optimizer, 10), "no free slot of 4", "model.n_experts_max: 5")
-    refused(lambda: recycle_expert(moe, optimizer, 10, 0), "carries")
+    assert add_expert(moe, optimizer, 10, ROWS) == (0, 3)
+    refused(
+        lambda: add_expert(moe, optimizer, 10, ROWS), "no free slot of 4", "model.n_experts_max: 5"
+    )
+    refused(lambda: recycle_expert(moe, optimizer, 10, ROWS, 0), "carries")
     prune_expert(moe, 11, 1, force=True)  # 0, 2, 3 are left, of which 0 and 3 are one choice
     refused(lambda: prune_expert(moe, 11, 2, force=True), "expert 2 is needed")
-    refused(lambda: add_expert(moe, optimizer, 12), "free at step 211", "model.n_experts_max: 5")
+    refused(
+        lambda: add_expert(moe, optimizer, 12, ROWS), "free at step 211", "model.n_experts_max: 5"
+    )
     fixed = layer()
     with pytest.raises(ValueError, match="model.n_experts_max: 9"):
-        add_expert(fixed, optimizer, 0)
+        add_expert(fixed, optimizer, 0, ROWS)
 
 
 @torch.no_grad()
@@ -142,7 +149,7 @@ def test_prune_and_restore_give_back_the_same_bits():
     prune_expert(moe, 100, 3, force=True)
     assert not torch.equal(moe(x)[0], before) and not (choices(moe, x) == 3).any()
     assert moe.router.load[3] == 0 and moe.router.load.sum() == pytest.approx(1)
-    assert add_expert(moe, optimizer, 100 + WINDOW - 1, parent=0)[1] == 4, (
+    assert add_expert(moe, optimizer, 100 + WINDOW - 1, ROWS, parent=0)[1] == 4, (
         "its slot is not given away"
     )
     with pytest.raises(ValueError):
@@ -152,7 +159,7 @@ def test_prune_and_restore_give_back_the_same_bits():
     restore_expert(moe, 100 + WINDOW - 1, 3)
     assert torch.equal(moe(x)[0], before)
     prune_expert(moe, 300, 3, force=True)
-    assert add_expert(moe, optimizer, 300 + WINDOW, parent=0)[1] == 3, (
+    assert add_expert(moe, optimizer, 300 + WINDOW, ROWS, parent=0)[1] == 3, (
         "after it the slot is free again"
     )
 
@@ -163,7 +170,7 @@ def test_a_restored_twin_is_a_twin_again():
     for which in (0, 4):
         moe, optimizer = surgery_layer()
         x = normal(200, 32)
-        assert add_expert(moe, optimizer, 5, parent=0) == (0, 4)
+        assert add_expert(moe, optimizer, 5, ROWS, parent=0) == (0, 4)
         before = moe(x)[0]
         prune_expert(moe, 6, which, force=True)
         left = 4 - which
@@ -181,7 +188,7 @@ def test_a_pruned_expert_stands_still():
     for p in moe.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    prune_expert(moe, 0, 1, True, optimizer)
+    prune_expert(moe, 0, 1, True, optimizer, ROWS)
     before = [p[1].clone() for p in moe.parameters()]
     for p in moe.parameters():
         p.grad = torch.zeros_like(p)
@@ -205,56 +212,57 @@ def test_recycle_puts_half_of_the_hottest_into_the_slot_of_the_dead():
     moe, optimizer = surgery_layer(E=4, spare=0)
     moe.router.load.copy_(torch.tensor([0.5, 0.29, 0.01, 0.2]))
     w13 = moe.experts.w13.clone()
-    assert recycle_expert(moe, optimizer, 50) == (0, 2)
+    assert recycle_expert(moe, optimizer, 50, ROWS) == (0, 2)
     assert torch.equal(moe.experts.w13[2], w13[0]) and moe.router.alive.all()
     assert moe.router.sibling.tolist() == [2, 1, 0, 3] and moe.router.retired.tolist() == [-1] * 4
     assert (optimizer.state[moe.experts.w2]["exp_avg"][2] == 0).all()
     moe.router.load.copy_(torch.tensor([0.4, 0.2, 0.4, 0.0]))
-    assert recycle_expert(moe, optimizer, 51) == (1, 3), "0 and 2 have not parted"
+    assert recycle_expert(moe, optimizer, 51, ROWS) == (1, 3), "0 and 2 have not parted"
     moe.router.load.copy_(torch.tensor([0.5, 0.5, 0.0, 0.0]))
-    with pytest.raises(ValueError, match="twin"):
-        recycle_expert(moe, optimizer, 52)
+    with pytest.raises(ValueError, match="sibling"):
+        recycle_expert(moe, optimizer, 52, ROWS)
 
 
 @torch.no_grad()
 def test_twins_are_released_when_their_weights_have_parted():
     moe, optimizer = surgery_layer()
-    add_expert(moe, optimizer, 0, parent=1)
-    assert release_siblings(moe) == []
+    add_expert(moe, optimizer, 0, ROWS, parent=1)
+    assert release_siblings(moe, ROWS) == []
     x = normal(300, 32)
     assert not ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any(), "never both"
     moe.experts.w13[4] += (
         0.1 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=9)
     )
-    assert release_siblings(moe) == []
+    assert release_siblings(moe, ROWS) == []
     moe.experts.w13[4] += (
         0.4 * moe.experts.w13[4].norm() / math.sqrt(32 * 32) * normal(32, 32, seed=8)
     )
-    assert release_siblings(moe) == [(1, 4)] and moe.router.sibling.tolist() == list(range(6))
+    assert release_siblings(moe, ROWS) == [(1, 4)] and moe.router.sibling.tolist() == list(range(6))
     assert ((choices(moe, x) == 1).any(1) & (choices(moe, x) == 4).any(1)).any()
-    assert release_siblings(moe) == []
+    assert release_siblings(moe, ROWS) == []
 
 
 def test_no_recompilation_after_surgery():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     model = make(**KINDS["slots"])
-    block, x, rope = model.blocks[0], normal(2, 32, 32), rope_tables(model.cfg, torch.arange(32))
+    block, x = model.blocks[0], normal(2, 32, 32)
+    inputs = AttentionInputs(rope_tables(model.cfg, torch.arange(32)))
     optimizer = build_optimizer(Config(data_dir="x"), dict(model.named_parameters()))
     run = torch.compile(block, backend=counter, fullgraph=True)
-    run(x, rope)[0].sum().backward()
+    run(x, inputs)[0].sum().backward()
     graphs = counter.frame_count
     assert graphs >= 1
     changes = (
-        lambda: add_expert(block.ffn, optimizer, 0),
+        lambda: add_expert(block.ffn, optimizer, 0, ROWS),
         lambda: prune_expert(block.ffn, 1, 2, force=True),
         lambda: restore_expert(block.ffn, 2, 2),
-        lambda: add_expert(block.ffn, optimizer, 3),
+        lambda: add_expert(block.ffn, optimizer, 3, ROWS),
         lambda: update_balance([block.ffn], [torch.arange(6.0)], torch.tensor(False)),
     )
     for change in changes:
         change()
-        got, want = run(x, rope), block(x, rope)
+        got, want = run(x, inputs), block(x, inputs)
         assert torch.allclose(got[0], want[0], atol=1e-6) and all(
             torch.equal(got[1][name], want[1][name]) for name in want[1] if name != "loss"
         )

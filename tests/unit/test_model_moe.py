@@ -12,11 +12,12 @@ from sparse_models import DEPTHS, KINDS, choices, config, gradients, ids, layer,
 from lumen.config import Config
 from lumen.experts import add_expert, expert_numbers, expert_statistics, recycle_expert
 from lumen.optim import build_optimizer
-from model import Transformer, rope_tables
+from model import AttentionInputs, Transformer, rope_tables
 from model_moe import SUMS, draw_dropout, update_balance
-from train import flatten, unflatten
+from train import Parallel, flatten, unflatten
 
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)
+ROWS = Parallel(Config(data_dir="x"))  # how surgery reaches an expert's row: one process
 
 
 EXPERTS = [k for k in KINDS if "n_experts" in KINDS[k]]
@@ -101,7 +102,7 @@ def test_a_layer_equals_the_written_out_formula(kind, shared):
     moe.shared = Swi(32, 24) if shared else None
     moe.router.bias.copy_(0.2 * normal(moe.router.n, seed=2))
     if kind == "slots":
-        add_expert(moe, torch.optim.AdamW(moe.parameters()), 0)
+        add_expert(moe, torch.optim.AdamW(moe.parameters()), 0, ROWS)
     want, want_ids, want_p = by_hand(moe, x.flatten(0, 1))
     p, found, _, _ = moe.router(x.flatten(0, 1))
     assert torch.equal(found, want_ids) and torch.allclose(p.double(), want_p, atol=1e-6)
@@ -189,7 +190,7 @@ def test_expert_dropout_mutes_at_least_nothing_that_is_needed():
 def test_expert_dropout_beside_twins_leaves_every_token_k_experts():
     """Of siblings only one can be chosen, so a pair is one that stays; and a dropped_out twin does not stand in the way."""
     moe, x = layer(E=3, K=2, n_experts_max=5, expert_dropout=0.6, n_null_experts=0), normal(64, 32)
-    add_expert(moe, torch.optim.AdamW(moe.parameters()), 0)
+    add_expert(moe, torch.optim.AdamW(moe.parameters()), 0, ROWS)
     for seed in range(60):
         draw_dropout([moe], seed)
         can = ~moe.router.dropped_out & moe.router.alive
@@ -209,7 +210,7 @@ def test_what_dropout_mutes_is_not_dead():
         share = found["per_expert_utilization"]
         assert [s is None for s in share] == moe.router.dropped_out.tolist() and found["dead"] == 0
     with pytest.raises(ValueError, match="fair share"):
-        recycle_expert(moe, torch.optim.AdamW(moe.parameters()), 9)
+        recycle_expert(moe, torch.optim.AdamW(moe.parameters()), 9, ROWS)
 
 
 def crowded(K, **changes):
@@ -280,7 +281,7 @@ def test_dropped_tokens_keep_their_residual_in_the_block():
     seen = {}
     block.ffn.register_forward_hook(lambda m, i, o: seen.update(y=o[0]))
     block.attn.register_forward_hook(lambda m, i, o: seen.update(h=o))
-    change, stats = block(x, rope_tables(model.cfg, torch.arange(32)))
+    change, stats = block(x, AttentionInputs(rope_tables(model.cfg, torch.arange(32))))
     dropped = (seen["y"] == 0).all(-1)
     assert dropped.sum() == stats["moe.dropped"] > 20
     assert torch.equal(change[dropped], seen["h"][dropped]) and not torch.equal(change, seen["h"])
@@ -668,16 +669,12 @@ def test_a_block_is_one_graph_in_training(kind, backend):
     model = make(**GRAPHS[kind])
     if kind == "fine":
         draw_dropout(list(model.sparse_layers("moe").values()), 3)
-    block, x, rope, found = (
-        model.blocks[0],
-        normal(2, 32, 32),
-        rope_tables(model.cfg, torch.arange(32)),
-        [],
-    )
+    block, x, found = model.blocks[0], normal(2, 32, 32), []
+    inputs = AttentionInputs(rope_tables(model.cfg, torch.arange(32)))
     for run in (block, torch.compile(block, backend=backend, fullgraph=True)):
         model.zero_grad()
         torch.manual_seed(0)
-        y, stats = run(x, rope)
+        y, stats = run(x, inputs)
         (y.square().sum() + stats.get("loss", 0.0)).backward()
         found.append((y.detach(), {n: p.grad.clone() for n, p in block.named_parameters()}))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)

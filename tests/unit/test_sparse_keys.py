@@ -43,7 +43,7 @@ REFUSALS = [
     ),
     (dict(n_null_experts=2), "model.n_null_experts", ("n_experts",)),
     (dict(n_experts=4, router="hash"), "model.router", ("'hash'", "softmax", "sigmoid")),
-    (dict(n_experts=4, routing_temperature=0.0), "model.routing_temperature", ("0.0", "above 0")),
+    (dict(n_experts=4, routing_temperature=0.0), "model.routing_temperature", ("0.0", "> 0")),
     (dict(n_experts=4, router_jitter=1.0), "model.router_jitter", ("1.0", "[0, 1)")),
     (dict(n_experts=4, expert_dropout=1.0), "model.expert_dropout", ("1.0", "[0, 1)")),
     (dict(n_experts=4, moe_layers=[0, 2]), "model.moe_layers", ("[0, 2]", "0 to 1")),
@@ -51,7 +51,7 @@ REFUSALS = [
     (dict(n_experts=4, moe_layers=[1, 1]), "model.moe_layers", ("[1, 1]", "different")),
     (dict(n_experts=4, moe_layers=[1], moe_every=2), "model.moe_layers", ("moe_every", "drop one")),
     (dict(moe_layers=[1]), "model.moe_layers", ("n_experts",)),
-    (dict(n_experts=4, moe_every=0), "model.moe_every", ("0", "at least 1")),
+    (dict(n_experts=4, moe_every=0), "model.moe_every", ("0", ">= 1")),
     (dict(n_experts=4, n_dense_layers=3), "model.n_dense_layers", ("3", "n_layers 2")),
     (dict(mod_capacity=0.0), "model.mod_capacity", ("0.0", "(0, 1]", "0.5")),
     (dict(mod_capacity=1.5), "model.mod_capacity", ("1.5", "(0, 1]")),
@@ -76,12 +76,23 @@ REFUSALS = [
         "model.mod_routing",
         ("'best'", "learned", "static", "random"),
     ),
-    (dict(mod_capacity=0.5, mod_anneal_steps=-1), "model.mod_anneal_steps", ("-1", "0 or more")),
+    (dict(mod_capacity=0.5, mod_anneal_steps=-1), "model.mod_anneal_steps", ("-1", ">= 0")),
     # asked for, and no layer would have it: LuminaAI's hybrid pattern trains without a word
     (dict(n_experts=4, moe_every=3), "model.moe_every", ("3",)),
     (dict(n_experts=4, n_dense_layers=2), "model.n_dense_layers", ("2",)),
     (dict(n_experts=4, moe_layers=[]), "model.moe_layers", ("[]",)),
-    (dict(mod_capacity=0.5, mod_every=3), "model.mod_every", ("3",)),
+    (dict(mod_capacity=0.5, mod_every=3), "model.mod_every", ("3", "mod_capacity")),
+    # where both patterns match no layer the message names a key and what that key is about
+    (
+        dict(n_experts=4, moe_every=3, mod_capacity=0.5, mod_every=3),
+        "model.moe_every",
+        ("3", "leaves none of the 2 layers to n_experts"),
+    ),
+    (
+        dict(n_experts=4, mod_capacity=0.5, mod_every=3),
+        "model.mod_every",
+        ("3", "leaves none of the 2 layers to mod_capacity"),
+    ),
     (dict(mod_capacity=0.5, mod_layers=[]), "model.mod_layers", ("[]",)),
     (
         dict(mod_capacity=0.5, mod_layers=[0], mod_end_layer=1),
