@@ -608,7 +608,7 @@ def print_backends(m: Machine) -> None:
     from model import ModelConfig
 
     cfg = ModelConfig(vocab_size=64, d_model=128, n_layers=1, n_heads=2)
-    for choice in ("sdpa", "flash", "flex"):
+    for choice in ("sdpa", "flash"):
         name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
     for name, why in backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
