@@ -1,20 +1,28 @@
-"""The README's numbers. Every command prints the machine it ran on; times are ratios of interleaved
-rounds in one run.
+"""The measured numbers of README and docs. Every command prints the machine that it ran on.
 
-speed CONFIG [--max_steps N] [--key value]: 40 steps of a configuration, or N, without evaluation or saving: tokens/s,
-    MFU, data wait.
-decode [RUN]: cached decoding against recomputing the whole sequence for each token, same model, same ids.
-kernels [--rounds N]: the expert layer's backends against a dense SwiGLU of equal active width, and bytes kept.
-step [--rounds N] [--no-peer] [--limit S]: one training step of whole models: our MoE, our dense model of equal active
-    size, and transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one, 0: do not.
-learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]: dense, MoE, MoD and hybrid at equal active
-    parameters and tokens, from configs/quickstart.yaml. A run that --out holds already is not repeated.
-layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]: what each key of train_fsdp.py costs and spares on the
-    processes of this machine, and one process beside them: tokens/s, communication, bytes, memory.
-faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]: the 25 faults of
-    faults.py on two small models: what the orchestrator makes of each, against mode off and another trainer's rules.
-gpu [PART ...]: all that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models, speed.
-    `--device cpu` runs its logic at toy sizes. Written without a GPU at hand: the CUDA paths were never run.
+Times are ratios of interleaved rounds in one run; a time made while something compiles is left out.
+
+speed CONFIG [--max_steps N] [--key value]
+    40 steps of a configuration, or N, without evaluation or saving: tokens/s, MFU, data wait.
+decode [RUN]
+    Cached decoding against recomputing the whole sequence for each token, same model, same ids.
+kernels [--rounds N]
+    The expert layer's backends against a dense SwiGLU of equal active width, and bytes kept.
+step [--rounds N] [--no-peer] [--limit S]
+    One training step of whole models: our MoE, our dense model of equal active size, and
+    transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one.
+learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]
+    Dense, MoE, MoD and hybrid at equal active parameters and tokens, from configs/quickstart.yaml.
+    A run that --out holds already is not repeated.
+layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]
+    What each key of train_fsdp.py costs and spares on the processes of this machine, and one
+    process beside them: tokens/s, communication, bytes, memory.
+faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
+    The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
+    mode off and another trainer's rules.
+gpu [PART ...]
+    All that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models,
+    speed. `--device cpu` runs its logic at toy sizes. Its CUDA paths were never run.
 """
 
 from __future__ import annotations
@@ -209,18 +217,18 @@ def options(words: list[str], **known) -> argparse.Namespace:
 
 
 def machine_line(m: machines.Machine | None = None) -> str:
-    """Hardware, flags, measured peak, versions, commit and date: what every number is printed with."""
+    """Hardware, flags, measured peak, versions, commit, date: printed with every number."""
     m = m or machines.detect()
     peak = machines.human_number(machines.matrix_peak(m.device, m.compute_dtype, 1.0), "FLOP/s")
     flags = " ".join(machines.cpu_flags())
-    return (
-        f"{m.device.type} {m.name} ({flags}), {torch.get_num_threads()} threads, {m.precision} matrices {peak}, "
-        f"torch {torch.__version__}, commit {git_commit()}, {time.strftime('%Y-%m-%d')}"
-    )
+    text = f"{m.device.type} {m.name} ({flags}), {torch.get_num_threads()} threads,"
+    text += f" {m.precision} matrices {peak}, torch {torch.__version__}"
+    return f"{text}, commit {git_commit()}, {time.strftime('%Y-%m-%d')}"
 
 
 def spread(values: list[float]) -> str:
-    return f"median {statistics.median(values):.4g} (n {len(values)}, {min(values):.4g} to {max(values):.4g})"
+    low, high = min(values), max(values)
+    return f"median {statistics.median(values):.4g} (n {len(values)}, {low:.4g} to {high:.4g})"
 
 
 def seconds_of(run, wait) -> float:
@@ -257,7 +265,8 @@ def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
         peak = max(peak, machines.matrix_peak(m.device, m.compute_dtype, 1.0))
     if max(rates) > peak:
         peak = machines.human_number(peak, "FLOP/s")
-        return f"- ({machines.human_number(max(rates), 'FLOP/s')} is above the peak, {peak}: was the machine busy?)"
+        rate = machines.human_number(max(rates), "FLOP/s")
+        return f"- ({rate} is above the peak, {peak}: was the machine busy?)"
     return (
         spread([rate / peak for rate in rates])
         if len(rates) > 1
@@ -298,7 +307,7 @@ def time_limit(seconds: float):
 
 
 class Ours:
-    """One optimizer step of our model on random ids, a call: the trainer's own parts, one micro-step.
+    """One optimizer step of our model on random ids, a call, from the trainer's own parts.
 
     The learning rate is 0: the same work, and the routing of the first step, in all rounds.
     """
@@ -533,7 +542,7 @@ def speed(words: list[str]) -> int:
 
 
 def decode(words: list[str]) -> int:
-    """512 greedy tokens with the cache, and without it; a random 8.9 M model unless a run is given."""
+    """512 greedy tokens with the cache, and without; a random 8.9 M model unless a run is given."""
     if words:
         saved = checkpoint.find(words[0])
         model = Transformer(saved.model_config())
@@ -583,9 +592,8 @@ def decode(words: list[str]) -> int:
             ids[run] = run()
             times[run].append(time.perf_counter() - began)
     print(machine_line())
-    print(
-        f"model {model.n_params()['total']:,} parameters, {total} tokens; same ids: {ids[recompute] == ids[cached]}"
-    )
+    n, same = model.n_params()["total"], ids[recompute] == ids[cached]
+    print(f"model {n:,} parameters, {total} tokens; same ids: {same}")
     print("recompute s " + spread(times[recompute]))
     print(
         "cached    s "
@@ -771,7 +779,7 @@ def peer_is_there() -> bool:
 
 
 def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
-    """(label, function, compiled?) of every way to run transformers' model here that fits into memory."""
+    """(label, function, compiled?) of every way to run transformers' model that fits here."""
     names, variants = [""], []
     if cfg.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -888,7 +896,7 @@ def train_once(tree: dict, log: Path) -> dict:
 
 
 def learn_table(rows: list[dict]) -> list[str]:
-    """A markdown table, a line per variant; runs of another length than most are left out and said."""
+    """A markdown table, a line per variant; runs of another length than most are left out."""
     if not rows:
         return ["no runs"]
     steps = statistics.mode(row["steps"] for row in rows)
@@ -1044,15 +1052,13 @@ def fitting(cfg: ModelConfig, m: machines.Machine, rows: list[int]) -> Ours:
 
 def tell(run: Ours, times: list[float], peak: float) -> str:
     """Step time, speed, and MFU by the data sheet's and by the measured matrix peak."""
-    n, speed = run.model.n_params(), run.tokens / min(times)
+    m, best, n = run.machine, min(times), run.model.n_params()
+    speed = run.tokens / best
     rate = speed * run.model.flops_per_token()
-    text = f"{1e3 * min(times):.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}), "
-    m = run.machine
-    text += f"{machines.human_number(speed)} tokens/s, MFU {mfu([rate], m, machines.peak_flops(m))} (of the measured peak "
-    text += (
-        f"{mfu([rate], m, peak)}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
-    )
-    return text
+    by_sheet, by_peak = mfu([rate], m, machines.peak_flops(m)), mfu([rate], m, peak)
+    text = f"{1e3 * best:.1f} ms for {run.tokens:,} tokens ({spread([1e3 * t for t in times])}),"
+    text += f" {machines.human_number(speed)} tokens/s, MFU {by_sheet} (of the measured peak"
+    return f"{text} {by_peak}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
 
 
 def slice_step(m: machines.Machine, toy: bool) -> int:
@@ -1284,7 +1290,7 @@ def layout_run(job: dict) -> int:
 
 
 def marks_row(marks: list, trainer) -> dict:
-    """Seconds and tokens a step, the share of communication, bytes of each kind beside the plan's."""
+    """Seconds and tokens a step, share of communication, bytes of each kind beside the plan's."""
     cfg, run = trainer.cfg, trainer.run
     (began, spent, sent), (ended, spent_then, sent_then) = marks[0], marks[-1]
     steps, seconds = len(marks) - 1, ended - began
