@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 import signal
-import sys
 import time
 import types
 from dataclasses import dataclass
@@ -27,25 +26,43 @@ import torch
 import torch.distributed as dist
 
 from evaluate import Evaluation, evaluate_loss
-from kernels import pick_attention, pick_backend
-from lumen import checkpoint, files, forecast, launch, lines, owner, plan
+from lumen import checkpoint, failure, files, forecast, lines, owner, plan
 from lumen import machine as machines
-from lumen import tokenizer as tokenizers
 from lumen.checkpoint import refuse_nonfinite
 from lumen.cli import read_config
-from lumen.config import SHARDING, Config, build_config, help_text, printed
+from lumen.config import Config, build_config, help_text, printed
 from lumen.control import ByHand
+from lumen.data import open_data, prepare_first
 from lumen.detectors import StepNumbers
 from lumen.errors import UserError
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
-from lumen.launch import check_launch, clock, command, environment
-from lumen.loader import Loader, Source, Sums, val_rows
+from lumen.failure import lost_peer
+from lumen.launch import check_launch, check_tasks, clock, command, environment
+from lumen.loader import Loader, Sums, val_rows
 from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import Orchestrator, read_decisions
 from lumen.report import Report
-from lumen.resolve import Run, resolved, rise
-from lumen.resume import prepare_first
+from lumen.resolve import (
+    HINT,
+    Facts,
+    Findings,
+    Run,
+    check_memory,
+    check_states,
+    compare,
+    flops_without_mod,
+    meta_model,
+    n_working,
+    other_bits,
+    read_hint,
+    resolve,
+    resolved,
+    rise,
+    versions,
+    without_effect,
+)
+from lumen.resume import StartingPoint, check_paths, take_weights
 from lumen.saver import Saver
 from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
@@ -75,6 +92,10 @@ def lr_at(cfg: Config, run: Run, step: int) -> float:
     return low + (peak - low) * share
 
 
+SCHEDULE_KEYS = ("learning_rate", "min_lr", "lr_schedule")
+SCHEDULE_KEYS += ("max_steps", "warmup_steps", "decay_frac")
+
+
 def mix(seed: int, row: int) -> int:
     """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
     return (
@@ -83,42 +104,26 @@ def mix(seed: int, row: int) -> int:
     )
 
 
-def leap(before: dict, cfg: Config, run: Run, step: int) -> str | None:
-    """A resumed run whose learning rate would leap: the rate of `step` by the configuration `before`, as the
-    checkpoint has it resolved, against today's, and what makes the difference; None where it does not."""
+def leap(before: dict, cfg: Config, run: Run, step: int) -> list[str]:
+    """A line where a resumed run's learning rate would leap: the rate of `step` by the
+    configuration `before`, as the checkpoint has it resolved, against today's, and what makes it."""
     now = resolved(cfg, run)
     then = types.SimpleNamespace(**now | before)
     then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
     was = lr_at(then, then, max(0, min(step, then.max_steps - 1)))
     becomes = lr_at(cfg, run, step)
     if step >= run.max_steps or (becomes <= 1.5 * was and was <= 1.5 * becomes):
-        return None
-    why = []
-    for key in (
-        "learning_rate",
-        "min_lr",
-        "lr_schedule",
-        "max_steps",
-        "warmup_steps",
-        "decay_frac",
-    ):
+        return []
+    changed = []
+    for key in SCHEDULE_KEYS:
         if getattr(then, key) != now[key]:
-            why.append(f"{key} {getattr(then, key)} -> {now[key]}")
-    text = (
-        f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step} ({', '.join(why)})"
-    )
-    text += "; lr_schedule: wsd can be made longer without that, init_from starts a new schedule"
-    return text
+            changed.append(f"{key} {getattr(then, key)} -> {now[key]}")
+    text = f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step}"
+    text += f" ({', '.join(changed)}); lr_schedule: wsd can be made longer without that,"
+    return [f"{text} init_from starts a new schedule"]
 
 
 # ---------------------------------------------------------------- parallel
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether a collective failed: NCCL has a type for that, gloo only words."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 class Parallel:
@@ -383,8 +388,6 @@ NUMBERS = f"{NUMBERS} best_parts measured_on".split()
 RELEASE_EVERY = (
     50  # steps between looks at whether the halves of split experts have parted: a host sync
 )
-OURS = "metrics.jsonl decisions.jsonl control.jsonl oom_hint.json suggested.yaml best.json status.json train.log".split()
-OURS += ["tokenizer.json", "token_bytes.npy", "resumed.json", "verified.jsonl", "training.png"]
 
 
 class Trainer(ByHand):
@@ -393,68 +396,56 @@ class Trainer(ByHand):
     `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
     """
 
-    def __init__(self, config, parallel=Parallel, dry_run: dict | None = None):
-        if isinstance(config, dict):
-            self.written, notes = json.loads(json.dumps(config, default=str)), []
-            self.cfg = build_config(self.written, lambda key: "config", notes)
-            self.cfg.out_dir = self.cfg.out_dir or "out/run"
-        else:
-            words = config if isinstance(config, list) else [str(config)]
-            self.cfg, self.written, notes, _ = read_config(words)
+    def __init__(self, config, parallel=Parallel):
+        cfg, written, notes = read_any(config)
+        self.cfg = cfg  # as written; only the vocabulary is the data's to say
+        self.written = written  # the keys that the user wrote, under our names
+        self.out = Path(cfg.out_dir)
         self.started = time.monotonic()
-        self.step = self.cursor = self.tokens = 0
-        self.val_loss, self.best_val_loss, self.best_step, self.evaluations_since_best = (
-            None,
-            None,
-            None,
-            0,
-        )
-        self.evaluated_at, self.stopped_early, self.data_error = None, False, None
-        self.stop_signal = self.save_signal = 0  # what this rank has heard
-        self.stopping = self.save_asked = False  # what all ranks have agreed on
-        self.pending, self.model, self.loss_scale = None, None, None
-        self.latest: StepNumbers | None = None  # of the last finished step
-        self.forecast, self.outlook, self.best_parts = forecast.Forecast(), {}, []
-        self.measured_on = None  # which validation set val_loss and what follows from it are of
-        self.changes, self.origin = (
-            [],
-            None,
-        )  # what is not as in the checkpoint; where `resume: PATH` points
-        self.tokenizer_sum = self.tokenizer_then = None  # of the data; of the checkpoint: sha256
-        self.gains, self.rises = (
-            [],
-            [],
-        )  # of successive checks and evaluations: see forecast.justified_stop
-        self.out = Path(self.cfg.out_dir)
 
-        self.dry_run = dry_run
-        if (
-            dry_run and dry_run["hardware"] != "measured"
-        ):  # what this machine cannot do does not matter
-            low = "mixed_fp16" if dry_run["hardware"].lower() in machines.NO_BF16 else "mixed_bf16"
-            precision = (
-                "fp32" if self.cfg.precision == "fp32" or dry_run["hardware"] == "cpu" else low
-            )
-            dry_run["precision"], self.cfg.precision, self.cfg.device = precision, "fp32", "cpu"
-            self.cfg.compile_model, self.cfg.expert_backend = False, "slices"
-        if not dry_run:
-            self.check_paths()
-        prepare_first(self.cfg, bool(dry_run))
-        self.parallel = parallel(self.cfg)
+        # where the run stands
+        self.step = 0  # finished optimizer steps, dropped ones among them
+        self.cursor = 0  # the next row that nobody has read
+        self.tokens = 0  # trained on, without those of dropped steps
+        self.pending: Pending | None = None  # the step whose numbers are on their way to the host
+        self.latest: StepNumbers | None = None  # of the last finished step
+        self.data_error: UserError | None = None  # why this rank could not read its rows
+
+        # evaluations, and what follows from them
+        self.val_loss: float | None = None
+        self.evaluated_at: int | None = None  # the step of the last evaluation
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.best_parts: list[float] = []  # losses of the best one's batches
+        self.evaluations_since_best = 0
+        self.measured_on: str | None = None  # which validation set all of these are of
+        self.stopped_early = False
+
+        # where it will end: see forecast.justified_stop
+        self.forecast = forecast.Forecast()
+        self.outlook: dict = {}  # for metrics.jsonl
+        self.gains: list[float] = []  # of successive checks
+        self.rises: list[float] = []  # of successive evaluations
+
+        # signals and commands
+        self.stop_signal = 0  # what this rank has heard; 2: a command, not a signal
+        self.save_signal = 0
+        self.first_interrupt: float | None = None  # when Ctrl-C came
+        self.stopping = False  # what all ranks have agreed on
+        self.save_asked = False
+
+        # made below, in build()
+        self.model: Transformer | None = None
+        self.loss_scale: LossScale | None = None  # of mixed_fp16
+
+        check_paths(cfg)
+        prepare_first(cfg)
+        self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.report = Report(self.out, self.main)
-        if self.parallel.collective_free:  # zero_stage 0 is what this is
-            given = [
-                key
-                for key in SHARDING
-                if key in self.written and (key, self.cfg.zero_stage) != ("zero_stage", 0)
-            ]
-            notes += (
-                [f"{', '.join(given)}: takes effect under train_fsdp.py, on several ranks"]
-                if given
-                else []
-            )
         self.owner = owner.Owner(self.out, self.main)
+        if self.parallel.collective_free:  # zero_stage: 0 is what this is
+            notes = [*notes, *without_effect(cfg, written)]
         try:
             self.begin(notes)
         except BaseException:
@@ -462,621 +453,106 @@ class Trainer(ByHand):
             raise
 
     def begin(self, notes: list[str]) -> None:
-        """All that may refuse this start, and what it needs to train; from claim_out_dir on out_dir is its own."""
-        dry_run = self.dry_run
-        self.parallel.run_or_raise_on_all(self.open_data, bool(dry_run))
-        saved = None if dry_run else self.parallel.run_or_raise_on_all(self.claim_out_dir)
+        """All that may refuse this start, and what it needs to train; from find_checkpoint on
+        out_dir is its own."""
+        cfg, par = self.cfg, self.parallel
+        self.open_data()
+        self.start = StartingPoint(self.cfg, self.data, par, self.owner, self.say)
+        self.model_written = self.start.model  # the model's keys, before anything was changed
+        saved = par.run_or_raise_on_all(self.start.find_checkpoint)
         self.resolve(saved)
-        weights = (
-            self.find_weights() if saved is None and self.cfg.init_from and not dry_run else None
-        )
+        weights = None
+        if saved is None and cfg.init_from:
+            weights = self.start.find_weights()
         for line in lines.start_lines(self.facts(notes)):
             self.say(line)
-        if dry_run:
-            return
-        replay = self.cfg.orchestrator.replay  # read before out_dir is emptied, it may lie there
-        replay = self.parallel.run_or_raise_on_all(read_decisions, replay) if replay else None
-        self.parallel.run_or_raise_on_all(self.own_out_dir)
-        self.parallel.run_or_raise_on_all(self.adopt, saved)
+        replay = cfg.orchestrator.replay
+        if replay:  # read before out_dir is emptied, it may lie there
+            replay = par.run_or_raise_on_all(read_decisions, replay)
+        par.run_or_raise_on_all(self.start.create_out_dir)
+        par.run_or_raise_on_all(self.start.adopt, saved)
         self.build(saved, weights)
         self.started_at = self.step
-        self.watch = Stopwatch(self.step, runs_ahead=self.parallel.device.type == "cuda")
-        self.saver = Saver(self.cfg, self.parallel, self.owner, self.report, self.watch)
+        self.watch = Stopwatch(self.step, runs_ahead=par.device.type == "cuda")
+        self.saver = Saver(cfg, par, self.owner, self.report, self.watch)
         if saved is not None:
             self.find_best()
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
         if same_data and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
-        self.orchestrator = self.parallel.run_or_raise_on_all(Orchestrator, self, replay)
+        self.orchestrator = par.run_or_raise_on_all(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
-            self.orchestrator.load(
-                saved.state["orchestrator"], not same_data, self.origin is not None
-            )
+            of_another_run = self.start.origin is not None
+            state = saved.state["orchestrator"]
+            self.orchestrator.load(state, not same_data, of_another_run)
         self.open_log()
 
     # ---- setting up
 
-    def open_data(self, dry_run: bool) -> None:
-        """Sources, their validation splits, tokenizer and vocabulary; every mismatch is refused here."""
-        cfg, T = self.cfg, self.cfg.model.max_seq_len
-        if dry_run and cfg.prepare and not (Path(cfg.data_dir) / "manifest.json").exists():
-            spec = (
-                cfg.prepare.get("tokenizer") or "bpe:8192"
-            )  # not prepared yet, and a dry run does not start it
-            n_vocab = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
-            cfg.model.vocab_size = cfg.model.vocab_size or n_vocab
-            self.weights, self.sources, self.val_sources, self.fingerprints = (
-                {"data": 1.0},
-                {},
-                {},
-                {},
-            )
-            return
-        folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
-        self.weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
-        self.sources = {
-            n: Source(str(s["dir"]), "train", T, cfg.val_fraction) for n, s in folders.items()
-        }
-        val = {n: Source(str(s["dir"]), "val", T, cfg.val_fraction) for n, s in folders.items()}
-        self.val_sources = {n: s for n, s in val.items() if s.windows and cfg.val_fraction > 0}
-        made = next((s for s in self.sources.values() if s.manifest), None)
-        self.token_bytes, self.tokenizer_dir = None, Path(made.path) if made else None
-        if made:
-            self.tokenizer_sum = made.manifest["tokenizer"]["sha256"]
-            used = {
-                s.manifest["tokenizer"]["sha256"]: n for n, s in self.sources.items() if s.manifest
-            }
-            for name in used.values():
-                if len(used) > 1 and not self.same_tokenizer(Path(self.sources[name].path)):
-                    raise UserError(
-                        "E113",
-                        f"data.sources {' and '.join(used.values())} have different tokenizers",
-                    )
-            cfg.model.vocab_size = cfg.model.vocab_size or made.manifest["tokenizer"]["n_vocab"]
-            self.token_bytes = np.load(
-                Path(made.path) / "token_bytes.npy", allow_pickle=False
-            ).astype(np.int64)
-        if not cfg.model.vocab_size:
-            raise UserError(
-                "E113",
-                "model.vocab_size must be set: bare shards do not say which tokenizer made them",
-            )
-        for source in (*self.sources.values(), *self.val_sources.values()):
-            source.check_vocab(cfg.model.vocab_size)
-        self.fingerprints = {n: s.fingerprint for n, s in self.sources.items()}
+    def open_data(self) -> None:
+        """Sources, their validation splits, tokenizer; the vocabulary becomes the model's."""
+        cfg = self.cfg
+        self.data = self.parallel.run_or_raise_on_all(open_data, cfg)
+        self.sources, self.val_sources = self.data.sources, self.data.val_sources
+        self.fingerprints = self.data.fingerprints
+        self.token_bytes = self.data.token_bytes()
+        model = dataclasses.replace(cfg.model, vocab_size=self.data.vocab_size)
+        self.cfg = dataclasses.replace(cfg, model=model)
         if cfg.early_stopping_patience and not self.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
             raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
 
-    def same_tokenizer(self, other: Path) -> bool:
-        """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
-        return tokenizers.load(str(other)).same_ids(tokenizers.load(str(self.tokenizer_dir)))
-
-    def check_tokenizer(self, what: str, file: Path | None, sha256: str | None) -> None:
-        """E113 where `what`, weights, were made with another tokenizer than the data. `file`: theirs; `sha256`: its sum
-        as a manifest or checkpoint has it; either may be unknown."""
-        mine, said = self.tokenizer_sum, None
-        if mine and sha256 == mine:
-            return
-        try:
-            if mine is None or not (file or sha256):
-                side = what if mine else "the data"
-                said = f"{what}: made with the tokenizer of the data? {side} cannot say"
-            elif file and self.same_tokenizer(file):
-                return
-            sha256 = sha256 or (file and mine and tokenizers.load(str(file)).sha256)
-        except UserError as error:
-            said = (
-                f"{what}: made with the tokenizer of the data? Its own cannot be read: {error.text}"
-            )
-        if said is None:
-            said = f"{what}: made with another tokenizer (sha256 {sha256}) than the data (sha256 {mine}),"
-            said += " so that an id means another text"
-            if not self.cfg.allow_tokenizer_change:
-                fix = f"prepare the data with --tokenizer {file or 'of that run'}"
-                raise UserError(
-                    "E113", f"{said}; {fix}, or allow_tokenizer_change: true if it is meant"
-                )
-        self.changes += [said] if said not in self.changes else []
-
-    def check_paths(self) -> None:
-        """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there. Neither is
-        looked at again once out_dir has steps of its own to go on from."""
-        cfg, steps = self.cfg, checkpoint.list_steps(self.out)
-        anew = (
-            cfg.resume == "none"
-            and cfg.overwrite
-            and not owner.again(files.read_json(self.out / owner.Owner.NAME))
-        )
-        if origin := self.find_origin():
-            try:
-                checkpoint.folders(origin)
-            except UserError as error:
-                raise UserError(error.code, f"resume: {error.text}") from error
-        if cfg.init_from and not origin and (anew or not steps):
-            path = Path(cfg.init_from)
-            if anew and self.out.resolve() in (path.resolve(), *path.resolve().parents):
-                raise UserError(
-                    "E300",
-                    f"init_from {path} lies in {self.out}, which overwrite: true would delete",
-                )
-            try:
-                (path / "config.json").is_file() or checkpoint.folders(path)
-            except UserError as error:
-                raise UserError(error.code, f"init_from: {error.text}") from error
-
-    def find_origin(self) -> Path | None:
-        """What `resume: PATH` goes on from; None without a path, or where out_dir already holds what came from it: then
-        the newest there wins, else each restart would begin there again."""
-        if self.cfg.resume in ("auto", "none"):
-            return None
-        path, steps = Path(self.cfg.resume).resolve(), checkpoint.list_steps(self.out)
-        came = None
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            came = json.loads((self.out / "resumed.json").read_text())["from"]
-        if path == self.out.resolve() or (steps and came == str(path)):
-            return None
-        return path
-
-    def claim_out_dir(self) -> checkpoint.Checkpoint | None:
-        """Rank 0 owns out_dir from here on, and picks the checkpoint to go on from; all ranks open it; None: a fresh
-        start. Changes no run."""
-        cfg, found, text, origin = self.cfg, None, None, None
-        self.model_written, self.damaged, self.anew = (
-            dataclasses.asdict(cfg.model),
-            [],
-            cfg.resume == "none",
-        )
-        if self.main:
-            try:
-                self.owner.take(self.say)
-                if self.anew and owner.again(self.owner.found):
-                    self.anew = False
-                    self.say(
-                        "note       resume: none speaks of the launch's first start; this restart goes on"
-                    )
-                checkpoint.clean_up(self.out)
-                steps = checkpoint.list_steps(self.out)
-                if self.anew and (steps or (self.out / "metrics.jsonl").exists()):
-                    if not cfg.overwrite:
-                        raise UserError(
-                            "E300", f"{self.out} holds a run at step {max(steps, default=0)}"
-                        )
-                else:
-                    found = [str(checkpoint.step_dir(self.out, step)) for step in reversed(steps)]
-                    if origin := self.find_origin():
-                        if steps and origin.parent != self.out.resolve():
-                            text = f"{self.out} holds a run at step {max(steps)}, and resume: {origin} is of another"
-                            raise UserError("E300", f"{text}: give a new out_dir")
-                        found = [str(folder) for folder in checkpoint.folders(origin)]
-                    for (
-                        folder
-                    ) in found:  # before minutes are spent on every byte of another model's run
-                        try:
-                            newest = checkpoint.Checkpoint(folder)
-                        except UserError:
-                            continue
-                        self.same_run(newest)
-                        break
-            except UserError as error:
-                text = error
-        folders, self.origin, self.anew, error = self.parallel.broadcast(
-            (found, origin, self.anew, text)
-        )
-        if error:
-            raise error
-        found = self.newest_whole([Path(folder) for folder in folders]) if folders else None
-        if folders and found is None:
-            text = f"{self.origin or self.out} holds no whole checkpoint, see `python -m lumen.checkpoint {self.out}`"
-            raise UserError("E303", f"{text}; another out_dir starts anew")
-        saved = checkpoint.Checkpoint(found) if found else None
-        if saved:
-            self.same_run(saved)
-            self.tokenizer_then = saved.state.get("tokenizer")
-        return saved
-
-    def same_run(self, saved: checkpoint.Checkpoint) -> None:
-        """E300, E113, E305, E306, E118: this is not a checkpoint to go on from with this model and these data."""
-        if "imported" in saved.state:
-            raise UserError(
-                "E300",
-                f"{self.out} holds an imported model: give it as init_from, with another out_dir",
-            )
-        if saved.state["fingerprints"] != self.fingerprints:
-            then = saved.state.get("tokenizer")
-            self.check_tokenizer(str(saved.path), tokenizers.of_run(saved.path.parent, then), then)
-        now, model = self.model_written, dataclasses.asdict(saved.model_config(written=True))
-        here = {
-            k: v for k, v in now.items() if k != "init_std"
-        }  # of what has long been changed by training
-        differ = [
-            f"{k}: {model.get(k)} there, {v} here" for k, v in here.items() if model.get(k) != v
-        ]
-        if differ:
-            fix = f"{self.out} holds a run of another model: give another --out_dir, or write model: as it was"
-            raise UserError("E305", f"{saved.path}: {'; '.join(differ)}. {fix}")
-        if saved.state["fingerprints"] != self.fingerprints and not self.cfg.allow_data_change:
-            was = saved.state["fingerprints"]
-            names = [
-                n for n in {**was, **self.fingerprints} if was.get(n) != self.fingerprints.get(n)
-            ]
-            text = f"{saved.path} was trained on other data than {', '.join(names)} holds now"
-            raise UserError("E118", f"{text}; data_dir was {saved.state['config'].get('data_dir')}")
+    def is_finished(self) -> bool:
+        """Whether the checkpoint that it starts from was the run's last."""
+        through = self.step >= self.run.max_steps or self.stopped_early
+        return through and self.evaluated_at == self.step
 
     def newest_whole(self, folders: list[Path]) -> str | None:
-        """The first of these checkpoints in which every byte is as it was written, None without one; each rank reads
-        its share of the files. E306 where one is newer than this program, E108 where we may not read it."""
-        par = self.parallel
-        for folder in folders:
-            try:
-                mine = checkpoint.Checkpoint(folder).verify(par.rank, par.world), None
-            except UserError as error:
-                mine = [error.text], error.code if checkpoint.final(error) else None
-            rows = par.gather(mine)
-            wrong = list(dict.fromkeys(text for texts, _ in rows for text in texts))
-            if not wrong:
-                return str(folder)
-            if code := next((code for _, code in rows if code), None):
-                raise UserError(code, wrong[0])
-            self.say(
-                f"{'E108' if checkpoint.unreadable(wrong) else 'E303'}: passed over {folder}: {'; '.join(wrong)}"
-            )
-            if folder.parent.resolve() == self.out.resolve() and not checkpoint.unreadable(wrong):
-                self.damaged.append(folder)
-        return None
+        return self.start.newest_whole(folders)
 
     def set_damaged_aside(self) -> None:
-        """Rank 0, once it may change the run: what was found damaged counts nowhere any more."""
-        for folder in self.damaged if self.main else ():
-            try:
-                self.say(
-                    f"note       {folder} is now {checkpoint.set_damaged_aside(folder).name}: it is damaged"
-                )
-            except OSError as error:  # it stays where it is: what is saved now is kept all the same
-                self.say(f"note       {folder} is damaged and cannot be renamed: {error.strerror}")
-        self.damaged = []
+        self.start.set_damaged_aside()
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Turn auto and null into values: the checkpoint's where the YAML still says the same, else rank 0's choice."""
-        cfg, par, T = self.cfg, self.parallel, self.cfg.model.max_seq_len
-        before = saved.state if saved else {"written": {}, "run": {}}
-        self.hint, self.measure_memory = None, False
-
-        def kept(name, *keys):
-            same = all(self.written.get(k) == before["written"].get(k) for k in keys or (name,))
-            return before["run"].get(name) if same else None
-
-        def kept_here(
-            name, *keys
-        ):  # what suited a CPU does not suit a GPU; older checkpoints do not say
-            here = par.device.type
-            return kept(name, *keys) if before["run"].get("device", here) == here else None
-
-        # batch: rows per step stay what they were, on any world size
-        rank_count, rows = (
-            par.rows()[1],
-            kept("rows_per_step", "batch_size", "gradient_accumulation_steps", "batch_tokens"),
-        )
-        if rows is None and cfg.batch_tokens:
-            unit = T * rank_count
-            if cfg.batch_tokens % unit:
-                near = max(1, round(cfg.batch_tokens / unit)) * unit
-                text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len, {rank_count} x {T}"
-                raise UserError("E002", f"{text}; the nearest that is: {near}")
-            rows = cfg.batch_tokens // T
-            fixed = (
-                rows
-                if cfg.batch_size == "auto"
-                else cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
-            )
-            if "gradient_accumulation_steps" in self.written and fixed != rows:
-                raise UserError(
-                    "E002",
-                    f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}: drop one",
-                )
-        elif rows is None:
-            rows = cfg.batch_size * cfg.gradient_accumulation_steps * rank_count
-        kept_size = kept_here("micro_batch", "batch_size", "batch_tokens")
-        cfg.batch_size = par.broadcast(
-            par.run_or_raise_on_all(self.micro_batch, rows // rank_count, kept_size)
-        )
-        micro = next(
-            (m for m in range(min(cfg.batch_size, rows), 0, -1) if rows % (m * rank_count) == 0),
-            None,
-        )
-        if micro is None:
-            can = [w for w in range(1, 2 * rank_count + 2) if rows % w == 0]
-            near = sorted(can, key=lambda w: abs(w - rank_count))[:2]
-            text = f"{rows} rows per step cannot be shared by {rank_count} processes"
-            raise UserError("E600", f"{text}; can: {sorted(near)}")
-        if micro != cfg.batch_size and self.written.get("batch_size", "auto") != "auto":
-            self.changes.append(
-                f"batch_size: {cfg.batch_size} does not fit {rows} rows on {rank_count} ranks: {micro}"
-            )
-        cfg.batch_size, cfg.gradient_accumulation_steps = micro, rows // (micro * rank_count)
-
-        # length
-        windows = sum(s.windows for s in self.sources.values())
-        try:
-            self.counted = plan.on_meta(cfg.model)
-        except ValueError as error:
-            raise UserError("E002", str(error)) from error
+        """run: what auto and null become, as rank 0 finds it; and what else that brings to light."""
+        cfg, par = self.cfg, self.parallel
+        local_rank = environment("LOCAL_RANK", 0)
+        machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
+        self.counted = meta_model(cfg.model)  # the model's shapes, without weights
         self.flops_per_token = self.counted.flops_per_token()
-        whole = dataclasses.replace(cfg.model, mod_capacity=1.0, mod_layers=None)
-        self.flops_undiminished = plan.on_meta(whole).flops_per_token()  # without MoD
-        # what works on a token: MoE's active parameters, MoD's weighted by its FLOPs
-        self.n_working = round(
-            self.counted.n_params()["active"] * self.flops_per_token / self.flops_undiminished
+        hint = None
+        if not (cfg.overwrite and self.start.anew):  # else it is about to be deleted
+            hint = read_hint(self.out, self.written.get("batch_size"), machine)
+        facts = Facts(
+            written=self.written,
+            readers=par.rows()[1],
+            layout=par.layout,
+            windows=self.data.windows,
+            weights=self.data.weights,
+            model=self.counted,
+            machine=machine,
+            memory=machines.own_memory(machine.device),
+            hint=hint,
+            hint_file=self.out / HINT,
         )
-        steps = kept("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
-        cfg.max_steps = cfg.max_steps if steps is None else steps
-        if cfg.max_steps is None and cfg.tokens_per_parameter and windows:
-            counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
-            most = 50 if cfg.num_epochs is None else cfg.num_epochs
-            cfg.max_steps, why = plan.auto_steps(*counts, max_epochs=most)
-            self.changes.append(why)
-        if cfg.max_steps is None:
-            cfg.max_steps = (
-                int(windows * (1.0 if cfg.num_epochs is None else cfg.num_epochs)) // rows
-            )
-        asked = "max_steps" in self.written or cfg.num_epochs == 0  # for no step at all
-        if cfg.max_steps < 1 and not asked and self.sources:
-            raise UserError(
-                "E114",
-                f"{windows} rows of {T} tokens are less than one step of {rows}; lower the batch",
-            )
-        cfg.min_lr = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
-        warmup = min(2000, cfg.max_steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
-        cfg.warmup_steps = round(warmup * cfg.max_steps) if 0 < warmup < 1 else int(warmup)
-
-        # machine: what rank 0 finds, kept on resume
-        precision = kept_here("precision")
-        machine = machines.detect(
-            cfg.device, cfg.precision, cfg.compile_model, environment("LOCAL_RANK", 0)
-        )
-        if precision not in (None, machine.precision) and cfg.precision == "auto":
-            with contextlib.suppress(
-                UserError
-            ):  # the hardware of today cannot do it: today's choice, said
-                machine = machines.detect(
-                    cfg.device, precision, cfg.compile_model, environment("LOCAL_RANK", 0)
-                )
-        cfg.precision = par.broadcast(machine.precision)
-        self.machine = dataclasses.replace(machine, precision=cfg.precision)
-        self.misfit = par.run_or_raise_on_all(self.check_memory, rows)
-        self.peak = par.broadcast(machines.peak_flops(self.machine))
-        compiled = kept_here("compile_model")
-        if compiled is None or machine.compile is False:  # there may be no compiler any more
-            seconds = self.flops_per_token * rows * T * cfg.max_steps / (self.peak * rank_count)
-            compiled = seconds > 600 if machine.compile is None else machine.compile
-        cfg.compile_model = par.broadcast(compiled)
-        try:
-            choice = kept_here("attention") or cfg.attention
-            backend, why = pick_attention(choice, cfg.model, par.device, self.machine.compute_dtype)
-        except ValueError as error:
-            raise UserError("E002", str(error)) from error
-        cfg.attention, attention_why = par.broadcast((backend, why))
-        experts_why = ""
-        if cfg.model.n_experts:
-            cfg.expert_backend, experts_why = par.broadcast(
-                self.pick_experts(kept_here("expert_backend"))
-            )
-        deterministic = kept_here("deterministic")
-        if deterministic is None:
-            deterministic = (
-                cfg.deterministic if cfg.deterministic != "auto" else par.device.type == "cpu"
-            )
-        cfg.deterministic = par.broadcast(deterministic)
-        self.versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        self.versions |= {"device": self.machine.name, "world": par.world}
-        was = before.get("versions", {})
-        here = self.versions | {"micro_batch": micro}
+        self.changes = self.start.changes  # what is not as written, or as in the checkpoint
+        found = Findings(self.changes)
+        state = saved.state if saved else None
+        run = par.run_or_raise_on_all(resolve, cfg, facts, state, found)
+        self.run, self.peak = par.broadcast((run, found.peak))
+        self.machine = dataclasses.replace(found.machine, precision=self.run.precision)
+        size = {"micro_batch": self.run.micro_batch, "rows_per_step": self.run.rows_per_step}
+        # once more, with what rank 0 has chosen: this rank may have less memory
+        args = (cfg, facts, self.run.precision, size)
+        self.misfit = par.run_or_raise_on_all(check_memory, *args)
+        self.hint = found.hint  # how the micro-batch came about
+        # where forward and backward hold collectives no rank can try alone
+        self.probes = found.estimated and par.device.type == "cuda" and par.collective_free
+        self.versions = versions(self.machine, par.world)
         if saved:
-            was = was | {"micro_batch": before["run"]["micro_batch"]}
-        differ = [f"{k} {was[k]} -> {v}" for k, v in here.items() if k in was and was[k] != v]
-        if differ and cfg.deterministic:
-            self.changes.append(
-                f"equal bits to the run so far cannot be promised: {', '.join(differ)}"
-            )
-
-        # the order of data: segments of weights over the cursor, kept on resume as far as they lie in the past
-        weights = self.weights
-        segments, start = [], 0
-        for phase in (cfg.data or {}).get("phases") or [{"weights": weights}]:
-            segments.append([start * rows, phase["weights"]])
-            until = phase.get("until", cfg.max_steps)
-            start = round(until * cfg.max_steps) if until <= 1 else int(until)
-        if saved and before["run"]["segments"] != segments:
-            self.cursor = before["cursor"]
-            past = [
-                s
-                for s in before["run"]["segments"]
-                if s[0] < self.cursor and set(s[1]) <= set(weights)
-            ]
-            future = [s for s in segments if s[0] > self.cursor]
-            current = next(s[1] for s in reversed(segments) if s[0] <= self.cursor)
-            if not past:
-                past = [[0, current]]
-            elif past[-1][1] != current:
-                past.append([self.cursor, current])
-            segments = past + future
-        self.run = Run(
-            rows_per_step=rows,
-            micro_batch=micro,
-            accumulation=cfg.gradient_accumulation_steps,
-            max_steps=cfg.max_steps,
-            min_lr=cfg.min_lr,
-            warmup_steps=cfg.warmup_steps,
-            peak_step=rise(cfg.lr_schedule, cfg.max_steps, cfg.warmup_steps),
-            device=par.device.type,
-            precision=cfg.precision,
-            compile_model=cfg.compile_model,
-            attention=cfg.attention,
-            attention_why=attention_why,
-            expert_backend=cfg.expert_backend,
-            experts_why=experts_why,
-            deterministic=cfg.deterministic,
-            segments=segments,
-        )
-        if saved:
-            if said := leap(before["config"], cfg, self.run, before["step"]):
-                self.changes.append(said)
-            self.compare(before["config"] | {"batch_tokens": before["run"]["rows_per_step"] * T})
-
-    def compare(self, before: dict) -> None:
-        """A line for each knob that is not what the checkpoint's run had, both as resolved. `before`: its config."""
-        now = resolved(self.cfg, self.run)
-        now["batch_tokens"] = self.run.rows_per_step * self.cfg.model.max_seq_len
-        apart = {
-            "model",
-            "resume",
-            "overwrite",
-            "init_from",
-            "allow_data_change",
-            "allow_tokenizer_change",
-        }
-        for key, value in now.items():
-            then = before.get(key, value)  # a key that is newer than the checkpoint
-            pairs = [(key, then, value)]
-            if key == "orchestrator":
-                pairs = [(f"{key}.{k}", then.get(k, v), v) for k, v in value.items()]
-            if key not in apart:
-                self.changes += [
-                    f"{k}: {a} in the checkpoint, {b} now" for k, a, b in pairs if a != b
-                ]
-
-    def micro_batch(self, rows: int, kept: int | None) -> int:
-        """Rows a micro-step, of `rows` a rank and step: as written, or as much as was found to fit, or for auto what
-        the estimate says (on CUDA a probe has the last word; a CPU kills where CUDA raises, so there it decides)."""
-        cfg, m = self.cfg, self.cfg.model
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if cfg.overwrite and not self.dry_run and self.anew:
-                raise OSError("it is about to be deleted")
-            hint = json.loads((self.out / "oom_hint.json").read_text())
-            same = hint.get("device") in (
-                None,
-                self.memory_at_hand(),
-            )  # another device, another limit
-            if same and hint["written"] == self.written.get("batch_size"):
-                kept = min(hint["micro_batch"], kept or hint["micro_batch"])
-                self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({self.out / 'oom_hint.json'})"
-        if cfg.batch_size != "auto":
-            return min(cfg.batch_size, kept or cfg.batch_size)
-        if kept:
-            return kept
-        machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
-        have, precision = machines.own_memory(machine.device), machine.precision
-        if self.dry_run and self.dry_run["hardware"] != "measured":
-            have = machines.hardware(self.dry_run["hardware"], machine, self.dry_run).memory
-            precision = self.dry_run["precision"]
-        room, model, layout = cfg.target_memory * have, plan.on_meta(m), self.parallel.layout
-        fits = [r for r in range(1, rows + 1) if rows % r == 0]
-        how = (precision, cfg.activation_checkpointing)
-        need = {
-            r: plan.rank_memory(model, layout, r, rows // r, *how, plan.IMBALANCE)["total"]
-            for r in fits
-        }
-        best = max(
-            (r for r in fits if need[r] <= room), default=1
-        )  # check_memory says where one row is too many
-        self.measure_memory = (
-            machine.device.type == "cuda" and self.parallel.collective_free
-        )  # in parts no rank can try alone
-        self.hint = (
-            f"batch_size: auto is {best}: about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
-        )
-        return best
-
-    def check_memory(self, rows: int) -> str:
-        """E200 where the run is sure not to fit; advice where it may not, and in a dry run, which is for elsewhere."""
-        cfg, machine = self.cfg, self.machine
-        if self.dry_run and self.dry_run["hardware"] != "measured":  # its lines say so
-            return ""
-        how, have = (
-            (machine.precision, cfg.activation_checkpointing),
-            machines.own_memory(machine.device),
-        )
-        args = (
-            self.counted,
-            self.parallel.layout,
-            cfg.batch_size,
-            rows,
-            how,
-            have,
-            cfg.target_memory,
-        )
-        why, sure = plan.misfit(*args)
-        if sure and not self.dry_run:
-            raise UserError("E200", why)
-        return why and f"this {'will' if sure else 'may'} not fit: {why}"
-
-    def memory_at_hand(self) -> list:
-        """Which device ran out of memory, or would: its name and GiB."""
-        machine = machines.detect(self.cfg.device, "fp32", False, environment("LOCAL_RANK", 0))
-        return [machine.name, round(machines.total_memory(machine.device) / 2**30)]
-
-    def pick_experts(self, kept: str | None) -> tuple[str, str]:
-        """The backend of the expert layer and why it is that one."""
-        cfg, m = self.cfg, self.cfg.model
-        if self.misfit and self.dry_run:  # a layer of its experts alone may be too much
-            return "slices", "nothing tried, since the run does not fit here"
-        shape = (
-            m.d_model,
-            m.d_expert,
-            m.n_experts,
-            m.n_experts_per_token,
-            cfg.batch_size * m.max_seq_len,
-        )
-        where = (self.parallel.device, self.machine.compute_dtype, *shape)
-        if kept:
-            try:
-                return pick_backend(kept, *where)[0], "as in the checkpoint"
-            except ValueError as error:  # another machine
-                self.changes.append(f"expert_backend: {error}")
-        try:
-            return pick_backend(cfg.expert_backend, *where)
-        except ValueError as error:
-            raise UserError("E003", f"expert_backend: {error}") from error
-
-    def own_out_dir(self) -> None:
-        """All is checked: out_dir is this launch's; rank 0 empties it first where overwrite says so."""
-        if not self.main:
-            return
-        try:
-            if self.anew and self.cfg.overwrite:
-                for folder in checkpoint.all_folders(self.out):
-                    shutil.rmtree(folder)
-                for name in OURS:
-                    (self.out / name).unlink(missing_ok=True)
-                for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
-                    curve.unlink()
-            self.owner.accept()
-        except OSError as error:
-            raise UserError("E300", f"out_dir {self.out} cannot be emptied: {error}") from error
-        self.set_damaged_aside()
-
-    def adopt(self, saved) -> None:
-        """resume: PATH. Of this run: what was saved after it is set aside. Of another: it, and its best, become steps
-        of out_dir too. Either way the newest step here is then the one to go on from, also for a restart."""
-        if not self.origin or not self.main:
-            return
-        note, folder = {"from": str(self.origin), "step": saved.step}, saved.path.resolve()
-        try:
-            if folder.parent == self.out.resolve():
-                checkpoint.set_aside(self.out, saved.step)
-                files.write_json(self.out / "resumed.json", note)
-                return
-            files.write_json(
-                self.out / "resumed.json", note
-            )  # first: whoever dies in between begins here again
-            checkpoint.adopt(folder, self.out)
-            best = checkpoint.step_dir(folder.parent, saved.state["best_step"] or saved.step)
-            if best != folder and best.exists():
-                checkpoint.adopt(best, self.out)
-            if file := tokenizers.of_run(folder.parent, saved.state.get("tokenizer")):
-                shutil.copyfile(file, self.out / "tokenizer.json")
-        except OSError as error:
-            raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
+            self.changes += leap(state["config"], cfg, self.run, saved.step)
+            self.changes += other_bits(self.run, self.versions, state)
+            self.changes += compare(cfg, self.run, state)
 
     def build(self, saved, weights) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
@@ -1127,9 +603,9 @@ class Trainer(ByHand):
         if saved is not None:
             self.parallel.run_or_raise_on_all(self.load, saved)
         elif weights:
-            par.run_or_raise_on_all(self.take_weights, cfg.init_from, *weights)
+            par.run_or_raise_on_all(self.take_weights, *weights)
             self.say(f"weights    from {cfg.init_from}")
-        if self.measure_memory:
+        if self.probes:
             self.probe()
         micro, accum = self.run.micro_batch, self.run.accumulation
         self.loader = Loader(self.sources, cfg.seed, self.run.segments, cfg.model.vocab_size)
@@ -1249,77 +725,15 @@ class Trainer(ByHand):
                 refuse_nonfinite(f"{saved.path}: {theirs}", part)
                 local.copy_(part)
 
-    def find_weights(self) -> tuple:
-        """init_from, of one of our runs or of a Hugging Face folder: (its model, its weights as take_weights reads
-        them). Refused before anything is changed: E303, E304, E113, and E305 where the models do not go together."""
-        path, par = self.cfg.init_from, self.parallel
-        if par.broadcast((Path(path) / "config.json").is_file()):
-            from export import read_hf
-
-            model, state, _, file = par.run_or_raise_on_all(read_hf, path)
-            par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, None)
-        else:
-            folders = par.broadcast(
-                par.run_or_raise_on_all(lambda: checkpoint.folders(path) if self.main else None)
-            )
-            if (found := self.newest_whole(folders)) is None:
-                raise UserError("E303", f"init_from {path} holds no whole checkpoint")
-            state = checkpoint.Checkpoint(found)
-            then = state.state.get("tokenizer")
-            file = tokenizers.of_run(state.path.parent, then)
-            par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, then)
-            model = state.model_config()
-        free = "dropout max_seq_len init_std rope_scaling rope_theta ffn_hidden_multiplier multiple_of".split()
-        if (
-            self.cfg.model.n_experts_max >= model.n_experts_max
-        ):  # slots may be added: the first rows are the same
-            free.append("n_experts_max")
-        there, here = dataclasses.asdict(model), dataclasses.asdict(self.cfg.model)
-        differ = [
-            f"{k}: {there[k]} there, {here[k]} here"
-            for k in here
-            if there[k] != here[k] and k not in free
-        ]
-        if differ:
-            text = f"init_from {path}: {'; '.join(differ)}"
-            if there["vocab_size"] != here["vocab_size"] and file:
-                text += f"; vocab_size is the tokenizer's: prepare the data with --tokenizer {file}"
-            raise UserError("E305", text)
-        return model, state
-
-    def take_weights(self, path: str, model: ModelConfig, state) -> None:
-        """The rows of a state dict or checkpoint that are this rank's. E303 for weights that are NaN or inf."""
-        slots, before = (m.n_experts_max or m.n_experts for m in (self.cfg.model, model))
-        mine, new = self.tensors(), slots - before
-        for name in (
-            state
-            if isinstance(state, dict)
-            else [n[6:] for n in state.tensors if n.startswith("model.")]
-        ):
-            whole = state[name] if isinstance(state, dict) else None
-            if (
-                new
-                and model.n_null_experts
-                and name.endswith(("router.weight", "router.bias", "router.load"))
-            ):
-                whole = state.read(f"model.{name}") if whole is None else whole
-                real, null = whole[:before], whole[before:]
-                whole = torch.cat([real, whole.new_zeros(new, *whole.shape[1:]), null])
-            shape = state.tensors[f"model.{name}"]["shape"] if whole is None else whole.shape
-            for offset, _, local, _ in self.parallel.local_shards(
-                f"model.{name}", mine[f"model.{name}"]
-            ):
-                size = [
-                    max(0, min(n, m - a)) for a, n, m in zip(offset, local.shape, shape)
-                ]  # fewer slots there
-                if math.prod(size) == 0:
-                    continue
-                where = tuple(slice(a, a + n) for a, n in zip(offset, size))
-                part = state.read(f"model.{name}", offset, size) if whole is None else whole[where]
-                refuse_nonfinite(f"init_from {path}: {name}", part)
-                local[tuple(map(slice, size))].copy_(part)
-        for moe in self.moe.values() if self.cfg.model.n_experts_max else ():
-            moe.router.retired.fill_(-1)  # the steps of another run
+    def take_weights(self, model: ModelConfig, weights) -> None:
+        """Those that init_from names; see resume.take_weights."""
+        slots = [m.n_experts_max or m.n_experts for m in (self.cfg.model, model)]
+        what = f"init_from {self.cfg.init_from}"
+        args = (model, slots[0] - slots[1], self.tensors(), self.parallel)
+        take_weights(what, weights, *args)
+        if self.cfg.model.n_experts_max:
+            for moe in self.moe.values():
+                moe.router.retired.fill_(-1)  # the steps of another run
 
     def open_files(self) -> None:
         """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
@@ -1327,8 +741,8 @@ class Trainer(ByHand):
             return
         report = self.report
         try:
-            report.open(lines.config_yaml(self.cfg, self.run), self.tokenizer_dir)
-            report.copy_tokenizer(self.tokenizer_sum, self.tokenizer_then)
+            report.open(lines.config_yaml(self.cfg, self.run), self.data.tokenizer_dir)
+            report.copy_tokenizer(self.data.tokenizer_sum, self.start.tokenizer)
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
         if self.step:  # a process that was killed may have saved and not yet said so
@@ -1352,7 +766,6 @@ class Trainer(ByHand):
 
     def listen(self) -> None:
         """From now on signals end the run in order; SIGUSR1 saves."""
-        self.first_interrupt = None  # when it came
         names = ["SIGTERM", "SIGINT"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             names.append("SIGHUP")  # else nohup has said that it shall be ignored
@@ -1962,7 +1375,7 @@ class Trainer(ByHand):
             readers=self.parallel.rows()[1],
             sources=self.sources,
             val_sources=self.val_sources,
-            n_working=self.n_working,
+            n_working=n_working(self.counted),
             flops_per_token=self.flops_per_token,
             peak=self.peak,
             world=self.parallel.world,
@@ -2011,7 +1424,7 @@ class Trainer(ByHand):
         if "moe.counts" in sums:
             found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
         if "mod.counts" in sums:
-            saved = 1 - self.model.flops_per_token() / self.flops_undiminished
+            saved = 1 - self.model.flops_per_token() / flops_without_mod(self.cfg.model)
             found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
         return found
 
@@ -2122,7 +1535,7 @@ class Trainer(ByHand):
         scaler = None if self.loss_scale is None else self.loss_scale.state()
         extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
         extra |= {"run": dataclasses.asdict(self.run)}
-        extra |= {"tokenizer": self.tokenizer_sum or self.tokenizer_then}
+        extra |= {"tokenizer": self.data.tokenizer_sum or self.start.tokenizer}
         extra |= {"wandb_id": self.report.wandb_id}
         extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
         return {name: getattr(self, name) for name in names} | extra
@@ -2191,22 +1604,6 @@ class Trainer(ByHand):
         self.owner.release()
 
 
-def check_states(cfg: Config, layout: plan.Layout) -> None:
-    """E200 where not even one row would fit: before data is prepared, processes meet and anything is built."""
-    machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
-    layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
-    try:  # a vocabulary that the data will name can only make it larger
-        model = plan.on_meta(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
-    except ValueError as error:
-        raise UserError("E002", str(error)) from error
-    have = machines.own_memory(machine.device)
-    why, sure = plan.misfit(
-        model, layout, 1, layout.world, (machine.precision, "block"), have, cfg.target_memory
-    )
-    if sure:
-        raise UserError("E200", why)
-
-
 def refused(reason: str) -> dict:
     return {"refused": "E308", "reason": reason}
 
@@ -2214,90 +1611,66 @@ def refused(reason: str) -> dict:
 # ---------------------------------------------------------------- main
 
 
-def main(argv: list[str], parallel=Parallel, check=None) -> int:
-    """check(cfg, world) -> plan.Layout: refuses keys that cannot lay the model on so many ranks; None: replicas."""
+def read_any(config) -> tuple[Config, dict, list[str]]:
+    """What a Trainer may be given -> the configuration, the keys as written, notes for the user."""
+    if isinstance(config, dict):
+        notes: list[str] = []
+        written = json.loads(json.dumps(config, default=str))  # a copy, of plain values
+        cfg = build_config(written, lambda key: "config", notes)
+        return dataclasses.replace(cfg, out_dir=cfg.out_dir or "out/run"), written, notes
+    if not isinstance(config, tuple):
+        config = read_config(config if isinstance(config, list) else [str(config)])
+    cfg, written, notes, _ = config
+    return cfg, written, notes
+
+
+def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
+    """Train as the command line says; returns the exit code.
+
+    layout_of(cfg, world) -> plan.Layout: refuses keys that cannot lay the model on so many ranks,
+    and `parallel` takes what it returns; None: every rank holds a replica.
+    """
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     check_launch()
-    rank = environment("RANK", 0)
-    cfg, written, notes, flags = read_config(argv)
+    read = read_config(argv)
+    cfg, written, notes, flags = read
     if flags.get("print_config"):
-        print(printed(cfg, check is not None, notes) if rank == 0 else "", end="")
+        if environment("RANK", 0) == 0:
+            print(printed(cfg, layout_of is not None, notes), end="")
         return 0
-    if status := owner.hopeless(cfg.out_dir):  # --max-restarts and requeue restart on any failure
-        if rank == 0:
-            print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(
-                5
-            )  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
-        return status["code"]
+    status = owner.hopeless(cfg.out_dir)  # --max-restarts and requeue restart on any failure
+    if status:
+        return owner.not_restarted(status)
     if flags.get("dry_run"):
         from tools.simulate import dry_run  # upward, and only a dry run calls it
 
-        return dry_run(cfg, written, notes, flags, check)
+        return dry_run(cfg, written, notes, flags, layout_of)
     try:
-        world = environment("WORLD_SIZE", 1)  # all three before data is prepared
-        launch.check_tasks()
-        check_states(cfg, check(cfg, world) if check else plan.Layout(world))
-        trainer = Trainer(argv, parallel)
+        check_tasks()
+        world = environment("WORLD_SIZE", 1)
+        layout = plan.Layout(world)
+        if layout_of:
+            layout = layout_of(cfg, world)
+            parallel = functools.partial(parallel, layout=layout)
+        check_states(cfg, layout)  # before data are prepared
+        trainer = Trainer(read, parallel)
     except UserError as error:
         owner.refused(error)
         raise
-    if (
-        trainer.step >= trainer.run.max_steps or trainer.stopped_early
-    ) and trainer.evaluated_at == trainer.step:
+    if trainer.is_finished():
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")
         trainer.close()
         return 0
     try:
         return trainer.fit()
-    except UserError as error:
-        trainer.report.close()
-        trainer.write_status(
-            "diverged" if error.exit_code == 3 else "input_error", error.exit_code, str(error)
-        )
-        raise
-    except (
-        torch.OutOfMemoryError
-    ) as error:  # not in a micro-step: in a collective, the optimizer, an evaluation
-        trainer.report.close()
-        first = (str(error).splitlines() or ["?"])[0]
-        if trainer.run.micro_batch == 1:
-            text = f"step {trainer.step}, one row a micro-step: {first}"
-            trainer.write_status("input_error", 2, text, anyone=True)
-            raise UserError(
-                "E200", f"{text}; try activation_checkpointing: block, or a smaller model"
-            ) from error
-        smaller = trainer.run.micro_batch // 2
-        hint = {
-            "micro_batch": smaller,
-            "written": trainer.written.get("batch_size"),
-            "step": trainer.step,
-        }
-        hint |= {"device": trainer.memory_at_hand()}
-        own = trainer.out / f"oom_hint.{rank}.json"  # whichever rank it was, or all of them
-        with contextlib.suppress(OSError):
-            files.write_json(own, hint)
-            own.replace(trainer.out / "oom_hint.json")
-        text = f"step {trainer.step}: {first}; a restart goes on with {smaller} rows a micro-step (oom_hint.json)"
-        trainer.write_status("restart", 75, text, anyone=True)
-        raise UserError("E201", text) from error
     except Exception as error:
-        trainer.report.close()
-        if trainer.parallel.world > 1 and lost_peer(error):
-            late = "another rank hangs or cannot be reached: " * ("imed out" in str(error))
-            text = f"step {trainer.step}: {late}{str(error).splitlines()[0]}"
-            there = trainer.report.read_status()  # of the rank that was lost, if it could say why
-            if (there.get("attempt"), there.get("state")) not in [
-                (trainer.attempt, s) for s in ("input_error", "restart")
-            ]:
-                trainer.write_status("restart", 75, text)
-            raise UserError("E601", text) from error
-        trainer.write_status("stopped", 1, f"{type(error).__name__}: {error}")
-        raise
+        shown = failure.explain(trainer, error)
+        if shown is error:
+            raise
+        raise shown from error
 
 
 if __name__ == "__main__":

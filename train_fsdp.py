@@ -232,8 +232,8 @@ class Sharded(Parallel):
 
     collective_free = False
 
-    def __init__(self, cfg: Config):
-        layout = layout_of(cfg, environment("WORLD_SIZE", 1))
+    def __init__(self, cfg: Config, layout: plan.Layout | None = None):
+        layout = layout or layout_of(cfg, environment("WORLD_SIZE", 1))
         super().__init__(cfg)
         kind = self.device.type
         self.stage = cfg.zero_stage
@@ -371,10 +371,10 @@ class Sharded(Parallel):
         return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
 
 
-def make_parallel(cfg: Config) -> Parallel:
-    """zero_stage 0, and a single process, are train.py's."""
-    world = environment("WORLD_SIZE", 1)
-    return Sharded(cfg) if layout_of(cfg, world).zero_stage else Parallel(cfg)
+def make_parallel(cfg: Config, layout: plan.Layout | None = None) -> Parallel:
+    """zero_stage 0, and a single process, are train.py's. layout: what layout_of has found."""
+    layout = layout or layout_of(cfg, environment("WORLD_SIZE", 1))
+    return Sharded(cfg, layout) if layout.zero_stage else Parallel(cfg)
 
 
 def main(argv: list[str]) -> int:

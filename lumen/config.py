@@ -26,7 +26,7 @@ from model import ModelConfig
 # ---------------------------------------------------------------- the knobs
 
 
-@dataclass
+@dataclass(frozen=True)
 class OrchestratorConfig:
     mode: str = "act"  # shadow: decides, writes down, does nothing; replay: repeats the file below
     intervention_threshold: float = 0.75  # confidence from which it acts
@@ -37,7 +37,7 @@ class OrchestratorConfig:
     replay: str | None = None  # with mode replay: decisions.jsonl of the run to repeat
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards

@@ -7,7 +7,6 @@ suggested.yaml. Nobody here looks into a Trainer, writes a file or prints.
 from __future__ import annotations
 
 import math
-import types
 from dataclasses import dataclass, field
 
 import torch
@@ -26,18 +25,6 @@ from model import ModelConfig, Transformer
 from model_moe import MoD
 
 FEW_ROWS = 16  # below that differences of val_loss are mostly noise
-
-
-def as_resolved(cfg: Config, **known):
-    """A resolved configuration under the names that Start.run has."""
-    run = types.SimpleNamespace(micro_batch=cfg.batch_size, max_steps=cfg.max_steps)
-    run.accumulation = cfg.gradient_accumulation_steps
-    for name in ("min_lr", "precision", "compile_model", "deterministic", "attention"):
-        setattr(run, name, getattr(cfg, name))
-    run.expert_backend = cfg.expert_backend
-    for name, value in known.items():
-        setattr(run, name, value)
-    return run
 
 
 @dataclass

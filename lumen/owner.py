@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from lumen.errors import UserError
 from lumen.files import read_json
-from lumen.launch import launch_id, parent, process, restarts
+from lumen.launch import environment, launch_id, parent, process, restarts
 
 try:
     import fcntl
@@ -305,6 +306,15 @@ def hopeless(out) -> dict | None:
         ):
             return status
     return None
+
+
+def not_restarted(status: dict) -> int:
+    """Says what hopeless() found, and returns the code to end with."""
+    if environment("RANK", 0) == 0:
+        print(f"not restarted: {status['reason']}", file=sys.stderr, flush=True)
+    else:  # torchrun ends all ranks as soon as one has: rank 0 must have said why by then
+        time.sleep(5)
+    return status["code"]
 
 
 def again(row: dict) -> bool:

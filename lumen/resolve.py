@@ -1,16 +1,38 @@
-"""What `auto` and null become at the start of a run: `Config`, as written -> `Run`, as resolved."""
+"""What `auto` and null become at the start of a run: `Config`, as written -> `Run`, as resolved.
+
+`resolve` decides in the order of its four steps: batch, length, machine, order of the data. What a
+checkpoint decided is kept as long as the keys that it follows from still say the same. Nothing here
+knows a Trainer: `Facts` is all that is asked of the world outside.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from lumen.config import Config
+import torch
+
+from kernels import pick_attention, pick_backend
+from lumen import files, plan
+from lumen import machine as machines
+from lumen.config import SHARDING, Config
+from lumen.errors import UserError
+from lumen.launch import environment
+from lumen.machine import Machine
+from model import ModelConfig, Transformer
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run does where its configuration left that open. Saved as `run` in state.json, and kept on resume."""
+    """What a run does where its configuration left that open.
+
+    Saved as `run` in state.json, and kept on resume.
+    """
 
     # a step's batch
     rows_per_step: int  # over all ranks, whatever their number
@@ -34,6 +56,174 @@ class Run:
     segments: list  # [[row from which on, {source: weight}], ...], the rows ascending
 
 
+@dataclass
+class Facts:
+    """What a start knows of its machine, its ranks and its data."""
+
+    written: dict  # the keys as the user wrote them
+    readers: int  # ranks that read rows of their own
+    layout: plan.Layout  # how the model lies on the ranks
+    windows: int | None  # rows of max_seq_len tokens in one pass over the data; None: not known
+    weights: dict[str, float]  # of the sources, where `data` has no phases
+    model: Transformer  # on the meta device: shapes, no weights
+    machine: Machine  # as detected for the written configuration
+    memory: float  # bytes that this rank may have
+    hint: int | None = None  # micro-batch that an earlier start's lack of memory asks for ...
+    hint_file: Path | None = None  # ... in this file
+    dry_run: bool = False  # what does not fit is said, not refused
+
+
+@dataclass
+class Findings:
+    """What else came to light: for the start block, for the Trainer, none of it is saved."""
+
+    changes: list[str] = field(default_factory=list)  # what is not as written, or as it was
+    hint: str = ""  # how the micro-batch came about
+    estimated: bool = False  # batch_size: auto, and no run has proven it yet
+    misfit: str = ""  # why the run may not fit into memory
+    machine: Machine | None = None  # with the precision of the run
+    peak: float = 0.0  # FLOP/s of this rank's matrices
+
+
+class Kept:
+    """What the checkpoint's run had resolved, where that still holds."""
+
+    def __init__(self, saved: dict | None, written: dict, device: str):
+        self.run = saved["run"] if saved else {}
+        self.then = saved["written"] if saved else {}
+        self.written, self.device = written, device
+
+    def get(self, name: str, *keys: str):
+        """`name` of its run, or None where the user writes one of `keys` (`name`) otherwise now."""
+        if any(self.written.get(key) != self.then.get(key) for key in keys or (name,)):
+            return None
+        return self.run.get(name)
+
+    def get_here(self, name: str, *keys: str):
+        """The same for what suits a kind of device: a CPU's choice does not suit a GPU."""
+        then = self.run.get("device", self.device)  # the oldest checkpoints do not say
+        return self.get(name, *keys) if then == self.device else None
+
+
+def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> Run:
+    """`saved`: the state of the checkpoint to go on from; None: a new run. Fills `found`.
+
+    Raises E002 and E003 for what cannot be, E114 where the data are less than a step, E200 where
+    the run cannot fit, E600 where rows cannot be shared. Ranks may come to unlike ends: the caller
+    takes rank 0's.
+    """
+    kept = Kept(saved, facts.written, facts.machine.device.type)
+    batch = resolve_batch(cfg, facts, kept, found)
+    length = resolve_length(cfg, facts, kept, batch["rows_per_step"], found)
+    machine = resolve_machine(cfg, facts, kept, batch | length, found)
+    segments = resolve_order(cfg, facts, saved, batch["rows_per_step"], length["max_steps"])
+    return Run(**batch, **length, **machine, segments=segments)
+
+
+# ---------------------------------------------------------------- batch
+
+
+def resolve_batch(cfg: Config, facts: Facts, kept: Kept, found: Findings) -> dict:
+    """rows_per_step, micro_batch, accumulation. Rows per step stay what they were on any number of
+    ranks: accumulation gives way."""
+    keys = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
+    rows = kept.get("rows_per_step", *keys) or rows_of_a_step(cfg, facts)
+    asked = rows_that_fit(cfg, facts, kept, rows // facts.readers, found)
+    sizes = [n for n in range(1, min(asked, rows) + 1) if rows % (n * facts.readers) == 0]
+    if not sizes:
+        can = [world for world in range(1, 2 * facts.readers + 2) if rows % world == 0]
+        near = sorted(can, key=lambda world: abs(world - facts.readers))[:2]
+        text = f"{rows} rows per step cannot be shared by {facts.readers} processes"
+        raise UserError("E600", f"{text}; can: {sorted(near)}")
+    micro = max(sizes)
+    if micro != asked and facts.written.get("batch_size", "auto") != "auto":
+        text = f"batch_size: {asked} does not fit {rows} rows on {facts.readers} ranks: {micro}"
+        found.changes.append(text)
+    accumulation = rows // (micro * facts.readers)
+    return {"rows_per_step": rows, "micro_batch": micro, "accumulation": accumulation}
+
+
+def rows_of_a_step(cfg: Config, facts: Facts) -> int:
+    """As written: batch_tokens, or batch_size x accumulation x ranks. E002 where the two differ."""
+    T, readers = cfg.model.max_seq_len, facts.readers
+    if not cfg.batch_tokens:
+        return cfg.batch_size * cfg.gradient_accumulation_steps * readers
+    unit = T * readers
+    if cfg.batch_tokens % unit:
+        near = max(1, round(cfg.batch_tokens / unit)) * unit
+        text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len"
+        raise UserError("E002", f"{text}, {readers} x {T}; the nearest that is: {near}")
+    rows = cfg.batch_tokens // T
+    if "gradient_accumulation_steps" in facts.written and cfg.batch_size != "auto":
+        product = cfg.batch_size * cfg.gradient_accumulation_steps * readers
+        if product != rows:
+            text = f"batch_tokens is {rows} rows, batch_size x accumulation x processes {product}"
+            raise UserError("E002", f"{text}: drop one")
+    return rows
+
+
+def rows_that_fit(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findings) -> int:
+    """Rows a micro-step, of `rows` a rank and step: as written, or as many as were found to fit, or
+    for auto what the estimate says.
+
+    On CUDA a probe has the last word. A CPU kills where CUDA raises, so there the estimate has it.
+    """
+    known = kept.get_here("micro_batch", "batch_size", "batch_tokens")
+    if facts.hint:
+        known = min(facts.hint, known or facts.hint)
+        found.hint = f"batch_size: {known}, since a larger one ran out of memory"
+        found.hint += f" ({facts.hint_file})"
+    if cfg.batch_size != "auto":
+        return min(cfg.batch_size, known or cfg.batch_size)
+    if known:
+        return known
+    room = cfg.target_memory * facts.memory
+    need = {}
+    for n in range(1, rows + 1):
+        if rows % n == 0:
+            step = (n, rows // n, facts.machine.precision, cfg.activation_checkpointing)
+            found_bytes = plan.rank_memory(facts.model, facts.layout, *step, plan.IMBALANCE)
+            need[n] = found_bytes["total"]
+    # 1 where even that is too much: check_memory says so
+    best = max((n for n, size in need.items() if size <= room), default=1)
+    found.estimated = True
+    found.hint = f"batch_size: auto is {best}: about {need[best] / GIB:.2f} of {room / GIB:.2f} GiB"
+    return best
+
+
+# ---------------------------------------------------------------- length and schedule
+
+
+def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findings) -> dict:
+    """max_steps, min_lr, warmup_steps, peak_step. E114 where the data are less than one step."""
+    steps = kept.get("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
+    if steps is None:
+        steps = cfg.max_steps
+    T = cfg.model.max_seq_len
+    if steps is None and cfg.tokens_per_parameter and facts.windows:
+        tokens = (facts.windows * T, rows * T)
+        most = 50 if cfg.num_epochs is None else cfg.num_epochs
+        working = (n_working(facts.model), *tokens, cfg.tokens_per_parameter)
+        steps, why = plan.auto_steps(*working, max_epochs=most)
+        found.changes.append(why)
+    if steps is None:
+        epochs = 1.0 if cfg.num_epochs is None else cfg.num_epochs
+        steps = int((facts.windows or 0) * epochs) // rows
+    asked = "max_steps" in facts.written or cfg.num_epochs == 0  # for no step at all
+    if steps < 1 and facts.windows is not None and not asked:
+        text = f"{facts.windows} rows of {T} tokens are less than one step of {rows}"
+        raise UserError("E114", f"{text}; lower the batch")
+    warmup = min(2000, steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
+    if 0 < warmup < 1:
+        warmup = round(warmup * steps)
+    return {
+        "max_steps": steps,
+        "min_lr": cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr,
+        "warmup_steps": int(warmup),
+        "peak_step": rise(cfg.lr_schedule, steps, int(warmup)),
+    }
+
+
 def rise(schedule: str, max_steps: int, warmup_steps: int) -> int:
     """Steps until the learning rate is at its peak."""
     return max(1, int(0.3 * max_steps)) if schedule == "onecycle" else warmup_steps
@@ -45,8 +235,156 @@ def with_length(cfg: Config, run: Run, max_steps: int) -> Run:
     return dataclasses.replace(run, max_steps=max_steps, peak_step=peak)
 
 
+def n_working(model: Transformer) -> int:
+    """Parameters that work on a token: MoE's active ones, MoD's by their share of the FLOPs."""
+    active = model.n_params()["active"]
+    return round(active * model.flops_per_token() / flops_without_mod(model.cfg))
+
+
+def flops_without_mod(model: ModelConfig) -> float:
+    """FLOPs a token if no layer left any out."""
+    return plan.on_meta(
+        dataclasses.replace(model, mod_capacity=1.0, mod_layers=None)
+    ).flops_per_token()
+
+
+def meta_model(model: ModelConfig) -> Transformer:
+    """The model as shapes without weights. E002 where its keys contradict each other."""
+    try:
+        return plan.on_meta(model)
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
+
+
+# ---------------------------------------------------------------- machine
+
+
+def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Findings) -> dict:
+    """device, precision, compile_model, attention, expert_backend and deterministic.
+
+    `run`: batch and length. What was chosen on this kind of device is kept. E003 and E002 for a
+    choice that cannot work here, E200 where the run cannot fit.
+    """
+    machine = found.machine = with_kept_precision(cfg, facts, kept)
+    found.misfit = check_memory(cfg, facts, machine.precision, run)
+    found.peak = machines.peak_flops(machine)
+    compiled = kept.get_here("compile_model")
+    if compiled is None or machine.compile is False:  # there may be no compiler any more
+        compiled = machine.compile
+    if compiled is None:  # on a CPU it pays in runs of more than ten minutes
+        tokens = run["rows_per_step"] * cfg.model.max_seq_len * run["max_steps"]
+        compiled = facts.model.flops_per_token() * tokens / (found.peak * facts.readers) > 600
+    choice = kept.get_here("attention") or cfg.attention
+    where = (machine.device, machine.compute_dtype)
+    try:
+        attention, attention_why = pick_attention(choice, cfg.model, *where)
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
+    experts, experts_why = cfg.expert_backend, ""
+    if cfg.model.n_experts:
+        experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
+    deterministic = kept.get_here("deterministic")
+    if deterministic is None:
+        deterministic = cfg.deterministic
+    if deterministic == "auto":
+        deterministic = machine.device.type == "cpu"
+    return {
+        "device": machine.device.type,
+        "precision": machine.precision,
+        "compile_model": compiled,
+        "attention": attention,
+        "attention_why": attention_why,
+        "expert_backend": experts,
+        "experts_why": experts_why,
+        "deterministic": deterministic,
+    }
+
+
+def with_kept_precision(cfg: Config, facts: Facts, kept: Kept) -> Machine:
+    """The machine in the checkpoint's precision, where `auto` chose that and this hardware can."""
+    precision = kept.get_here("precision")
+    if cfg.precision == "auto" and precision not in (None, facts.machine.precision):
+        with contextlib.suppress(UserError):  # it cannot: today's choice, and compare() says so
+            local_rank = environment("LOCAL_RANK", 0)
+            return machines.detect(cfg.device, precision, cfg.compile_model, local_rank)
+    return facts.machine
+
+
+def check_memory(cfg: Config, facts: Facts, precision: str, run: dict) -> str:
+    """E200 where the run is sure not to fit; else advice where it may not. A dry run is for
+    elsewhere: it gets advice only."""
+    size = (run["micro_batch"], run["rows_per_step"], (precision, cfg.activation_checkpointing))
+    limits = (facts.memory, cfg.target_memory)
+    why, sure = plan.misfit(facts.model, facts.layout, *size, *limits)
+    if sure and not facts.dry_run:
+        raise UserError("E200", why)
+    return why and f"this {'will' if sure else 'may'} not fit: {why}"
+
+
+def pick_experts(
+    cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findings
+) -> tuple[str, str]:
+    """The backend of the expert layers and why it is that one; auto tries and measures them."""
+    if found.misfit and facts.dry_run:  # a layer of its experts alone may be too much
+        return "slices", "nothing tried, since the run does not fit here"
+    m, machine = cfg.model, found.machine
+    shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token, rows * m.max_seq_len)
+    where = (machine.device, machine.compute_dtype, *shape)
+    if before := kept.get_here("expert_backend"):
+        try:
+            return pick_backend(before, *where)[0], "as in the checkpoint"
+        except ValueError as error:  # another machine
+            found.changes.append(f"expert_backend: {error}")
+    try:
+        return pick_backend(cfg.expert_backend, *where)
+    except ValueError as error:
+        raise UserError("E003", f"expert_backend: {error}") from error
+
+
+def check_states(cfg: Config, layout: plan.Layout) -> None:
+    """E200 where not even one row would fit: before data is prepared, processes meet and anything
+    is built."""
+    machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
+    layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
+    # a vocabulary that the data will name can only make it larger
+    model = meta_model(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
+    limits = (machines.own_memory(machine.device), cfg.target_memory)
+    why, sure = plan.misfit(model, layout, 1, layout.world, (machine.precision, "block"), *limits)
+    if sure:
+        raise UserError("E200", why)
+
+
+# ---------------------------------------------------------------- the order of data
+
+
+def resolve_order(cfg: Config, facts: Facts, saved: dict | None, rows: int, max_steps: int) -> list:
+    """Segments of source weights over the cursor. On resume what lies in the past stays as it was:
+    which row came where is a matter of record."""
+    segments, start = [], 0
+    for phase in (cfg.data or {}).get("phases") or [{"weights": facts.weights}]:
+        segments.append([start * rows, phase["weights"]])
+        until = phase.get("until", max_steps)
+        start = round(until * max_steps) if until <= 1 else int(until)
+    if saved is None or saved["run"]["segments"] == segments:
+        return segments
+    cursor, past = saved["cursor"], []
+    for start, weights in saved["run"]["segments"]:
+        if start < cursor and set(weights) <= set(facts.weights):
+            past.append([start, weights])
+    future = [segment for segment in segments if segment[0] > cursor]
+    current = [weights for start, weights in segments if start <= cursor][-1]
+    if not past:
+        past = [[0, current]]
+    elif past[-1][1] != current:
+        past.append([cursor, current])
+    return past + future
+
+
+# ---------------------------------------------------------------- beside a checkpoint's run
+
+
 def resolved(cfg: Config, run: Run) -> dict:
-    """The configuration with every value that `run` has found for it: config.yaml, and `config` in state.json."""
+    """The configuration with all that `run` has found: config.yaml, and `config` in state.json."""
     keys = dataclasses.asdict(cfg)
     for name in ("max_steps", "min_lr", "warmup_steps", "precision", "compile_model", "attention"):
         keys[name] = getattr(run, name)
@@ -55,3 +393,80 @@ def resolved(cfg: Config, run: Run) -> dict:
     keys["batch_size"] = run.micro_batch
     keys["gradient_accumulation_steps"] = run.accumulation
     return keys
+
+
+def without_effect(cfg: Config, written: dict) -> list[str]:
+    """A note, where ranks hold replicas, on keys that only train_fsdp.py obeys."""
+    given = [key for key in SHARDING if key in written]
+    if "zero_stage" in given and cfg.zero_stage == 0:  # that is what this is
+        given.remove("zero_stage")
+    text = "takes effect under train_fsdp.py, on several ranks"
+    return [f"{', '.join(given)}: {text}"] if given else []
+
+
+OF_ONE_START = ("resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change")
+
+
+def compare(cfg: Config, run: Run, saved: dict) -> list[str]:
+    """A line for each knob that is not what the checkpoint's run had, both as resolved. (The model
+    must be the same, or the start was refused.)"""
+    T = cfg.model.max_seq_len
+    before = saved["config"] | {"batch_tokens": saved["run"]["rows_per_step"] * T}
+    now = resolved(cfg, run) | {"batch_tokens": run.rows_per_step * T}
+    there, here = {}, {}
+    for key, value in now.items():
+        if key in OF_ONE_START or key == "model":
+            continue
+        then = before.get(key, value)  # a key that is newer than the checkpoint
+        if key == "orchestrator":
+            there |= {f"{key}.{name}": then.get(name, value[name]) for name in value}
+            here |= {f"{key}.{name}": value[name] for name in value}
+        else:
+            there[key], here[key] = then, value
+    return [
+        f"{k}: {there[k]} in the checkpoint, {here[k]} now" for k in here if there[k] != here[k]
+    ]
+
+
+def versions(machine: Machine, world: int) -> dict:
+    """On what equal bits depend, besides the run itself."""
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return here | {"device": machine.name, "world": world}
+
+
+def other_bits(run: Run, now: dict, saved: dict) -> list[str]:
+    """A line where a deterministic run goes on on what cannot give the bits that it had."""
+    then = saved.get("versions", {}) | {"micro_batch": saved["run"]["micro_batch"]}
+    now = now | {"micro_batch": run.micro_batch}
+    differ = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k]]
+    if not differ or not run.deterministic:
+        return []
+    return [f"equal bits to the run so far cannot be promised: {', '.join(differ)}"]
+
+
+# ---------------------------------------------------------------- what a start learnt of memory
+
+HINT = "oom_hint.json"
+
+
+def memory_at_hand(machine: Machine) -> list:
+    """Which device ran out of memory, or would: its name and GiB."""
+    return [machine.name, round(machines.total_memory(machine.device) / GIB)]
+
+
+def read_hint(out: Path, batch_size, machine: Machine) -> int | None:
+    """The micro-batch that a start before this one left, where it still holds: on such a device,
+    and for `batch_size` as written; None without one."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        hint = json.loads((out / HINT).read_text())
+        if hint.get("device") in (None, memory_at_hand(machine)) and hint["written"] == batch_size:
+            return hint["micro_batch"]
+    return None
+
+
+def write_hint(out: Path, rank: int, hint: dict) -> None:
+    """Whichever rank ran out of memory, or all of them at once."""
+    own = out / f"oom_hint.{rank}.json"
+    with contextlib.suppress(OSError):
+        files.write_json(own, hint)
+        own.replace(out / HINT)

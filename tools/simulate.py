@@ -7,9 +7,7 @@ data sheets are lumen/machine.py's. Nothing here trains.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,14 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels import pick_attention, pick_backend, run_experts
+from kernels import run_experts
 from lumen import machine as machines
-from lumen import tokenizer as tokenizers
-from lumen.config import SHARDING, Config
+from lumen.config import Config
+from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
-from lumen.loader import Source
 from lumen.machine import Hardware, human_number
 from lumen.plan import (
     GIB,
@@ -36,7 +33,6 @@ from lumen.plan import (
     Layout,
     StepShape,
     Unit,
-    auto_steps,
     candidates,
     count_parameters,
     expert_slots,
@@ -44,7 +40,6 @@ from lumen.plan import (
     fsdp_units,
     human_time,
     kept_bytes,
-    misfit,
     number_bytes,
     on_meta,
     parameter_shapes,
@@ -53,7 +48,21 @@ from lumen.plan import (
     visible_memory,
 )
 from lumen.report import Report
-from lumen.resolve import Run, rise
+from lumen.resolve import (
+    HINT,
+    Facts,
+    Findings,
+    Kept,
+    Run,
+    meta_model,
+    n_working,
+    pick_experts,
+    read_hint,
+    resolve,
+    resolve_batch,
+    resolve_length,
+    without_effect,
+)
 from model import ModelConfig, Transformer, role
 from train import lr_at
 from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
@@ -489,45 +498,6 @@ def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
 # ---------------------------------------------------------------- python train.py CONFIG --dry_run
 
 
-def open_data(cfg: Config) -> tuple[dict[str, Source], dict[str, Source], int]:
-    """-> the sources' training and validation splits, and the size of the vocabulary.
-
-    What a real start refuses is refused (E113, E114). Data that `prepare` would make are not made:
-    no sources then.
-    """
-    vocab_size = cfg.model.vocab_size
-    if cfg.prepare and not (Path(cfg.data_dir) / "manifest.json").exists():
-        spec = cfg.prepare.get("tokenizer") or "bpe:8192"
-        if not vocab_size:
-            vocab_size = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
-        return {}, {}, vocab_size
-    if cfg.data_dir:
-        folders = {"data": cfg.data_dir}
-    else:
-        folders = {name: str(spec["dir"]) for name, spec in cfg.data["sources"].items()}
-    train, val, sums = {}, {}, {}
-    for name, folder in folders.items():
-        train[name] = Source(folder, "train", cfg.model.max_seq_len, cfg.val_fraction)
-        held_out = Source(folder, "val", cfg.model.max_seq_len, cfg.val_fraction)
-        if held_out.windows and cfg.val_fraction > 0:
-            val[name] = held_out
-        if train[name].manifest:
-            sums[train[name].manifest["tokenizer"]["sha256"]] = name
-    prepared = [train[name] for name in sums.values()]
-    for source in prepared[1:]:
-        if not tokenizers.load(source.path).same_ids(tokenizers.load(prepared[0].path)):
-            names = " and ".join(sums.values())
-            raise UserError("E113", f"data.sources {names} have different tokenizers")
-    if prepared and not vocab_size:
-        vocab_size = prepared[0].manifest["tokenizer"]["n_vocab"]
-    if not vocab_size:
-        text = "model.vocab_size must be set: bare shards do not say which tokenizer made them"
-        raise UserError("E113", text)
-    for source in (*train.values(), *val.values()):
-        source.check_vocab(vocab_size)
-    return train, val, vocab_size
-
-
 def precision_there(hardware: str, precision: str) -> str:
     """The precision of a run on other hardware, whatever this machine can do."""
     if precision == "fp32" or hardware == "cpu":
@@ -543,7 +513,7 @@ class DryRun:
     """
 
     def __init__(self, cfg: Config, written: dict, flags: dict, layout: Layout):
-        self.written, self.flags, self.layout = written, flags, layout
+        self.flags, self.layout = flags, layout
         self.elsewhere = flags["hardware"] != "measured"
         self.precision = None  # there; None: as this machine resolves it
         if self.elsewhere:
@@ -552,206 +522,79 @@ class DryRun:
             cfg = replace(cfg, **cpu, expert_backend="slices")
         local_rank = environment("LOCAL_RANK", 0)
         self.machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
-        self.sources, self.val_sources, vocab_size = open_data(cfg)
-        self.cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size))
-        if cfg.early_stopping_patience and not self.val_sources:
+        self.data = planned_data(cfg) if not_prepared(cfg) else open_data(cfg)
+        self.cfg = replace(cfg, model=replace(cfg.model, vocab_size=self.data.vocab_size))
+        if cfg.early_stopping_patience and self.data.sources and not self.data.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
             raise UserError("E114", f"{text}; {no_validation(cfg)}")
-        try:
-            self.model = on_meta(self.cfg.model)
-        except ValueError as error:
-            raise UserError("E002", str(error)) from error
-        self.changes: list[str] = []
-        self.hint: str | None = None
-        self.misfit, self.peak = "", 0.0
-        found = self.find_batch() | self.find_length()
-        found |= self.find_choices(found)
-        self.run = Run(**found, segments=[])
+        self.model = meta_model(self.cfg.model)
+        self.found = Findings(machine=self.machine)
+        self.run = self.resolve(written)
 
-    def rows_of_a_step(self) -> int:
-        """Rows of all ranks and micro-steps. E002 where the keys contradict each other."""
-        cfg, ranks, T = self.cfg, self.layout.world, self.cfg.model.max_seq_len
-        if not cfg.batch_tokens:
-            return cfg.batch_size * cfg.gradient_accumulation_steps * ranks
-        unit = T * ranks
-        if cfg.batch_tokens % unit:
-            near = max(1, round(cfg.batch_tokens / unit)) * unit
-            text = f"batch_tokens: {cfg.batch_tokens} is not a multiple of processes x max_seq_len"
-            raise UserError("E002", f"{text}, {ranks} x {T}; the nearest that is: {near}")
-        rows = cfg.batch_tokens // T
-        if "gradient_accumulation_steps" in self.written and cfg.batch_size != "auto":
-            fixed = cfg.batch_size * cfg.gradient_accumulation_steps * ranks
-            if fixed != rows:
-                text = f"batch_tokens is {rows} rows, batch_size x accumulation x processes {fixed}"
-                raise UserError("E002", f"{text}: drop one")
-        return rows
-
-    def find_batch(self) -> dict:
-        """The micro-batch: as written, as an earlier run here found it to fit, or for auto as the
-        estimate says."""
-        self.rows_per_step = rows = self.rows_of_a_step()
-        ranks, size = self.layout.world, self.cfg.batch_size
+    def resolve(self, written: dict) -> Run:
+        """As a start of today would, but nothing that is elsewhere is tried here."""
+        cfg, found, machine = self.cfg, self.found, self.machine
+        facts = Facts(
+            written=written,
+            readers=self.layout.world,
+            layout=self.layout,
+            windows=self.data.windows if self.data.sources else None,
+            weights=self.data.weights,
+            model=self.model,
+            machine=machine,
+            memory=machines.own_memory(machine.device),
+            dry_run=True,
+        )
         if not self.elsewhere:
-            size = self.hinted_size(size)
-        if size == "auto":
-            size = self.largest_that_fits(rows // ranks)
-        fits = [n for n in range(1, min(size, rows) + 1) if rows % (n * ranks) == 0]
-        if not fits:
-            can = [world for world in range(1, 2 * ranks + 2) if rows % world == 0]
-            near = sorted(can, key=lambda world: abs(world - ranks))[:2]
-            text = f"{rows} rows per step cannot be shared by {ranks} processes"
-            raise UserError("E600", f"{text}; can: {sorted(near)}")
-        micro = max(fits)
-        if micro != size and self.written.get("batch_size", "auto") != "auto":
-            text = f"batch_size: {size} does not fit {rows} rows on {ranks} ranks: {micro}"
-            self.changes.append(text)
-        accumulation = rows // (micro * ranks)
-        return {"rows_per_step": rows, "micro_batch": micro, "accumulation": accumulation}
-
-    def hinted_size(self, size: int | str) -> int | str:
-        """`size`, or less where a run in out_dir met the end of this machine's memory before."""
-        file = Path(self.cfg.out_dir) / "oom_hint.json"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            hint = json.loads(file.read_text())
-            total = round(machines.total_memory(self.machine.device) / 2**30)
-            same_device = hint.get("device") in (None, [self.machine.name, total])
-            if same_device and hint["written"] == self.written.get("batch_size"):
-                kept = hint["micro_batch"]
-                self.hint = f"batch_size: {kept}, since a larger one ran out of memory ({file})"
-                return kept if size == "auto" else min(size, kept)
-        return size
-
-    def largest_that_fits(self, rows: int) -> int:
-        """batch_size: auto. The most rows, of those that divide a rank's, that the estimate fits
-        into target_memory."""
-        have = machines.own_memory(self.machine.device)
-        precision = self.precision or self.machine.precision
-        if self.elsewhere:
-            have = self.hardware().memory
-        room, recompute = self.cfg.target_memory * have, self.cfg.activation_checkpointing
-        need = {}
-        for n in range(1, rows + 1):
-            if rows % n == 0:
-                args = (n, rows // n, precision, recompute, IMBALANCE)
-                need[n] = rank_memory(self.model, self.layout, *args)["total"]
-        best = max((n for n, size in need.items() if size <= room), default=1)
-        sizes = f"about {need[best] / 2**30:.2f} of {room / 2**30:.2f} GiB"
-        self.hint = f"batch_size: auto is {best}: {sizes}"
-        return best
-
-    def find_length(self) -> dict:
-        """Steps, warm-up and the lowest rate. E114 where the data are less than one step."""
-        cfg, T, rows = self.cfg, self.cfg.model.max_seq_len, self.rows_per_step
-        windows = sum(source.windows for source in self.sources.values())
-        self.flops_per_token = self.model.flops_per_token()
-        without_mod = replace(cfg.model, mod_capacity=1.0, mod_layers=None)
-        # parameters that work on a token: MoE's active ones, MoD's weighted by its share of the
-        # FLOPs
-        share = self.flops_per_token / on_meta(without_mod).flops_per_token()
-        self.n_working = round(self.model.n_params()["active"] * share)
-        steps = cfg.max_steps
-        if steps is None and cfg.tokens_per_parameter and windows:
-            counts = (self.n_working, windows * T, rows * T, cfg.tokens_per_parameter)
-            most = 50 if cfg.num_epochs is None else cfg.num_epochs
-            steps, why = auto_steps(*counts, max_epochs=most)
-            self.changes.append(why)
-        if steps is None:
-            epochs = 1.0 if cfg.num_epochs is None else cfg.num_epochs
-            steps = int(windows * epochs) // rows
-        asked = "max_steps" in self.written or cfg.num_epochs == 0
-        if steps < 1 and not asked and self.sources:
-            text = f"{windows} rows of {T} tokens are less than one step of {rows}"
-            raise UserError("E114", f"{text}; lower the batch")
-        low = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
-        warmup = min(2000, steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
-        if 0 < warmup < 1:
-            warmup = round(warmup * steps)
-        peak_step = rise(cfg.lr_schedule, steps, int(warmup))
-        found = {"max_steps": steps, "min_lr": low, "warmup_steps": int(warmup)}
-        return found | {"peak_step": peak_step}
-
-    def find_choices(self, found: dict) -> dict:
-        """What `auto` becomes on this machine, whether the run fits, how fast matrices are; of a
-        run elsewhere nothing but the backend of its experts. found: the fields of Run so far."""
-        cfg, machine = self.cfg, self.machine
-        choices = {
-            "device": machine.device.type,
-            "precision": machine.precision,
-            "compile_model": False,
-            "attention": cfg.attention,
-            "attention_why": "",
-            "expert_backend": cfg.expert_backend,
-            "experts_why": "",
-            "deterministic": cfg.deterministic,
-        }
-        if not self.elsewhere:
-            choices |= self.look_here(found)
+            out = Path(cfg.out_dir)
+            facts.hint = read_hint(out, written.get("batch_size"), machine)
+            facts.hint_file = out / HINT
+            return resolve(cfg, facts, None, found)
+        facts.machine = replace(machine, precision=self.precision)  # for the estimate
+        facts.memory = self.hardware().memory
+        kept = Kept(None, written, machine.device.type)
+        batch = resolve_batch(cfg, facts, kept, found)
+        length = resolve_length(cfg, facts, kept, batch["rows_per_step"], found)
+        experts, why = cfg.expert_backend, ""
         if cfg.model.n_experts:
-            backend, why = self.pick_experts(found["micro_batch"])
-            choices |= {"expert_backend": backend, "experts_why": why}
-        return choices
-
-    def look_here(self, found: dict) -> dict:
-        cfg, machine = self.cfg, self.machine
-        how = (machine.precision, cfg.activation_checkpointing)
-        have = machines.own_memory(machine.device)
-        args = (found["micro_batch"], self.rows_per_step, how, have, cfg.target_memory)
-        why, sure = misfit(self.model, self.layout, *args)
-        if why:
-            self.misfit = f"this {'will' if sure else 'may'} not fit: {why}"
-        self.peak = machines.peak_flops(machine)
-        compiled = machine.compile
-        if compiled is None:
-            tokens = self.rows_per_step * cfg.model.max_seq_len * found["max_steps"]
-            compiled = self.flops_per_token * tokens / (self.peak * self.layout.world) > 600
-        try:
-            place = (machine.device, machine.compute_dtype)
-            attention, why = pick_attention(cfg.attention, cfg.model, *place)
-        except ValueError as error:
-            raise UserError("E002", str(error)) from error
-        deterministic = cfg.deterministic
-        if deterministic == "auto":
-            deterministic = machine.device.type == "cpu"
-        choices = {"compile_model": compiled, "deterministic": deterministic}
-        return choices | {"attention": attention, "attention_why": why}
-
-    def pick_experts(self, micro_batch: int) -> tuple[str, str]:
-        """The backend of the expert layers, and why it is that one."""
-        cfg, m = self.cfg, self.cfg.model
-        if self.misfit:  # a layer of its experts alone may be too much
-            return "slices", "nothing tried, since the run does not fit here"
-        shape = (m.d_model, m.d_expert, m.n_experts, m.n_experts_per_token)
-        place = (self.machine.device, self.machine.compute_dtype)
-        try:
-            return pick_backend(cfg.expert_backend, *place, *shape, micro_batch * m.max_seq_len)
-        except ValueError as error:
-            raise UserError("E003", f"expert_backend: {error}") from error
+            experts, why = pick_experts(cfg, facts, kept, batch["micro_batch"], found)
+        return Run(
+            **batch,
+            **length,
+            device=machine.device.type,
+            precision=cfg.precision,
+            compile_model=cfg.compile_model,
+            attention=cfg.attention,
+            attention_why="",
+            expert_backend=experts,
+            experts_why=why,
+            deterministic=cfg.deterministic,
+            segments=[],
+        )
 
     def hardware(self) -> Hardware:
         return machines.hardware(self.flags["hardware"], self.machine, self.flags)
 
     def facts(self, notes: list[str]) -> Start:
         """What the start lines are made of."""
-        run = self.run
-        notes = [*notes, *self.machine.notes]
-        if self.hint:
-            notes.append(self.hint)
+        cfg, run, found = self.cfg, self.run, self.found
+        hint = [found.hint] if found.hint else []
         return Start(
-            cfg=self.cfg,
+            cfg=cfg,
             run=run,
             model=self.model,
             machine=self.machine,
             layout=self.layout,
             readers=self.layout.world,
-            sources=self.sources,
-            val_sources=self.val_sources,
-            n_working=self.n_working,
-            flops_per_token=self.flops_per_token,
-            peak=self.peak,
-            lr_at_peak=lr_at(self.cfg, run, run.peak_step),
-            last_lr=lr_at(self.cfg, run, run.max_steps - 1),
-            misfit=self.misfit,
-            notes=notes + self.changes,
+            sources=self.data.sources,
+            val_sources=self.data.val_sources,
+            n_working=n_working(self.model),
+            flops_per_token=self.model.flops_per_token(),
+            peak=found.peak,
+            lr_at_peak=lr_at(cfg, run, run.peak_step),
+            last_lr=lr_at(cfg, run, run.max_steps - 1),
+            misfit=found.misfit,
+            notes=[*notes, *self.machine.notes, *hint, *found.changes],
             elsewhere=self.elsewhere,
         )
 
@@ -808,12 +651,7 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     layout = replace(layout, cuda=device not in ("cpu", "mps"))
     run = DryRun(cfg, written, flags, layout)
     if layout.shard == 1:  # zero_stage: 0 is what this is
-        without_effect = [key for key in SHARDING if key in written]
-        if cfg.zero_stage == 0 and "zero_stage" in without_effect:
-            without_effect.remove("zero_stage")
-        if without_effect:
-            where = "takes effect under train_fsdp.py, on several ranks"
-            notes = [*notes, f"{', '.join(without_effect)}: {where}"]
+        notes = [*notes, *without_effect(cfg, written)]
     report = Report(cfg.out_dir, environment("RANK", 0) == 0)
     for line in start_lines(run.facts(notes)):
         report.say(line)

@@ -20,6 +20,7 @@ from rig import bytes_data, stop_at
 import prepare_data
 from lumen import checkpoint, files, plan
 from lumen.errors import UserError
+from lumen.resolve import memory_at_hand
 from prepare_data import prepare
 from train import Trainer
 
@@ -339,7 +340,7 @@ def test_a_hint_of_another_device(tiny):
     out = Path(keys["out_dir"])
     out.mkdir()
     trainer = Trainer(keys)
-    here = trainer.memory_at_hand()
+    here = memory_at_hand(trainer.machine)
     trainer.close()
     for device, rows in (
         (here, 2),

@@ -57,10 +57,8 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
     "train.py": {
-        "loop_over_nothing": 3,
-        "text_times_bool": 1,
-        "expression_as_statement": 1,
-        "state_in_a_string": 2,
+        "loop_over_nothing": 1,
+        "state_in_a_string": 1,
         "large_class": 1,
         "few_comments": 1,
     },
@@ -83,7 +81,8 @@ UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("kernels.py", "lumen.launch"): "as a command",
     ("kernels.py", "model_moe"): "the self-test compares with the plain experts there",
     ("train.py", "tools.simulate"): "the dry run",
-    ("lumen/resume.py", "prepare_data"): "makes the data on a first start",
+    ("lumen/data.py", "prepare_data"): "makes the data on a first start",
+    ("lumen/resume.py", "export"): "init_from may be a Hugging Face folder",
 }
 
 

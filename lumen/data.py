@@ -1,0 +1,170 @@
+"""What a run reads: its sources, what of them is held out, their tokenizer and vocabulary; and how
+the `prepare` key makes them on a first start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lumen import files
+from lumen import tokenizer as tokenizers
+from lumen.config import Config
+from lumen.errors import UserError
+from lumen.launch import clock, environment
+from lumen.loader import Source
+
+
+@dataclass
+class Data:
+    """The sources of a run, opened and checked; no row has been read yet."""
+
+    weights: dict[str, float]  # of each source, where `data` has no phases
+    vocab_size: int  # the model's
+    sources: dict[str, Source] = field(default_factory=dict)  # training splits
+    val_sources: dict[str, Source] = field(default_factory=dict)  # those that hold something out
+    tokenizer_dir: Path | None = None  # holds tokenizer.json; None: bare shards name no tokenizer
+    tokenizer_sum: str | None = None  # sha256 of it
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """By which a checkpoint knows the data again."""
+        return {name: source.fingerprint for name, source in self.sources.items()}
+
+    @property
+    def windows(self) -> int:
+        """Rows of max_seq_len tokens in one pass."""
+        return sum(source.windows for source in self.sources.values())
+
+    def token_bytes(self) -> np.ndarray | None:
+        """(vocab,): how many bytes of text each token stands for; None for bare shards."""
+        if self.tokenizer_dir is None:
+            return None
+        file = self.tokenizer_dir / "token_bytes.npy"
+        return np.load(file, allow_pickle=False).astype(np.int64)
+
+    def same_tokenizer(self, other: Path) -> bool:
+        """Whether the tokenizer in that file or folder makes the ids that the data's makes."""
+        return tokenizers.load(str(other)).same_ids(tokenizers.load(str(self.tokenizer_dir)))
+
+
+def open_data(cfg: Config) -> Data:
+    """The data that `cfg` names. E113 where sources, tokenizer and vocabulary do not go together,
+    E110 to E112 for what is not there or no shard of ours."""
+    folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
+    weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
+    data = Data(weights, cfg.model.vocab_size)
+    for name, spec in folders.items():
+        where = (cfg.model.max_seq_len, cfg.val_fraction)
+        data.sources[name] = Source(str(spec["dir"]), "train", *where)
+    for name, spec in folders.items():
+        held_out = Source(str(spec["dir"]), "val", *where)
+        if held_out.windows and cfg.val_fraction > 0:
+            data.val_sources[name] = held_out
+    take_tokenizer(data)
+    if not data.vocab_size:
+        text = "model.vocab_size must be set: bare shards do not say which tokenizer made them"
+        raise UserError("E113", text)
+    for source in (*data.sources.values(), *data.val_sources.values()):
+        source.check_vocab(data.vocab_size)
+    return data
+
+
+def take_tokenizer(data: Data) -> None:
+    """The tokenizer and vocabulary of the prepared sources. E113 where they have several."""
+    prepared = [source for source in data.sources.values() if source.manifest]
+    if not prepared:
+        return
+    first = prepared[0]
+    data.tokenizer_dir = Path(first.path)
+    data.tokenizer_sum = first.manifest["tokenizer"]["sha256"]
+    data.vocab_size = data.vocab_size or first.manifest["tokenizer"]["n_vocab"]
+    names = {}  # sha256: the last source with it
+    for name, source in data.sources.items():
+        if source.manifest:
+            names[source.manifest["tokenizer"]["sha256"]] = name
+    if len(names) == 1:
+        return
+    for name in names.values():  # other bytes may still be the same tokenizer
+        if not data.same_tokenizer(Path(data.sources[name].path)):
+            text = f"data.sources {' and '.join(names.values())} have different tokenizers"
+            raise UserError("E113", text)
+
+
+def not_prepared(cfg: Config) -> bool:
+    """Whether `prepare` would have to make the data first."""
+    return bool(cfg.prepare) and not (Path(cfg.data_dir) / "manifest.json").exists()
+
+
+def planned_data(cfg: Config) -> Data:
+    """For a dry run, which prepares nothing: no sources, and the vocabulary that there will be."""
+    vocab_size = cfg.model.vocab_size
+    if not vocab_size:
+        spec = cfg.prepare.get("tokenizer") or "bpe:8192"
+        vocab_size = int(spec[4:]) if spec.startswith("bpe:") else tokenizers.load(spec).n_vocab
+    return Data({"data": 1.0}, vocab_size)
+
+
+# ---------------------------------------------------------------- data that a first start makes
+
+
+def prepare_first(cfg: Config) -> None:
+    """The `prepare` key: rank 0 makes the data before the process group exists, the others wait for
+    it or for its error."""
+    if cfg.prepare is None:
+        return
+    began = time.time()
+    out = Path(cfg.prepare["out"])
+    failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet
+    if environment("RANK", 0) == 0:
+        make_data(cfg, out, failure)
+    else:
+        wait_for_data(out, failure, began)
+
+
+def this_start() -> str:
+    """What all ranks of one start have in common, and no other start has."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+    return "/".join(os.environ.get(name, "") for name in (*names, "SLURM_JOB_ID"))
+
+
+def make_data(cfg: Config, out: Path, failure: Path) -> None:
+    """Rank 0. An error is written down for the other ranks."""
+    import prepare_data  # upward: it is a command, and only a first start calls it
+
+    with contextlib.suppress(OSError):  # the data may lie finished where nobody can write
+        failure.unlink()
+    spec = {"tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192"}
+    spec["val_sources"] = cfg.prepare.get("val_sources")
+    try:
+        prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
+    except UserError as error:
+        if environment("WORLD_SIZE", 1) > 1:
+            row = {"launch": this_start(), "time": time.time()}
+            row |= {"code": error.code, "text": error.text}
+            with contextlib.suppress(OSError):
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(failure, row)
+        raise
+
+
+def wait_for_data(out: Path, failure: Path, began: float) -> None:
+    """The other ranks, without a limit. Rank 0's error of this start is raised here too."""
+    waits = told = time.monotonic()
+    while not (out / "manifest.json").exists():
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(failure.read_text())
+            # hosts' clocks may be a minute apart
+            if said["launch"] == this_start() and said["time"] > began - 60:
+                raise UserError(said["code"], said["text"])
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            text = f"rank {os.environ['RANK']} waits for {out} ({clock(told - waits)})"
+            print(text, file=sys.stderr, flush=True)
+        time.sleep(0.2)

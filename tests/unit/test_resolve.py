@@ -1,0 +1,308 @@
+"""resolve() on tables: what auto and null become, with no Trainer, no data and no process."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lumen import plan
+from lumen.config import build_config
+from lumen.errors import UserError
+from lumen.machine import Machine
+from lumen.resolve import (
+    Facts,
+    Findings,
+    Kept,
+    compare,
+    other_bits,
+    read_hint,
+    resolve,
+    resolve_batch,
+    resolve_length,
+    resolve_order,
+    resolved,
+    with_length,
+    write_hint,
+)
+
+T = 32
+MODEL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": T}
+CPU = Machine(torch.device("cpu"), "a CPU", "fp32", None)
+
+
+def configured(**keys):
+    """-> (Config, the keys as written)"""
+    written = {"data_dir": "x", "model": dict(MODEL), **keys}
+    return build_config(written, lambda key: "test", []), written
+
+
+def facts_of(cfg, written, ranks=1, windows=1000, **known) -> Facts:
+    known = {"memory": 1e12, "machine": CPU, "weights": {"data": 1.0}} | known
+    model, layout = plan.on_meta(cfg.model), plan.Layout(ranks)
+    return Facts(written, ranks, layout, windows, model=model, **known)
+
+
+def state_of(run, cfg, written, **more) -> dict:
+    """The state.json of a run, as far as resolve() reads it."""
+    config = resolved(cfg, run)
+    state = {"run": dataclasses.asdict(run), "written": written, "config": config, "cursor": 0}
+    return state | more
+
+
+def batch(ranks=1, saved=None, found=None, **keys):
+    """-> (rows_per_step, micro_batch, accumulation)"""
+    cfg, written = configured(**keys)
+    kept = Kept(saved, written, "cpu")
+    size = resolve_batch(cfg, facts_of(cfg, written, ranks), kept, found or Findings())
+    return size["rows_per_step"], size["micro_batch"], size["accumulation"]
+
+
+def length(windows=1000, rows=10, found=None, **keys) -> dict:
+    cfg, written = configured(**keys)
+    facts = facts_of(cfg, written, windows=windows)
+    return resolve_length(cfg, facts, Kept(None, written, "cpu"), rows, found or Findings())
+
+
+# ---------------------------------------------------------------- batch
+
+
+@pytest.mark.parametrize(
+    "keys, ranks, expected",
+    [
+        ({"batch_size": 4}, 1, (4, 4, 1)),
+        ({"batch_size": 4, "gradient_accumulation_steps": 3}, 1, (12, 4, 3)),
+        ({"batch_size": 4, "gradient_accumulation_steps": 3}, 2, (24, 4, 3)),
+        ({"batch_size": 4, "batch_tokens": 24 * T}, 1, (24, 4, 6)),
+        ({"batch_size": 4, "batch_tokens": 24 * T}, 2, (24, 4, 3)),
+        ({"batch_size": 4, "batch_tokens": 24 * T}, 3, (24, 4, 2)),
+        ({"batch_size": 5, "batch_tokens": 24 * T}, 1, (24, 4, 6)),  # the next that divides
+        ({"batch_size": 50, "batch_tokens": 24 * T}, 1, (24, 24, 1)),
+        ({"batch_size": "auto", "batch_tokens": 24 * T}, 2, (24, 12, 1)),
+    ],
+)
+def test_the_rows_of_a_step_are_shared_by_ranks_and_micro_steps(keys, ranks, expected):
+    assert batch(ranks, **keys) == expected
+
+
+def test_a_micro_batch_that_does_not_divide_is_said_to_be_smaller():
+    found = Findings()
+    assert batch(2, found=found, batch_size=16, batch_tokens=24 * T) == (24, 12, 1)
+    assert found.changes == ["batch_size: 16 does not fit 24 rows on 2 ranks: 12"]
+
+
+@pytest.mark.parametrize("ranks, nearest", [(2, 24 * 2 * T), (3, 16 * 3 * T)])
+def test_batch_tokens_that_cannot_be_shared_name_the_nearest_that_can(ranks, nearest):
+    with pytest.raises(UserError, match=f"E002.*not a multiple.*nearest that is: {nearest}"):
+        batch(ranks, batch_tokens=48 * T + 1)
+
+
+def test_two_sizes_of_the_batch_that_contradict_each_other_are_refused():
+    keys = {"batch_tokens": 24 * T, "batch_size": 4, "gradient_accumulation_steps": 5}
+    with pytest.raises(UserError, match="E002: batch_tokens is 24 rows, .* processes 20: drop one"):
+        batch(**keys)
+    assert batch(**keys | {"gradient_accumulation_steps": 6}) == (24, 4, 6)
+
+
+def saved_run(ranks=1, **keys) -> dict:
+    cfg, written = configured(**keys)
+    run = resolve(cfg, facts_of(cfg, written, ranks), None, Findings())
+    return state_of(run, cfg, written)
+
+
+@pytest.mark.parametrize("ranks, expected", [(1, (24, 4, 6)), (2, (24, 4, 3)), (3, (24, 4, 2))])
+def test_rows_per_step_are_kept_on_resume_whatever_the_number_of_ranks(ranks, expected):
+    keys = {"batch_size": 4, "gradient_accumulation_steps": 6, "max_steps": 9}
+    assert batch(ranks, saved_run(**keys), **keys) == expected
+
+
+def test_rows_that_another_number_of_ranks_cannot_share_are_refused_with_what_can():
+    keys = {"batch_size": 4, "gradient_accumulation_steps": 6, "max_steps": 9}
+    with pytest.raises(UserError, match=r"E600: 24 rows .* 5 processes; can: \[4, 6\]"):
+        batch(5, saved_run(**keys), **keys)
+
+
+def test_what_the_user_writes_otherwise_now_is_not_kept():
+    keys = {"batch_size": 4, "gradient_accumulation_steps": 6, "max_steps": 9}
+    saved = saved_run(**keys)
+    assert batch(1, saved, **keys | {"gradient_accumulation_steps": 2}) == (8, 4, 2)
+
+
+def test_auto_takes_what_fits_and_says_so():
+    cfg, written = configured(batch_size="auto", batch_tokens=24 * T)
+    sizes, found = {}, Findings()
+    for n in (1, 2, 3, 4, 6, 8, 12, 24):
+        how = (n, 24 // n, "fp32", "none", plan.IMBALANCE)
+        model = plan.on_meta(cfg.model)
+        sizes[n] = plan.rank_memory(model, plan.Layout(1), *how)["total"]
+    facts = facts_of(cfg, written, memory=sizes[6] / cfg.target_memory + 1)
+    size = resolve_batch(cfg, facts, Kept(None, written, "cpu"), found)
+    assert size["micro_batch"] == 6
+    assert found.estimated and found.hint.startswith("batch_size: auto is 6: about ")
+
+
+def test_a_hint_of_an_earlier_start_makes_the_micro_batch_smaller(tmp_path):
+    write_hint(tmp_path, 0, {"micro_batch": 2, "written": 4})
+    assert read_hint(tmp_path, 4, CPU) == 2
+    assert read_hint(tmp_path, 8, CPU) is None, "the user has changed the size"
+    write_hint(tmp_path, 0, {"micro_batch": 2, "written": 4, "device": ["NVIDIA H100", 80]})
+    assert read_hint(tmp_path, 4, CPU) is None, "another device has another limit"
+    cfg, written = configured(batch_size=4, gradient_accumulation_steps=3)
+    facts, found = facts_of(cfg, written, hint=2), Findings()
+    size = resolve_batch(cfg, facts, Kept(None, written, "cpu"), found)
+    assert (size["rows_per_step"], size["micro_batch"], size["accumulation"]) == (12, 2, 6)
+    assert "batch_size: 2, since a larger one ran out of memory" in found.hint
+
+
+# ---------------------------------------------------------------- length and schedule
+
+
+@pytest.mark.parametrize(
+    "keys, steps",
+    [
+        ({}, 100),
+        ({"num_epochs": 2.5}, 250),
+        ({"num_epochs": 0}, 0),
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 0}, 0),
+    ],
+)
+def test_the_length_follows_from_passes_over_the_data(keys, steps):
+    assert length(**keys)["max_steps"] == steps
+
+
+def test_data_that_are_less_than_a_step_are_refused_unless_no_step_was_asked_for():
+    for windows in (0, 9):
+        with pytest.raises(UserError, match=f"E114: {windows} rows of {T} tokens are less than"):
+            length(windows=windows)
+    assert length(windows=9, num_epochs=0)["max_steps"] == 0
+    assert length(windows=None)["max_steps"] == 0, "not known yet: a dry run before prepare"
+
+
+def test_tokens_per_parameter_sets_the_length_within_its_passes():
+    found = Findings()
+    assert length(found=found, tokens_per_parameter=20)["max_steps"] > 100
+    assert length(tokens_per_parameter=20, num_epochs=2)["max_steps"] == 200, "at most two passes"
+    assert len(found.changes) == 1
+
+
+@pytest.mark.parametrize(
+    "keys, warmup, peak",
+    [
+        ({"max_steps": 100}, 5, 5),  # a twentieth
+        ({"max_steps": 100_000}, 2000, 2000),
+        ({"max_steps": 100, "warmup_steps": 0}, 0, 0),
+        ({"max_steps": 100, "warmup_steps": 0.1}, 10, 10),
+        ({"max_steps": 100, "warmup_steps": 1}, 1, 1),
+        ({"max_steps": 100, "warmup_steps": 7.0}, 7, 7),
+        ({"max_steps": 100, "lr_schedule": "onecycle"}, 5, 30),
+        ({"max_steps": 1, "lr_schedule": "onecycle"}, 0, 1),
+    ],
+)
+def test_warm_up_in_steps_and_in_fractions(keys, warmup, peak):
+    found = length(**keys)
+    assert (found["warmup_steps"], found["peak_step"]) == (warmup, peak)
+
+
+def test_the_lowest_rate_is_a_tenth_unless_it_is_written():
+    assert length(learning_rate=0.5)["min_lr"] == 0.05
+    assert length(learning_rate=0.5, min_lr=0.0)["min_lr"] == 0.0
+
+
+def test_another_length_is_one_fact():
+    """A replay that cut max_steps and was resumed went on to the old length: it stood twice."""
+    cfg, written = configured(max_steps=100, lr_schedule="onecycle", warmup_steps=5)
+    facts = facts_of(cfg, written)
+    run = with_length(cfg, resolve(cfg, facts, None, Findings()), 50)
+    assert (run.max_steps, run.peak_step) == (50, 15)
+    state = state_of(run, cfg, written)
+    assert resolve(cfg, facts, state, Findings()) == run, "and is kept"
+    assert state["config"]["max_steps"] == 50
+
+
+# ---------------------------------------------------------------- machine
+
+
+def test_what_suited_another_kind_of_device_is_not_kept():
+    cfg, written = configured(max_steps=9, compile_model="auto")
+    facts = facts_of(cfg, written)
+    run = resolve(cfg, facts, None, Findings())
+    assert (run.device, run.deterministic, run.compile_model) == ("cpu", True, False)
+    there = {"device": "cuda", "deterministic": False, "compile_model": True}
+    gpu = state_of(dataclasses.replace(run, **there), cfg, written)
+    assert resolve(cfg, facts, gpu, Findings()) == run
+    here = state_of(dataclasses.replace(run, deterministic=False), cfg, written)
+    assert resolve(cfg, facts, here, Findings()).deterministic is False
+
+
+def test_what_cannot_fit_is_refused_and_in_a_dry_run_said():
+    cfg, written = configured(max_steps=9)
+    facts = facts_of(cfg, written, memory=1e5)
+    with pytest.raises(UserError, match="E200"):
+        resolve(cfg, facts, None, Findings())
+    facts.dry_run, found = True, Findings()
+    resolve(cfg, facts, None, found)
+    assert found.misfit.startswith("this will not fit: ")
+
+
+# ---------------------------------------------------------------- the order of data
+
+PHASES = [{"until": 0.5, "weights": {"a": 1.0}}, {"weights": {"a": 1.0, "b": 2.0}}]
+SEGMENTS = [[0, {"a": 1.0}], [50, {"a": 1.0, "b": 2.0}]]
+
+
+def order(phases, saved=None, names="ab", **more) -> list:
+    sources = {name: {"dir": name, "weight": 1.0} for name in names}
+    data = {"sources": sources} | ({"phases": phases} if phases else {})
+    cfg, written = configured(data_dir=None, data=data)
+    facts = facts_of(cfg, written, weights=dict.fromkeys(names, 1.0))
+    state = {"run": {"segments": saved}, **more} if saved else None
+    return resolve_order(cfg, facts, state, 10, 10)
+
+
+def test_phases_become_segments_of_rows():
+    assert order(PHASES) == SEGMENTS
+    assert order(None) == [[0, {"a": 1.0, "b": 1.0}]]
+    late = [{"until": 3, "weights": {"a": 1.0}}, {"weights": {"b": 1.0}}]
+    assert order(late) == [[0, {"a": 1.0}], [30, {"b": 1.0}]]
+
+
+@pytest.mark.parametrize(
+    "cursor, phases, expected",
+    [
+        (20, PHASES, SEGMENTS),
+        # other weights from the row that is next, whatever the new phases say of the past
+        (20, None, [[0, {"a": 1.0}], [20, {"a": 1.0, "b": 1.0}]]),
+        (70, None, [*SEGMENTS, [70, {"a": 1.0, "b": 1.0}]]),
+        (0, None, [[0, {"a": 1.0, "b": 1.0}]]),
+    ],
+)
+def test_on_resume_the_past_stays_as_it_was(cursor, phases, expected):
+    assert order(phases, SEGMENTS, cursor=cursor) == expected
+
+
+def test_a_source_that_is_gone_is_in_no_segment():
+    saved = [[0, {"a": 1.0, "c": 1.0}], [30, {"a": 1.0}]]
+    assert order(None, saved, "a", cursor=60) == [[30, {"a": 1.0}]]
+
+
+# ---------------------------------------------------------------- beside a checkpoint's run
+
+
+def test_what_is_not_as_in_the_checkpoint_is_told_once_and_resolved():
+    cfg, written = configured(max_steps=9)
+    facts = facts_of(cfg, written)
+    run = resolve(cfg, facts, None, Findings())
+    state = state_of(run, cfg, written)
+    assert compare(cfg, run, state) == []
+    other, _ = configured(max_steps=9, z_loss=1e-4, resume="none", orchestrator={"mode": "off"})
+    assert compare(other, dataclasses.replace(run, rows_per_step=32), state) == [
+        "batch_tokens: 512 in the checkpoint, 1024 now",
+        "z_loss: 0.0 in the checkpoint, 0.0001 now",
+        "orchestrator.mode: act in the checkpoint, off now",
+    ]
+    now = {"torch": "2", "threads": 1, "world": 1}
+    state["versions"] = now | {"threads": 2}
+    assert other_bits(run, now, state) == [
+        "equal bits to the run so far cannot be promised: threads 2 -> 1"
+    ]
+    assert other_bits(dataclasses.replace(run, deterministic=False), now, state) == []
