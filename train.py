@@ -1,7 +1,8 @@
 """Train a language model: `python train.py configs/quickstart.yaml`, or `torchrun --nproc_per_node=N train.py CONFIG`.
 
 Optimizer and schedule, Parallel (all that depends on the number of processes), Trainer, main; in that order. The knobs
-are in config.py, what a run says in report.py, what happens when something breaks in orchestrator.py.
+are in config.py, what a run says in report.py, what happens when something breaks in `Orchestrator` and
+lumen/orchestrate.py.
 `Trainer("configs/x.yaml").fit()` works in a notebook; `python train.py --help` prints every key.
 """
 
@@ -30,10 +31,13 @@ from lumen import checkpoint, failure, files, forecast, lines, owner, plan
 from lumen import machine as machines
 from lumen.checkpoint import refuse_nonfinite
 from lumen.cli import read_config
+from lumen.commands import Commands
 from lumen.config import Config, build_config, help_text, printed
-from lumen.control import ByHand
+from lumen.control import ByHand, Control
 from lumen.data import open_data, prepare_first
-from lumen.detectors import StepNumbers
+from lumen.decisions import JUDGE_AFTER, Decision, Judgement
+from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed, StepNumbers
+from lumen.diagnose import diagnose
 from lumen.errors import UserError
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.failure import lost_peer
@@ -41,7 +45,7 @@ from lumen.launch import check_launch, check_tasks, clock, command, environment
 from lumen.loader import Loader, Sums, val_rows
 from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
-from lumen.orchestrate import Orchestrator, read_decisions
+from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
 from lumen.report import Report
 from lumen.resolve import (
     HINT,
@@ -60,10 +64,12 @@ from lumen.resolve import (
     resolved,
     rise,
     versions,
+    with_length,
     without_effect,
 )
 from lumen.resume import StartingPoint, check_paths, take_weights
 from lumen.saver import Saver
+from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
 from model_moe import draw_dropout, update_balance
@@ -322,6 +328,197 @@ class Parallel:
             dist.destroy_process_group()
 
 
+# ---------------------------------------------------------------- orchestrator
+
+
+class Orchestrator(Parts):
+    """Looks at every step and acts on failures; a healthy run is the same to the bit without it.
+
+    It looks at the numbers of each finished step and at each evaluation. What it may do:
+
+    level 0  a note: a warning, advice, patience with a spike of the loss that may heal by itself
+    level 1  drop a step whose gradient is not finite or explodes (the device decides, see guard)
+    level 2  go back to the newest snapshot from before the onset, past the data since
+    level 3  the same so soon again: go back further, with a lower learning rate for a while
+    level 4  and again: stop with a diagnosis (E301)
+
+    Modes: act; shadow (decides and writes down, does nothing); replay (repeats the decisions of a
+    run); off (non-finite steps are dropped all the same). All ranks see the same reduced numbers,
+    so all decide alike; only what one rank alone can know (files, clocks) has to travel.
+    """
+
+    # ---- the places in the loop
+
+    def begin_iteration(self) -> bool:
+        """What was decided an iteration ago, and a snapshot. Returns whether the run went back."""
+        began, t = time.perf_counter(), self.trainer
+        self.iteration += 1
+        new_mixture = any(self.cursor < start <= t.cursor for start, _ in t.run.segments[1:])
+        if new_mixture and self.watching:
+            self.loss.course.forget()  # other data, perhaps another loss
+        self.cursor = t.cursor
+        todo, self.todo = self.todo, []
+        for item in todo:
+            self.carry_out(item)
+        if self.replay:
+            for row in self.replay.at(t.cursor):
+                self.replay.repeat(row, self)
+        if self.watching or self.replay:
+            self.keep_snapshot()
+        self.seconds += time.perf_counter() - began
+        return self.went_back == self.iteration
+
+    def lr_factor(self) -> float:
+        """What the schedule is multiplied by: exactly 1.0 in a run nobody touched."""
+        return self.control.knobs.get("lr_scale", 1.0) * self.escalation.lr_factor(self.iteration)
+
+    def guard(self, ce, norm, unusable) -> tuple[torch.Tensor, torch.Tensor]:
+        """(drop this step?, did its gradient explode?): 0-d bools on the device; nobody waits for it.
+
+        ce: the summed loss; norm: of the true gradient; unusable: ranks that have no gradient to
+        give (their data, their memory). All 0-d.
+        """
+        began = time.perf_counter()
+        bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (unusable > 0) | self.halted
+        # on CUDA the host learns of it an iteration late: that iteration is void too
+        self.halted = self.halted | (unusable > 0)
+        exploded = torch.zeros_like(bad)
+        limit = self.explosion.norms.limit(self.iteration) if self.watching else None
+        if self.replay:  # what broke then may not break now
+            dropped, by_explosion = self.replay.drops(self.trainer.cursor)
+            bad = torch.ones_like(bad) if dropped else bad
+            exploded = torch.ones_like(bad) if by_explosion else exploded
+        elif limit is not None:
+            exploded = ~bad & (norm.log() > limit)
+            drop = exploded & (self.streak < MAX_DROPS_IN_A_ROW)
+            self.streak = torch.where(exploded, self.streak + 1, torch.zeros_like(self.streak))
+            bad = bad | drop if self.acting else bad
+        self.seconds += time.perf_counter() - began
+        return bad, exploded
+
+    def observe(self, numbers: StepNumbers) -> None:
+        """A finished step. UserError E301, E302 when the run cannot be saved."""
+        began = time.perf_counter()
+        self.dropped += numbers.bad
+        for detector in self.looking:
+            for alarm in detector.look(numbers):
+                self.hear(alarm, numbers)
+        if not numbers.bad:
+            self.snapshots.step_done(numbers.iteration, self.trainer.tokens, self.clean)
+        if self.watching and every(self.cfg.check_interval, numbers.step + 1):
+            self.examine(numbers)
+        self.judge(numbers.iteration)
+        self.seconds += time.perf_counter() - began
+
+    def evaluated(self, row: dict) -> None:
+        """An evaluation: it shows what training does not."""
+        if not self.watching:
+            return
+        for detector in self.looking:
+            for alarm in detector.look_at_evaluation(row):
+                self.decide(Decision.of(alarm))
+        verdict = self.note_guessing()
+        if verdict:
+            self.health.status, self.health.causes = "critical", [verdict[0]]
+
+    # ---- what an alarm leads to
+
+    def hear(self, alarm: Alarm | Healed, numbers: StepNumbers) -> None:
+        """Notes and dropped steps are written down at once; what changes the run waits for the top
+        of the next iteration, where all ranks stand between two steps."""
+        if isinstance(alarm, Healed):
+            if alarm.id is not None:
+                self.decisions.outcome(alarm.id, "healed", numbers.step, alarm.stat)
+        elif alarm.level == 4:
+            raise UserError(alarm.code, alarm.reason)
+        elif alarm.level < 2:
+            alarm.id = self.decide(Decision.of(alarm), numbers)["id"]
+        elif alarm.trigger != "experts" or not self.rebalancing.waits:
+            self.todo.append(alarm)
+
+    def carry_out(self, item) -> None:
+        if isinstance(item, Commands):
+            self.control.carry_out(item)
+        elif isinstance(item, EndEarly):
+            self.shorten(item.advice)
+        elif isinstance(item, KnobBack):
+            reason = f"the time of #{item.decision} is over"
+            self.rebalancing.change(item.knob, item.value, reason, {})
+        elif item.trigger == "experts":
+            self.rebalancing.answer(item, self.experts.checks, self.iteration)
+        else:
+            self.escalate(item)
+            if item.recovery_target is not None:
+                back = self.went_back == self.iteration
+                self.loss.recovery_target = item.recovery_target if back else None
+
+    def escalate(self, alarm: Alarm) -> None:
+        """Levels 2 to 4."""
+        t, now = self.trainer, self.iteration
+        if self.went_back == now:  # two alarms of one step: the first has been answered
+            return
+        d = Decision.of(alarm)
+        d.more = {"stat": alarm.stat}
+        d.level = self.escalation.level(now)
+        source = None
+        if d.level <= 3 and not self.escalation.spent(now):
+            older_than = self.escalation.last_source if d.level == 3 else None
+            source = self.source(alarm.onset, older_than=older_than)
+        rho = abs((alarm.stat or {}).get("rho1", 0.0))
+        if not self.cfg.enable_emergency_recovery:
+            d.blocked = "enable_emergency_recovery: false"
+        if rho > MAX_CORRELATION:
+            d.blocked = f"losses are correlated ({alarm.stat['rho1']:.2f}): shuffle the data"
+        moved = self.snapshots.moved_most(t.weights, t.cfg.model.init_std, t.parallel)
+        if source is None:
+            tried = self.escalation.rollbacks
+            why = "rolling back did not help" if tried else "there is nothing to go back to"
+            d.action, d.level, d.reason = "stop", 4, f"{alarm.reason}; {why}; {moved}"
+            row = self.decide(d)
+            if row["executed"]:
+                text = f"{d.reason}; step {t.step}; the newest clean checkpoint in {t.out}"
+                raise UserError("E301", f"{text} is not touched")
+        else:
+            lr = LR_CUT if d.level == 3 else 1.0
+            d.reason = f"{alarm.reason}; {moved}"
+            row = self.decide(d, do=lambda: self.go_back(source, alarm.onset, lr))
+            if row["executed"]:
+                self.escalation.rollbacks.append(now)
+                self.decisions.due.append(Judgement(row["id"], now + JUDGE_AFTER, "rollback"))
+                for detector in self.detectors.values():
+                    detector.cool_down(now, self.escalation.cooldown_ends)
+        if not row["executed"]:  # shadow: said once, then the new course is followed
+            self.loss.course.forget()
+        self.loss.phase = WATCHING
+
+    def go_back(self, source: Snapshot | str, onset: int | None, lr: float = 1.0) -> dict:
+        """Weights, moments and the step return to a snapshot or checkpoint; the cursor does not."""
+        t = self.trainer
+        before = {"step": t.step, "tokens": t.tokens}
+        to_cursor = None
+        if isinstance(source, Snapshot):
+            self.snapshots.restore(source)
+            t.rewind({"step": source.step} | source.numbers)
+            iteration, to_cursor = source.iteration, source.cursor
+        else:
+            saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)
+            t.parallel.run_or_raise_on_all(t.restore, saved)
+            t.rewind(saved.state)
+            iteration = saved.state.get("orchestrator", {}).get("turn", 0)
+        self.snapshots.discard(iteration + 1)
+        for detector in self.detectors.values():
+            detector.rolled_back(iteration, onset)
+        self.went_back = self.iteration
+        self.escalation.last_source = t.step
+        if lr != 1.0:
+            self.escalation.cut_at, self.escalation.cut = self.iteration, lr
+        args = {"to_step": t.step, "next_row": t.cursor, "lr_mult": lr, "onset": onset}
+        args |= {"from": "memory" if isinstance(source, Snapshot) else str(source)}
+        args |= {"to_cursor": to_cursor}
+        row = {"args": args, "before": before, "after": {"step": t.step, "tokens": t.tokens}}
+        return row | {"cost": {"steps": before["step"] - t.step}}
+
+
 # ---------------------------------------------------------------- trainer
 
 # beside the model's sums, what the ranks tell one another in each step
@@ -383,8 +580,19 @@ class Pending:
     marks: list  # of the stopwatch
 
 
-NUMBERS = "tokens val_loss best_val_loss best_step evaluations_since_best evaluated_at stopped_early gains rises "
-NUMBERS = f"{NUMBERS} best_parts measured_on".split()
+NUMBERS = (  # of a trainer: they go back with the weights in a rollback, and into state.json
+    "tokens",
+    "val_loss",
+    "best_val_loss",
+    "best_step",
+    "evaluations_since_best",
+    "evaluated_at",
+    "stopped_early",
+    "gains",
+    "rises",
+    "best_parts",
+    "measured_on",
+)
 RELEASE_EVERY = (
     50  # steps between looks at whether the halves of split experts have parted: a host sync
 )
@@ -480,6 +688,7 @@ class Trainer(ByHand):
         same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
         if same_data and "forecast" in saved.state:
             self.forecast.load_state_dict(saved.state["forecast"])
+        self.control = Control(self)
         self.orchestrator = par.run_or_raise_on_all(Orchestrator, self, replay)
         if saved is not None and "orchestrator" in saved.state:
             of_another_run = self.start.origin is not None
@@ -626,28 +835,24 @@ class Trainer(ByHand):
         ).hexdigest()
 
     def take_numbers(self, numbers: dict) -> None:
-        """Those of a checkpoint or snapshot; what was measured on another validation set is not compared, and begins
-        anew."""
+        """Those of a checkpoint or snapshot. What was measured on another validation set is not
+        compared, and begins anew."""
         measured_on = self.measured_on
         for name in NUMBERS:
             setattr(self, name, numbers.get(name, getattr(self, name)))
-        self.measured_on, there = measured_on, numbers.get("measured_on")
+        self.measured_on = measured_on
+        there = numbers.get("measured_on")
         # older checkpoints do not say on what: other data is another set there
-        if there == measured_on or (
-            there is None and numbers.get("fingerprints") == self.fingerprints
-        ):
+        same_data = numbers.get("fingerprints") == self.fingerprints
+        if there == measured_on or (there is None and same_data):
             return
         if self.best_val_loss is not None:
             best = f"best {self.best_val_loss:.4f} at step {self.best_step}"
             self.say(f"note       val_loss begins anew: {best} was of another validation set")
         self.val_loss = self.best_val_loss = self.best_step = None
-        self.evaluations_since_best, self.stopped_early, self.gains, self.rises, self.best_parts = (
-            0,
-            False,
-            [],
-            [],
-            [],
-        )
+        self.evaluations_since_best = 0
+        self.stopped_early = False
+        self.gains, self.rises, self.best_parts = [], [], []
 
     def probe(self) -> None:
         """batch_size: auto on CUDA: the most rows, of those that divide a step's, whose forward and backward pass stays
@@ -759,7 +964,7 @@ class Trainer(ByHand):
         """Out_dir's files, a number for this attempt, signals."""
         self.parallel.run_or_raise_on_all(self.open_files)
         self.report.attempt = self.parallel.broadcast(self.report.attempt)
-        self.orchestrator.begin()
+        self.orchestrator.begin_attempt()
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
         self.listen()
@@ -826,7 +1031,7 @@ class Trainer(ByHand):
         model.train()
         while True:
             # what was decided an iteration ago: a rollback, commands; and a snapshot
-            rolled_back = orch.act()
+            rolled_back = orch.begin_iteration()
             yield self.step
             began_at = self.step
 
@@ -1018,7 +1223,7 @@ class Trainer(ByHand):
         vector, shapes = flatten(numbers)
         host, arrived = to_host(vector)
         marks = self.watch.take_marks()
-        iteration = self.orchestrator.turn
+        iteration = self.orchestrator.iteration
         return Pending(self.step, self.cursor, iteration, lr, host, shapes, arrived, marks)
 
     def finish_pending_step(self) -> StepNumbers | None:
@@ -1139,44 +1344,30 @@ class Trainer(ByHand):
 
     def look_ahead(self) -> None:
         """Where the run stands and where it will end; what is justified to do about its length."""
-        cfg, T = self.cfg, self.cfg.model.max_seq_len
-        planned = self.run.rows_per_step * T * self.run.max_steps
-        unique = sum(s.windows for s in self.sources.values()) * T
-        try:
-            found = self.forecast.status(
-                planned,
-                lambda share: lr_at(cfg, self.run, round(share * self.run.max_steps)),
-                unique,
-            )
-        except (
-            Exception
-        ) as error:  # arithmetic on whatever the losses were: to know more is not worth a run
-            self.say(f"forecast   none: {type(error).__name__}: {error}")
-            found = None
-        advice = self.said_of(found, planned, unique) if found else None
-        if (
-            cfg.enable_early_stopping
-        ):  # it will be acted on: unlike machines may have computed unlike last digits
+        cfg, run = self.cfg, self.run
+        planned = self.targets_per_step * run.max_steps
+        unique = sum(s.windows for s in self.sources.values()) * cfg.model.max_seq_len
+
+        def lr_of(share: float) -> float:
+            return lr_at(cfg, run, round(share * run.max_steps))
+
+        found, line = forecast.look_ahead(self.forecast, planned, unique, lr_of)
+        if line:
+            self.say(f"forecast   {line}")
+        advice = None
+        if found:
+            self.outlook = {f"forecast/{name}": value for name, value in found.items()}
+            if "final" in found:
+                self.gains = [*self.gains[-2:], found["stable_gain_high"]]
+            rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
+            epochs = found["share"] * planned / max(1, unique)
+            gain = found.get("anneal_gain", 0.0)
+            history = (self.gains, self.rises)
+            advice = forecast.justified_stop(cfg.lr_schedule, *history, epochs, rise, gain)
+        if cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
             advice = self.parallel.broadcast(advice)
         if advice:
-            self.orchestrator.shorten(advice)
-
-    def said_of(self, found: dict, planned: float, unique: int) -> str | None:
-        """Say what the forecast found; returns the advice."""
-        cfg = self.cfg
-        text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
-        if "final" in found:
-            text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {found['final_low']:.3f} to "
-            text += f"{found['final_high']:.3f}), {100 * found['gained']:.0f} % of the way there"
-            self.gains = [*self.gains[-2:], found["stable_gain_high"]]
-            slopes = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
-            text += "; {:.3f} ({:.3f} to {:.3f}) nats per doubling of compute".format(*slopes)
-        self.say(f"forecast   {text}; {found['recommendation']}")
-        self.outlook = {f"forecast/{k}": v for k, v in found.items()}
-        rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
-        epochs = found["share"] * planned / max(1, unique)
-        gain = found.get("anneal_gain", 0.0)
-        return forecast.justified_stop(cfg.lr_schedule, self.gains, self.rises, epochs, rise, gain)
+            self.orchestrator.end_early(advice)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
         """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
@@ -1195,17 +1386,14 @@ class Trainer(ByHand):
         self.set_micro_batch(smaller)
         args = {"new_size": smaller}
         self.hint = f"a rank ran out of memory at step {step} with {micro}"
-        at = StepNumbers(step, cursor, self.orchestrator.turn)
-        self.orchestrator.decide(
-            "oom",
-            "adjust_batch_size",
-            f"{said}: same rows again",
-            1,
-            at,
-            always=True,
-            args=args,
-            before=micro,
-        )
+        at = StepNumbers(step, cursor, self.orchestrator.iteration)
+        decision = Decision("oom", "adjust_batch_size", f"{said}: same rows again", 1, always=True)
+        decision.more = {"args": args, "before": micro}
+        self.orchestrator.decide(decision, at)
+
+    def set_length(self, max_steps: int) -> None:
+        """The run ends at that step: decided now, or repeated from a run that is replayed."""
+        self.run = with_length(self.cfg, self.run, max_steps)
 
     def set_micro_batch(self, size: int) -> None:
         """Rows a micro-step from the next step on; accumulation follows, the batch of a step stays."""
@@ -1222,14 +1410,11 @@ class Trainer(ByHand):
         self.loader.start(self.cursor, index, count, size, self.run.accumulation)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Tensors and loss scale of a checkpoint, in place."""
-        mine = self.tensors()
-        if set(mine) != set(saved.tensors):
-            raise UserError(
-                "E305",
-                f"{saved.path}: tensors differ: {sorted(set(mine) ^ set(saved.tensors))[:5]}",
-            )
-        self.copy_in(saved, {name: name for name in mine})
+        """Tensors and loss scale of a checkpoint, in place. E305 where it has others."""
+        differ = set(self.tensors()) ^ set(saved.tensors)
+        if differ:
+            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(differ)[:5]}")
+        self.copy_in(saved, {name: name for name in self.tensors()})
         if self.loss_scale is not None and saved.state["scaler"]:
             self.loss_scale.load(saved.state["scaler"])
 
@@ -1237,12 +1422,13 @@ class Trainer(ByHand):
         """What goes back with the weights in a rollback, besides the step."""
         return {name: getattr(self, name) for name in NUMBERS}
 
-    def rewind(self, note: dict) -> None:
-        """Back to the step of `note`, whose tensors are there already; the cursor stays beyond what was read. The
-        checkpoints after it are set aside."""
+    def rewind(self, numbers: dict) -> None:
+        """Back to the step of `numbers`, whose tensors are there already. The cursor stays beyond
+        what was read; the checkpoints after that step are set aside."""
         self.saver.finish()
-        self.pending, self.step = None, note["step"]
-        self.take_numbers(note)
+        self.pending = None
+        self.step = numbers["step"]
+        self.take_numbers(numbers)
         self.set_damaged_aside()
         if self.main:
             with contextlib.suppress(OSError):
@@ -1253,89 +1439,49 @@ class Trainer(ByHand):
         self.report.progress(self.step)
 
     def find_best(self) -> None:
-        """If the best step is gone (set aside, damaged, deleted) the best of those still there takes its place."""
-        if self.main:
-            steps = checkpoint.list_steps(self.out)
-            if (
-                self.best_step is not None and self.best_step not in steps
-            ):  # it is gone: the best of those still there
-                found = []
-                for step in steps:
-                    with contextlib.suppress(UserError):
-                        state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
-                        ours = state.get("measured_on", self.measured_on) == self.measured_on
-                        if ours and state["evaluated_at"] == step and state["val_loss"]:
-                            found.append((state["val_loss"], step))
-                self.best_val_loss, self.best_step = min(found, default=(None, None))
-        self.best_val_loss, self.best_step = self.parallel.broadcast(
-            (self.best_val_loss, self.best_step)
-        )
+        """If the best step is gone (set aside, damaged, deleted) the best of those still there takes
+        its place. Rank 0 looks, all ranks know."""
+        steps = checkpoint.list_steps(self.out) if self.main else []
+        if self.main and self.best_step is not None and self.best_step not in steps:
+            found = []
+            for step in steps:
+                with contextlib.suppress(UserError):
+                    state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
+                    ours = state.get("measured_on", self.measured_on) == self.measured_on
+                    if ours and state["evaluated_at"] == step and state["val_loss"]:
+                        found.append((state["val_loss"], step))
+            self.best_val_loss, self.best_step = min(found, default=(None, None))
+        best = (self.best_val_loss, self.best_step)
+        self.best_val_loss, self.best_step = self.parallel.broadcast(best)
 
     def raise_data_error(self) -> None:
         if self.data_error:
             raise self.data_error
 
     def diagnose(self, cursor: int) -> str | None:
-        """Repeat this rank's rows of a bad step, without any effect: the first module whose output is not finite, or
-        the parameter nearest to the loss whose gradient is not. It is eager, so it may need more memory than the step
-        did: then row by row, or not at all. (In parts row by row at once, and all ranks or none: errors are raised.)"""
-        par, why = self.parallel, ""
-        for rows in (self.run.micro_batch, 1) if par.collective_free else (1,):
+        """Why the step whose first row is `cursor` was not finite, as far as this rank can see."""
+        par = self.parallel
+        # where forward and backward hold collectives a second try would have to be agreed upon
+        sizes = (self.run.micro_batch, 1) if par.collective_free else (1,)
+        again = functools.partial(self.micro_batches_again, cursor)
+        return diagnose(self.model, par, sizes, again)
+
+    def micro_batches_again(self, cursor: int, rows: int):
+        """Those of a step, so many rows at once, each with its seed set: (x, y, None), or with the
+        error's text where they cannot be read."""
+        index, count = self.parallel.rows()
+        size = self.run.micro_batch
+        for part in range(self.run.accumulation * size // rows):
+            micro, inside = divmod(part * rows, size)
+            row = cursor + (micro * count + index) * size + inside
+            unreadable = None
             try:
-                return self.repeat_rows(cursor, rows)
-            except Exception as error:  # to know more is not worth a run
-                if not par.collective_free:
-                    raise
-                memory = isinstance(error, torch.OutOfMemoryError)
-                why = "no memory" if memory else f"{type(error).__name__}: {error}"
-            finally:
-                self.model.zero_grad(set_to_none=True)
-            free_memory(par.device)  # out here, where no traceback holds on to tensors any more
-            if not memory:
-                break
-        return f"not repeated on rank {par.rank}: {why}"
-
-    def repeat_rows(self, cursor: int, rows: int) -> str | None:
-        """diagnose() with so many rows a micro-step; gradients are left."""
-        cfg, model, par, found = self.cfg, self.model, self.parallel, []
-
-        def look(name):
-            def hook(module, inputs, output):
-                first = output[0] if isinstance(output, tuple) else output
-                if not found and not torch.isfinite(first).all():
-                    found.append(f"{name or 'the loss'} is not finite on rank {par.rank}")
-
-            return hook
-
-        hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
-        index, count = par.rows()
-        try:
-            with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                each = self.run.micro_batch
-                for part in range(self.run.accumulation * each // rows):
-                    micro, inside = divmod(part * rows, each)
-                    row = cursor + (micro * count + index) * each + inside
-                    try:
-                        x, y = self.loader.batch(row, rows)
-                    except UserError as error:
-                        if par.collective_free:
-                            return error.text
-                        found.append(error.text)
-                        _, x, y = self.dummy_batch()
-                    torch.manual_seed(mix(cfg.seed, row))
-                    with par.microstep(model, True):
-                        model(self.to_device(x), targets=self.to_device(y))[0].backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not found:
-            bad = [
-                n
-                for n, p in model.named_parameters()
-                if p.grad is not None and not par.finite(p.grad)
-            ]
-            found += [f"the gradient of {bad[-1]} is not finite on rank {par.rank}"] if bad else []
-        return found[0] if found else None
+                x, y = self.loader.batch(row, rows)
+            except UserError as error:
+                unreadable = error.text
+                _, x, y = self.dummy_batch()
+            torch.manual_seed(mix(self.cfg.seed, row))
+            yield self.to_device(x), self.to_device(y), unreadable
 
     # ---- what it says
 
@@ -1396,7 +1542,11 @@ class Trainer(ByHand):
         row |= lines.step_row(numbers)
         peak = self.peak * self.parallel.world
         row |= lines.speed_row(interval, self.targets_per_step, flops, peak)
-        row |= {"dropped": orch.dropped} | lines.health_row(orch.health, orch.causes) | self.outlook
+        row |= (
+            {"dropped": orch.dropped}
+            | lines.health_row(orch.health.status, orch.health.causes)
+            | self.outlook
+        )
         self.outlook = {}
         row |= lines.memory_row(self.parallel.device)
         if cfg.z_loss:
@@ -1474,7 +1624,8 @@ class Trainer(ByHand):
         if patience and self.evaluations_since_best >= patience:
             text = f"early stop: {self.evaluations_since_best} evaluations without a new best"
             self.say(text)
-            self.orchestrator.decide("patience", "stop", text, 2, basis="rule", always=True)
+            decision = Decision("patience", "stop", text, 2, basis="rule", always=True)
+            self.orchestrator.decide(decision)
             self.stopped_early = True
         row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens} | found.row()
         row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
@@ -1514,7 +1665,7 @@ class Trainer(ByHand):
         if self.best_val_loss is None:
             self.best_step = self.step  # nothing to compare by: the last is the best
         state = self.state() if self.main else None
-        tensors, iteration = self.tensors(), self.orchestrator.turn
+        tensors, iteration = self.tensors(), self.orchestrator.iteration
         return self.saver.save(self.step, tensors, state, iteration, wait, prune)
 
     def state(self) -> dict:
@@ -1523,7 +1674,7 @@ class Trainer(ByHand):
         names = ("step", "cursor", *NUMBERS, "written", "model_written", "fingerprints", "versions")
         names += ("attempt",)
         knobs, model = (
-            self.orchestrator.knobs,
+            self.control.knobs,
             config["model"],
         )  # what was changed on the way and matters to samplers
         model["routing_temperature"] = knobs.get(
@@ -1589,8 +1740,8 @@ class Trainer(ByHand):
         if device.type == "cuda":
             used = torch.cuda.max_memory_reserved()
         found = (used / machines.total_memory(device), self.hint)
-        rollbacks = len(self.orchestrator.rollbacks)
-        text = lines.suggestion(self.facts(), self.written, *found, rollbacks, Orchestrator.CUT)
+        rollbacks = len(self.orchestrator.escalation.rollbacks)
+        text = lines.suggestion(self.facts(), self.written, *found, rollbacks, LR_CUT)
         self.report.write_suggestion(text)
 
     def close(self) -> None:

@@ -1,74 +1,191 @@
-"""TODO."""
+"""What people may do to a run while it trains: in a notebook `trainer.add_expert(0)`, from outside
+a line in control.jsonl, {"method": "add_expert", "args": [0]}.
+
+`Control` holds the methods, by the names that LuminaAI's users know, and a few of ours. Each
+returns a decision, a row of decisions.jsonl; one that cannot apply is refused in it, with a code
+and a reason. In a notebook call them on all ranks, between two iterations.
+"""
 
 from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
 
 import torch
 
 from lumen import machine as machines
+from lumen.commands import METHODS, CommandFile, Commands, parse_command
+from lumen.decisions import Decision
 from lumen.errors import UserError
 from lumen.experts import add_expert, prune_expert, recycle_expert, restore_expert
 from lumen.loader import Loader
-from lumen.machine import resident_bytes
 
-RESEED = "re-seed a dead expert"
-NO_MOE, NO_MOD = "layer of experts: set model.n_experts", "MoD layer: set model.mod_capacity"
+NO_MOE = "layer of experts: set model.n_experts"
+NO_MOD = "MoD layer: set model.mod_capacity"
 # what an argument of the wrong kind raises somewhere
-WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-METHODS = (  # what a line of control.jsonl may name: the methods that LuminaAI's users know, and a few of ours
-    "add_expert prune_expert _initialize_new_expert adjust_capacity_factor adjust_routing_temperature "
-    "enable_expert_dropout get_expert_statistics adjust_mod_capacity get_mod_statistics adjust_batch_size "
-    "_recreate_dataloader get_current_metrics _extract_moe_routing_stats _calculate_throughput "
-    "emergency_lr_reduction rollback_steps adjust_weight_decay _update_optimizer_param_groups "
-    "restore_expert recycle_expert save stop"
-).split()
-ROUTER_KNOBS = {
-    "capacity_factor": "capacity_factor",
-    "routing_temperature": "temperature",
-    "expert_dropout": "expert_dropout",
-    "bias_update_rate": "bias_rate",
-    "aux_loss_weight": "aux_weight",
+BAD_ARGUMENT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A number that may be changed while the run trains. It is in checkpoints, by its name, and
+    comes back on resume."""
+
+    low: float
+    high: float
+    router: str = ""  # the attribute of each layer's router
+    group: bool = False  # a key of the optimizer's groups
+
+
+KNOBS = {
+    "capacity_factor": Knob(0.0, 1e6, router="capacity_factor"),  # from 1 / n_experts
+    "routing_temperature": Knob(0.01, 100.0, router="temperature"),
+    "expert_dropout": Knob(0.0, 0.99, router="expert_dropout"),  # 0 where all experts are chosen
+    "bias_update_rate": Knob(0.0, 1.0, router="bias_rate"),
+    "aux_loss_weight": Knob(0.0, 1.0, router="aux_weight"),
+    "mod_capacity": Knob(0.0, 1.0),  # from 1 / max_seq_len
+    "weight_decay": Knob(0.0, 10.0, group=True),
+    "beta1": Knob(0.0, 0.99999, group=True),
+    "beta2": Knob(0.0, 0.999999, group=True),
+    "eps": Knob(0.0, 1.0, group=True),
+    "lr_scale": Knob(0.0, 1e6),  # the schedule times this
 }
 
 
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process; 0 where torch's private counter is gone."""
-    counters = getattr(torch._dynamo.utils, "counters", {})
-    return counters.get("stats", {}).get("unique_graphs", 0)
+class Control:
+    """The methods, the knobs, and control.jsonl.
 
+    It drives the whole run, so it gets the whole trainer.
+    """
 
-class ByHand:
-    """The methods that LuminaAI's users know, for Trainer: each returns a decision, refused with its reason where it
-    cannot apply. Call them on all ranks between two turns, or write a line to control.jsonl, which does."""
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.knobs: dict[str, float] = {}  # those that were changed
+        self.file = CommandFile(trainer.out / "control.jsonl", trainer.parallel)
+
+    # ---- knobs
+
+    def get_knob(self, name: str) -> float:
+        t, knob = self.trainer, KNOBS[name]
+        if knob.router:
+            return getattr(next(iter(t.moe.values())).router, knob.router)
+        if name == "mod_capacity":
+            return next(iter(t.mod.values())).target
+        group = t.optimizer.param_groups[0]
+        if name in ("beta1", "beta2"):
+            return group["betas"][name == "beta2"]
+        if knob.group:
+            return group[name]
+        return self.knobs.get(name, 1.0)
+
+    def set_knob(self, name: str, value: float) -> None:
+        t, knob = self.trainer, KNOBS[name]
+        if knob.router:
+            for moe in t.moe.values():
+                setattr(moe.router, knob.router, value)
+                if name == "expert_dropout" and not value:
+                    moe.router.dropped_out = None  # all may be chosen again
+        elif name == "mod_capacity":
+            for mod in t.mod.values():
+                mod.target = value
+        elif knob.group:
+            for group in t.optimizer.param_groups:
+                self.set_group(group, name, value)
+        self.knobs[name] = value
+
+    def set_group(self, group: dict, name: str, value: float) -> None:
+        """In one of the optimizer's groups."""
+        if name == "weight_decay":  # of matrices only
+            group[name] = value if group["params"][0].dim() >= 2 else 0.0
+        elif name == "beta1":
+            group["betas"] = (value, group["betas"][1])
+        elif name == "beta2":
+            group["betas"] = (group["betas"][0], value)
+        else:
+            group[name] = value
+
+    def limits(self, name: str) -> tuple[float, float]:
+        m, knob = self.trainer.cfg.model, KNOBS[name]
+        low, high = knob.low, knob.high
+        if name == "capacity_factor":
+            low = 1 / max(1, m.n_experts)
+        if name == "mod_capacity":
+            low = 1 / m.max_seq_len
+        if name == "expert_dropout" and m.n_experts_per_token >= m.n_experts:
+            high = 0.0
+        return low, high
+
+    def turn_knob(
+        self, action: str, args: dict, name: str, value, missing: str = "", low: float = 0.0
+    ) -> dict:
+        """A decision to set a knob. E308 where the model has none, in words: `missing`; E309 where
+        the value is no number within its limits, or is below `low`."""
+
+        def do():
+            if missing:
+                raise UserError("E308", f"this model has no {missing}")
+            least, high = self.limits(name)
+            least = max(least, low)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not least <= value <= high:
+                text = f"{action}: {value!r} is not a number from {least:g} to {high:g}"
+                raise UserError("E309", text)
+            before = self.get_knob(name)
+            self.set_knob(name, value)
+            return {"before": {name: before}, "after": {name: value}}
+
+        return self.by_hand(action, do, **args)
+
+    # ---- decisions of people
+
+    def by_hand(self, action: str, do, **args) -> dict:
+        """Written down, and done at once. `do` raises UserError, or what a bad argument raises,
+        where it cannot be; nothing is changed then."""
+
+        def careful():
+            try:
+                return do()
+            except BAD_ARGUMENT as error:
+                raise UserError("E309", f"{action}{args}: {error}") from error
+
+        decision = Decision("user", action, "asked for", 1, more={"args": args})
+        return self.trainer.orchestrator.decide(decision, do=careful)
 
     def surgery(self, action: str, layer_idx: int, do, **args) -> dict:
+        """by_hand, on a layer of experts: do(moe)."""
+        t = self.trainer
+
         def change():
-            if layer_idx not in self.moe:
-                has = list(self.moe) or "none"
-                raise UserError(
-                    "E308", f"layer {layer_idx} has no experts; layers that have: {has}"
-                )
+            if layer_idx not in t.moe:
+                has = list(t.moe) or "none"
+                text = f"layer {layer_idx} has no experts; layers that have: {has}"
+                raise UserError("E308", text)
             try:  # the same bits on every rank, so the same choice, and the same refusal
-                return do(self.moe[layer_idx]) or {}
-            except WRONG as error:
+                return do(t.moe[layer_idx])
+            except BAD_ARGUMENT as error:
                 raise UserError("E308", f"layer {layer_idx}: {error}") from error
 
-        return self.orchestrator.by_hand(action, change, layer_idx=layer_idx, **args)
+        return self.by_hand(action, change, layer_idx=layer_idx, **args)
+
+    # ---- experts
 
     def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
         """Split an expert, by default the hottest, into a free slot of the layer."""
+        t = self.trainer
 
         def do(moe):
-            seed = self.split_seed(layer_idx)
-            pair = add_expert(moe, self.optimizer, self.step, self.parallel, parent, seed)
-            return dict(zip(("parent", "expert"), pair))
+            seed = t.split_seed(layer_idx)
+            made = add_expert(moe, t.optimizer, t.step, t.parallel, parent, seed)
+            return {"parent": made[0], "expert": made[1]}
 
         return self.surgery("add_expert", layer_idx, do, parent=parent)
 
     def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
         """Take an expert out of the choice; restore_expert undoes it while its window is open."""
+        t = self.trainer
 
         def do(moe):
-            prune_expert(moe, self.step, expert_idx, force, self.optimizer, self.parallel)
+            prune_expert(moe, t.step, expert_idx, force, t.optimizer, t.parallel)
 
         return self.surgery("prune_expert", layer_idx, do, expert_idx=expert_idx, force=force)
 
@@ -76,7 +193,7 @@ class ByHand:
         """Undo prune_expert."""
 
         def do(moe):
-            restore_expert(moe, self.step, expert_idx)
+            restore_expert(moe, self.trainer.step, expert_idx)
 
         return self.surgery("restore_expert", layer_idx, do, expert_idx=expert_idx)
 
@@ -84,215 +201,330 @@ class ByHand:
         """Prune a dead expert, by default the coldest, and split the hottest into its slot."""
 
         def do(moe):
-            self.save()  # it cannot be undone
-            return self.recycle(layer_idx, expert_idx)
+            return self.reseed(layer_idx, expert_idx)
 
         return self.surgery("recycle_expert", layer_idx, do, expert_idx=expert_idx)
 
-    def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
-        moe, seed = self.moe[layer], self.split_seed(layer)
-        try:
-            pair = recycle_expert(
-                moe, self.optimizer, self.step, self.parallel, expert, seed, parents
-            )
-        except ValueError as error:
-            raise UserError("E308", f"layer {layer}: {error}") from error
-        return dict(zip(("parent", "expert"), pair))
-
     def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
-        """Make slot new_expert = [layer, slot] a copy, with noise, of the hottest of existing_experts. The slot must be
-        free or its expert dead: one that works is not overwritten."""
+        """Split the hottest of existing_experts into slot new_expert = [layer, slot].
+
+        The slot must be free or its expert dead: one that works is not overwritten.
+        """
         layer, slot = new_expert
 
         def do(moe):
-            self.save()  # it cannot be undone
-            return self.recycle(layer, slot, existing_experts)
+            return self.reseed(layer, slot, existing_experts)
 
         named = {"new_expert": new_expert, "existing_experts": existing_experts}
         return self.surgery("_initialize_new_expert", layer, do, **named)
 
-    def knob(
-        self, action: str, args: dict, name: str, value, low: float, high: float, has=True, needs=""
-    ) -> dict:
-        def do():
-            if not has:
-                raise UserError("E308", f"this model has no {needs}")
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not low <= value <= high
-            ):
-                raise UserError(
-                    "E309", f"{action}: {value!r} is not a number from {low:g} to {high:g}"
-                )
-            before = self.orchestrator.get_knob(name)
-            self.orchestrator.set_knob(name, value)
-            return {"before": {name: before}, "after": {name: value}}
+    def reseed(self, layer: int, expert: int | None = None, parents=None) -> dict:
+        """recycle(); the run is saved before, for it cannot be undone."""
+        self.trainer.save()
+        return self.recycle(layer, expert, parents)
 
-        return self.orchestrator.by_hand(action, do, **args)
+    def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
+        """A dead expert's slot gets half of the hottest of `parents`. E308 where that cannot be."""
+        t = self.trainer
+        moe, seed = t.moe[layer], t.split_seed(layer)
+        try:
+            made = recycle_expert(moe, t.optimizer, t.step, t.parallel, expert, seed, parents)
+        except ValueError as error:
+            raise UserError("E308", f"layer {layer}: {error}") from error
+        return {"parent": made[0], "expert": made[1]}
+
+    # ---- routing
 
     def adjust_capacity_factor(self, factor: float) -> dict:
-        """Tokens an expert takes at most, times its fair share; on a dropless model this turns capacity on."""
-        m = self.cfg.model
-        low = 1 / max(1, m.n_experts)
+        """Tokens an expert takes at most, times its fair share; on a dropless model this turns
+        capacity on."""
+        missing = "" if self.trainer.moe else NO_MOE
         args = {"factor": factor}
-        return self.knob(
-            "adjust_capacity_factor", args, "capacity_factor", factor, low, 1e6, self.moe, NO_MOE
-        )
+        return self.turn_knob("adjust_capacity_factor", args, "capacity_factor", factor, missing)
 
     def adjust_routing_temperature(self, temp: float) -> dict:
         """Divide the router's logits by `temp`: above 1 flatter, below sharper."""
+        missing = "" if self.trainer.moe else NO_MOE
         args = {"temp": temp}
-        return self.knob(
-            "adjust_routing_temperature",
-            args,
-            "routing_temperature",
-            temp,
-            0.01,
-            100,
-            self.moe,
-            NO_MOE,
+        return self.turn_knob(
+            "adjust_routing_temperature", args, "routing_temperature", temp, missing
         )
 
     def enable_expert_dropout(self, prob: float) -> dict:
         """Mute experts with this probability, drawn anew each step, while training."""
-        m, most = (
-            self.cfg.model,
-            0.99 if self.cfg.model.n_experts_per_token < self.cfg.model.n_experts else 0.0,
-        )
-        has = self.moe and (m.n_experts > m.n_experts_per_token or not prob)
-        return self.knob(
-            "enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, 0.0, most, has, NO_MOE
+        m = self.trainer.cfg.model
+        choice = m.n_experts > m.n_experts_per_token or not prob
+        missing = "" if self.trainer.moe and choice else NO_MOE
+        return self.turn_knob(
+            "enable_expert_dropout", {"prob": prob}, "expert_dropout", prob, missing
         )
 
     def adjust_mod_capacity(self, factor: float) -> dict:
-        """The share of tokens that MoD layers compute, from the next step on (their annealing goes to it)."""
-        low = 1 / self.cfg.model.max_seq_len
-        return self.knob(
-            "adjust_mod_capacity",
-            {"factor": factor},
-            "mod_capacity",
-            factor,
-            low,
-            1.0,
-            self.mod,
-            NO_MOD,
-        )
+        """The share of tokens that MoD layers compute, from the next step on (their annealing goes
+        to it)."""
+        missing = "" if self.trainer.mod else NO_MOD
+        args = {"factor": factor}
+        return self.turn_knob("adjust_mod_capacity", args, "mod_capacity", factor, missing)
+
+    # ---- data
 
     def adjust_batch_size(self, new_size: int) -> dict:
         """Rows a micro-step; accumulation follows, so that the batch of a step stays what it is."""
-        return self.orchestrator.by_hand(
-            "adjust_batch_size", lambda: self.set_micro_batch(int(new_size)), new_size=new_size
-        )
+
+        def do():
+            self.trainer.set_micro_batch(int(new_size))
+
+        return self.by_hand("adjust_batch_size", do, new_size=new_size)
 
     def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
-        """Close the reader and open another at the same row: what it read ahead is read again. `dataset`, a dict of
-        loader.Source by name, takes the place of the sources it had."""
+        """Close the reader and open another at the same row: what it read ahead is read again.
+
+        dataset: a dict of loader.Source by name, takes the place of the sources it had.
+        """
+        t = self.trainer
 
         def do():
             if dataset is not None:
-                if set(dataset) != set(self.sources):
-                    raise UserError(
-                        "E309", f"dataset: sources named {list(self.sources)} are expected"
-                    )
-                loader = Loader(
-                    dataset, self.cfg.seed, self.run.segments, self.cfg.model.vocab_size
-                )
-                self.loader.close()
-                self.sources, self.loader = dataset, loader
-            self.set_micro_batch(self.run.micro_batch)
+                if set(dataset) != set(t.sources):
+                    text = f"dataset: sources named {list(t.sources)} are expected"
+                    raise UserError("E309", text)
+                loader = Loader(dataset, t.cfg.seed, t.run.segments, t.cfg.model.vocab_size)
+                t.loader.close()
+                t.sources, t.loader = dataset, loader
+            t.set_micro_batch(t.run.micro_batch)
 
-        return self.orchestrator.by_hand("_recreate_dataloader", do, dataset=None)
+        return self.by_hand("_recreate_dataloader", do, dataset=None)
+
+    # ---- optimizer
 
     def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
-        """Divide the learning rate by `factor` from the next step on; the schedule goes on below it."""
-        scale = self.orchestrator.knobs.get("lr_scale", 1.0)
-        ok = isinstance(factor, (int, float)) and factor >= 1  # less would raise it
-        value = scale / factor if ok else None
-        return self.knob("emergency_lr_reduction", {"factor": factor}, "lr_scale", value, 1e-6, 1e6)
-
-    def rollback_steps(self, num_steps: int = 100) -> dict:
-        """Back by at least so many steps, to a snapshot or a checkpoint, moments included; data goes on where
-        it is. The run is saved before: that checkpoint is set aside as step_N.rolled_back."""
-        self.finish_pending_step()
-        watch = self.orchestrator
-
-        def do():
-            source = watch.source(step=self.step - int(num_steps)) if int(num_steps) > 0 else None
-            if source is None:
-                raise UserError(
-                    "E309",
-                    f"rollback_steps({num_steps}): nothing clean at step {self.step - int(num_steps)} or before",
-                )
-            self.save(prune=False)  # what is gone back to may be the oldest that is kept
-            return watch.go_back(source, None)
-
-        return watch.by_hand("rollback_steps", do, num_steps=num_steps)
+        """Divide the learning rate by `factor` from the next step on; the schedule goes on."""
+        value = None  # a factor below 1 would raise it
+        if isinstance(factor, (int, float)) and factor >= 1:
+            value = self.knobs.get("lr_scale", 1.0) / factor
+        args = {"factor": factor}
+        return self.turn_knob("emergency_lr_reduction", args, "lr_scale", value, low=1e-6)
 
     def adjust_weight_decay(self, value: float) -> dict:
         """Weight decay of all matrices from the next step on."""
-        return self.knob("adjust_weight_decay", {"value": value}, "weight_decay", value, 0.0, 10.0)
+        return self.turn_knob("adjust_weight_decay", {"value": value}, "weight_decay", value)
 
     def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
-        """Set lr (the schedule is scaled: it is `value` now), weight_decay, beta1, beta2 or eps of all groups."""
-        action, named = "_update_optimizer_param_groups", {"param": param, "value": value}
-        limits = {
-            "lr": (0.0, 1e3),
-            "weight_decay": (0.0, 10.0),
-            "beta1": (0.0, 0.99999),
-            "beta2": (0.0, 0.999999),
-        }
-        limits["eps"] = (0.0, 1.0)
-        low, high = limits.get(param, (1, 0))
-        has = f"parameter {param!r}; there are {', '.join(limits)}"
-        if param == "lr" and isinstance(value, (int, float)):
-            value, param = value / max(self.scheduled_lr(), 1e-30), "lr_scale"
-            low, high = 0.0, 1e6
-        return self.knob(action, named, param, value, low, high, high > low, has)
+        """Set weight_decay, beta1, beta2, eps or lr (the schedule is scaled: it is `value` now)."""
+        args = {"param": param, "value": value}
+        names = ["lr", *(name for name, knob in KNOBS.items() if knob.group)]
+        missing = "" if param in names else f"parameter {param!r}; there are {', '.join(names)}"
+        name = param
+        if param == "lr":
+            name = "lr_scale"
+            if isinstance(value, (int, float)):
+                value = value / max(self.trainer.scheduled_lr(), 1e-30)
+        return self.turn_knob("_update_optimizer_param_groups", args, name, value, missing)
+
+    def rollback_steps(self, num_steps: int = 100) -> dict:
+        """Back by at least so many steps, to a snapshot or a checkpoint, moments included.
+
+        Data goes on where it is. The run is saved before, as step_N.rolled_back.
+        """
+        t = self.trainer
+        t.finish_pending_step()
+
+        def do():
+            step = t.step - int(num_steps)
+            source = None
+            if int(num_steps) > 0:
+                source = t.orchestrator.source(step=step)
+            if source is None:
+                text = f"rollback_steps({num_steps}): nothing clean at step {step} or before"
+                raise UserError("E309", text)
+            t.save(prune=False)  # what is gone back to may be the oldest that is kept
+            return t.orchestrator.go_back(source, None)
+
+        return self.by_hand("rollback_steps", do, num_steps=num_steps)
+
+    # ---- questions
 
     def get_current_metrics(self) -> dict:
-        """Of the last finished step, as plain numbers: loss, learning_rate, grad_norm, throughput (tokens/s),
-        memory_usage (share of what this process may use), epoch, step."""
-        self.finish_pending_step()
-        seen, cuda = self.latest, self.parallel.device.type == "cuda"
-        if seen is None:
+        """Of the last finished step, as plain numbers.
+
+        loss, learning_rate, grad_norm, throughput (tokens a second), memory_usage (share of what
+        this process may use), epoch, step.
+        """
+        t = self.trainer
+        t.finish_pending_step()
+        latest = t.latest
+        if latest is None:
             return {"refused": "E308", "reason": "no step has been made yet"}
-        used = torch.cuda.max_memory_reserved() if cuda else resident_bytes() or 0
-        epochs = self.loader.epochs(seen.cursor + self.run.rows_per_step)
+        if t.parallel.device.type == "cuda":
+            used = torch.cuda.max_memory_reserved()
+        else:
+            used = machines.resident_bytes() or 0
+        epochs = t.loader.epochs(latest.cursor + t.run.rows_per_step)
         return {
-            "loss": seen.loss,
-            "learning_rate": seen.lr,
-            "grad_norm": seen.grad_norm,
+            "loss": latest.loss,
+            "learning_rate": latest.lr,
+            "grad_norm": latest.grad_norm,
             "throughput": self._calculate_throughput(),
-            "memory_usage": used / machines.total_memory(self.parallel.device),
+            "memory_usage": used / machines.total_memory(t.parallel.device),
             "epoch": max(epochs.values()),
-            "step": seen.step + 1,
+            "step": latest.step + 1,
         }
 
     def _calculate_throughput(self) -> float:
         """Tokens a second over all ranks since the last log line, without evaluation and saving."""
-        interval = self.watch.interval(self.step)
+        t = self.trainer
+        interval = t.watch.interval(t.step)
         if interval.steps <= 0:
-            interval = self.watch.last
-        return interval.speed() * self.run.rows_per_step * self.cfg.model.max_seq_len
+            interval = t.watch.last
+        return interval.speed() * t.run.rows_per_step * t.cfg.model.max_seq_len
 
     def _extract_moe_routing_stats(self) -> dict:
         """get_expert_statistics, by the name it has in LuminaAI."""
-        return self.get_expert_statistics()
+        return self.trainer.get_expert_statistics()
+
+    def save(self) -> None:
+        """Evaluate and save between two iterations, ahead of what the next command changes."""
+        t = self.trainer
+        if t.step == 0:
+            t.request_save()
+            return
+        if t.step != t.started_at and t.evaluated_at != t.step:
+            t.evaluate()
+        t.save()
+
+    def stop(self) -> None:
+        """Finish the step, save, end; slurm/train.sbatch does not start such a run again."""
+        self.trainer.stop_signal = 2
+
+    # ---- control.jsonl
+
+    def carry_out(self, commands: Commands) -> None:
+        """On all ranks. A process that dies in the midst of it reads them all again."""
+        for line in commands.lines:
+            self.command(line)
+        self.file.done = commands.end
+
+    def command(self, line: str) -> None:
+        """One line {"method": NAME, "args": [...] or {...}}. What cannot be is refused (E309), and
+        the run goes on."""
+        decide = self.trainer.orchestrator.decide
+        name = "?"
+        try:
+            row = parse_command(line)
+            name = row["method"]
+            method, args, kwargs = self.bind(name, row.get("args", []))
+        except UserError as error:
+            more = {"refused": error.code, "stat": {"line": line[:500]}}
+            decide(Decision("user", str(name), error.text, 1, more=more))
+            return
+        try:
+            answer = method(*args, **kwargs)
+        except BAD_ARGUMENT as error:
+            answer = {"refused": "E309", "reason": f"{name}: {error}"}
+        decided = isinstance(answer, dict) and "action" in answer
+        if decided:
+            return
+        more = {"args": row.get("args", [])}  # a question, or save: nothing else wrote it down
+        if answer is not None:
+            more["answer"] = answer
+        if isinstance(answer, dict) and "refused" in answer:
+            more["refused"] = answer["refused"]
+        decide(Decision("user", name, "asked for in control.jsonl", 0, more=more))
+
+    def bind(self, name: str, args) -> tuple:
+        """(method, args, kwargs); E309 where there is none, or they do not fit."""
+        if name not in METHODS:
+            raise UserError("E309", f"no method {name!r}; there are: {', '.join(METHODS)}")
+        kwargs = {}
+        if isinstance(args, dict):
+            args, kwargs = [], args
+        elif not isinstance(args, list):
+            args = [args]
+        owner = self if hasattr(self, name) else self.trainer
+        method = getattr(owner, name)
+        try:
+            inspect.signature(method).bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError("E309", f"{name}{inspect.signature(method)}: {error}") from error
+        return method, args, kwargs
+
+    # ---- state
+
+    def state(self) -> dict:
+        return {"read_to": self.file.done, "knobs": self.knobs}
+
+    def load(self, state: dict, other_course: bool) -> None:
+        """`other_course`: the commands that are there were for another run."""
+        self.file.resume(state["read_to"], other_course)
+        for name, value in state["knobs"].items():
+            self.set_knob(name, value)
+
+
+class ByHand:
+    """Trainer's side of Control: `trainer.add_expert(0)` in a notebook."""
+
+    control: Control
+
+    def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
+        return self.control.add_expert(layer_idx, parent)
+
+    def prune_expert(self, layer_idx: int, expert_idx: int, force: bool = False) -> dict:
+        return self.control.prune_expert(layer_idx, expert_idx, force)
+
+    def restore_expert(self, layer_idx: int, expert_idx: int) -> dict:
+        return self.control.restore_expert(layer_idx, expert_idx)
+
+    def recycle_expert(self, layer_idx: int, expert_idx: int | None = None) -> dict:
+        return self.control.recycle_expert(layer_idx, expert_idx)
+
+    def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
+        return self.control._initialize_new_expert(new_expert, existing_experts)
+
+    def adjust_capacity_factor(self, factor: float) -> dict:
+        return self.control.adjust_capacity_factor(factor)
+
+    def adjust_routing_temperature(self, temp: float) -> dict:
+        return self.control.adjust_routing_temperature(temp)
+
+    def enable_expert_dropout(self, prob: float) -> dict:
+        return self.control.enable_expert_dropout(prob)
+
+    def adjust_mod_capacity(self, factor: float) -> dict:
+        return self.control.adjust_mod_capacity(factor)
+
+    def adjust_batch_size(self, new_size: int) -> dict:
+        return self.control.adjust_batch_size(new_size)
+
+    def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
+        return self.control._recreate_dataloader(dataset)
+
+    def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
+        return self.control.emergency_lr_reduction(factor)
+
+    def rollback_steps(self, num_steps: int = 100) -> dict:
+        return self.control.rollback_steps(num_steps)
+
+    def adjust_weight_decay(self, value: float) -> dict:
+        return self.control.adjust_weight_decay(value)
+
+    def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
+        return self.control._update_optimizer_param_groups(param, value)
+
+    def get_current_metrics(self) -> dict:
+        return self.control.get_current_metrics()
+
+    def _calculate_throughput(self) -> float:
+        return self.control._calculate_throughput()
+
+    def _extract_moe_routing_stats(self) -> dict:
+        return self.control._extract_moe_routing_stats()
 
     def save_now(self) -> None:
-        """Evaluate and save between two turns: what a command after it changes is changed after it."""
-        if self.step == 0:
-            self.request_save()
-            return
-        if self.step != self.started_at and self.evaluated_at != self.step:
-            self.evaluate()
-        self.save()
+        self.control.save()
 
     def request_save(self) -> None:
         """A checkpoint at the next step."""
         self.save_signal = 1
 
     def request_stop(self) -> None:
-        """Finish the step, save, end in order; slurm/train.sbatch does not start such a run again."""
-        self.stop_signal = 2
+        self.control.stop()

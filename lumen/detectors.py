@@ -1,8 +1,10 @@
-"""What is noise and what is not: plain numbers in, plain numbers out, no torch. The orchestrator asks, and acts.
+"""What is wrong with a run: plain numbers in, alarms out. No torch, no trainer.
 
-`NormLimit` says how large a gradient norm may be, `Divergence` whether the loss has left its course. Both keep only
-what was accepted, so that a fault never becomes the measure of the next one. `above_chance` needs no past
-at all: a run that exploded in its first steps has none to be measured by.
+`StepNumbers` is what is known of a step, `Alarm` what a detector says of it. What is noise and what
+is not they ask lumen/course.py.
+
+To add a detector: a dataclass with `look`, whose fields are its state, and a line in
+`Orchestrator.__init__` (train.py). docs/hacking.md has the recipe.
 """
 
 from __future__ import annotations
@@ -10,9 +12,41 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 
-import numpy as np
+from lumen.course import LossCourse, NormLimit, above_chance
+
+# NonFinite: roll back after so many non-finite steps in a row, or so many within so many iterations
+MAX_NONFINITE_IN_A_ROW = 3  # steps
+MAX_NONFINITE = 5  # steps
+MAX_NONFINITE_WITHIN = 200  # iterations
+# where nothing may be rolled back the run counts as diverged after so many in a row
+MAX_NONFINITE_AT_ALL = 50  # steps
+
+# Explosion
+MAX_DROPS_IN_A_ROW = 3  # steps; what explodes more often is for the loss detector to judge
+MAX_EXPLOSIONS = 20  # dropped steps; more of them within EXPLOSIONS_WITHIN are no accident
+EXPLOSIONS_WITHIN = 1000  # iterations
+
+# Divergence
+HEAL_WITHIN = 20  # iterations; most spikes come back by themselves, so they get that long
+MAX_EXTENSIONS = 3  # times that long is granted anew, to a spike that has halved
+LOW_LOSS_AGAIN = 100  # iterations between two warnings that the loss is too low
+RULE = 0.91  # the confidence of a rule, where nothing can be computed: above any usual threshold
+
+# UnbalancedExperts
+UNBALANCED_CHECKS = 5  # checks in a row
+FIRST_CHECKS = 10  # checks at the start of a run in which routing may be as it likes
+
+# Guessing
+LEARNED_WITHIN = 32  # steps after the warm-up in which a run must have become better than guessing
+
+# ModGap
+MAX_MOD_GAP = 0.02  # nats between the causal rule and the rule of training, twice in a row
+
+
+# ---------------------------------------------------------------- what is known, what is said
 
 
 @dataclass
@@ -35,249 +69,508 @@ class StepNumbers:
     save: bool = False  # a rank was asked for a checkpoint
     control: bool = False  # control.jsonl has new lines
     desynced: bool = False  # the ranks' weights differ
-    sums: dict | None = None  # of the sparse layers, by name, where they were fetched
-    experts: dict | None = None  # experts.expert_statistics of these
-    depth: dict | None = None  # experts.mod_statistics of these
-
-
-def centre(values: list[float]) -> tuple[float, float]:
-    """Median, and median absolute deviation scaled to the standard deviation of a normal distribution. Plain Python:
-    sorting a hundred floats takes less time than numpy's median needs to begin."""
-    middle = statistics.median(values)
-    return middle, 1.4826 * statistics.median([abs(x - middle) for x in values])
-
-
-def above_chance(loss: float, n_vocab: int) -> bool:
-    """Whether a cross-entropy (without z-loss and the like) lies above ln(n_vocab), what guessing evenly
-    costs, by more than noise: 0.1 nats and 2 %, as in Divergence.floor. NaN does."""
-    chance = math.log(n_vocab)
-    return not loss <= chance + max(0.1, 0.02 * chance)
-
-
-class NormLimit:
-    """How large a gradient norm may be: log G <= median + max(12 robust deviations, ln 4) over 128 accepted steps.
-
-    The logarithm makes norms nearly normal: 12 deviations is never noise. Starts at 32 accepted steps; ends two turns
-    before the one it is asked about, so that no answer waits for the device.
-    """
-
-    WINDOW, START, SIGMAS, FACTOR = 128, 32, 12.0, 4.0
-
-    def __init__(self):
-        self.seen: deque = deque(maxlen=self.WINDOW + 2)  # (turn, log G)
-
-    def add(self, turn: int, norm: float) -> None:
-        if norm > 0 and math.isfinite(norm):
-            self.seen.append((turn, math.log(norm)))
-
-    def limit(self, turn: int) -> float | None:
-        """The largest log G that passes at `turn`; None: too little seen."""
-        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
-        if len(logs) < self.START:
-            return None
-        middle, spread = centre(logs)
-        return middle + max(self.SIGMAS * spread, math.log(self.FACTOR))
-
-    def confidence(self, turn: int, norm: float) -> float:
-        """That this norm is no noise: Sellke's bound on the normal tail, prior 1 in 1000, and never above 0.99."""
-        logs = [x for t, x in self.seen if t <= turn - 2][-self.WINDOW :]
-        middle, spread = centre(logs)
-        z = (math.log(norm) - middle) / max(spread, math.log(self.FACTOR) / self.SIGMAS)
-        return p_confidence(0.5 * math.erfc(z / math.sqrt(2)))
-
-
-def p_confidence(p: float, prior: float = 1e-3) -> float:
-    """Confidence from a p-value: the upper bound -1 / (e p ln p) on its Bayes factor (Sellke et al. 2001)."""
-    p = max(p, 1e-300)
-    if p >= 1 / math.e:
-        return prior
-    odds = -1 / (math.e * p * math.log(p)) * prior
-    return min(0.99, odds / (odds + 1 - prior))
-
-
-class Divergence:
-    """Whether the loss has left its course: a conformal e-CUSUM with an effect floor.
-
-    Residual r = loss - where the last 64 accepted losses lead (the medians of their halves, and the slope between them
-    where it falls). The rank of r - sigma among up to 256 accepted residuals is a p-value, 0.5 / sqrt(p) a bet against
-    "this run is healthy" that no healthy run can win on average; E multiplies the bets and restarts at 1. confidence =
-    E prior / (E prior + 1 - prior), prior 1e-5 a step. While E > 64 nothing is accepted (128 turns of that without an
-    alarm: a new level that does not matter, and all begins anew), nor is a single r above the floor: 6 deviations, 0.1
-    nats, 2 % of the loss. An alarm also needs the median of the last 7 residuals above it. So one outlier is no alarm,
-    and a healthy run's luck is too small to be one.
-    """
-
-    TREND, WINDOW, START, PRIOR, FREEZE, PATIENCE = 64, 256, 32, 1e-5, 64.0, 128
-
-    def __init__(self):
-        self.losses: deque = deque(maxlen=self.TREND)  # accepted
-        self.residuals: deque = deque(maxlen=self.WINDOW)  # (turn, residual), accepted
-        self.last: deque = deque(maxlen=self.PATIENCE)  # (turn, residual), accepted or not
-        self.E, self.began, self.frozen, self.residual, self.sigma = 1.0, 0, 0, 0.0, None
-        self.levels: deque = deque(
-            maxlen=32
-        )  # [turn, median of 32 accepted losses], one in 8 turns
-        self.slow = None  # where a slow rise began
-        self.first: list = []  # the first 8 losses
-
-    def add(self, turn: int, loss: float) -> None:
-        if len(self.first) < 8:
-            self.first.append(loss)
-        if len(self.losses) < self.TREND // 2:
-            self.losses.append(loss)
-            return
-        self.residual = loss - self.expected()
-        if len(self.residuals) < self.START:
-            self.losses.append(loss)
-            self.residuals.append((turn, self.residual))
-            return
-        self.last.append((turn, self.residual))
-        if self.sigma is None or turn % 16 == 0:
-            self.sigma = self.scale()
-        low = (
-            self.residual - self.sigma
-        )  # the allowance of a CUSUM: less than that is curvature, not a fault
-        n = sum(r >= low for _, r in self.residuals)
-        if self.E <= 1.0:
-            self.began = turn
-        self.E = min(1e12, max(1.0, self.E) * 0.5 / math.sqrt((1 + n) / (len(self.residuals) + 1)))
-        self.frozen = self.frozen + 1 if self.E > self.FREEZE else 0
-        if not self.frozen and turn % 8 == 0:
-            self.crept(turn)
-        high = self.residual > 0.1 and self.residual > self.floor()
-        if not self.frozen and not high and not self.too_low():
-            self.losses.append(loss)
-            self.residuals.append((turn, self.residual))
-
-    def lost(self) -> tuple[int, float] | None:
-        """Before there is a course to leave: all that was learned is lost, the loss is above the first ones. For how
-        many losses, and the level at which half of it is back; None: no. A rule, no bet: of medians of 8 losses the
-        lowest lies 0.3 nats and 3 deviations of the noise below the first, the last 0.1 and 3 above (such medians
-        differ by 0.6 deviations)."""
-        if len(self.residuals) >= self.START or not self.above_start() > 0.1:
-            return None
-        start, values = statistics.median(self.first), list(self.losses)
-        noise = centre([b - a for a, b in zip(values, values[1:])])[1] / math.sqrt(2)
-        low, at = min((statistics.median(values[i : i + 8]), i) for i in range(len(values) - 7))
-        if low > start - max(0.3, 3 * noise) or self.above_start() < 3 * noise:
-            return None
-        half = (start + low) / 2
-        since = next((i for i, x in enumerate(reversed(values)) if x < half), len(values) - at - 8)
-        return since, half
-
-    def above_start(self) -> float:
-        """Nats by which the last 8 accepted losses lie above the first 8: nothing was learned, or all of it is lost."""
-        if len(self.losses) < 16 or len(self.first) < 8:
-            return 0.0
-        return self.level() - statistics.median(self.first)
-
-    def level(self) -> float | None:
-        """Median of the last 8 accepted losses."""
-        return statistics.median(list(self.losses)[-8:]) if self.losses else None
-
-    def crept(self, turn: int) -> None:
-        """A rise so slow that the trend goes with it: the median of 32 losses above the lowest of the last 256 turns by
-        the floor. The baseline goes back to where it began. A rule, no bet: it counts as a confidence of 0.91."""
-        self.levels.append([turn, statistics.median(list(self.losses)[-32:])])
-        lowest, low = min(self.levels, key=lambda x: x[1])
-        if self.levels[-1][1] > low + self.floor():
-            self.losses = deque([low] * self.TREND, maxlen=self.TREND)
-            self.E, self.frozen, self.slow = 1e6, 1, max(0, lowest - 32)
-            self.levels.clear()
-
-    def expected(self) -> float:
-        """Where the accepted losses lead. A rise is not extrapolated: it is what is looked for."""
-        values, half = list(self.losses), len(self.losses) // 2
-        late, early = statistics.median(values[-half:]), statistics.median(values[:half])
-        return late + min(0.0, late - early) * (half + 1) / (2 * half)
-
-    def too_low(self) -> bool:
-        """A loss far below its course: data without content (or a leak of the targets), no sign of health."""
-        return self.residual < -0.1 and self.residual < -12 * self.scale()
-
-    def spread(self) -> float:
-        return (
-            centre([r for _, r in self.residuals])[1]
-            if len(self.residuals) >= self.START
-            else math.inf
-        )
-
-    def scale(self) -> float:
-        """The noise of now: that of what was accepted, or of the last 64 turns if larger, up to three times. A young
-        run's noise grows with what it has learned; from differences, so that a rise of the loss does not count."""
-        accepted, last = self.spread(), [r for _, r in self.last][-64:]
-        if len(last) < 16:
-            return accepted
-        recent = centre([b - a for a, b in zip(last, last[1:])])[1] / math.sqrt(2)
-        return min(3 * accepted, max(accepted, recent))
-
-    def floor(self) -> float:
-        """Nats by which the loss must have risen to matter."""
-        level = statistics.median(self.losses) if self.losses else 0.0
-        return max(6 * self.scale(), 0.1, 0.02 * abs(level))
+    experts: dict | None = None  # experts.expert_statistics, where the sums were fetched
+    depth: dict | None = None  # experts.mod_statistics, where the sums were fetched
 
     @property
-    def confidence(self) -> float:
-        odds = self.E * self.PRIOR
-        return odds / (odds + 1 - self.PRIOR)
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-    @property
-    def suspicious(self) -> bool:
-        """Something may be building up: nothing saved now is called clean."""
-        return self.E > self.FREEZE and self.excess(3) > self.floor() / 2
 
-    def alarm(self, threshold: float) -> bool:
-        return (
-            self.confidence >= threshold and len(self.last) >= 7 and self.excess(7) > self.floor()
-        )
+@dataclass
+class Alarm:
+    """What a detector has seen, and what it asks for.
 
-    def onset(self) -> int:
-        """The turn at which it began: where E did, but no earlier than ten turns before the last rise out of what does
-        not matter (E may have been carried upwards by a trifle before). A slow rise: after its lowest level."""
-        if self.slow is not None:
-            return self.slow
-        small = [t for t, r in self.last if r < self.floor() / 2]
-        return max(self.began, (small[-1] if small else self.began) - 10)
+    Levels: 0 a note; 1 the step was dropped; 2 go back to before `onset` (the orchestrator makes 3
+    or 4 of it where that did not help before); 4 stop at once.
+    """
 
-    def excess(self, n: int) -> float:
-        """Median of the last n residuals."""
-        return statistics.median(r for _, r in list(self.last)[-n:]) if len(self.last) >= n else 0.0
+    trigger: str  # the detector, as decisions.jsonl names it
+    action: str
+    level: int
+    reason: str
+    onset: int = 0  # the iteration from which on the run is not to be trusted
+    confidence: float = 1.0
+    basis: str = "observed"  # or how the confidence was found: pvalue, evalue, rule
+    stat: dict | None = None
+    # after a rollback: what the loss must have come down to by the end of the cooldown
+    recovery_target: float | None = None
+    code: str = "E301"  # of the error, at level 4
+    always: bool = False  # the device has done it already, in every mode
+    id: int | None = None  # of the decision that was made of it
 
-    def correlation(self, before: float = math.inf) -> float:
-        """Lag-1 autocorrelation of the loss's noise before a turn: far from 0 the ranks are no fair bets. From
-        differences, which do not know a trend: theirs is -(1 - rho) / 2."""
-        d = np.diff([r for t, r in self.residuals if t < before])
-        d = d - d.mean() if len(d) else d
-        return (
-            1 + 2 * float((d[1:] * d[:-1]).sum() / max((d * d).sum(), 1e-30)) if len(d) > 8 else 0.0
-        )
 
-    def restart(self, before: int | None = None) -> None:
-        """No suspicion any more; with `before`, also forget what was accepted from that turn on."""
-        self.E, self.residual, self.frozen, self.slow = 1.0, 0.0, 0, None
-        self.last.clear()
-        self.levels.clear()
-        if before is not None and len(self.residuals) < self.START:
-            self.losses.clear()
-        if before is not None:
-            keep = [(t, r) for t, r in self.residuals if t < before]
-            for _ in range(min(len(self.residuals) - len(keep), len(self.losses))):
-                self.losses.pop()
-            self.residuals = deque(keep, maxlen=self.WINDOW)
+@dataclass
+class Healed:
+    """What a detector had warned of (decision `id`) is over by itself."""
 
-    def forget(self) -> None:
-        """A planned change of the data, or a level that the loss has settled at: another course begins."""
-        self.__init__()
+    id: int | None
+    stat: dict
+
+
+def setting(**more):
+    """A field that comes from the configuration and is no state."""
+    return field(metadata={"saved": False}, **more)
+
+
+def recent(size: int):
+    """A field: the last `size` values."""
+    return field(default_factory=lambda: deque(maxlen=size))
+
+
+@dataclass
+class Detector:
+    """Looks at the numbers of each finished step. Its fields are its state, in every checkpoint."""
+
+    def look(self, numbers: StepNumbers) -> Iterator[Alarm | Healed]:
+        """At a finished step."""
+        return iter(())
+
+    def look_at_evaluation(self, row: dict) -> Iterator[Alarm]:
+        """At an evaluation, a row of metrics.jsonl."""
+        return iter(())
+
+    def rolled_back(self, to: int, onset: int | None) -> None:
+        """Weights are those of iteration `to` again. What came from iteration `onset` on is not to
+        be trusted (None: a person asked, nothing is wrong with it)."""
+
+    def cool_down(self, now: int, until: int) -> None:
+        """An alarm has brought a rollback in iteration `now`: until iteration `until` nothing that
+        is only inferred asks for another one."""
+
+    def saved_fields(self) -> list[str]:
+        return [f.name for f in fields(self) if f.metadata.get("saved", True)]
 
     def state(self) -> dict:
-        names = "first losses residuals last levels E began frozen residual sigma slow".split()
-        return {k: list(v) if isinstance(v := getattr(self, k), deque) else v for k in names}
+        """For state.json."""
+        found = {name: getattr(self, name) for name in self.saved_fields()}
+        return {name: list(v) if isinstance(v, deque) else v for name, v in found.items()}
 
-    def load(self, s: dict) -> None:
-        self.first = list(s.get("first", ()))
-        self.losses.extend(s["losses"])
-        self.levels.extend(s["levels"])
-        self.residuals.extend(map(tuple, s["residuals"]))
-        self.last.extend(map(tuple, s["last"]))
-        for name in ("E", "began", "frozen", "residual", "sigma", "slow"):
-            setattr(self, name, s.get(name))
+    def load(self, state: dict) -> None:
+        """What an older checkpoint does not name stays as it is."""
+        for name in set(self.saved_fields()) & set(state):
+            value, now = state[name], getattr(self, name)
+            if isinstance(now, deque):  # JSON has no tuples
+                values = [tuple(v) if isinstance(v, list) else v for v in value]
+                value = deque(values, maxlen=now.maxlen)
+            setattr(self, name, value)
+
+
+# ---------------------------------------------------------------- detectors
+
+
+@dataclass
+class NonFinite(Detector):
+    """Loss or gradient is NaN or infinite. The device has dropped the step, whatever the mode."""
+
+    scaled: bool = setting()  # fp16: an overflow while the loss scale finds its place is no fault
+    watching: bool = setting()
+    recovers: bool = setting()  # a rollback will follow, and counting begins anew
+    diagnose: Callable[[int], str] = setting()  # the cause, from a step's first row; on all ranks
+    in_a_row: int = 0  # steps
+    iterations: deque = recent(MAX_NONFINITE)  # of the last ones
+    cause: str = ""
+
+    def look(self, numbers):
+        if numbers.finite:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        overflow = self.scaled and numbers.loss_finite
+        if overflow:
+            self.cause = "fp16 overflow, the loss scale halves"
+        elif self.in_a_row == 1:
+            self.cause = self.diagnose(numbers.cursor)
+        stat = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, "in_a_row": self.in_a_row}
+        said = f"loss or gradient not finite; {self.cause}"
+        yield Alarm("nonfinite", "drop", 1, said, numbers.iteration, stat=stat, always=True)
+        if self.watching and not overflow:
+            alarm = self.too_many(numbers.iteration)
+            if alarm is not None:
+                yield alarm
+                if self.recovers:
+                    self.in_a_row = 0
+        if self.in_a_row >= MAX_NONFINITE_AT_ALL:
+            said = (
+                f"{self.in_a_row} steps in a row had no finite gradient, up to step {numbers.step}"
+            )
+            code = "E302" if overflow else "E301"
+            yield Alarm("nonfinite", "stop", 4, f"{said}; {self.cause}", code=code)
+
+    def too_many(self, iteration: int) -> Alarm | None:
+        self.iterations.append(iteration)
+        full = len(self.iterations) == MAX_NONFINITE
+        often = full and iteration - self.iterations[0] < MAX_NONFINITE_WITHIN
+        if often:
+            onset = self.iterations[0]
+            said = f"{MAX_NONFINITE} in {MAX_NONFINITE_WITHIN} not finite"
+        elif self.in_a_row % MAX_NONFINITE_IN_A_ROW == 0:
+            onset = iteration - self.in_a_row + 1
+            said = f"{self.in_a_row} steps in a row not finite"
+        else:
+            return None
+        self.iterations.clear()
+        return Alarm("nonfinite", "rollback", 2, f"{said}; {self.cause}", onset)
+
+    def rolled_back(self, to, onset):
+        self.in_a_row = 0
+
+
+@dataclass
+class Explosion(Detector):
+    """The gradient's norm is far above its past. Whether, the device has decided by `limit`."""
+
+    acting: bool = setting()
+    norms: NormLimit = setting(default_factory=NormLimit)
+    let_through: bool = False  # MAX_DROPS_IN_A_ROW were dropped, and it has been said
+    dropped: deque = recent(MAX_EXPLOSIONS + 1)  # iterations
+    cooldown_ends: int = 0
+
+    def look(self, numbers):
+        if not numbers.finite:
+            return
+        if not numbers.exploded:
+            self.let_through = False
+        elif numbers.bad or not self.acting:
+            yield self.alarm(numbers, "drop", 1)
+            self.dropped.append(numbers.iteration)
+            if self.too_many(numbers.iteration):
+                onset = self.dropped[0]
+                said = f"more than {MAX_EXPLOSIONS} of {EXPLOSIONS_WITHIN} steps exploded"
+                self.dropped.clear()
+                yield Alarm("explosion", "rollback", 2, said, onset, basis="rule")
+        elif not self.let_through:
+            self.let_through = True
+            yield self.alarm(numbers, "accept", 0)
+        if not numbers.bad:
+            self.norms.add(numbers.iteration, numbers.grad_norm)
+
+    def alarm(self, numbers: StepNumbers, action: str, level: int) -> Alarm:
+        norm = numbers.grad_norm
+        limit = math.exp(self.norms.limit(numbers.iteration))
+        confidence = self.norms.confidence(numbers.iteration, norm)
+        said = f"gradient norm {norm:.3g}, at most {limit:.3g} was to be expected"
+        if action == "accept":
+            said += f"; {MAX_DROPS_IN_A_ROW} were dropped in a row,"
+            said += " so it is let through, and so are the next"
+        stat = {"grad_norm": norm, "limit": limit}
+        return Alarm(
+            "explosion", action, level, said, numbers.iteration, confidence, "pvalue", stat
+        )
+
+    def too_many(self, iteration: int) -> bool:
+        if len(self.dropped) <= MAX_EXPLOSIONS or iteration < self.cooldown_ends:
+            return False
+        return iteration - self.dropped[0] < EXPLOSIONS_WITHIN
+
+    def rolled_back(self, to, onset):
+        if onset is not None:
+            self.norms.forget(onset)
+
+    def cool_down(self, now, until):
+        self.cooldown_ends = until
+
+    def state(self):
+        return super().state() | {"norms": list(self.norms.seen)}
+
+    def load(self, state):
+        super().load(state)
+        self.norms.seen.extend(map(tuple, state.get("norms", ())))
+
+
+WATCHING = "watching"
+WAITING = "waiting"  # an alarm was said; it may heal by itself
+ACTING = "acting"  # a rollback was asked for: the orchestrator answers in the next iteration
+
+
+@dataclass
+class Divergence(Detector):
+    """The loss has left its course, or all that was learned is lost; and the patience that most
+    spikes deserve. One detector, for its three rules share one course and exclude one another."""
+
+    threshold: float = setting()  # of the confidence
+    course: LossCourse = setting(default_factory=LossCourse)
+    losses: deque = recent(8)  # the last ones, whatever became of them
+    phase: str = WATCHING
+    began: int = 0  # the iteration of the alarm
+    onset: int = 0
+    until: int = 0  # the iteration up to which it may heal by itself
+    # what the loss must come down to, where all was lost; None: back to its course
+    target: float | None = None
+    peak: float = 0.0  # the highest median of 5 residuals since the alarm
+    extensions: int = 0
+    id: int | None = None  # of the decision to wait
+    recovery_target: float | None = None  # see Alarm
+    warned: int = -LOW_LOSS_AGAIN
+    rolled_back_at: int = 0  # the last rollback that an alarm brought
+    cooldown_ends: int = 0
+
+    def look(self, numbers):
+        if not numbers.finite or numbers.bad:
+            return
+        self.losses.append(numbers.loss)
+        if self.phase == WATCHING and self.recovery_target is not None:
+            if numbers.iteration >= self.cooldown_ends:
+                yield from self.check_recovery(numbers.iteration)
+                if self.phase == ACTING:
+                    return
+        self.course.add(numbers.iteration, numbers.loss)
+        if self.phase == WATCHING:
+            yield from self.watch(numbers)
+        elif self.phase == WAITING and self.target is not None:
+            yield from self.wait_for_target(numbers.iteration)
+        elif self.phase == WAITING:
+            yield from self.wait_for_course(numbers.iteration)
+
+    def check_recovery(self, iteration: int):
+        """The cooldown after a rollback from lost progress is over: half of it must be back."""
+        target, self.recovery_target = self.recovery_target, None
+        level = statistics.median(self.losses)
+        if level <= target:
+            return
+        self.begin(iteration, self.rolled_back_at, target=target)
+        self.until = iteration
+        said = (
+            f"what was lost is not back: the loss is {level:.3f}, {target:.3f} would be half of it,"
+        )
+        yield self.act(f"{said} {iteration - self.onset} steps after a rollback")
+
+    def watch(self, numbers: StepNumbers):
+        course = self.course
+        if course.frozen > course.PATIENCE and not course.alarm(self.threshold):
+            course.forget()
+        lost = course.all_lost()
+        if lost is not None:
+            yield from self.warn_of_loss(numbers.iteration, *lost)
+        elif course.too_low() and numbers.iteration - self.warned >= LOW_LOSS_AGAIN:
+            self.warned = numbers.iteration
+            said = f"the loss fell by {-course.residual:.3f} nats at once:"
+            said += f" look at the data around row {numbers.cursor}"
+            stat = {"residual": course.residual}
+            yield Alarm("low_loss", "warn", 0, said, basis="rule", stat=stat)
+        elif course.alarm(self.threshold):
+            yield from self.warn_of_spike(numbers.iteration)
+
+    def warn_of_loss(self, iteration: int, since: int, half: float):
+        self.begin(iteration, iteration - since, target=half)
+        above = self.course.above_start()
+        said = f"the loss is {above:.3f} nats above where it began, {since} steps ago it was below"
+        alarm = Alarm("divergence", "wait", 0, said, self.onset, RULE, "rule", {"above": above})
+        yield alarm
+        self.id = alarm.id
+
+    def warn_of_spike(self, iteration: int):
+        course = self.course
+        excess = course.excess(7)
+        self.begin(iteration, course.onset(), peak=excess)
+        said = f"the loss is {excess:.3f} nats above its course, floor {course.floor():.3f};"
+        said += " most spikes heal"
+        if self.until > iteration + HEAL_WITHIN:
+            said += f", and the last rollback gets {self.cooldown_ends - self.rolled_back_at} turns"
+        stat = self.statistic(excess)
+        alarm = Alarm("divergence", "wait", 0, said, self.onset, course.confidence, "evalue", stat)
+        yield alarm
+        self.id = alarm.id
+
+    def begin(self, iteration: int, onset: int, target: float | None = None, peak: float = 0.0):
+        """An alarm: from now on it may heal."""
+        self.phase = WAITING
+        self.began, self.onset = iteration, onset
+        self.until = max(iteration + HEAL_WITHIN, self.cooldown_ends)
+        self.target, self.peak = target, peak
+        self.extensions = 0
+        self.id = None
+
+    def wait_for_target(self, iteration: int):
+        level = self.course.level()
+        if level <= self.target:
+            yield self.heal({"turns": iteration - self.began})
+        elif iteration >= self.until:
+            said = f"what was learned is lost: the loss is {level:.3f},"
+            yield self.act(f"{said} half of it would be {self.target:.3f}")
+
+    def wait_for_course(self, iteration: int):
+        course = self.course
+        excess, floor = course.excess(5), course.floor()
+        self.peak = max(self.peak, excess)
+        if excess <= floor:
+            yield self.heal({"excess": excess, "turns": iteration - self.began})
+            course.restart()
+        elif iteration < self.until:
+            return
+        elif excess < self.peak / 2 and self.extensions < MAX_EXTENSIONS:
+            self.until = iteration + HEAL_WITHIN
+            self.extensions += 1
+        else:
+            said = f"{excess:.3f} nats above its course {iteration - self.began} steps after"
+            self.phase = ACTING
+            yield Alarm(
+                trigger="divergence",
+                action="rollback",
+                level=2,
+                reason=f"{said} the alarm (floor {floor:.3f})",
+                onset=self.onset,
+                confidence=course.confidence,
+                basis="evalue",
+                stat=self.statistic(excess),
+            )
+
+    def act(self, said: str) -> Alarm:
+        """A rule asks for a rollback, after which half of what was lost must come back."""
+        self.phase = ACTING
+        alarm = Alarm("divergence", "rollback", 2, said, self.onset, RULE, "rule")
+        alarm.recovery_target = self.target
+        return alarm
+
+    def heal(self, stat: dict) -> Healed:
+        self.phase = WATCHING
+        return Healed(self.id, stat)
+
+    def statistic(self, excess: float) -> dict:
+        """What decisions.jsonl says of the course. rho1: see LossCourse.correlation."""
+        return {
+            "E": self.course.E,
+            "onset": self.onset,
+            "excess": excess,
+            "floor": self.course.floor(),
+            "rho1": self.course.correlation(self.onset),
+        }
+
+    @property
+    def calm(self) -> bool:
+        """No alarm, and none building up."""
+        return self.phase == WATCHING and not self.course.suspicious
+
+    def rolled_back(self, to, onset):
+        self.phase = WATCHING
+        self.course.restart(before=to + 1 if onset is None else onset)
+
+    def cool_down(self, now, until):
+        self.rolled_back_at = now
+        self.cooldown_ends = until
+
+    def state(self):
+        return super().state() | {"course": self.course.state()}
+
+    def load(self, state):
+        super().load(state)
+        if self.phase == ACTING:  # it had been asked for and not been done yet
+            self.phase = WAITING
+        if "course" in state:
+            self.course.load(state["course"])
+
+
+@dataclass
+class Desync(Detector):
+    """The ranks hold different weights: a flipped bit, a faulty part."""
+
+    check_interval: int = setting()  # steps
+    compare: Callable[[], str] = setting()  # who differs; on all ranks
+    in_sync_at: int = 0  # the iteration of the last check that was passed
+
+    def look(self, numbers):
+        if numbers.desynced:
+            said = f"the ranks' weights differ at step {numbers.step} ({self.compare()}):"
+            said += " a memory or transfer error of that machine"
+            yield Alarm("desync", "rollback", 2, said, self.in_sync_at + 1)
+        elif numbers.step % self.check_interval == 0:
+            self.in_sync_at = numbers.iteration
+
+
+@dataclass
+class UnbalancedExperts(Detector):
+    """Layers with a dead expert, or one that has far too much, at several checks in a row."""
+
+    check_interval: int = setting()  # steps
+    # the most by which a layer's largest load may exceed its mean load, in means
+    max_violation: float = setting()
+    checks: dict = field(default_factory=dict)  # layer: unbalanced so many checks in a row
+
+    def look(self, numbers):
+        done = numbers.step + 1
+        if numbers.experts is None or done % self.check_interval:
+            return
+        layers = numbers.experts["layers"]
+        for i, layer in layers.items():
+            wrong = layer["dead"] > 0 or layer["max_violation"] > self.max_violation
+            self.checks[i] = self.checks.get(i, 0) + 1 if wrong else 0
+        lasting = self.lasting()
+        if not lasting or done < FIRST_CHECKS * self.check_interval:
+            return
+        dead = {i: layers[i]["dead"] for i in lasting}
+        worst = max(layers[i]["max_violation"] for i in lasting)
+        said = f"layers {lasting} unbalanced for {UNBALANCED_CHECKS} checks:"
+        said += f" {sum(dead.values())} dead experts, max violation {worst:.2f}"
+        stat = {"layers": lasting, "dead": dead, "max_violation": worst}
+        yield Alarm("experts", "rebalance", 2, said, numbers.iteration, stat=stat)
+
+    def lasting(self) -> list[int]:
+        """The layers that have been unbalanced for long."""
+        return [i for i, n in self.checks.items() if n >= UNBALANCED_CHECKS]
+
+    def load(self, state):
+        super().load(state)
+        self.checks = {int(k): v for k, v in self.checks.items()}  # JSON has no integer keys
+
+
+@dataclass
+class ModGap(Detector):
+    """Text is made by MoD's causal rule, training by one that looks ahead: they must not part."""
+
+    evaluations: int = 0  # in a row with too large a gap
+
+    def look_at_evaluation(self, row):
+        gap = row.get("mod_gap") or 0.0
+        self.evaluations = self.evaluations + 1 if gap > MAX_MOD_GAP else 0
+        if self.evaluations == 2:
+            said = f"text is made by a rule that costs {gap:.3f} nats against the rule of training"
+            said += f" (agreement {100 * row['mod_agreement']:.1f} %):"
+            said += " anneal more slowly (mod_anneal_steps), or raise mod_capacity"
+            yield Alarm("mod_gap", "advise", 0, said, basis="rule", stat={"gap": gap})
+
+
+@dataclass
+class Guessing(Detector):
+    """The loss is above what guessing costs. A note: by itself it stops no run, for what can be
+    undone is the other detectors' to see."""
+
+    n_vocab: int = setting()
+    settled: int = setting()  # the step from which on something must have been learned
+    loss: Divergence = setting()  # whose last losses and first losses are looked at
+    said: bool = False
+
+    def verdict(
+        self, step: int, since_rollback: int, val_loss: float | None
+    ) -> tuple[str, str] | None:
+        """(what, advice), or None. `since_rollback`: iterations.
+
+        Until something must have been learned only a loss that has risen counts: fresh weights
+        begin a little above, and those of wide models more than a little.
+        """
+        losses = {} if val_loss is None else {"val_loss": val_loss}
+        first = math.log(self.n_vocab) + 3
+        last = self.loss.losses
+        if len(last) == 8 and since_rollback > 8:  # all by the weights of now
+            losses = {"the loss": statistics.median(last)} | losses
+            # of weights that no step had touched, or of new data
+            first = next(iter(self.loss.course.first), first)
+        for name, loss in losses.items():
+            risen = not loss <= 1.1 * first
+            if not above_chance(loss, self.n_vocab) or not (risen or step >= self.settled):
+                continue
+            chance = f"guessing costs ln(vocab_size) = {math.log(self.n_vocab):.2f}"
+            what = f"worse than guessing: {name} is {loss:.2f}, {chance}"
+            if name == "val_loss" and "the loss" in losses:
+                advice = "training alone is well: fewer epochs, or more data of validation's kind"
+            elif risen:
+                advice = "lower learning_rate, or lengthen warmup_steps"
+            else:
+                advice = "nothing was learned: try another learning_rate, and look at the data"
+            return what, advice
+        return None
+
+    def note(self, verdict: tuple[str, str] | None) -> Iterator[Alarm]:
+        """Said once, where it begins."""
+        if verdict is not None and not self.said:
+            self.said = True
+            yield Alarm("chance", "warn", 0, "; ".join(verdict), basis="rule")

@@ -15,7 +15,8 @@ import yaml
 from lumen import machine as machines
 from lumen import plan
 from lumen.config import Config
-from lumen.detectors import StepNumbers, above_chance
+from lumen.course import above_chance
+from lumen.detectors import StepNumbers
 from lumen.hf import refusals
 from lumen.launch import clock
 from lumen.machine import resident_bytes

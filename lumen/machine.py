@@ -527,6 +527,13 @@ def peak_bytes(model, rows: int, device) -> int:
     return torch.cuda.max_memory_reserved(device)
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; 0 where torch's private counter is
+    gone (it was there from 2.11 to 2.15)."""
+    counters = getattr(torch._dynamo.utils, "counters", {})
+    return counters.get("stats", {}).get("unique_graphs", 0)
+
+
 def free_memory(device) -> None:
     """Give back what dead tensors hold."""
     gc.collect()

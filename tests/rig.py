@@ -36,13 +36,13 @@ KINDS = {
 
 def at_iteration(trainer, acts: dict) -> Trainer:
     """acts: {iteration, from 1: function of the trainer}, called before it begins: ahead of a rollback, of commands."""
-    act = trainer.orchestrator.act
+    act = trainer.orchestrator.begin_iteration
 
     def first_that():
-        acts.get(trainer.orchestrator.turn + 1, nothing)(trainer)
+        acts.get(trainer.orchestrator.iteration + 1, nothing)(trainer)
         return act()
 
-    trainer.orchestrator.act = first_that
+    trainer.orchestrator.begin_iteration = first_that
     return trainer
 
 
@@ -63,7 +63,7 @@ def at_each_step(trainer, act) -> Trainer:
     following, seen = trainer.loader.next, set()
 
     def next_rows():
-        iteration = trainer.orchestrator.turn
+        iteration = trainer.orchestrator.iteration
         if iteration not in seen:
             seen.add(iteration)
             act(trainer)

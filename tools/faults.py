@@ -108,7 +108,7 @@ def corpus(folder: Path, n: int = 800_000, vocab: int = 128, seed: int = 0) -> N
 
 def now(trainer) -> int:
     """The iteration at work."""
-    return trainer.orchestrator.turn
+    return trainer.orchestrator.iteration
 
 
 def during(trainer, at: int, iterations: float = 1) -> bool:
@@ -207,7 +207,7 @@ def healing_noise(trainer, k, size=2.0, iterations=30):
     if k == 0:
         gen = torch.Generator().manual_seed(0)
         trainer.noise = [size * p.std() * torch.randn(p.shape, generator=gen) for p in weights]
-    if not trainer.orchestrator.rollbacks:
+    if not trainer.orchestrator.escalation.rollbacks:
         torch._foreach_add_(weights, trainer.noise, alpha=-1 / iterations if k else 1.0)
 
 
@@ -352,7 +352,7 @@ def reference_rules(trainer, act: bool) -> list[int]:
             return
         acted_at.append(numbers.iteration)
         if act:
-            knobs = trainer.orchestrator
+            knobs = trainer.control
             knobs.set_knob("lr_scale", knobs.get_knob("lr_scale") * (0.1 if large else 1.5))
 
     on_numbers(trainer, look)

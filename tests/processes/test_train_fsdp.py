@@ -496,16 +496,16 @@ def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kep
     for mod in trainer.mod.values() if trainer.parallel.rank == none_kept else ():
         mod.predictor.register_forward_hook(lambda m, i, out: out - 1e4)
     act, following, todo = (
-        trainer.orchestrator.act,
+        trainer.orchestrator.begin_iteration,
         trainer.loader.next,
         {int(k): v for k, v in (todo or {}).items()},
     )
     last = trainer.parallel.rank == trainer.parallel.world - 1
 
     def first_that():
-        if words := todo.get(trainer.orchestrator.turn + 1):
+        if words := todo.get(trainer.orchestrator.iteration + 1):
             getattr(trainer, words[0])(*words[1:])
-        if flip == [trainer.parallel.rank, trainer.orchestrator.turn + 1]:
+        if flip == [trainer.parallel.rank, trainer.orchestrator.iteration + 1]:
             trainer.weights["blocks.0.attn.wo.weight"].view(torch.int32)[0, 0] ^= 1 << 20
         return act()
 
@@ -515,7 +515,7 @@ def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kep
             raise UserError("E111", "injected: a shard changed")
         return following()
 
-    trainer.orchestrator.act, trainer.loader.next = first_that, next_rows
+    trainer.orchestrator.begin_iteration, trainer.loader.next = first_that, next_rows
 
 
 def kept(config):

@@ -413,7 +413,7 @@ def test_the_reference_rules(tiny):
         now.grad_norm = 1e4 if now.iteration == 115 else 1.0
         trainer.finish_pending_step()
     assert acted_at == [50, 115]
-    assert trainer.orchestrator.knobs["lr_scale"] == pytest.approx(0.15)
+    assert trainer.control.knobs["lr_scale"] == pytest.approx(0.15)
     trainer.close()
 
 

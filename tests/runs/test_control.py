@@ -7,7 +7,8 @@ import pytest
 from conftest import losses, read_lines
 from rig import KINDS, LONG, MOE, at_iteration, decisions, equal, finish, glitch, tensors
 
-from lumen import checkpoint, control
+from lumen import checkpoint, forecast
+from lumen.commands import METHODS
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -82,7 +83,7 @@ def test_replay_gives_the_same_bytes(tiny):
     assert [d["kind"] for d in decisions(first) if d.get("kind") == "start"] == ["start"] * 2
     again = go("again", mode="replay", replay=str(first.out / "decisions.jsonl"))
     assert again.step == 240 and equal(tensors(first), tensors(again))
-    assert again.orchestrator.knobs["lr_scale"] == 0.5
+    assert again.control.knobs["lr_scale"] == 0.5
     keys = tiny("other", MOE, **LONG)
     for changes, text in (({"seed": 7}, "another run"), ({"learning_rate": 1e-4}, "another run")):
         with pytest.raises(UserError, match=f"E310.*{text}"):
@@ -91,6 +92,21 @@ def test_replay_gives_the_same_bytes(tiny):
     for name in ("metrics.jsonl", "train.log"):
         with pytest.raises(UserError, match="E310"):
             Trainer(keys | {"orchestrator": {"mode": "replay", "replay": str(first.out / name)}})
+
+
+def test_a_replay_that_is_stopped_after_a_cut_ends_where_the_run_did(tiny, monkeypatch):
+    monkeypatch.setattr(forecast, "justified_stop", lambda *args: "start the decay: for the test")
+    keys = tiny(**LONG | {"max_steps": 120, "lr_schedule": "wsd", "decay_frac": 0.25})
+    keys |= {"enable_early_stopping": True, "orchestrator": {"check_interval": 30}}
+    run = finish(keys)
+    assert run.step == 40, "cut at step 30"
+    monkeypatch.undo()
+    block = {"mode": "replay", "replay": str(run.out / "decisions.jsonl")}
+    keys |= {"out_dir": keys["out_dir"] + "-again", "orchestrator": block}
+    stopped = finish(keys, iterations={35: lambda t: t.request_stop()})
+    assert 30 < stopped.step < 40 and stopped.run.max_steps == 40
+    again = finish(keys)
+    assert again.step == 40 and equal(tensors(run), tensors(again))
 
 
 # ---------------------------------------------------------------- by hand
@@ -153,9 +169,7 @@ def test_no_argument_ends_a_run(tiny):
         [True],
         [1e999],
     )
-    lines = [
-        json.dumps({"method": m, "args": a}) for m in control.METHODS if m != "stop" for a in odd
-    ]
+    lines = [json.dumps({"method": m, "args": a}) for m in METHODS if m != "stop" for a in odd]
 
     def write(trainer):
         (trainer.out / "control.jsonl").write_text("\n".join(lines) + "\n")

@@ -7,7 +7,8 @@ import torch
 from conftest import read_lines
 from rig import LONG, MOE, actions, finish
 
-from lumen import control, forecast
+from lumen import forecast
+from lumen import machine as machines
 from lumen.cli import read_config
 from lumen.errors import UserError
 from train import Trainer
@@ -132,6 +133,6 @@ def test_health_says_that_all_is_lost_before_there_is_a_course(tiny):
 def test_a_torch_that_no_longer_counts_its_graphs_ends_no_run(monkeypatch):
     import torch._dynamo.utils as private
 
-    assert control.compiled_graphs() >= 0
+    assert machines.compiled_graphs() >= 0
     monkeypatch.delattr(private, "counters", raising=False)
-    assert control.compiled_graphs() == 0
+    assert machines.compiled_graphs() == 0

@@ -38,7 +38,7 @@ def same_in_all_modes(tiny, kind, schedule, accumulate, dropout, shadow=True, **
     found = {}
     for name, more in modes.items():
         trainer = finish(keys | {"out_dir": f"{keys['out_dir']}-{name}"} | more)
-        assert trainer.orchestrator.mode == name and decisions(trainer) == []
+        assert trainer.orchestrator.cfg.mode == name and decisions(trainer) == []
         found[name] = tensors(trainer)
     assert all(equal(found["off"], other) for other in found.values())
 

@@ -17,9 +17,9 @@ import train
 import train_fsdp
 from lumen import config, plan
 from lumen import machine as machines
-from lumen import orchestrate as orchestrator
 from lumen.cli import presets, read_config
 from lumen.errors import UserError
+from lumen.snapshots import Snapshots
 from model import ModelConfig
 from tools import simulate
 from train import Trainer
@@ -243,11 +243,10 @@ def test_where_the_system_does_not_say_what_is_free_there_are_snapshots(tmp_path
     assert machines.available_memory(tmp_path) == machines.total_memory("cpu") // 2 > 0
 
 
-def test_pinned_snapshots_count_as_large_as_torch_makes_them(monkeypatch):
+def test_pinned_snapshots_count_as_large_as_torch_makes_them():
     """CUDA's host allocator rounds up to powers of two: what seemed to fit was up to twice as much."""
-    snapshots = orchestrator.Snapshots(None, True)
     sizes = {"a": (3, True), "b": (1025, True), "c": (1025, False), "none": (0, True)}
     regions = {k: types.SimpleNamespace(numel=lambda n=n: n, element_size=lambda: 4, is_cuda=c) for k, (n, c) in
                sizes.items()}  # fmt: skip
-    monkeypatch.setattr(snapshots, "regions", lambda: regions)
+    snapshots = Snapshots(lambda: regions)
     assert snapshots.size() == 16 + 8192 + 4100

@@ -104,7 +104,7 @@ def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
     trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
     assert "nothing was learned" in decisions(trainer)[0]["reason"]
     watch = trainer.orchestrator
-    watch.recent.extend([2.0] * 8)
+    watch.loss.losses.extend([2.0] * 8)
     trainer.val_loss = 9.0
     assert "fewer epochs" in watch.worse_than_guessing()[1]
     trainer.val_loss = float("nan")

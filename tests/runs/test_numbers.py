@@ -8,6 +8,7 @@ from rig import at_iteration, fake_fp16
 
 import kernels
 from lumen import machine as machines
+from lumen.snapshots import Snapshot
 from model import HeadLoss, ModelConfig, Transformer
 from train import Trainer
 
@@ -162,16 +163,17 @@ def test_what_only_informs_fails(tiny, capsys):
     def fails(*args):
         raise np.linalg.LinAlgError("Singular matrix")
 
-    def full():
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-    trainer.forecast.status, trainer.orchestrator.furthest = fails, full
+    snapshots = trainer.orchestrator.snapshots
+    trainer.forecast.status, snapshots.furthest = fails, full
     assert (
         trainer.fit() == 0
         and "forecast   none: LinAlgError: Singular matrix" in capsys.readouterr().out
     )
-    trainer.orchestrator.snapshots.certified = [{"data": {}}]
-    assert trainer.orchestrator.worst().startswith("no memory")
+    snapshots.certified = [Snapshot(0, 0, 0)]
+    assert snapshots.moved_most({}, 0.02, trainer.parallel).startswith("no memory")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
 def test_a_weight_that_was_changed_on_the_way(tiny):
     """aux_loss_weight is set by hand, or by the orchestrator: the aux_loss that is said is of the weight in force."""
     trainer = Trainer(tiny(max_steps=2, eval_tokens=64, model={"n_experts": 4, "d_expert": 16}))
-    trainer.orchestrator.set_knob("aux_loss_weight", 1.0)
+    trainer.control.set_knob("aux_loss_weight", 1.0)
     assert trainer.fit() == 0
     row = [r for r in read_lines(trainer.out / "metrics.jsonl") if "aux_loss" in r][-1]
     assert row["aux_loss"] == pytest.approx(

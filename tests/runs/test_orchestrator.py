@@ -26,6 +26,8 @@ from rig import (
 from lumen import checkpoint
 from lumen import machine as machines
 from lumen.config import RANGES
+from lumen.decisions import JUDGE_AFTER
+from lumen.detectors import Alarm
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -45,7 +47,7 @@ def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
         keys | {"out_dir": keys["out_dir"] + "-ref", "orchestrator": {"mode": "off"}}
     )
     step = reference.optimizer.step
-    reference.optimizer.step = lambda: step() if reference.orchestrator.turn != 50 else None
+    reference.optimizer.step = lambda: step() if reference.orchestrator.iteration != 50 else None
     assert reference.fit() == 0
     assert equal(tensors(guarded), tensors(reference))
     assert guarded.tokens == reference.tokens - guarded.run.rows_per_step * 32, (
@@ -202,10 +204,10 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny, refer
     healthy = reference(tiny("healthy", **LONG | {"min_lr": 1e-5}))
     assert abs(trainer.val_loss - healthy.val_loss) < 0.05
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
-    due = row["turn"] + trainer.orchestrator.OUTCOME
+    due = row["turn"] + JUDGE_AFTER
     outcome = [d for d in decisions(trainer) if d.get("kind") == "outcome" and d["id"] == row["id"]]
     assert [d["verdict"] for d in outcome] == (
-        ["helped"] if due <= trainer.orchestrator.turn - 1 else []
+        ["helped"] if due <= trainer.orchestrator.iteration - 1 else []
     )
 
 
@@ -220,8 +222,7 @@ def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
     first, again = rows[1]["turn"], rows[3]["turn"]
     assert first < 190 and rows[2]["turn"] < 250 and first + 200 <= again <= first + 202
     assert "last rollback gets 200 turns" in rows[2]["reason"]
-    trainer.orchestrator.turn, trainer.orchestrator.rollbacks = 1000, [801]
-    assert trainer.orchestrator.cool() == 1001
+    assert trainer.orchestrator.escalation.cooldown_ends == again + 200
 
 
 def test_a_young_run_that_loses_all_goes_back(tiny, reference):
@@ -241,7 +242,7 @@ def test_what_does_not_come_back_after_a_rollback_stops_the_run(tiny):
     """The cause is still there, a rate far too high: a loss that only stays where it began must not count as healed."""
 
     def for_ever(trainer):
-        trainer.orchestrator.knobs["lr_scale"] = 300.0
+        trainer.control.knobs["lr_scale"] = 300.0
 
     with pytest.raises(UserError, match="E301") as error:
         finish(keys := tiny(**LONG | {"max_steps": 400}), iterations={40: for_ever})
@@ -285,7 +286,7 @@ def test_what_is_never_finite_ends_soon_with_a_good_checkpoint(tiny):
         trainer.fit()
     trainer.loader.close()
     assert e.value.code == "E301" and e.value.exit_code == 3 and "blocks.1.ffn.w2" in e.value.text
-    assert trainer.orchestrator.turn <= 120
+    assert trainer.orchestrator.iteration <= 120
     levels = [d["level"] for d in decisions(trainer) if d["action"] != "drop"]
     assert levels == [2, 3, 4]
     found = checkpoint.find(trainer.out)
@@ -387,40 +388,31 @@ def test_experts_that_stay_unbalanced(tiny, allowed):
     assert decisions(healthy) == []
 
 
-# ---------------------------------------------------------------- replay
+# ---------------------------------------------------------------- escalation
 
 
-# what was decided long ago
-def test_the_cut_of_level_3_ends_and_the_budget_too(tiny):
+def test_the_level_of_an_alarm_follows_from_the_rollbacks_before_it(tiny):
     trainer = Trainer(tiny(max_steps=3))
     o = trainer.orchestrator
-    o.turn, o.cut = 1000, [1000, o.CUT]
-    first = o.lr_factor()
-    o.turn += o.CUT_TURNS // 2
-    middle = o.lr_factor()
-    o.turn += o.CUT_TURNS // 2
-    assert (first, o.lr_factor()) == (pytest.approx(o.CUT), 1.0) and middle == pytest.approx(
-        (1 + o.CUT) / 2
-    )
-    o.keep_snapshot(first=True)
-    for past, level in (
-        ([], 2),
-        ([100], 2),
-        ([o.turn - 999], 3),
-        ([o.turn - 999, o.turn - 500], 4),
-    ):
-        o.rollbacks, o.went_back, n = list(past), 0, len(decisions(trainer))
-        if level < 4:
-            o.recover("divergence", o.turn + 1, 0.9, "evalue", "for the test")
-        else:
-            with pytest.raises(UserError, match="E301"):
-                o.recover("divergence", o.turn + 1, 0.9, "evalue", "for the test")
-        assert decisions(trainer)[n]["level"] == level
-    o.turn = 50_000  # three in ten thousand turns, or ten in all
-    for past in ([41_000, 44_000, 47_000], list(range(0, 20_000, 2000))):
-        o.rollbacks, o.went_back = past, 0
+    o.iteration = 1  # the first snapshot is taken in the first iteration
+    o.keep_snapshot()
+
+    def alarm(now, past):
+        o.iteration, o.escalation.rollbacks, o.went_back = now, list(past), 0
+        before = len(decisions(trainer))
+        try:
+            o.escalate(Alarm("divergence", "rollback", 2, "for the test", now + 1, 0.9, "evalue"))
+        finally:
+            row = decisions(trainer)[before]
+        return row["level"]
+
+    assert alarm(1000, []) == 2
+    assert alarm(1100, [100]) == 2
+    assert alarm(1999, [1000]) == 3
+    assert o.lr_factor() == pytest.approx(0.7), "level 3: with a lower rate"
+    for past in ([1000, 1500], [41_000, 44_000, 47_000], list(range(0, 20_000, 2000))):
         with pytest.raises(UserError, match="E301.*did not help"):
-            o.recover("divergence", o.turn + 1, 0.9, "evalue", "for the test")
+            alarm(1999 if past[0] == 1000 else 50_000, past)
     trainer.close()
 
 
@@ -430,7 +422,7 @@ def test_rollbacks_by_hand_are_no_failed_attempts(tiny):
     )
     assert [d["action"] for d in decisions(trainer)] == [
         "rollback_steps"
-    ] and trainer.orchestrator.rollbacks == []
+    ] and trainer.orchestrator.escalation.rollbacks == []
 
 
 def test_explosions_without_end_are_no_accident(tiny):
@@ -452,7 +444,9 @@ def test_the_gap_of_mod_is_watched(tiny):
 def test_a_fault_in_backward_alone_is_named(tiny):
     def hurt(trainer):
         weight = dict(trainer.model.named_parameters())["blocks.1.ffn.w2.weight"]
-        weight.register_hook(lambda g: g * math.nan if trainer.orchestrator.turn in (6, 7) else g)
+        weight.register_hook(
+            lambda g: g * math.nan if trainer.orchestrator.iteration in (6, 7) else g
+        )
 
     trainer = finish(tiny(max_steps=12), iterations={2: hurt})
     rows = [d for d in decisions(trainer) if "action" in d]

@@ -574,11 +574,11 @@ def test_a_checkpoint_is_written_beside_training(tiny, reference, monkeypatch):
     real, turns, fail = checkpoint.write, {}, []
 
     def slow(folder, rank, pieces):
-        turns[folder.name] = [trainer.orchestrator.turn]
+        turns[folder.name] = [trainer.orchestrator.iteration]
         until = time.monotonic() + 30
         while trainer.step < 7 and not fail and time.monotonic() < until:
             time.sleep(0.01)
-        turns[folder.name].append(trainer.orchestrator.turn)
+        turns[folder.name].append(trainer.orchestrator.iteration)
         return "OSError: no room" if fail and fail.pop() else real(folder, rank, pieces)
 
     monkeypatch.setattr(checkpoint, "write", slow)

@@ -44,10 +44,9 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 2304,
+    "train.py": 1828,
     "train_fsdp.py": 385,
-    "lumen/machine.py": 713,
-    "lumen/orchestrate.py": 1357,
+    "lumen/machine.py": 720,
     "lumen/plan.py": 736,
     "tools/bench.py": 1337,
 }
@@ -56,19 +55,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
-    "train.py": {
-        "loop_over_nothing": 1,
-        "state_in_a_string": 1,
-        "large_class": 1,
-        "few_comments": 1,
-    },
-    "lumen/control.py": {"state_in_a_string": 1},
-    "lumen/orchestrate.py": {
-        "loop_over_nothing": 1,
-        "expression_as_statement": 1,
-        "state_in_a_string": 1,
-        "large_class": 1,
-    },
+    "train.py": {"loop_over_nothing": 1, "large_class": 1, "few_comments": 1},
     "tools/bench.py": {"text_times_bool": 1},
     "tools/import_lunaris.py": {"loop_over_nothing": 1},
 }

@@ -1,0 +1,71 @@
+"""Which module broke: the micro-batches of a step that was not finite again, without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from lumen.machine import free_memory
+
+# (x, y, None) of a micro-batch, with its seed set; or with why its rows cannot be read
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor, str | None]]
+
+
+def diagnose(model, parallel, sizes: tuple[int, ...], batches: Callable[[int], Batches]):
+    """The first module whose output is not finite, else the parameter nearest to the loss whose
+    gradient is not, on this rank. None: all is finite now.
+
+    It is eager, so it may need more memory than the step did: `batches(rows)` is tried with each of
+    `sizes`. To know more is not worth a run, so errors are told, not raised; except where forward
+    and backward hold collectives: there all ranks raise or none.
+    """
+    why = ""
+    for rows in sizes:
+        out_of_memory = False
+        try:
+            return repeat(model, parallel, batches(rows))
+        except Exception as error:
+            if not parallel.collective_free:
+                raise
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            why = "no memory" if out_of_memory else f"{type(error).__name__}: {error}"
+        finally:
+            model.zero_grad(set_to_none=True)
+        free_memory(parallel.device)  # out here, where no traceback holds on to tensors any more
+        if not out_of_memory:
+            break
+    return f"not repeated on rank {parallel.rank}: {why}"
+
+
+def repeat(model, parallel, batches: Batches) -> str | None:
+    """One pass over the micro-batches; gradients are left."""
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(module, inputs, output):
+            first = output[0] if isinstance(output, tuple) else output
+            if not found and not torch.isfinite(first).all():
+                found.append(f"{name or 'the loss'} is not finite on rank {parallel.rank}")
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
+    try:
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            for x, y, unreadable in batches:
+                if unreadable and parallel.collective_free:
+                    return unreadable
+                if unreadable:
+                    found.append(unreadable)
+                with parallel.microstep(model, True):
+                    model(x, targets=y)[0].backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return found[0]
+    for name, p in reversed(list(model.named_parameters())):
+        if p.grad is not None and not parallel.finite(p.grad):
+            return f"the gradient of {name} is not finite on rank {parallel.rank}"
+    return None
