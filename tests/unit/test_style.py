@@ -44,7 +44,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 2304,
+    "train.py": 1683,
     "train_fsdp.py": 385,
     "lumen/machine.py": 713,
     "lumen/orchestrate.py": 1357,
@@ -56,12 +56,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
-    "train.py": {
-        "loop_over_nothing": 1,
-        "state_in_a_string": 1,
-        "large_class": 1,
-        "few_comments": 1,
-    },
+    "train.py": {"large_class": 1, "few_comments": 1},
     "lumen/control.py": {"state_in_a_string": 1},
     "lumen/orchestrate.py": {
         "loop_over_nothing": 1,
