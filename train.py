@@ -593,15 +593,16 @@ NUMBERS = (  # of a trainer: they go back with the weights in a rollback, and in
     "best_parts",
     "measured_on",
 )
-RELEASE_EVERY = (
-    50  # steps between looks at whether the halves of split experts have parted: a host sync
-)
+# steps between looks at whether the halves of split experts have parted: each is a host sync
+RELEASE_EVERY = 50
 
 
 class Trainer(ByHand):
-    """One run: cfg, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()` is the loop.
+    """One run: cfg, run, model, optimizer, loader, orchestrator, parallel, step, cursor; `fit()`
+    is the loop.
 
-    `config`: a path, a preset's name, a list of command-line words, or a dict of keys.
+    config: a path, a preset's name, a list of command-line words, a dict of keys, or what
+    read_config has made of one of these. parallel(cfg) -> Parallel.
     """
 
     def __init__(self, config, parallel=Parallel):
@@ -763,25 +764,46 @@ class Trainer(ByHand):
             self.changes += other_bits(self.run, self.versions, state)
             self.changes += compare(cfg, self.run, state)
 
-    def build(self, saved, weights) -> None:
-        """Model, optimizer, loader; then their state from a checkpoint, or the weights that find_weights found."""
-        cfg, par = self.cfg, self.parallel
-        torch.use_deterministic_algorithms(
-            self.run.deterministic
-        )  # off too: this may be a process's second run
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a debugging aid that costs a pass over memory
-        )
-        model = self.model = par.build(cfg, self.run.precision, saved is None)
-        model.compute_dtype, model.z_loss, model.backend = (
-            self.machine.compute_dtype,
-            cfg.z_loss,
-            self.run.attention,
-        )
+    def build(self, saved: checkpoint.Checkpoint | None, weights: tuple | None) -> None:
+        """Model, optimizer, loader; then their state from a checkpoint, or the weights that
+        find_weights found."""
+        cfg, run, par = self.cfg, self.run, self.parallel
+        # both are set whatever they were: this may be a process's second run
+        torch.use_deterministic_algorithms(run.deterministic)
+        # a debugging aid that costs a pass over memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        self.build_model(fill=saved is None)
+        self.weights = par.weights(self.model)  # what the optimizer updates, by name
+        self.optimizer = build_optimizer(cfg, self.weights)
+        if run.precision == "mixed_fp16":
+            self.loss_scale = LossScale(par.device)
+        self.val_set = self.choose_val_rows()
+        self.measured_on = self.val_sum()
+        if saved is not None:
+            par.run_or_raise_on_all(self.load, saved)
+        elif weights:
+            par.run_or_raise_on_all(self.take_weights, *weights)
+            self.say(f"weights    from {cfg.init_from}")
+        if self.probes:
+            self.probe()
+        self.loader = Loader(self.sources, cfg.seed, run.segments, cfg.model.vocab_size)
+        # self.run, not run: the probe may have found another size
+        self.loader.start(self.cursor, *par.rows(), self.run.micro_batch, self.run.accumulation)
+        if self.main:
+            every_source = [*self.sources.values(), *self.val_sources.values()]
+            self.loader.sums = Sums(every_source, str(self.out / "verified.jsonl"))
+
+    def build_model(self, fill: bool) -> None:
+        """`fill`: with initial weights, which nothing will be copied over."""
+        cfg, run, par = self.cfg, self.run, self.parallel
+        model = self.model = par.build(cfg, run.precision, fill)
+        model.compute_dtype = self.machine.compute_dtype
+        model.z_loss = cfg.z_loss
+        model.backend = run.attention
         model.recompute = cfg.activation_checkpointing
-        self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")
+        self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")  # by layer
         for moe in self.moe.values():
-            moe.backend = self.run.expert_backend
+            moe.backend = run.expert_backend
         self.sparse = None  # the sums of the MoE and MoD layers in the last step, by name
         # what the one collective carries: the model's sums, our flags, the sparse layers' sums
         shapes = model.sum_shapes()
@@ -789,39 +811,24 @@ class Trainer(ByHand):
         self.shapes |= dict.fromkeys(FLAGS, ())
         self.shapes |= {name: shape for name, shape in shapes.items() if "." in name}
         self.sum_dtype = torch.float32 if par.device.type == "mps" else torch.float64
-        self.targets_per_step = self.run.rows_per_step * cfg.model.max_seq_len  # if all are valid
-        if self.run.compile_model:
-            torch.compiler.config.recompile_limit = (
-                64  # dense, MoE and MoD blocks, each while training and evaluating
-            )
-            for block in (
-                model.blocks
-            ):  # one graph serves all layers: fast to compile, and nothing else gains by it
+        self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
+        if run.compile_model:
+            # dense, MoE and MoD blocks, each while training and evaluating
+            torch.compiler.config.recompile_limit = 64
+            # one graph serves all layers: fast to compile, and nothing else gains by it
+            for block in model.blocks:
                 block.compile()
-        self.weights = par.weights(model)
-        self.optimizer = build_optimizer(cfg, self.weights)
-        if self.run.precision == "mixed_fp16":
-            self.loss_scale = LossScale(par.device)
+
+    def choose_val_rows(self) -> list[tuple[str, int]]:
+        """(source, window) of the fixed validation set, by the weights that the run ends with."""
+        if not self.val_sources:
+            return []
         last = self.run.segments[-1][1]
-        shares = {n: float(last.get(n, 0)) for n in self.val_sources}
+        shares = {name: float(last.get(name, 0)) for name in self.val_sources}
         if not any(shares.values()):
             shares = dict.fromkeys(shares, 1.0)
-        count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
-        self.val_set = val_rows(self.val_sources, shares, count) if shares else []
-        self.measured_on = self.val_sum()
-        if saved is not None:
-            self.parallel.run_or_raise_on_all(self.load, saved)
-        elif weights:
-            par.run_or_raise_on_all(self.take_weights, *weights)
-            self.say(f"weights    from {cfg.init_from}")
-        if self.probes:
-            self.probe()
-        micro, accum = self.run.micro_batch, self.run.accumulation
-        self.loader = Loader(self.sources, cfg.seed, self.run.segments, cfg.model.vocab_size)
-        self.loader.start(self.cursor, *par.rows(), micro, accum)
-        if self.main:
-            every = [*self.sources.values(), *self.val_sources.values()]
-            self.loader.sums = Sums(every, str(self.out / "verified.jsonl"))
+        count = max(1, self.cfg.eval_tokens // self.cfg.model.max_seq_len)
+        return val_rows(self.val_sources, shares, count)
 
     def val_sum(self) -> str:
         """Stands for the validation set: its text, which rows of it, how long they are."""
@@ -855,60 +862,63 @@ class Trainer(ByHand):
         self.gains, self.rises, self.best_parts = [], [], []
 
     def probe(self) -> None:
-        """batch_size: auto on CUDA: the most rows, of those that divide a step's, whose forward and backward pass stays
-        within target_memory; tried out, by bisection. Weights, moments and seeds stay as they are, no gradient is left.
-        E200 where one row does not fit. Never run on a GPU yet: the search and what it leaves behind are tested."""
-        cfg, device = self.cfg, self.parallel.device
-        rows, room = (
-            self.run.rows_per_step // self.parallel.rows()[1],
-            cfg.target_memory * machines.total_memory(device),
-        )
-        sizes, peaks = [n for n in range(1, rows + 1) if rows % n == 0], {}
+        """batch_size: auto on CUDA: the most rows whose forward and backward pass stays within
+        target_memory, of those that divide a step's; tried out, by bisection.
 
-        def fits(n: int) -> bool:
-            peaks[n] = math.inf
-            try:
-                for p in (
-                    self.model.parameters() if n < rows else ()
-                ):  # those of the micro-steps before
-                    p.grad = torch.zeros_like(p)
-                peaks[n] = peak_bytes(self.model, n, device)
-            except torch.OutOfMemoryError:
-                pass
-            finally:
-                self.model.zero_grad(set_to_none=True)
-            free_memory(device)  # out here, where no traceback holds on to tensors any more
-            return peaks[n] <= room
-
+        Weights, moments and seeds stay as they are, no gradient is left. E200 where one row does
+        not fit. Never run on a GPU yet: the search and what it leaves behind are tested.
+        """
+        device = self.parallel.device
+        rows = self.run.rows_per_step // self.parallel.rows()[1]
+        room = self.cfg.target_memory * machines.total_memory(device)
+        sizes = [n for n in range(1, rows + 1) if rows % n == 0]
+        peaks: dict[int, float] = {}  # rows: bytes
         low, high = 0, len(sizes)  # the first `low` sizes fit, those from `high` on do not
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if fits(sizes[middle]) else (low, middle)
-        best = -self.parallel.all_reduce_max([-sizes[low - 1] if low else 0])[
-            0
-        ]  # the least of all ranks
+            n = sizes[middle]
+            peaks[n] = self.peak_of(n, accumulates=n < rows)
+            if peaks[n] <= room:
+                low = middle + 1
+            else:
+                high = middle
+        mine = sizes[low - 1] if low else 0
+        best = -self.parallel.all_reduce_max([-mine])[0]  # the least of all ranks
         if not best:
-            text = f"batch_size: auto: a probe found that one row does not fit into {room / 2**30:.2f} GiB"
-            raise UserError(
-                "E200",
-                f"{text}; try activation_checkpointing: block, or train_fsdp.py on more GPUs",
-            )
+            text = f"one row does not fit into {room / 2**30:.2f} GiB"
+            fix = "try activation_checkpointing: block, or train_fsdp.py on more GPUs"
+            raise UserError("E200", f"batch_size: auto: a probe found that {text}; {fix}")
         self.run = dataclasses.replace(self.run, micro_batch=best, accumulation=rows // best)
-        need = peaks.get(best, 0) / 2**30  # 0: another rank's choice
-        self.say(
-            f"batch_size {best} rows a micro-step, by a probe: {need:.2f} of {room / 2**30:.2f} GiB"
-        )
+        need = f"{peaks.get(best, 0) / 2**30:.2f} of {room / 2**30:.2f} GiB"  # 0: another rank's
+        self.say(f"batch_size {best} rows a micro-step, by a probe: {need}")
+
+    def peak_of(self, rows: int, accumulates: bool) -> float:
+        """Bytes at the peak of one micro-step; inf: it ran out of memory. `accumulates`: as the
+        gradients of those before it lie there too."""
+        peak = math.inf
+        try:
+            if accumulates:
+                for p in self.model.parameters():
+                    p.grad = torch.zeros_like(p)
+            peak = peak_bytes(self.model, rows, self.parallel.device)
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        free_memory(self.parallel.device)  # out here no traceback holds on to tensors any more
+        return peak
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots), moments."""
+        """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots),
+        the optimizer's state. Each is this rank's part of it."""
         own = {name: p.detach() for name, p in self.weights.items()}
-        out = {
-            f"model.{name}": own.get(name, tensor)
-            for name, tensor in self.model.state_dict().items()
-        }
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            found[f"model.{name}"] = own.get(name, tensor)
         for name, p in self.weights.items():
-            out |= {f"optim.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
-        return out
+            for key, value in self.optimizer.state[p].items():
+                found[f"optim.{name}.{key}"] = value
+        return found
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Weights, moments and every number of the run, in place."""

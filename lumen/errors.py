@@ -1,7 +1,8 @@
-"""Every error a user can cause: its code, what it means, what to do. README's troubleshooting is `python errors.py`.
+"""Every error that a user can cause: its code, what it means, what to do.
 
-Raise `UserError(code, text)`; text names the file, the line, the value and the remedy at hand. `command(main)` turns it
-into one message and an exit code: 2 the user's input, 3 diverged, 75 please restart; 1 stays for our own bugs.
+Raise `UserError(code, text)`; text names the file, the line, the value and the remedy at hand.
+`launch.command(main)` turns it into one message and an exit code: 2 the user's input, 3 diverged,
+75 please restart; 1 stays for our own bugs. docs/errors.md is what `python -m lumen.errors` prints.
 """
 
 from __future__ import annotations
@@ -12,56 +13,101 @@ import os
 import re
 import reprlib
 
+# fmt: off
 ERRORS = {  # code: (meaning, remedy)
-    "E001": ("no such configuration file or preset", "ls configs/ shows the presets; your own YAML works too"),
-    "E002": ("a key, an option or a value cannot be", "--help behind the command lists all of them with their ranges"),
-    "E003": ("the hardware or a package cannot do what was asked", "python -m lumen.machine shows what this machine can do"),
-    "E101": ("a row is not a JSON object", "one JSON object a line for .jsonl, a list of objects for .json"),
-    "E102": ("a row lacks its text field, or the field has another type", "rows look like {\"text\": \"...\"}"),
-    "E103": ("text is not valid UTF-8", "convert the file to UTF-8, for instance with iconv"),
-    "E104": ("a file or a text is empty", "remove the row or the file"),
-    "E107": ("a text occurred before (exact duplicate)", "nothing to do: the first one is kept"),
-    "E108": ("a file cannot be read", "check its path, permissions and format"),
-    "E109": ("too many bad rows, or nothing left", "see rejected.jsonl in the output folder; mend or allow them"),
-    "E110": ("data not found or not finished", "make it with prepare_data.py, or add a prepare: key to the YAML"),
-    "E111": ("a shard is damaged or changed under the run", "restore it, or prepare the data again"),
-    "E112": ("a file is no token shard of ours", "shards are 1-D .npy files of uint16 or uint32; see prepare_data.py"),
-    "E113": ("data, tokenizer and model do not fit together", "use the vocab_size and tokenizer of the data"),
-    "E114": ("too little data for one row", "lower model.max_seq_len or bring more text"),
-    "E115": ("a tokenizer's file is not on this machine", "put the file where the message says, or use bpe:8192"),
-    "E116": ("a tokenizer.json of a kind Lumen does not read", "only byte-level BPE; the message names what differs"),
-    "E117": ("the output folder holds something else", "choose another folder with --out, or prepare: {out: ...}"),
-    "E118": ("the data is not what the checkpoint was trained on", "restore it, allow_data_change, or a new out_dir"),
-    "E119": ("data could not be written", "free some disk space and start again: it goes on where it was"),
-    "E200": ("the run does not fit into memory", "take what the message names; --dry_run shows what each choice needs"),
-    "E201": ("memory ran out inside a collective or the optimizer", "start again: it goes on with smaller ones"),
-    "E300": ("out_dir holds a run, or is in use", "resume: auto goes on with a run that has ended; or change out_dir"),
-    "E301": ("the loss diverged", "lower learning_rate, or resume from an earlier checkpoint"),
-    "E302": ("gradients overflow at every step", "use precision mixed_bf16 or fp32, or lower learning_rate"),
-    "E303": ("a checkpoint is damaged", "use another step of the run: python -m lumen.checkpoint OUT_DIR lists them"),
-    "E304": ("no checkpoint there", "python -m lumen.checkpoint OUT_DIR lists what there is"),
-    "E305": ("the checkpoint does not fit the model", "take the model: block of its config.yaml, or another --out_dir"),
-    "E306": ("the checkpoint is of another version", "use the Lumen version that wrote it"),
-    "E307": ("a checkpoint could not be written", "free some disk space; the run goes on and tries again"),
-    "E308": ("experts or depth cannot be changed so", "see model.n_experts_max and the message; nothing was changed"),
-    "E309": ("a command cannot be carried out", "see the message; nothing was changed, the run goes on"),
-    "E310": ("decisions.jsonl cannot be replayed", "take the file of a run with this seed, model, data and batch"),
-    "E400": ("this model has no Hugging Face architecture", "norm_order: pre, and no option the message names"),
-    "E401": ("the folder or file cannot be imported", "Llama, Qwen3, Mixtral, Qwen3Moe, Dots1 folders; a Lunaris .pt"),
-    "E402": ("exported and original model disagree", "report it with EXPORT.json: this is a bug"),
-    "E403": ("an export or import could not be written", "free some disk space and start it again"),
-    "E500": ("a prompt or sampling option cannot work", "python sample.py --help shows the ranges"),
-    "E501": ("no tokenizer to read and write text with", "pass --tokenizer FILE, or token ids with --ids"),
-    "E600": ("the processes disagree", "start them with the same files, versions and command"),
-    "E601": ("another process of the run was lost", "start again, as torchrun --max-restarts does: it resumes"),
-}  # fmt: skip
-
+    "E001": ("no such configuration file or preset",
+             "ls configs/ shows the presets; your own YAML works too"),
+    "E002": ("a key, an option or a value cannot be",
+             "--help behind the command lists all of them with their ranges"),
+    "E003": ("the hardware or a package cannot do what was asked",
+             "python -m lumen.machine shows what this machine can do"),
+    "E101": ("a row is not a JSON object",
+             "one JSON object a line for .jsonl, a list of objects for .json"),
+    "E102": ("a row lacks its text field, or the field has another type",
+             'rows look like {"text": "..."}'),
+    "E103": ("text is not valid UTF-8",
+             "convert the file to UTF-8, for instance with iconv"),
+    "E104": ("a file or a text is empty",
+             "remove the row or the file"),
+    "E107": ("a text occurred before (exact duplicate)",
+             "nothing to do: the first one is kept"),
+    "E108": ("a file cannot be read",
+             "check its path, permissions and format"),
+    "E109": ("too many bad rows, or nothing left",
+             "see rejected.jsonl in the output folder; mend or allow them"),
+    "E110": ("data not found or not finished",
+             "make it with prepare_data.py, or add a prepare: key to the YAML"),
+    "E111": ("a shard is damaged or changed under the run",
+             "restore it, or prepare the data again"),
+    "E112": ("a file is no token shard of ours",
+             "shards are 1-D .npy files of uint16 or uint32; see prepare_data.py"),
+    "E113": ("data, tokenizer and model do not fit together",
+             "use the vocab_size and tokenizer of the data"),
+    "E114": ("too little data for one row",
+             "lower model.max_seq_len or bring more text"),
+    "E115": ("a tokenizer's file is not on this machine",
+             "put the file where the message says, or use bpe:8192"),
+    "E116": ("a tokenizer.json of a kind Lumen does not read",
+             "only byte-level BPE; the message names what differs"),
+    "E117": ("the output folder holds something else",
+             "choose another folder with --out, or prepare: {out: ...}"),
+    "E118": ("the data is not what the checkpoint was trained on",
+             "restore it, allow_data_change, or a new out_dir"),
+    "E119": ("data could not be written",
+             "free some disk space and start again: it goes on where it was"),
+    "E200": ("the run does not fit into memory",
+             "take what the message names; --dry_run shows what each choice needs"),
+    "E201": ("memory ran out inside a collective or the optimizer",
+             "start again: it goes on with smaller ones"),
+    "E300": ("out_dir holds a run, or is in use",
+             "resume: auto goes on with a run that has ended; or change out_dir"),
+    "E301": ("the loss diverged",
+             "lower learning_rate, or resume from an earlier checkpoint"),
+    "E302": ("gradients overflow at every step",
+             "use precision mixed_bf16 or fp32, or lower learning_rate"),
+    "E303": ("a checkpoint is damaged",
+             "use another step of the run: python -m lumen.checkpoint OUT_DIR lists them"),
+    "E304": ("no checkpoint there",
+             "python -m lumen.checkpoint OUT_DIR lists what there is"),
+    "E305": ("the checkpoint does not fit the model",
+             "take the model: block of its config.yaml, or another --out_dir"),
+    "E306": ("the checkpoint is of another version",
+             "use the Lumen version that wrote it"),
+    "E307": ("a checkpoint could not be written",
+             "free some disk space; the run goes on and tries again"),
+    "E308": ("experts or depth cannot be changed so",
+             "see model.n_experts_max and the message; nothing was changed"),
+    "E309": ("a command cannot be carried out",
+             "see the message; nothing was changed, the run goes on"),
+    "E310": ("decisions.jsonl cannot be replayed",
+             "take the file of a run with this seed, model, data and batch"),
+    "E400": ("this model has no Hugging Face architecture",
+             "norm_order: pre, and no option the message names"),
+    "E401": ("the folder or file cannot be imported",
+             "Llama, Qwen3, Mixtral, Qwen3Moe, Dots1 folders; a Lunaris .pt"),
+    "E402": ("exported and original model disagree",
+             "report it with EXPORT.json: this is a bug"),
+    "E403": ("an export or import could not be written",
+             "free some disk space and start it again"),
+    "E500": ("a prompt or sampling option cannot work",
+             "python sample.py --help shows the ranges"),
+    "E501": ("no tokenizer to read and write text with",
+             "pass --tokenizer FILE, or token ids with --ids"),
+    "E600": ("the processes disagree",
+             "start them with the same files, versions and command"),
+    "E601": ("another process of the run was lost",
+             "start again, as torchrun --max-restarts does: it resumes"),
+}
+# fmt: on
 
 EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
 
 
 class UserError(Exception):
-    """A mistake of the user's or the machine's, not ours. `code`: a key of ERRORS; `text`: where, what and how."""
+    """A mistake of the user's or the machine's, not ours.
+
+    code: a key of ERRORS; text: where, what and how.
+    """
 
     def __init__(self, code: str, text: str):
         assert code in ERRORS, code
@@ -74,22 +120,31 @@ class UserError(Exception):
 
 
 def expand(path: str, where: str = "") -> str:
-    """A path that a user wrote, with ~ and $NAME replaced; E002 for a $NAME that is not set, else there would soon be a
-    folder called $NAME. `where` it was written comes before that."""
-    whole = os.path.expanduser(os.path.expandvars(path))
-    if (unset := re.search(r"\$\w+|\$\{\w+\}", whole)) and not os.path.exists(whole):
-        raise UserError("E002", f"{where and f'{where}: '}{path}: {unset[0]} is not set")
-    return whole
+    """A path that a user wrote, with ~ and $NAME replaced.
+
+    E002 for a $NAME that is not set, or there would soon be a folder called $NAME; the message
+    begins with `where` it was written.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unset = re.search(r"\$\w+|\$\{\w+\}", expanded)
+    if unset and not os.path.exists(expanded):  # $ may be part of a name
+        place = f"{where}: " if where else ""
+        raise UserError("E002", f"{place}{path}: {unset[0]} is not set")
+    return expanded
 
 
 def nearest(word: str, names) -> str | None:
-    """The one of `names` that `word` is a misspelling or the beginning of; None where none is near."""
-    begun = [name for name in names if len(word.strip("-")) > 3 and name.startswith(word)]
-    return next(iter(begun + difflib.get_close_matches(word, list(names), 1, 0.75)), None)
+    """The one of `names` that `word` is a misspelling or the beginning of; None: none is near."""
+    if len(word.strip("-")) > 3:
+        for name in names:
+            if name.startswith(word):
+                return name
+    near = difflib.get_close_matches(word, list(names), 1, 0.75)
+    return near[0] if near else None
 
 
 def no_path(text: str) -> str:
-    """Why `text` can be the name of no file, whether one is there or not: too long, a NUL in it; else ""."""
+    """Why `text` can name no file, whether one is there or not (too long, a NUL in it); else ""."""
     try:
         os.lstat(text)
     except (FileNotFoundError, PermissionError):
@@ -106,13 +161,7 @@ def a_path(text: str) -> str:
     return text
 
 
-EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
-
-
 if __name__ == "__main__":
     print("| code | means | do |\n|---|---|---|")
-    print(
-        "\n".join(
-            f"| {code} | {meaning} | {remedy} |" for code, (meaning, remedy) in ERRORS.items()
-        )
-    )
+    for code, (meaning, remedy) in ERRORS.items():
+        print(f"| {code} | {meaning} | {remedy} |")

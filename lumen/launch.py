@@ -1,8 +1,5 @@
-"""One start of a run: who owns out_dir, whether this is a restart, and why it was refused.
-
-A run has one owner: rank 0's process, from before anything in out_dir is touched until it ends. `Owner` says how that
-holds after a kill -9, after a restart of the machine, and on a network file system.
-"""
+"""How a program is started and ends: what the launcher's environment says, the words of a command
+line, the console, exit codes."""
 
 from __future__ import annotations
 
@@ -31,17 +28,14 @@ def launch_id() -> str:
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"slurm {job}"
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return (
-        f"torchrun {socket.gethostname()} {parent()}"
-        if name == "none"
-        else f"torchrun {name}"
-        if name
-        else ""
-    )
+    if name == "none":  # nobody gave one: torchrun's process stands for it
+        return f"torchrun {socket.gethostname()} {parent()}"
+    return f"torchrun {name}" if name else ""
 
 
 def check_tasks() -> None:
-    """E600 where srun or mpirun started several of us without torchrun: each would be a whole run of its own."""
+    """E600 where srun or mpirun started several of us without torchrun: each would be a run of its
+    own, all in one out_dir."""
     if "RANK" in os.environ:
         return
 
@@ -55,93 +49,97 @@ def check_tasks() -> None:
     counts["mpirun"] = max(number("OMPI_COMM_WORLD_SIZE"), number("PMI_SIZE"))
     for by, n in counts.items():
         if n > 1:
-            text = f"{by} started {n} processes, and without torchrun each would be a whole run in the same out_dir"
-            raise UserError(
-                "E600",
-                f"{text}: sbatch slurm/train.sbatch, or {by} with one task a node that is torchrun",
-            )
+            text = f"{by} started {n} processes, and without torchrun each would be a whole run"
+            fix = f"sbatch slurm/train.sbatch, or {by} with one task a node that is torchrun"
+            raise UserError("E600", f"{text} in the same out_dir: {fix}")
 
 
-# ---------------------------------------------------------------- the owner of a folder
+def environment(name: str, default: int) -> int:
+    """A whole number that a launcher leaves in the environment, RANK for example. E600 names what
+    is none."""
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        text = f"{name}={value!r} in the environment is no number; unset {name}, or use torchrun"
+        raise UserError("E600", text)
+    return int(value)
+
+
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+NUMBERS += ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def check_launch() -> None:
+    """E600 where what a launcher leaves in the environment cannot be: half of it is there, or a
+    rank too many."""
+    for name in NUMBERS:
+        environment(name, 0)
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    if rank >= world:
+        text = f"RANK={rank} and WORLD_SIZE={world} in the environment: the last rank is"
+        text += f" {world - 1}; unset both for one process, or use torchrun"
+        raise UserError("E600", text)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        text = f"WORLD_SIZE={world} in the environment without {', '.join(missing)}"
+        fix = "unset WORLD_SIZE for one process, or start all of them with torchrun"
+        raise UserError("E600", f"{text}: {fix}")
+
+
+def process(pid: int) -> str:
+    """When the process of this number began, for the number alone may come again; "": none of it
+    is alive."""
+    with contextlib.suppress(OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else rest[18]
+    return ""
+
+
+def parent() -> str:
+    return f"{os.getppid()}-{process(os.getppid())}"
+
+
+# ---------------------------------------------------------------- words of a command line
 
 
 class Words(argparse.ArgumentParser):
-    """The command line of a command: - and _ in an option's name are the same, nothing is abbreviated, and a mistake
-    is UserError E002 with the nearest option instead of a page of usage."""
+    """The command line of a command. - and _ in an option's name are the same, nothing is
+    abbreviated, and a mistake is E002 with the nearest option instead of a page of usage."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
-        words = [
-            (w.replace("-", "_").replace("__", "--", 1) if w[:2] == "--" else w) + eq + v
-            for w, eq, v in words
-        ]
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                name = "--" + name[2:].replace("-", "_")
+            words.append(name + equals + value)
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str):
-        wrong = (
-            [word for word in message.split() if word.startswith("--")]
-            if "unrecognized" in message
-            else []
-        )
+        wrong = []
+        if "unrecognized" in message:
+            wrong = [word for word in message.split() if word.startswith("--")]
         known = list(self._option_string_actions)  # private, and as old as argparse
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += [
-                    name
-                    for parser in action.choices.values()
-                    for name in parser._option_string_actions
-                ]
+                for parser in action.choices.values():
+                    known += parser._option_string_actions
         near = [nearest(word.partition("=")[0], known) for word in wrong]
         hints = ", ".join(dict.fromkeys(name for name in near if name))
         text = f"{message}; did you mean {hints}?" if hints else message
         raise UserError("E002", f"command line: {self.prog}: {text}")
 
 
-def environment(name: str, default: int) -> int:
-    """A whole number that a launcher leaves in the environment, RANK for example. E600 names what is none."""
-    value = os.environ.get(name)
-    if value is None:
-        return default
-    if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise UserError(
-            "E600",
-            f"{name}={value!r} in the environment is no number; unset {name}, or use torchrun",
-        )
-    return int(value)
-
-
-def check_launch() -> None:
-    """E600 where what a launcher leaves in the environment cannot be: half of it is there, or a rank too many."""
-    names = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_PORT",
-        "TORCHELASTIC_RESTART_COUNT",
-    )
-    for name in (*names, "SLURM_RESTART_COUNT"):
-        environment(name, 0)
-    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    if not rank < world:
-        text = (
-            f"RANK={rank} and WORLD_SIZE={world} in the environment: the last rank is {world - 1}"
-        )
-        raise UserError("E600", f"{text}; unset both for one process, or use torchrun")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        text = f"WORLD_SIZE={world} in the environment without {', '.join(missing)}"
-        raise UserError(
-            "E600", f"{text}: unset WORLD_SIZE for one process, or start all of them with torchrun"
-        )
+# ---------------------------------------------------------------- console and exit codes
 
 
 class Console:
-    """stdout or stderr of a program whose work is not what it says: a pipe that was closed, a terminal that went, a
-    full disk take the words and nothing else."""
+    """stdout or stderr of a program whose work is not what it says: a pipe that was closed, a
+    terminal that went, a full disk take the words and nothing else."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -164,7 +162,7 @@ def print_now(text: str) -> None:
 
 
 def speak(text: str, write=print_now) -> None:
-    """One line to the console, as far as it takes it; whatever becomes of it, who speaks goes on."""
+    """One line to the console, as far as it takes it; whoever speaks goes on."""
     with contextlib.suppress(OSError, ValueError):
         try:
             write(text)
@@ -187,8 +185,11 @@ def open_console(lasting: bool) -> None:
 
 
 def command(main, lasting: bool = False) -> None:
-    """Run `main(argv) -> exit code or None` as a program. Under torchrun rank 0 speaks, and first; another
-    rank only where rank 0 has nothing to say. `lasting`: its work goes on whatever becomes of the console."""
+    """Run `main(argv) -> exit code or None` as a program.
+
+    Under torchrun rank 0 speaks, and first; another rank only where rank 0 has nothing to say.
+    `lasting`: its work goes on whatever becomes of the console.
+    """
     open_console(lasting)
     rank = 0
     try:
@@ -196,19 +197,7 @@ def command(main, lasting: bool = False) -> None:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
         code = error.exit_code
-        if rank == 0 or error.code == "E601":  # rank 0 may be the one that was lost
-            print(f"error {error}", file=sys.stderr)
-        else:
-            signal.signal(
-                signal.SIGTERM, signal.SIG_DFL
-            )  # the trainer's handler would let it sleep on
-            # torchrun ends all ranks of a host as soon as one has failed: rank 0 must have said why by then, and where
-            # there is no rank 0 one is enough
-            local = os.environ.get("LOCAL_RANK", "")
-            time.sleep(5 + (int(local) if local.isdigit() else 0))
-            print(
-                f"rank {rank}: error {error}", file=sys.stderr
-            )  # nobody has ended us: only this rank knows
+        tell(error, rank)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `| head` closed our output
@@ -219,27 +208,25 @@ def command(main, lasting: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (
-            OSError
-        ):  # a full disk, a closed pipe; Python would try again and make it exit code 120
+        except OSError:  # a full disk, a closed pipe: Python would try again and exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "RANK" in os.environ:
-        os._exit(
-            code
-        )  # gloo's threads can abort the process in its own exit handlers although all work is done
+        # gloo's threads can abort the process in its own exit handlers, when all work is done
+        os._exit(code)
     sys.exit(code)
 
 
-def process(pid: int) -> str:
-    """When the process of this number began, for the number alone may come again; "" without one that is alive."""
-    with contextlib.suppress(OSError, IndexError):
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else rest[18]
-    return ""
-
-
-def parent() -> str:
-    return f"{os.getppid()}-{process(os.getppid())}"
+def tell(error: UserError, rank: int) -> None:
+    """On stderr, once for all ranks where that can be."""
+    if rank == 0 or error.code == "E601":  # rank 0 may be what was lost
+        print(f"error {error}", file=sys.stderr)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would let it sleep on
+    # torchrun ends all ranks of a host as soon as one has failed: rank 0 must have said why by
+    # then, and where there is no rank 0 one of them is enough
+    local = os.environ.get("LOCAL_RANK", "")
+    time.sleep(5 + (int(local) if local.isdigit() else 0))
+    print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only we know
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,9 @@
-"""TODO."""
+"""Who owns out_dir: one process of one run, and why a start was refused.
+
+A run has one owner: rank 0's process, from before anything in out_dir is touched until it ends.
+`Owner` says how that holds after a kill -9, after a restart of the machine, and on a network file
+system.
+"""
 
 from __future__ import annotations
 
@@ -31,45 +36,49 @@ GRACE = 3  # seconds that a first start waits for an owner who may be ending
 SETTLE = 0.3  # seconds in which another start would show, where there are no locks
 
 
-OWNERS: weakref.WeakValueDictionary[str, Owner] = (
-    weakref.WeakValueDictionary()
-)  # real path: of this process
+# real path of a folder: its owner in this process
+OWNERS: weakref.WeakValueDictionary[str, Owner] = weakref.WeakValueDictionary()
 
 
 class Owner:
-    """The one who may write into `out`, as long as it holds out/owner.json. One process of a run does: rank 0's.
+    """The one who may write into `out`, as long as it holds out/owner.json: rank 0's process.
 
     Two things keep a second one out.
-    - A lock (flock) on that file. The system gives it back however a process ends, so a kill -9 blocks nobody. It
-      binds all processes of a host, and all hosts where the file system carries locks (NFS 4, GPFS, Lustre with flock).
-    - What stands in the file: host, boot, pid and the process's start; and its age, for the owner touches it every BEAT
-      seconds. Where no lock says more, an owner on this host is alive while that process is, one from before this
-      host's last boot is not, and one on another host is alive until the file is older than STALE seconds, by the
-      file system's own clock.
-    So a host that went down blocks its run for STALE seconds, which a restart by torchrun or Slurm waits for. What this
-    does not see: without shared locks, an owner who stood still for so long (stopped, a hanging disk) is taken for
-    dead; it notices before its next checkpoint gets its name (`keep`).
+    - A lock (flock) on that file. The system gives it back however a process ends, so a kill -9
+      blocks nobody. It binds all processes of a host, and all hosts where the file system carries
+      locks (NFS 4, GPFS, Lustre with flock).
+    - What stands in the file: host, boot, pid and the process's start; and its age, for the owner
+      touches it every BEAT seconds. Where no lock says more, an owner on this host is alive while
+      that process is, one from before this host's last boot is not, and one on another host is
+      alive until the file is older than STALE seconds, by the file system's own clock.
+    So a host that went down blocks its run for STALE seconds, which a restart by torchrun or Slurm
+    waits for. What this does not see: without shared locks, an owner who stood still for so long
+    (stopped, a hanging disk) is taken for dead; it notices before its next checkpoint gets its name
+    (`keep`).
 
-    The file stays when the owner ends, without a pid: it says which launch came to own the folder last.
-    In one process (a notebook) a Trainer that is not in fit() gives way to a newer one.
+    The file stays when the owner ends, without a pid: it says which launch came to own the folder
+    last. In one process (a notebook) a Trainer that is not in fit() gives way to a newer one.
     """
 
     NAME = "owner.json"
 
     def __init__(self, out, main: bool = True):
-        self.out, self.path, self.main = Path(out), Path(out) / self.NAME, main
+        self.out, self.main = Path(out), main
+        self.path = self.out / self.NAME
         self.found: dict = {}  # what stood there before
-        self.working, self.hold, self.end = False, None, None
+        self.working = False  # it trains: no other Trainer of this process takes the folder
+        self.hold: Hold | None = None
+        self.end = None  # gives the folder back; alive until then
 
     # ---- taking and giving back
 
     def take(self, say=print) -> None:
-        """Owns the folder from now on, and makes it if need be. E300 where another does: nothing was changed then."""
+        """Owns the folder from now on, and makes it if need be. E300 where another does: nothing
+        was changed then."""
         if not self.main:
             return
-        wait = (
-            STALE + BEAT if restarts() else GRACE
-        )  # at a restart it is most likely our own predecessor
+        # at a restart it is most likely our own predecessor
+        wait = STALE + BEAT if restarts() else GRACE
         until, told = time.monotonic() + wait, False
         while other := self._try():
             if time.monotonic() > until:
@@ -127,8 +136,8 @@ class Owner:
             self.accept()
 
     def keep(self) -> None:
-        """Before something gets its name: OSError where another has taken the folder meanwhile. What was deleted under
-        the run is taken anew."""
+        """Before something gets its name: OSError where another has taken the folder meanwhile.
+        What was deleted under the run is taken anew."""
         if not self.main:
             return
         row, ours = read_json(self.path), self.hold.row
@@ -148,17 +157,21 @@ class Owner:
 
 
 class Hold:
-    """What is held, apart from its Owner, so that it is given back when nobody has that any more."""
+    """What is held, apart from its Owner, so that it is given back when nobody has that any more.
+
+    file, path: owner.json, open; row: what stands in it; made: folders and file that were not there
+    before, which go again if the start is refused.
+    """
 
     def __init__(self, file, path: Path, row: dict, made: list[Path]):
         self.file, self.path, self.row, self.made = file, path, row, made
-        self.before: bytes | None = os.pread(
-            file.fileno(), 1 << 16, 0
-        )  # None: the start was not refused
+        # what comes back if the start is refused; None: it was not
+        self.before: bytes | None = os.pread(file.fileno(), 1 << 16, 0)
         self.stop = threading.Event()
 
     def write(self, data: bytes) -> None:
-        """In place, for another file would not be locked. A full disk may not take it: then the lock alone must do."""
+        """In place, for another file would not be locked. A full disk may not take it: then the
+        lock alone must do."""
         with contextlib.suppress(OSError):
             os.pwrite(self.file.fileno(), data, 0)
             self.file.truncate(len(data))
@@ -232,7 +245,8 @@ def lock(file) -> bool | None:
 
 
 def alive(row: dict, locked: bool, path: Path) -> bool:
-    """Whether the owner in `row` still is one, seen by a process that has the lock (`locked`) or cannot have it."""
+    """Whether the owner in `row` still is one, seen by a process that has the lock (`locked`) or
+    cannot have it."""
     if not row.get("pid"):
         return False
     here = identity()
@@ -280,8 +294,9 @@ def describe(row: dict) -> str:
 
 
 def refused(error: UserError | None = None) -> str:
-    """Why this launch was refused at its start, "" where it was not; with `error` that is written down. Not into
-    out_dir, which may be another run's: into a file of torchrun's process, or the one slurm/train.sbatch looks at."""
+    """Why this launch was refused at its start, "" where it was not; with `error` that is written
+    down. Not into out_dir, which may be another run's: into a file of torchrun's process, or the
+    one slurm/train.sbatch looks at."""
     own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent()}.refused"
     path = Path(os.environ.get("LUMEN_REFUSED") or own)
     with contextlib.suppress(OSError):
@@ -294,7 +309,8 @@ def refused(error: UserError | None = None) -> str:
 
 
 def hopeless(out) -> dict | None:
-    """At a restart: {code, reason} where an earlier start of this launch failed in a way that comes again."""
+    """At a restart: {code, reason} where an earlier start of this launch failed in a way that comes
+    again."""
     if not restarts():
         return None
     if reason := refused():
@@ -318,7 +334,7 @@ def not_restarted(status: dict) -> int:
 
 
 def again(row: dict) -> bool:
-    """Whether this is a restart, and an earlier start of the same launch has come to own the folder of this `row`.
-    Words of the launch that speak of its beginning (resume: none, overwrite) have been obeyed then."""
+    """Whether this is a restart, and an earlier start of the same launch has come to own the folder
+    of this `row`. Words that speak of its beginning (resume: none, overwrite) are obeyed then."""
     mine = launch_id()
     return restarts() > 0 and (not mine or row.get("launch") == mine)

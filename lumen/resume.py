@@ -1,8 +1,8 @@
 """Which checkpoint a run goes on from, and whether it may; out_dir, from unclaimed to ours.
 
-`StartingPoint` goes through it in this order: `find_checkpoint` (changes no run yet), `find_weights`
-for a new run with init_from, `create_out_dir`, `adopt`. All that can refuse a start comes before
-`create_out_dir`.
+`StartingPoint` goes through it in this order: `find_checkpoint` (changes no run yet),
+`find_weights` for a new run with init_from, `create_out_dir`, `adopt`. All that can refuse a start
+comes before `create_out_dir`.
 """
 
 from __future__ import annotations

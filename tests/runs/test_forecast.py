@@ -73,6 +73,20 @@ def test_a_run_is_cut_short_only_where_that_is_justified_and_allowed(tiny, monke
     assert rows[60] == 3e-3 and (rows[80] < 6e-4 if act else rows[80] == 3e-3)
 
 
+def test_a_replay_that_is_stopped_after_a_cut_goes_on_to_the_cut_length(tiny, monkeypatch):
+    """The length stood in cfg and in what a resume keeps; a replay changed the first only."""
+    monkeypatch.setattr(forecast, "justified_stop", lambda *args: "start the decay: for the test")
+    keys = tiny(**LONG | {"lr_schedule": "wsd", "enable_early_stopping": True, "decay_frac": 0.25})
+    keys["orchestrator"] = {"check_interval": 60}
+    real = finish(keys)
+    keys |= {"out_dir": keys["out_dir"] + "-replay", "enable_early_stopping": False}
+    file = str(real.out / "decisions.jsonl")
+    keys["orchestrator"] = {"check_interval": 60, "mode": "replay", "replay": file}
+    finish(keys, iterations={70: lambda t: t.request_stop()})
+    again = finish(keys)
+    assert again.started_at == 70 and again.step == again.run.max_steps == real.step == 80
+
+
 def test_suggested_yaml_runs_as_it_is(tiny):
     trainer = finish(tiny(max_steps=8))
     path = trainer.out / "suggested.yaml"

@@ -15,13 +15,12 @@ from rig import wide
 
 import train
 import train_fsdp
-from lumen import config, plan
+from lumen import config, plan, resolve
 from lumen import machine as machines
 from lumen.cli import presets, read_config
 from lumen.errors import UserError
 from lumen.snapshots import Snapshots
 from model import ModelConfig
-from tools import simulate
 from train import Trainer
 
 
@@ -128,7 +127,7 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     keys = tiny(
         batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
     )
-    monkeypatch.setattr(simulate, "pick_backend", lambda *a: pytest.fail("experts were made"))
+    monkeypatch.setattr(resolve, "pick_backend", lambda *a: pytest.fail("experts were made"))
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"

@@ -8,7 +8,7 @@ from conftest import losses, write_yaml
 from rig import KINDS, decisions, equal, finish, tensors
 
 import train
-from lumen import checkpoint
+from lumen import checkpoint, optim
 from lumen import machine as machines
 from lumen.errors import UserError
 from train import Trainer
@@ -80,7 +80,7 @@ def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
     """In the optimizer half of the weights may be new: the process ends with 75, and the next goes on smaller."""
     keys = tiny(max_steps=20, batch_size=4, save_interval=5)
     path = write_yaml(checkpoint.Path(keys["out_dir"] + ".yaml"), keys)
-    step = torch.optim.AdamW.step
+    step = optim.AdamW.step
     calls = []
 
     def failing(self, *args):
@@ -89,7 +89,7 @@ def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return step(self, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    monkeypatch.setattr(optim.AdamW, "step", failing)
     with pytest.raises(UserError) as e:
         train.main([str(path)])
     assert (

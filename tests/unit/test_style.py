@@ -44,18 +44,18 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 1828,
+    "train.py": 1838,
     "train_fsdp.py": 385,
     "lumen/machine.py": 720,
-    "lumen/plan.py": 736,
-    "tools/bench.py": 1337,
+    "lumen/plan.py": 696,
+    "tools/bench.py": 1343,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
 
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
-    "train.py": {"loop_over_nothing": 1, "large_class": 1, "few_comments": 1},
+    "train.py": {"large_class": 1, "few_comments": 1},
     "tools/bench.py": {"text_times_bool": 1},
     "tools/import_lunaris.py": {"loop_over_nothing": 1},
 }
