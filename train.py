@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
 import types
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from lumen.cli import read_config
 from lumen.commands import Commands
 from lumen.config import Config, build_config, help_text, printed
 from lumen.control import ByHand, Control
-from lumen.data import open_data, prepare_first
+from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed, StepNumbers
 from lumen.diagnose import diagnose
@@ -42,10 +41,11 @@ from lumen.errors import UserError
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.failure import lost_peer
 from lumen.launch import check_launch, check_tasks, clock, command, environment
-from lumen.loader import Loader, Sums, val_rows
-from lumen.machine import free_memory, peak_bytes, resident_bytes, to_host
+from lumen.loader import Loader, Sums
+from lumen.machine import free_memory, resident_bytes, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
+from lumen.probe import largest_batch
 from lumen.report import Report
 from lumen.resolve import (
     HINT,
@@ -69,6 +69,7 @@ from lumen.resolve import (
 )
 from lumen.resume import StartingPoint, check_paths, take_weights
 from lumen.saver import Saver
+from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
 from model import ModelConfig, Transformer
@@ -636,11 +637,8 @@ class Trainer(ByHand):
         self.gains: list[float] = []  # of successive checks
         self.rises: list[float] = []  # of successive evaluations
 
-        # signals and commands
-        self.stop_signal = 0  # what this rank has heard; 2: a command, not a signal
-        self.save_signal = 0
-        self.first_interrupt: float | None = None  # when Ctrl-C came
-        self.stopping = False  # what all ranks have agreed on
+        # signals and commands, once all ranks have agreed on them
+        self.stopping = False
         self.save_asked = False
 
         # made below, in build()
@@ -653,6 +651,7 @@ class Trainer(ByHand):
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.report = Report(self.out, self.main)
         self.owner = owner.Owner(self.out, self.main)
+        self.signals = Signals(self.main)  # what this rank has heard
         if self.parallel.collective_free:  # zero_stage: 0 is what this is
             notes = [*notes, *without_effect(cfg, written)]
         try:
@@ -777,8 +776,8 @@ class Trainer(ByHand):
         self.optimizer = build_optimizer(cfg, self.weights)
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
-        self.val_set = self.choose_val_rows()
-        self.measured_on = self.val_sum()
+        self.val_set = choose_val_rows(self.val_sources, cfg, run.segments[-1][1])
+        self.measured_on = val_sum(self.val_sources, self.val_set, cfg.model.max_seq_len)
         if saved is not None:
             par.run_or_raise_on_all(self.load, saved)
         elif weights:
@@ -819,28 +818,6 @@ class Trainer(ByHand):
             for block in model.blocks:
                 block.compile()
 
-    def choose_val_rows(self) -> list[tuple[str, int]]:
-        """(source, window) of the fixed validation set, by the weights that the run ends with."""
-        if not self.val_sources:
-            return []
-        last = self.run.segments[-1][1]
-        shares = {name: float(last.get(name, 0)) for name in self.val_sources}
-        if not any(shares.values()):
-            shares = dict.fromkeys(shares, 1.0)
-        count = max(1, self.cfg.eval_tokens // self.cfg.model.max_seq_len)
-        return val_rows(self.val_sources, shares, count)
-
-    def val_sum(self) -> str:
-        """Stands for the validation set: its text, which rows of it, how long they are."""
-        said = {}
-        for name, source in self.val_sources.items():
-            shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
-            said[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
-        rows = [[name, int(i)] for name, i in self.val_set]
-        return hashlib.sha256(
-            json.dumps([said, rows, self.cfg.model.max_seq_len]).encode()
-        ).hexdigest()
-
     def take_numbers(self, numbers: dict) -> None:
         """Those of a checkpoint or snapshot. What was measured on another validation set is not
         compared, and begins anew."""
@@ -862,51 +839,11 @@ class Trainer(ByHand):
         self.gains, self.rises, self.best_parts = [], [], []
 
     def probe(self) -> None:
-        """batch_size: auto on CUDA: the most rows whose forward and backward pass stays within
-        target_memory, of those that divide a step's; tried out, by bisection.
-
-        Weights, moments and seeds stay as they are, no gradient is left. E200 where one row does
-        not fit. Never run on a GPU yet: the search and what it leaves behind are tested.
-        """
-        device = self.parallel.device
+        """batch_size: auto on CUDA: what really fits takes the place of what was estimated."""
         rows = self.run.rows_per_step // self.parallel.rows()[1]
-        room = self.cfg.target_memory * machines.total_memory(device)
-        sizes = [n for n in range(1, rows + 1) if rows % n == 0]
-        peaks: dict[int, float] = {}  # rows: bytes
-        low, high = 0, len(sizes)  # the first `low` sizes fit, those from `high` on do not
-        while low < high:
-            middle = (low + high) // 2
-            n = sizes[middle]
-            peaks[n] = self.peak_of(n, accumulates=n < rows)
-            if peaks[n] <= room:
-                low = middle + 1
-            else:
-                high = middle
-        mine = sizes[low - 1] if low else 0
-        best = -self.parallel.all_reduce_max([-mine])[0]  # the least of all ranks
-        if not best:
-            text = f"one row does not fit into {room / 2**30:.2f} GiB"
-            fix = "try activation_checkpointing: block, or train_fsdp.py on more GPUs"
-            raise UserError("E200", f"batch_size: auto: a probe found that {text}; {fix}")
+        best, found = largest_batch(self.model, self.parallel, rows, self.cfg.target_memory)
         self.run = dataclasses.replace(self.run, micro_batch=best, accumulation=rows // best)
-        need = f"{peaks.get(best, 0) / 2**30:.2f} of {room / 2**30:.2f} GiB"  # 0: another rank's
-        self.say(f"batch_size {best} rows a micro-step, by a probe: {need}")
-
-    def peak_of(self, rows: int, accumulates: bool) -> float:
-        """Bytes at the peak of one micro-step; inf: it ran out of memory. `accumulates`: as the
-        gradients of those before it lie there too."""
-        peak = math.inf
-        try:
-            if accumulates:
-                for p in self.model.parameters():
-                    p.grad = torch.zeros_like(p)
-            peak = peak_bytes(self.model, rows, self.parallel.device)
-        except torch.OutOfMemoryError:
-            pass
-        finally:
-            self.model.zero_grad(set_to_none=True)
-        free_memory(self.parallel.device)  # out here no traceback holds on to tensors any more
-        return peak
+        self.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots),
@@ -977,42 +914,7 @@ class Trainer(ByHand):
         self.orchestrator.begin_attempt()
         begun = f"from step {self.step}" if self.step else "new"
         self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
-        self.listen()
-
-    def listen(self) -> None:
-        """From now on signals end the run in order; SIGUSR1 saves."""
-        names = ["SIGTERM", "SIGINT"]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            names.append("SIGHUP")  # else nohup has said that it shall be ignored
-        if "RANK" not in os.environ:  # torchrun dies of it and leaves its workers behind
-            names.append("SIGUSR1")
-        for name in names:
-            # not on every system, and not in a thread
-            with contextlib.suppress(ValueError, AttributeError):
-                signal.signal(getattr(signal, name), self.on_signal)
-
-    def on_signal(self, number, frame) -> None:
-        if number == getattr(signal, "SIGUSR1", None):
-            self.save_signal = 1
-            return
-        if number == signal.SIGINT:
-            self.on_interrupt()
-        self.stop_signal = self.stop_signal or 1
-
-    def on_interrupt(self) -> None:
-        """Ctrl-C ends the run in order, a second one at once.
-
-        One that follows within two seconds is the same one: it came by way of torchrun too.
-        """
-        now = time.monotonic()
-        if self.first_interrupt is None:
-            self.first_interrupt = now
-            if self.main:
-                text = "stopping after this step and saving; Ctrl-C again leaves at once"
-                with contextlib.suppress(OSError):  # no print: it may be what was interrupted
-                    os.write(2, f"\n{text}, without saving\n".encode())
-        elif now - self.first_interrupt > 2:
-            os._exit(130)
+        self.signals.listen()
 
     # ---- the loop
 
@@ -1199,8 +1101,8 @@ class Trainer(ByHand):
         """What this rank has to tell the others beside its sums."""
         par, orch = self.parallel, self.orchestrator
         flags = {
-            "stop": self.stop_signal,
-            "save": self.save_signal,
+            "stop": self.signals.stop,
+            "save": self.signals.save,
             "control": orch.new_commands(),
             "writing": self.saver.busy,
         }
@@ -1309,7 +1211,7 @@ class Trainer(ByHand):
         self.stopping = numbers is not None and numbers.stop
         self.save_asked = numbers is not None and numbers.save
         if self.save_asked:
-            self.save_signal = 0
+            self.signals.save = 0
         if self.step == self.started_at + 1:  # compilers are done and disks are warm
             self.saver.set_timeout(self.cfg.comm_timeout)
 
@@ -1410,12 +1312,10 @@ class Trainer(ByHand):
         index, count = self.parallel.rows()
         rows = self.run.rows_per_step // count
         if not 0 < size <= rows or rows % size:
-            near = sorted(
-                (m for m in range(1, rows + 1) if rows % m == 0), key=lambda m: abs(m - size)
-            )[:2]
-            raise ValueError(
-                f"batch_size: {size} does not divide the {rows} rows of a rank and step; near it: {near}"
-            )
+            fits = [m for m in range(1, rows + 1) if rows % m == 0]
+            near = sorted(fits, key=lambda m: abs(m - size))[:2]
+            text = f"batch_size: {size} does not divide the {rows} rows of a rank and step"
+            raise ValueError(f"{text}; near it: {near}")
         self.run = dataclasses.replace(self.run, micro_batch=size, accumulation=rows // size)
         self.loader.start(self.cursor, index, count, size, self.run.accumulation)
 
@@ -1453,14 +1353,8 @@ class Trainer(ByHand):
         its place. Rank 0 looks, all ranks know."""
         steps = checkpoint.list_steps(self.out) if self.main else []
         if self.main and self.best_step is not None and self.best_step not in steps:
-            found = []
-            for step in steps:
-                with contextlib.suppress(UserError):
-                    state = checkpoint.Checkpoint(checkpoint.step_dir(self.out, step)).state
-                    ours = state.get("measured_on", self.measured_on) == self.measured_on
-                    if ours and state["evaluated_at"] == step and state["val_loss"]:
-                        found.append((state["val_loss"], step))
-            self.best_val_loss, self.best_step = min(found, default=(None, None))
+            found = checkpoint.best_of(self.out, steps, self.measured_on)
+            self.best_val_loss, self.best_step = found
         best = (self.best_val_loss, self.best_step)
         self.best_val_loss, self.best_step = self.parallel.broadcast(best)
 
@@ -1552,11 +1446,9 @@ class Trainer(ByHand):
         row |= lines.step_row(numbers)
         peak = self.peak * self.parallel.world
         row |= lines.speed_row(interval, self.targets_per_step, flops, peak)
-        row |= (
-            {"dropped": orch.dropped}
-            | lines.health_row(orch.health.status, orch.health.causes)
-            | self.outlook
-        )
+        row["dropped"] = orch.dropped
+        row |= lines.health_row(orch.health.status, orch.health.causes)
+        row |= self.outlook
         self.outlook = {}
         row |= lines.memory_row(self.parallel.device)
         if cfg.z_loss:
@@ -1649,7 +1541,7 @@ class Trainer(ByHand):
         return new_best
 
     def asked_to_stop(self) -> int:
-        return self.stop_signal
+        return self.signals.stop
 
     def compare_with_best(self, found: Evaluation) -> bool:
         """Takes an evaluation into the numbers of the run; returns whether it is the best so far."""
@@ -1681,25 +1573,24 @@ class Trainer(ByHand):
     def state(self) -> dict:
         """state.json: every number that a resumed run needs, and what it ran with."""
         config = resolved(self.cfg, self.run)
-        names = ("step", "cursor", *NUMBERS, "written", "model_written", "fingerprints", "versions")
-        names += ("attempt",)
-        knobs, model = (
-            self.control.knobs,
-            config["model"],
-        )  # what was changed on the way and matters to samplers
-        model["routing_temperature"] = knobs.get(
-            "routing_temperature", model["routing_temperature"]
-        )
-        if (c := knobs.get("mod_capacity")) is not None:
-            was = model["mod_capacity"]
-            model["mod_capacity"] = [c if x < 1 else x for x in was] if isinstance(was, list) else c
-        scaler = None if self.loss_scale is None else self.loss_scale.state()
-        extra = {"config": config, "scaler": scaler, "orchestrator": self.orchestrator.state()}
-        extra |= {"run": dataclasses.asdict(self.run)}
-        extra |= {"tokenizer": self.data.tokenizer_sum or self.start.tokenizer}
-        extra |= {"wandb_id": self.report.wandb_id}
-        extra |= {"clean": self.orchestrator.clean, "forecast": self.forecast.state_dict()}
-        return {name: getattr(self, name) for name in names} | extra
+        config["model"] |= self.control.model_keys()  # what samplers must know of the knobs
+        return self.numbers() | {
+            "step": self.step,
+            "cursor": self.cursor,
+            "attempt": self.attempt,
+            "config": config,
+            "run": dataclasses.asdict(self.run),
+            "written": self.written,
+            "model_written": self.model_written,
+            "fingerprints": self.fingerprints,
+            "versions": self.versions,
+            "scaler": self.loss_scale.state() if self.loss_scale else None,
+            "orchestrator": self.orchestrator.state(),
+            "clean": self.orchestrator.clean,
+            "forecast": self.forecast.state_dict(),
+            "tokenizer": self.data.tokenizer_sum or self.start.tokenizer,
+            "wandb_id": self.report.wandb_id,
+        }
 
     # ---- small parts, and the end
 
@@ -1738,7 +1629,7 @@ class Trainer(ByHand):
             reason = "the last checkpoint could not be written"
         elif state == "finished":
             reason = worse
-        elif self.stop_signal == 2:  # else it was a signal: a scheduler may start it again
+        elif self.signals.stop == 2:  # else it was a signal: a scheduler may start it again
             reason = "as asked for"
         self.write_status(state, code, reason)
         self.close()

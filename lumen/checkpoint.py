@@ -371,6 +371,18 @@ def _slices(low: list[int], high: list[int], origin: list[int]):
     return slices or ...
 
 
+def best_of(out_dir, steps: list[int], measured_on: str) -> tuple[float | None, int | None]:
+    """(val_loss, step) of the best of these checkpoints on one validation set; (None, None)."""
+    found = []
+    for step in steps:
+        with contextlib.suppress(UserError):
+            state = Checkpoint(step_dir(out_dir, step)).state
+            same_set = state.get("measured_on", measured_on) == measured_on
+            if same_set and state["evaluated_at"] == step and state["val_loss"]:
+                found.append((state["val_loss"], step))
+    return min(found, default=(None, None))
+
+
 def best_step(out_dir) -> int | None:
     """The step that best.json names; None where there is no such file, or a damaged one."""
     try:

@@ -93,6 +93,17 @@ class Control:
                 self.set_group(group, name, value)
         self.knobs[name] = value
 
+    def model_keys(self) -> dict:
+        """Keys of the model that a knob has changed, as whoever loads a checkpoint must read them."""
+        changed, model = {}, self.trainer.cfg.model
+        if "routing_temperature" in self.knobs:
+            changed["routing_temperature"] = self.knobs["routing_temperature"]
+        if "mod_capacity" in self.knobs:
+            now, was = self.knobs["mod_capacity"], model.mod_capacity
+            per_layer = isinstance(was, list)
+            changed["mod_capacity"] = [now if x < 1 else x for x in was] if per_layer else now
+        return changed
+
     def set_group(self, group: dict, name: str, value: float) -> None:
         """In one of the optimizer's groups."""
         if name == "weight_decay":  # of matrices only
@@ -394,7 +405,7 @@ class Control:
 
     def stop(self) -> None:
         """Finish the step, save, end; slurm/train.sbatch does not start such a run again."""
-        self.trainer.stop_signal = 2
+        self.trainer.signals.stop = 2
 
     # ---- control.jsonl
 
@@ -524,7 +535,7 @@ class ByHand:
 
     def request_save(self) -> None:
         """A checkpoint at the next step."""
-        self.save_signal = 1
+        self.signals.save = 1
 
     def request_stop(self) -> None:
         self.control.stop()

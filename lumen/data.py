@@ -4,6 +4,7 @@ the `prepare` key makes them on a first start."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import clock, environment
-from lumen.loader import Source
+from lumen.loader import Source, val_rows
 
 
 @dataclass
@@ -168,3 +169,27 @@ def wait_for_data(out: Path, failure: Path, began: float) -> None:
             text = f"rank {os.environ['RANK']} waits for {out} ({clock(told - waits)})"
             print(text, file=sys.stderr, flush=True)
         time.sleep(0.2)
+
+
+# ---------------------------------------------------------------- what an evaluation reads
+
+
+def choose_val_rows(val_sources: dict, cfg: Config, weights: dict) -> list[tuple[str, int]]:
+    """(source, window) of the fixed validation set, by the `weights` that the run ends with."""
+    if not val_sources:
+        return []
+    shares = {name: float(weights.get(name, 0)) for name in val_sources}
+    if not any(shares.values()):
+        shares = dict.fromkeys(shares, 1.0)
+    count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
+    return val_rows(val_sources, shares, count)
+
+
+def val_sum(val_sources: dict, val_set: list[tuple[str, int]], max_seq_len: int) -> str:
+    """Stands for the validation set: its text, which rows of it, how long they are."""
+    texts = {}
+    for name, source in val_sources.items():
+        shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
+        texts[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
+    rows = [[name, int(i)] for name, i in val_set]
+    return hashlib.sha256(json.dumps([texts, rows, max_seq_len]).encode()).hexdigest()

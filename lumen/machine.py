@@ -511,22 +511,6 @@ def resident_bytes() -> int | None:
         return None
 
 
-def peak_bytes(model, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs
-    no less.
-
-    Gradients are added to those that are there, and stay.
-    """
-    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
-    # unlike tokens: they go to many experts
-    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)
-    free_memory(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    with torch.compiler.set_stance("force_eager"):
-        model(ids, targets=ids)[0].backward()
-    return torch.cuda.max_memory_reserved(device)
-
-
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process; 0 where torch's private counter is
     gone (it was there from 2.11 to 2.15)."""

@@ -79,7 +79,7 @@ def nothing(trainer) -> None:
 
 def stop(trainer) -> None:
     """As the handler of a signal does: the run ends after this step."""
-    trainer.stop_signal = 1
+    trainer.signals.stop = 1
 
 
 def stop_at(trainer, step, then=None) -> Trainer:

@@ -380,7 +380,7 @@ def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False
         except Exception as error:
             code, reason = 1, f"{type(error).__name__}: {error}"
         trainer.close()
-    if trainer.stop_signal:
+    if trainer.signals.stop:
         raise KeyboardInterrupt  # what it asked to stop is all of it
     digest = hashlib.sha256()
     for tensor in trainer.tensors().values():

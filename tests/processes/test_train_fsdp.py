@@ -510,7 +510,7 @@ def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kep
         return act()
 
     def next_rows():
-        trainer.stop_signal = int(last and trainer.step == stop_at)
+        trainer.signals.stop = int(last and trainer.step == stop_at)
         if unreadable == [trainer.parallel.rank, trainer.step]:
             raise UserError("E111", "injected: a shard changed")
         return following()

@@ -169,7 +169,7 @@ def test_the_terminal_goes(tiny, monkeypatch, capfd, number):
             trainer,
             5,
             lambda: (
-                setattr(trainer, "stop_signal", 0),
+                setattr(trainer.signals, "stop", 0),
                 signal.raise_signal(getattr(signal, number)),
             ),
         )

@@ -15,7 +15,7 @@ from rig import wide
 
 import train
 import train_fsdp
-from lumen import config, plan, resolve
+from lumen import config, plan, probe, resolve
 from lumen import machine as machines
 from lumen.cli import presets, read_config
 from lumen.errors import UserError
@@ -159,7 +159,7 @@ def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory (made up)")
 
-    monkeypatch.setattr(train, "peak_bytes", peak)
+    monkeypatch.setattr(probe, "peak_bytes", peak)
     memory_of(monkeypatch, memory)
 
 

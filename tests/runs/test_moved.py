@@ -240,7 +240,7 @@ def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys
         Trainer(keys).close()  # and dies
         trainer = Trainer(keys)
         assert trainer.step == 4
-        trainer.stop_signal = 1
+        trainer.signals.stop = 1
         trainer.fit()
         step = max(checkpoint.list_steps(trainer.out))
         assert step > 4

@@ -218,7 +218,7 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
     def ask(trainer):
-        trainer.save_signal = 1
+        trainer.signals.save = 1
 
     trainer.may_lag = may_lag
     trainer.model.register_forward_pre_hook(full)

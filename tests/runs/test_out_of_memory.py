@@ -8,7 +8,7 @@ from conftest import losses, write_yaml
 from rig import KINDS, decisions, equal, finish, tensors
 
 import train
-from lumen import checkpoint, optim
+from lumen import checkpoint, optim, probe
 from lumen import machine as machines
 from lumen.errors import UserError
 from train import Trainer
@@ -138,7 +138,7 @@ def test_the_probe_on_a_gpu_leaves_no_trace(tiny, monkeypatch):
         model.zero_grad(set_to_none=True)
         return 1000 + 100 * rows
 
-    monkeypatch.setattr(train, "peak_bytes", peak)
+    monkeypatch.setattr(probe, "peak_bytes", peak)
     monkeypatch.setattr(
         machines, "total_memory", lambda device: 2200
     )  # 0.92 of it are 1024 above the rest: 9 rows
