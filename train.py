@@ -28,7 +28,6 @@ import torch.distributed as dist
 from evaluate import Evaluation, evaluate_loss
 from lumen import checkpoint, failure, files, forecast, lines, owner, plan
 from lumen import machine as machines
-from lumen.checkpoint import refuse_nonfinite
 from lumen.cli import read_config
 from lumen.commands import Commands
 from lumen.config import Config, build_config, help_text, printed
@@ -68,7 +67,7 @@ from lumen.resolve import (
     without_effect,
 )
 from lumen.resume import StartingPoint, check_paths, take_weights
-from lumen.saver import Saver
+from lumen.saver import Saver, copy_in, live_tensors
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
@@ -846,16 +845,8 @@ class Trainer(ByHand):
         self.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds, by name: parameters, buffers (selection bias, loads, slots),
-        the optimizer's state. Each is this rank's part of it."""
-        own = {name: p.detach() for name, p in self.weights.items()}
-        found = {}
-        for name, tensor in self.model.state_dict().items():
-            found[f"model.{name}"] = own.get(name, tensor)
-        for name, p in self.weights.items():
-            for key, value in self.optimizer.state[p].items():
-                found[f"optim.{name}.{key}"] = value
-        return found
+        """All that a checkpoint holds, by name; see saver.live_tensors."""
+        return live_tensors(self.model, self.weights, self.optimizer)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Weights, moments and every number of the run, in place."""
@@ -864,18 +855,6 @@ class Trainer(ByHand):
         self.take_numbers(saved.state)
         if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
             self.report.wandb_id = saved.state.get("wandb_id")
-
-    def copy_in(self, saved: checkpoint.Checkpoint, names: dict[str, str]) -> None:
-        """Fill tensor `a` of ours from tensor `b` of the checkpoint for each a: b."""
-        mine = self.tensors()
-        for ours, theirs in names.items():
-            for offset, shape, local, _ in self.parallel.local_shards(ours, mine[ours]):
-                if list(shape) != saved.tensors[theirs]["shape"]:
-                    shapes = f"{saved.tensors[theirs]['shape']} there, {list(shape)} here"
-                    raise UserError("E305", f"{saved.path}: {theirs} has shape {shapes}")
-                part = saved.read(theirs, offset, local.shape)
-                refuse_nonfinite(f"{saved.path}: {theirs}", part)
-                local.copy_(part)
 
     def take_weights(self, model: ModelConfig, weights) -> None:
         """Those that init_from names; see resume.take_weights."""
@@ -1321,10 +1300,7 @@ class Trainer(ByHand):
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Tensors and loss scale of a checkpoint, in place. E305 where it has others."""
-        differ = set(self.tensors()) ^ set(saved.tensors)
-        if differ:
-            raise UserError("E305", f"{saved.path}: tensors differ: {sorted(differ)[:5]}")
-        self.copy_in(saved, {name: name for name in self.tensors()})
+        copy_in(saved, self.tensors(), self.parallel)
         if self.loss_scale is not None and saved.state["scaler"]:
             self.loss_scale.load(saved.state["scaler"])
 

@@ -15,6 +15,40 @@ from pathlib import Path
 import torch
 
 from lumen import checkpoint, files
+from lumen.errors import UserError
+
+
+def live_tensors(model, weights: dict, optimizer) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds of a run, by name: parameters, buffers (selection bias, loads,
+    slots), the optimizer's state. Each is this rank's part of it; no copy is made.
+
+    `weights`: what the optimizer updates, by name.
+    """
+    own = {name: p.detach() for name, p in weights.items()}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        found[f"model.{name}"] = own.get(name, tensor)
+    for name, p in weights.items():
+        for key, value in optimizer.state[p].items():
+            found[f"optim.{name}.{key}"] = value
+    return found
+
+
+def copy_in(saved: checkpoint.Checkpoint, mine: dict[str, torch.Tensor], parallel) -> None:
+    """Fill `mine` from a checkpoint, in place. E305 where its tensors or shapes are others, E303
+    where they hold NaN or inf."""
+    differ = set(mine) ^ set(saved.tensors)
+    if differ:
+        raise UserError("E305", f"{saved.path}: tensors differ: {sorted(differ)[:5]}")
+    for name, tensor in mine.items():
+        for offset, shape, local, _ in parallel.local_shards(name, tensor):
+            there = saved.tensors[name]["shape"]
+            if list(shape) != there:
+                text = f"{name} has shape {there} there, {list(shape)} here"
+                raise UserError("E305", f"{saved.path}: {text}")
+            part = saved.read(name, offset, local.shape)
+            checkpoint.refuse_nonfinite(f"{saved.path}: {name}", part)
+            local.copy_(part)
 
 
 class Writing(threading.Thread):
