@@ -1,9 +1,12 @@
-"""Train a language model: `python train.py configs/quickstart.yaml`, or `torchrun --nproc_per_node=N train.py CONFIG`.
+"""Train a language model.
 
-Optimizer and schedule, Parallel (all that depends on the number of processes), Trainer, main; in that order. The knobs
-are in config.py, what a run says in report.py, what happens when something breaks in `Orchestrator` and
-lumen/orchestrate.py.
-`Trainer("configs/x.yaml").fit()` works in a notebook; `python train.py --help` prints every key.
+    python train.py configs/quickstart.yaml
+    torchrun --nproc_per_node=N train.py CONFIG [--key value ...]
+
+In this order: the schedule; `Parallel`, which is all that changes with the number of processes;
+`Orchestrator`, which looks at every step and acts on failures; `Trainer`, whose `iterations` is the
+training loop; main. `Trainer("configs/x.yaml").fit()` works in a notebook. `--help` prints every
+key; what auto and null become is lumen/resolve.py's, what a run says is lumen/lines.py's.
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ from model_moe import draw_dropout, update_balance
 
 
 def lr_at(cfg: Config, run: Run, step: int) -> float:
-    """The learning rate of step `step` (from 0) of run.max_steps, before the orchestrator's factor."""
+    """The learning rate of a step (from 0) of run.max_steps, before the orchestrator's factor."""
     peak, low, n = cfg.learning_rate, run.min_lr, run.max_steps
     if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
         up = run.peak_step
@@ -104,15 +107,13 @@ SCHEDULE_KEYS += ("max_steps", "warmup_steps", "decay_frac")
 
 def mix(seed: int, row: int) -> int:
     """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
-    return (
-        int.from_bytes(hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest(), "little")
-        >> 1
-    )
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # 63 bits: torch takes no more
 
 
 def leap(before: dict, cfg: Config, run: Run, step: int) -> list[str]:
-    """A line where a resumed run's learning rate would leap: the rate of `step` by the
-    configuration `before`, as the checkpoint has it resolved, against today's, and what makes it."""
+    """A line where a resumed run's learning rate would leap: by the configuration `before`, as the
+    checkpoint has it resolved, against today's; and what makes the difference."""
     now = resolved(cfg, run)
     then = types.SimpleNamespace(**now | before)
     then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
@@ -222,7 +223,7 @@ class Parallel:
         return sums
 
     def chunks(self, grads: list[torch.Tensor]):
-        """Cut gradients, in order, into chunks that fill the buffer: lists of (start, flat view)."""
+        """Cut gradients, in order, into chunks that fill the buffer: lists of (start, view)."""
         if self.buffer is None:
             size = min(self.CHUNK, sum(grad.numel() for grad in grads))
             self.buffer = torch.empty(size, device=self.device)
@@ -266,9 +267,9 @@ class Parallel:
     def set_timeout(self, seconds: int) -> None:
         """The timeout of every collective from here on; called by all ranks.
 
-        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT; status.json
-        still says `running`); torchrun and slurm/train.sbatch start both again. NCCL's part has
-        never run.
+        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT;
+        status.json still says `running`); torchrun and slurm/train.sbatch start both again.
+        NCCL's part has never run.
         """
         if self.world > 1:
             self.all_reduce_max([0])  # the slowest has done what it needed the longer limit for
@@ -373,7 +374,7 @@ class Orchestrator(Parts):
         return self.control.knobs.get("lr_scale", 1.0) * self.escalation.lr_factor(self.iteration)
 
     def guard(self, ce, norm, unusable) -> tuple[torch.Tensor, torch.Tensor]:
-        """(drop this step?, did its gradient explode?): 0-d bools on the device; nobody waits for it.
+        """(drop this step?, did its gradient explode?): 0-d bools on the device; nobody waits.
 
         ce: the summed loss; norm: of the true gradient; unusable: ranks that have no gradient to
         give (their data, their memory). All 0-d.
@@ -722,7 +723,7 @@ class Trainer(ByHand):
         self.start.set_damaged_aside()
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
-        """run: what auto and null become, as rank 0 finds it; and what else that brings to light."""
+        """run: what auto and null become, as rank 0 finds it; and what else comes to light."""
         cfg, par = self.cfg, self.parallel
         local_rank = environment("LOCAL_RANK", 0)
         machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
@@ -899,7 +900,7 @@ class Trainer(ByHand):
 
     @owner.owning
     def fit(self) -> int:
-        """Train to max_steps, or until a signal. Returns the exit code: 4 when the last save failed."""
+        """Train to max_steps, or until a signal. Returns the exit code: 4 if the last save failed."""
         for _ in self.iterations():
             pass
         return self.end()
@@ -951,7 +952,7 @@ class Trainer(ByHand):
             vector, shapes = flatten(sums)
             sums = unflatten(par.reduce(model, vector), shapes)
             # Each loss was divided by the targets of a step in which all are valid. The true count,
-            # fp16's scale and clipping make one factor (exactly 1.0 when nothing is to be corrected).
+            # fp16's scale and clipping make one factor: exactly 1.0 when there is nothing to mend.
             factor = (self.targets_per_step / sums["count"]).float()
             if self.loss_scale is not None:
                 factor = factor / self.loss_scale.value
@@ -1005,7 +1006,7 @@ class Trainer(ByHand):
         return Due(evaluate, save, last, fresh)
 
     def evaluate_now(self, due: Due) -> None:
-        """Evaluate, and what follows from it: a new best is saved, patience or a signal may end the run."""
+        """Evaluate; a new best is saved, patience or a signal may end the run."""
         new_best = self.evaluate()
         due.last = due.last or self.stopped_early
         if due.fresh and (new_best or self.stopped_early):
@@ -1261,25 +1262,24 @@ class Trainer(ByHand):
             self.orchestrator.end_early(advice)
 
     def out_of_memory(self, step: int, cursor: int) -> None:
-        """Some rank ran out of memory in the micro-steps of `step`, which was dropped everywhere: begin it again, with
-        the same rows in smaller micro-batches. E200 where they cannot be smaller."""
+        """A rank ran out of memory in the micro-batches of `step`, which was dropped everywhere:
+        begin it again, the same rows in smaller ones. E200 where they cannot be smaller."""
         self.step, self.cursor = step, cursor
-        rows, micro = self.run.rows_per_step // self.parallel.rows()[1], self.run.micro_batch
-        smaller = max((m for m in range(1, micro // 2 + 1) if rows % m == 0), default=None)
-        said = f"a rank ran out of memory with {micro} rows a micro-step"
-        if smaller is None:
+        rows = self.run.rows_per_step // self.parallel.rows()[1]
+        size = self.run.micro_batch
+        smaller = [m for m in range(1, size // 2 + 1) if rows % m == 0]
+        what = f"a rank ran out of memory with {size} rows a micro-step"
+        if not smaller:
             self.save()
             advice = "activation_checkpointing: block, a shorter max_seq_len, or a smaller model"
-            raise UserError(
-                "E200", f"{said} at step {step}, and there are none smaller; try {advice}"
-            )
-        self.orchestrator.halted.zero_()
-        self.set_micro_batch(smaller)
-        args = {"new_size": smaller}
-        self.hint = f"a rank ran out of memory at step {step} with {micro}"
+            text = f"{what} at step {step}, and there are none smaller; try {advice}"
+            raise UserError("E200", text)
+        self.orchestrator.halted.zero_()  # from here on steps count again
+        self.set_micro_batch(smaller[-1])
+        self.hint = f"a rank ran out of memory at step {step} with {size}"
+        decision = Decision("oom", "adjust_batch_size", f"{what}: same rows again", 1, always=True)
+        decision.more = {"args": {"new_size": smaller[-1]}, "before": size}
         at = StepNumbers(step, cursor, self.orchestrator.iteration)
-        decision = Decision("oom", "adjust_batch_size", f"{said}: same rows again", 1, always=True)
-        decision.more = {"args": args, "before": micro}
         self.orchestrator.decide(decision, at)
 
     def set_length(self, max_steps: int) -> None:
@@ -1287,7 +1287,7 @@ class Trainer(ByHand):
         self.run = with_length(self.cfg, self.run, max_steps)
 
     def set_micro_batch(self, size: int) -> None:
-        """Rows a micro-step from the next step on; accumulation follows, the batch of a step stays."""
+        """Rows of a micro-batch from the next step on; accumulation follows, the step stays."""
         index, count = self.parallel.rows()
         rows = self.run.rows_per_step // count
         if not 0 < size <= rows or rows % size:
@@ -1325,8 +1325,8 @@ class Trainer(ByHand):
         self.report.progress(self.step)
 
     def find_best(self) -> None:
-        """If the best step is gone (set aside, damaged, deleted) the best of those still there takes
-        its place. Rank 0 looks, all ranks know."""
+        """If the best step is gone (set aside, damaged, deleted) the best of those still there
+        takes its place. Rank 0 looks, all ranks know."""
         steps = checkpoint.list_steps(self.out) if self.main else []
         if self.main and self.best_step is not None and self.best_step not in steps:
             found = checkpoint.best_of(self.out, steps, self.measured_on)
@@ -1520,7 +1520,7 @@ class Trainer(ByHand):
         return self.signals.stop
 
     def compare_with_best(self, found: Evaluation) -> bool:
-        """Takes an evaluation into the numbers of the run; returns whether it is the best so far."""
+        """Take an evaluation into the numbers of the run; returns whether it is the best so far."""
         self.val_loss = found.loss
         better = self.best_val_loss is None or found.loss < self.best_val_loss
         if better and math.isfinite(found.loss):
@@ -1571,7 +1571,7 @@ class Trainer(ByHand):
     # ---- small parts, and the end
 
     def split_seed(self, layer: int) -> int:
-        """Of the noise with which an expert is split now: the same on every rank, and in a run that is repeated."""
+        """Of the noise with which an expert is split now: alike on all ranks, and in a replay."""
         return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
     def scheduled_lr(self, step: int | None = None) -> float:
