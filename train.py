@@ -900,7 +900,7 @@ class Trainer(ByHand):
 
     @owner.owning
     def fit(self) -> int:
-        """Train to max_steps or until a signal. Returns the exit code: 4 if the last save failed."""
+        """Train to max_steps or until a signal. Returns the exit code; 4: the last save failed."""
         for _ in self.iterations():
             pass
         return self.end()
