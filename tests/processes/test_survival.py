@@ -649,7 +649,7 @@ def kill(keys, points) -> None:
                 folder = top / "-".join(map(str, point))
                 shutil.copytree(top / "before", folder)
                 if not (pid := os.fork()):
-                    self.out = folder
+                    self.out = self.saver.out = self.report.out = folder
                     die_at(*point, folder)
                     real(self, **how)
                     os._exit(0)
