@@ -44,9 +44,9 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 1838,
+    "train.py": 1705,
     "train_fsdp.py": 385,
-    "lumen/machine.py": 720,
+    "lumen/machine.py": 704,
     "lumen/plan.py": 696,
     "tools/bench.py": 1343,
 }
