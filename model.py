@@ -12,7 +12,6 @@ Names: B batch, T tokens, C = d_model, H heads, G key/value heads, D head_dim, V
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -86,204 +85,61 @@ class ModelConfig:
     mod_anneal_steps: int = 0  # capacity falls from 1.0 in eight equal steps over this many steps
 
     def __post_init__(self):
-        """Fill in what follows from the rest. ValueError names the key, its value and a remedy."""
-        self.check_types()
+        """Fill in what follows from the rest. ValueError where the arithmetic would fail.
+
+        What a user may write is checked in full, and with a remedy, by lumen/model_keys.py.
+        """
         self.fill_in()
-        for key, interval in RANGES.items():
-            check_range(f"model.{key}", getattr(self, key), interval)
-        self.check_sizes()
-        self.check_rope()
+        self.require(
+            "head_dim", self.head_dim % 2 == 0, "is odd; RoPE turns pairs, take an even one"
+        )
+        self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, "does not divide n_heads")
+        self.require("d_ff", self.d_ff >= 1, "must be at least 1; so says ffn_hidden_multiplier")
+        orders = ("pre", "lunaris")
+        self.require("norm_order", self.norm_order in orders, "is not pre or lunaris")
+        if self.norm_order == "lunaris":
+            text = "does not go with norm_order lunaris: no norm would be left"
+            self.require("qk_norm", self.qk_norm, text)
+        routings = ("learned", "static", "random")
+        text = "is not learned, static or random"
+        self.require("mod_routing", self.mod_routing in routings, text)
         if self.n_experts:
-            self.check_moe()
-        elif self.n_null_experts:
-            self.refuse("n_null_experts", "needs n_experts; they are choices beside real ones")
-        self.check_mod()
-        self.check_layers()
+            known = self.router in ("softmax", "sigmoid")
+            self.require("router", known, "is not softmax or sigmoid")
+            text = f"must be from 1 to n_experts, {self.n_experts}"
+            chosen = self.n_experts_per_token
+            self.require("n_experts_per_token", 1 <= chosen <= self.n_experts, text)
 
-    def refuse(self, key: str, text: str):
-        value = getattr(self, key)
-        value = str(value).lower() if isinstance(value, bool) else repr(value)
-        raise ValueError(f"model.{key}: {value} {text}")
-
-    def given(self, *keys: str) -> list[str]:
-        """Those of the keys that do not have their default."""
-        return [key for key in keys if getattr(self, key) != getattr(ModelConfig, key)]
-
-    def check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), field.type.split(" | ")
-            fits = type(value).__name__ in kinds or (value is None and "None" in kinds)
-            if not fits and not (type(value) is int and "float" in kinds):
-                self.refuse(field.name, f"is not {field.type}")
-            # no model has larger numbers, and to count its parameters would take for ever
-            if type(value) in (int, float):
-                most = "1e30" if type(value) is float else "1073741824"
-                check_range(f"model.{field.name}", value, f"[-{most}, {most}]")
+    def require(self, key: str, holds: bool, text: str) -> None:
+        if not holds:
+            value = getattr(self, key)
+            value = str(value).lower() if isinstance(value, bool) else repr(value)
+            raise ValueError(f"model.{key}: {value} {text}")
 
     def fill_in(self) -> None:
-        """Defaults that depend on other keys. Heads and widths: see check_sizes."""
-        sigmoid = self.router == "sigmoid"
+        """Defaults that depend on other keys: null, and the sizes that are 0."""
+        if not self.head_dim:
+            divides = self.d_model % self.n_heads == 0
+            self.require("n_heads", divides, f"does not divide d_model {self.d_model}")
+            self.head_dim = self.d_model // self.n_heads
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if not self.d_ff:
+            # two thirds, since SwiGLU has three matrices where an ordinary FFN has two
+            hidden = int(2 * int(self.ffn_hidden_multiplier * self.d_model) / 3)
+            self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+        self.d_expert = self.d_expert or self.d_ff
         if self.init_std is None:
-            self.init_std = 0.02 * math.sqrt(512 / max(1, self.d_model))
+            self.init_std = 0.02 * math.sqrt(512 / self.d_model)
         if self.norm_topk is None:
+            # with one expert its normalised gate is always 1, and the router would learn nothing
             self.norm_topk = self.n_experts_per_token > 1
+        sigmoid = self.router == "sigmoid"
         if self.aux_loss_weight is None:
             self.aux_loss_weight = 1e-4 if sigmoid else 1e-2
         if self.router_z_loss_weight is None:
             self.router_z_loss_weight = 0.0 if sigmoid else 1e-3
         if self.bias_update_rate is None:
             self.bias_update_rate = 1e-3 if sigmoid or self.n_null_experts else 0.0
-
-    def check_sizes(self) -> None:
-        """Heads, and the widths of FFN and experts; filled in where they are 0."""
-        C, H = self.d_model, self.n_heads
-        if not self.head_dim:
-            if C % H:
-                even = [h for h in range(1, C + 1) if C % (2 * h) == 0]
-                near = sorted(sorted(even, key=lambda h: abs(h - H))[:3])
-                self.refuse("n_heads", f"does not divide d_model {C}; near it: {near}")
-            self.head_dim = C // H
-        if self.head_dim % 2:
-            self.refuse("head_dim", "is odd; RoPE turns pairs of numbers, take an even one")
-        self.n_kv_heads = self.n_kv_heads or H
-        if H % self.n_kv_heads:
-            possible = [g for g in range(1, H + 1) if H % g == 0]
-            self.refuse("n_kv_heads", f"does not divide n_heads {H}; possible: {possible}")
-        if not self.d_ff:
-            hidden = int(2 * int(self.ffn_hidden_multiplier * C) / 3)
-            self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
-        if self.d_ff < 1:
-            self.refuse("d_ff", "must be at least 1; so says ffn_hidden_multiplier")
-        self.d_expert = self.d_expert or self.d_ff
-        if self.norm_order not in ("pre", "lunaris"):
-            self.refuse("norm_order", "is not pre or lunaris")
-        if self.norm_order == "lunaris" and not self.qk_norm:
-            self.refuse("qk_norm", "does not go with norm_order lunaris: no norm would be left")
-
-    def check_rope(self) -> None:
-        scaling = self.rope_scaling
-        if scaling is None:
-            return
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if not isinstance(kind, str) or kind not in ROPE_NEEDS:
-            self.refuse("rope_scaling", f"has type {kind!r}, not one of {', '.join(ROPE_NEEDS)}")
-        missing = [key for key in ROPE_NEEDS[kind] if scaling.get(key) is None]
-        if missing:
-            self.refuse("rope_scaling", f"lacks what {kind} needs: {', '.join(missing)}")
-        for key in sorted(ROPE_NUMBERS & set(scaling)):
-            value = scaling[key]
-            number = type(value) in (int, float) and 0 < value < math.inf
-            if value is not None and not number:
-                self.refuse("rope_scaling", f"has {key} {value!r}, which is not a number above 0")
-        if kind == "yarn" and self.rope_theta <= 1:
-            self.refuse("rope_theta", "must be above 1 for yarn")
-        low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
-        if kind == "llama3" and low == high:
-            self.refuse("rope_scaling", f"has low_freq_factor and high_freq_factor both {low}")
-        foreign = sorted(set(scaling) & {"mscale", "mscale_all_dim", "truncate"})
-        if foreign:
-            self.refuse("rope_scaling", f"{', '.join(foreign)} of DeepSeek's yarn is not supported")
-
-    def check_moe(self) -> None:
-        E, K = self.n_experts, self.n_experts_per_token
-        if not 1 <= K <= E:
-            self.refuse("n_experts_per_token", f"must be from 1 to n_experts, {E}")
-        if self.router not in ("softmax", "sigmoid"):
-            self.refuse("router", "is not softmax or sigmoid")
-        if K == 1 and self.norm_topk:
-            text = "each gate would be 1 and the router could not learn; set norm_topk: false"
-            self.refuse("norm_topk", f"does not go with n_experts_per_token: 1: {text}")
-        for key in ("d_model", "d_expert"):
-            # grouped GEMMs need rows of 16 bytes, in every precision
-            near = max(8, round(getattr(self, key) / 8) * 8)
-            if getattr(self, key) % 8:
-                self.refuse(key, f"must be a multiple of 8 in a MoE; near it: {near}")
-        if self.capacity_factor is not None and self.capacity_factor < 1 / E:
-            self.refuse(
-                "capacity_factor", "is below 1 / n_experts: no expert gets a token; try 1.25"
-            )
-        if self.n_experts_max and self.n_experts_max < E:
-            self.refuse("n_experts_max", f"is below n_experts {E}; one spare slot: {E + 1}")
-        if self.n_experts_max and self.router == "softmax" and not self.norm_topk:
-            text = (
-                "raw softmax gates depend on the experts not chosen, so a split would change them"
-            )
-            self.refuse("n_experts_max", f"{text}; set norm_topk: true or router: sigmoid")
-        if self.n_null_experts and self.bias_update_rate == 0:
-            text = "need the selection bias, which holds their share; set bias_update_rate: 1e-3"
-            self.refuse("n_null_experts", text)
-        if self.expert_dropout and K == E:
-            self.refuse("expert_dropout", f"can drop none where every token needs all {E}")
-
-    def check_mod(self) -> None:
-        L, T, capacity = self.n_layers, self.max_seq_len, self.mod_capacity
-        if self.mod_routing not in ("learned", "static", "random"):
-            self.refuse("mod_routing", "is not learned, static or random")
-        if isinstance(capacity, list):
-            if len(capacity) != L:
-                self.refuse(
-                    "mod_capacity", f"needs {L} numbers, one per layer, not {len(capacity)}"
-                )
-            if self.given("mod_layers", "mod_start_layer", "mod_end_layer", "mod_every"):
-                text = "is a list, which says the layers (1.0: not this one); drop mod_every ..."
-                self.refuse("mod_capacity", text)
-        for c in capacity if isinstance(capacity, list) else [capacity]:
-            if type(c) not in (int, float) or not 0 < c <= 1:
-                text = f"{c!r} is not in (0, 1]; 1.0 is off, 0.5 or 0.125 are usual"
-                raise ValueError(f"model.mod_capacity: {text}")
-            if c * T < 1:
-                text = f"{c} of {T} tokens is less than one; at least {1 / T:.3g}"
-                raise ValueError(f"model.mod_capacity: {text}")
-        start, last = self.mod_start_layer, self.mod_end_layer
-        if not 0 <= start < L:
-            self.refuse("mod_start_layer", f"must be from 0 to {L - 1}")
-        if last is not None and not start <= last < L:
-            self.refuse("mod_end_layer", f"must be from mod_start_layer {start} to {L - 1}")
-
-    def check_layers(self) -> None:
-        """The lists of layers; and that whoever asks for sparse layers gets at least one."""
-        L = self.n_layers
-        if self.n_dense_layers > L:
-            self.refuse("n_dense_layers", f"is more than n_layers {L}")
-        if self.moe_layers and not self.n_experts:
-            self.refuse("moe_layers", "needs n_experts")
-        if self.mod_layers and self.mod_capacity == 1:
-            self.refuse("mod_layers", "needs mod_capacity below 1, 0.5 for example")
-        self.check_list("moe_layers", "n_dense_layers", "moe_every")
-        self.check_list("mod_layers", "mod_start_layer", "mod_end_layer", "mod_every")
-        # a pattern that matches no layer is a mistake that would train without a word
-        if self.n_experts and not any(self.is_moe(i) for i in range(L)):
-            key = self.given("moe_layers", "moe_every", "n_dense_layers")[0]
-            self.refuse(key, f"leaves none of the {L} layers to n_experts")
-        listed = isinstance(self.mod_capacity, list)
-        routed = [i for i in range(L) if self.capacity(i) < 1]
-        if not listed and self.mod_capacity < 1 and not routed:
-            key = self.given("mod_layers", "mod_every")[0]
-            self.refuse(key, f"leaves none of the {L} layers to mod_capacity")
-
-    def check_list(self, key: str, *others: str) -> None:
-        layers, L = getattr(self, key), self.n_layers
-        if layers is None:
-            return
-        if not all(type(i) is int and 0 <= i < L for i in layers) or len({*layers}) < len(layers):
-            self.refuse(key, f"must be different whole numbers from 0 to {L - 1}")
-        both = self.given(*others)
-        if both:
-            self.refuse(key, f"says which layers, and so does model.{', '.join(both)}; drop one")
-
-    def idle(self) -> list[str]:
-        """Keys that were given and have no effect, since what they belong to is off."""
-        keys = []
-        if not self.n_experts:
-            keys += self.given("n_shared_experts", "n_dense_layers", "moe_every", "n_experts_max")
-            keys += self.given("router", "capacity_factor", "routing_temperature")
-            keys += self.given("router_jitter", "expert_dropout")
-            if self.d_expert != self.d_ff:
-                keys.append("d_expert")
-        if self.mod_capacity == 1:
-            keys += self.given("mod_routing", "mod_start_layer", "mod_end_layer", "mod_every")
-            keys += self.given("mod_ffn_only", "mod_anneal_steps")
-        return keys
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's FFN is made of experts."""
@@ -306,46 +162,6 @@ class ModelConfig:
             inside = self.mod_start_layer <= layer <= last
             routed = inside and (after + 1) % self.mod_every == 0
         return float(self.mod_capacity) if routed else 1.0
-
-
-# What a number of ModelConfig may be. The upper bounds of sizes are no physics: to build the
-# messages above, or to count the layers, would take for ever beyond them.
-RANGES = {
-    "d_model": "[1, 1048576]",
-    "n_layers": "[1, 16384]",
-    "n_heads": "[1, 65536]",
-    "n_kv_heads": "[0, 65536]",
-    "head_dim": "[0, 65536]",
-    "rope_theta": "> 0",
-    "route_scale": "> 0",
-    "routing_temperature": "> 0",
-}
-RANGES |= dict.fromkeys(("multiple_of", "max_seq_len", "moe_every", "mod_every"), ">= 1")
-RANGES |= dict.fromkeys(("vocab_size", "d_ff", "ffn_hidden_multiplier"), ">= 0")
-RANGES |= dict.fromkeys(("norm_eps", "init_std", "mod_anneal_steps", "d_expert"), ">= 0")
-RANGES |= dict.fromkeys(("n_experts", "n_experts_max", "n_shared_experts"), ">= 0")
-RANGES |= dict.fromkeys(("n_dense_layers", "n_null_experts", "aux_loss_weight"), ">= 0")
-RANGES |= dict.fromkeys(("router_z_loss_weight", "bias_update_rate"), ">= 0")
-RANGES |= dict.fromkeys(("dropout", "router_jitter", "expert_dropout"), "[0, 1)")
-
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_NEEDS = {"default": (), "linear": ("factor",), "yarn": ("factor",), "llama3": LLAMA3}
-ROPE_NUMBERS = {"attention_factor", "beta_fast", "beta_slow", *LLAMA3}
-
-
-def check_range(key: str, value: float, interval: str) -> None:
-    """ValueError unless the number lies in the interval: "> 0", ">= 1", "[0, 1)", "(0, 1]" ..."""
-    if interval[0] == ">":
-        sign, bound = interval.split()
-        inside = value > float(bound) or (sign == ">=" and value == float(bound))
-    else:
-        low, high = map(float, interval[1:-1].split(","))
-        at_low = interval[0] == "[" and value == low
-        at_high = interval[-1] == "]" and value == high
-        inside = low < value < high or at_low or at_high
-    if not inside:  # a NaN is nowhere inside
-        relation = "must be" if interval[0] == ">" else "is not in"
-        raise ValueError(f"{key}: {value} {relation} {interval}")
 
 
 def role(name: str) -> str:

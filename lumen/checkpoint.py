@@ -34,6 +34,7 @@ from lumen.config import own_keys
 from lumen.errors import UserError, a_path, expand
 from lumen.files import drop_half_line, read_json, sha256, sync, write_json
 from lumen.launch import Words, command
+from lumen.model_keys import model_from_keys
 from model import ModelConfig
 
 FORMAT = 1  # of state.json and manifest.json; a reader refuses a larger one
@@ -285,18 +286,18 @@ class Checkpoint:
         if made_by > FORMAT:
             raise UserError("E306", f"{self.path} has format {made_by}, this Lumen reads {FORMAT}")
 
-    def model_config(self, cls=ModelConfig, written: bool = False):
+    def model_config(self, written: bool = False):
         """The model that it holds, or with `written` the one that the user wrote; keys that are
-        newer than the checkpoint have their defaults. E306: it has keys or values that `cls` does
-        not know."""
+        newer than the checkpoint have their defaults. E306: it has keys or values that this
+        version does not know."""
         try:
             keys = self.state["config"]["model"]
             if written:
                 keys = self.state.get("model_written") or keys
-            unknown = sorted(set(keys) - {field.name for field in dataclasses.fields(cls)})
+            unknown = sorted(set(keys) - {field.name for field in dataclasses.fields(ModelConfig)})
             if unknown:
                 raise ValueError(f"model.{', model.'.join(unknown)}: not known to this version")
-            return cls(**keys)
+            return model_from_keys(keys)
         except (TypeError, ValueError, KeyError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UserError("E306", f"{self.path}: {reason}") from error

@@ -20,6 +20,7 @@ import yaml
 from lumen import aliases
 from lumen.aliases import rename
 from lumen.errors import UserError, expand, nearest
+from lumen.model_keys import model_from_keys
 from lumen.values import PATHS, allowed, check_text, convert, in_words, inside, short
 from model import ModelConfig
 
@@ -372,7 +373,7 @@ def expand_paths(values: dict, place) -> dict:
 def build_model(keys: dict, place) -> ModelConfig:
     """The model's keys -> ModelConfig; its ValueError names the key, here with its place."""
     try:
-        return ModelConfig(**keys)
+        return model_from_keys(keys)
     except ValueError as error:
         key = str(error).partition(":")[0]
         where = f"{place(key)}: " if key.removeprefix("model.") in keys else ""

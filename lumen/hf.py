@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lumen.errors import UserError
+from lumen.model_keys import model_from_keys
 from model import ModelConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -370,7 +371,8 @@ def model_config(config: dict, where) -> ModelConfig:
         ours["moe_layers"] = sparse if len(sparse) < ours["n_layers"] else None
     ours["rope_theta"] = max(thetas, default=1e6 if kind == "mixtral" else 1e4)
     ours["rope_scaling"] = None if plain else rope
-    return ModelConfig(qk_norm=kind not in ("llama", "mixtral"), **ours)
+    ours["qk_norm"] = kind not in ("llama", "mixtral")
+    return model_from_keys(ours)
 
 
 def odd_keys(config: dict, kind: str) -> list[str]:

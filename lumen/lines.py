@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lumen import machine as machines
-from lumen import plan
+from lumen import model_keys, plan
 from lumen.config import Config
 from lumen.course import above_chance
 from lumen.detectors import StepNumbers
@@ -103,7 +103,7 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
         if m.mod_anneal_steps > max_steps:
             text = f"mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen"
             lines.append(f"advice     {text}")
-    if idle := m.idle():
+    if idle := model_keys.idle(m):
         text = "without effect, for n_experts or mod_capacity is not set"
         lines.append(f"advice     {text}: {', '.join(idle)}")
     if moe or mod:

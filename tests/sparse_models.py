@@ -3,6 +3,7 @@
 import torch
 import torch._dynamo.testing
 
+from lumen.model_keys import model_from_keys
 from model import ModelConfig, Transformer
 from model_moe import MoE
 
@@ -35,7 +36,7 @@ DEPTHS = [k for k in KINDS if "mod_capacity" in KINDS[k]]
 
 
 def config(**changes) -> ModelConfig:
-    return ModelConfig(**SMALL | changes)
+    return model_from_keys(SMALL | changes)
 
 
 def make(seed=0, std=0.1, **changes) -> Transformer:

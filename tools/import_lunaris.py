@@ -8,6 +8,7 @@ import torch
 
 from export import add_buffers, one_dtype, write_run
 from lumen.errors import UserError
+from lumen.model_keys import model_from_keys
 from model import ModelConfig
 
 LUNARIS_MOE = (
@@ -154,12 +155,12 @@ def convert_lunaris(
     if E and code == "unscaled":  # so cold that the best expert's probability is 1.0
         sparse |= {"routing_temperature": 1e-6, "capacity_factor": said.get("capacity_factor")}
     w2 = state["blocks.0.ffn.experts.w2" if E else "blocks.0.ffn.w2.weight"]
-    cfg = ModelConfig(
+    cfg = model_from_keys(dict(
         vocab_size=len(embed), d_model=d, n_layers=n_layers, n_heads=n_heads, n_kv_heads=len(k) // head_dim,
         d_ff=w2.shape[-1], max_seq_len=T, rope_theta=theta, norm_eps=1e-5,
         dropout=dropout, tie_embeddings=tied, qk_norm=qk_norm,
         rope_first=qk_norm and not fused, norm_order="lunaris" if fused else "pre", **sparse,
-    )  # fmt: skip
+    ))  # fmt: skip
     return add_buffers(cfg, state), state, one_dtype(dtypes)
 
 

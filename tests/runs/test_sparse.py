@@ -15,6 +15,7 @@ from sparse_models import FINE, KINDS, config, ids
 import model_moe
 import sample
 import train
+from lumen.model_keys import idle
 from model import Transformer
 from model_moe import MoD
 from train import Trainer, lr_at
@@ -41,7 +42,7 @@ def test_keys_without_their_switch_are_told(tiny, capsys):
         "mod_ffn_only": True,
         "d_expert": 16,
     }
-    assert sorted(config(**keys).idle()) == sorted(keys) and not config(**FINE).idle()
+    assert sorted(idle(config(**keys))) == sorted(keys) and not idle(config(**FINE))
     finish(tiny("run", keys, max_steps=1))
     said = capsys.readouterr().out
     assert "without effect" in said and "mod_ffn_only" in said

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from lumen.model_keys import RANGES, check_range, model_from_keys
 from model import (
-    RANGES,
     Attention,
     AttentionInputs,
     HeadLoss,
@@ -26,7 +26,6 @@ from model import (
     ModelConfig,
     RMSNorm,
     Transformer,
-    check_range,
     choose,
     role,
     rope_tables,
@@ -724,7 +723,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("change", "words"), REFUSALS, ids=str)
 def test_refusals_name_key_value_and_remedy(change, words):
     with pytest.raises(ValueError) as error:
-        ModelConfig(**SMALL | change)
+        model_from_keys(SMALL | change)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -751,10 +750,10 @@ def test_every_number_of_the_configuration_is_finite_and_in_its_range():
     for key, interval in RANGES.items():
         assert check_range(key, getattr(ModelConfig(**SMALL), key), interval) is None
         with pytest.raises(ValueError, match=f"model.{key}"):
-            ModelConfig(**SMALL | {key: -1 if interval != "(0, 1]" else 0})
+            model_from_keys(SMALL | {key: -1 if interval != "(0, 1]" else 0})
     for value in (math.nan, math.inf, 10**12):
         with pytest.raises(ValueError, match="model.norm_eps"):
-            ModelConfig(**SMALL | dict(norm_eps=float(value) * 1e20))
+            model_from_keys(SMALL | dict(norm_eps=float(value) * 1e20))
 
 
 ROLES = {
