@@ -200,6 +200,7 @@ def test_gpu_parts_run_on_the_cpu(capsys):
         assert error.value.code == "E003"
 
 
+@pytest.mark.nightly  # 22 s: a benchmark's own run
 def test_what_a_layout_costs(capsys, monkeypatch):
     """Two launches of two ranks: what they gather and reduce is what the plan says they do."""
     monkeypatch.setitem(
@@ -241,6 +242,7 @@ def small(monkeypatch, tmp_path):
     return go
 
 
+@pytest.mark.nightly  # 7 s: `tools.bench faults --quick` in .ci/run goes the same way
 def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
     # in turn, and in this process: a new one would not see the sizes of `small`
     monkeypatch.setattr(
@@ -285,6 +287,7 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
         assert error.value.code == "E002"
 
 
+@pytest.mark.nightly  # 10 s
 def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     """Each in its process, from what the file holds and back into it; a part that fails is said."""
     out, run = (

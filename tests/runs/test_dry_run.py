@@ -277,6 +277,7 @@ def dry(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.nightly  # 12 s; the smaller ones stay
 def test_the_largest_preset_in_a_minute():
     start = time.time()
     result = run_python(
