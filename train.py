@@ -42,9 +42,9 @@ from lumen.diagnose import diagnose
 from lumen.errors import UserError
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.failure import lost_peer
-from lumen.launch import check_launch, check_tasks, clock, command, environment
+from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums
-from lumen.machine import free_memory, resident_bytes, to_host
+from lumen.machine import free_memory, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
 from lumen.probe import largest_batch
@@ -59,7 +59,6 @@ from lumen.resolve import (
     compare,
     flops_without_mod,
     meta_model,
-    n_working,
     other_bits,
     read_hint,
     resolve,
@@ -74,6 +73,7 @@ from lumen.saver import Saver, copy_in, live_tensors
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
+from lumen.tell import Teller
 from model import ModelConfig, Transformer
 from model_moe import draw_dropout, update_balance
 
@@ -633,7 +633,6 @@ class Trainer(ByHand):
 
         # where it will end: see forecast.justified_stop
         self.forecast = forecast.Forecast()
-        self.outlook: dict = {}  # for metrics.jsonl
         self.gains: list[float] = []  # of successive checks
         self.rises: list[float] = []  # of successive evaluations
 
@@ -651,6 +650,7 @@ class Trainer(ByHand):
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.report = Report(self.out, self.main)
         self.owner = owner.Owner(self.out, self.main)
+        self.tell = Teller(self)
         self.signals = Signals(self.main)  # what this rank has heard
         if self.parallel.collective_free:  # zero_stage: 0 is what this is
             notes = [*notes, *without_effect(cfg, written)]
@@ -672,8 +672,7 @@ class Trainer(ByHand):
         weights = None
         if saved is None and cfg.init_from:
             weights = self.start.find_weights()
-        for line in lines.start_lines(self.facts(notes)):
-            self.say(line)
+        self.tell.start(notes)
         replay = cfg.orchestrator.replay
         if replay:  # read before out_dir is emptied, it may lie there
             replay = par.run_or_raise_on_all(read_decisions, replay)
@@ -1149,7 +1148,7 @@ class Trainer(ByHand):
         if every(self.cfg.orchestrator.check_interval, following) and following < end:
             self.look_ahead()
         if every(self.cfg.log_interval, following) or following == end:
-            self.log(numbers)
+            self.tell.step(numbers)
         self.report.progress(following, numbers.loss)
         return numbers
 
@@ -1248,7 +1247,7 @@ class Trainer(ByHand):
             self.say(f"forecast   {line}")
         advice = None
         if found:
-            self.outlook = {f"forecast/{name}": value for name, value in found.items()}
+            self.tell.forecast = {f"forecast/{name}": value for name, value in found.items()}
             if "final" in found:
                 self.gains = [*self.gains[-2:], found["stable_gain_high"]]
             rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
@@ -1387,64 +1386,6 @@ class Trainer(ByHand):
     ) -> None:
         """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
         self.report.status(state, self.step, code, reason, anyone)
-
-    def facts(self, notes: list[str] | None = None) -> lines.Start:
-        """What the start lines and suggested.yaml tell of this run."""
-        cfg = self.cfg
-        hint = [self.hint] if self.hint else []
-        return lines.Start(
-            cfg=cfg,
-            run=self.run,
-            model=self.counted,
-            machine=self.machine,
-            layout=self.parallel.layout,
-            readers=self.parallel.rows()[1],
-            sources=self.sources,
-            val_sources=self.val_sources,
-            n_working=n_working(self.counted),
-            flops_per_token=self.flops_per_token,
-            peak=self.peak,
-            world=self.parallel.world,
-            lr_at_peak=self.scheduled_lr(self.run.peak_step),
-            last_lr=self.scheduled_lr(self.run.max_steps - 1),
-            misfit=self.misfit,
-            notes=[*(notes or []), *self.machine.notes, *hint, *self.changes],
-        )
-
-    def log(self, numbers: StepNumbers) -> None:
-        """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
-        cfg, orch, done = self.cfg, self.orchestrator, numbers.step + 1
-        interval = self.watch.interval(done)
-        flops = self.flops_per_token
-        if self.mod:
-            flops = self.model.flops_per_token()  # MoD's capacity may be annealed
-        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens}
-        row |= lines.step_row(numbers)
-        peak = self.peak * self.parallel.world
-        row |= lines.speed_row(interval, self.targets_per_step, flops, peak)
-        row["dropped"] = orch.dropped
-        row |= lines.health_row(orch.health.status, orch.health.causes)
-        row |= self.outlook
-        self.outlook = {}
-        row |= lines.memory_row(self.parallel.device)
-        if cfg.z_loss:
-            row["z_loss"] = numbers.z_loss
-        if numbers.experts is not None:
-            # the weight in force: it is a knob, and may have been changed on the way
-            weight = next(iter(self.moe.values())).router.aux_weight
-            z_weight = cfg.model.router_z_loss_weight
-            row |= lines.experts_row(numbers.experts, self.targets_per_step, weight, z_weight)
-        if numbers.depth is not None:
-            row |= lines.depth_row(numbers.depth)
-        row |= lines.epoch_row(self.loader.epochs(numbers.cursor + self.run.rows_per_step))
-        self.record(row)
-        for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
-            self.report.record_bars(name, values, done)
-        gone, left = sum(self.watch.spent.values()), (self.run.max_steps - done) / interval.speed()
-        self.say(lines.step_line(row, self.run.max_steps, gone, left))
-        for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
-            self.say(line)
-        self.watch.restart(done, interval)
 
     def routing(self, sums: dict) -> dict:
         """{"experts": ..., "depth": ...} from what expert_numbers names; empty without them."""
@@ -1586,40 +1527,12 @@ class Trainer(ByHand):
                 with self.report.optional("sample"):
                     how = (self.cfg.sample_prompt, self.cfg.seed)
                     self.report.print_sample(self.model, self.parallel, *how)
-        worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
-        text = f"{state} at step {self.step}: {self.tokens:,} tokens"
-        text += f", {self.orchestrator.dropped} steps dropped"
-        text += f", {clock(time.monotonic() - self.started)}"
-        share = self.orchestrator.seconds / max(1e-9, sum(self.watch.spent.values()))
-        text += f", the orchestrator took {100 * share:.2f} %"
-        if worse:
-            text += f"; {worse}"
-        if code:
-            text += "; E307: the last checkpoint could not be written"
-        self.say(text)
+        reason = self.tell.end(state, code)
         if state == "finished" and self.main:
             with self.report.optional("suggested.yaml"):
-                self.suggest()
-        reason = ""
-        if code:
-            reason = "the last checkpoint could not be written"
-        elif state == "finished":
-            reason = worse
-        elif self.signals.stop == 2:  # else it was a signal: a scheduler may start it again
-            reason = "as asked for"
+                self.tell.suggest()
         self.write_status(state, code, reason)
         self.close()
-
-    def suggest(self) -> None:
-        """suggested.yaml, from what this run has found."""
-        device = self.parallel.device
-        used = resident_bytes() or 0
-        if device.type == "cuda":
-            used = torch.cuda.max_memory_reserved()
-        found = (used / machines.total_memory(device), self.hint)
-        rollbacks = len(self.orchestrator.escalation.rollbacks)
-        text = lines.suggestion(self.facts(), self.written, *found, rollbacks, LR_CUT)
-        self.report.write_suggestion(text)
 
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""
