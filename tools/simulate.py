@@ -24,6 +24,7 @@ from lumen.cards import ETHERNET, HARDWARE, NO_BF16, PCIE, Hardware, hardware_ke
 from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
+from lumen.exchange import AllToAll, Combine
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
@@ -66,7 +67,7 @@ from lumen.resolve import (
 )
 from model import ModelConfig, Transformer, role
 from train import lr_at
-from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
+from train_fsdp import meshes, parallelize
 
 GB = 1e9
 
@@ -509,7 +510,7 @@ def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
     try:
         with torch.device("meta"):
             model = Transformer(small)
-        dtype = Sharded.compute_dtype(cfg.precision)
+        dtype = machines.DTYPES[cfg.precision]
         parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
         model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
         with machines.fake_tensors():
