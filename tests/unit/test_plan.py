@@ -247,12 +247,7 @@ def test_a_card_is_known_by_all_words_of_its_name_or_not_at_all():
         assert cards.hardware_key(name) == key
     for name in OTHERS.split("|"):
         assert cards.data_sheet(name) is cards.data_sheet(f"NVIDIA {name}") is None, name
-    assert (
-        cards.data_sheet("")
-        is cards.data_sheet("x86_64")
-        is cards.data_sheet("NVIDIA")
-        is None
-    )
+    assert cards.data_sheet("") is cards.data_sheet("x86_64") is cards.data_sheet("NVIDIA") is None
 
 
 def test_the_peak_of_an_unknown_card_is_measured_never_a_neighbours(monkeypatch):
@@ -408,7 +403,9 @@ def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
     wanted_lines = (ROOT / "requirements.txt").read_text().splitlines()
     (wanted,) = (Requirement(line).specifier for line in wanted_lines if line.startswith("torch"))
     assert all(f"{version}.0" in wanted for version in machines.TRIED)
-    assert f"torch>={machines.TRIED[0]}," in "\n".join(wanted_lines), "the oldest that pip takes was tried"
+    assert f"torch>={machines.TRIED[0]}," in "\n".join(wanted_lines), (
+        "the oldest that pip takes was tried"
+    )
     assert [machines.untried(f"{version}.9+cu130") for version in machines.TRIED] == [[]] * len(
         machines.TRIED
     )
