@@ -6,6 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
+from lumen.config import RANGES
+from lumen.optim import OPTIMIZERS
+
 PAGE = (ROOT / "docs" / "hacking.md").read_text(encoding="utf-8")
 PATH = r"(?:[\w.]+/)*[\w.]+\.(?:py|md|yaml|toml)|(?:\w+/)+"
 # in backticks, a path and perhaps a name in it; a line may end between them
@@ -41,3 +44,10 @@ def test_the_page_names_what_it_should():
     assert len([path for path, name in named if name]) > 60, "the pattern finds no names any more"
     assert PAGE.count("`lumen/") == sum(path.startswith("lumen/") for path, _ in named)
     assert len(PAGE.encode()) <= 9216
+
+
+def test_every_optimizer_is_a_value_of_its_key_and_keeps_what_can_be_read_off_it():
+    """The table cannot stand in config.py, which optim.py imports: so both are compared."""
+    assert RANGES["optimizer"].split(" | ") == list(OPTIMIZERS)
+    for optimizer in OPTIMIZERS.values():
+        assert optimizer.STATE_BYTES >= 0 and isinstance(optimizer.FRESH, tuple)
