@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from evaluate import Evaluation, evaluate_loss
+from evaluate import evaluate_loss
 from lumen import checkpoint, failure, files, forecast, lines, owner, plan
 from lumen import machine as machines
 from lumen.cli import read_config
@@ -42,12 +42,13 @@ from lumen.diagnose import diagnose
 from lumen.errors import UserError
 from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
 from lumen.failure import lost_peer
-from lumen.launch import check_launch, check_tasks, clock, command, environment
+from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums
-from lumen.machine import free_memory, resident_bytes, to_host
+from lumen.machine import free_memory, to_host
 from lumen.optim import LossScale, build_optimizer, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
 from lumen.probe import largest_batch
+from lumen.progress import Progress
 from lumen.report import Report
 from lumen.resolve import (
     HINT,
@@ -59,7 +60,6 @@ from lumen.resolve import (
     compare,
     flops_without_mod,
     meta_model,
-    n_working,
     other_bits,
     read_hint,
     resolve,
@@ -74,6 +74,7 @@ from lumen.saver import Saver, copy_in, live_tensors
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
+from lumen.tell import Teller
 from model import ModelConfig, Transformer
 from model_moe import draw_dropout, update_balance
 
@@ -581,19 +582,6 @@ class Pending:
     marks: list  # of the stopwatch
 
 
-NUMBERS = (  # of a trainer: they go back with the weights in a rollback, and into state.json
-    "tokens",
-    "val_loss",
-    "best_val_loss",
-    "best_step",
-    "evaluations_since_best",
-    "evaluated_at",
-    "stopped_early",
-    "gains",
-    "rises",
-    "best_parts",
-    "measured_on",
-)
 # steps between looks at whether the halves of split experts have parted: each is a host sync
 RELEASE_EVERY = 50
 
@@ -622,20 +610,10 @@ class Trainer(ByHand):
         self.data_error: UserError | None = None  # why this rank could not read its rows
 
         # evaluations, and what follows from them
-        self.val_loss: float | None = None
-        self.evaluated_at: int | None = None  # the step of the last evaluation
-        self.best_val_loss: float | None = None
-        self.best_step: int | None = None
-        self.best_parts: list[float] = []  # losses of the best one's batches
-        self.evaluations_since_best = 0
-        self.measured_on: str | None = None  # which validation set all of these are of
-        self.stopped_early = False
+        self.progress = Progress()
 
         # where it will end: see forecast.justified_stop
         self.forecast = forecast.Forecast()
-        self.outlook: dict = {}  # for metrics.jsonl
-        self.gains: list[float] = []  # of successive checks
-        self.rises: list[float] = []  # of successive evaluations
 
         # signals and commands, once all ranks have agreed on them
         self.stopping = False
@@ -651,6 +629,7 @@ class Trainer(ByHand):
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.report = Report(self.out, self.main)
         self.owner = owner.Owner(self.out, self.main)
+        self.tell = Teller(self)
         self.signals = Signals(self.main)  # what this rank has heard
         if self.parallel.collective_free:  # zero_stage: 0 is what this is
             notes = [*notes, *without_effect(cfg, written)]
@@ -672,8 +651,7 @@ class Trainer(ByHand):
         weights = None
         if saved is None and cfg.init_from:
             weights = self.start.find_weights()
-        for line in lines.start_lines(self.facts(notes)):
-            self.say(line)
+        self.tell.start(notes)
         replay = cfg.orchestrator.replay
         if replay:  # read before out_dir is emptied, it may lie there
             replay = par.run_or_raise_on_all(read_decisions, replay)
@@ -713,8 +691,8 @@ class Trainer(ByHand):
 
     def is_finished(self) -> bool:
         """Whether the checkpoint that it starts from was the run's last."""
-        through = self.step >= self.run.max_steps or self.stopped_early
-        return through and self.evaluated_at == self.step
+        through = self.step >= self.run.max_steps or self.progress.stopped_early
+        return through and self.progress.evaluated_at == self.step
 
     def newest_whole(self, folders: list[Path]) -> str | None:
         return self.start.newest_whole(folders)
@@ -777,7 +755,7 @@ class Trainer(ByHand):
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
         self.val_set = choose_val_rows(self.val_sources, cfg, run.segments[-1][1])
-        self.measured_on = val_sum(self.val_sources, self.val_set, cfg.model.max_seq_len)
+        self.progress.measured_on = val_sum(self.val_sources, self.val_set, cfg.model.max_seq_len)
         if saved is not None:
             par.run_or_raise_on_all(self.load, saved)
         elif weights:
@@ -819,24 +797,12 @@ class Trainer(ByHand):
                 block.compile()
 
     def take_numbers(self, numbers: dict) -> None:
-        """Those of a checkpoint or snapshot. What was measured on another validation set is not
-        compared, and begins anew."""
-        measured_on = self.measured_on
-        for name in NUMBERS:
-            setattr(self, name, numbers.get(name, getattr(self, name)))
-        self.measured_on = measured_on
-        there = numbers.get("measured_on")
-        # older checkpoints do not say on what: other data is another set there
+        """Those of a checkpoint or snapshot."""
+        self.tokens = numbers.get("tokens", self.tokens)
         same_data = numbers.get("fingerprints") == self.fingerprints
-        if there == measured_on or (there is None and same_data):
-            return
-        if self.best_val_loss is not None:
-            best = f"best {self.best_val_loss:.4f} at step {self.best_step}"
-            self.say(f"note       val_loss begins anew: {best} was of another validation set")
-        self.val_loss = self.best_val_loss = self.best_step = None
-        self.evaluations_since_best = 0
-        self.stopped_early = False
-        self.gains, self.rises, self.best_parts = [], [], []
+        lost = self.progress.take(numbers, same_data)
+        if lost:
+            self.say(f"note       val_loss begins anew: {lost} was of another validation set")
 
     def probe(self) -> None:
         """batch_size: auto on CUDA: what really fits takes the place of what was estimated."""
@@ -878,9 +844,9 @@ class Trainer(ByHand):
         except OSError as error:
             raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
         if self.step:  # a process that was killed may have saved and not yet said so
-            best = {"step": self.best_step, "val_loss": self.best_val_loss}
+            best = {"step": self.progress.best_step, "val_loss": self.progress.best_val_loss}
             with contextlib.suppress(OSError):
-                if self.best_step is None:  # the one it names is of another validation set
+                if self.progress.best_step is None:  # the one it names is of another validation set
                     (self.out / "best.json").unlink(missing_ok=True)
                 else:
                     files.write_json(self.out / "best.json", best)
@@ -987,10 +953,10 @@ class Trainer(ByHand):
         """What comes before the next step. Pure: it looks, and changes nothing."""
         cfg, step = self.cfg, self.step
         moved = step != self.started_at
-        last = step >= self.run.max_steps or self.stopped_early
+        last = step >= self.run.max_steps or self.progress.stopped_early
         # A process neither evaluates nor saves what it has just loaded, unless that was saved for a
         # signal, without its evaluation.
-        missing = self.evaluated_at != step
+        missing = self.progress.evaluated_at != step
         fresh = moved or (missing and (last or step > 0))
         scheduled = last or every(cfg.save_interval, step)
         wanted = scheduled or self.save_asked or rolled_back or every(cfg.eval_interval, step)
@@ -1008,8 +974,8 @@ class Trainer(ByHand):
     def evaluate_now(self, due: Due) -> None:
         """Evaluate; a new best is saved, patience or a signal may end the run."""
         new_best = self.evaluate()
-        due.last = due.last or self.stopped_early
-        if due.fresh and (new_best or self.stopped_early):
+        due.last = due.last or self.progress.stopped_early
+        if due.fresh and (new_best or self.progress.stopped_early):
             due.save = True
         if self.stopping and self.step != self.started_at:  # a signal came in the meantime
             due.save = True
@@ -1149,7 +1115,7 @@ class Trainer(ByHand):
         if every(self.cfg.orchestrator.check_interval, following) and following < end:
             self.look_ahead()
         if every(self.cfg.log_interval, following) or following == end:
-            self.log(numbers)
+            self.tell.step(numbers)
         self.report.progress(following, numbers.loss)
         return numbers
 
@@ -1203,8 +1169,8 @@ class Trainer(ByHand):
                 time.sleep(1)
                 self.save()
         self.finish_pending_step()
-        through = self.step >= self.run.max_steps or self.stopped_early
-        state = "finished" if through and self.evaluated_at == self.step else "stopped"
+        through = self.step >= self.run.max_steps or self.progress.stopped_early
+        state = "finished" if through and self.progress.evaluated_at == self.step else "stopped"
         code = 4 if self.saver.unsaved else 0
         self.finish(state, code)
         return code
@@ -1248,13 +1214,13 @@ class Trainer(ByHand):
             self.say(f"forecast   {line}")
         advice = None
         if found:
-            self.outlook = {f"forecast/{name}": value for name, value in found.items()}
+            self.tell.forecast = {f"forecast/{name}": value for name, value in found.items()}
             if "final" in found:
-                self.gains = [*self.gains[-2:], found["stable_gain_high"]]
-            rise = (self.val_loss or 0.0) - (self.best_val_loss or 0.0)
+                self.progress.gains = [*self.progress.gains[-2:], found["stable_gain_high"]]
+            rise = (self.progress.val_loss or 0.0) - (self.progress.best_val_loss or 0.0)
             epochs = found["share"] * planned / max(1, unique)
             gain = found.get("anneal_gain", 0.0)
-            history = (self.gains, self.rises)
+            history = (self.progress.gains, self.progress.rises)
             advice = forecast.justified_stop(cfg.lr_schedule, *history, epochs, rise, gain)
         if cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
             advice = self.parallel.broadcast(advice)
@@ -1306,7 +1272,7 @@ class Trainer(ByHand):
 
     def numbers(self) -> dict:
         """What goes back with the weights in a rollback, besides the step."""
-        return {name: getattr(self, name) for name in NUMBERS}
+        return {"tokens": self.tokens} | self.progress.numbers()
 
     def rewind(self, numbers: dict) -> None:
         """Back to the step of `numbers`, whose tensors are there already. The cursor stays beyond
@@ -1328,11 +1294,15 @@ class Trainer(ByHand):
         """If the best step is gone (set aside, damaged, deleted) the best of those still there
         takes its place. Rank 0 looks, all ranks know."""
         steps = checkpoint.list_steps(self.out) if self.main else []
-        if self.main and self.best_step is not None and self.best_step not in steps:
-            found = checkpoint.best_of(self.out, steps, self.measured_on)
-            self.best_val_loss, self.best_step = found
-        best = (self.best_val_loss, self.best_step)
-        self.best_val_loss, self.best_step = self.parallel.broadcast(best)
+        if (
+            self.main
+            and self.progress.best_step is not None
+            and self.progress.best_step not in steps
+        ):
+            found = checkpoint.best_of(self.out, steps, self.progress.measured_on)
+            self.progress.best_val_loss, self.progress.best_step = found
+        best = (self.progress.best_val_loss, self.progress.best_step)
+        self.progress.best_val_loss, self.progress.best_step = self.parallel.broadcast(best)
 
     def raise_data_error(self) -> None:
         if self.data_error:
@@ -1388,64 +1358,6 @@ class Trainer(ByHand):
         """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
         self.report.status(state, self.step, code, reason, anyone)
 
-    def facts(self, notes: list[str] | None = None) -> lines.Start:
-        """What the start lines and suggested.yaml tell of this run."""
-        cfg = self.cfg
-        hint = [self.hint] if self.hint else []
-        return lines.Start(
-            cfg=cfg,
-            run=self.run,
-            model=self.counted,
-            machine=self.machine,
-            layout=self.parallel.layout,
-            readers=self.parallel.rows()[1],
-            sources=self.sources,
-            val_sources=self.val_sources,
-            n_working=n_working(self.counted),
-            flops_per_token=self.flops_per_token,
-            peak=self.peak,
-            world=self.parallel.world,
-            lr_at_peak=self.scheduled_lr(self.run.peak_step),
-            last_lr=self.scheduled_lr(self.run.max_steps - 1),
-            misfit=self.misfit,
-            notes=[*(notes or []), *self.machine.notes, *hint, *self.changes],
-        )
-
-    def log(self, numbers: StepNumbers) -> None:
-        """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
-        cfg, orch, done = self.cfg, self.orchestrator, numbers.step + 1
-        interval = self.watch.interval(done)
-        flops = self.flops_per_token
-        if self.mod:
-            flops = self.model.flops_per_token()  # MoD's capacity may be annealed
-        row = {"step": done, "attempt": self.attempt, "tokens": self.tokens}
-        row |= lines.step_row(numbers)
-        peak = self.peak * self.parallel.world
-        row |= lines.speed_row(interval, self.targets_per_step, flops, peak)
-        row["dropped"] = orch.dropped
-        row |= lines.health_row(orch.health.status, orch.health.causes)
-        row |= self.outlook
-        self.outlook = {}
-        row |= lines.memory_row(self.parallel.device)
-        if cfg.z_loss:
-            row["z_loss"] = numbers.z_loss
-        if numbers.experts is not None:
-            # the weight in force: it is a knob, and may have been changed on the way
-            weight = next(iter(self.moe.values())).router.aux_weight
-            z_weight = cfg.model.router_z_loss_weight
-            row |= lines.experts_row(numbers.experts, self.targets_per_step, weight, z_weight)
-        if numbers.depth is not None:
-            row |= lines.depth_row(numbers.depth)
-        row |= lines.epoch_row(self.loader.epochs(numbers.cursor + self.run.rows_per_step))
-        self.record(row)
-        for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
-            self.report.record_bars(name, values, done)
-        gone, left = sum(self.watch.spent.values()), (self.run.max_steps - done) / interval.speed()
-        self.say(lines.step_line(row, self.run.max_steps, gone, left))
-        for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
-            self.say(line)
-        self.watch.restart(done, interval)
-
     def routing(self, sums: dict) -> dict:
         """{"experts": ..., "depth": ...} from what expert_numbers names; empty without them."""
         cfg, found = self.cfg.model, {}
@@ -1482,31 +1394,33 @@ class Trainer(ByHand):
         self.finish_pending_step()
         self.watch.lap("other")
         began = time.perf_counter()
-        self.evaluated_at = self.step
+        self.progress.evaluated_at = self.step
         if not self.val_set:
             return False
         how = (self.parallel, self.run.micro_batch, self.token_bytes, self.asked_to_stop)
         try:
             found = evaluate_loss(self.model, self.val_set, self.val_sources, *how)
         except UserError:
-            self.evaluated_at = None
+            self.progress.evaluated_at = None
             self.save()
             raise
         if found is None:
-            self.evaluated_at = None
+            self.progress.evaluated_at = None
             self.stopping = True
             self.say("evaluation left: a signal came")
             return False
-        new_best = self.compare_with_best(found)
+        new_best = self.progress.compare(self.step, found.loss, found.batch_losses)
         patience = self.cfg.early_stopping_patience
-        if patience and self.evaluations_since_best >= patience:
-            text = f"early stop: {self.evaluations_since_best} evaluations without a new best"
+        if patience and self.progress.evaluations_since_best >= patience:
+            text = (
+                f"early stop: {self.progress.evaluations_since_best} evaluations without a new best"
+            )
             self.say(text)
             decision = Decision("patience", "stop", text, 2, basis="rule", always=True)
             self.orchestrator.decide(decision)
-            self.stopped_early = True
+            self.progress.stopped_early = True
         row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens} | found.row()
-        row |= {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+        row |= {"best_val_loss": self.progress.best_val_loss, "best_step": self.progress.best_step}
         self.record(row)
         self.orchestrator.evaluated(row)
         took = time.perf_counter() - began
@@ -1519,29 +1433,12 @@ class Trainer(ByHand):
     def asked_to_stop(self) -> int:
         return self.signals.stop
 
-    def compare_with_best(self, found: Evaluation) -> bool:
-        """Take an evaluation into the numbers of the run; returns whether it is the best so far."""
-        self.val_loss = found.loss
-        better = self.best_val_loss is None or found.loss < self.best_val_loss
-        if better and math.isfinite(found.loss):
-            self.best_val_loss = found.loss
-            self.best_step = self.step
-            self.evaluations_since_best = 0
-            self.best_parts = found.batch_losses
-            self.rises = []
-            return True
-        self.evaluations_since_best += 1
-        if len(found.batch_losses) == len(self.best_parts):  # the same batches as at the best
-            before, now = np.array(self.best_parts), np.array(found.batch_losses)
-            self.rises = [*self.rises[-1:], forecast.paired_rise(before, now)]
-        return False
-
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""
         self.finish_pending_step()
         self.saver.finish()
-        if self.best_val_loss is None:
-            self.best_step = self.step  # nothing to compare by: the last is the best
+        if self.progress.best_val_loss is None:
+            self.progress.best_step = self.step  # nothing to compare by: the last is the best
         state = self.state() if self.main else None
         tensors, iteration = self.tensors(), self.orchestrator.iteration
         return self.saver.save(self.step, tensors, state, iteration, wait, prune)
@@ -1586,40 +1483,12 @@ class Trainer(ByHand):
                 with self.report.optional("sample"):
                     how = (self.cfg.sample_prompt, self.cfg.seed)
                     self.report.print_sample(self.model, self.parallel, *how)
-        worse = "; ".join(self.orchestrator.worse_than_guessing() or ())
-        text = f"{state} at step {self.step}: {self.tokens:,} tokens"
-        text += f", {self.orchestrator.dropped} steps dropped"
-        text += f", {clock(time.monotonic() - self.started)}"
-        share = self.orchestrator.seconds / max(1e-9, sum(self.watch.spent.values()))
-        text += f", the orchestrator took {100 * share:.2f} %"
-        if worse:
-            text += f"; {worse}"
-        if code:
-            text += "; E307: the last checkpoint could not be written"
-        self.say(text)
+        reason = self.tell.end(state, code)
         if state == "finished" and self.main:
             with self.report.optional("suggested.yaml"):
-                self.suggest()
-        reason = ""
-        if code:
-            reason = "the last checkpoint could not be written"
-        elif state == "finished":
-            reason = worse
-        elif self.signals.stop == 2:  # else it was a signal: a scheduler may start it again
-            reason = "as asked for"
+                self.tell.suggest()
         self.write_status(state, code, reason)
         self.close()
-
-    def suggest(self) -> None:
-        """suggested.yaml, from what this run has found."""
-        device = self.parallel.device
-        used = resident_bytes() or 0
-        if device.type == "cuda":
-            used = torch.cuda.max_memory_reserved()
-        found = (used / machines.total_memory(device), self.hint)
-        rollbacks = len(self.orchestrator.escalation.rollbacks)
-        text = lines.suggestion(self.facts(), self.written, *found, rollbacks, LR_CUT)
-        self.report.write_suggestion(text)
 
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""

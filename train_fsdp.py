@@ -4,8 +4,8 @@ as train.py's.
 `Sharded` is train.Parallel on PyTorch's FSDP2: weights, gradients and moments are sharded over all
 ranks (zero_stage) or over groups of them (hsdp_shard_size), and experts live on ranks of their own
 (expert_parallel). Loop, orchestrator, logging, data and checkpoints are train.py's; a checkpoint of
-any layout is read by any other. In this order: experts on other ranks, how a model is sharded,
-which keys go together, Sharded.
+any layout is read by any other. In this order: how a model is sharded, which keys go together,
+Sharded. How rows travel to experts on other ranks is in lumen/exchange.py.
 """
 
 from __future__ import annotations
@@ -21,91 +21,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 import train
-from kernels import run_experts
 from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
+from lumen.exchange import exchange
 from lumen.launch import command, environment
-from lumen.machine import local_region
+from lumen.machine import DTYPES, local_region
 from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
-
-# ---------------------------------------------------------------- experts on other ranks
-
-
-class AllToAll(torch.autograd.Function):
-    """Rows to the ranks of `group`: ins[i] of them to rank i, outs[i] from it; gradients go back
-    the same way."""
-
-    @staticmethod
-    def forward(ctx, x, outs, ins, group):
-        ctx.sizes = ins, outs, group
-        y = x.new_empty(sum(outs), *x.shape[1:])
-        dist.all_to_all_single(y, x.contiguous(), outs, ins, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllToAll.apply(grad, *ctx.sizes), None, None, None
-
-
-class Combine(torch.autograd.Function):
-    """out[t] = the sum of what came back for token t: y (N, d), row i for the pair order[i] = token
-    * K + k -> (T, d).
-
-    One k after the other and in fp32: index_add would need atomics on CUDA, add in any order, and
-    keep y for backward.
-    """
-
-    @staticmethod
-    def forward(ctx, y, order, T, K):
-        ctx.tokens = order // K
-        out = y.new_zeros(T, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
-        # where[pair]: its row of y; pairs that went to nobody share a row of zeros at the end
-        rows = torch.arange(len(y), device=y.device)
-        where = order.new_full((T * K,), len(y)).index_copy_(0, order, rows)
-        y = torch.cat([y, y.new_zeros(1, y.shape[1])])
-        for k in range(K):
-            out += y[where[k::K]]
-        return out.to(y.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.tokens], None, None, None
-
-
-@torch.compiler.disable  # the host looks at sizes; torch 2.11 compiles that wrongly
-def exchange(group, x, p, ids, w13, w2, backend: str):
-    """run_experts where each rank of `group` holds a share of the experts, in order -> (T, d).
-
-    (token, expert) pairs travel to the expert's rank, are computed and weighed there, and come
-    back. x (T, d); p (T, K) gates; ids (T, K) over all experts; w13 and w2 those of this rank. The
-    sizes that travel must be known to the host: one sync a layer.
-    """
-    here, ranks = len(w2), group.size()  # experts on a rank
-    flat = ids.flatten()
-    # pairs for each expert of all ranks; ids beyond them go to nobody (null experts, dropped
-    # tokens)
-    counts = torch.bincount(flat.clamp(max=here * ranks), minlength=here * ranks + 1)
-    counts = counts[: here * ranks]
-    arriving = torch.empty_like(counts)  # pairs from each rank for each expert of this one
-    dist.all_to_all_single(arriving, counts, group=group)
-    per_rank = [c.view(ranks, here).sum(1) for c in (counts, arriving)]
-    ins, outs = torch.stack(per_rank).tolist()
-    order = flat.argsort(stable=True)[: sum(ins)]  # what goes to nobody is last
-    tokens = order // ids.shape[1]
-    rows = AllToAll.apply(x[tokens], outs, ins, group)
-    gates = AllToAll.apply(p.flatten()[order], outs, ins, group)
-    expert = torch.arange(here, device=x.device).repeat(ranks)
-    expert = expert.repeat_interleave(arriving, output_size=sum(outs))
-    if not len(rows):  # a row for nobody, so that the weights get their (zero) gradients
-        rows = rows.new_zeros(1, rows.shape[1]) + rows.sum()
-        gates = gates.new_zeros(1) + gates.sum()
-        expert = expert.new_full((1,), here)
-    y = run_experts(rows, gates[:, None], expert[:, None], w13, w2, backend)[: sum(outs)]
-    return Combine.apply(AllToAll.apply(y, ins, outs, group), order, *ids.shape)
-
 
 # ---------------------------------------------------------------- how a model is sharded
 
@@ -138,11 +62,10 @@ def parallelize(
     Gradients are summed, never averaged: the loss is a sum over the tokens of all ranks.
     """
     reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.reduce_dtype]
-    low = None if compute_dtype == torch.float32 else compute_dtype
-    policy = functools.partial(
-        MixedPrecisionPolicy, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-    )
-    in_fp32, in_compute_dtype = policy(), policy(param_dtype=low)
+    low = None if compute_dtype == torch.float32 else compute_dtype  # None: weights stay fp32
+    how = {"reduce_dtype": reduce_dtype, "cast_forward_inputs": False}
+    in_fp32 = MixedPrecisionPolicy(**how)
+    in_compute_dtype = MixedPrecisionPolicy(param_dtype=low, **how)
 
     def shard(module, mesh, mp_policy, reshard=cfg.zero_stage == 3):
         ranks = mesh.size(-1)
@@ -150,8 +73,13 @@ def parallelize(
         def placement(p):
             return Shard(plan.cut_dimension(tuple(p.shape), ranks))
 
-        how = {"mp_policy": mp_policy, "reshard_after_forward": reshard}
-        fully_shard(module, mesh=mesh, shard_placement_fn=placement, **how)
+        fully_shard(
+            module,
+            mesh=mesh,
+            shard_placement_fn=placement,
+            mp_policy=mp_policy,
+            reshard_after_forward=reshard,
+        )
 
     if sparse is not None:
         for moe in model.sparse_layers("moe").values():
@@ -159,8 +87,8 @@ def parallelize(
     for block in model.blocks:
         # units inside the block first: fully_shard takes what no unit below has taken
         for name, module in list(block.named_modules()):
-            own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
-            if low and own and role(own[0]) == "router":
+            own = [role(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
+            if low and "router" in own:
                 shard(module, dense, in_fp32)
             if sparse is not None and isinstance(module, Experts):
                 shard(module, sparse["shard"], in_compute_dtype)
@@ -230,7 +158,7 @@ class Sharded(Parallel):
     name.
     """
 
-    collective_free = False
+    collective_free = False  # a forward pass gathers: every rank has to take part in each
 
     def __init__(self, cfg: Config, layout: plan.Layout | None = None):
         layout = layout or layout_of(cfg, environment("WORLD_SIZE", 1))
@@ -239,7 +167,8 @@ class Sharded(Parallel):
         self.stage = cfg.zero_stage
         self.layout = dataclasses.replace(layout, cuda=kind == "cuda")
         self.dense, self.sparse = meshes(kind, layout)
-        self.replicas, self.writes = 1, True  # writes: of several copies one is saved
+        self.replicas = 1  # copies of the dense weights
+        self.writes = True  # of several copies one is saved
         if self.dense.ndim == 2:
             self.replicas = self.dense.size(0)
             self.writes = self.dense.get_local_rank("replicate") == 0
@@ -254,7 +183,7 @@ class Sharded(Parallel):
             raise UserError("E002", FP16)
         with torch.device("meta"):
             model = Transformer(cfg.model)
-        parallelize(model, cfg, self.dense, self.sparse, self.compute_dtype(precision))
+        parallelize(model, cfg, self.dense, self.sparse, DTYPES[precision])
         model.to_empty(device=self.device)
         for mod in model.sparse_layers("mod").values():
             mod.collective_free = False
@@ -264,7 +193,7 @@ class Sharded(Parallel):
         for module in fsdp_modules(model):  # it settles where shards live when it first gathers
             module.unshard()
             module.reshard()
-        self.shards, self.regions, self.names = {}, {}, {}
+        self.shards, self.regions, self.names = {}, {}, {}  # see the class
         with torch.no_grad():
             for name, p in model.named_parameters():
                 local = p.to_local()
@@ -290,7 +219,7 @@ class Sharded(Parallel):
         at a time."""
         offset, shape = self.regions[name]
         where = region(offset, local.shape)
-        if local.dim() == 3:
+        if role(name) == "expert":  # (E, a, b)
             for e, shard in enumerate(local, offset[0]):
                 full = torch.empty(1, *shape[1:])
                 model.fill(name, full, seed, e)
@@ -299,10 +228,6 @@ class Sharded(Parallel):
             full = torch.empty(shape)
             model.fill(name, full, seed)
             local.copy_(full[where])
-
-    @staticmethod
-    def compute_dtype(precision: str) -> torch.dtype:
-        return torch.bfloat16 if precision == "mixed_bf16" else torch.float32
 
     def weights(self, model) -> dict[str, torch.Tensor]:
         return {name: local for name, (_, local) in self.shards.items()}

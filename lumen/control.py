@@ -399,7 +399,7 @@ class Control:
         if t.step == 0:
             t.request_save()
             return
-        if t.step != t.started_at and t.evaluated_at != t.step:
+        if t.step != t.started_at and t.progress.evaluated_at != t.step:
             t.evaluate()
         t.save()
 

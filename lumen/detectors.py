@@ -3,8 +3,8 @@
 `StepNumbers` is what is known of a step, `Alarm` what a detector says of it. What is noise and what
 is not they ask lumen/course.py.
 
-To add a detector: a dataclass with `look`, whose fields are its state, and a line in
-`Orchestrator.__init__` (train.py). docs/hacking.md has the recipe.
+To add a detector: a dataclass with `look`, whose fields are its state, and a line in the table
+`detectors` of orchestrate.Parts. docs/hacking.md has the recipe.
 """
 
 from __future__ import annotations

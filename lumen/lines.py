@@ -17,6 +17,7 @@ from lumen import model_keys, plan
 from lumen.config import Config
 from lumen.course import above_chance
 from lumen.detectors import StepNumbers
+from lumen.forecast import BAND
 from lumen.hf import refusals
 from lumen.launch import clock
 from lumen.machine import resident_bytes
@@ -168,7 +169,43 @@ def length_lines(start: Start) -> list[str]:
     counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
     moe = bool(cfg.model.n_experts)
     ratio = cfg.tokens_per_parameter or 20.0
-    return lines + plan.plan_lines(plan.chinchilla(*counts, ratio, moe=moe))
+    return lines + plan_lines(plan.chinchilla(*counts, ratio, moe=moe))
+
+
+def plan_lines(p: dict) -> list[str]:
+    """The start-up lines on `p`, a plan of plan.chinchilla, advice last."""
+    numbers = {k: machines.human_number(v) for k, v in p.items() if isinstance(v, (int, float))}
+    per_token = machines.human_number(p["flops_per_token"], "FLOP")
+    text = f"{numbers['n_params_active']} active parameters, {per_token} a token;"
+    text += f" {numbers['planned_tokens']} tokens planned, {numbers['unique_tokens']} unique:"
+    lines = [f"plan       {text} {p['epochs']:.2f} epochs"]
+    text = f"target {numbers['target_tokens']} tokens, {p['multiplier']:g} a parameter: coverage"
+    text += f" {100 * p['coverage']:.3g} %"
+    if p["epochs"] > 1:
+        text += f" (repeats count as {numbers['effective_tokens']} tokens)"
+    lines.append(f"plan       {text}")
+    compute = "no other size and length would need much less compute"
+    if p["extra_compute"] >= 0.05:
+        times = f"{1 + p['extra_compute']:.3g} times"
+        compute = f"needs {times} the compute that the best size and length would need"
+    text = f"{p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band"
+    text += f" {BAND[0]} to {BAND[1]}: {compute} for this loss"
+    if p["extrapolated"]:
+        text += f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
+    lines.append(f"plan       {text}")
+    if p["moe"]:
+        text = "that law is of dense models, on active parameters a lower bound"
+        lines.append(f"plan       {text}: MoE usually wants more")
+    if p["epochs"] > 4:
+        text = (
+            f"beyond 4 epochs repeats fade: a token of the last counts {p['last_epoch_value']:.2f}"
+        )
+        lines.append(f"advice     {text}")
+    if p["data_limited"]:
+        low, high = (machines.human_number(n) for n in p["fitting_params"])
+        text = f"data-limited: these tokens fit {low} (4 epochs) to {high} parameters; or add data"
+        lines.append(f"advice     {text}")
+    return lines
 
 
 def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
@@ -233,7 +270,7 @@ def machine_lines(start: Start) -> list[str]:
     run, machine = start.run, start.machine
     per_token = machines.human_number(start.flops_per_token, "FLOP")
     flops = start.flops_per_token * start.tokens
-    least = plan.human_time(flops / start.peak / start.world)
+    least = machines.human_time(flops / start.peak / start.world)
     peak = machines.human_number(start.peak, "FLOP/s")
     if start.peak != machines.sheet_flops(machine):
         peak += " measured here"

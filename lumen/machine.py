@@ -1,16 +1,14 @@
 """What this machine is: its devices, their speed and memory. `python -m lumen.machine` prints it.
 
-In this order: data sheets; what `auto` becomes here; speed; memory; the report; private parts of
-torch, each behind a named function.
+In this order: what `auto` becomes here; speed; memory; the report; private parts of torch, each
+behind a named function. What the makers say of their cards is in lumen/cards.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 import importlib.util
-import math
 import os
 import platform
 import re
@@ -18,208 +16,20 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from kernels import backends, pick_attention
+from lumen.cards import data_sheet
 from lumen.errors import UserError
 from lumen.launch import Words, command, environment
 
 # torch, oldest first: on which the tests were run (2.11, 2.14: most)
 TRIED = ("2.11", "2.13", "2.14")
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
-
-# ---------------------------------------------------------------- data sheets
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A GPU in a machine of its kind, as the makers' data sheets have them; speeds are one way and
-    of one GPU."""
-
-    flops: float  # FLOP/s of dense 16-bit matmuls, no sparsity
-    fp32: float  # FLOP/s in fp32, which Lumen does not round to TF32
-    memory: float  # bytes
-    bandwidth: float  # bytes/s of its memory
-    link: float  # bytes/s to the other GPUs of its machine
-    network: float  # bytes/s to other machines
-    per_node: int  # GPUs in a machine
-    source: str
-
-    def peak(self, precision: str) -> float:
-        return self.fp32 if precision == "fp32" else self.flops
-
-
-PCIE = 32e9  # bytes/s one way: 16 lanes of PCIe 4
-ETHERNET = (
-    1.25e9 / 8
-)  # a GPU's share of 10 Gbit/s a machine, assumed where a maker names no network
-NO_BF16 = ("v100", "t4")
-# SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of
-# b200 (its DGX), h200, h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine
-# Learning Engineering (Bekman); v100, l4, t4, NVLink (2 to 5) and InfiniBand (HDR, NDR) with other
-# public ones; a10g's and 3090's matrices are from memory. fmt: off
-HARDWARE = {  # matmuls, in fp32, memory, its bandwidth, link, network, GPUs in a machine, source
-    "b200": Hardware(
-        2250e12, 75e12, 180e9, 8.0e12, 900e9, 50e9, 8, "NVIDIA DGX B200 and HGX B200 data sheets"
-    ),
-    "h200": Hardware(
-        989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 SXM and DGX H200 data sheets"
-    ),
-    "h100": Hardware(
-        989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 SXM and DGX H100 data sheets"
-    ),
-    "a100-80gb": Hardware(
-        312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 80GB and DGX A100 data sheets"
-    ),
-    "a100-40gb": Hardware(
-        312e12, 19.5e12, 40e9, 1.555e12, 300e9, 25e9, 8, "NVIDIA A100 40GB and DGX A100 data sheets"
-    ),
-    "l40s": Hardware(
-        362e12, 91.6e12, 48e9, 864e9, PCIE, ETHERNET, 8, "NVIDIA L40S data sheet; network assumed"
-    ),
-    "rtx4090": Hardware(
-        165e12,
-        82.6e12,
-        24e9,
-        1008e9,
-        PCIE,
-        ETHERNET,
-        8,
-        "NVIDIA Ada paper; machine, network assumed",
-    ),
-    "3090": Hardware(
-        71e12,
-        35.6e12,
-        24e9,
-        936e9,
-        PCIE,
-        ETHERNET,
-        8,
-        "NVIDIA GA102 paper; machine, network assumed",
-    ),
-    "a10g": Hardware(
-        70e12, 31.2e12, 24e9, 600e9, PCIE, ETHERNET, 8, "AWS G5 page; network assumed"
-    ),
-    "v100": Hardware(
-        125e12, 15.7e12, 32e9, 900e9, 150e9, 6.25e9, 8, "NVIDIA V100 SXM2 and DGX-1 data sheets"
-    ),
-    "l4": Hardware(
-        121e12, 30.3e12, 24e9, 300e9, PCIE, ETHERNET, 8, "NVIDIA L4 data sheet; network assumed"
-    ),
-    "t4": Hardware(
-        65e12,
-        8.1e12,
-        16e9,
-        320e9,
-        PCIE / 2,
-        2 * ETHERNET,
-        4,
-        "NVIDIA T4 data sheet; network assumed",
-    ),
-}
-# fmt: on
-# words of a name that tell no two rows apart
-MAKERS = re.compile(r"nvidia|tesla|geforce|gpu|sxm\d*|hbm3e?|rtx|")
-
-
-def name_words(name: str) -> set[str]:
-    """What a card's name says beyond its maker: NVIDIA A100-SXM4-80GB -> a100, 80gb."""
-    words = re.split(r"[^a-z0-9]+", name.lower().replace("rtx", "rtx "))
-    return {word for word in words if not MAKERS.fullmatch(word)}
-
-
-def data_sheet(name: str) -> Hardware | None:
-    """The table's row for a GPU by the name that torch gives it, every word of which must be the
-    row's.
-
-    An H100 PCIe, a slice of one (MIG), a GH200, a 3090 Ti, an RTX 4090 Laptop are other cards,
-    whose speed is not known here.
-    """
-    words = name_words(name)
-    for key, row in HARDWARE.items():
-        if name_words(key) <= words <= name_words(key) | {gigabytes(row)}:
-            return row
-    return None
-
-
-def gigabytes(row: Hardware) -> str:
-    return f"{row.memory / 1e9:.0f}gb"
-
-
-def hardware_key(name: str) -> str:
-    """The table's key for a card as somebody types it (rtx3090, tesla-v100); cpu and measured are
-    themselves.
-
-    UserError E002 names those that it may be: more than one (a100), or some that are spelt alike.
-    """
-    key = name.lower().replace("_", "-")
-    if key in ("measured", "cpu", *HARDWARE):
-        return key
-    words, fitting = name_words(key), []
-    for other, row in HARDWARE.items():
-        if words and words <= name_words(other) | {gigabytes(row)}:
-            fitting.append(other)
-    if len(fitting) == 1:
-        return fitting[0]
-    hint = f"it may be {' or '.join(fitting)}; " if fitting else ""
-    if not fitting and (near := difflib.get_close_matches(key, HARDWARE, 1, 0.8)):
-        hint = f"did you mean {near[0]}? "
-    text = f"hardware: {name!r} is not known; {hint}known: {', '.join(HARDWARE)}, cpu, measured"
-    text += "; for another card give the nearest with --peak_flops and --memory_gb"
-    raise UserError("E002", text)
-
-
-GIVEN = {  # --name: (field of Hardware, unit)
-    "peak_flops": ("flops", 1),
-    "memory_gb": ("memory", 1e9),
-    "link_gb_s": ("link", 1e9),
-    "network_gb_s": ("network", 1e9),
-    "gpus_per_node": ("per_node", 1),
-}
-
-
-def hardware(name: str, m: Machine, given: dict) -> Hardware:
-    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given`
-    overrides.
-
-    given: see GIVEN. UserError E002: see hardware_key.
-    """
-    key = hardware_key(name)
-    row = HARDWARE[key] if key in HARDWARE else measured_hardware(key, m, given)
-    changed = {}
-    for option, (name_here, unit) in GIVEN.items():
-        if option in given:
-            changed[name_here] = given[option] * unit
-    source = row.source
-    if changed:
-        source += f"; given: {', '.join(changed)}"
-    return replace(row, **changed, source=source)
-
-
-def measured_hardware(key: str, m: Machine, given: dict) -> Hardware:
-    """This machine's device, or (`cpu`) its CPU, which the processes of a machine share."""
-    device = m.device if key == "measured" else torch.device("cpu")
-    dtype = m.compute_dtype if key == "measured" else torch.float32
-    cuda = device.type == "cuda"
-    flops, bandwidth = matrix_peak(device, dtype), copy_bandwidth(device)
-    local = torch.cuda.device_count() if cuda else 1
-    per_node = max(local, given.get("gpus_per_node", 1))
-    share = per_node if device.type == "cpu" else 1
-    return Hardware(
-        flops=flops / share,
-        fp32=flops / share,
-        memory=total_memory(device) / share,
-        bandwidth=bandwidth / share,
-        link=PCIE,
-        network=8 * ETHERNET / per_node,
-        per_node=local,
-        source="matrices and memory measured here; network assumed",
-    )
-
 
 # ---------------------------------------------------------------- what `auto` becomes here
 
@@ -404,19 +214,6 @@ def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
             return best
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """bytes/s of the device's memory, read and written, the best of three copies of 64 MiB."""
-    block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        block.clone()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * len(block) / best
-
-
 def peak_flops(m: Machine) -> float:
     """FLOP/s against which MFU is counted: the data sheet's on a known GPU, else measured here."""
     return sheet_flops(m) or matrix_peak(m.device, m.compute_dtype)
@@ -555,6 +352,18 @@ def human_number(n: float, unit: str = "") -> str:
         if abs(n) >= size:
             return f"{n / size:.3g} {letter}{unit}" if unit else f"{n / size:.3g}{letter}"
     return f"{n:.3g} {unit}".strip()
+
+
+YEAR = 365.25 * 86400  # seconds
+
+
+def human_time(seconds: float) -> str:
+    """A length of time in the unit that one thinks of it in: 45 s, 3.2 hours, 40,000 years."""
+    for unit, size in (("years", YEAR), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            n = float(f"{seconds / size:.3g}")
+            return f"{n:,.0f} {unit}" if n >= 100 else f"{n:g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def git_commit() -> str:

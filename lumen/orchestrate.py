@@ -260,7 +260,7 @@ class Replay:
             control.recycle(args["layer"])
         elif trigger == "length":
             if action == "stop":
-                trainer.stopped_early = True
+                trainer.progress.stopped_early = True
             else:
                 trainer.set_length(args["max_steps"])
         elif trigger == "oom":
@@ -424,7 +424,7 @@ class Parts:
     def worse_than_guessing(self) -> tuple[str, str] | None:
         """See Guessing.verdict."""
         t = self.trainer
-        return self.guessing.verdict(t.step, self.iteration - self.went_back, t.val_loss)
+        return self.guessing.verdict(t.step, self.iteration - self.went_back, t.progress.val_loss)
 
     def note_guessing(self) -> tuple[str, str] | None:
         """The verdict, written down once; None too where another detector has more to say."""
@@ -449,7 +449,7 @@ class Parts:
         guessing = self.note_guessing()
         if guessing is None and self.loss.phase == WATCHING:
             self.guessing.said = False
-        last = t.evaluated_at
+        last = t.progress.evaluated_at
         checkup = Checkup(
             off_course,
             guessing,
@@ -488,7 +488,7 @@ class Parts:
 
         def do():
             if kind == "stop":
-                t.stopped_early = True
+                t.progress.stopped_early = True
                 return {}
             before = t.run.max_steps
             steps = round(t.step / (1 - t.cfg.decay_frac))  # of which the decay is that share

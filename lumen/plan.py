@@ -1,8 +1,8 @@
-"""The arithmetic before a run: parameters, memory, what does not fit, how long to train.
+"""The arithmetic before a run: parameters, memory, how many GPUs hold it, how long to train.
 
 In this order: the bytes of a step on one device; how a model lies on many ranks; the peak of a
-rank; what fits where; the law of compute and tokens. It takes a ModelConfig and plain numbers,
-never the run's configuration. `python train.py CONFIG --dry_run` prints all of it
+rank; how many GPUs hold it; the law of compute and tokens. It takes a ModelConfig and plain
+numbers, never the run's configuration. `python train.py CONFIG --dry_run` prints all of it
 (tools/simulate.py).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ def kept_bytes(
     experts while a layer of them is in backward. `arrive`: with expert parallelism so many times
     the fair share of rows come to this rank; 0: its own stay here. `cuda`: see model.head_rows.
     """
-    b = 4 if precision == "fp32" else 2
+    b = number_bytes(precision)
     N, C = rows * cfg.max_seq_len, cfg.d_model
     # all of it; what recomputation keeps; attention's share of all
     layers, kept, attention = [], [], []
@@ -129,12 +129,6 @@ def count_parameters(model: Transformer) -> int:
     """All of them, expert slots not in use included."""
     root, blocks = parameter_shapes(model)
     return sum(math.prod(shape) for part in (root, *blocks) for _, shape in part)
-
-
-@functools.lru_cache(maxsize=8)
-def training_flops(model: Transformer) -> int:
-    """FLOPs a token; kept, since a search asks a thousand times."""
-    return model.flops_per_token()
 
 
 # ---------------------------------------------------------------- a model on many ranks
@@ -281,14 +275,6 @@ def rank_memory(
     return ShardedStep(model, layout, step, imbalance).peak()
 
 
-def visible_memory(model, layout: Layout, rows: int, precision: str, recompute: str) -> dict:
-    """rank_memory of one balanced micro-step, without what tools.simulate.fake_run cannot see:
-    moments, what the experts' operator allocates inside, and logits in chunks larger than a
-    CPU's."""
-    step = StepShape(rows, 1, precision, recompute)
-    return ShardedStep(model, layout, step, imbalance=1.0, all_visible=False).peak()
-
-
 def replica_memory(model, layout: Layout, step: StepShape) -> dict:
     """rank_memory of train.py, where each rank holds all."""
     n = count_parameters(model)
@@ -406,11 +392,9 @@ def total_of(phase: dict) -> int:
     return sum(size for name, size in phase.items() if name != "peak")
 
 
-# ---------------------------------------------------------------- what fits where
+# ---------------------------------------------------------------- how many GPUs hold it
 
 SIZES = (24, 40, 80, 141, 192)  # GB of GPUs on the market
-# a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
-CERTAIN = 1.1
 
 
 def divisors(n: int) -> list[int]:
@@ -422,24 +406,15 @@ def expert_slots(cfg: ModelConfig) -> int:
     return (cfg.n_experts_max or cfg.n_experts) if cfg.n_experts else 0
 
 
-def candidates(base: Layout, slots: int, rows_per_step: int):
-    """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take.
-
-    base: world, zero_stage, reduce_bytes and cuda of all of them. None where the rows do not
-    divide.
-    """
-    if rows_per_step % base.world:
-        return
+def layouts(base: Layout, slots: int):
+    """Every layout that train_fsdp.py would take with the world, zero_stage, reduce_bytes and cuda
+    of `base`."""
     shapes = [(0, 1)]  # hsdp_shard_size, expert_parallel
     if base.zero_stage:
         shapes += [(size, 1) for size in divisors(base.world)[1:-1]]
         shapes += [(0, ep) for ep in divisors(math.gcd(base.world, slots))[1:]]
     for size, ep in shapes:
-        how = (base.zero_stage, size, ep, base.reduce_bytes, base.cuda)
-        layout = Layout(base.world, *how)
-        for rows in divisors(rows_per_step // base.world):
-            for recompute in RECOMPUTE:
-                yield layout, rows, recompute
+        yield replace(base, hsdp_shard_size=size, expert_parallel=ep)
 
 
 def fewest_gpus(model, stage: int, rows_per_step: int, precision: str, room: float) -> int | None:
@@ -450,10 +425,8 @@ def fewest_gpus(model, stage: int, rows_per_step: int, precision: str, room: flo
             return None
         base = Layout(world, stage if world > 1 else 0)
         steps = rows_per_step // world
-        for layout, rows, recompute in candidates(base, expert_slots(model.cfg), rows_per_step):
-            if rows > 1 or recompute != "block":
-                continue  # one row and "block" need least
-            how = (1, steps, precision, "block", IMBALANCE)
+        for layout in layouts(base, expert_slots(model.cfg)):
+            how = (1, steps, precision, "block", IMBALANCE)  # which needs least
             if rank_memory(model, layout, *how)["total"] <= room:
                 return world
     return None
@@ -469,70 +442,6 @@ def fewest_gpus_text(
         texts.append(f"{n or 'none'} x {gb} GB")
         every = every and n is not None
     return texts, every
-
-
-def misfit(
-    model: Transformer,
-    layout: Layout,
-    rows: int,
-    rows_per_step: int,
-    how: tuple,
-    have: float,
-    share: float = 0.92,
-) -> tuple[str, bool]:
-    """Why a run cannot fit into `have` bytes a process, and what could, or ""; and whether that is
-    certain.
-
-    Certain are states (weights, gradients, moments: exact) above the memory, and an estimate
-    CERTAIN times it. how: (precision, recompute). What is named instead takes at most `share` of
-    the memory.
-    """
-    precision, recompute = how
-    rank_rows = rows_per_step // layout.world
-
-    def need(rows, recompute):
-        args = (rows, rank_rows // rows, precision, recompute, IMBALANCE)
-        return rank_memory(model, layout, *args)
-
-    now = need(rows, recompute)
-    states, total = 4 * now["weights"], now["total"]
-    if max(states, total) <= have:
-        return "", False
-    would_fit = []
-    for mode in RECOMPUTE[RECOMPUTE.index(recompute) :]:
-        sizes = []
-        for r in range(1, rows + 1):
-            if rank_rows % r == 0 and need(r, mode)["total"] <= share * have:
-                sizes.append(r)
-        words = [] if mode == recompute else [f"activation_checkpointing: {mode}"]
-        if sizes and max(sizes) < rows:
-            words.append(f"batch_size: {max(sizes)}")
-        if sizes and words:
-            would_fit.append(" with ".join(words))
-    there = f"and there are {have / GIB:.1f} GiB"
-    text = f"about {total / GIB:.1f} GiB a process, {there}"
-    if would_fit:
-        return f"{text}; {' or '.join(would_fit)} would fit", total > CERTAIN * have
-    if states > have:
-        text = f"weights, gradients and moments alone are {states / GIB:.1f} GiB a process, {there}"
-        text += ": no batch_size helps"
-    else:
-        least = need(1, "block")["total"] / GIB
-        text += f", and one row with activation_checkpointing: block still needs about {least:.1f}"
-    certain = states > have or total > CERTAIN * have
-    return f"{text}. {who_holds(model, layout, share)}", certain
-
-
-def who_holds(model: Transformer, layout: Layout, share: float) -> str:
-    """The smallest GPU for a replica and the fewest for shards, whatever the batch; one row in
-    mixed_bf16."""
-    need = rank_memory(model, Layout(), 1, 2, "mixed_bf16", "block")["total"]
-    fitting = [gb for gb in SIZES if need <= share * gb * 1e9]
-    replica = f"a GPU of {fitting[0]} GB" if fitting else "more than any GPU has"
-    stage = layout.zero_stage or 3
-    shards, _ = fewest_gpus_text(model, stage, 1 << 13, "mixed_bf16", share)
-    text = f"Whole copies need about {need / GIB:.1f} GiB: {replica}; train_fsdp.py needs"
-    return f"{text} {' or '.join(shards)}"
 
 
 # ---------------------------------------------------------------- how long to train
@@ -625,43 +534,6 @@ def chinchilla(
     }
 
 
-def plan_lines(plan: dict) -> list[str]:
-    """The start-up lines on a chinchilla() plan, advice last."""
-    p = plan
-    numbers = {k: human_number(v) for k, v in p.items() if isinstance(v, (int, float))}
-    per_token = human_number(p["flops_per_token"], "FLOP")
-    text = f"{numbers['n_params_active']} active parameters, {per_token} a token;"
-    text += f" {numbers['planned_tokens']} tokens planned, {numbers['unique_tokens']} unique:"
-    lines = [f"plan       {text} {p['epochs']:.2f} epochs"]
-    text = f"target {numbers['target_tokens']} tokens, {p['multiplier']:g} a parameter: coverage"
-    text += f" {100 * p['coverage']:.3g} %"
-    if p["epochs"] > 1:
-        text += f" (repeats count as {numbers['effective_tokens']} tokens)"
-    lines.append(f"plan       {text}")
-    compute = "no other size and length would need much less compute"
-    if p["extra_compute"] >= 0.05:
-        times = f"{1 + p['extra_compute']:.3g} times"
-        compute = f"needs {times} the compute that the best size and length would need"
-    text = f"{p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band"
-    text += f" {BAND[0]} to {BAND[1]}: {compute} for this loss"
-    if p["extrapolated"]:
-        text += f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
-    lines.append(f"plan       {text}")
-    if p["moe"]:
-        text = "that law is of dense models, on active parameters a lower bound"
-        lines.append(f"plan       {text}: MoE usually wants more")
-    if p["epochs"] > 4:
-        text = (
-            f"beyond 4 epochs repeats fade: a token of the last counts {p['last_epoch_value']:.2f}"
-        )
-        lines.append(f"advice     {text}")
-    if p["data_limited"]:
-        low, high = (human_number(n) for n in p["fitting_params"])
-        text = f"data-limited: these tokens fit {low} (4 epochs) to {high} parameters; or add data"
-        lines.append(f"advice     {text}")
-    return lines
-
-
 def auto_steps(
     n_params_active: int,
     unique_tokens: int,
@@ -682,15 +554,3 @@ def auto_steps(
     if epochs > 4:
         why += f", worth {effective_tokens(1, epochs):.3g} fresh ones"
     return steps, f"length     {steps:,} steps by tokens_per_parameter: {why}"
-
-
-YEAR = 365.25 * 86400  # seconds
-
-
-def human_time(seconds: float) -> str:
-    """A length of time in the unit that one thinks of it in: 45 s, 3.2 hours, 40,000 years."""
-    for unit, size in (("years", YEAR), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            n = float(f"{seconds / size:.3g}")
-            return f"{n:,.0f} {unit}" if n >= 100 else f"{n:g} {unit}"
-    return f"{seconds:.3g} s"

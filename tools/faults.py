@@ -390,7 +390,7 @@ def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False
         "reason": reason[:300],
         "step": trainer.step,
         "iterations": now(trainer) - (1 if code == 0 else 0),  # an iteration that only ended it
-        "val_loss": trainer.val_loss,
+        "val_loss": trainer.progress.val_loss,
         "dropped": trainer.orchestrator.dropped,
         "decisions": decisions_of(trainer.out),
         "reference": len(acted_at),

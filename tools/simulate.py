@@ -2,13 +2,15 @@
 
 In this order: traffic and time of a step, by arithmetic; the cheapest configuration; the lines that
 are printed; a look at a few layers on fake tensors; the dry run itself. Memory is lumen/plan.py's,
-data sheets are lumen/machine.py's. Nothing here trains.
+data sheets are lumen/cards.py's. Nothing here trains.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,34 +20,34 @@ import torch.distributed as dist
 
 from kernels import run_experts
 from lumen import machine as machines
+from lumen.cards import ETHERNET, HARDWARE, NO_BF16, PCIE, Hardware, hardware_key
 from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
+from lumen.exchange import AllToAll, Combine
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
-from lumen.machine import Hardware, human_number
+from lumen.machine import YEAR, Machine, human_number, human_time
 from lumen.plan import (
     GIB,
     IMBALANCE,
     RECOMPUTE,
     SIZES,
-    YEAR,
     Layout,
+    ShardedStep,
     StepShape,
     Unit,
-    candidates,
     count_parameters,
+    divisors,
     expert_slots,
     fewest_gpus_text,
     fsdp_units,
-    human_time,
     kept_bytes,
+    layouts,
     number_bytes,
     on_meta,
     parameter_shapes,
     rank_memory,
-    training_flops,
-    visible_memory,
 )
 from lumen.report import Report
 from lumen.resolve import (
@@ -65,7 +67,7 @@ from lumen.resolve import (
 )
 from model import ModelConfig, Transformer, role
 from train import lr_at
-from train_fsdp import AllToAll, Combine, Sharded, meshes, parallelize
+from train_fsdp import meshes, parallelize
 
 GB = 1e9
 
@@ -96,6 +98,12 @@ class Simulated:
     memory: dict  # see plan.rank_memory
     traffic: dict  # see traffic
     seconds: dict  # compute, optimizer, each kind of traffic; step: all together
+
+
+@functools.lru_cache(maxsize=8)
+def training_flops(model: Transformer) -> int:
+    """FLOPs a token; kept, since a search asks a thousand times."""
+    return model.flops_per_token()
 
 
 def ring_seconds(hw: Hardware, n_bytes: float, ranks: int, stride: int = 1, each=False) -> float:
@@ -204,6 +212,19 @@ def simulate_step(
     return Simulated(layout, step, memory, messages, seconds)
 
 
+def candidates(base: Layout, slots: int, rows_per_step: int):
+    """(layout, micro-batch, recompute) of every configuration that train_fsdp.py would take.
+
+    base: see plan.layouts. None where the rows do not divide.
+    """
+    if rows_per_step % base.world:
+        return
+    for layout in layouts(base, slots):
+        for rows in divisors(rows_per_step // base.world):
+            for recompute in RECOMPUTE:
+                yield layout, rows, recompute
+
+
 def cheapest(
     model,
     base: Layout,
@@ -214,7 +235,7 @@ def cheapest(
     assumed: Assumed,
 ) -> Simulated | None:
     """The configuration that fits into `room` bytes with the shortest step, or None. base: see
-    plan.candidates.
+    candidates.
 
     Of equal ones that which sends least: the assumed mfu is the same for every micro-batch.
     """
@@ -300,7 +321,7 @@ class Simulation:
     def __init__(
         self, model, layout: Layout, step: StepShape, max_steps: int, hw, name: str, assumed
     ):
-        """hw: machine.Hardware, called `name`. E002 where the layout cannot be."""
+        """hw: Hardware, called `name`. E002 where the layout cannot be."""
         layout.check(expert_slots(model.cfg))
         self.model, self.layout, self.step, self.max_steps = model, layout, step, max_steps
         self.hw, self.name, self.assumed = hw, name, assumed
@@ -455,6 +476,14 @@ def compared_lines(
     return [f"checked    {text}", f"checked    {far}: {planned(layers) / line - 1:+.1%}"]
 
 
+def visible_memory(model, layout: Layout, rows: int, precision: str, recompute: str) -> dict:
+    """rank_memory of one balanced micro-step, without what fake_run cannot see:
+    moments, what the experts' operator allocates inside, and logits in chunks larger than a
+    CPU's."""
+    step = StepShape(rows, 1, precision, recompute)
+    return ShardedStep(model, layout, step, imbalance=1.0, all_visible=False).peak()
+
+
 def balanced(group, x, p, ids, w13, w2, backend: str):
     """exchange() where every rank sends and gets equally many rows: no host looks at data, of which
     there is none."""
@@ -481,7 +510,7 @@ def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
     try:
         with torch.device("meta"):
             model = Transformer(small)
-        dtype = Sharded.compute_dtype(cfg.precision)
+        dtype = machines.DTYPES[cfg.precision]
         parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
         model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
         with machines.fake_tensors():
@@ -498,11 +527,72 @@ def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
 # ---------------------------------------------------------------- python train.py CONFIG --dry_run
 
 
+GIVEN = {  # --name: (field of Hardware, unit)
+    "peak_flops": ("flops", 1),
+    "memory_gb": ("memory", 1e9),
+    "link_gb_s": ("link", 1e9),
+    "network_gb_s": ("network", 1e9),
+    "gpus_per_node": ("per_node", 1),
+}
+
+
+def hardware(name: str, m: Machine, given: dict) -> Hardware:
+    """The table's row, or this machine measured (`measured`; `cpu`: its CPU), with what `given`
+    overrides.
+
+    given: see GIVEN. UserError E002: see hardware_key.
+    """
+    key = hardware_key(name)
+    row = HARDWARE[key] if key in HARDWARE else measured_hardware(key, m, given)
+    changed = {}
+    for option, (name_here, unit) in GIVEN.items():
+        if option in given:
+            changed[name_here] = given[option] * unit
+    source = row.source
+    if changed:
+        source += f"; given: {', '.join(changed)}"
+    return replace(row, **changed, source=source)
+
+
+def measured_hardware(key: str, m: Machine, given: dict) -> Hardware:
+    """This machine's device, or (`cpu`) its CPU, which the processes of a machine share."""
+    device = m.device if key == "measured" else torch.device("cpu")
+    dtype = m.compute_dtype if key == "measured" else torch.float32
+    cuda = device.type == "cuda"
+    flops, bandwidth = machines.matrix_peak(device, dtype), copy_bandwidth(device)
+    local = torch.cuda.device_count() if cuda else 1
+    per_node = max(local, given.get("gpus_per_node", 1))
+    share = per_node if device.type == "cpu" else 1
+    return Hardware(
+        flops=flops / share,
+        fp32=flops / share,
+        memory=machines.total_memory(device) / share,
+        bandwidth=bandwidth / share,
+        link=PCIE * 1e9,
+        network=8 * ETHERNET * 1e9 / per_node,
+        per_node=local,
+        source="matrices and memory measured here; network assumed",
+    )
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """bytes/s of the device's memory, read and written, the best of three copies of 64 MiB."""
+    block = torch.empty(1 << 26, dtype=torch.uint8, device=device)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        block.clone()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(block) / best
+
+
 def precision_there(hardware: str, precision: str) -> str:
     """The precision of a run on other hardware, whatever this machine can do."""
     if precision == "fp32" or hardware == "cpu":
         return "fp32"
-    return "mixed_fp16" if hardware in machines.NO_BF16 else "mixed_bf16"
+    return "mixed_fp16" if hardware in NO_BF16 else "mixed_bf16"
 
 
 class DryRun:
@@ -573,7 +663,7 @@ class DryRun:
         )
 
     def hardware(self) -> Hardware:
-        return machines.hardware(self.flags["hardware"], self.machine, self.flags)
+        return hardware(self.flags["hardware"], self.machine, self.flags)
 
     def facts(self, notes: list[str]) -> Start:
         """What the start lines are made of."""
@@ -639,10 +729,10 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     is the question here.
     """
     world = flags.get("world_size", environment("WORLD_SIZE", 1))
-    kind = machines.hardware_key(flags.get("hardware", "measured" if world == 1 else "h100"))
+    kind = hardware_key(flags.get("hardware", "measured" if world == 1 else "h100"))
     flags = flags | {"world_size": world, "hardware": kind}
     there = cfg
-    if kind in machines.NO_BF16 and cfg.precision != "fp32":
+    if kind in NO_BF16 and cfg.precision != "fp32":
         there = replace(cfg, precision="mixed_fp16")
     layout = check(there, world) if check else Layout(world)
     device = kind

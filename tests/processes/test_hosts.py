@@ -353,7 +353,10 @@ def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
 # ---------------------------------------------------------------- a rank that hangs
 
 
-@pytest.mark.parametrize("script, rank", [("train", 1), ("train_fsdp", 0)])
+SHARDED = pytest.param("train_fsdp", 0, marks=pytest.mark.nightly)  # 12 s, the same seam
+
+
+@pytest.mark.parametrize("script, rank", [("train", 1), SHARDED])
 def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank):
     """One of two ranks sleeps for ever after three steps. The limit of the first step, half an hour, holds no longer:
     the other one says E601 and asks for a restart."""

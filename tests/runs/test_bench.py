@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, write_yaml
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import kernels
 import train
 from lumen import files
 from lumen import machine as machines
@@ -17,7 +18,7 @@ from lumen.detectors import StepNumbers
 from lumen.errors import UserError
 from lumen.report import main as report_main
 from model import ModelConfig
-from tools import bench, faults
+from tools import bench, bench_step, faults, timing
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
@@ -26,15 +27,15 @@ MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 def quick(monkeypatch):
     """No second of matrix products per command, no Triton, whose interpreter takes minutes; and the flag that steps set
     is taken back."""
-    monkeypatch.setattr(bench.expert_kernels, "triton", None)
-    monkeypatch.setattr(bench, "machine_line", lambda m=None: "this machine")
+    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(timing, "machine_line", lambda m=None: "this machine")
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
 
 
 def test_options_are_typed_and_unknown_ones_refused():
-    o = bench.options(
+    o = timing.options(
         ["--rounds", "3", "--no-peer", "--out=a_b", "sync"],
         rounds=7,
         no_peer=False,
@@ -44,7 +45,7 @@ def test_options_are_typed_and_unknown_ones_refused():
     assert (o.rounds, o.no_peer, o.out, o.parts) == (3, True, "a_b", ["sync"])
     for words in (["--turns", "3"], ["--rounds", "many"], ["--rounds"], ["stray"]):
         with pytest.raises(UserError) as error:
-            bench.options(words, rounds=7)
+            timing.options(words, rounds=7)
         assert error.value.code == "E002"
     for words in (
         ["fly"],
@@ -65,14 +66,14 @@ def test_kernels_compares_the_backends(capsys):
 
 def test_kept_bytes_counts_a_storage_once_and_not_what_is_left_out():
     x, w = torch.randn(10, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-    assert bench.kept_bytes(lambda: (x @ w) * (x @ w).view(10, 4), [w]) == 3 * 160
-    assert bench.kept_bytes(lambda: x[:5] @ w + x[5:] @ w, [w]) == 160
+    assert bench_step.kept_bytes(lambda: (x @ w) * (x @ w).view(10, 4), [w]) == 3 * 160
+    assert bench_step.kept_bytes(lambda: x[:5] @ w + x[5:] @ w, [w]) == 160
 
 
 @pytest.mark.parametrize("keys", [{}, MOE, bench.HALF])
 def test_our_step_clips_and_feeds_adam_the_gradient_of_the_mean_loss(keys):
-    cfg = ModelConfig(**bench.TOY | keys)
-    run = bench.Ours(cfg, machines.detect("cpu", "fp32"), 2)
+    cfg = ModelConfig(**bench_step.TOY | keys)
+    run = bench_step.Ours(cfg, machines.detect("cpu", "fp32"), 2)
     before = [p.detach().clone() for p in run.model.parameters()]
     (run.model(run.x, targets=run.y)[0] / run.x.numel()).backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -90,15 +91,15 @@ def test_our_step_clips_and_feeds_adam_the_gradient_of_the_mean_loss(keys):
 def test_peer_has_the_same_size_and_both_bf16_forms_step():
     pytest.importorskip("transformers")
     m = machines.detect("cpu", "fp32")
-    cfg = ModelConfig(**bench.TOY | MOE)
-    ours = sum(p.numel() for p in bench.Ours(cfg, m, 2).model.parameters())
+    cfg = ModelConfig(**bench_step.TOY | MOE)
+    ours = sum(p.numel() for p in bench_step.Ours(cfg, m, 2).model.parameters())
     for precision in ("fp32", "autocast", "masters"):
-        peer = bench.Peer(cfg, m, 2, experts="eager", precision=precision)
+        peer = bench_step.Peer(cfg, m, 2, experts="eager", precision=precision)
         assert sum(p.numel() for p in peer.model.parameters()) == ours
         assert abs(peer().item() - 4.85) < 0.3
         assert all(p.dtype == torch.float32 and p.grad is None for p in peer.masters)
     copies = 4 * 2 * cfg.max_seq_len * 2 * 3 * cfg.d_model * cfg.d_expert * cfg.n_layers
-    assert any("batched_mm" in v[0] for v in bench.peer_variants(cfg, m, 2)) == (
+    assert any("batched_mm" in v[0] for v in bench_step.peer_variants(cfg, m, 2)) == (
         copies < machines.total_memory("cpu") / 2
     )
 
@@ -130,40 +131,40 @@ def test_no_time_of_a_run_that_compiled(monkeypatch):
     """The second run of a new shape compiles again (dynamic sizes), forward and backward: neither is timed. What
     compiles for ever has no time."""
     now, size = [0.0], [3]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     f = torch.compile(lambda x: (x * 2).sin().sum(), backend="aot_eager")
 
     def run():
-        before = bench.compiled_so_far()
+        before = timing.compiled_so_far()
         f(torch.ones(size[0], requires_grad=True)).backward()
-        now[0] += 60.0 if bench.compiled_so_far() > before else 1.0
+        now[0] += 60.0 if timing.compiled_so_far() > before else 1.0
         size[0] = 4
 
-    assert bench.interleaved({"": run}, 3, "cpu", warm_up=0) == {"": [1.0] * 3}
+    assert timing.interleaved({"": run}, 3, "cpu", warm_up=0) == {"": [1.0] * 3}
     counts = iter(range(1000))
-    monkeypatch.setattr(bench, "compiled_so_far", lambda: next(counts))
+    monkeypatch.setattr(timing, "compiled_so_far", lambda: next(counts))
     with pytest.raises(RuntimeError, match="compiled in each"):
-        bench.interleaved({"": lambda: None}, 1, "cpu")
+        timing.interleaved({"": lambda: None}, 1, "cpu")
 
 
 def test_mfu_is_never_above_the_peak(monkeypatch):
     """The peak was measured while the machine was busy: again, or there is none."""
     m = machines.detect("cpu", "fp32")
     monkeypatch.setattr(machines, "matrix_peak", lambda *a: 200.0)
-    assert bench.mfu([50.0], m, 100.0) == "50.0 %"
-    assert bench.mfu([50.0, 120.0], m, 100.0).startswith("median 0.425")
-    assert bench.mfu([50.0, 220.0], m, 100.0).startswith("- (")
+    assert timing.mfu([50.0], m, 100.0) == "50.0 %"
+    assert timing.mfu([50.0, 120.0], m, 100.0).startswith("median 0.425")
+    assert timing.mfu([50.0, 220.0], m, 100.0).startswith("- (")
 
 
 def test_time_limit_and_variants_that_fail(capsys):
-    with pytest.raises(TimeoutError), bench.time_limit(0.05):
+    with pytest.raises(TimeoutError), timing.time_limit(0.05):
         while True:
             pass
 
     def broken():
         raise ImportError("no such kernel")
 
-    works = bench.fastest(
+    works = bench_step.fastest(
         "x", [("a", broken, False), ("b", lambda: lambda: torch.zeros(()), False)], 5, "cpu"
     )
     assert works is not None and "left out: ImportError: no such kernel" in capsys.readouterr().out
@@ -192,7 +193,7 @@ def test_learn_keeps_what_is_there_and_tells_it(tiny, tmp_path, monkeypatch, cap
 
 
 def test_gpu_parts_run_on_the_cpu(capsys):
-    assert bench.sync_check(machines.detect("cpu", "fp32"), True) == 0
+    assert bench_step.sync_check(machines.detect("cpu", "fp32"), True) == 0
     assert "sigmoid, shared" in capsys.readouterr().out
     if not torch.cuda.is_available():
         with pytest.raises(UserError) as error:
@@ -200,6 +201,7 @@ def test_gpu_parts_run_on_the_cpu(capsys):
         assert error.value.code == "E003"
 
 
+@pytest.mark.nightly  # 22 s: a benchmark's own run
 def test_what_a_layout_costs(capsys, monkeypatch):
     """Two launches of two ranks: what they gather and reduce is what the plan says they do."""
     monkeypatch.setitem(
@@ -241,6 +243,7 @@ def small(monkeypatch, tmp_path):
     return go
 
 
+@pytest.mark.nightly  # 7 s: `tools.bench faults --quick` in .ci/run goes the same way
 def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch):
     # in turn, and in this process: a new one would not see the sizes of `small`
     monkeypatch.setattr(
@@ -285,6 +288,7 @@ def test_faults_are_injected_judged_and_not_run_twice(small, capsys, monkeypatch
         assert error.value.code == "E002"
 
 
+@pytest.mark.nightly  # 10 s
 def test_kinds_of_model_run_side_by_side(tmp_path, capsys):
     """Each in its process, from what the file holds and back into it; a part that fails is said."""
     out, run = (

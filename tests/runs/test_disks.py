@@ -78,7 +78,10 @@ def test_the_best_was_damaged(tiny):
     ).fit()  # and worse
     checkpoint.set_damaged_aside(checkpoint.step_dir(out, 8))
     trainer = Trainer(keys | {"max_steps": 10})
-    assert trainer.step == 10 and (trainer.best_step, trainer.best_val_loss) == (4, good)
+    assert trainer.step == 10 and (trainer.progress.best_step, trainer.progress.best_val_loss) == (
+        4,
+        good,
+    )
     assert checkpoint.best_step(out) == 4 and checkpoint.find(out, best=True).step == 4
     trainer.close()
 

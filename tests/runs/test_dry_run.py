@@ -11,8 +11,8 @@ from conftest import ROOT, run_python, write_yaml
 
 import train
 import train_fsdp
+from lumen import cards, plan
 from lumen import machine as machines
-from lumen import plan
 from lumen.cli import read_config
 from lumen.errors import UserError
 from model import HeadLoss, ModelConfig, Transformer
@@ -30,7 +30,7 @@ DENSE, MOE = (
     ModelConfig(**SMALL),
     ModelConfig(**SMALL, n_experts=8, d_expert=32, n_shared_experts=1, n_dense_layers=1),
 )
-H100 = machines.HARDWARE["h100"]
+H100 = cards.HARDWARE["h100"]
 LAYOUTS = [
     plan.Layout(*x)
     for x in ((8, 3), (8, 2), (8, 1), (8, 3, 2), (8, 3, 4), (6, 3), (8, 3, 0, 2), (8, 3, 0, 8))
@@ -136,7 +136,7 @@ def test_search_finds_the_cheapest_that_fits(cfg):
         shape = plan.StepShape(rows, steps, "mixed_bf16", recompute)
         return simulate.simulate_step(model, layout, shape, H100, assumed)
 
-    every = plan.candidates(base, cfg.n_experts, rows_per_step)
+    every = simulate.candidates(base, cfg.n_experts, rows_per_step)
     need = sorted(step(*candidate).memory["total"] for candidate in every)
     for room in (need[0] - 1, need[0], need[len(need) // 2], need[-1]):
         how = (rows_per_step, "mixed_bf16", H100, room, assumed)
@@ -277,6 +277,7 @@ def dry(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.nightly  # 12 s; the smaller ones stay
 def test_the_largest_preset_in_a_minute():
     start = time.time()
     result = run_python(

@@ -34,7 +34,7 @@ def test_a_checkpoint_written_before_the_house_was_rebuilt_goes_on_exactly(tmp_p
     zipfile.ZipFile(ROOT / "tests" / "fixtures" / "run_77c1c6b.zip").extractall(out)
     trainer = Trainer(KEYS | {"data_dir": str(data), "out_dir": str(out), "max_steps": 14})
     assert trainer.step == 10
-    assert trainer.val_loss == VAL_LOSS
+    assert trainer.progress.val_loss == VAL_LOSS
     assert trainer.fit() == 0
     went_on = losses(out)
     assert [went_on[step] for step in (11, 12, 13, 14)] == pytest.approx(WENT_ON, abs=1e-5)

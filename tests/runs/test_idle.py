@@ -71,7 +71,10 @@ def test_idle_is_identical_everywhere(tiny, kind, schedule, accumulate, dropout,
     )
 
 
-@pytest.mark.parametrize("ranks, kinds", [(2, ("dense", "hybrid")), (3, ("moe",))])
+THREE = pytest.param(3, ("moe",), marks=pytest.mark.nightly)  # 18 s
+
+
+@pytest.mark.parametrize("ranks, kinds", [(2, ("dense", "hybrid")), THREE])
 def test_idle_is_identical_on_several_ranks(tiny, ranks, kinds):
     jobs = []
     for kind in kinds:

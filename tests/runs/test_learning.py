@@ -136,7 +136,7 @@ def run(trainer: Trainer) -> tuple[list[float], float]:
     from conftest import losses
 
     trainer.fit()
-    return [x for _, x in sorted(losses(trainer.out).items())], trainer.val_loss
+    return [x for _, x in sorted(losses(trainer.out).items())], trainer.progress.val_loss
 
 
 @pytest.mark.parametrize("kind", ("dense", "top-2"))

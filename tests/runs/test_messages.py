@@ -105,11 +105,11 @@ def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
     assert "nothing was learned" in decisions(trainer)[0]["reason"]
     watch = trainer.orchestrator
     watch.loss.losses.extend([2.0] * 8)
-    trainer.val_loss = 9.0
+    trainer.progress.val_loss = 9.0
     assert "fewer epochs" in watch.worse_than_guessing()[1]
-    trainer.val_loss = float("nan")
+    trainer.progress.val_loss = float("nan")
     assert "val_loss is nan" in watch.worse_than_guessing()[0]
-    trainer.val_loss = 4.6
+    trainer.progress.val_loss = 4.6
     assert watch.worse_than_guessing() is None
 
 

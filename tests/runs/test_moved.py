@@ -144,15 +144,19 @@ def test_numbers_of_another_validation_set_are_not_compared(tiny, spoken, capsys
     model and patience counted against it. All of that begins anew, and is kept where the set is the same."""
     keys = speak(tiny, spoken / "a", early_stopping_patience=5)
     first = trained(keys)
-    assert first.best_step == 4
+    assert first.progress.best_step == 4
 
     def again(**changes):
         trainer = Trainer(keys | {"allow_data_change": True, "max_steps": 6} | changes)
-        found = trainer.best_val_loss, trainer.best_step, (trainer.out / "best.json").exists()
+        found = (
+            trainer.progress.best_val_loss,
+            trainer.progress.best_step,
+            (trainer.out / "best.json").exists(),
+        )
         trainer.close()
         return found
 
-    assert again() == (first.best_val_loss, 4, True), "the same set"
+    assert again() == (first.progress.best_val_loss, 4, True), "the same set"
     capsys.readouterr()
     for change in ({"data_dir": str(spoken / "more")}, {"eval_tokens": 512}):
         shutil.copytree(first.out, copy := Path(f"{first.out}-{len(change)}-{[*change][0]}"))
@@ -162,9 +166,9 @@ def test_numbers_of_another_validation_set_are_not_compared(tiny, spoken, capsys
         keys | {"allow_data_change": True, "max_steps": 6, "data_dir": str(spoken / "more")}
     )
     assert (
-        last.best_step == 6
+        last.progress.best_step == 6
         and checkpoint.best_step(last.out) == 6
-        and not last.evaluations_since_best
+        and not last.progress.evaluations_since_best
     )
 
 
@@ -172,10 +176,10 @@ def test_more_text_for_training_leaves_the_validation_set_as_it_is(tiny, shards,
     """Shards were added, the val_ shard is the same: its best is still the best."""
     shutil.copytree(shards, folder := tmp_path / "data")
     (folder / "part_2.npy").rename(folder / "val_0.npy")
-    best = trained(tiny(data_dir=str(folder), max_steps=4)).best_val_loss
+    best = trained(tiny(data_dir=str(folder), max_steps=4)).progress.best_val_loss
     np.save(folder / "part_9.npy", np.arange(3000, dtype=np.uint16) % 97)
     again = Trainer(tiny(data_dir=str(folder), max_steps=5, allow_data_change=True))
-    assert again.best_val_loss == best
+    assert again.progress.best_val_loss == best
     again.close()
 
 

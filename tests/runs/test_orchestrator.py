@@ -202,7 +202,7 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny, refer
         "saved during the alarm"
     )
     healthy = reference(tiny("healthy", **LONG | {"min_lr": 1e-5}))
-    assert abs(trainer.val_loss - healthy.val_loss) < 0.05
+    assert abs(trainer.progress.val_loss - healthy.progress.val_loss) < 0.05
     row = next(d for d in decisions(trainer) if d.get("action") == "rollback")
     due = row["turn"] + JUDGE_AFTER
     outcome = [d for d in decisions(trainer) if d.get("kind") == "outcome" and d["id"] == row["id"]]
@@ -235,7 +235,9 @@ def test_a_young_run_that_loses_all_goes_back(tiny, reference):
         and row["args"]["to_step"] < 40
     )
     healthy = reference(tiny("healthy", **LONG | {"min_lr": 1e-5}))
-    assert actions(healthy) == [] and abs(trainer.val_loss - healthy.val_loss) < 0.3
+    assert (
+        actions(healthy) == [] and abs(trainer.progress.val_loss - healthy.progress.val_loss) < 0.3
+    )
 
 
 def test_what_does_not_come_back_after_a_rollback_stops_the_run(tiny):

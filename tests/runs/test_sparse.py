@@ -161,7 +161,7 @@ def test_any_split_of_the_batch_trains_alike(tiny, kind):
     for micro in (4, 1):
         rows = dict(batch_size=micro, gradient_accumulation_steps=4 // micro)
         trainer = finish(tiny(f"r{micro}", model, max_steps=8, **rows))
-        found.append((losses(trainer.out), trainer.val_loss))
+        found.append((losses(trainer.out), trainer.progress.val_loss))
     (a, val), (b, other) = found
     assert max(abs(a[s] - b[s]) for s in a) < 1e-5 and abs(val - other) < 1e-5
 

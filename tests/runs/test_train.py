@@ -123,7 +123,7 @@ def test_any_split_of_the_batch_trains_alike(tiny):
         )
         splits[micro, accum] = (
             losses(finish(keys).out),
-            finish(keys | {"overwrite": True, "resume": "none"}).val_loss,
+            finish(keys | {"overwrite": True, "resume": "none"}).progress.val_loss,
         )
     (first, val), *others = splits.values()
     for other, other_val in others:
@@ -312,7 +312,7 @@ def test_all_damaged_does_not_silently_start_anew(tiny):
 
 def test_retention(tiny):
     trainer = finish(tiny(max_steps=14, save_interval=2, save_total_limit=2, keep_every=6))
-    assert set(checkpoint.list_steps(trainer.out)) == {6, 12, 14, trainer.best_step}
+    assert set(checkpoint.list_steps(trainer.out)) == {6, 12, 14, trainer.progress.best_step}
 
 
 def test_model_keys_and_data_must_match(tiny, tmp_path, shards, monkeypatch):
@@ -421,9 +421,9 @@ def test_early_stopping_and_its_memory(tiny):
         max_steps=40, eval_interval=2, early_stopping_patience=2, learning_rate=0.0, min_lr=0.0
     )
     trainer = finish(keys)
-    assert trainer.step == 6 and trainer.stopped_early
+    assert trainer.step == 6 and trainer.progress.stopped_early
     again = Trainer(keys)
-    assert again.stopped_early and again.step == 6
+    assert again.progress.stopped_early and again.step == 6
     again.loader.close()
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lumen.progress import Progress
 from train import FLAGS, Due, Trainer, every, flatten, unflatten
 
 FRESH = {  # a run of 20 steps in the midst of its life
@@ -26,6 +27,10 @@ def state(**changes) -> SimpleNamespace:
     keys = FRESH | changes
     intervals = {name: keys.pop(name) for name in ("save_interval", "eval_interval")}
     saver = SimpleNamespace(unsaved=keys.pop("unsaved"), writing=None)
+    progress = Progress(
+        evaluated_at=keys.pop("evaluated_at"), stopped_early=keys.pop("stopped_early")
+    )
+    keys["progress"] = progress
     run = SimpleNamespace(max_steps=20)
     return SimpleNamespace(**keys, cfg=SimpleNamespace(**intervals), run=run, saver=saver)
 
@@ -76,13 +81,13 @@ def as_it_was(s, rolled, new_best) -> tuple[bool, bool]:
     """(whether it evaluates, whether it saves): the loop's own lines at commit 77c1c6b."""
     cfg = s.cfg
     stop, wants_save = s.stopping, s.save_asked
-    last = s.step >= s.run.max_steps or s.stopped_early
-    owed = s.evaluated_at != s.step and (last or s.step > 0)
+    last = s.step >= s.run.max_steps or s.progress.stopped_early
+    owed = s.progress.evaluated_at != s.step and (last or s.step > 0)
     here = s.step != s.started_at or owed
     due_save = last or (cfg.save_interval and s.step % cfg.save_interval == 0)
     due_eval = due_save or wants_save or rolled
     due_eval = due_eval or (cfg.eval_interval and s.step % cfg.eval_interval == 0)
-    fresh = (here and s.evaluated_at != s.step) or rolled
+    fresh = (here and s.progress.evaluated_at != s.step) or rolled
     evaluates = bool(fresh and due_eval and not stop)
     new_best = evaluates and new_best
     retry = s.saver.unsaved and s.step % max(1, cfg.save_interval // 10) == 0

@@ -175,13 +175,14 @@ def test_what_did_not_survive_is_not_repeated():
 def test_a_replay_cuts_the_run_by_the_same_method(resumed):
     """Else one that is stopped after the cut goes on to the old length."""
     lengths = []
-    trainer = types.SimpleNamespace(set_length=lengths.append, stopped_early=False)
+    progress = types.SimpleNamespace(stopped_early=False)
+    trainer = types.SimpleNamespace(set_length=lengths.append, progress=progress)
     orchestrator = types.SimpleNamespace(trainer=trainer, control=None)
     row = {"run": "r", "id": 1, "turn": 1, "cursor": 4, "trigger": "length", "level": 2}
     row |= {"action": "start the decay", "args": {"max_steps": 80}, "executed": True}
     replay = Replay([row], "file", "r", 1)
     replay.repeat(row if not resumed else row | {"action": "stop"}, orchestrator)
-    assert (lengths, trainer.stopped_early) == (([], True) if resumed else ([80], False))
+    assert (lengths, trainer.progress.stopped_early) == (([], True) if resumed else ([80], False))
 
 
 # ---------------------------------------------------------------- state of before

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from lumen import forecast, plan
+from lumen import cards, forecast, lines, plan
 from lumen import machine as machines
 from lumen.cli import presets, read_config
 from lumen.errors import UserError
@@ -243,16 +243,11 @@ CARDS |= {"Tesla V100-SXM2-32GB": "v100"}
 
 def test_a_card_is_known_by_all_words_of_its_name_or_not_at_all():
     for name, key in CARDS.items():
-        assert machines.data_sheet(name) is machines.HARDWARE[key], name
-        assert machines.hardware_key(name) == key
+        assert cards.data_sheet(name) is cards.HARDWARE[key], name
+        assert cards.hardware_key(name) == key
     for name in OTHERS.split("|"):
-        assert machines.data_sheet(name) is machines.data_sheet(f"NVIDIA {name}") is None, name
-    assert (
-        machines.data_sheet("")
-        is machines.data_sheet("x86_64")
-        is machines.data_sheet("NVIDIA")
-        is None
-    )
+        assert cards.data_sheet(name) is cards.data_sheet(f"NVIDIA {name}") is None, name
+    assert cards.data_sheet("") is cards.data_sheet("x86_64") is cards.data_sheet("NVIDIA") is None
 
 
 def test_the_peak_of_an_unknown_card_is_measured_never_a_neighbours(monkeypatch):
@@ -271,7 +266,7 @@ def test_a_card_as_people_type_it():
         "cpu": "cpu",
     }
     typed |= {"A100_80GB": "a100-80gb", "h100-sxm": "h100", "Measured": "measured"}
-    assert {name: machines.hardware_key(name) for name in typed} == typed
+    assert {name: cards.hardware_key(name) for name in typed} == typed
     hints = {
         "a100": "it may be a100-80gb or a100-40gb;",
         "80gb": "it may be h100 or a100-80gb;",
@@ -288,7 +283,7 @@ def test_a_card_as_people_type_it():
     }
     for name, hint in hints.items():
         with pytest.raises(UserError, match="E002.* is not known; .*--peak_flops") as e:
-            machines.hardware_key(name)
+            cards.hardware_key(name)
         assert (hint or "is not known; known: b200") in e.value.text, e.value.text
 
 
@@ -302,7 +297,7 @@ def test_lengths_of_time_are_in_units_that_one_thinks_in():
         1e8: "3.17 years",
     }
     spans |= {1.3e12: "41,200 years", 4.3e14: "13,600,000 years"}
-    assert {s: plan.human_time(s) for s in spans} == spans
+    assert {s: machines.human_time(s) for s in spans} == spans
 
 
 def test_lunaris_yaml_is_as_its_readme_has_it():
@@ -405,10 +400,12 @@ def test_env_reports_and_says_when_training_cannot_work(capsys, monkeypatch):
 
 
 def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    (wanted,) = (Requirement(line).specifier for line in lines if line.startswith("torch"))
+    wanted_lines = (ROOT / "requirements.txt").read_text().splitlines()
+    (wanted,) = (Requirement(line).specifier for line in wanted_lines if line.startswith("torch"))
     assert all(f"{version}.0" in wanted for version in machines.TRIED)
-    assert f"torch>={machines.TRIED[0]}," in "\n".join(lines), "the oldest that pip takes was tried"
+    assert f"torch>={machines.TRIED[0]}," in "\n".join(wanted_lines), (
+        "the oldest that pip takes was tried"
+    )
     assert [machines.untried(f"{version}.9+cu130") for version in machines.TRIED] == [[]] * len(
         machines.TRIED
     )
@@ -507,8 +504,8 @@ def test_plan_of_a_sound_run_and_of_one_without_data():
         and not sound["extrapolated"]
         and not sound["data_limited"]
     )
-    assert len(plan.plan_lines(sound)) == 3 and all(
-        line.startswith("plan  ") for line in plan.plan_lines(sound)
+    assert len(lines.plan_lines(sound)) == 3 and all(
+        line.startswith("plan  ") for line in lines.plan_lines(sound)
     )
     # LuminaAI's notebook: a billion parameters on 2.5 million tokens
     starved = plan.chinchilla(10**9, 2_500_000, 125_000_000, 6e9, moe=True)
@@ -517,7 +514,7 @@ def test_plan_of_a_sound_run_and_of_one_without_data():
     )
     assert starved["data_limited"] and 2e6 < starved["fitting_params"][1] < 5e6
     assert starved["extrapolated"] == ["tokens", "FLOPs"]
-    text = "\n".join(plan.plan_lines(starved))
+    text = "\n".join(lines.plan_lines(starved))
     assert re.search(
         r"needs [\d.]+ times the compute that the best size and length would need for this loss",
         text,

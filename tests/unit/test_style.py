@@ -44,11 +44,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 1705,
-    "train_fsdp.py": 385,
-    "lumen/machine.py": 704,
-    "lumen/plan.py": 696,
-    "tools/bench.py": 1343,
+    "train.py": 1574,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
@@ -56,7 +52,6 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
     "train.py": {"large_class": 1, "few_comments": 1},
-    "tools/bench.py": {"text_times_bool": 1},
     "tools/import_lunaris.py": {"loop_over_nothing": 1},
 }
 

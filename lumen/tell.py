@@ -1,0 +1,120 @@
+"""What a run says of itself: before it starts, at each log step, at its end.
+
+`Teller` reads a Trainer and changes nothing in it. The texts are made in lumen/lines.py, from plain
+values; the files are Report's.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from lumen import lines
+from lumen import machine as machines
+from lumen.detectors import StepNumbers
+from lumen.launch import clock
+from lumen.machine import resident_bytes
+from lumen.orchestrate import LR_CUT
+from lumen.resolve import n_working
+
+
+class Teller:
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.forecast: dict = {}  # what the last look ahead found, for the next row
+
+    def facts(self, notes: list[str] | None = None) -> lines.Start:
+        """What the start lines and suggested.yaml are made of."""
+        t = self.trainer
+        hint = [t.hint] if t.hint else []
+        return lines.Start(
+            cfg=t.cfg,
+            run=t.run,
+            model=t.counted,
+            machine=t.machine,
+            layout=t.parallel.layout,
+            readers=t.parallel.rows()[1],
+            sources=t.sources,
+            val_sources=t.val_sources,
+            n_working=n_working(t.counted),
+            flops_per_token=t.flops_per_token,
+            peak=t.peak,
+            world=t.parallel.world,
+            lr_at_peak=t.scheduled_lr(t.run.peak_step),
+            last_lr=t.scheduled_lr(t.run.max_steps - 1),
+            misfit=t.misfit,
+            notes=[*(notes or []), *t.machine.notes, *hint, *t.changes],
+        )
+
+    def start(self, notes: list[str]) -> None:
+        """What will run."""
+        for line in lines.start_lines(self.facts(notes)):
+            self.trainer.say(line)
+
+    def step(self, numbers: StepNumbers) -> None:
+        """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
+        t, cfg, done = self.trainer, self.trainer.cfg, numbers.step + 1
+        interval = t.watch.interval(done)
+        row = {"step": done, "attempt": t.attempt, "tokens": t.tokens}
+        row |= lines.step_row(numbers)
+        # MoD's capacity may be annealed, and the FLOPs with it
+        flops = t.model.flops_per_token() if t.mod else t.flops_per_token
+        peak = t.peak * t.parallel.world
+        row |= lines.speed_row(interval, t.targets_per_step, flops, peak)
+        row["dropped"] = t.orchestrator.dropped
+        row |= lines.health_row(t.orchestrator.health.status, t.orchestrator.health.causes)
+        row |= self.forecast
+        self.forecast = {}
+        row |= lines.memory_row(t.parallel.device)
+        if cfg.z_loss:
+            row["z_loss"] = numbers.z_loss
+        if numbers.experts is not None:
+            # the weight in force: it is a knob, and may have been changed on the way
+            weight = next(iter(t.moe.values())).router.aux_weight
+            z_weight = cfg.model.router_z_loss_weight
+            row |= lines.experts_row(numbers.experts, t.targets_per_step, weight, z_weight)
+        if numbers.depth is not None:
+            row |= lines.depth_row(numbers.depth)
+        row |= lines.epoch_row(t.loader.epochs(numbers.cursor + t.run.rows_per_step))
+        t.record(row)
+        for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
+            t.report.record_bars(name, values, done)
+        gone = sum(t.watch.spent.values())
+        left = (t.run.max_steps - done) / interval.speed()
+        t.say(lines.step_line(row, t.run.max_steps, gone, left))
+        for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
+            t.say(line)
+        t.watch.restart(done, interval)
+
+    def end(self, state: str, code: int) -> str:
+        """The last line; returns the reason that status.json gives."""
+        t, orch = self.trainer, self.trainer.orchestrator
+        worse = "; ".join(orch.worse_than_guessing() or ())
+        text = f"{state} at step {t.step}: {t.tokens:,} tokens, {orch.dropped} steps dropped"
+        text += f", {clock(time.monotonic() - t.started)}"
+        share = orch.seconds / max(1e-9, sum(t.watch.spent.values()))
+        text += f", the orchestrator took {100 * share:.2f} %"
+        if worse:
+            text += f"; {worse}"
+        if code:
+            text += "; E307: the last checkpoint could not be written"
+        t.say(text)
+        if code:
+            return "the last checkpoint could not be written"
+        if state == "finished":
+            return worse
+        # stopped by a signal: a scheduler may start it again
+        return "as asked for" if t.signals.stop == 2 else ""
+
+    def suggest(self) -> None:
+        """suggested.yaml, from what this run has found."""
+        t, device = self.trainer, self.trainer.parallel.device
+        used = resident_bytes() or 0
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_reserved()
+        found = (used / machines.total_memory(device), t.hint)
+        rollbacks = len(t.orchestrator.escalation.rollbacks)
+        t.report.write_suggestion(
+            lines.suggestion(self.facts(), t.written, *found, rollbacks, LR_CUT)
+        )

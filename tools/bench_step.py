@@ -1,0 +1,618 @@
+"""Steps and expert layers, timed: ours against transformers', sparse against dense, on any device.
+
+The commands `kernels` and `step` of tools/bench.py, and the parts of its `gpu` that take steps. In
+this order: what is measured; one step of ours, one of theirs; an expert layer; whole models; what a
+GPU is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+import model_moe
+from lumen import machine as machines
+from lumen.config import Config
+from lumen.errors import UserError
+from lumen.machine import human_number
+from lumen.optim import build_optimizer, step_optimizer
+from model import ModelConfig, Transformer
+from tools import timing
+from train import Parallel
+
+# ---------------------------------------------------------------- what is measured
+
+KERNELS = {  # tokens, d_model, an expert's width, experts, experts per token
+    "toy": [(64, 32, 16, 4, 2)],
+    "cpu": [(4096, 384, 512, 8, 2), (4096, 384, 64, 64, 8)],
+    "cuda": [(32768, 1536, 512, 128, 10), (32768, 2048, 768, 128, 8)],
+}
+STEP = {
+    "vocab_size": 8192,
+    "d_model": 384,
+    "n_layers": 6,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "max_seq_len": 512,
+}
+GRAINS = {  # name: the MoE, and d_ff of the dense model with the same active width
+    "8 experts of 512, top-2": ({"n_experts": 8, "n_experts_per_token": 2, "d_expert": 512}, 1024),
+    "64 experts of 64, top-8": ({"n_experts": 64, "n_experts_per_token": 8, "d_expert": 64}, 512),
+}
+PAIRS = (
+    ("our MoE", "our dense"),
+    ("peer MoE", "peer dense"),
+    ("peer MoE", "our MoE"),
+    ("peer dense", "our dense"),
+)
+TOY = {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": 32}
+HALF = {"mod_capacity": 0.5, "mod_every": 2}
+SMALL = {
+    "vocab_size": 1024,
+    "d_model": 256,
+    "n_layers": 2,
+    "n_heads": 4,
+    "d_ff": 512,
+    "max_seq_len": 256,
+}
+SYNC = {  # no step of these may wait for the GPU
+    "dense": {},
+    "softmax": {"n_experts": 8, "d_expert": 64},
+    "sigmoid, shared": {"n_experts": 8, "d_expert": 64, "router": "sigmoid", "n_shared_experts": 1},
+    "slots, null": {"n_experts": 6, "d_expert": 64, "n_experts_max": 8, "n_null_experts": 2},
+    "capacity": {"n_experts": 8, "d_expert": 64, "capacity_factor": 1.25},
+    "MoD block": HALF,
+    "MoE + MoD": {"n_experts": 8, "d_expert": 64, **HALF, "mod_ffn_only": True},
+}
+COMPILED_TOO = ("softmax", "MoE + MoD")  # of SYNC, on a GPU: compiling takes long
+# four layers of the preset b1: 128 experts of 512, top-10, one shared
+B1 = {
+    "vocab_size": 50304,
+    "d_model": 1536,
+    "n_layers": 4,
+    "n_heads": 12,
+    "n_kv_heads": 4,
+    "head_dim": 128,
+    "d_ff": 5632,
+    "max_seq_len": 2048,
+    "n_experts": 128,
+    "n_experts_per_token": 10,
+    "d_expert": 512,
+    "n_shared_experts": 1,
+    "router": "sigmoid",
+    "tie_embeddings": False,
+}
+TOY_B1 = {**TOY, "n_experts": 8, "n_shared_experts": 1, "router": "sigmoid"}
+WIDE = {
+    "vocab_size": 50304,
+    "d_model": 1024,
+    "n_layers": 8,
+    "n_heads": 16,
+    "n_kv_heads": 4,
+    "d_ff": 2816,
+}
+MODELS = {  # equal active width; step times on a GPU
+    "dense": {},
+    "MoE 64 x 352, top-8": {"n_experts": 64, "n_experts_per_token": 8, "d_expert": 352},
+    "MoD FFN, half of every 2nd layer": {**HALF, "mod_ffn_only": True},
+    "MoD block, half of every 2nd layer": HALF,
+}
+
+
+def size_options(words: list[str], **known):
+    """timing.options with --device and --size, a key of KERNELS. E002 for another size."""
+    o = timing.options(words, device="auto", size="", **known)
+    if o.size not in ("", *KERNELS):
+        text = f"--size: {o.size!r} is not one of {', '.join(KERNELS)}"
+        raise UserError("E002", f"command line: tools.bench: {text}")
+    return o
+
+
+# ---------------------------------------------------------------- one step of a model
+
+
+class Ours:
+    """One optimizer step of our model on random ids, a call, from the trainer's own parts.
+
+    The learning rate is 0: the same work, and the routing of the first step, in all rounds.
+    """
+
+    def __init__(self, model: ModelConfig, machine, rows: int, compiled=False, backend="auto"):
+        cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
+        self.cfg = cfg
+        self.machine = machine
+        self.parallel = Parallel(cfg)
+        with torch.device(machine.device):
+            self.model = Transformer(model)
+        fill_quickly(self.model)
+        self.model.compute_dtype = machine.compute_dtype
+        self.moe = list(self.model.sparse_layers("moe").values())
+        self.name = "compiled" if compiled else "eager"
+        self.tokens = rows * model.max_seq_len
+        if self.moe:
+            shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token)
+            place = (machine.device, machine.compute_dtype)
+            picked, _ = kernels.pick_backend(backend, *place, *shape, self.tokens)
+            for moe in self.moe:
+                moe.backend = picked
+            self.name = f"{picked}, {self.name}"
+        if compiled:
+            torch.compiler.config.recompile_limit = 64
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
+        self.x, self.y = batch(model, rows, machine.device)
+        self.model.train()
+
+    def __call__(self) -> torch.Tensor:
+        """Returns the mean loss, on the device."""
+        on_cpu = self.machine.device.type == "cpu"
+        torch.use_deterministic_algorithms(on_cpu)  # what `deterministic: auto` means
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        model, parallel = self.model, self.parallel
+        total, sums = model(self.x, targets=self.y)
+        (total / self.tokens).backward()
+        stats = torch.stack([sums["ce"], sums["z"], sums["count"]]).double()
+        ce, _, count = parallel.reduce(model, stats)
+        factor = (self.tokens / count).float()
+        norm = parallel.grad_norm(model) * factor
+        bad = ~(torch.isfinite(ce) & torch.isfinite(norm))
+        clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        step_optimizer(self.optimizer, list(model.parameters()), clip * factor, bad)
+        if self.moe:
+            model_moe.update_balance(self.moe, sums["moe.counts"], bad)
+        return ce / count
+
+
+@torch.no_grad()
+def fill_quickly(model: Transformer) -> None:
+    """Initial weights drawn on the device: init_weights draws on the CPU, which takes long for a
+    billion numbers."""
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            p.fill_(1.0)
+        elif "predictor" in name:
+            p.zero_()
+        else:
+            p.normal_(0, model.cfg.init_std)
+
+
+def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and the ids after them: x, y (rows, T)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocab_size, (rows, model.max_seq_len + 1), generator=generator)
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
+class Peer:
+    """The same step of transformers' Qwen3Moe or Qwen3: fused AdamW, fp32 masters, clipping, no
+    router losses.
+
+    precision: fp32; autocast (bf16 by torch.autocast); masters (a bf16 model beside fp32 weights in
+    the optimizer).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        machine,
+        rows: int,
+        compiled: bool = False,
+        experts: str = "eager",
+        precision: str = "fp32",
+    ):
+        import transformers
+
+        kind = "Qwen3Moe" if model.n_experts else "Qwen3"
+        config = getattr(transformers, f"{kind}Config")(**peer_keys(model))
+        with torch.device(machine.device):
+            self.model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+        if model.n_experts:
+            self.model.set_experts_implementation(experts)
+        self.masters = list(self.model.parameters())
+        if precision == "masters":
+            self.masters = [p.detach().clone() for p in self.masters]
+            self.model.bfloat16()
+        self.params = list(self.model.parameters())
+        self.precision, self.device = precision, machine.device
+        if compiled:
+            self.model.compile()
+        words = [experts] if model.n_experts else []
+        self.name = ", ".join([*words, precision, "compiled" if compiled else "eager"])
+        betas = (0.9, 0.95)
+        self.optimizer = torch.optim.AdamW(self.masters, 0.0, betas, weight_decay=0.1, fused=True)
+        self.x, self.y = batch(model, rows, machine.device)
+        self.tokens = rows * model.max_seq_len
+
+    def __call__(self) -> torch.Tensor:
+        torch.use_deterministic_algorithms(False)
+        autocast = self.precision == "autocast"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            loss = self.model(input_ids=self.x, labels=self.y, shift_labels=self.y).loss
+        loss.backward()
+        if self.precision == "masters":
+            for master, p in zip(self.masters, self.params):
+                master.grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.precision == "masters":
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, self.masters)
+        return loss.detach()
+
+
+def peer_keys(model: ModelConfig) -> dict:
+    """Our shape in transformers' words."""
+    keys = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.d_ff,
+        "use_cache": False,
+        "max_position_embeddings": model.max_seq_len,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    if model.n_experts:
+        keys["num_experts"] = model.n_experts
+        keys["moe_intermediate_size"] = model.d_expert
+        keys["num_experts_per_tok"] = model.n_experts_per_token
+        keys["norm_topk_prob"] = model.norm_topk
+        keys["output_router_logits"] = False
+    return keys
+
+
+# ---------------------------------------------------------------- an expert layer
+
+
+def time_kernels(words: list[str]) -> int:
+    """Forward, and forward + backward, of one expert layer with given routing; weights as the
+    trainer has them, in fp32 and cast by the layer, and where that differs once more in the
+    compute dtype, as others measure."""
+    o = size_options(words, rounds=10)
+    m = machines.detect(o.device)
+    print(timing.machine_line(m))
+    size = o.size or ("cuda" if m.device.type == "cuda" else "cpu")
+    for shape in KERNELS[size]:
+        for weights in dict.fromkeys((torch.float32, m.compute_dtype)):
+            text = "T {}, d {}, I {}, E {}, K {}".format(*shape)
+            print(f"{text}, x {m.compute_dtype}, weights {weights}", flush=True)
+            try:
+                time_expert_layer(m, shape, weights, o.rounds)
+            except Exception as error:  # the next shape may work
+                print(f"  left out: {timing.said(error)}")
+            timing.forget_graphs()
+    return 0
+
+
+def time_expert_layer(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
+    """One shape: first whether the backends agree, then what each costs beside a dense SwiGLU."""
+    (T, C, I, _, K), dtype = shape, m.compute_dtype
+    (x, p, ids, w13, w2), dout = kernels.sample(m.device, dtype, *shape)
+    w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
+    dense13 = torch.randn((2 * K * I, C), device=m.device, dtype=weights) * C**-0.5
+    dense2 = torch.randn((C, K * I), device=m.device, dtype=weights) * (K * I) ** -0.5
+    dense13, dense2 = dense13.requires_grad_(), dense2.requires_grad_()
+    layers = {"dense": functools.partial(swiglu, x, dense13, dense2)}
+    inputs = {"dense": [x, dense13, dense2]}
+    for name, why in reversed(kernels.backends(m.device, dtype, C, I).items()):
+        if why:
+            print(f"  {name}: left out: ValueError: {why}")
+            continue
+        layers[name] = functools.partial(kernels.run_experts, x, p, ids, w13, w2, name)
+        inputs[name] = [x, p, w13, w2]
+    for name in disagreeing(layers, inputs, dout):
+        del layers[name]
+
+    def with_backward(name):
+        return torch.autograd.grad(layers[name](), inputs[name], dout)
+
+    both = {name: functools.partial(with_backward, name) for name in layers}
+    forward = timing.interleaved(layers, rounds, m.device, 2)
+    both = timing.interleaved(both, rounds, m.device, 2)
+    flops = 6 * T * C * K * I  # of the forward pass
+    formula = dout.element_size() * (T * C + 2 * T * K * I)  # bytes that should be kept
+    for name in layers:
+        a, b = min(forward[name]), min(both[name])
+        kept = kept_bytes(layers[name], [w13, w2, dense13, dense2])
+        text = f"forward {human_number(flops / a, 'FLOP/s')}, {1e3 * a:.2f} ms; with"
+        text += f" backward {human_number(3 * flops / b, 'FLOP/s')}, {1e3 * b:.2f} ms"
+        print(f"  {name:<10} {text}; keeps {kept / 2**20:.1f} MiB")
+        if name != "dense":
+            against = timing.ratio(forward[name], forward["dense"])
+            print(f"    time against dense: forward {against}")
+            against = timing.ratio(both[name], both["dense"])
+            print(f"    with backward {against}; kept is {kept / formula:.3f} of 2Td + 4TKI")
+
+
+def swiglu(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """A dense FFN as the model has it: x (T, d), w13 (2 I, d), w2 (d, I), cast to x's dtype."""
+    gate, up = F.linear(x, w13.to(x.dtype)).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w2.to(x.dtype))
+
+
+def kept_bytes(run, leave_out: list[torch.Tensor]) -> int:
+    """Bytes that the graph of run() keeps for backward, each storage once, without those of
+    `leave_out`."""
+    seen = {t.untyped_storage().data_ptr() for t in leave_out}
+    sizes = []
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes.append(storage.nbytes())
+        return t
+
+    def unpack(t):
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = run()
+    del y
+    return sum(sizes)
+
+
+def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
+    """Says how far outputs and gradients of the backends are from the first's; returns those that
+    fail."""
+    failed, first = [], None
+    for name, layer in layers.items():
+        if name == "dense":
+            continue
+        try:
+            y = layer()
+            values = [y.detach(), *torch.autograd.grad(y, inputs[name], dout)]
+        except Exception as error:  # somebody's kernel that does not work here
+            print(f"  {name}: left out: {timing.said(error)}")
+            failed.append(name)
+            continue
+        first = first or (name, values)
+        errors = []
+        for a, b in zip(values, first[1]):
+            errors.append(((a.float() - b.float()).norm() / b.float().norm()).item())
+        text = f"  {name}: differs from {first[0]} by {max(errors):.1e}"
+        print(f"{text} (output and all gradients)", flush=True)
+    return failed
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def time_steps(words: list[str]) -> int:
+    """Our MoE and dense model and, in its fastest variant, transformers' of the same shapes: one
+    training step."""
+    import torch._inductor.config as inductor
+
+    o = size_options(words, rounds=7, no_peer=False, limit=120.0)
+    # a compilation that is given up must not go on beside the measurement
+    inductor.compile_threads = 1
+    m = machines.detect(o.device)
+    print(timing.machine_line(m))
+    peer = not o.no_peer and peer_is_there()
+    shape, rows = STEP, 8
+    if o.size == "toy":
+        shape, rows = TOY, 2
+    model = f"{shape['n_layers']} x {shape['d_model']}"
+    for grain, (moe, d_ff) in GRAINS.items():
+        print(f"{grain}; {model}, {rows} rows x {shape['max_seq_len']} tokens")
+        built = {}
+        for kind, keys in (("MoE", moe), ("dense", {})):
+            cfg = ModelConfig(**shape | keys | {"d_ff": d_ff})
+            tries = our_variants(cfg, m, rows)
+            built[f"our {kind}"] = fastest(f"our {kind}", tries, o.limit, m.device)
+            if peer:
+                tries = peer_variants(cfg, m, rows)
+                built[f"peer {kind}"] = fastest(f"peer {kind}", tries, o.limit, m.device)
+        built = {name: made for name, made in built.items() if made is not None}
+        times = timing.interleaved(built, o.rounds, m.device)
+        for name, made in built.items():
+            print(f"  {name:<10} {step_text(made, times[name])}")
+        for a, b in PAIRS:
+            if a in times and b in times:
+                print(f"  {a} / {b}: time {timing.ratio(times[a], times[b])}")
+        built = made = tries = None  # or the next grain has no room
+        timing.forget_graphs()
+    return 0
+
+
+def our_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
+    """(label, function, compiled?): eager and compiled."""
+    variants = []
+    for compiled in (False, True):
+        label = "compiled" if compiled else "eager"
+        variants.append((label, functools.partial(Ours, cfg, m, rows, compiled), compiled))
+    return variants
+
+
+def step_text(made, times: list[float]) -> str:
+    n, best = sum(p.numel() for p in made.model.parameters()), min(times)
+    speed = human_number(made.tokens / best)
+    text = f"{1e3 * best:.0f} ms, {speed} tokens/s at best; s {timing.spread(times)}"
+    return f"{text}; {n:,} parameters; {made.name}"
+
+
+def peer_is_there() -> bool:
+    try:
+        import transformers
+    except ImportError:
+        print("no peer: transformers is not installed")
+        return False
+    print(f"peer: transformers {transformers.__version__}")
+    return True
+
+
+def peer_variants(cfg: ModelConfig, m: machines.Machine, rows: int) -> list:
+    """(label, function, compiled?) of every way to run transformers' model that fits here."""
+    names, variants = [""], []
+    if cfg.n_experts:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    precisions = ["fp32"]
+    if m.device.type == "cuda" or machines.cpu_has_bf16():
+        precisions += ["autocast", "masters"]
+    # batched_mm copies the weights of its expert for every choice of every token, and keeps them
+    # for backward
+    choices = rows * cfg.max_seq_len * cfg.n_experts_per_token * cfg.n_layers
+    copies = 4 * choices * 3 * cfg.d_model * cfg.d_expert
+    for name in names:
+        if name == "batched_mm" and copies > machines.total_memory(m.device) / 2:
+            text = f"it would keep {copies / 2**30:.0f} GiB of copied weights"
+            print(f"  peer MoE, {name}: left out: {text}")
+            continue
+        for precision in precisions:
+            for compiled in (False, True):
+                words = [name, precision, "compiled" if compiled else "eager"]
+                make = functools.partial(Peer, cfg, m, rows, compiled, name, precision)
+                variants.append((", ".join(filter(None, words)), make, compiled))
+    return variants
+
+
+def fastest(name: str, variants: list, limit: float, device):
+    """Build each variant (a function) and time two of its steps; returns the fastest, still built,
+    or None."""
+    best, best_time = None, math.inf
+    for label, make, compiled in variants:
+        if compiled and (not limit or not machines.find_compiler()):
+            continue
+        made = None
+        try:
+            with timing.time_limit(limit if compiled else 600):
+                made = make()
+                loss = made().item()  # compiles, warms up
+                times = timing.interleaved({"": made}, 2, device, warm_up=0)
+            seconds = min(times[""])
+            print(f"  {name}, {label}: {1e3 * seconds:.0f} ms, loss {loss:.4f}", flush=True)
+            if seconds < best_time:
+                best, best_time = made, seconds
+        except Exception as error:  # somebody's code that does not work here is said, not fatal
+            print(f"  {name}, {label}: left out: {timing.said(error)}", flush=True)
+        made = None
+        gc.collect()
+    return best
+
+
+# ---------------------------------------------------------------- what a GPU is asked
+
+
+def sync_check(m: machines.Machine, toy: bool) -> int:
+    """Steps under set_sync_debug_mode("error"), which makes every wait for the GPU an error."""
+    failed = 0
+    for name, keys in SYNC.items():
+        shape = TOY if toy else SMALL
+        cfg = ModelConfig(**shape | keys)
+        for backend, compiled in sync_variants(name, cfg, m):
+            try:
+                run = Ours(cfg, m, 2, compiled, backend)
+                step_without_sync(run)
+                print(f"  {name}: {run.name}: no sync", flush=True)
+            except Exception as error:
+                failed = 1
+                how = f"{backend}, compiled" if compiled else backend
+                print(f"  {name}: {how}: FAILED: {timing.said(error)}", flush=True)
+    return failed
+
+
+def sync_variants(name: str, cfg: ModelConfig, m: machines.Machine) -> list[tuple[str, bool]]:
+    """(backend, compiled?) of what is to be tried of a row of SYNC."""
+    cuda = m.device.type == "cuda"
+    tries = ["auto"]
+    if cfg.n_experts:
+        there = kernels.backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
+        tries = [backend for backend, why in there.items() if why is None]
+    if cuda:  # slices ask how long each slice is: they must wait
+        tries = [backend for backend in tries if backend != "slices"]
+    variants = [(backend, False) for backend in tries]
+    if cuda and name in COMPILED_TOO:
+        variants += [(backend, True) for backend in tries]
+    return variants
+
+
+def step_without_sync(run: Ours) -> None:
+    """Three steps to warm up, and one in which it is an error to wait for the GPU."""
+    for _ in range(3):
+        run()
+    if run.machine.device.type != "cuda":
+        run()
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def fitting(cfg: ModelConfig, m: machines.Machine, rows: list[int]) -> Ours:
+    """The model with the first of these batches that fits, after three steps; compiled on a GPU."""
+    for n in rows:
+        try:
+            run = Ours(cfg, m, n, m.device.type == "cuda")
+            for _ in range(3):
+                run()
+            return run
+        except torch.OutOfMemoryError as error:
+            print(f"  {n} rows: {timing.said(error)}", flush=True)
+        run = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise UserError("E200", f"not even {rows[-1]} rows fit")
+
+
+def tell(run: Ours, times: list[float], peak: float) -> str:
+    """Step time, speed, and MFU by the data sheet's and by the measured matrix peak."""
+    m, n = run.machine, run.model.n_params()
+    best = min(times)
+    speed = run.tokens / best
+    rate = speed * run.model.flops_per_token()
+    by_sheet = timing.mfu([rate], m, machines.peak_flops(m))
+    by_peak = timing.mfu([rate], m, peak)
+    each = timing.spread([1e3 * seconds for seconds in times])
+    text = f"{1e3 * best:.1f} ms for {run.tokens:,} tokens ({each}),"
+    text += f" {human_number(speed)} tokens/s, MFU {by_sheet} (of the measured peak"
+    return f"{text} {by_peak}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
+
+
+def slice_step(m: machines.Machine, toy: bool) -> int:
+    """Four layers of b1: step time, MFU, memory."""
+    cfg, rows, rounds = ModelConfig(**B1), [16, 8, 4, 2, 1], 15
+    if toy:
+        cfg, rows, rounds = ModelConfig(**TOY_B1), [2], 3
+    peak = machines.matrix_peak(m.device, m.compute_dtype, 1.0)
+    run = fitting(cfg, m, rows)
+    if m.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = timing.interleaved({"": run}, rounds, m.device)[""]
+    print("  " + tell(run, times, peak))
+    if m.device.type == "cuda":
+        print(f"  memory at the peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return 0
+
+
+def model_steps(m: machines.Machine, toy: bool) -> int:
+    """Dense, MoE and MoD of equal active width, interleaved."""
+    runs = {}
+    peak = machines.matrix_peak(m.device, m.compute_dtype, 1.0)
+    for name, keys in MODELS.items():
+        shape, rows = WIDE | keys, 16
+        if toy:
+            shape, rows = TOY | keys | {"d_expert": 8}, 2
+        try:
+            runs[name] = fitting(ModelConfig(**shape), m, [rows])
+        except Exception as error:
+            print(f"  {name}: {timing.said(error)}", flush=True)
+    times = timing.interleaved(runs, 3 if toy else 10, m.device)
+    for name, run in runs.items():
+        print(f"  {name}: {tell(run, times[name], peak)}")
+        if name != "dense" and "dense" in times:
+            print(f"    time against dense {timing.ratio(times[name], times['dense'])}")
+    return 0 if len(runs) == len(MODELS) else 1
