@@ -40,7 +40,7 @@ PROMISES = {
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "kernels.py": 747,
-    "model.py": 1091,
+    "model.py": 907,
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
