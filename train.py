@@ -14,68 +14,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import os
 import time
-import types
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from evaluate import evaluate_loss
-from lumen import checkpoint, failure, files, forecast, lines, owner, plan
-from lumen import machine as machines
+from lumen import checkpoint, failure, forecast, lines, owner, plan, setup
 from lumen.cli import read_config
 from lumen.commands import Commands
 from lumen.config import Config, build_config, help_text, printed
 from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
-from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed, StepNumbers
-from lumen.diagnose import diagnose
+from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
+from lumen.differences import differences, versions
 from lumen.errors import UserError
-from lumen.experts import expert_numbers, expert_statistics, mod_statistics, release_siblings
-from lumen.failure import lost_peer
+from lumen.experts import Routing, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
-from lumen.loader import Loader, Sums
-from lumen.machine import free_memory, to_host
-from lumen.optim import LossScale, build_optimizer, step_optimizer
+from lumen.loader import Loader, Sums, dummy_batch, mix
+from lumen.machine import free_memory, to_device, to_host
+from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
-from lumen.probe import largest_batch
 from lumen.progress import Progress
+from lumen.ranks import Ranks
 from lumen.report import Report
 from lumen.resolve import (
-    HINT,
-    Facts,
     Findings,
     Run,
-    check_memory,
     check_states,
-    compare,
-    flops_without_mod,
-    meta_model,
-    other_bits,
-    read_hint,
-    resolve,
+    gather_facts,
+    resolve_on_all,
     resolved,
-    rise,
-    versions,
     with_length,
     without_effect,
 )
-from lumen.resume import StartingPoint, check_paths, take_weights
+from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, copy_in, live_tensors
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.stopwatch import Stopwatch
+from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, step_numbers, unflatten
 from lumen.tell import Teller
-from model import ModelConfig, Transformer
+from model import Transformer
 from model_moe import draw_dropout, update_balance
 
 # ---------------------------------------------------------------- schedule and optimizer
@@ -102,39 +87,15 @@ def lr_at(cfg: Config, run: Run, step: int) -> float:
     return low + (peak - low) * share
 
 
-SCHEDULE_KEYS = ("learning_rate", "min_lr", "lr_schedule")
-SCHEDULE_KEYS += ("max_steps", "warmup_steps", "decay_frac")
-
-
-def mix(seed: int, row: int) -> int:
-    """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
-    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # 63 bits: torch takes no more
-
-
-def leap(before: dict, cfg: Config, run: Run, step: int) -> list[str]:
-    """A line where a resumed run's learning rate would leap: by the configuration `before`, as the
-    checkpoint has it resolved, against today's; and what makes the difference."""
-    now = resolved(cfg, run)
-    then = types.SimpleNamespace(**now | before)
-    then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
-    was = lr_at(then, then, max(0, min(step, then.max_steps - 1)))
-    becomes = lr_at(cfg, run, step)
-    if step >= run.max_steps or (becomes <= 1.5 * was and was <= 1.5 * becomes):
-        return []
-    changed = []
-    for key in SCHEDULE_KEYS:
-        if getattr(then, key) != now[key]:
-            changed.append(f"{key} {getattr(then, key)} -> {now[key]}")
-    text = f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step}"
-    text += f" ({', '.join(changed)}); lr_schedule: wsd can be made longer without that,"
-    return [f"{text} init_from starts a new schedule"]
+def every(interval: int, step: int) -> bool:
+    """Whether `step` is one of every `interval` steps; never with interval 0."""
+    return interval > 0 and step % interval == 0
 
 
 # ---------------------------------------------------------------- parallel
 
 
-class Parallel:
+class Parallel(Ranks):
     """All that changes with the number of processes; this one replicates the model.
 
     There is no DistributedDataParallel. Forward and backward hold no collective; then gradients are
@@ -144,43 +105,14 @@ class Parallel:
     """
 
     CHUNK = 1 << 22  # numbers in a collective
-    STARTUP_TIMEOUT = 1800  # seconds, until all ranks have taken a step: compilers, cold disks
     # no collectives in forward and backward: one rank may skip a micro-batch (out of memory), or
     # be the only one to make a sample
     collective_free = True
 
     def __init__(self, cfg: Config):
-        self.rank = environment("RANK", 0)
-        self.world = environment("WORLD_SIZE", 1)
-        local_rank = environment("LOCAL_RANK", 0)
-        self.device = machines.detect(cfg.device, "fp32", False, local_rank).device
+        super().__init__(cfg)
         self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
         self.buffer = None  # what reduce() sums gradients in
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            if cfg.deterministic is True:  # must be set before the first matmul
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        if self.world > 1 and not dist.is_initialized():
-            self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
-
-    def init_process_group(self, timeout: int) -> None:
-        """E601 where a peer does not come."""
-        # objects and flags travel over gloo, so that asking a question never waits for the GPU
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        store = None
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts all ranks here. Without a prefix of their
-            # own they would call the dead at their old addresses, and hang.
-            store, *_ = next(dist.rendezvous("env://"))
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            store = dist.PrefixStore(f"restart_{restarts}", store)
-        limit = timedelta(seconds=timeout)
-        try:
-            dist.init_process_group(backend, None, limit, self.world, self.rank, store)
-        except Exception as error:
-            if not lost_peer(error):
-                raise
-            raise UserError("E601", f"at the start: {str(error).splitlines()[0]}") from error
 
     def rows(self) -> tuple[int, int]:
         """(index, count): which reader of the data this rank is."""
@@ -257,53 +189,6 @@ class Parallel:
         words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
         return words.sum() % 1048573  # a prime: modulo a power of two the upper bits would be lost
 
-    def all_reduce_max(self, flags: list[int]) -> list[int]:
-        """The maximum of each flag over all ranks."""
-        if self.world == 1:
-            return flags
-        tensor = torch.tensor(flags)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
-
-    def set_timeout(self, seconds: int) -> None:
-        """The timeout of every collective from here on; called by all ranks.
-
-        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT;
-        status.json still says `running`); torchrun and slurm/train.sbatch start both again.
-        NCCL's part has never run.
-        """
-        if self.world > 1:
-            self.all_reduce_max([0])  # the slowest has done what it needed the longer limit for
-            machines.set_collective_timeout(seconds)
-
-    def gather(self, obj) -> list:
-        """What each rank says, in order of rank."""
-        if self.world == 1:
-            return [obj]
-        answers = [None] * self.world
-        dist.all_gather_object(answers, obj)
-        return answers
-
-    def broadcast(self, obj):
-        """Rank 0's object, on every rank."""
-        if self.world == 1:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
-
-    def run_or_raise_on_all(self, do, *args):
-        """do(*args) on every rank; a UserError on any of them is raised on all of them."""
-        result = error = None
-        try:
-            result = do(*args)
-        except UserError as e:
-            error = e
-        for rank, e in enumerate(self.gather(error)):
-            if e is not None:
-                raise UserError(e.code, e.text if rank == 0 else f"rank {rank}: {e.text}")
-        return result
-
     def local_shards(self, name: str, tensor: torch.Tensor) -> list[tuple]:
         """Every region of `tensor` that this rank holds.
 
@@ -323,11 +208,6 @@ class Parallel:
 
     def set_row(self, p: torch.Tensor, tensor: torch.Tensor, e: int, value) -> None:
         tensor[e] = value
-
-    def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- orchestrator
@@ -523,40 +403,6 @@ class Orchestrator(Parts):
 
 # ---------------------------------------------------------------- trainer
 
-# beside the model's sums, what the ranks tell one another in each step
-FLAGS = (
-    "unread",  # this rank cannot read its rows
-    "oom",  # ... ran out of memory
-    "stop",  # ... was asked to stop
-    "save",  # ... was asked to save
-    "control",  # ... found lines in control.jsonl
-    "checksum",  # of its weights
-    "checksum_square",
-    "writing",  # ... is still writing a checkpoint
-)
-
-
-def flatten(sums: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, tuple]]:
-    """One vector of all the sums, for the one collective; and the shape of each.
-
-    fp64: of a sum over tokens fp32 would lose the last digits (MPS has no other).
-    """
-    device = next(iter(sums.values())).device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    vector = torch.cat([value.reshape(-1).to(dtype) for value in sums.values()])
-    return vector, {name: value.shape for name, value in sums.items()}
-
-
-def unflatten(vector: torch.Tensor, shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """What flatten was given: views of the vector."""
-    parts = vector.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
-
-
-def every(interval: int, step: int) -> bool:
-    """Whether `step` is one of every `interval` steps; never with interval 0."""
-    return interval > 0 and step % interval == 0
-
 
 @dataclass
 class Due:
@@ -566,20 +412,6 @@ class Due:
     save: bool
     last: bool  # there is no next step
     fresh: bool  # this process was not just loaded from here: saving would repeat nothing
-
-
-@dataclass
-class Pending:
-    """A step whose numbers are on their way to the host."""
-
-    step: int
-    cursor: int
-    iteration: int
-    lr: float
-    numbers: torch.Tensor  # a vector, on the host once `arrived` has passed
-    shapes: dict[str, tuple]  # of what lies in it
-    arrived: object  # a CUDA event; None: it is there
-    marks: list  # of the stopwatch
 
 
 # steps between looks at whether the halves of split experts have parted: each is a host sync
@@ -605,26 +437,22 @@ class Trainer(ByHand):
         self.step = 0  # finished optimizer steps, dropped ones among them
         self.cursor = 0  # the next row that nobody has read
         self.tokens = 0  # trained on, without those of dropped steps
+        self.progress = Progress()  # what the evaluations have found
+        self.forecast = forecast.Forecast()  # where it will end
         self.pending: Pending | None = None  # the step whose numbers are on their way to the host
         self.latest: StepNumbers | None = None  # of the last finished step
         self.data_error: UserError | None = None  # why this rank could not read its rows
-
-        # evaluations, and what follows from them
-        self.progress = Progress()
-
-        # where it will end: see forecast.justified_stop
-        self.forecast = forecast.Forecast()
 
         # signals and commands, once all ranks have agreed on them
         self.stopping = False
         self.save_asked = False
 
-        # made below, in build()
+        # made in build()
         self.model: Transformer | None = None
         self.loss_scale: LossScale | None = None  # of mixed_fp16
 
         check_paths(cfg)
-        prepare_first(cfg)
+        prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
         self.report = Report(self.out, self.main)
@@ -639,177 +467,95 @@ class Trainer(ByHand):
             self.owner.release()
             raise
 
+    # ---- setting up; what is done once, and long, stands in lumen/setup.py
+
     def begin(self, notes: list[str]) -> None:
         """All that may refuse this start, and what it needs to train; from find_checkpoint on
         out_dir is its own."""
         cfg, par = self.cfg, self.parallel
+        # what there is to read, and what there is to go on from
         self.open_data()
         self.start = StartingPoint(self.cfg, self.data, par, self.owner, self.say)
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
         self.resolve(saved)
-        weights = None
-        if saved is None and cfg.init_from:
-            weights = self.start.find_weights()
+        weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
         replay = cfg.orchestrator.replay
         if replay:  # read before out_dir is emptied, it may lie there
             replay = par.run_or_raise_on_all(read_decisions, replay)
+        # from here on nothing of the user's is refused: out_dir becomes ours
         par.run_or_raise_on_all(self.start.create_out_dir)
         par.run_or_raise_on_all(self.start.adopt, saved)
         self.build(saved, weights)
         self.started_at = self.step
         self.watch = Stopwatch(self.step, runs_ahead=par.device.type == "cuda")
         self.saver = Saver(cfg, par, self.owner, self.report, self.watch)
-        if saved is not None:
-            self.find_best()
-        same_data = saved is not None and saved.state["fingerprints"] == self.fingerprints
-        if same_data and "forecast" in saved.state:
-            self.forecast.load_state_dict(saved.state["forecast"])
         self.control = Control(self)
         self.orchestrator = par.run_or_raise_on_all(Orchestrator, self, replay)
-        if saved is not None and "orchestrator" in saved.state:
-            of_another_run = self.start.origin is not None
-            state = saved.state["orchestrator"]
-            self.orchestrator.load(state, not same_data, of_another_run)
-        self.open_log()
-
-    # ---- setting up
+        if saved is not None:
+            self.take_history(saved.state)
+        # files, a number for this attempt, signals
+        par.run_or_raise_on_all(setup.open_files, self)
+        self.report.attempt = par.broadcast(self.report.attempt)
+        self.orchestrator.begin_attempt()
+        begun = f"from step {self.step}" if self.step else "new"
+        self.say(f"run        {self.out}, attempt {self.report.attempt}, {begun}")
+        self.signals.listen()
 
     def open_data(self) -> None:
         """Sources, their validation splits, tokenizer; the vocabulary becomes the model's."""
         cfg = self.cfg
         self.data = self.parallel.run_or_raise_on_all(open_data, cfg)
-        self.sources, self.val_sources = self.data.sources, self.data.val_sources
-        self.fingerprints = self.data.fingerprints
         self.token_bytes = self.data.token_bytes()
         model = dataclasses.replace(cfg.model, vocab_size=self.data.vocab_size)
         self.cfg = dataclasses.replace(cfg, model=model)
-        if cfg.early_stopping_patience and not self.val_sources:
+        if cfg.early_stopping_patience and not self.data.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
             raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
-
-    def is_finished(self) -> bool:
-        """Whether the checkpoint that it starts from was the run's last."""
-        through = self.step >= self.run.max_steps or self.progress.stopped_early
-        return through and self.progress.evaluated_at == self.step
-
-    def newest_whole(self, folders: list[Path]) -> str | None:
-        return self.start.newest_whole(folders)
-
-    def set_damaged_aside(self) -> None:
-        self.start.set_damaged_aside()
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """run: what auto and null become, as rank 0 finds it; and what else comes to light."""
         cfg, par = self.cfg, self.parallel
-        local_rank = environment("LOCAL_RANK", 0)
-        machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
-        self.counted = meta_model(cfg.model)  # the model's shapes, without weights
-        self.flops_per_token = self.counted.flops_per_token()
-        hint = None
-        if not (cfg.overwrite and self.start.anew):  # else it is about to be deleted
-            hint = read_hint(self.out, self.written.get("batch_size"), machine)
-        facts = Facts(
-            written=self.written,
-            readers=par.rows()[1],
-            layout=par.layout,
-            windows=self.data.windows,
-            weights=self.data.weights,
-            model=self.counted,
-            machine=machine,
-            memory=machines.own_memory(machine.device),
-            hint=hint,
-            hint_file=self.out / HINT,
-        )
-        self.changes = self.start.changes  # what is not as written, or as in the checkpoint
-        found = Findings(self.changes)
         state = saved.state if saved else None
-        run = par.run_or_raise_on_all(resolve, cfg, facts, state, found)
-        self.run, self.peak = par.broadcast((run, found.peak))
-        self.machine = dataclasses.replace(found.machine, precision=self.run.precision)
-        size = {"micro_batch": self.run.micro_batch, "rows_per_step": self.run.rows_per_step}
-        # once more, with what rank 0 has chosen: this rank may have less memory
-        args = (cfg, facts, self.run.precision, size)
-        self.misfit = par.run_or_raise_on_all(check_memory, *args)
-        self.hint = found.hint  # how the micro-batch came about
-        # where forward and backward hold collectives no rank can try alone
-        self.probes = found.estimated and par.device.type == "cuda" and par.collective_free
+        # with overwrite what an earlier run has left is about to be deleted
+        hints = None if cfg.overwrite and self.start.anew else self.out
+        facts = gather_facts(cfg, self.written, self.data, par, hints)
+        self.counted = facts.model  # the model's shapes, without weights
+        self.flops_per_token = self.counted.flops_per_token()
+        found = self.found = Findings(self.start.changes)
+        self.run = resolve_on_all(cfg, facts, state, found, par)
+        self.machine = found.machine
         self.versions = versions(self.machine, par.world)
         if saved:
-            self.changes += leap(state["config"], cfg, self.run, saved.step)
-            self.changes += other_bits(self.run, self.versions, state)
-            self.changes += compare(cfg, self.run, state)
+            found.changes += differences(lr_at, cfg, self.run, self.versions, state, saved.step)
 
     def build(self, saved: checkpoint.Checkpoint | None, weights: tuple | None) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that
         find_weights found."""
-        cfg, run, par = self.cfg, self.run, self.parallel
-        # both are set whatever they were: this may be a process's second run
-        torch.use_deterministic_algorithms(run.deterministic)
-        # a debugging aid that costs a pass over memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        self.build_model(fill=saved is None)
+        cfg, run, par, data = self.cfg, self.run, self.parallel, self.data
+        setup.use_deterministic(run.deterministic)
+        self.model = par.build(cfg, run.precision, fill=saved is None)
+        setup.prepare_model(self.model, cfg, run, self.machine.compute_dtype)
+        self.routing = Routing(self.model)
+        self.moe, self.mod = self.routing.moe, self.routing.mod  # the sparse layers, by number
         self.weights = par.weights(self.model)  # what the optimizer updates, by name
         self.optimizer = build_optimizer(cfg, self.weights)
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
-        self.val_set = choose_val_rows(self.val_sources, cfg, run.segments[-1][1])
-        self.progress.measured_on = val_sum(self.val_sources, self.val_set, cfg.model.max_seq_len)
-        if saved is not None:
-            par.run_or_raise_on_all(self.load, saved)
-        elif weights:
-            par.run_or_raise_on_all(self.take_weights, *weights)
-            self.say(f"weights    from {cfg.init_from}")
-        if self.probes:
-            self.probe()
-        self.loader = Loader(self.sources, cfg.seed, run.segments, cfg.model.vocab_size)
+        self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
+        self.val_set = choose_val_rows(data.val_sources, cfg, run.segments[-1][1])
+        measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
+        self.progress.measured_on = measured_on
+        setup.fill(self, saved, weights)
+        if self.found.probes:
+            setup.probe(self)
+        self.loader = Loader(data.sources, cfg.seed, run.segments, cfg.model.vocab_size)
         # self.run, not run: the probe may have found another size
         self.loader.start(self.cursor, *par.rows(), self.run.micro_batch, self.run.accumulation)
         if self.main:
-            every_source = [*self.sources.values(), *self.val_sources.values()]
+            every_source = [*data.sources.values(), *data.val_sources.values()]
             self.loader.sums = Sums(every_source, str(self.out / "verified.jsonl"))
-
-    def build_model(self, fill: bool) -> None:
-        """`fill`: with initial weights, which nothing will be copied over."""
-        cfg, run, par = self.cfg, self.run, self.parallel
-        model = self.model = par.build(cfg, run.precision, fill)
-        model.compute_dtype = self.machine.compute_dtype
-        model.z_loss = cfg.z_loss
-        model.backend = run.attention
-        model.recompute = cfg.activation_checkpointing
-        self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")  # by layer
-        for moe in self.moe.values():
-            moe.backend = run.expert_backend
-        self.sparse = None  # the sums of the MoE and MoD layers in the last step, by name
-        # what the one collective carries: the model's sums, our flags, the sparse layers' sums
-        shapes = model.sum_shapes()
-        self.shapes = {name: shape for name, shape in shapes.items() if "." not in name}
-        self.shapes |= dict.fromkeys(FLAGS, ())
-        self.shapes |= {name: shape for name, shape in shapes.items() if "." in name}
-        self.sum_dtype = torch.float32 if par.device.type == "mps" else torch.float64
-        self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
-        if run.compile_model:
-            # dense, MoE and MoD blocks, each while training and evaluating
-            torch.compiler.config.recompile_limit = 64
-            # one graph serves all layers: fast to compile, and nothing else gains by it
-            for block in model.blocks:
-                block.compile()
-
-    def take_numbers(self, numbers: dict) -> None:
-        """Those of a checkpoint or snapshot."""
-        self.tokens = numbers.get("tokens", self.tokens)
-        same_data = numbers.get("fingerprints") == self.fingerprints
-        lost = self.progress.take(numbers, same_data)
-        if lost:
-            self.say(f"note       val_loss begins anew: {lost} was of another validation set")
-
-    def probe(self) -> None:
-        """batch_size: auto on CUDA: what really fits takes the place of what was estimated."""
-        rows = self.run.rows_per_step // self.parallel.rows()[1]
-        best, found = largest_batch(self.model, self.parallel, rows, self.cfg.target_memory)
-        self.run = dataclasses.replace(self.run, micro_batch=best, accumulation=rows // best)
-        self.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name; see saver.live_tensors."""
@@ -823,44 +569,34 @@ class Trainer(ByHand):
         if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
             self.report.wandb_id = saved.state.get("wandb_id")
 
-    def take_weights(self, model: ModelConfig, weights) -> None:
-        """Those that init_from names; see resume.take_weights."""
-        slots = [m.n_experts_max or m.n_experts for m in (self.cfg.model, model)]
-        what = f"init_from {self.cfg.init_from}"
-        args = (model, slots[0] - slots[1], self.tensors(), self.parallel)
-        take_weights(what, weights, *args)
-        if self.cfg.model.n_experts_max:
-            for moe in self.moe.values():
-                moe.router.retired.fill_(-1)  # the steps of another run
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Tensors and loss scale of a checkpoint, in place. E305 where it has others."""
+        copy_in(saved, self.tensors(), self.parallel)
+        if self.loss_scale is not None and saved.state["scaler"]:
+            self.loss_scale.load(saved.state["scaler"])
 
-    def open_files(self) -> None:
-        """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
-        if not self.main:
-            return
-        report = self.report
-        try:
-            report.open(lines.config_yaml(self.cfg, self.run), self.data.tokenizer_dir)
-            report.copy_tokenizer(self.data.tokenizer_sum, self.start.tokenizer)
-        except OSError as error:
-            raise UserError("E300", f"out_dir {self.out} cannot be written: {error}") from error
-        if self.step:  # a process that was killed may have saved and not yet said so
-            best = {"step": self.progress.best_step, "val_loss": self.progress.best_val_loss}
-            with contextlib.suppress(OSError):
-                if self.progress.best_step is None:  # the one it names is of another validation set
-                    (self.out / "best.json").unlink(missing_ok=True)
-                else:
-                    files.write_json(self.out / "best.json", best)
-        self.write_status("running")
-        report.open_charts(self.cfg)
+    def take_numbers(self, numbers: dict) -> None:
+        """Those of a checkpoint or snapshot."""
+        self.tokens = numbers.get("tokens", self.tokens)
+        same_data = numbers.get("fingerprints") == self.data.fingerprints
+        lost = self.progress.take(numbers, same_data)
+        if lost:
+            self.say(f"note       val_loss begins anew: {lost} was of another validation set")
 
-    def open_log(self) -> None:
-        """Out_dir's files, a number for this attempt, signals."""
-        self.parallel.run_or_raise_on_all(self.open_files)
-        self.report.attempt = self.parallel.broadcast(self.report.attempt)
-        self.orchestrator.begin_attempt()
-        begun = f"from step {self.step}" if self.step else "new"
-        self.say(f"run        {self.out}, attempt {self.attempt}, {begun}")
-        self.signals.listen()
+    def take_history(self, state: dict) -> None:
+        """What a checkpoint knows of its run's past: curves and detectors go on."""
+        self.progress.find_best(self.out, self.parallel)
+        same_data = state["fingerprints"] == self.data.fingerprints
+        if same_data and "forecast" in state:
+            self.forecast.load_state_dict(state["forecast"])
+        if "orchestrator" in state:
+            of_another_run = self.start.origin is not None
+            self.orchestrator.load(state["orchestrator"], not same_data, of_another_run)
+
+    def is_finished(self) -> bool:
+        """Whether the checkpoint that it starts from was the run's last."""
+        through = self.step >= self.run.max_steps or self.progress.stopped_early
+        return through and self.progress.evaluated_at == self.step
 
     # ---- the loop
 
@@ -877,13 +613,8 @@ class Trainer(ByHand):
 
         An iteration never comes back; a step does, after a rollback or when it ran out of memory.
         """
-        cfg, par, model, orch, watch = (
-            self.cfg,
-            self.parallel,
-            self.model,
-            self.orchestrator,
-            self.watch,
-        )
+        cfg, par, model = self.cfg, self.parallel, self.model
+        orch, watch = self.orchestrator, self.watch
         watch.start(self.step)
         self.report.open_bar(self.run.max_steps, self.step)
         model.train()
@@ -898,7 +629,7 @@ class Trainer(ByHand):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
             model.set_step(self.step)  # MoD's capacity may be annealed
-            self.release_siblings()
+            release_parted(self.moe, self.step, par, self.say)  # halves of experts that were split
 
             # evaluate, save
             due = self.due(rolled_back)
@@ -929,7 +660,8 @@ class Trainer(ByHand):
             bad, exploded = orch.guard(sums["ce"], norm, sums["unread"] + sums["oom"])
 
             # step
-            step_optimizer(self.optimizer, self.weights.values(), self.clip(norm) * factor, bad)
+            factor = clip_factor(norm, cfg.grad_clip) * factor
+            step_optimizer(self.optimizer, self.weights.values(), factor, bad)
             if self.loss_scale is not None:
                 self.loss_scale.update(norm, orch.halted)
             if self.moe:
@@ -988,13 +720,11 @@ class Trainer(ByHand):
         """
         par = self.parallel
         self.model.zero_grad(set_to_none=True)  # whatever came before: a step sums its own only
-        self.draw_expert_dropout()
+        layers = list(self.moe.values())
+        if layers and layers[0].router.expert_dropout:
+            draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
         self.watch.take_marks()  # those of an iteration that was void
-        # made and filled on the device, for a copy would be a sync
-        sums = {
-            name: torch.zeros(shape, dtype=self.sum_dtype, device=par.device)
-            for name, shape in self.shapes.items()
-        }
+        sums = empty_sums(self.model, par.device)
         out_of_memory = False
         try:
             for micro in range(self.run.accumulation):
@@ -1027,14 +757,14 @@ class Trainer(ByHand):
             sums["unread"].fill_(1)
             if par.collective_free:
                 return False
-            row, x, y = (
-                self.dummy_batch()
-            )  # for its part of the collectives in forward and backward
+            # for its part of the collectives in forward and backward
+            row, (x, y) = self.cursor, dummy_batch(self.run.micro_batch, self.model.cfg.max_seq_len)
         self.watch.lap("data")
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
         with par.microstep(self.model, micro == self.run.accumulation - 1):
-            total, counted = self.model(self.to_device(x), targets=self.to_device(y))
+            x, y = to_device(x, par.device), to_device(y, par.device)  # (rows, T) each
+            total, counted = self.model(x, targets=y)
             loss = total / self.targets_per_step
             if self.loss_scale is not None:
                 loss = loss * self.loss_scale.value
@@ -1058,26 +788,20 @@ class Trainer(ByHand):
         look = par.world > 1 and orch.watching
         if look and self.step % self.cfg.orchestrator.check_interval == 0:
             # do all ranks hold the same weights? If so, world * sum of squares = square of the sum
-            check = par.checksum(self.model).to(self.sum_dtype)
+            check = par.checksum(self.model).to(sums["checksum"].dtype)
             sums["checksum"] += check
             sums["checksum_square"] += check * check
-
-    def clip(self, norm: torch.Tensor) -> torch.Tensor:
-        """The factor (0-d) that brings a gradient of this norm down to grad_clip."""
-        if not self.cfg.grad_clip:
-            return torch.ones_like(norm)
-        return (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
 
     def send_to_host(self, lr: float, sums: dict, norm, bad, exploded) -> Pending:
         """The numbers of this step, on their way to the host."""
         cfg = self.cfg
-        self.sparse = {name: sums[name] for name in sums if "." in name}
-        numbers = {name: sums[name] for name in sums if "." not in name}
+        self.routing.sums = {name: sums[name] for name in sums if of_layers(name)}
+        numbers = {name: sums[name] for name in sums if not of_layers(name)}
         numbers |= {"norm": norm, "bad": bad, "exploded": exploded}
         log_interval = cfg.expert_log_interval or cfg.log_interval
         following = self.step + 1
         if every(log_interval, following) or every(cfg.orchestrator.check_interval, following):
-            numbers |= expert_numbers(self.moe, self.sparse)
+            numbers |= self.routing.numbers()
         vector, shapes = flatten(numbers)
         host, arrived = to_host(vector)
         marks = self.watch.take_marks()
@@ -1089,11 +813,9 @@ class Trainer(ByHand):
         pending, self.pending = self.pending, None
         if pending is None:
             return None
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
+        sums = pending.take()
         self.watch.measure(pending.marks)
-        sums = unflatten(pending.numbers, pending.shapes)
-        numbers = self.step_numbers(pending, sums)
+        numbers = step_numbers(pending, sums, self.parallel.world)
         self.saver.finish_if_written(pending.iteration, sums["writing"])
         if sums["unread"]:  # that step was dropped: go back to before it, save, say what happened
             self.step, self.cursor = pending.step, pending.cursor
@@ -1102,8 +824,11 @@ class Trainer(ByHand):
         if numbers.control:
             self.orchestrator.take_commands()
         if numbers.oom:
-            self.out_of_memory(pending.step, pending.cursor)
+            failure.begin_again_smaller(self, pending.step, pending.cursor)
             return numbers
+        routing = self.routing.statistics(sums)
+        numbers.experts = routing.get("experts")
+        numbers.depth = routing.get("depth")
         self.tokens += numbers.tokens
         self.latest = numbers
         if not numbers.bad:
@@ -1119,30 +844,17 @@ class Trainer(ByHand):
         self.report.progress(following, numbers.loss)
         return numbers
 
-    def step_numbers(self, pending: Pending, sums: dict[str, torch.Tensor]) -> StepNumbers:
-        """What the reduced sums of a step say, as plain numbers."""
-        got = {name: value.item() for name, value in sums.items() if "." not in name}
-        numbers = StepNumbers(pending.step, pending.cursor, pending.iteration, pending.lr)
-        numbers.oom = got["oom"] > 0
-        numbers.stop = got["stop"] > 0
-        numbers.save = got["save"] > 0
-        numbers.control = got["control"] > 0
-        if numbers.oom:
-            return numbers
-        count = max(got["count"], 1)
-        numbers.loss = got["ce"] / count
-        numbers.z_loss = got["z"] / count
-        numbers.loss_finite = math.isfinite(got["ce"])
-        numbers.grad_norm = got["norm"]
-        numbers.bad = bool(got["bad"])
-        numbers.exploded = bool(got["exploded"])
-        numbers.tokens = 0 if numbers.bad else int(got["count"])
-        square = got["checksum"] * got["checksum"]
-        numbers.desynced = self.parallel.world * got["checksum_square"] != square
-        routing = self.routing(sums)
-        numbers.experts = routing.get("experts")
-        numbers.depth = routing.get("depth")
-        return numbers
+    def raise_data_error(self) -> None:
+        if self.data_error:
+            raise self.data_error
+
+    def look_ahead(self) -> None:
+        """Now and then: whether there is a reason to cut the run short."""
+        advice = forecast.advise(self)
+        if self.cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
+            advice = self.parallel.broadcast(advice)
+        if advice:
+            self.orchestrator.end_early(advice)
 
     def may_lag(self) -> bool:
         """Whether a step's numbers may still be on their way when the next one begins. A CPU has
@@ -1175,79 +887,6 @@ class Trainer(ByHand):
         self.finish(state, code)
         return code
 
-    def release_siblings(self) -> None:
-        """Now and then: both halves of a split expert may be chosen once they have parted."""
-        if not self.cfg.model.n_experts_max or self.step % RELEASE_EVERY:
-            return
-        for layer, moe in self.moe.items():
-            for a, b in release_siblings(moe, self.parallel):
-                text = f"siblings {a} and {b} have parted, both can be chosen"
-                self.say(f"experts    layer {layer}: {text}")
-
-    def draw_expert_dropout(self) -> None:
-        layers = list(self.moe.values())
-        if layers and layers[0].router.expert_dropout:
-            draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
-
-    def dummy_batch(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """(row, x, y) of a micro-step without a valid target."""
-        shape = (self.run.micro_batch, self.cfg.model.max_seq_len)
-        return self.cursor, np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.parallel.device.type == "cuda":
-            return tensor.pin_memory().to(self.parallel.device, non_blocking=True)
-        return tensor.to(self.parallel.device)
-
-    def look_ahead(self) -> None:
-        """Where the run stands and where it will end; what is justified to do about its length."""
-        cfg, run = self.cfg, self.run
-        planned = self.targets_per_step * run.max_steps
-        unique = sum(s.windows for s in self.sources.values()) * cfg.model.max_seq_len
-
-        def lr_of(share: float) -> float:
-            return lr_at(cfg, run, round(share * run.max_steps))
-
-        found, line = forecast.look_ahead(self.forecast, planned, unique, lr_of)
-        if line:
-            self.say(f"forecast   {line}")
-        advice = None
-        if found:
-            self.tell.forecast = {f"forecast/{name}": value for name, value in found.items()}
-            if "final" in found:
-                self.progress.gains = [*self.progress.gains[-2:], found["stable_gain_high"]]
-            rise = (self.progress.val_loss or 0.0) - (self.progress.best_val_loss or 0.0)
-            epochs = found["share"] * planned / max(1, unique)
-            gain = found.get("anneal_gain", 0.0)
-            history = (self.progress.gains, self.progress.rises)
-            advice = forecast.justified_stop(cfg.lr_schedule, *history, epochs, rise, gain)
-        if cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
-            advice = self.parallel.broadcast(advice)
-        if advice:
-            self.orchestrator.end_early(advice)
-
-    def out_of_memory(self, step: int, cursor: int) -> None:
-        """A rank ran out of memory in the micro-batches of `step`, which was dropped everywhere:
-        begin it again, the same rows in smaller ones. E200 where they cannot be smaller."""
-        self.step, self.cursor = step, cursor
-        rows = self.run.rows_per_step // self.parallel.rows()[1]
-        size = self.run.micro_batch
-        smaller = [m for m in range(1, size // 2 + 1) if rows % m == 0]
-        what = f"a rank ran out of memory with {size} rows a micro-step"
-        if not smaller:
-            self.save()
-            advice = "activation_checkpointing: block, a shorter max_seq_len, or a smaller model"
-            text = f"{what} at step {step}, and there are none smaller; try {advice}"
-            raise UserError("E200", text)
-        self.orchestrator.halted.zero_()  # from here on steps count again
-        self.set_micro_batch(smaller[-1])
-        self.hint = f"a rank ran out of memory at step {step} with {size}"
-        decision = Decision("oom", "adjust_batch_size", f"{what}: same rows again", 1, always=True)
-        decision.more = {"args": {"new_size": smaller[-1]}, "before": size}
-        at = StepNumbers(step, cursor, self.orchestrator.iteration)
-        self.orchestrator.decide(decision, at)
-
     def set_length(self, max_steps: int) -> None:
         """The run ends at that step: decided now, or repeated from a run that is replayed."""
         self.run = with_length(self.cfg, self.run, max_steps)
@@ -1264,12 +903,6 @@ class Trainer(ByHand):
         self.run = dataclasses.replace(self.run, micro_batch=size, accumulation=rows // size)
         self.loader.start(self.cursor, index, count, size, self.run.accumulation)
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Tensors and loss scale of a checkpoint, in place. E305 where it has others."""
-        copy_in(saved, self.tensors(), self.parallel)
-        if self.loss_scale is not None and saved.state["scaler"]:
-            self.loss_scale.load(saved.state["scaler"])
-
     def numbers(self) -> dict:
         """What goes back with the weights in a rollback, besides the step."""
         return {"tokens": self.tokens} | self.progress.numbers()
@@ -1281,108 +914,26 @@ class Trainer(ByHand):
         self.pending = None
         self.step = numbers["step"]
         self.take_numbers(numbers)
-        self.set_damaged_aside()
+        self.start.set_damaged_aside()
         if self.main:
             with contextlib.suppress(OSError):
                 checkpoint.set_aside(self.out, self.step)
-        self.find_best()
+        self.progress.find_best(self.out, self.parallel)
         self.set_micro_batch(self.run.micro_batch)  # the loader reads on from the cursor
         self.watch.restart(self.step)
         self.report.progress(self.step)
 
-    def find_best(self) -> None:
-        """If the best step is gone (set aside, damaged, deleted) the best of those still there
-        takes its place. Rank 0 looks, all ranks know."""
-        steps = checkpoint.list_steps(self.out) if self.main else []
-        if (
-            self.main
-            and self.progress.best_step is not None
-            and self.progress.best_step not in steps
-        ):
-            found = checkpoint.best_of(self.out, steps, self.progress.measured_on)
-            self.progress.best_val_loss, self.progress.best_step = found
-        best = (self.progress.best_val_loss, self.progress.best_step)
-        self.progress.best_val_loss, self.progress.best_step = self.parallel.broadcast(best)
-
-    def raise_data_error(self) -> None:
-        if self.data_error:
-            raise self.data_error
-
-    def diagnose(self, cursor: int) -> str | None:
-        """Why the step whose first row is `cursor` was not finite, as far as this rank can see."""
-        par = self.parallel
-        # where forward and backward hold collectives a second try would have to be agreed upon
-        sizes = (self.run.micro_batch, 1) if par.collective_free else (1,)
-        again = functools.partial(self.micro_batches_again, cursor)
-        return diagnose(self.model, par, sizes, again)
-
-    def micro_batches_again(self, cursor: int, rows: int):
-        """Those of a step, so many rows at once, each with its seed set: (x, y, None), or with the
-        error's text where they cannot be read."""
-        index, count = self.parallel.rows()
-        size = self.run.micro_batch
-        for part in range(self.run.accumulation * size // rows):
-            micro, inside = divmod(part * rows, size)
-            row = cursor + (micro * count + index) * size + inside
-            unreadable = None
-            try:
-                x, y = self.loader.batch(row, rows)
-            except UserError as error:
-                unreadable = error.text
-                _, x, y = self.dummy_batch()
-            torch.manual_seed(mix(self.cfg.seed, row))
-            yield self.to_device(x), self.to_device(y), unreadable
-
     # ---- what it says
-
-    @property
-    def attempt(self) -> int:
-        """Which start of this run it is; 0 until it owns out_dir."""
-        return self.report.attempt
 
     def say(self, text: str) -> None:
         """One line to the console and to train.log, from rank 0."""
         self.report.say(text)
-
-    def append(self, name: str, row: dict) -> None:
-        """One line to an append-only file in out_dir, from rank 0."""
-        self.report.append(name, row)
-
-    def record(self, row: dict) -> None:
-        """One line of metrics.jsonl, and the same to wandb and TensorBoard."""
-        self.report.record(row)
 
     def write_status(
         self, state: str, code: int = 0, reason: str = "", anyone: bool = False
     ) -> None:
         """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
         self.report.status(state, self.step, code, reason, anyone)
-
-    def routing(self, sums: dict) -> dict:
-        """{"experts": ..., "depth": ...} from what expert_numbers names; empty without them."""
-        cfg, found = self.cfg.model, {}
-        if "moe.counts" in sums:
-            found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
-        if "mod.counts" in sums:
-            saved = 1 - self.model.flops_per_token() / flops_without_mod(self.cfg.model)
-            found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
-        return found
-
-    def get_expert_statistics(self) -> dict:
-        """Of the last step, over all ranks: see experts.expert_statistics."""
-        if not self.moe:
-            return refused("this model has no layer of MoE: set model.n_experts")
-        if self.sparse is None:
-            return refused("no step has been made yet")
-        return self.routing(expert_numbers(self.moe, self.sparse))["experts"]
-
-    def get_mod_statistics(self) -> dict:
-        """Of the last step, over all ranks; see experts.mod_statistics."""
-        if not self.mod:
-            return refused("this model has no layer of MoD: set model.mod_capacity")
-        if self.sparse is None:
-            return refused("no step has been made yet")
-        return self.routing(expert_numbers(self.moe, self.sparse))["depth"]
 
     # ---- evaluation and saving
 
@@ -1397,9 +948,10 @@ class Trainer(ByHand):
         self.progress.evaluated_at = self.step
         if not self.val_set:
             return False
-        how = (self.parallel, self.run.micro_batch, self.token_bytes, self.asked_to_stop)
+        what = (self.model, self.val_set, self.data.val_sources, self.parallel)
+        how = {"token_bytes": self.token_bytes, "stop": lambda: self.signals.stop}
         try:
-            found = evaluate_loss(self.model, self.val_set, self.val_sources, *how)
+            found = evaluate_loss(*what, self.run.micro_batch, **how)
         except UserError:
             self.progress.evaluated_at = None
             self.save()
@@ -1410,18 +962,16 @@ class Trainer(ByHand):
             self.say("evaluation left: a signal came")
             return False
         new_best = self.progress.compare(self.step, found.loss, found.batch_losses)
-        patience = self.cfg.early_stopping_patience
-        if patience and self.progress.evaluations_since_best >= patience:
-            text = (
-                f"early stop: {self.progress.evaluations_since_best} evaluations without a new best"
-            )
-            self.say(text)
-            decision = Decision("patience", "stop", text, 2, basis="rule", always=True)
+        why = self.progress.out_of_patience(self.cfg.early_stopping_patience)
+        if why:
+            self.say(why)
+            decision = Decision("patience", "stop", why, 2, basis="rule", always=True)
             self.orchestrator.decide(decision)
             self.progress.stopped_early = True
-        row = {"step": self.step, "attempt": self.attempt, "tokens": self.tokens} | found.row()
+        row = {"step": self.step, "attempt": self.report.attempt, "tokens": self.tokens}
+        row |= found.row()
         row |= {"best_val_loss": self.progress.best_val_loss, "best_step": self.progress.best_step}
-        self.record(row)
+        self.report.record(row)
         self.orchestrator.evaluated(row)
         took = time.perf_counter() - began
         for line in lines.evaluation_lines(row, new_best, took, self.cfg.model):
@@ -1429,9 +979,6 @@ class Trainer(ByHand):
         self.watch.leave_out(took)
         self.watch.lap("evaluation")
         return new_best
-
-    def asked_to_stop(self) -> int:
-        return self.signals.stop
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""
@@ -1450,12 +997,12 @@ class Trainer(ByHand):
         return self.numbers() | {
             "step": self.step,
             "cursor": self.cursor,
-            "attempt": self.attempt,
+            "attempt": self.report.attempt,
             "config": config,
             "run": dataclasses.asdict(self.run),
             "written": self.written,
             "model_written": self.model_written,
-            "fingerprints": self.fingerprints,
+            "fingerprints": self.data.fingerprints,
             "versions": self.versions,
             "scaler": self.loss_scale.state() if self.loss_scale else None,
             "orchestrator": self.orchestrator.state(),
@@ -1466,10 +1013,6 @@ class Trainer(ByHand):
         }
 
     # ---- small parts, and the end
-
-    def split_seed(self, layer: int) -> int:
-        """Of the noise with which an expert is split now: alike on all ranks, and in a replay."""
-        return (mix(self.cfg.seed, -1 - self.cursor) >> 8) + layer
 
     def scheduled_lr(self, step: int | None = None) -> float:
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
@@ -1499,10 +1042,6 @@ class Trainer(ByHand):
         self.report.close()
         self.parallel.close()
         self.owner.release()
-
-
-def refused(reason: str) -> dict:
-    return {"refused": "E308", "reason": reason}
 
 
 # ---------------------------------------------------------------- main

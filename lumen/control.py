@@ -17,8 +17,8 @@ from lumen import machine as machines
 from lumen.commands import METHODS, CommandFile, Commands, parse_command
 from lumen.decisions import Decision
 from lumen.errors import UserError
-from lumen.experts import add_expert, prune_expert, recycle_expert, restore_expert
-from lumen.loader import Loader
+from lumen.experts import Routing, add_expert, prune_expert, recycle_expert, restore_expert
+from lumen.loader import Loader, mix
 
 NO_MOE = "layer of experts: set model.n_experts"
 NO_MOD = "MoD layer: set model.mod_capacity"
@@ -115,6 +115,11 @@ class Control:
         else:
             group[name] = value
 
+    def split_seed(self, layer: int) -> int:
+        """Of the noise with which an expert is split now: alike on all ranks, and in a replay."""
+        t = self.trainer
+        return (mix(t.cfg.seed, -1 - t.cursor) >> 8) + layer
+
     def limits(self, name: str) -> tuple[float, float]:
         m, knob = self.trainer.cfg.model, KNOBS[name]
         low, high = knob.low, knob.high
@@ -185,7 +190,7 @@ class Control:
         t = self.trainer
 
         def do(moe):
-            seed = t.split_seed(layer_idx)
+            seed = self.split_seed(layer_idx)
             made = add_expert(moe, t.optimizer, t.step, t.parallel, parent, seed)
             return {"parent": made[0], "expert": made[1]}
 
@@ -237,7 +242,7 @@ class Control:
     def recycle(self, layer: int, expert: int | None = None, parents=None) -> dict:
         """A dead expert's slot gets half of the hottest of `parents`. E308 where that cannot be."""
         t = self.trainer
-        moe, seed = t.moe[layer], t.split_seed(layer)
+        moe, seed = t.moe[layer], self.split_seed(layer)
         try:
             made = recycle_expert(moe, t.optimizer, t.step, t.parallel, expert, seed, parents)
         except ValueError as error:
@@ -296,12 +301,12 @@ class Control:
 
         def do():
             if dataset is not None:
-                if set(dataset) != set(t.sources):
-                    text = f"dataset: sources named {list(t.sources)} are expected"
+                if set(dataset) != set(t.data.sources):
+                    text = f"dataset: sources named {list(t.data.sources)} are expected"
                     raise UserError("E309", text)
                 loader = Loader(dataset, t.cfg.seed, t.run.segments, t.cfg.model.vocab_size)
                 t.loader.close()
-                t.sources, t.loader = dataset, loader
+                t.data.sources, t.loader = dataset, loader
             t.set_micro_batch(t.run.micro_batch)
 
         return self.by_hand("_recreate_dataloader", do, dataset=None)
@@ -475,6 +480,7 @@ class ByHand:
     """Trainer's side of Control: `trainer.add_expert(0)` in a notebook."""
 
     control: Control
+    routing: Routing
 
     def add_expert(self, layer_idx: int, parent: int | None = None) -> dict:
         return self.control.add_expert(layer_idx, parent)
@@ -520,6 +526,14 @@ class ByHand:
 
     def _update_optimizer_param_groups(self, param: str, value: float) -> dict:
         return self.control._update_optimizer_param_groups(param, value)
+
+    def get_expert_statistics(self) -> dict:
+        """Of the last step, over all ranks: see experts.expert_statistics."""
+        return self.routing.ask("experts")
+
+    def get_mod_statistics(self) -> dict:
+        """Of the last step, over all ranks: see experts.mod_statistics."""
+        return self.routing.ask("depth")
 
     def get_current_metrics(self) -> dict:
         return self.control.get_current_metrics()

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from lumen.detectors import Alarm, StepNumbers
+from lumen.detectors import Alarm
 from lumen.errors import UserError
+from lumen.sums import StepNumbers
 
 JUDGE_AFTER = 100  # iterations; then it is written down what came of a decision
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 from lumen.course import LossCourse, NormLimit, above_chance
+from lumen.sums import StepNumbers
 
 # NonFinite: roll back after so many non-finite steps in a row, or so many within so many iterations
 MAX_NONFINITE_IN_A_ROW = 3  # steps
@@ -47,34 +48,6 @@ MAX_MOD_GAP = 0.02  # nats between the causal rule and the rule of training, twi
 
 
 # ---------------------------------------------------------------- what is known, what is said
-
-
-@dataclass
-class StepNumbers:
-    """What the host knows of one step, once its numbers have arrived. Sums are over all ranks."""
-
-    step: int
-    cursor: int  # the first row of the step's batch
-    iteration: int  # passes through the loop; never comes back, as a step does after a rollback
-    lr: float = 0.0
-    loss: float = math.nan  # cross-entropy, mean over the step's targets, nats
-    z_loss: float = 0.0  # unweighted, mean over the step's targets
-    grad_norm: float = math.nan  # of the true gradient, before clipping
-    tokens: int = 0  # targets that were trained on: 0 where the step was dropped
-    bad: bool = False  # the step was dropped
-    exploded: bool = False  # its gradient norm was above what was to be expected
-    loss_finite: bool = True
-    oom: bool = False  # a rank ran out of memory: the step is void, and none of the numbers holds
-    stop: bool = False  # a rank was asked to stop
-    save: bool = False  # a rank was asked for a checkpoint
-    control: bool = False  # control.jsonl has new lines
-    desynced: bool = False  # the ranks' weights differ
-    experts: dict | None = None  # experts.expert_statistics, where the sums were fetched
-    depth: dict | None = None  # experts.mod_statistics, where the sums were fetched
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
 
-from lumen.machine import free_memory
+from lumen.errors import UserError
+from lumen.loader import dummy_batch, mix
+from lumen.machine import free_memory, to_device
 
 # (x, y, None) of a micro-batch, with its seed set; or with why its rows cannot be read
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor, str | None]]
@@ -69,3 +72,29 @@ def repeat(model, parallel, batches: Batches) -> str | None:
         if p.grad is not None and not parallel.finite(p.grad):
             return f"the gradient of {name} is not finite on rank {parallel.rank}"
     return None
+
+
+def diagnose_step(trainer, cursor: int) -> str | None:
+    """Why the step whose first row is `cursor` was not finite, as far as this rank can see."""
+    par = trainer.parallel
+    # where forward and backward hold collectives a second try would have to be agreed upon
+    sizes = (trainer.run.micro_batch, 1) if par.collective_free else (1,)
+    again = functools.partial(micro_batches_again, trainer, cursor)
+    return diagnose(trainer.model, par, sizes, again)
+
+
+def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
+    """Those of a step, so many rows at once."""
+    index, count = trainer.parallel.rows()
+    size, device = trainer.run.micro_batch, trainer.parallel.device
+    for part in range(trainer.run.accumulation * size // rows):
+        micro, inside = divmod(part * rows, size)
+        row = cursor + (micro * count + index) * size + inside
+        unreadable = None
+        try:
+            x, y = trainer.loader.batch(row, rows)
+        except UserError as error:
+            unreadable = error.text
+            x, y = dummy_batch(size, trainer.cfg.model.max_seq_len)
+        torch.manual_seed(mix(trainer.cfg.seed, row))
+        yield to_device(x, device), to_device(y, device), unreadable

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from lumen.resolve import flops_without_mod
 from model_moe import MOD_SUMS, SUMS, MoD, MoE
 
 # ---------------------------------------------------------------- statistics
@@ -133,6 +134,43 @@ def mod_statistics(layers: dict[int, MoD], sums: dict, n_layers: int, saved: flo
     }
 
 
+class Routing:
+    """What went where in a model's sparse layers, as plain numbers."""
+
+    def __init__(self, model):
+        self.model = model
+        self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")  # by layer
+        self.sums: dict | None = None  # of the last step, as the model names them
+
+    def numbers(self) -> dict:
+        """What statistics() needs of the last step, on the device."""
+        return expert_numbers(self.moe, self.sums)
+
+    def statistics(self, sums: dict) -> dict:
+        """{"experts": ..., "depth": ...}, as far as `sums` holds them; see expert_statistics and
+        mod_statistics."""
+        cfg, found = self.model.cfg, {}
+        if "moe.counts" in sums:
+            found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
+        if "mod.counts" in sums:
+            saved = 1 - self.model.flops_per_token() / flops_without_mod(cfg)
+            found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
+        return found
+
+    def ask(self, kind: str) -> dict:
+        """Of the last step, over all ranks: "experts" or "depth". E308 where there is none."""
+        names = {
+            "experts": (self.moe, "MoE: set model.n_experts"),
+            "depth": (self.mod, "MoD: set model.mod_capacity"),
+        }
+        layers, remedy = names[kind]
+        if not layers:
+            return {"refused": "E308", "reason": f"this model has no layer of {remedy}"}
+        if self.sums is None:
+            return {"refused": "E308", "reason": "no step has been made yet"}
+        return self.statistics(self.numbers())[kind]
+
+
 # ---------------------------------------------------------------- slots and surgery
 # `rows` is the run's Parallel: its local, row and set_row reach one expert's row of a parameter, or
 # of a tensor of its optimizer's state, wherever that row is. Sharded, they are collectives, so all
@@ -142,6 +180,8 @@ def mod_statistics(layers: dict[int, MoD], sums: dict, n_layers: int, saved: flo
 WINDOW = 200
 # an expert with less than this part of its fair share carries no load
 DEAD = 0.1
+# steps between looks at whether the halves of split experts have parted: each is a host sync
+RELEASE_EVERY = 50
 # below this cosine of their weights siblings have parted
 MIN_COSINE = 0.98
 
@@ -323,6 +363,18 @@ def recycle_expert(
 
 
 @torch.no_grad()
+def release_parted(layers: dict[int, MoE], step: int, rows, say) -> None:
+    """Now and then: both halves of a split expert may be chosen once they have parted."""
+    if step % RELEASE_EVERY:
+        return
+    for layer, moe in layers.items():
+        if not moe.router.cfg.n_experts_max:  # it has no slots
+            return
+        for a, b in release_siblings(moe, rows):
+            text = f"siblings {a} and {b} have parted, both can be chosen"
+            say(f"experts    layer {layer}: {text}")
+
+
 def release_siblings(moe: MoE, rows) -> list[tuple[int, int]]:
     """End the exclusion between siblings whose weights have parted; returns those pairs.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from lumen.decisions import Decision
 from lumen.errors import UserError
 from lumen.resolve import memory_at_hand, write_hint
+from lumen.sums import StepNumbers
 
 # of another rank, that outlive a later word of ours: they say more than that it was lost
 MORE_IS_KNOWN = ("input_error", "restart")
@@ -60,6 +62,28 @@ def peer_is_lost(trainer, error: Exception) -> UserError:
         text += "another rank hangs or cannot be reached: "
     text += str(error).splitlines()[0]
     there = trainer.report.read_status()
-    if there.get("attempt") != trainer.attempt or there.get("state") not in MORE_IS_KNOWN:
+    if there.get("attempt") != trainer.report.attempt or there.get("state") not in MORE_IS_KNOWN:
         trainer.write_status("restart", 75, text)
     return UserError("E601", text)
+
+
+def begin_again_smaller(trainer, step: int, cursor: int) -> None:
+    """A rank ran out of memory in the micro-batches of `step`, which was dropped everywhere: begin
+    it again, the same rows in smaller ones. E200 where they cannot be smaller."""
+    t = trainer
+    t.step, t.cursor = step, cursor
+    rows = t.run.rows_per_step // t.parallel.rows()[1]
+    size = t.run.micro_batch
+    smaller = [m for m in range(1, size // 2 + 1) if rows % m == 0]
+    what = f"a rank ran out of memory with {size} rows a micro-step"
+    if not smaller:
+        t.save()
+        advice = "activation_checkpointing: block, a shorter max_seq_len, or a smaller model"
+        text = f"{what} at step {step}, and there are none smaller; try {advice}"
+        raise UserError("E200", text)
+    t.orchestrator.halted.zero_()  # from here on steps count again
+    t.set_micro_batch(smaller[-1])
+    t.found.hint = f"a rank ran out of memory at step {step} with {size}"
+    decision = Decision("oom", "adjust_batch_size", f"{what}: same rows again", 1, always=True)
+    decision.more = {"args": {"new_size": smaller[-1]}, "before": size}
+    t.orchestrator.decide(decision, StepNumbers(step, cursor, t.orchestrator.iteration))

@@ -269,6 +269,32 @@ def look_ahead(forecast: Forecast, planned: float, unique: float, lr_of) -> tupl
     return found, f"{text}; {found['recommendation']}"
 
 
+def advise(trainer) -> str | None:
+    """What is justified to do about the length of a run, from where it stands and where it will
+    end; says so, and leaves what it found for the next row of metrics.jsonl."""
+    t, progress = trainer, trainer.progress
+    planned = t.targets_per_step * t.run.max_steps
+    windows = sum(source.windows for source in t.data.sources.values())
+    unique = windows * t.cfg.model.max_seq_len
+
+    def lr_of(share: float) -> float:
+        return t.scheduled_lr(round(share * t.run.max_steps))
+
+    found, line = look_ahead(t.forecast, planned, unique, lr_of)
+    if line:
+        t.say(f"forecast   {line}")
+    if found is None:
+        return None
+    t.tell.forecast = {f"forecast/{name}": value for name, value in found.items()}
+    if "final" in found:
+        progress.gains = [*progress.gains[-2:], found["stable_gain_high"]]
+    rise = (progress.val_loss or 0.0) - (progress.best_val_loss or 0.0)
+    epochs = found["share"] * planned / max(1, unique)
+    gain = found.get("anneal_gain", 0.0)
+    history = (progress.gains, progress.rises)
+    return justified_stop(t.cfg.lr_schedule, *history, epochs, rise, gain)
+
+
 def paired_rise(best: np.ndarray, now: np.ndarray) -> float:
     """One-sided p-value that the mean validation loss has risen, from the losses of the same rows
     (nats) at both times.

@@ -16,13 +16,13 @@ from lumen import machine as machines
 from lumen import model_keys, plan
 from lumen.config import Config
 from lumen.course import above_chance
-from lumen.detectors import StepNumbers
 from lumen.forecast import BAND
 from lumen.hf import refusals
 from lumen.launch import clock
 from lumen.machine import resident_bytes
 from lumen.resolve import Run, resolved
 from lumen.stopwatch import Interval
+from lumen.sums import StepNumbers
 from model import ModelConfig, Transformer
 from model_moe import MoD
 

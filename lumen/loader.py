@@ -387,6 +387,18 @@ def feistel(index: np.ndarray, n: int, *key) -> np.ndarray:
     return x.astype(np.int64)
 
 
+def mix(seed: int, row: int) -> int:
+    """A seed for the micro-step that starts at `row`: no random state ever needs saving."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # 63 bits: torch takes no more
+
+
+def dummy_batch(rows: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y), (rows, T) each, without a valid target: for a rank that cannot read its rows."""
+    shape = (rows, T)
+    return np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+
+
 class Loader:
     """Batches as a pure function of (seed, segments, cursor). `segments` is [[first_row, {name:
     weight}], ...]: from first_row on, each block of 1024 rows holds 1024 * share rows of each

@@ -63,6 +63,13 @@ def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.
     return OPTIMIZERS[cfg.optimizer](groups, cfg)
 
 
+def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:
+    """The factor (0-d) that brings a gradient of this norm down to `limit`; 0: there is none."""
+    if not limit:
+        return torch.ones_like(norm)
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 def step_optimizer(optimizer, weights, factor: torch.Tensor, skip: torch.Tensor) -> None:
     """One step with the gradients times `factor` (0-d); none where `skip` (0-d bool) says so.
 

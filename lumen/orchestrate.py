@@ -37,6 +37,7 @@ from lumen.detectors import (
     StepNumbers,
     UnbalancedExperts,
 )
+from lumen.diagnose import diagnose_step
 from lumen.errors import UserError
 from lumen.health import Checkup, Health, counters
 from lumen.snapshots import Snapshot, Snapshots, find_source
@@ -289,7 +290,7 @@ class Replay:
 def run_id(trainer) -> str:
     """The same for runs whose decisions may be repeated one by the other."""
     cfg = trainer.cfg
-    words = [cfg.seed, trainer.model_written, trainer.fingerprints, trainer.run.rows_per_step]
+    words = [cfg.seed, trainer.model_written, trainer.data.fingerprints, trainer.run.rows_per_step]
     words += [cfg.learning_rate, cfg.lr_schedule, cfg.optimizer, cfg.grad_clip, cfg.z_loss]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -355,7 +356,7 @@ class Parts:
     def now(self) -> dict:
         t = self.trainer
         place = {"step": t.step, "cursor": t.cursor, "turn": self.iteration}
-        return place | {"tokens": t.tokens, "attempt": t.attempt}
+        return place | {"tokens": t.tokens, "attempt": t.report.attempt}
 
     def decide(self, decision: Decision, numbers: StepNumbers | None = None, do=None) -> dict:
         return self.decisions.decide(decision, numbers, do)
@@ -381,7 +382,7 @@ class Parts:
 
     def diagnose(self, cursor: int) -> str:
         """Why a step was not finite, by the first rank that can say. On all ranks."""
-        found = self.trainer.parallel.gather(self.trainer.diagnose(cursor))
+        found = self.trainer.parallel.gather(diagnose_step(self.trainer, cursor))
         found = [text for text in found if text]
         found.sort(key=lambda text: text.startswith("not repeated"))  # another may have seen it
         return found[0] if found else "transient: finite when repeated"
@@ -504,7 +505,7 @@ class Parts:
 
     def begin_attempt(self) -> None:
         """Once out_dir is ours and the attempt has its number."""
-        if self.trainer.attempt > 1 and (self.trainer.out / "decisions.jsonl").exists():
+        if self.trainer.report.attempt > 1 and (self.trainer.out / "decisions.jsonl").exists():
             self.decisions.begin_attempt()
 
     def state(self) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lumen import checkpoint
 from lumen.forecast import paired_rise
 
 
@@ -69,3 +70,20 @@ class Progress:
             before, now = np.array(self.best_parts), np.array(batch_losses)
             self.rises = [*self.rises[-1:], paired_rise(before, now)]
         return False
+
+    def out_of_patience(self, patience: int) -> str:
+        """Why the run ends now, where it does. `patience`: evaluations; 0: without a limit."""
+        if not patience or self.evaluations_since_best < patience:
+            return ""
+        return f"early stop: {self.evaluations_since_best} evaluations without a new best"
+
+    def find_best(self, out, parallel) -> None:
+        """If the best step is gone (set aside, damaged, deleted) the best of those still in `out`
+        takes its place. Rank 0 looks, all ranks know."""
+        if parallel.rank == 0 and self.best_step is not None:
+            steps = checkpoint.list_steps(out)
+            if self.best_step not in steps:
+                found = checkpoint.best_of(out, steps, self.measured_on)
+                self.best_val_loss, self.best_step = found
+        best = (self.best_val_loss, self.best_step)
+        self.best_val_loss, self.best_step = parallel.broadcast(best)

@@ -13,8 +13,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from kernels import pick_attention, pick_backend
 from lumen import files, plan
 from lumen import machine as machines
@@ -83,6 +81,7 @@ class Findings:
     hint: str = ""  # how the micro-batch came about
     estimated: bool = False  # batch_size: auto, and no run has proven it yet
     misfit: str = ""  # why the run may not fit into memory
+    probes: bool = False  # ... so it is to be tried out
     machine: Machine | None = None  # with the precision of the run
     peak: float = 0.0  # FLOP/s of this rank's matrices
 
@@ -105,6 +104,40 @@ class Kept:
         """The same for what suits a kind of device: a CPU's choice does not suit a GPU."""
         then = self.run.get("device", self.device)  # the oldest checkpoints do not say
         return self.get(name, *keys) if then == self.device else None
+
+
+def gather_facts(cfg: Config, written: dict, data, parallel, hints: Path | None) -> Facts:
+    """Of this rank. hints: where an earlier start may have left word of its lack of memory."""
+    local_rank = environment("LOCAL_RANK", 0)
+    machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
+    hint = read_hint(hints, written.get("batch_size"), machine) if hints else None
+    return Facts(
+        written=written,
+        readers=parallel.rows()[1],
+        layout=parallel.layout,
+        windows=data.windows,
+        weights=data.weights,
+        model=meta_model(cfg.model),
+        machine=machine,
+        memory=machines.own_memory(machine.device),
+        hint=hint,
+        hint_file=hints / HINT if hints else None,
+    )
+
+
+def resolve_on_all(cfg: Config, facts: Facts, saved: dict | None, found: Findings, parallel) -> Run:
+    """Run as rank 0 finds it, on all ranks. UserError where any of them cannot do that."""
+    run = parallel.run_or_raise_on_all(resolve, cfg, facts, saved, found)
+    run, found.peak = parallel.broadcast((run, found.peak))
+    found.machine = dataclasses.replace(found.machine, precision=run.precision)
+    # once more, with what rank 0 has chosen: this rank may have less memory
+    size = {"micro_batch": run.micro_batch, "rows_per_step": run.rows_per_step}
+    args = (cfg, facts, run.precision, size)
+    found.misfit = parallel.run_or_raise_on_all(check_memory, *args)
+    # where forward and backward hold collectives no rank can try alone
+    on_cuda = parallel.device.type == "cuda"
+    found.probes = found.estimated and on_cuda and parallel.collective_free
+    return run
 
 
 def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> Run:
@@ -446,7 +479,7 @@ def resolve_order(cfg: Config, facts: Facts, saved: dict | None, rows: int, max_
     return past + future
 
 
-# ---------------------------------------------------------------- beside a checkpoint's run
+# ---------------------------------------------------------------- as it is written down
 
 
 def resolved(cfg: Config, run: Run) -> dict:
@@ -468,46 +501,6 @@ def without_effect(cfg: Config, written: dict) -> list[str]:
         given.remove("zero_stage")
     text = "takes effect under train_fsdp.py, on several ranks"
     return [f"{', '.join(given)}: {text}"] if given else []
-
-
-OF_ONE_START = ("resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change")
-
-
-def compare(cfg: Config, run: Run, saved: dict) -> list[str]:
-    """A line for each knob that is not what the checkpoint's run had, both as resolved. (The model
-    must be the same, or the start was refused.)"""
-    T = cfg.model.max_seq_len
-    before = saved["config"] | {"batch_tokens": saved["run"]["rows_per_step"] * T}
-    now = resolved(cfg, run) | {"batch_tokens": run.rows_per_step * T}
-    there, here = {}, {}
-    for key, value in now.items():
-        if key in OF_ONE_START or key == "model":
-            continue
-        then = before.get(key, value)  # a key that is newer than the checkpoint
-        if key == "orchestrator":
-            there |= {f"{key}.{name}": then.get(name, value[name]) for name in value}
-            here |= {f"{key}.{name}": value[name] for name in value}
-        else:
-            there[key], here[key] = then, value
-    return [
-        f"{k}: {there[k]} in the checkpoint, {here[k]} now" for k in here if there[k] != here[k]
-    ]
-
-
-def versions(machine: Machine, world: int) -> dict:
-    """On what equal bits depend, besides the run itself."""
-    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return here | {"device": machine.name, "world": world}
-
-
-def other_bits(run: Run, now: dict, saved: dict) -> list[str]:
-    """A line where a deterministic run goes on on what cannot give the bits that it had."""
-    then = saved.get("versions", {}) | {"micro_batch": saved["run"]["micro_batch"]}
-    now = now | {"micro_batch": run.micro_batch}
-    differ = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k]]
-    if not differ or not run.deterministic:
-        return []
-    return [f"equal bits to the run so far cannot be promised: {', '.join(differ)}"]
 
 
 # ---------------------------------------------------------------- what a start learnt of memory

@@ -198,7 +198,7 @@ def find_source(
     good = clean_checkpoints(trainer.out, newest, before) if trainer.main else None
     good = trainer.parallel.broadcast(good)
     folders = [checkpoint.step_dir(trainer.out, s) for s in reversed(good)]
-    found = trainer.newest_whole(folders)
+    found = trainer.start.newest_whole(folders)
     if earlier and (found is None or earlier[-1].step >= checkpoint.step_of(found)):
         return earlier[-1]
     return found or (fitting[-1] if fitting else None)

@@ -12,11 +12,11 @@ import torch
 
 from lumen import lines
 from lumen import machine as machines
-from lumen.detectors import StepNumbers
 from lumen.launch import clock
 from lumen.machine import resident_bytes
 from lumen.orchestrate import LR_CUT
 from lumen.resolve import n_working
+from lumen.sums import StepNumbers
 
 
 class Teller:
@@ -27,7 +27,7 @@ class Teller:
     def facts(self, notes: list[str] | None = None) -> lines.Start:
         """What the start lines and suggested.yaml are made of."""
         t = self.trainer
-        hint = [t.hint] if t.hint else []
+        hint = [t.found.hint] if t.found.hint else []
         return lines.Start(
             cfg=t.cfg,
             run=t.run,
@@ -35,16 +35,16 @@ class Teller:
             machine=t.machine,
             layout=t.parallel.layout,
             readers=t.parallel.rows()[1],
-            sources=t.sources,
-            val_sources=t.val_sources,
+            sources=t.data.sources,
+            val_sources=t.data.val_sources,
             n_working=n_working(t.counted),
             flops_per_token=t.flops_per_token,
-            peak=t.peak,
+            peak=t.found.peak,
             world=t.parallel.world,
             lr_at_peak=t.scheduled_lr(t.run.peak_step),
             last_lr=t.scheduled_lr(t.run.max_steps - 1),
-            misfit=t.misfit,
-            notes=[*(notes or []), *t.machine.notes, *hint, *t.changes],
+            misfit=t.found.misfit,
+            notes=[*(notes or []), *t.machine.notes, *hint, *t.found.changes],
         )
 
     def start(self, notes: list[str]) -> None:
@@ -56,11 +56,11 @@ class Teller:
         """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
         t, cfg, done = self.trainer, self.trainer.cfg, numbers.step + 1
         interval = t.watch.interval(done)
-        row = {"step": done, "attempt": t.attempt, "tokens": t.tokens}
+        row = {"step": done, "attempt": t.report.attempt, "tokens": t.tokens}
         row |= lines.step_row(numbers)
         # MoD's capacity may be annealed, and the FLOPs with it
         flops = t.model.flops_per_token() if t.mod else t.flops_per_token
-        peak = t.peak * t.parallel.world
+        peak = t.found.peak * t.parallel.world
         row |= lines.speed_row(interval, t.targets_per_step, flops, peak)
         row["dropped"] = t.orchestrator.dropped
         row |= lines.health_row(t.orchestrator.health.status, t.orchestrator.health.causes)
@@ -77,7 +77,7 @@ class Teller:
         if numbers.depth is not None:
             row |= lines.depth_row(numbers.depth)
         row |= lines.epoch_row(t.loader.epochs(numbers.cursor + t.run.rows_per_step))
-        t.record(row)
+        t.report.record(row)
         for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
             t.report.record_bars(name, values, done)
         gone = sum(t.watch.spent.values())
@@ -113,7 +113,7 @@ class Teller:
         used = resident_bytes() or 0
         if device.type == "cuda":
             used = torch.cuda.max_memory_reserved()
-        found = (used / machines.total_memory(device), t.hint)
+        found = (used / machines.total_memory(device), t.found.hint)
         rollbacks = len(t.orchestrator.escalation.rollbacks)
         t.report.write_suggestion(
             lines.suggestion(self.facts(), t.written, *found, rollbacks, LR_CUT)

@@ -157,7 +157,7 @@ def speed(words: list[str]) -> int:
         fixed |= {"max_steps": o.max_steps, "out_dir": folder}
         trainer = Trainer([*words, *(f"--{key}={value}" for key, value in fixed.items())])
         trainer.save = never_save
-        trainer.record = record
+        trainer.report.record = record
         trainer.fit()
     print_speed(trainer, [row for row in rows if "loss" in row])
     return 0
@@ -192,7 +192,7 @@ def print_speed(trainer, rows: list[dict]) -> None:
     if data_sheet(trainer.machine.name) and trainer.machine.precision != "fp32":
         kind = "of the data sheet's peak"
     print(f"tokens/s  {timing.spread(speeds)}")
-    print(f"mfu       {timing.mfu(rates, trainer.machine, trainer.peak)} {kind}")
+    print(f"mfu       {timing.mfu(rates, trainer.machine, trainer.found.peak)} {kind}")
     print(f"data wait {timing.spread([row['data_wait'] for row in clean])} of the step")
 
 
@@ -344,7 +344,7 @@ def train_once(tree: dict, log: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder, open(log, "w", encoding="utf-8") as f:
         with contextlib.redirect_stdout(f):
             trainer = Trainer(tree | {"out_dir": folder})
-            trainer.record = rows.append
+            trainer.report.record = rows.append
             trainer.fit()
         if trainer.step < trainer.run.max_steps:  # a signal: what it asked to stop is all of it
             raise KeyboardInterrupt

@@ -14,9 +14,9 @@ import kernels
 import train
 from lumen import files
 from lumen import machine as machines
-from lumen.detectors import StepNumbers
 from lumen.errors import UserError
 from lumen.report import main as report_main
+from lumen.sums import StepNumbers
 from model import ModelConfig
 from tools import bench, bench_step, faults, timing
 

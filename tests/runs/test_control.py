@@ -305,7 +305,7 @@ def test_batch_and_reader_by_hand_change_no_row(tiny):
     for name, at in (
         ("left", None),
         ("smaller", {6: change}),
-        ("reader", {6: lambda t: t._recreate_dataloader(t.sources)}),
+        ("reader", {6: lambda t: t._recreate_dataloader(t.data.sources)}),
     ):
         trainer = finish(
             keys | {"out_dir": keys["out_dir"] + name, "model": keys["model"] | {"dropout": 0.0}},

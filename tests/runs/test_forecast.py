@@ -28,7 +28,7 @@ def test_tokens_per_parameter_sets_the_length(tiny):
     assert found == round(0.5 * n / tokens)
     found_moe, moe = steps(model=keys["model"] | MOE)
     assert found_moe == round(0.5 * moe.counted.n_params()["active"] / tokens) > found
-    data = sum(s.windows for s in trainer.sources.values()) * 32
+    data = sum(s.windows for s in trainer.data.sources.values()) * 32
     assert steps(num_epochs=0.25)[0] == round(0.25 * data / tokens) < found  # at most so often
     lumina = {
         "tokens_per_parameter": None,

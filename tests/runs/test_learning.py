@@ -123,9 +123,9 @@ def train_theirs(model, trainer: Trainer, balance: float) -> tuple[list[float], 
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    windows = np.stack([trainer.val_sources[name].window(i) for name, i in trainer.val_set]).astype(
-        np.int64
-    )
+    windows = np.stack(
+        [trainer.data.val_sources[name].window(i) for name, i in trainer.val_set]
+    ).astype(np.int64)
     with torch.no_grad():
         return losses, cross_entropy(
             model, windows[:, :-1], np.ascontiguousarray(windows[:, 1:])

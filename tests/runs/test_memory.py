@@ -15,7 +15,7 @@ from rig import wide
 
 import train
 import train_fsdp
-from lumen import config, plan, probe, resolve
+from lumen import config, plan, probe, resolve, setup
 from lumen import machine as machines
 from lumen.cli import presets, read_config
 from lumen.errors import UserError
@@ -176,7 +176,7 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
         )
         on_a_gpu(monkeypatch, trainer, memory, need)
         trainer.run = dataclasses.replace(trainer.run, rows_per_step=rows)
-        trainer.probe()
+        setup.probe(trainer)
         best = max(r for r in range(1, rows + 1) if rows % r == 0 and need(r) <= 0.92 * memory)
         assert 1 < best < rows and trainer.run.micro_batch == best
     trainer.loader.close()
@@ -189,11 +189,11 @@ def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
         Trainer(tiny(name, model={"dropout": 0.0}, max_steps=2)) for name in ("whole", "run")
     )
     on_a_gpu(monkeypatch, trainer, 2500, lambda rows: 1000 * rows)
-    trainer.probe()
+    setup.probe(trainer)
     assert trainer.run.micro_batch == 2 and all(p.grad is None for p in trainer.model.parameters())
     on_a_gpu(monkeypatch, trainer, 900, lambda rows: 1000 * rows)
     with pytest.raises(UserError, match="E200: batch_size: auto.*one row does not fit") as e:
-        trainer.probe()
+        setup.probe(trainer)
     assert e.value.exit_code == 2 and all(p.grad is None for p in trainer.model.parameters())
     assert trainer.fit() == whole.fit() == 0
     assert fingerprint(trainer.out, 2) == fingerprint(whole.out, 2)

@@ -302,7 +302,7 @@ def test_the_log_line_has_what_people_look_for(tiny):
 def test_the_peak_was_measured_while_the_machine_was_busy(tiny):
     """A run then came out above 100 % of what the machine can do: such a share is not a number."""
     trainer = Trainer(tiny(max_steps=2))
-    trainer.peak = 1.0
+    trainer.found.peak = 1.0
     trainer.fit()
     assert "mfu -, data" in told(trainer)
     assert [r["mfu"] for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r] == [

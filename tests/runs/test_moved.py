@@ -117,7 +117,9 @@ def test_weights_and_tokenizer_of_a_hugging_face_folder(tiny, spoken, tmp_path):
             Trainer(speak(tiny, spoken / "b", "bad", init_from=str(source)))
     (folder / "tokenizer.json").unlink()
     silent = Trainer(speak(tiny, spoken / "b", "silent", init_from=str(folder)))
-    assert sum("cannot say" in line for line in silent.changes) == 1, "nothing to compare: one note"
+    assert sum("cannot say" in line for line in silent.found.changes) == 1, (
+        "nothing to compare: one note"
+    )
     silent.close()
 
 
@@ -278,7 +280,7 @@ def test_a_run_that_was_moved(tiny, tmp_path, capsys):
         assert (trainer.out, trainer.step) == (folder, 4)
         assert "it says" in capsys.readouterr().out
         assert [
-            c for c in trainer.changes if not c.startswith(("out_dir", "the learning rate"))
+            c for c in trainer.found.changes if not c.startswith(("out_dir", "the learning rate"))
         ] == ["max_steps: 4 in the checkpoint, 5 now"]
         assert trainer.fit() == 0 and not old.exists()
         assert (

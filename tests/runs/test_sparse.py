@@ -276,7 +276,7 @@ def test_evaluation_reports_both_rules(tiny, kind):
     assert row["mod_gap"] == pytest.approx(row["val_loss"] - row["val_loss_as_trained"])
     model, sums = trainer.model.eval(), {}
     windows = torch.tensor(
-        np.stack([trainer.val_sources[n].window(i) for n, i in trainer.val_set])
+        np.stack([trainer.data.val_sources[n].window(i) for n, i in trainer.val_set])
     ).long()
     with torch.no_grad():
         for causal in (True, False):

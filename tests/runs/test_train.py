@@ -252,7 +252,7 @@ def test_resumed_equals_never_stopped(tiny, reference, dropout):
         assert trainer.fit() == 0 and trainer.step == step + 1
         assert json.loads((trainer.out / "status.json").read_text())["state"] == "stopped"
     trainer = finish(parts)
-    assert trainer.attempt == 4 and same_run(whole, parts)
+    assert trainer.report.attempt == 4 and same_run(whole, parts)
     assert losses(whole["out_dir"]) == losses(parts["out_dir"])
     assert Trainer(parts).step == 12
 
@@ -330,7 +330,7 @@ def test_model_keys_and_data_must_match(tiny, tmp_path, shards, monkeypatch):
         Trainer(tiny(data_dir=str(other)))
     trainer = Trainer(tiny(data_dir=str(other), allow_data_change=True, max_steps=5))
     assert trainer.step == 3 and any(
-        "max_steps: 3 in the checkpoint, 5 now" in c for c in trainer.changes
+        "max_steps: 3 in the checkpoint, 5 now" in c for c in trainer.found.changes
     )
     trainer.fit()
 
@@ -341,7 +341,7 @@ def test_resolved_values_are_kept_unless_the_yaml_changes(tiny):
     stop_at(trainer, 3)
     trainer.fit()
     steps = trainer.run.max_steps
-    assert steps == int(trainer.sources["data"].windows * 0.05) // 4
+    assert steps == int(trainer.data.sources["data"].windows * 0.05) // 4
     again = Trainer(keys | {"log_interval": 7})
     assert again.run.max_steps == steps and again.step == 4
     again.loader.close()
@@ -412,7 +412,7 @@ def test_data_that_does_not_say_its_vocabulary_or_says_two(tiny, tmp_path):
     with pytest.raises(UserError, match="E113.*different tokenizers"):
         Trainer(tiny(data_dir=..., data={"sources": sources}))
     trainer = Trainer(tiny(data_dir=str(tmp_path / "bytes"), model={"vocab_size": 0}))
-    assert trainer.cfg.model.vocab_size == 260 and trainer.val_sources
+    assert trainer.cfg.model.vocab_size == 260 and trainer.data.val_sources
     trainer.loader.close()
 
 

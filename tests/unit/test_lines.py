@@ -9,10 +9,10 @@ import yaml
 
 from lumen import lines, plan
 from lumen.config import build_config
-from lumen.detectors import StepNumbers
 from lumen.lines import Start
 from lumen.machine import Machine
 from lumen.stopwatch import PARTS, Interval
+from lumen.sums import StepNumbers
 from model import ModelConfig
 
 MODEL = {"vocab_size": 100, "d_model": 64, "n_layers": 4, "n_heads": 2, "max_seq_len": 32}

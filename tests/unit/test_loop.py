@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lumen.progress import Progress
-from train import FLAGS, Due, Trainer, every, flatten, unflatten
+from lumen.sums import FLAGS, flatten, unflatten
+from train import Due, Trainer, every
 
 FRESH = {  # a run of 20 steps in the midst of its life
     "step": 7,

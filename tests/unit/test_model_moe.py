@@ -12,9 +12,10 @@ from sparse_models import DEPTHS, KINDS, choices, config, gradients, ids, layer,
 from lumen.config import Config
 from lumen.experts import add_expert, expert_numbers, expert_statistics, recycle_expert
 from lumen.optim import build_optimizer
+from lumen.sums import flatten, unflatten
 from model import AttentionInputs, Transformer, rope_tables
 from model_moe import SUMS, draw_dropout, update_balance
-from train import Parallel, flatten, unflatten
+from train import Parallel
 
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)
 ROWS = Parallel(Config(data_dir="x"))  # how surgery reaches an expert's row: one process

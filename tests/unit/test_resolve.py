@@ -7,14 +7,13 @@ import torch
 
 from lumen import plan
 from lumen.config import build_config
+from lumen.differences import compare, other_bits
 from lumen.errors import UserError
 from lumen.machine import Machine
 from lumen.resolve import (
     Facts,
     Findings,
     Kept,
-    compare,
-    other_bits,
     read_hint,
     resolve,
     resolve_batch,

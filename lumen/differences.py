@@ -1,0 +1,79 @@
+"""In what a run that goes on differs from the run that its checkpoint is of: lines for the user."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+
+from lumen.config import Config
+from lumen.machine import Machine
+from lumen.resolve import Run, resolved, rise
+
+# what the learning rate of a step depends on
+SCHEDULE_KEYS = ("learning_rate", "min_lr", "lr_schedule")
+SCHEDULE_KEYS += ("max_steps", "warmup_steps", "decay_frac")
+# keys that say how to start, not what to train
+OF_ONE_START = ("resume", "overwrite", "init_from", "allow_data_change", "allow_tokenizer_change")
+
+
+def compare(cfg: Config, run: Run, saved: dict) -> list[str]:
+    """A line for each knob that is not what the checkpoint's run had, both as resolved. (The model
+    must be the same, or the start was refused.)"""
+    T = cfg.model.max_seq_len
+    before = saved["config"] | {"batch_tokens": saved["run"]["rows_per_step"] * T}
+    now = resolved(cfg, run) | {"batch_tokens": run.rows_per_step * T}
+    there, here = {}, {}
+    for key, value in now.items():
+        if key in OF_ONE_START or key == "model":
+            continue
+        then = before.get(key, value)  # a key that is newer than the checkpoint
+        if key == "orchestrator":
+            there |= {f"{key}.{name}": then.get(name, value[name]) for name in value}
+            here |= {f"{key}.{name}": value[name] for name in value}
+        else:
+            there[key], here[key] = then, value
+    return [
+        f"{k}: {there[k]} in the checkpoint, {here[k]} now" for k in here if there[k] != here[k]
+    ]
+
+
+def versions(machine: Machine, world: int) -> dict:
+    """On what equal bits depend, besides the run itself."""
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return here | {"device": machine.name, "world": world}
+
+
+def other_bits(run: Run, now: dict, saved: dict) -> list[str]:
+    """A line where a deterministic run goes on on what cannot give the bits that it had."""
+    then = saved.get("versions", {}) | {"micro_batch": saved["run"]["micro_batch"]}
+    now = now | {"micro_batch": run.micro_batch}
+    differ = [f"{k} {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k]]
+    if not differ or not run.deterministic:
+        return []
+    return [f"equal bits to the run so far cannot be promised: {', '.join(differ)}"]
+
+
+def leap(lr_at, before: dict, cfg: Config, run: Run, step: int) -> list[str]:
+    """A line where a resumed run's learning rate would leap: by the configuration `before`, as the
+    checkpoint has it resolved, against today's; and what makes the difference."""
+    now = resolved(cfg, run)
+    then = types.SimpleNamespace(**now | before)
+    then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
+    was = lr_at(then, then, max(0, min(step, then.max_steps - 1)))
+    becomes = lr_at(cfg, run, step)
+    if step >= run.max_steps or (becomes <= 1.5 * was and was <= 1.5 * becomes):
+        return []
+    changed = []
+    for key in SCHEDULE_KEYS:
+        if getattr(then, key) != now[key]:
+            changed.append(f"{key} {getattr(then, key)} -> {now[key]}")
+    text = f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step}"
+    text += f" ({', '.join(changed)}); lr_schedule: wsd can be made longer without that,"
+    return [f"{text} init_from starts a new schedule"]
+
+
+def differences(lr_at, cfg: Config, run: Run, now: dict, saved: dict, step: int) -> list[str]:
+    """All of the above. lr_at: train.lr_at; now: versions() of this start."""
+    lines = leap(lr_at, saved["config"], cfg, run, step)
+    return lines + other_bits(run, now, saved) + compare(cfg, run, saved)

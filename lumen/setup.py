@@ -1,0 +1,88 @@
+"""Between a resolved configuration and the first step: what a Trainer does once, at its start."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import torch
+
+from lumen import files, lines
+from lumen.errors import UserError
+from lumen.probe import largest_batch
+from lumen.resolve import Run
+from lumen.resume import take_weights
+
+
+def use_deterministic(wanted: bool) -> None:
+    """Both are set whatever they were: this may be a process's second run."""
+    torch.use_deterministic_algorithms(wanted)
+    # a debugging aid that costs a pass over memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def prepare_model(model, cfg, run: Run, compute_dtype: torch.dtype) -> None:
+    """What a model is told beside its ModelConfig; and its blocks are compiled."""
+    model.compute_dtype = compute_dtype
+    model.z_loss = cfg.z_loss
+    model.backend = run.attention
+    model.recompute = cfg.activation_checkpointing
+    for moe in model.sparse_layers("moe").values():
+        moe.backend = run.expert_backend
+    if run.compile_model:
+        # dense, MoE and MoD blocks, each while training and evaluating
+        torch.compiler.config.recompile_limit = 64
+        # one graph serves all layers: fast to compile, and nothing else gains by it
+        for block in model.blocks:
+            block.compile()
+
+
+def fill(trainer, saved, weights: tuple | None) -> None:
+    """Model and optimizer from the checkpoint `saved`, or the model from the `weights` that
+    find_weights found; with neither the initial weights stay."""
+    if saved is not None:
+        trainer.parallel.run_or_raise_on_all(trainer.load, saved)
+    elif weights is not None:
+        trainer.parallel.run_or_raise_on_all(take_initial, trainer, *weights)
+        trainer.say(f"weights    from {trainer.cfg.init_from}")
+
+
+def take_initial(trainer, model, weights) -> None:
+    """The weights of `model` that init_from names; see resume.take_weights."""
+    cfg = trainer.cfg
+    slots = [m.n_experts_max or m.n_experts for m in (cfg.model, model)]
+    args = (model, slots[0] - slots[1], trainer.tensors(), trainer.parallel)
+    take_weights(f"init_from {cfg.init_from}", weights, *args)
+    if cfg.model.n_experts_max:
+        for moe in trainer.moe.values():
+            moe.router.retired.fill_(-1)  # the steps of another run
+
+
+def probe(trainer) -> None:
+    """batch_size: auto on CUDA: what really fits takes the place of what was estimated."""
+    t = trainer
+    rows = t.run.rows_per_step // t.parallel.rows()[1]
+    best, found = largest_batch(t.model, t.parallel, rows, t.cfg.target_memory)
+    t.run = dataclasses.replace(t.run, micro_batch=best, accumulation=rows // best)
+    t.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
+
+
+def open_files(trainer) -> None:
+    """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
+    t, report, progress = trainer, trainer.report, trainer.progress
+    if not t.main:
+        return
+    try:
+        report.open(lines.config_yaml(t.cfg, t.run), t.data.tokenizer_dir)
+        report.copy_tokenizer(t.data.tokenizer_sum, t.start.tokenizer)
+    except OSError as error:
+        raise UserError("E300", f"out_dir {t.out} cannot be written: {error}") from error
+    if t.step:  # a process that was killed may have saved and not yet said so
+        best = {"step": progress.best_step, "val_loss": progress.best_val_loss}
+        with contextlib.suppress(OSError):
+            if progress.best_step is None:  # the one it names is of another validation set
+                (t.out / "best.json").unlink(missing_ok=True)
+            else:
+                files.write_json(t.out / "best.json", best)
+    t.write_status("running")
+    report.open_charts(t.cfg)
