@@ -12,9 +12,7 @@ key; what auto and null become is lumen/resolve.py's, what a run says is lumen/l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -25,9 +23,9 @@ import torch.distributed as dist
 
 from evaluate import evaluate_loss
 from lumen import checkpoint, failure, forecast, lines, owner, plan, setup
-from lumen.cli import read_config
+from lumen.cli import read_any, read_config
 from lumen.commands import Commands
-from lumen.config import Config, build_config, help_text, printed
+from lumen.config import Config, help_text, printed
 from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
@@ -49,14 +47,15 @@ from lumen.resolve import (
     check_states,
     gather_facts,
     resolve_on_all,
-    resolved,
     with_length,
+    with_micro_batch,
     without_effect,
 )
 from lumen.resume import StartingPoint, check_paths
-from lumen.saver import Saver, copy_in, live_tensors
+from lumen.saver import Saver, live_tensors
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
+from lumen.state import State
 from lumen.stopwatch import Stopwatch
 from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, step_numbers, unflatten
 from lumen.tell import Teller
@@ -380,12 +379,12 @@ class Orchestrator(Parts):
         to_cursor = None
         if isinstance(source, Snapshot):
             self.snapshots.restore(source)
-            t.rewind({"step": source.step} | source.numbers)
+            t.state.rewind({"step": source.step} | source.numbers)
             iteration, to_cursor = source.iteration, source.cursor
         else:
             saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)
-            t.parallel.run_or_raise_on_all(t.restore, saved)
-            t.rewind(saved.state)
+            t.parallel.run_or_raise_on_all(t.state.restore, saved)
+            t.state.rewind(saved.state)
             iteration = saved.state.get("orchestrator", {}).get("turn", 0)
         self.snapshots.discard(iteration + 1)
         for detector in self.detectors.values():
@@ -458,6 +457,7 @@ class Trainer(ByHand):
         self.report = Report(self.out, self.main)
         self.owner = owner.Owner(self.out, self.main)
         self.tell = Teller(self)
+        self.state = State(self)
         self.signals = Signals(self.main)  # what this rank has heard
         if self.parallel.collective_free:  # zero_stage: 0 is what this is
             notes = [*notes, *without_effect(cfg, written)]
@@ -474,7 +474,8 @@ class Trainer(ByHand):
         out_dir is its own."""
         cfg, par = self.cfg, self.parallel
         # what there is to read, and what there is to go on from
-        self.open_data()
+        self.data = par.run_or_raise_on_all(open_data, cfg)
+        setup.take_vocabulary(self)
         self.start = StartingPoint(self.cfg, self.data, par, self.owner, self.say)
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
@@ -494,25 +495,8 @@ class Trainer(ByHand):
         self.control = Control(self)
         self.orchestrator = par.run_or_raise_on_all(Orchestrator, self, replay)
         if saved is not None:
-            self.take_history(saved.state)
-        # files, a number for this attempt, signals
-        par.run_or_raise_on_all(setup.open_files, self)
-        self.report.attempt = par.broadcast(self.report.attempt)
-        self.orchestrator.begin_attempt()
-        begun = f"from step {self.step}" if self.step else "new"
-        self.say(f"run        {self.out}, attempt {self.report.attempt}, {begun}")
-        self.signals.listen()
-
-    def open_data(self) -> None:
-        """Sources, their validation splits, tokenizer; the vocabulary becomes the model's."""
-        cfg = self.cfg
-        self.data = self.parallel.run_or_raise_on_all(open_data, cfg)
-        self.token_bytes = self.data.token_bytes()
-        model = dataclasses.replace(cfg.model, vocab_size=self.data.vocab_size)
-        self.cfg = dataclasses.replace(cfg, model=model)
-        if cfg.early_stopping_patience and not self.data.val_sources:
-            text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
-            raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
+            self.state.load_history(saved)
+        setup.open_run(self)
 
     def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
         """run: what auto and null become, as rank 0 finds it; and what else comes to light."""
@@ -560,38 +544,6 @@ class Trainer(ByHand):
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name; see saver.live_tensors."""
         return live_tensors(self.model, self.weights, self.optimizer)
-
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Weights, moments and every number of the run, in place."""
-        self.restore(saved)
-        self.step, self.cursor = saved.state["step"], saved.state["cursor"]
-        self.take_numbers(saved.state)
-        if Path(saved.path).resolve().parent == self.out.resolve():  # another run keeps its curves
-            self.report.wandb_id = saved.state.get("wandb_id")
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Tensors and loss scale of a checkpoint, in place. E305 where it has others."""
-        copy_in(saved, self.tensors(), self.parallel)
-        if self.loss_scale is not None and saved.state["scaler"]:
-            self.loss_scale.load(saved.state["scaler"])
-
-    def take_numbers(self, numbers: dict) -> None:
-        """Those of a checkpoint or snapshot."""
-        self.tokens = numbers.get("tokens", self.tokens)
-        same_data = numbers.get("fingerprints") == self.data.fingerprints
-        lost = self.progress.take(numbers, same_data)
-        if lost:
-            self.say(f"note       val_loss begins anew: {lost} was of another validation set")
-
-    def take_history(self, state: dict) -> None:
-        """What a checkpoint knows of its run's past: curves and detectors go on."""
-        self.progress.find_best(self.out, self.parallel)
-        same_data = state["fingerprints"] == self.data.fingerprints
-        if same_data and "forecast" in state:
-            self.forecast.load_state_dict(state["forecast"])
-        if "orchestrator" in state:
-            of_another_run = self.start.origin is not None
-            self.orchestrator.load(state["orchestrator"], not same_data, of_another_run)
 
     def is_finished(self) -> bool:
         """Whether the checkpoint that it starts from was the run's last."""
@@ -838,7 +790,7 @@ class Trainer(ByHand):
         following = pending.step + 1
         end = self.run.max_steps
         if every(self.cfg.orchestrator.check_interval, following) and following < end:
-            self.look_ahead()
+            forecast.advise(self)  # there may be a reason to cut the run short
         if every(self.cfg.log_interval, following) or following == end:
             self.tell.step(numbers)
         self.report.progress(following, numbers.loss)
@@ -847,14 +799,6 @@ class Trainer(ByHand):
     def raise_data_error(self) -> None:
         if self.data_error:
             raise self.data_error
-
-    def look_ahead(self) -> None:
-        """Now and then: whether there is a reason to cut the run short."""
-        advice = forecast.advise(self)
-        if self.cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
-            advice = self.parallel.broadcast(advice)
-        if advice:
-            self.orchestrator.end_early(advice)
 
     def may_lag(self) -> bool:
         """Whether a step's numbers may still be on their way when the next one begins. A CPU has
@@ -890,38 +834,6 @@ class Trainer(ByHand):
     def set_length(self, max_steps: int) -> None:
         """The run ends at that step: decided now, or repeated from a run that is replayed."""
         self.run = with_length(self.cfg, self.run, max_steps)
-
-    def set_micro_batch(self, size: int) -> None:
-        """Rows of a micro-batch from the next step on; accumulation follows, the step stays."""
-        index, count = self.parallel.rows()
-        rows = self.run.rows_per_step // count
-        if not 0 < size <= rows or rows % size:
-            fits = [m for m in range(1, rows + 1) if rows % m == 0]
-            near = sorted(fits, key=lambda m: abs(m - size))[:2]
-            text = f"batch_size: {size} does not divide the {rows} rows of a rank and step"
-            raise ValueError(f"{text}; near it: {near}")
-        self.run = dataclasses.replace(self.run, micro_batch=size, accumulation=rows // size)
-        self.loader.start(self.cursor, index, count, size, self.run.accumulation)
-
-    def numbers(self) -> dict:
-        """What goes back with the weights in a rollback, besides the step."""
-        return {"tokens": self.tokens} | self.progress.numbers()
-
-    def rewind(self, numbers: dict) -> None:
-        """Back to the step of `numbers`, whose tensors are there already. The cursor stays beyond
-        what was read; the checkpoints after that step are set aside."""
-        self.saver.finish()
-        self.pending = None
-        self.step = numbers["step"]
-        self.take_numbers(numbers)
-        self.start.set_damaged_aside()
-        if self.main:
-            with contextlib.suppress(OSError):
-                checkpoint.set_aside(self.out, self.step)
-        self.progress.find_best(self.out, self.parallel)
-        self.set_micro_batch(self.run.micro_batch)  # the loader reads on from the cursor
-        self.watch.restart(self.step)
-        self.report.progress(self.step)
 
     # ---- what it says
 
@@ -986,33 +898,17 @@ class Trainer(ByHand):
         self.saver.finish()
         if self.progress.best_val_loss is None:
             self.progress.best_step = self.step  # nothing to compare by: the last is the best
-        state = self.state() if self.main else None
+        state = self.state.document() if self.main else None
         tensors, iteration = self.tensors(), self.orchestrator.iteration
         return self.saver.save(self.step, tensors, state, iteration, wait, prune)
 
-    def state(self) -> dict:
-        """state.json: every number that a resumed run needs, and what it ran with."""
-        config = resolved(self.cfg, self.run)
-        config["model"] |= self.control.model_keys()  # what samplers must know of the knobs
-        return self.numbers() | {
-            "step": self.step,
-            "cursor": self.cursor,
-            "attempt": self.report.attempt,
-            "config": config,
-            "run": dataclasses.asdict(self.run),
-            "written": self.written,
-            "model_written": self.model_written,
-            "fingerprints": self.data.fingerprints,
-            "versions": self.versions,
-            "scaler": self.loss_scale.state() if self.loss_scale else None,
-            "orchestrator": self.orchestrator.state(),
-            "clean": self.orchestrator.clean,
-            "forecast": self.forecast.state_dict(),
-            "tokenizer": self.data.tokenizer_sum or self.start.tokenizer,
-            "wandb_id": self.report.wandb_id,
-        }
-
     # ---- small parts, and the end
+
+    def set_micro_batch(self, size: int) -> None:
+        """Rows of a micro-batch from the next step on; accumulation follows, the step stays."""
+        self.run = with_micro_batch(self.run, size, self.parallel.rows()[1])
+        how = (*self.parallel.rows(), size, self.run.accumulation)
+        self.loader.start(self.cursor, *how)
 
     def scheduled_lr(self, step: int | None = None) -> float:
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
@@ -1045,19 +941,6 @@ class Trainer(ByHand):
 
 
 # ---------------------------------------------------------------- main
-
-
-def read_any(config) -> tuple[Config, dict, list[str]]:
-    """What a Trainer may be given -> the configuration, the keys as written, notes for the user."""
-    if isinstance(config, dict):
-        notes: list[str] = []
-        written = json.loads(json.dumps(config, default=str))  # a copy, of plain values
-        cfg = build_config(written, lambda key: "config", notes)
-        return dataclasses.replace(cfg, out_dir=cfg.out_dir or "out/run"), written, notes
-    if not isinstance(config, tuple):
-        config = read_config(config if isinstance(config, list) else [str(config)])
-    cfg, written, notes, _ = config
-    return cfg, written, notes
 
 
 def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:

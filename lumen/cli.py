@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import typing
@@ -250,6 +251,19 @@ class Places:
         inner = (f"{key}.", f"{key}[")
         self.known = {k: place for k, place in self.known.items() if not k.startswith(inner)}
         self.known[key] = TYPED
+
+
+def read_any(config) -> tuple[Config, dict, list[str]]:
+    """What a Trainer may be given -> the configuration, the keys as written, notes for the user."""
+    if isinstance(config, dict):
+        notes: list[str] = []
+        written = json.loads(json.dumps(config, default=str))  # a copy, of plain values
+        cfg = build_config(written, lambda key: "config", notes)
+        return dataclasses.replace(cfg, out_dir=cfg.out_dir or "out/run"), written, notes
+    if not isinstance(config, tuple):
+        config = read_config(config if isinstance(config, list) else [str(config)])
+    cfg, written, notes, _ = config
+    return cfg, written, notes
 
 
 def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:

@@ -269,9 +269,18 @@ def look_ahead(forecast: Forecast, planned: float, unique: float, lr_of) -> tupl
     return found, f"{text}; {found['recommendation']}"
 
 
-def advise(trainer) -> str | None:
-    """What is justified to do about the length of a run, from where it stands and where it will
-    end; says so, and leaves what it found for the next row of metrics.jsonl."""
+def advise(trainer) -> None:
+    """Say where a run stands and where it will end; tell the orchestrator if there is a reason to
+    cut it short."""
+    advice = reason_to_end(trainer)
+    if trainer.cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
+        advice = trainer.parallel.broadcast(advice)
+    if advice:
+        trainer.orchestrator.end_early(advice)
+
+
+def reason_to_end(trainer) -> str | None:
+    """See justified_stop; what was found goes into the next row of metrics.jsonl."""
     t, progress = trainer, trainer.progress
     planned = t.targets_per_step * t.run.max_steps
     windows = sum(source.windows for source in t.data.sources.values())

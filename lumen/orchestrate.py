@@ -34,13 +34,13 @@ from lumen.detectors import (
     Guessing,
     ModGap,
     NonFinite,
-    StepNumbers,
     UnbalancedExperts,
 )
 from lumen.diagnose import diagnose_step
 from lumen.errors import UserError
 from lumen.health import Checkup, Health, counters
 from lumen.snapshots import Snapshot, Snapshots, find_source
+from lumen.sums import StepNumbers
 
 ESCALATE_WITHIN = 1000  # iterations; an alarm so soon after a rollback is met a level higher
 MAX_ROLLBACKS = 10  # in a run
@@ -408,7 +408,7 @@ class Parts:
         snapshot = Snapshot(t.step, t.cursor, self.iteration, late=t.pending is not None)
         if self.replay:
             if t.cursor in self.replay.targets:
-                snapshot.numbers = t.numbers()
+                snapshot.numbers = t.state.numbers()
                 self.replay.targets[t.cursor] = self.snapshots.copy(snapshot)
             return
         resumed = t.step == t.started_at and not self.snapshots.certified
@@ -419,7 +419,7 @@ class Parts:
         if not self.snapshots.allowed or not self.clean:
             return
         if first or (self.snapshots.candidate is None and t.step % interval == 0):
-            snapshot.numbers = t.numbers()
+            snapshot.numbers = t.state.numbers()
             self.snapshots.take(snapshot, certified=first)
 
     def worse_than_guessing(self) -> tuple[str, str] | None:

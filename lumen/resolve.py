@@ -270,6 +270,17 @@ def with_length(cfg: Config, run: Run, max_steps: int) -> Run:
     return dataclasses.replace(run, max_steps=max_steps, peak_step=peak)
 
 
+def with_micro_batch(run: Run, size: int, readers: int) -> Run:
+    """Rows of a micro-batch; accumulation follows. ValueError where a step cannot be cut so."""
+    rows = run.rows_per_step // readers
+    if not 0 < size <= rows or rows % size:
+        fits = [m for m in range(1, rows + 1) if rows % m == 0]
+        near = sorted(fits, key=lambda m: abs(m - size))[:2]
+        text = f"batch_size: {size} does not divide the {rows} rows of a rank and step"
+        raise ValueError(f"{text}; near it: {near}")
+    return dataclasses.replace(run, micro_batch=size, accumulation=rows // size)
+
+
 def n_working(model: Transformer) -> int:
     """Parameters that work on a token: MoE's active ones, MoD's by their share of the FLOPs."""
     active = model.n_params()["active"]

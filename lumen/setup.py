@@ -14,6 +14,17 @@ from lumen.resolve import Run
 from lumen.resume import take_weights
 
 
+def take_vocabulary(trainer) -> None:
+    """The data say what the model's vocabulary is. E114: patience, and nothing to evaluate on."""
+    cfg, data = trainer.cfg, trainer.data
+    trainer.token_bytes = data.token_bytes()
+    model = dataclasses.replace(cfg.model, vocab_size=data.vocab_size)
+    trainer.cfg = dataclasses.replace(cfg, model=model)
+    if cfg.early_stopping_patience and not data.val_sources:
+        text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
+        raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
+
+
 def use_deterministic(wanted: bool) -> None:
     """Both are set whatever they were: this may be a process's second run."""
     torch.use_deterministic_algorithms(wanted)
@@ -41,7 +52,7 @@ def fill(trainer, saved, weights: tuple | None) -> None:
     """Model and optimizer from the checkpoint `saved`, or the model from the `weights` that
     find_weights found; with neither the initial weights stay."""
     if saved is not None:
-        trainer.parallel.run_or_raise_on_all(trainer.load, saved)
+        trainer.parallel.run_or_raise_on_all(trainer.state.load, saved)
     elif weights is not None:
         trainer.parallel.run_or_raise_on_all(take_initial, trainer, *weights)
         trainer.say(f"weights    from {trainer.cfg.init_from}")
@@ -86,3 +97,14 @@ def open_files(trainer) -> None:
                 files.write_json(t.out / "best.json", best)
     t.write_status("running")
     report.open_charts(t.cfg)
+
+
+def open_run(trainer) -> None:
+    """The last before the first step: files, a number for this attempt, signals."""
+    t = trainer
+    t.parallel.run_or_raise_on_all(open_files, t)
+    t.report.attempt = t.parallel.broadcast(t.report.attempt)
+    t.orchestrator.begin_attempt()
+    begun = f"from step {t.step}" if t.step else "new"
+    t.say(f"run        {t.out}, attempt {t.report.attempt}, {begun}")
+    t.signals.listen()

@@ -582,7 +582,7 @@ def do(job) -> None:
             for tensor in trainer.tensors().values():
                 tensor.zero_()
             saved = checkpoint.Checkpoint(folder)
-            trainer.restore(saved)
+            trainer.state.restore(saved)
             base = checkpoint.Checkpoint(job["folders"][0])
             assert local_parts_are_those_of(
                 trainer, lambda n, at, _, size, base=base: base.read(n, at, size)
