@@ -11,7 +11,6 @@ key; what auto and null become is lumen/resolve.py's, what a run says is lumen/l
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -19,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from evaluate import evaluate_loss
-from lumen import checkpoint, failure, forecast, lines, owner, plan, setup
+from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
 from lumen.config import Config, help_text, printed
@@ -30,7 +28,6 @@ from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
-from lumen.differences import differences, versions
 from lumen.errors import UserError
 from lumen.experts import Routing, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
@@ -38,19 +35,10 @@ from lumen.loader import Loader, Sums, dummy_batch, mix
 from lumen.machine import free_memory, to_device, to_host
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
+from lumen.parallel import Parallel
 from lumen.progress import Progress
-from lumen.ranks import Ranks
 from lumen.report import Report
-from lumen.resolve import (
-    Findings,
-    Run,
-    check_states,
-    gather_facts,
-    resolve_on_all,
-    with_length,
-    with_micro_batch,
-    without_effect,
-)
+from lumen.resolve import Run, check_states, with_length, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
 from lumen.signals import Signals
@@ -89,124 +77,6 @@ def lr_at(cfg: Config, run: Run, step: int) -> float:
 def every(interval: int, step: int) -> bool:
     """Whether `step` is one of every `interval` steps; never with interval 0."""
     return interval > 0 and step % interval == 0
-
-
-# ---------------------------------------------------------------- parallel
-
-
-class Parallel(Ranks):
-    """All that changes with the number of processes; this one replicates the model.
-
-    There is no DistributedDataParallel. Forward and backward hold no collective; then gradients are
-    summed in chunks of fixed size in parameter order, so that a resumed run adds in the same order
-    as one that was never stopped (DDP does not, from three ranks on). train_fsdp.py has the other
-    implementation: it overrides these methods and repeats none.
-    """
-
-    CHUNK = 1 << 22  # numbers in a collective
-    # no collectives in forward and backward: one rank may skip a micro-batch (out of memory), or
-    # be the only one to make a sample
-    collective_free = True
-
-    def __init__(self, cfg: Config):
-        super().__init__(cfg)
-        self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
-        self.buffer = None  # what reduce() sums gradients in
-
-    def rows(self) -> tuple[int, int]:
-        """(index, count): which reader of the data this rank is."""
-        return self.rank, self.world
-
-    def build(self, cfg: Config, precision: str, fill: bool = True) -> Transformer:
-        """The model on this rank's device, with its initial weights.
-
-        `precision`: as resolved. Not `fill`: without weights, for others are about to be copied in.
-        """
-        with torch.device(self.device):
-            model = Transformer(cfg.model)
-        if fill:
-            model.init_weights(cfg.seed)
-        return model
-
-    def weights(self, model) -> dict[str, torch.Tensor]:
-        """What the optimizer updates, by name: plain tensors, whose .grad reduce() sets."""
-        return dict(model.named_parameters())
-
-    def microstep(self, model, last: bool):
-        """Context of one forward and backward pass; `last`: the last of its step."""
-        return contextlib.nullcontext()
-
-    def reduce(self, model, sums: torch.Tensor) -> torch.Tensor:
-        """Sum the gradients in place, and `sums` (a vector), over all ranks; returns the sums."""
-        for p in model.parameters():
-            if p.grad is None:  # a rank that could not read its rows takes part all the same
-                p.grad = torch.zeros_like(p)
-        if self.world == 1:
-            return sums
-        # in a collective of its own: in a gradient's chunk it would shift the order of adding
-        dist.all_reduce(sums)
-        for chunk in self.chunks([p.grad for p in model.parameters()]):
-            for start, part in chunk:
-                self.buffer[start : start + len(part)] = part
-            end = chunk[-1][0] + len(chunk[-1][1])
-            dist.all_reduce(self.buffer[:end])
-            for start, part in chunk:
-                part.copy_(self.buffer[start : start + len(part)])
-        return sums
-
-    def chunks(self, grads: list[torch.Tensor]):
-        """Cut gradients, in order, into chunks that fill the buffer: lists of (start, view)."""
-        if self.buffer is None:
-            size = min(self.CHUNK, sum(grad.numel() for grad in grads))
-            self.buffer = torch.empty(size, device=self.device)
-        chunk, used = [], 0
-        for grad in grads:
-            rest = grad.view(-1)
-            while len(rest):
-                part = rest[: len(self.buffer) - used]
-                rest = rest[len(part) :]
-                chunk.append((used, part))
-                used += len(part)
-                if used == len(self.buffer):
-                    yield chunk
-                    chunk, used = [], 0
-        if chunk:
-            yield chunk
-
-    def finite(self, grad: torch.Tensor) -> bool:
-        return bool(torch.isfinite(grad).all())
-
-    def grad_norm(self, model) -> torch.Tensor:
-        """2-norm of the reduced gradient, a 0-d tensor."""
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-
-    def checksum(self, model) -> torch.Tensor:
-        """Of the bits of the weights, which every rank should hold alike.
-
-        0-d, a whole number below 2^20, so that its square is exact; no sync.
-        """
-        words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
-        return words.sum() % 1048573  # a prime: modulo a power of two the upper bits would be lost
-
-    def local_shards(self, name: str, tensor: torch.Tensor) -> list[tuple]:
-        """Every region of `tensor` that this rank holds.
-
-        [(offset, global shape, local tensor, whether this rank is the one that writes it)]
-        """
-        return [((0,) * tensor.dim(), tuple(tensor.shape), tensor, self.rank == 0)]
-
-    # how surgery reaches one expert's row of a parameter, or of a tensor of its optimizer's state
-
-    def local(self, p: torch.Tensor) -> torch.Tensor:
-        """What the optimizer knows the parameter as."""
-        return p
-
-    def row(self, p: torch.Tensor, tensor: torch.Tensor, e: int) -> torch.Tensor:
-        """A copy of row e of `tensor`, which is local(p) or has its shape."""
-        return tensor[e].clone()
-
-    def set_row(self, p: torch.Tensor, tensor: torch.Tensor, e: int, value) -> None:
-        tensor[e] = value
 
 
 # ---------------------------------------------------------------- orchestrator
@@ -479,7 +349,7 @@ class Trainer(ByHand):
         self.start = StartingPoint(self.cfg, self.data, par, self.owner, self.say)
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
-        self.resolve(saved)
+        setup.resolve(self, saved, lr_at)
         weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
         replay = cfg.orchestrator.replay
@@ -497,22 +367,6 @@ class Trainer(ByHand):
         if saved is not None:
             self.state.load_history(saved)
         setup.open_run(self)
-
-    def resolve(self, saved: checkpoint.Checkpoint | None) -> None:
-        """run: what auto and null become, as rank 0 finds it; and what else comes to light."""
-        cfg, par = self.cfg, self.parallel
-        state = saved.state if saved else None
-        # with overwrite what an earlier run has left is about to be deleted
-        hints = None if cfg.overwrite and self.start.anew else self.out
-        facts = gather_facts(cfg, self.written, self.data, par, hints)
-        self.counted = facts.model  # the model's shapes, without weights
-        self.flops_per_token = self.counted.flops_per_token()
-        found = self.found = Findings(self.start.changes)
-        self.run = resolve_on_all(cfg, facts, state, found, par)
-        self.machine = found.machine
-        self.versions = versions(self.machine, par.world)
-        if saved:
-            found.changes += differences(lr_at, cfg, self.run, self.versions, state, saved.step)
 
     def build(self, saved: checkpoint.Checkpoint | None, weights: tuple | None) -> None:
         """Model, optimizer, loader; then their state from a checkpoint, or the weights that
@@ -828,7 +682,7 @@ class Trainer(ByHand):
         through = self.step >= self.run.max_steps or self.progress.stopped_early
         state = "finished" if through and self.progress.evaluated_at == self.step else "stopped"
         code = 4 if self.saver.unsaved else 0
-        self.finish(state, code)
+        setup.finish(self, state, code)
         return code
 
     def set_length(self, max_steps: int) -> None:
@@ -880,14 +734,9 @@ class Trainer(ByHand):
             decision = Decision("patience", "stop", why, 2, basis="rule", always=True)
             self.orchestrator.decide(decision)
             self.progress.stopped_early = True
-        row = {"step": self.step, "attempt": self.report.attempt, "tokens": self.tokens}
-        row |= found.row()
-        row |= {"best_val_loss": self.progress.best_val_loss, "best_step": self.progress.best_step}
-        self.report.record(row)
-        self.orchestrator.evaluated(row)
         took = time.perf_counter() - began
-        for line in lines.evaluation_lines(row, new_best, took, self.cfg.model):
-            self.say(line)
+        row = self.tell.evaluation(found, new_best, took)
+        self.orchestrator.evaluated(row)
         self.watch.leave_out(took)
         self.watch.lap("evaluation")
         return new_best
@@ -913,21 +762,6 @@ class Trainer(ByHand):
     def scheduled_lr(self, step: int | None = None) -> float:
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
         return lr_at(self.cfg, self.run, self.step if step is None else step)
-
-    def finish(self, state: str, code: int) -> None:
-        """The last words: a sample, the status, everything closed."""
-        self.report.close_bar()
-        if state == "finished" and self.cfg.sample_prompt is not None:
-            if self.main or not self.parallel.collective_free:
-                with self.report.optional("sample"):
-                    how = (self.cfg.sample_prompt, self.cfg.seed)
-                    self.report.print_sample(self.model, self.parallel, *how)
-        reason = self.tell.end(state, code)
-        if state == "finished" and self.main:
-            with self.report.optional("suggested.yaml"):
-                self.tell.suggest()
-        self.write_status(state, code, reason)
-        self.close()
 
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""

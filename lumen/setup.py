@@ -1,4 +1,4 @@
-"""Between a resolved configuration and the first step: what a Trainer does once, at its start."""
+"""What a Trainer does once: before its first step, and after its last."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import dataclasses
 import torch
 
 from lumen import files, lines
+from lumen.differences import differences, versions
 from lumen.errors import UserError
 from lumen.probe import largest_batch
-from lumen.resolve import Run
+from lumen.resolve import Findings, Run, gather_facts, resolve_on_all
 from lumen.resume import take_weights
 
 
@@ -23,6 +24,26 @@ def take_vocabulary(trainer) -> None:
     if cfg.early_stopping_patience and not data.val_sources:
         text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
         raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
+
+
+def resolve(trainer, saved, lr_at) -> None:
+    """run: what auto and null become, as rank 0 finds it; and what else comes to light.
+
+    saved: the checkpoint that it goes on from, or None; lr_at: the schedule.
+    """
+    t, cfg, par = trainer, trainer.cfg, trainer.parallel
+    state = saved.state if saved else None
+    # with overwrite what an earlier run has left is about to be deleted
+    hints = None if cfg.overwrite and t.start.anew else t.out
+    facts = gather_facts(cfg, t.written, t.data, par, hints)
+    t.counted = facts.model  # the model's shapes, without weights
+    t.flops_per_token = t.counted.flops_per_token()
+    found = t.found = Findings(t.start.changes)
+    t.run = resolve_on_all(cfg, facts, state, found, par)
+    t.machine = found.machine
+    t.versions = versions(t.machine, par.world)
+    if saved:
+        found.changes += differences(lr_at, cfg, t.run, t.versions, state, saved.step)
 
 
 def use_deterministic(wanted: bool) -> None:
@@ -108,3 +129,19 @@ def open_run(trainer) -> None:
     begun = f"from step {t.step}" if t.step else "new"
     t.say(f"run        {t.out}, attempt {t.report.attempt}, {begun}")
     t.signals.listen()
+
+
+def finish(trainer, state: str, code: int) -> None:
+    """The last words: a sample, the status, everything closed."""
+    trainer.report.close_bar()
+    if state == "finished" and trainer.cfg.sample_prompt is not None:
+        if trainer.main or not trainer.parallel.collective_free:
+            with trainer.report.optional("sample"):
+                how = (trainer.cfg.sample_prompt, trainer.cfg.seed)
+                trainer.report.print_sample(trainer.model, trainer.parallel, *how)
+    reason = trainer.tell.end(state, code)
+    if state == "finished" and trainer.main:
+        with trainer.report.optional("suggested.yaml"):
+            trainer.tell.suggest()
+    trainer.write_status(state, code, reason)
+    trainer.close()

@@ -87,6 +87,17 @@ class Teller:
             t.say(line)
         t.watch.restart(done, interval)
 
+    def evaluation(self, found, new_best: bool, took: float) -> dict:
+        """Lines on the console and a row of metrics.jsonl, which is returned. found: of
+        evaluate.evaluate_loss; took: seconds."""
+        t = self.trainer
+        row = {"step": t.step, "attempt": t.report.attempt, "tokens": t.tokens} | found.row()
+        row |= {"best_val_loss": t.progress.best_val_loss, "best_step": t.progress.best_step}
+        t.report.record(row)
+        for line in lines.evaluation_lines(row, new_best, took, t.cfg.model):
+            t.say(line)
+        return row
+
     def end(self, state: str, code: int) -> str:
         """The last line; returns the reason that status.json gives."""
         t, orch = self.trainer, self.trainer.orchestrator
