@@ -3,10 +3,10 @@
     python train.py configs/quickstart.yaml
     torchrun --nproc_per_node=N train.py CONFIG [--key value ...]
 
-In this order: the schedule; `Parallel`, which is all that changes with the number of processes;
-`Orchestrator`, which looks at every step and acts on failures; `Trainer`, whose `iterations` is the
-training loop; main. `Trainer("configs/x.yaml").fit()` works in a notebook. `--help` prints every
-key; what auto and null become is lumen/resolve.py's, what a run says is lumen/lines.py's.
+In this order: the schedule; `Orchestrator`, which looks at every step and acts on failures;
+`Trainer`, whose `iterations` is the training loop; main. `Trainer("configs/x.yaml").fit()` works in
+a notebook. `--help` prints every key. All that changes with the number of processes stands in
+lumen/parallel.py, what auto and null become in lumen/resolve.py, what a run says in lumen/lines.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_loss
+from evaluate import evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
@@ -38,7 +38,7 @@ from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
 from lumen.progress import Progress
 from lumen.report import Report
-from lumen.resolve import Run, check_states, with_length, with_micro_batch, without_effect
+from lumen.resolve import Run, check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
 from lumen.signals import Signals
@@ -50,24 +50,29 @@ from lumen.tell import Teller
 from model import Transformer
 from model_moe import draw_dropout, update_balance
 
-# ---------------------------------------------------------------- schedule and optimizer
+# ---------------------------------------------------------------- schedule
 
 
 def lr_at(cfg: Config, run: Run, step: int) -> float:
     """The learning rate of a step (from 0) of run.max_steps, before the orchestrator's factor."""
+    # A function of the step and nothing else: no state to save, and a resumed run needs no
+    # scheduler that is wound forward. Note that a rollback takes the schedule back with it.
     peak, low, n = cfg.learning_rate, run.min_lr, run.max_steps
     if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
         up = run.peak_step
         if step < up:
             return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
         return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
+    # linear warm-up; step + 1, or the first step would change nothing
     if step < run.warmup_steps:
         return peak * (step + 1) / run.warmup_steps
     if cfg.lr_schedule == "constant":
         return peak
-    if cfg.lr_schedule == "wsd":  # warm-up, stable, decay
+    if cfg.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, MiniCPM)
+        # the one that can be made longer afterwards: until the decay it does not know the end
         decay = max(1, round(cfg.decay_frac * n))
         return low + (peak - low) * min(1.0, (n - step) / decay)
+    # what is left: a cosine, or a straight line, from the peak to min_lr
     done = (step - run.warmup_steps) / max(1, n - run.warmup_steps)
     cosine = cfg.lr_schedule == "cosine"
     share = (1 + math.cos(math.pi * done)) / 2 if cosine else 1 - done
@@ -104,16 +109,20 @@ class Orchestrator(Parts):
         """What was decided an iteration ago, and a snapshot. Returns whether the run went back."""
         began, t = time.perf_counter(), self.trainer
         self.iteration += 1
+        # data.phases: the row from which another mixture of sources begins has been passed
         new_mixture = any(self.cursor < start <= t.cursor for start, _ in t.run.segments[1:])
         if new_mixture and self.watching:
             self.loss.course.forget()  # other data, perhaps another loss
         self.cursor = t.cursor
+        # Here all ranks stand between two steps, so here, and only here, weights may change. The
+        # list is emptied first: what is carried out may ask for more.
         todo, self.todo = self.todo, []
         for item in todo:
             self.carry_out(item)
         if self.replay:
             for row in self.replay.at(t.cursor):
                 self.replay.repeat(row, self)
+        # after all that: a snapshot is of the run as it goes on from here
         if self.watching or self.replay:
             self.keep_snapshot()
         self.seconds += time.perf_counter() - began
@@ -133,6 +142,7 @@ class Orchestrator(Parts):
         bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (unusable > 0) | self.halted
         # on CUDA the host learns of it an iteration late: that iteration is void too
         self.halted = self.halted | (unusable > 0)
+        # log G above mean + k * sd of the accepted steps; no limit yet while there are too few
         exploded = torch.zeros_like(bad)
         limit = self.explosion.norms.limit(self.iteration) if self.watching else None
         if self.replay:  # what broke then may not break now
@@ -141,6 +151,8 @@ class Orchestrator(Parts):
             exploded = torch.ones_like(bad) if by_explosion else exploded
         elif limit is not None:
             exploded = ~bad & (norm.log() > limit)
+            # only so many in a row: a norm that stays high is a new normal, and dropping every
+            # step from here on would be a run that stands still
             drop = exploded & (self.streak < MAX_DROPS_IN_A_ROW)
             self.streak = torch.where(exploded, self.streak + 1, torch.zeros_like(self.streak))
             bad = bad | drop if self.acting else bad
@@ -150,6 +162,7 @@ class Orchestrator(Parts):
     def observe(self, numbers: StepNumbers) -> None:
         """A finished step. UserError E301, E302 when the run cannot be saved."""
         began = time.perf_counter()
+        # once a step, in the order of the steps, one iteration late on CUDA
         self.dropped += numbers.bad
         for detector in self.looking:
             for alarm in detector.look(numbers):
@@ -180,9 +193,9 @@ class Orchestrator(Parts):
         if isinstance(alarm, Healed):
             if alarm.id is not None:
                 self.decisions.outcome(alarm.id, "healed", numbers.step, alarm.stat)
-        elif alarm.level == 4:
+        elif alarm.level == 4:  # nothing helps: the run ends, exit code 3
             raise UserError(alarm.code, alarm.reason)
-        elif alarm.level < 2:
+        elif alarm.level < 2:  # on record; weights stay as they are
             alarm.id = self.decide(Decision.of(alarm), numbers)["id"]
         elif alarm.trigger != "experts" or not self.rebalancing.waits:
             self.todo.append(alarm)
@@ -210,16 +223,20 @@ class Orchestrator(Parts):
             return
         d = Decision.of(alarm)
         d.more = {"stat": alarm.stat}
+        # 2, or higher where the last rollback was not long ago and has not helped
         d.level = self.escalation.level(now)
         source = None
         if d.level <= 3 and not self.escalation.spent(now):
             older_than = self.escalation.last_source if d.level == 3 else None
             source = self.source(alarm.onset, older_than=older_than)
+        # The tests behind an alarm take losses for independent. Data that are not shuffled make
+        # them correlated, and then an alarm may be no more than a hard stretch of text.
         rho = abs((alarm.stat or {}).get("rho1", 0.0))
         if not self.cfg.enable_emergency_recovery:
             d.blocked = "enable_emergency_recovery: false"
         if rho > MAX_CORRELATION:
             d.blocked = f"losses are correlated ({alarm.stat['rho1']:.2f}): shuffle the data"
+        # a hint for whoever reads decisions.jsonl: which weights went furthest since the snapshot
         moved = self.snapshots.moved_most(t.weights, t.cfg.model.init_std, t.parallel)
         if source is None:
             tried = self.escalation.rollbacks
@@ -235,6 +252,7 @@ class Orchestrator(Parts):
             row = self.decide(d, do=lambda: self.go_back(source, alarm.onset, lr))
             if row["executed"]:
                 self.escalation.rollbacks.append(now)
+                # in a while it is judged whether that has helped
                 self.decisions.due.append(Judgement(row["id"], now + JUDGE_AFTER, "rollback"))
                 for detector in self.detectors.values():
                     detector.cool_down(now, self.escalation.cooldown_ends)
@@ -247,15 +265,16 @@ class Orchestrator(Parts):
         t = self.trainer
         before = {"step": t.step, "tokens": t.tokens}
         to_cursor = None
-        if isinstance(source, Snapshot):
+        if isinstance(source, Snapshot):  # in memory
             self.snapshots.restore(source)
             t.state.rewind({"step": source.step} | source.numbers)
             iteration, to_cursor = source.iteration, source.cursor
         else:
-            saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)
+            saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)  # on disk
             t.parallel.run_or_raise_on_all(t.state.restore, saved)
             t.state.rewind(saved.state)
             iteration = saved.state.get("orchestrator", {}).get("turn", 0)
+        # what is newer than where we are now never happened
         self.snapshots.discard(iteration + 1)
         for detector in self.detectors.values():
             detector.rolled_back(iteration, onset)
@@ -281,10 +300,6 @@ class Due:
     save: bool
     last: bool  # there is no next step
     fresh: bool  # this process was not just loaded from here: saving would repeat nothing
-
-
-# steps between looks at whether the halves of split experts have parted: each is a host sync
-RELEASE_EVERY = 50
 
 
 class Trainer(ByHand):
@@ -320,6 +335,7 @@ class Trainer(ByHand):
         self.model: Transformer | None = None
         self.loss_scale: LossScale | None = None  # of mixed_fp16
 
+        # nothing is written and no rank is waited for until here
         check_paths(cfg)
         prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
@@ -333,7 +349,7 @@ class Trainer(ByHand):
             notes = [*notes, *without_effect(cfg, written)]
         try:
             self.begin(notes)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: out_dir must not stay claimed by a run that is not one
             self.owner.release()
             raise
 
@@ -349,6 +365,7 @@ class Trainer(ByHand):
         self.start = StartingPoint(self.cfg, self.data, par, self.owner, self.say)
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
+        # what auto and null become; a resumed run keeps what it had
         setup.resolve(self, saved, lr_at)
         weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
@@ -359,7 +376,7 @@ class Trainer(ByHand):
         par.run_or_raise_on_all(self.start.create_out_dir)
         par.run_or_raise_on_all(self.start.adopt, saved)
         self.build(saved, weights)
-        self.started_at = self.step
+        self.started_at = self.step  # 0, or the checkpoint's
         self.watch = Stopwatch(self.step, runs_ahead=par.device.type == "cuda")
         self.saver = Saver(cfg, par, self.owner, self.report, self.watch)
         self.control = Control(self)
@@ -373,21 +390,25 @@ class Trainer(ByHand):
         find_weights found."""
         cfg, run, par, data = self.cfg, self.run, self.parallel, self.data
         setup.use_deterministic(run.deterministic)
+        # model; a checkpoint will overwrite every weight, so it needs no initial ones
         self.model = par.build(cfg, run.precision, fill=saved is None)
         setup.prepare_model(self.model, cfg, run, self.machine.compute_dtype)
         self.routing = Routing(self.model)
         self.moe, self.mod = self.routing.moe, self.routing.mod  # the sparse layers, by number
+        # optimizer: all of its state exists from here on, so that it can be filled in place
         self.weights = par.weights(self.model)  # what the optimizer updates, by name
         self.optimizer = build_optimizer(cfg, self.weights)
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
         self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
+        # the same validation rows in every evaluation, or losses could not be compared
         self.val_set = choose_val_rows(data.val_sources, cfg, run.segments[-1][1])
         measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
         self.progress.measured_on = measured_on
         setup.fill(self, saved, weights)
         if self.found.probes:
             setup.probe(self)
+        # loader: a seek is all it takes to go on where a checkpoint stood
         self.loader = Loader(data.sources, cfg.seed, run.segments, cfg.model.vocab_size)
         # self.run, not run: the probe may have found another size
         self.loader.start(self.cursor, *par.rows(), self.run.micro_batch, self.run.accumulation)
@@ -400,7 +421,7 @@ class Trainer(ByHand):
         return live_tensors(self.model, self.weights, self.optimizer)
 
     def is_finished(self) -> bool:
-        """Whether the checkpoint that it starts from was the run's last."""
+        """Whether there is nothing left to do, not even the last evaluation."""
         through = self.step >= self.run.max_steps or self.progress.stopped_early
         return through and self.progress.evaluated_at == self.step
 
@@ -427,6 +448,7 @@ class Trainer(ByHand):
         while True:
             # what was decided an iteration ago: a rollback, commands; and a snapshot
             rolled_back = orch.begin_iteration()
+            # whoever steps through this generator sees the run between two steps, and may change it
             yield self.step
             began_at = self.step
 
@@ -437,7 +459,7 @@ class Trainer(ByHand):
             model.set_step(self.step)  # MoD's capacity may be annealed
             release_parted(self.moe, self.step, par, self.say)  # halves of experts that were split
 
-            # evaluate, save
+            # evaluate, save: of the weights as they are now, after self.step steps
             due = self.due(rolled_back)
             if due.evaluate:
                 self.evaluate_now(due)
@@ -451,12 +473,13 @@ class Trainer(ByHand):
             # forward and backward over the micro-batches
             sums = self.accumulate()
 
-            # reduce: the sums, then the gradients in a fixed order
-            vector, shapes = flatten(sums)
+            # reduce: the sums, then the gradients in a fixed order. Until here no rank has waited
+            # for another, so one that is out of memory or without data can still say so.
+            vector, shapes = flatten(sums)  # (n,), fp64
             sums = unflatten(par.reduce(model, vector), shapes)
             # Each loss was divided by the targets of a step in which all are valid. The true count,
             # fp16's scale and clipping make one factor: exactly 1.0 when there is nothing to mend.
-            factor = (self.targets_per_step / sums["count"]).float()
+            factor = (self.targets_per_step / sums["count"]).float()  # 0-d, as all below
             if self.loss_scale is not None:
                 factor = factor / self.loss_scale.value
             norm = par.grad_norm(model) * factor  # of the true gradient
@@ -480,9 +503,11 @@ class Trainer(ByHand):
                 continue
             self.pending = self.send_to_host(lr, sums, norm, bad, exploded)
 
-            # advance
+            # advance; dropped steps too: the schedule goes on, and the rows are not read again
             self.step += 1
-            self.cursor += self.run.rows_per_step
+            self.cursor += self.run.rows_per_step  # over all ranks
+            # on CUDA the numbers of this step are looked at an iteration later, so that the host
+            # can queue the next one while the device still computes
             if not self.may_lag():
                 numbers = self.finish_pending_step() or numbers
             self.heed(numbers)
@@ -496,15 +521,13 @@ class Trainer(ByHand):
         # signal, without its evaluation.
         missing = self.progress.evaluated_at != step
         fresh = moved or (missing and (last or step > 0))
+        # a save always evaluates first, or nobody knew how good it is; the last step does both
         scheduled = last or every(cfg.save_interval, step)
         wanted = scheduled or self.save_asked or rolled_back or every(cfg.eval_interval, step)
         evaluate = wanted and not self.stopping and (rolled_back or (fresh and missing))
         # what could not be written is tried again ten times an interval
-        retry = (
-            self.saver.unsaved
-            and not self.saver.writing
-            and step % max(1, cfg.save_interval // 10) == 0
-        )
+        retry = self.saver.unsaved and not self.saver.writing
+        retry = retry and every(max(1, cfg.save_interval // 10), step)
         asked = self.stopping or self.save_asked or retry
         save = rolled_back or (fresh and scheduled) or (moved and asked)
         return Due(evaluate, save, last, fresh)
@@ -512,6 +535,7 @@ class Trainer(ByHand):
     def evaluate_now(self, due: Due) -> None:
         """Evaluate; a new best is saved, patience or a signal may end the run."""
         new_best = self.evaluate()
+        # patience may just have run out
         due.last = due.last or self.progress.stopped_early
         if due.fresh and (new_best or self.progress.stopped_early):
             due.save = True
@@ -526,6 +550,7 @@ class Trainer(ByHand):
         """
         par = self.parallel
         self.model.zero_grad(set_to_none=True)  # whatever came before: a step sums its own only
+        # one draw a step, not one a micro-batch: an expert that is out is out for all rows
         layers = list(self.moe.values())
         if layers and layers[0].router.expert_dropout:
             draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
@@ -539,6 +564,7 @@ class Trainer(ByHand):
                 if not self.microstep(micro, sums):
                     break
         except torch.OutOfMemoryError:
+            # where forward holds collectives the others wait in one: nothing can be mended here
             if not par.collective_free:
                 raise
             out_of_memory = True
@@ -557,7 +583,7 @@ class Trainer(ByHand):
         """One forward and backward pass; adds to `sums`. False where its rows cannot be read."""
         par = self.parallel
         try:
-            row, x, y = self.loader.next()
+            row, x, y = self.loader.next()  # x, y: (rows, T), y one token further
         except UserError as error:  # this rank cannot go on; the others learn it from the flag
             self.data_error = error
             sums["unread"].fill_(1)
@@ -571,12 +597,14 @@ class Trainer(ByHand):
         with par.microstep(self.model, micro == self.run.accumulation - 1):
             x, y = to_device(x, par.device), to_device(y, par.device)  # (rows, T) each
             total, counted = self.model(x, targets=y)
+            # a constant, not this micro-batch's own count of targets: so the gradient of a step is
+            # the same however it is cut into micro-batches and ranks
             loss = total / self.targets_per_step
             if self.loss_scale is not None:
                 loss = loss * self.loss_scale.value
-            loss.backward()
+            loss.backward()  # gradients add up over the micro-steps
         for name, value in counted.items():
-            sums[name] += value
+            sums[name] += value  # on the device, without a sync
         return True
 
     def raise_flags(self, sums: dict[str, torch.Tensor]) -> None:
@@ -588,6 +616,7 @@ class Trainer(ByHand):
             "control": orch.new_commands(),
             "writing": self.saver.busy,
         }
+        # at most a few kernels, and only when there is something to say; never a sync
         for name, flag in flags.items():
             if flag:
                 sums[name].fill_(1)
@@ -604,12 +633,13 @@ class Trainer(ByHand):
         self.routing.sums = {name: sums[name] for name in sums if of_layers(name)}
         numbers = {name: sums[name] for name in sums if not of_layers(name)}
         numbers |= {"norm": norm, "bad": bad, "exploded": exploded}
+        # statistics of experts are long: (layers, experts) each, so only where somebody looks
         log_interval = cfg.expert_log_interval or cfg.log_interval
         following = self.step + 1
         if every(log_interval, following) or every(cfg.orchestrator.check_interval, following):
             numbers |= self.routing.numbers()
         vector, shapes = flatten(numbers)
-        host, arrived = to_host(vector)
+        host, arrived = to_host(vector)  # nobody waits here
         marks = self.watch.take_marks()
         iteration = self.orchestrator.iteration
         return Pending(self.step, self.cursor, iteration, lr, host, shapes, arrived, marks)
@@ -622,11 +652,12 @@ class Trainer(ByHand):
         sums = pending.take()
         self.watch.measure(pending.marks)
         numbers = step_numbers(pending, sums, self.parallel.world)
+        # all ranks have written their part of a checkpoint: now it gets its name
         self.saver.finish_if_written(pending.iteration, sums["writing"])
         if sums["unread"]:  # that step was dropped: go back to before it, save, say what happened
             self.step, self.cursor = pending.step, pending.cursor
             self.save()
-            self.parallel.run_or_raise_on_all(self.raise_data_error)
+            self.parallel.run_or_raise_on_all(self.raise_data_error)  # each with its own words
         if numbers.control:
             self.orchestrator.take_commands()
         if numbers.oom:
@@ -635,6 +666,7 @@ class Trainer(ByHand):
         routing = self.routing.statistics(sums)
         numbers.experts = routing.get("experts")
         numbers.depth = routing.get("depth")
+        # from here on the step has happened
         self.tokens += numbers.tokens
         self.latest = numbers
         if not numbers.bad:
@@ -679,15 +711,10 @@ class Trainer(ByHand):
                 time.sleep(1)
                 self.save()
         self.finish_pending_step()
-        through = self.step >= self.run.max_steps or self.progress.stopped_early
-        state = "finished" if through and self.progress.evaluated_at == self.step else "stopped"
+        state = "finished" if self.is_finished() else "stopped"
         code = 4 if self.saver.unsaved else 0
         setup.finish(self, state, code)
         return code
-
-    def set_length(self, max_steps: int) -> None:
-        """The run ends at that step: decided now, or repeated from a run that is replayed."""
-        self.run = with_length(self.cfg, self.run, max_steps)
 
     # ---- what it says
 
@@ -695,56 +722,20 @@ class Trainer(ByHand):
         """One line to the console and to train.log, from rank 0."""
         self.report.say(text)
 
-    def write_status(
-        self, state: str, code: int = 0, reason: str = "", anyone: bool = False
-    ) -> None:
+    def write_status(self, state: str, code: int = 0, reason: str = "", anyone=False) -> None:
         """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
         self.report.status(state, self.step, code, reason, anyone)
 
     # ---- evaluation and saving
 
     def evaluate(self) -> bool:
-        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best.
-
-        A signal leaves it; UserError, after a save, where a row cannot be read.
-        """
-        self.finish_pending_step()
-        self.watch.lap("other")
-        began = time.perf_counter()
-        self.progress.evaluated_at = self.step
-        if not self.val_set:
-            return False
-        what = (self.model, self.val_set, self.data.val_sources, self.parallel)
-        how = {"token_bytes": self.token_bytes, "stop": lambda: self.signals.stop}
-        try:
-            found = evaluate_loss(*what, self.run.micro_batch, **how)
-        except UserError:
-            self.progress.evaluated_at = None
-            self.save()
-            raise
-        if found is None:
-            self.progress.evaluated_at = None
-            self.stopping = True
-            self.say("evaluation left: a signal came")
-            return False
-        new_best = self.progress.compare(self.step, found.loss, found.batch_losses)
-        why = self.progress.out_of_patience(self.cfg.early_stopping_patience)
-        if why:
-            self.say(why)
-            decision = Decision("patience", "stop", why, 2, basis="rule", always=True)
-            self.orchestrator.decide(decision)
-            self.progress.stopped_early = True
-        took = time.perf_counter() - began
-        row = self.tell.evaluation(found, new_best, took)
-        self.orchestrator.evaluated(row)
-        self.watch.leave_out(took)
-        self.watch.lap("evaluation")
-        return new_best
+        """Loss over the fixed validation set, on all ranks. Returns whether it is a new best."""
+        return evaluate_run(self)
 
     def save(self, wait: bool = True, prune: bool = True) -> bool:
         """Write step_N, on all ranks; see Saver.save."""
-        self.finish_pending_step()
-        self.saver.finish()
+        self.finish_pending_step()  # or its tokens would not be counted in what is saved
+        self.saver.finish()  # one at a time
         if self.progress.best_val_loss is None:
             self.progress.best_step = self.step  # nothing to compare by: the last is the best
         state = self.state.document() if self.main else None
@@ -756,8 +747,7 @@ class Trainer(ByHand):
     def set_micro_batch(self, size: int) -> None:
         """Rows of a micro-batch from the next step on; accumulation follows, the step stays."""
         self.run = with_micro_batch(self.run, size, self.parallel.rows()[1])
-        how = (*self.parallel.rows(), size, self.run.accumulation)
-        self.loader.start(self.cursor, *how)
+        self.loader.start(self.cursor, *self.parallel.rows(), size, self.run.accumulation)
 
     def scheduled_lr(self, step: int | None = None) -> float:
         """The learning rate of a step, by default of this one, before the orchestrator's factor."""
@@ -786,7 +776,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
-    check_launch()
+    check_launch()  # torchrun, srun, mpirun, or none of them
     read = read_config(argv)
     cfg, written, notes, flags = read
     if flags.get("print_config"):
@@ -796,6 +786,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
     status = owner.hopeless(cfg.out_dir)  # --max-restarts and requeue restart on any failure
     if status:
         return owner.not_restarted(status)
+    # sizes, memory and time of any cluster, on this machine, without training
     if flags.get("dry_run"):
         from tools.simulate import dry_run  # upward, and only a dry run calls it
 
@@ -808,10 +799,11 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
             layout = layout_of(cfg, world)
             parallel = functools.partial(parallel, layout=layout)
         check_states(cfg, layout)  # before data are prepared
-        trainer = Trainer(read, parallel)
+        trainer = Trainer(read, parallel)  # all that may refuse this start
     except UserError as error:
         owner.refused(error)
         raise
+    # a scheduler that restarts whatever has ended must not train on
     if trainer.is_finished():
         trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
         trainer.write_status("finished")
@@ -820,6 +812,8 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
     try:
         return trainer.fit()
     except Exception as error:
+        # status.json says what a restart has to know; the user sees a code and a remedy where there
+        # is one, and the whole traceback where the fault is ours
         shown = failure.explain(trainer, error)
         if shown is error:
             raise

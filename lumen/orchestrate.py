@@ -39,6 +39,7 @@ from lumen.detectors import (
 from lumen.diagnose import diagnose_step
 from lumen.errors import UserError
 from lumen.health import Checkup, Health, counters
+from lumen.resolve import with_length
 from lumen.snapshots import Snapshot, Snapshots, find_source
 from lumen.sums import StepNumbers
 
@@ -263,7 +264,7 @@ class Replay:
             if action == "stop":
                 trainer.progress.stopped_early = True
             else:
-                trainer.set_length(args["max_steps"])
+                trainer.run = with_length(trainer.cfg, trainer.run, args["max_steps"])
         elif trigger == "oom":
             trainer.set_micro_batch(args["new_size"])
         elif trigger == "user" and action in METHODS and action not in ("save", "stop"):
@@ -493,7 +494,7 @@ class Parts:
                 return {}
             before = t.run.max_steps
             steps = round(t.step / (1 - t.cfg.decay_frac))  # of which the decay is that share
-            t.set_length(min(max(t.step + 1, steps), before))
+            t.run = with_length(t.cfg, t.run, min(max(t.step + 1, steps), before))
             return {"args": {"max_steps": t.run.max_steps}, "before": {"max_steps": before}}
 
         d = Decision("length", kind, advice, 2, basis="rule")

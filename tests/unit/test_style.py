@@ -44,14 +44,14 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 1574,
+    "train.py": 824,
+    "lumen/orchestrate.py": 602,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
 
 NOT_YET = {  # file -> {rule: how many times}
     "model.py": {"few_comments": 1},
-    "train.py": {"large_class": 1, "few_comments": 1},
     "tools/import_lunaris.py": {"loop_over_nothing": 1},
 }
 
