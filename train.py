@@ -28,15 +28,16 @@ from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
-from lumen.errors import UserError
+from lumen.errors import UserError, raise_if
 from lumen.experts import Routing, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums, dummy_batch, mix
 from lumen.machine import free_memory, to_device, to_host
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
-from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts, read_decisions
+from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
 from lumen.progress import Progress
+from lumen.replay import read_decisions
 from lumen.report import Report
 from lumen.resolve import Run, check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
@@ -142,7 +143,7 @@ class Orchestrator(Parts):
         bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (unusable > 0) | self.halted
         # on CUDA the host learns of it an iteration late: that iteration is void too
         self.halted = self.halted | (unusable > 0)
-        # log G above mean + k * sd of the accepted steps; no limit yet while there are too few
+        # log G above what accepted steps make likely (course.NormLimit); None while they are few
         exploded = torch.zeros_like(bad)
         limit = self.explosion.norms.limit(self.iteration) if self.watching else None
         if self.replay:  # what broke then may not break now
@@ -264,16 +265,7 @@ class Orchestrator(Parts):
         """Weights, moments and the step return to a snapshot or checkpoint; the cursor does not."""
         t = self.trainer
         before = {"step": t.step, "tokens": t.tokens}
-        to_cursor = None
-        if isinstance(source, Snapshot):  # in memory
-            self.snapshots.restore(source)
-            t.state.rewind({"step": source.step} | source.numbers)
-            iteration, to_cursor = source.iteration, source.cursor
-        else:
-            saved = t.parallel.run_or_raise_on_all(checkpoint.Checkpoint, source)  # on disk
-            t.parallel.run_or_raise_on_all(t.state.restore, saved)
-            t.state.rewind(saved.state)
-            iteration = saved.state.get("orchestrator", {}).get("turn", 0)
+        iteration, to_cursor = self.restore(source)
         # what is newer than where we are now never happened
         self.snapshots.discard(iteration + 1)
         for detector in self.detectors.values():
@@ -657,7 +649,7 @@ class Trainer(ByHand):
         if sums["unread"]:  # that step was dropped: go back to before it, save, say what happened
             self.step, self.cursor = pending.step, pending.cursor
             self.save()
-            self.parallel.run_or_raise_on_all(self.raise_data_error)  # each with its own words
+            self.parallel.run_or_raise_on_all(raise_if, self.data_error)  # each with its own words
         if numbers.control:
             self.orchestrator.take_commands()
         if numbers.oom:
@@ -681,10 +673,6 @@ class Trainer(ByHand):
             self.tell.step(numbers)
         self.report.progress(following, numbers.loss)
         return numbers
-
-    def raise_data_error(self) -> None:
-        if self.data_error:
-            raise self.data_error
 
     def may_lag(self) -> bool:
         """Whether a step's numbers may still be on their way when the next one begins. A CPU has

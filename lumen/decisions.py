@@ -13,6 +13,7 @@ from lumen.detectors import Alarm
 from lumen.errors import UserError
 from lumen.sums import StepNumbers
 
+RESEED = "re-seed a dead expert"  # an action, which a replay must know again
 JUDGE_AFTER = 100  # iterations; then it is written down what came of a decision
 
 

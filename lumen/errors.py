@@ -161,6 +161,12 @@ def a_path(text: str) -> str:
     return text
 
 
+def raise_if(error: UserError | None) -> None:
+    """What a rank has kept to itself until all could learn of it."""
+    if error is not None:
+        raise error
+
+
 if __name__ == "__main__":
     print("| code | means | do |\n|---|---|---|")
     for code, (meaning, remedy) in ERRORS.items():

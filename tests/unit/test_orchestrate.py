@@ -11,7 +11,8 @@ from lumen.decisions import JUDGE_AFTER, Decision, Decisions, Judgement
 from lumen.detectors import WAITING, WATCHING, Alarm, Divergence, Explosion, UnbalancedExperts
 from lumen.errors import UserError
 from lumen.health import Checkup, Health
-from lumen.orchestrate import LR_CUT, LR_CUT_ITERATIONS, Escalation, Replay, judge, modernised
+from lumen.orchestrate import LR_CUT, LR_CUT_ITERATIONS, Escalation, judge, modernised
+from lumen.replay import Replay
 
 # ---------------------------------------------------------------- escalation
 

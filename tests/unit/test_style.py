@@ -44,8 +44,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model_moe.py": 507,
     "prepare_data.py": 895,
     "sample.py": 346,
-    "train.py": 824,
-    "lumen/orchestrate.py": 602,
+    "train.py": 812,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
