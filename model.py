@@ -33,6 +33,11 @@ from model_moe import MOD_SUMS, SUMS, MoD, MoE
 # ---------------------------------------------------------------- configuration
 
 
+# sizes and periods that something is divided by, or that count what there must be one of
+AT_LEAST_ONE = ("d_model", "n_layers", "n_heads", "multiple_of", "max_seq_len")
+AT_LEAST_ONE += ("moe_every", "mod_every")
+
+
 @dataclass
 class ModelConfig:
     vocab_size: int = 0  # ids; 0: the tokenizer's
@@ -109,6 +114,11 @@ class ModelConfig:
             text = f"must be from 1 to n_experts, {self.n_experts}"
             chosen = self.n_experts_per_token
             self.require("n_experts_per_token", 1 <= chosen <= self.n_experts, text)
+            for key in ("d_model", "d_expert"):
+                # grouped GEMMs need rows of 16 bytes, in every precision
+                size = getattr(self, key)
+                text = f"must be a multiple of 8 in a MoE; near it: {max(8, round(size / 8) * 8)}"
+                self.require(key, size % 8 == 0, text)
 
     def require(self, key: str, holds: bool, text: str) -> None:
         if not holds:
@@ -118,10 +128,13 @@ class ModelConfig:
 
     def fill_in(self) -> None:
         """Defaults that depend on other keys: null, and the sizes that are 0."""
+        for key in AT_LEAST_ONE:  # below something is divided by most of them
+            self.require(key, getattr(self, key) >= 1, "must be at least 1")
         if not self.head_dim:
             divides = self.d_model % self.n_heads == 0
             self.require("n_heads", divides, f"does not divide d_model {self.d_model}")
             self.head_dim = self.d_model // self.n_heads
+        # as many as query heads is ordinary attention, 1 is multi-query, between them GQA
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if not self.d_ff:
             # two thirds, since SwiGLU has three matrices where an ordinary FFN has two
@@ -170,6 +183,7 @@ def role(name: str) -> str:
     Whoever treats parameters differently asks here: optimizer groups, precision, sharding, counts.
     MoD's router and its predictor count as router; a shared expert's weights are matrices.
     """
+    # by whole modules, never by parts of a word: "wnorm" is no norm
     modules = name.split(".")[:-1]
     if "experts" in modules:
         return "expert"
@@ -187,10 +201,11 @@ class Linear(nn.Linear):
     """y = x W^T without bias; the fp32 weight is cast to x's dtype (this replaces autocast)."""
 
     def __init__(self, n_in: int, n_out: int):
+        # no bias anywhere, as in Llama
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype))  # (..., n_in) -> (..., n_out)
 
 
 class RMSNorm(nn.Module):
@@ -215,6 +230,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     (Llama 3.1's smooth cut), yarn (Peng et al. 2023).
     """
     D, device = cfg.head_dim, pos.device
+    # D/2 frequencies, from one radian a token down to about one in rope_theta tokens
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
     scaling, gain = cfg.rope_scaling or {}, 1.0
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -227,6 +243,8 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: slowed by factor
         freq = freq * (keep + (1 - keep) / scaling["factor"])
     elif kind == "yarn":
+        # what turns often over the context it was trained on stays, what turns less than once is
+        # slowed by factor, a ramp lies between
         context = scaling.get("original_max_position_embeddings") or cfg.max_seq_len
 
         def dimension(turns):  # the one whose frequency makes so many turns over the context
@@ -239,6 +257,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
         freq = freq * (keep + (1 - keep) / scaling["factor"])
         gain = scaling.get("attention_factor")  # above 0, or not given
         gain = gain or 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
+    # in fp32: bf16 knows position 4,000 only to the next multiple of 16
     angle = pos[..., None, None].float() * freq
     return angle.cos() * gain, angle.sin() * gain
 
@@ -246,7 +265,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pairs (i, i + D/2) of x (B, T, H, D) by the angles of rope: the half-rotation."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -263,11 +282,11 @@ class KVCache:
         shape = (batch, cfg.n_kv_heads, length + 1, cfg.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)]
-        self.filled = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]
+        self.filled = torch.zeros(batch, dtype=torch.long, device=device)  # tokens of each row
+        self.rows = torch.arange(batch, device=device)[:, None]  # (B, 1), to index with pos (B, T)
         self.length = length
         self.used = 0
-        self.kept = {}
+        self.kept = {}  # layer -> (B, length + 1): which tokens it has computed
         for i in range(cfg.n_layers):
             if cfg.capacity(i) < 1 and not cfg.mod_ffn_only:
                 self.kept[i] = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
@@ -276,7 +295,8 @@ class KVCache:
         """Positions (B, T) of new tokens idx (B, T), where -1 pads on the right; makes the mask."""
         T = idx.shape[1]
         pos = self.filled[:, None] + torch.arange(T, device=idx.device)
-        pos = pos.masked_fill(idx < 0, self.length)
+        pos = pos.masked_fill(idx < 0, self.length)  # padding goes to the slot that nobody reads
+        # an upper bound that the host knows; the true lengths would be a sync a token
         self.used = min(self.used + T, self.length)
         self.mask = self.before(pos)
         return pos
@@ -337,6 +357,7 @@ class Attention(nn.Module):
 
     def forward(self, x, inputs: AttentionInputs):
         B, T, _ = x.shape
+        # one matmul for all three: queries, keys, values
         q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
         q, k = self.norm_and_rotate(q, k, inputs)
@@ -357,21 +378,11 @@ class Attention(nn.Module):
             k, v = inputs.cache.write(self.layer, inputs.pos, k, v)  # (B, G, used, D)
             mask = inputs.cache.visible(self.layer, inputs.pos)
         gqa = k.shape[1] != q.shape[1]
+        # enable_gqa: each key head serves H / G query heads, without a copy where a kernel can
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
         )
         return y.transpose(1, 2)
-
-    @staticmethod
-    def saved_bytes(cfg: ModelConfig, b: int, selective: bool) -> float:
-        """Bytes a token keeps for backward, b each value; selective: what matmuls and attention
-        gave, and attention's logsumexp."""
-        C, q, kv = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        if selective:
-            return b * ((q + 2 * kv) + q + C) + 4 * cfg.n_heads
-        # the norm keeps its input in fp32 too, where that is a copy, and itself before the weight
-        norm = (q + kv) * (b + (4 if b == 2 else 0)) if cfg.qk_norm else 0
-        return norm + b * ((q + 2 * kv) + (q + kv) + q)  # qkv; rotated; attention's output
 
 
 # Lunaris' two variants. They train and take over its checkpoints (tools/import_lunaris.py); no
@@ -408,19 +419,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.w13 = Linear(d_model, 2 * d_ff)
+        self.w13 = Linear(d_model, 2 * d_ff)  # gate and up: one matmul in place of two
         self.w2 = Linear(d_ff, d_model)
 
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, dim=-1)  # (..., d_ff) each
         return self.w2(F.silu(gate) * up)
-
-    @staticmethod
-    def saved_bytes(d_model: int, d_ff: int, b: int, selective: bool) -> float:
-        """Bytes a token keeps for backward, b each value; selective: what the matmuls gave."""
-        if selective:
-            return b * (2 * d_ff + d_model)
-        return b * 4 * d_ff  # gate and up; silu(gate); their product
 
 
 class Block(nn.Module):
@@ -434,6 +438,7 @@ class Block(nn.Module):
         super().__init__()
         lunaris = cfg.rope_first or cfg.norm_order == "lunaris"
         pre = cfg.norm_order == "pre"
+        # an Identity has no parameter, so a checkpoint of this kind has no name for it
         self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if pre else nn.Identity()
         self.attn = LunarisAttention(cfg, layer) if lunaris else Attention(cfg, layer)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -462,48 +467,19 @@ class Block(nn.Module):
 
     def branch(self, x, inputs: AttentionInputs):
         """The block on all the tokens it is given."""
-        h = self.attn(self.attn_norm(x), inputs)
+        h = self.attn(self.attn_norm(x), inputs)  # (B, T, C)
         h = F.dropout(h, self.dropout, self.training)
         if self.mod is not None and self.ffn_only:
             y, stats = self.mod(x + h, self.ffn_branch, inputs)
         else:
             y, stats = self.ffn_branch(x + h)
+        # the change, not x plus it: MoD scales it by its gate, and the caller adds it once
         return h + y, stats
 
     def ffn_branch(self, x, inputs: AttentionInputs | None = None):
         y = self.ffn(self.ffn_norm(x))
         y, stats = y if isinstance(y, tuple) else (y, {})  # SwiGLU has no statistics
         return F.dropout(y, self.dropout, self.training), stats
-
-    @staticmethod
-    def saved_bytes(cfg, layer: int, b: int, selective: bool, arrive: float) -> tuple[float, float]:
-        """Bytes a token of the batch keeps for backward: (attention's half, the FFN's half).
-
-        b: bytes a value; selective: what recomputation keeps of matmuls, attention and topk.
-        arrive: with experts on other ranks, their rows here as a share of this rank's own.
-        """
-        C = cfg.d_model
-        attn = Attention.saved_bytes(cfg, b, selective)
-        if cfg.is_moe(layer):
-            ffn = MoE.saved_bytes(cfg, b, selective, arrive)
-            if cfg.n_shared_experts:
-                width = cfg.n_shared_experts * cfg.d_expert
-                ffn += SwiGLU.saved_bytes(C, width, b, selective)
-        else:
-            ffn = SwiGLU.saved_bytes(C, cfg.d_ff, b, selective)
-        # a capacity that is annealed begins with all tokens
-        share = 1.0 if cfg.mod_anneal_steps else cfg.capacity(layer)
-        deep = 1.0 if cfg.mod_ffn_only else share
-        if selective:
-            return deep * attn, share * ffn
-        norm = C * (4 + 2 * b)  # its input in fp32; normalised; times the weight
-        dropout = C if cfg.dropout else 0
-        attn += dropout + (norm if cfg.norm_order == "pre" else 0)
-        ffn += dropout + norm
-        if share < 1 and cfg.mod_routing == "learned":
-            # every token's fp32 input of the router and that normalised; the change before its gate
-            return deep * attn, share * (ffn + b * C) + 8 * C
-        return deep * attn, share * ffn
 
 
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "lumen::experts")
@@ -525,6 +501,7 @@ def recomputed(run, how: str, random: bool, *args):
     backward. A compiled block has it inside: around it, selective would save buffers that the
     compiled code uses again, and backward would fail.
     """
+    # keeping the random state costs a copy from the device, so only where something is drawn
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
         make = functools.partial(create_selective_checkpoint_contexts, keep_matmuls)
@@ -552,9 +529,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
+        # x (N, C), W (V, C); at 50,000 ids the full logits would be 200 kB a token
         W, rows = weight.to(x.dtype), head_rows(weight.shape[0], x.is_cuda)
-        dx = torch.empty_like(x) if need_grad else None
-        dW = torch.zeros_like(weight) if need_grad else None
+        dx = torch.empty_like(x) if need_grad else None  # (N, C)
+        dW = (
+            torch.zeros_like(weight) if need_grad else None
+        )  # (V, C), in the dtype of the weight: fp32
         ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
         starts = list(range(0, len(x), rows))
         if len(starts) > 1 and starts[-1] == len(x) - 1:
@@ -573,20 +553,21 @@ class HeadLoss(torch.autograd.Function):
             # in place and once: on CPU this costs as much as a fifth of the matmuls
             p = logits.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
-            lse = top + total.log()
+            lse = top + total.log()  # (n, 1), of the shifted logits, so exp cannot overflow
             ce += ((lse - right) * valid).sum()
             z += z_loss * (lse.square() * valid).sum()
             if not need_grad:
                 continue
             # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
             p.mul_((1 + 2 * z_loss * lse) * valid / total).scatter_add_(1, index, -valid)
-            p = p.to(x.dtype)
+            p = p.to(x.dtype)  # (n, V)
             dx[a:b] = p @ W
             if x.dtype == weight.dtype:
                 dW.addmm_(p.t(), xs)
             else:
                 dW += p.t() @ xs
         ctx.save_for_backward(dx, dW)
+        # only the total is differentiated; the others are to be looked at
         ce_alone = ce.clone()
         ctx.mark_non_differentiable(ce_alone, z, correct)
         return ce + z, ce_alone, z, correct
@@ -623,6 +604,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        # tied: there is no second parameter, forward takes the embedding's
         if not cfg.tie_embeddings:
             self.head = Linear(cfg.d_model, cfg.vocab_size)
         self.compute_dtype = torch.float32
@@ -660,6 +642,7 @@ class Transformer(nn.Module):
             p.fill_(1.0)
             return
         std = self.cfg.init_std
+        # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
         if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
             std /= math.sqrt(2 * self.cfg.n_layers)
         for e, part in enumerate(p if role(name) == "expert" else [p], first):
@@ -701,8 +684,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             change, stats = self.run_block(block, x, inputs)
             x = x + change
-            found.append(stats)
+            found.append(stats)  # empty where the block is dense
         x = self.norm(x)
+        # in decoding only the last real token of a row has a successor that anybody asks for
         if cache is not None:
             x = x[cache.rows[:, 0], (real - 1).clamp(min=0)]  # (B, C)
             cache.filled += real
@@ -711,6 +695,7 @@ class Transformer(nn.Module):
         return self.loss(x, targets, found)
 
     def run_block(self, block: Block, x, inputs: AttentionInputs):
+        # without gradients nothing is kept, so there is nothing to make anew
         how = self.recompute if torch.is_grad_enabled() else "none"
         if how == "none" or block._compiled_call_impl is not None:
             return block(x, inputs, how)
@@ -726,6 +711,7 @@ class Transformer(nn.Module):
         if not grad:
             sums["correct"] = correct
         if self.training:
+            # balance and router losses: sums over tokens too, with their weights already on them
             losses = [s["loss"] for s in found if "loss" in s]
             if losses:
                 total = total + torch.stack(losses).sum()
@@ -789,24 +775,28 @@ class Transformer(nn.Module):
         within the context it trusts. FloatingPointError where logits are not finite.
         """
         was_training, device = self.training, self.embed.weight.device
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        generators = [
+            torch.Generator().manual_seed(s) for s in seeds
+        ]  # on the CPU: alike everywhere
         longest = max(map(len, prompts))
         length = longest + max_new_tokens
         cache = KVCache(self.cfg, len(prompts), length, device, self.compute_dtype)
         idx = torch.tensor([p + [-1] * (longest - len(p)) for p in prompts], device=device)
+        # for the repetition penalty
         seen = torch.zeros(len(prompts), self.cfg.vocab_size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
-        alive = [True] * len(prompts)
+        alive = [True] * len(prompts)  # a row that has ended is padded from then on
         trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}
         for moe in trained:
             moe.backend = moe.generation_backend(device, self.compute_dtype)
-        self.eval()
+        self.eval()  # no dropout, and MoD by its causal rule
         try:
             for _ in range(max_new_tokens):
                 logits = self(idx, cache=cache).float().cpu()
                 if not logits.isfinite().all():
                     raise FloatingPointError("the model's logits are NaN or infinite")
+                # ids that no text has: the vocabulary was padded to a multiple of 64
                 logits[:, n_vocab or self.cfg.vocab_size :] = -math.inf
                 ids = choose(logits, seen, generators, **sampling)
                 seen[torch.arange(len(ids)), ids] = True
@@ -847,7 +837,7 @@ class Transformer(nn.Module):
         count c times, attention c^2 times.
         """
         cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
-        flops = 6 * cfg.vocab_size * cfg.d_model
+        flops = 6 * cfg.vocab_size * cfg.d_model  # the head; the embedding is a lookup
         for i, block in enumerate(self.blocks):
             c = block.mod.capacity if block.mod is not None else 1.0
             deep = 1.0 if cfg.mod_ffn_only else c  # the share of tokens that attention computes
@@ -858,6 +848,7 @@ class Transformer(nn.Module):
             mod = 0
             if block.mod is not None:
                 mod = sum(p.numel() for p in block.mod.parameters() if p.dim() == 2)
+            # q k^T and its product with v, forward once and backward twice
             scores = 12 * cfg.n_heads * cfg.head_dim * T
             flops += 6 * (deep * attn + c * ffn + mod) + scores * deep**2
         return round(flops)
@@ -882,9 +873,9 @@ def choose(
     temperature, top-k, top-p, min-p."""
     if repetition_penalty != 1.0:
         punished = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+        logits = torch.where(seen, punished, logits)  # less likely in either case
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)  # (B,)
     # at most 0 before the division: so no temperature is too small
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     order = None  # from where on only candidates are left, most likely first: their ids
@@ -892,14 +883,14 @@ def choose(
         logits, order = logits.topk(top_k, -1)
     elif top_p < 1.0:
         logits, order = logits.sort(-1, descending=True)
-    p = logits.softmax(-1)
+    p = logits.softmax(-1)  # (B, candidates)
     if top_p < 1.0:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what is likelier suffices
     if min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
     # one uniform number per row, found in the cumulative distribution: a number per id would cost
     # more than all of the above
-    total = p.double().cumsum(-1)
+    total = p.double().cumsum(-1)  # it ends at what was kept, not at 1
     u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
     pick = (total <= u * total[:, -1:]).sum(-1, keepdim=True)
     if order is not None:

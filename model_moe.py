@@ -242,26 +242,6 @@ class MoE(nn.Module):
         cfg = self.router.cfg
         return for_generation(self.backend, device, dtype, cfg.d_model, cfg.d_expert)
 
-    @staticmethod
-    def saved_bytes(cfg, b: int, selective: bool, arrive: float = 0.0) -> float:
-        """Bytes a token keeps for backward, b each value, without the shared expert.
-
-        selective: what matmuls, topk and the experts' operator gave. arrive: with experts on other
-        ranks, the rows that come here as a share of this rank's own.
-        """
-        C, K, width = cfg.d_model, cfg.n_experts_per_token, cfg.d_expert
-        n = (cfg.n_experts_max or cfg.n_experts) + cfg.n_null_experts
-        # of the experts only the pre-activation is kept, of the rows that are computed here
-        experts = b * K * 2 * width * (arrive or 1.0)
-        if selective:
-            return 4 * n + 12 * K + b * C * max(1, K * arrive) + experts
-        # probabilities in fp32; of sigmoid also normalised; with a z-loss the logits too
-        tables = 1 + (1 if cfg.router == "sigmoid" else 0)
-        tables += 1 if cfg.router_z_loss_weight else 0
-        choices = K * (3 * 4 + 3 * 8)  # gates; ids and their order
-        came = K * (b * C + 3 * 8) * arrive  # rows from other ranks; their order
-        return 4 * n * tables + choices + experts + came
-
 
 def draw_dropout(layers: list[MoE], seed: int) -> None:
     """Leave experts out for one step: each layer draws its own, at least K stay."""

@@ -155,11 +155,6 @@ def check_moe(cfg) -> None:
     if K == 1 and cfg.norm_topk:
         text = "each gate would be 1 and the router could not learn; set norm_topk: false"
         refuse(cfg, "norm_topk", f"does not go with n_experts_per_token: 1: {text}")
-    for key in ("d_model", "d_expert"):
-        # grouped GEMMs need rows of 16 bytes, in every precision
-        near = max(8, round(getattr(cfg, key) / 8) * 8)
-        if getattr(cfg, key) % 8:
-            refuse(cfg, key, f"must be a multiple of 8 in a MoE; near it: {near}")
     if cfg.capacity_factor is not None and cfg.capacity_factor < 1 / E:
         text = "is below 1 / n_experts: no expert gets a token; try 1.25"
         refuse(cfg, "capacity_factor", text)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from lumen import activations
 from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
-from model import Block, ModelConfig, Transformer, head_rows, role
+from model import ModelConfig, Transformer, head_rows, role
 
 GIB = 2**30
 RECOMPUTE = ("none", "selective", "block")  # activation_checkpointing, from most memory to least
@@ -49,12 +50,12 @@ def kept_bytes(
     # all of it; what recomputation keeps; attention's share of all
     layers, kept, attention = [], [], []
     for i in range(cfg.n_layers):
-        first, second = Block.saved_bytes(cfg, i, b, False, arrive)
+        first, second = activations.block(cfg, i, b, False, arrive)
         layers.append(round(N * (first + second)))
         attention.append(round(N * first))
         held = b * C  # the block's input
         if recompute == "selective":
-            held += sum(Block.saved_bytes(cfg, i, b, True, arrive))
+            held += sum(activations.block(cfg, i, b, True, arrive))
         kept.append(round(N * held))
     again = layers  # what is there while a block is in backward, beside what all blocks keep
     if recompute == "none":

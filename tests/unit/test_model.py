@@ -928,3 +928,21 @@ def test_compiled_model_equals_eager():
     assert close(total, eager[0], 1e-5)
     for n, p in model.named_parameters():
         assert close(p.grad, eager[2][n], 1e-5), n
+
+
+@pytest.mark.parametrize(
+    "keys, why",
+    [
+        ({"n_heads": 0}, "n_heads: 0 must be at least 1"),
+        ({"n_heads": 0, "head_dim": 8}, "n_heads: 0 must be at least 1"),
+        ({"d_model": 0}, "d_model: 0 must be at least 1"),
+        ({"multiple_of": 0}, "multiple_of: 0 must be at least 1"),
+        ({"moe_every": 0, "n_experts": 4}, "moe_every: 0 must be at least 1"),
+        ({"n_experts": 4, "d_expert": 20}, "d_expert: 20 must be a multiple of 8 .* near it: 16"),
+        ({"n_experts": 4, "d_model": 100, "n_heads": 2}, "d_model: 100 must be a multiple of 8"),
+    ],
+)
+def test_a_model_copied_out_refuses_what_its_arithmetic_cannot_do(keys, why):
+    """Without lumen/model_keys.py, which a copied model.py does not have: zeros divided by zero."""
+    with pytest.raises(ValueError, match=f"model.{why}"):
+        ModelConfig(**keys)

@@ -40,8 +40,8 @@ PROMISES = {
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "kernels.py": 747,
-    "model.py": 907,
-    "model_moe.py": 507,
+    "model.py": 898,
+    "model_moe.py": 487,
     "prepare_data.py": 895,
     "sample.py": 346,
     "train.py": 812,
@@ -50,8 +50,7 @@ TOO_LONG = {  # file -> lines that it may have until it keeps its promise
 # ---------------------------------------------------------------- what breaks a rule today
 
 NOT_YET = {  # file -> {rule: how many times}
-    "model.py": {"few_comments": 1},
-    "tools/import_lunaris.py": {"loop_over_nothing": 1},
+    "tools/import_lunaris.py": {"loop_over_nothing": 1}
 }
 
 # ---------------------------------------------------------------- imports
