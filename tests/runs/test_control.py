@@ -73,7 +73,7 @@ def test_replay_gives_the_same_bytes(tiny):
     go("run", dies_at=120)  # resumes from 100, and is told to cut the rate again
     assert go("run").step < 240
     first = go("run")
-    assert first.attempt == 3 and first.step == 240
+    assert first.report.attempt == 3 and first.step == 240
     rows = [d for d in decisions(first) if d.get("executed") and d.get("level")]
     done = [d["action"] for d in rows]
     assert done[:2] == ["drop", "drop"] and [d for d in done if d != "drop"] == [

@@ -86,10 +86,10 @@ def test_weights_of_another_tokenizer(tiny, spoken, tmp_path, capsys):
         assert all(sum_of(spoken / name) in error.value.text for name in "ab")
     assert not Path(fresh["out_dir"]).exists(), "who is refused changes nothing"
     meant = Trainer(fresh | {"allow_tokenizer_change": True})
-    assert any("another tokenizer" in line for line in meant.changes)
+    assert any("another tokenizer" in line for line in meant.found.changes)
     meant.close()
     good = Trainer(speak(tiny, spoken / "more", "third", init_from=str(first.out)))
-    assert not good.changes
+    assert not good.found.changes
     good.close()
     with pytest.raises(UserError, match="E113.*--tokenizer"):  # not: ten keys of the model differ
         Trainer(fresh | {"data_dir": str(spoken / "bytes")})
@@ -301,11 +301,11 @@ def test_what_really_changed_is_said(tiny):
     keys = tiny("run", max_steps=4, seed=1337, warmup_steps=..., precision="auto")
     out = trained(keys).out
     again = Trainer([str(out / "config.yaml")])
-    assert not again.changes
+    assert not again.found.changes
     again.close()
     del keys["seed"]
     again = Trainer(keys | {"orchestrator": {"check_interval": 7}, "min_lr": 1e-4})
-    assert again.changes == [
+    assert again.found.changes == [
         "min_lr: 0.00030000000000000003 in the checkpoint, 0.0001 now",
         "orchestrator.check_interval: 100 in the checkpoint, 7 now",
     ]
@@ -360,7 +360,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     there = Trainer(keys)
     for key in ("precision", "compile_model", "deterministic", "attention"):
         assert getattr(there.run, key) == getattr(had, key)
-    assert {c.partition(":")[0] for c in there.changes} == {
+    assert {c.partition(":")[0] for c in there.found.changes} == {
         "precision",
         "compile_model",
         "deterministic",
@@ -371,7 +371,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
     there = Trainer(keys)
     assert (
         there.run.compile_model is False
-        and "compile_model: True in the checkpoint, False now" in there.changes
+        and "compile_model: True in the checkpoint, False now" in there.found.changes
     )
     there.close()
 

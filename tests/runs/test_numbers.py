@@ -8,6 +8,8 @@ from rig import at_iteration, fake_fp16
 
 import kernels
 from lumen import machine as machines
+from lumen import orchestrate
+from lumen.diagnose import diagnose_step
 from lumen.snapshots import Snapshot
 from model import HeadLoss, ModelConfig, Transformer
 from train import Trainer
@@ -115,11 +117,11 @@ def test_gradients_that_somebody_left_behind(tiny):
 
 
 @pytest.mark.parametrize("fits", ("a row", "nothing", "a fork's model"))
-def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
+def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, monkeypatch, fits):
     """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails
     in another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
     trainer = Trainer(tiny(max_steps=5, batch_size=4, eval_tokens=64))
-    forward, diagnose, looking, left = trainer.model.forward, trainer.diagnose, [], []
+    forward, looking, left = trainer.model.forward, [], []
 
     def poisoned(idx, **more):
         if looking and fits == "a fork's model":
@@ -130,14 +132,15 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, fits):
         bad = trainer.step == 3 or looking
         return total * float("nan") if bad and trainer.model.training else total, stats
 
-    def watched(cursor):
+    def watched(trainer, cursor):
         looking.append(1)
-        found = diagnose(cursor)
+        found = diagnose_step(trainer, cursor)
         looking.clear()
         left.extend(p.grad for p in trainer.model.parameters())
         return found
 
-    trainer.model.forward, trainer.diagnose = poisoned, watched
+    trainer.model.forward = poisoned
+    monkeypatch.setattr(orchestrate, "diagnose_step", watched)
     assert trainer.fit() == 0 and trainer.orchestrator.dropped == 1 and trainer.run.micro_batch == 4
     assert (
         left

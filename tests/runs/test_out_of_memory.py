@@ -8,7 +8,7 @@ from conftest import losses, write_yaml
 from rig import KINDS, decisions, equal, finish, tensors
 
 import train
-from lumen import checkpoint, optim, probe
+from lumen import checkpoint, optim, probe, setup
 from lumen import machine as machines
 from lumen.errors import UserError
 from train import Trainer
@@ -142,7 +142,7 @@ def test_the_probe_on_a_gpu_leaves_no_trace(tiny, monkeypatch):
     monkeypatch.setattr(
         machines, "total_memory", lambda device: 2200
     )  # 0.92 of it are 1024 above the rest: 9 rows
-    probed.probe()
+    setup.probe(probed)
     assert (probed.run.micro_batch, probed.run.accumulation) == (8, 2)
     assert equal(tensors(left), tensors(probed))
     probed.set_micro_batch(4)

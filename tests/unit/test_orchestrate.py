@@ -1,5 +1,6 @@
 """The orchestrator's parts on plain numbers: levels, decisions, outcomes, health, what old checkpoints say."""
 
+import dataclasses
 import json
 import types
 
@@ -175,15 +176,18 @@ def test_what_did_not_survive_is_not_repeated():
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_replay_cuts_the_run_by_the_same_method(resumed):
     """Else one that is stopped after the cut goes on to the old length."""
-    lengths = []
+    make = dataclasses.make_dataclass
+    run = make("Run", ["max_steps", "warmup_steps", "peak_step"])(100, 5, 5)
     progress = types.SimpleNamespace(stopped_early=False)
-    trainer = types.SimpleNamespace(set_length=lengths.append, progress=progress)
+    cfg = types.SimpleNamespace(lr_schedule="wsd")
+    trainer = types.SimpleNamespace(cfg=cfg, run=run, progress=progress)
     orchestrator = types.SimpleNamespace(trainer=trainer, control=None)
     row = {"run": "r", "id": 1, "turn": 1, "cursor": 4, "trigger": "length", "level": 2}
     row |= {"action": "start the decay", "args": {"max_steps": 80}, "executed": True}
     replay = Replay([row], "file", "r", 1)
     replay.repeat(row if not resumed else row | {"action": "stop"}, orchestrator)
-    assert (lengths, trainer.progress.stopped_early) == (([], True) if resumed else ([80], False))
+    found = (trainer.run.max_steps, trainer.progress.stopped_early)
+    assert found == ((100, True) if resumed else (80, False))
 
 
 # ---------------------------------------------------------------- state of before
