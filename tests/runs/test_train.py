@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from forks import run_forked
 from rig import Halves, fake_fp16, faulty, finish, stop_at
 
 import train
 from lumen import checkpoint
 from lumen import machine as machines
+from lumen.cli import read_config
 from lumen.config import RANGES, Config
 from lumen.errors import UserError
 from lumen.optim import build_optimizer
@@ -479,6 +483,85 @@ def test_shard_truncated_under_the_run_saves_and_resumes_to_the_same_bytes(tiny,
     assert same_run(whole, keys, 40)
 
 
+# ---------------------------------------------------------------- what a run is started from
+
+
+def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
+    """The keys of its TrainConfig and model config, numbers in quotes, its workers' options."""
+    keys = {
+        "data_dir": shards,
+        "learning_rate": "2.0e-4",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+    }
+    keys |= {
+        "warmup_steps": 2000,
+        "max_steps": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_epochs": 1,
+    }
+    keys |= {
+        "grad_clip": 1.0,
+        "device": "cpu",
+        "compile_model": False,
+        "out_dir": str(tmp_path / "l"),
+        "backend": "ddp",
+    }
+    keys |= {
+        "num_workers": 4,
+        "pin_memory": True,
+        "save_latest_always": True,
+        "wandb_project": None,
+    }
+    model = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "max_seq_len": 16,
+    }
+    model |= {
+        "multiple_of": 32,
+        "use_qk_norm": True,
+        "attn_dropout": 0.0,
+        "rope_ntk_scale_base": 8,
+        "n_experts": None,
+    }
+    cfg, _, notes, _ = read_config([str(write_yaml(tmp_path / "l.yaml", keys | {"model": model}))])
+    assert cfg.model.rope_theta == 20000 and cfg.model.qk_norm and cfg.learning_rate == 2e-4
+    for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1"):
+        assert any(word in note for note in notes), word
+    lunaris = Trainer([str(tmp_path / "l.yaml")])
+    assert lunaris.fit() == 0 and lunaris.step == 3
+
+
+def test_printed_configuration_runs_as_it_is(tiny, tmp_path):
+    assert Trainer(tiny(max_steps=3, num_epochs=...)).fit() == 0
+    again = tiny()["out_dir"] + "/config.yaml"
+    cfg, *_ = read_config([again])
+    first = yaml.safe_load(Path(again).read_text())
+    assert dataclasses.asdict(cfg) == first | {
+        "gradient_accumulation_steps": 1
+    }  # it follows from batch_tokens
+    a = Trainer([again, "--out_dir", str(tmp_path / "again")])
+    assert a.fit() == 0
+    assert fingerprint(tiny()["out_dir"], 3) == fingerprint(a.out, 3)
+
+
+def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(machines, "TRIED", ("2.9", "2.10"))
+    Trainer(tiny(max_steps=1)).close()
+    assert (
+        capsys.readouterr().out.count(
+            "is newer than 2.10, the newest on which Lumen's tests were run"
+        )
+        == 1
+    )
+
+
 # ---------------------------------------------------------------- processes, signals, faults
 
 
@@ -505,19 +588,20 @@ def wait_for_step(out_dir, step, process, seconds=60):
 
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_signals_and_kill(tiny, tmp_path, ranks):
-    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped."""
+    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped.
+
+    What is hit is started as users start it; the whole run and the last part, which nothing hits, are forked."""
     changes = {
-        "max_steps": 240,
+        "max_steps": 180,
         "save_interval": 25,
         "eval_interval": 0,
         "eval_tokens": 64,
         "log_interval": 1,
     }
     keys, whole = tiny("cut", **changes), tiny("whole", **changes)
-    process = start(whole, tmp_path / "w.yaml", ranks=ranks)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    for step, number in ((40, signal.SIGTERM), (80, signal.SIGINT), (120, signal.SIGKILL)):
+    result = run_forked("train.py", write_yaml(tmp_path / "w.yaml", whole), ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for step, number in ((20, signal.SIGTERM), (40, signal.SIGINT), (60, signal.SIGKILL)):
         process = start(keys, tmp_path / "c.yaml", ranks=ranks)
         wait_for_step(keys["out_dir"], step, process)
         process.send_signal(number)
@@ -528,10 +612,9 @@ def test_signals_and_kill(tiny, tmp_path, ranks):
         else:
             assert status["state"] == "stopped" and (process.returncode == 0 or ranks), out
             assert max(losses(keys["out_dir"])) == checkpoint.list_steps(keys["out_dir"])[-1]
-    process = start(keys, tmp_path / "c.yaml", ranks=ranks)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert same_run(keys, whole, 240)
+    result = run_forked("train.py", tmp_path / "c.yaml", ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert same_run(keys, whole, 180)
 
 
 @pytest.mark.parametrize("point", ["before commit", "no manifest", "moved aside", "pruning"])
@@ -539,7 +622,7 @@ def test_power_loss_in_a_save(tiny, reference, tmp_path, point):
     keys = tiny("cut", save_total_limit=1)
     whole = reference.keys(keys)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("tests/programs/power_loss.py", point, 8, path)
+    result = run_forked("tests/programs/power_loss.py", point, 8, path)
     assert result.returncode == 9, result.stderr + result.stdout
     finish(keys)
     assert same_run(whole, keys)
@@ -551,7 +634,7 @@ def test_power_loss_in_a_save(tiny, reference, tmp_path, point):
 def test_disk_full(tiny, reference, tmp_path):
     keys = tiny("cut", save_interval=4, max_steps=16)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("tests/programs/full_disk.py", 4, 9, path)
+    result = run_forked("tests/programs/full_disk.py", 4, 9, path)
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stdout.count("E307") >= 2 and checkpoint.list_steps(keys["out_dir"])[-1] == 16
     assert 4 not in checkpoint.list_steps(keys["out_dir"]) and 9 in checkpoint.list_steps(
@@ -560,7 +643,7 @@ def test_disk_full(tiny, reference, tmp_path):
     whole = reference.keys(tiny("whole", max_steps=16))
     assert same_run(whole, keys, 16)
     last = tiny("last", save_interval=4, max_steps=16)
-    result = run_python(
+    result = run_forked(
         "tests/programs/full_disk.py", 16, 99, write_yaml(tmp_path / "l.yaml", last)
     )
     assert result.returncode == 4, result.stderr + result.stdout
@@ -621,9 +704,7 @@ def test_ranks(tiny, tmp_path, world):
         {"config": moved},
     ]
     jobs += [{"config": faulty, "unreadable_at": [1, 6]}, {"config": faulty}]
-    result = run_python(
-        "tests/programs/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
-    )
+    result = run_forked("tests/programs/ranks.py", json.dumps(jobs), ranks=world)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     a, b, c = (losses(k["out_dir"]) for k in (one, many, moved))
     assert a.keys() == b.keys() == c.keys()
@@ -729,7 +810,7 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
     }
     keys |= {"sample_prompt": "the", "precision": "fp32", "eval_tokens": 512}
     keys |= {"model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}}
-    result = run_python("train.py", write_yaml(tmp_path / "c.yaml", keys), ranks=2)
+    result = run_forked("train.py", write_yaml(tmp_path / "c.yaml", keys), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "bits per byte" in result.stdout and "sample " in result.stdout
     out = tmp_path / "out"
@@ -737,7 +818,7 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
     bpb = [r["val_bpb"] for r in read_lines(out / "metrics.jsonl") if "val_loss" in r]
     assert bpb and 0.5 < bpb[-1] < 8
     keys["prepare"] |= {"sources": [str(tmp_path / "none")], "out": str(tmp_path / "other")}
-    result = run_python("train.py", write_yaml(tmp_path / "d.yaml", keys), ranks=2)
+    result = run_forked("train.py", write_yaml(tmp_path / "d.yaml", keys), ranks=2)
     assert result.returncode != 0 and result.stderr.count("error E1") == 1, result.stderr[-3000:]
 
 
@@ -747,7 +828,7 @@ def test_a_restarted_process_does_not_repeat_a_hopeless_run(tiny, tmp_path):
     checkpoint.write_json(
         trainer.out / "status.json", {"state": "diverged", "code": 3, "reason": "E301: it diverged"}
     )
-    result = run_python("train.py", path, TORCHELASTIC_RESTART_COUNT="1")
+    result = run_forked("train.py", path, TORCHELASTIC_RESTART_COUNT="1")
     assert result.returncode == 3 and "E301" in result.stderr
 
 
