@@ -27,6 +27,7 @@ from lumen.errors import UserError
 from lumen.exchange import exchange
 from lumen.launch import command, environment
 from lumen.machine import DTYPES, local_region
+from lumen.optim import state_bytes
 from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
@@ -165,7 +166,8 @@ class Sharded(Parallel):
         super().__init__(cfg)
         kind = self.device.type
         self.stage = cfg.zero_stage
-        self.layout = dataclasses.replace(layout, cuda=kind == "cuda")
+        known = {"cuda": kind == "cuda", "state_bytes": state_bytes(cfg)}
+        self.layout = dataclasses.replace(layout, **known)
         self.dense, self.sparse = meshes(kind, layout)
         self.replicas = 1  # copies of the dense weights
         self.writes = True  # of several copies one is saved

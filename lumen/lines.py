@@ -294,7 +294,8 @@ def memory_line(start: Start) -> str:
     how = (run.precision, cfg.activation_checkpointing)
     if layout.shard == 1:
         total = start.model.n_params()["total"]
-        need = plan.memory(cfg.model, total, run.micro_batch, *how, layout.cuda)
+        where = (layout.cuda, layout.state_bytes)
+        need = plan.memory(cfg.model, total, run.micro_batch, *how, *where)
     else:
         batch = (run.micro_batch, run.accumulation)
         need = plan.rank_memory(start.model, layout, *batch, *how, plan.IMBALANCE)

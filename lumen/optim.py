@@ -42,6 +42,11 @@ class AdamW(torch.optim.AdamW):
 OPTIMIZERS = {"adamw": AdamW}  # the values of the key `optimizer`
 
 
+def state_bytes(cfg: Config) -> int:
+    """Bytes that cfg's optimizer holds for a parameter."""
+    return OPTIMIZERS[cfg.optimizer].STATE_BYTES
+
+
 def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
     """The optimizer that cfg names, for parameters by their names.
 

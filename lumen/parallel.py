@@ -19,6 +19,7 @@ from lumen.config import Config
 from lumen.errors import UserError
 from lumen.failure import lost_peer
 from lumen.launch import environment
+from lumen.optim import state_bytes
 from model import Transformer
 
 
@@ -48,7 +49,8 @@ class Parallel:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.world > 1 and not dist.is_initialized():
             self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
-        self.layout = plan.Layout(self.world, cuda=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        self.layout = plan.Layout(self.world, cuda=cuda, state_bytes=state_bytes(cfg))
         self.buffer = None  # what reduce() sums gradients in
 
     def init_process_group(self, timeout: int) -> None:

@@ -19,6 +19,7 @@ from lumen import activations
 from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
+from lumen.optim import AdamW
 from model import ModelConfig, Transformer, head_rows, role
 
 GIB = 2**30
@@ -83,20 +84,28 @@ def kept_bytes(
 
 
 def memory(
-    cfg: ModelConfig, n_params: int, rows: int, precision: str, recompute="none", cuda=True
+    cfg: ModelConfig,
+    n_params: int,
+    rows: int,
+    precision: str,
+    recompute="none",
+    cuda=True,
+    state_bytes: int = AdamW.STATE_BYTES,
 ) -> dict[str, int]:
     """Estimated bytes of a training step on one device: the parts and their total.
 
-    states: weights, gradients and both moments in fp32, 16 per parameter (expert slots not in use
-    included), and 2 more for the 16-bit copies of weights that backward needs (experts make theirs
-    anew, a layer at a time). activations: what `rows` rows of T tokens keep for backward. work: a
-    chunk of logits, or the backward pass of a layer of experts. `cuda`: see model.head_rows.
+    states: weights and gradients in fp32 and the optimizer's `state_bytes` a parameter (expert
+    slots not in use included), and 2 more for the 16-bit copies of weights that backward needs
+    (experts make theirs anew, a layer at a time). activations: what `rows` rows of T tokens keep
+    for backward. work: a chunk of logits, or the backward pass of a layer of experts. `cuda`: see
+    model.head_rows.
     """
     kept = kept_bytes(cfg, rows, precision, recompute, cuda=cuda)
     moe_layers = sum(cfg.is_moe(i) for i in range(cfg.n_layers))
     # numbers in the experts of one layer
     experts = (cfg.n_experts_max or cfg.n_experts) * 3 * cfg.d_model * cfg.d_expert
-    states, work = 16 * n_params, 4 * experts + kept["rows"]
+    states = (4 + 4 + state_bytes) * n_params  # weights, gradients, the optimizer's
+    work = 4 * experts + kept["rows"]
     if precision != "fp32":
         states += 2 * (n_params - moe_layers * experts)
         work += 2 * experts
@@ -137,7 +146,8 @@ def count_parameters(model: Transformer) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on `world` processes: the keys of train_fsdp.py as plain numbers."""
+    """How a model and its optimizer lie on `world` processes: the keys of train_fsdp.py as plain
+    numbers."""
 
     world: int = 1
     zero_stage: int = 0
@@ -145,6 +155,7 @@ class Layout:
     expert_parallel: int = 1
     reduce_bytes: int = 4  # of a gradient's number on its way
     cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
+    state_bytes: int = AdamW.STATE_BYTES  # of the optimizer, for a parameter: optim.state_bytes
 
     def check(self, slots: int) -> Layout:
         """Itself; E002 for a mesh that does not divide the world, or experts that do not divide."""
@@ -264,11 +275,11 @@ def rank_memory(
     """Estimated bytes at the peak of the rank that holds most, with `rows` rows in each of `steps`
     micro-steps.
 
-    weights, moments, gradients: fp32, the rank's part. gathered: units in use and the one under
-    way, in the compute dtype (root and routers fp32). reducing: gradients on their way to their
-    owners. activations, work: see kept_bytes. peak: the phase that holds most, of the loss, the
-    backward pass of each block and of the root, the optimizer. Not in it: what the driver, the
-    communication library and the allocator's gaps take.
+    weights, gradients: fp32, the rank's part; moments: the optimizer's state for it. gathered:
+    units in use and the one under way, in the compute dtype (root and routers fp32). reducing:
+    gradients on their way to their owners. activations, work: see kept_bytes. peak: the phase that
+    holds most, of the loss, the backward pass of each block and of the root, the optimizer. Not in
+    it: what the driver, the communication library and the allocator's gaps take.
     """
     step = StepShape(rows, steps, precision, recompute)
     if layout.shard == 1:
@@ -279,13 +290,12 @@ def rank_memory(
 def replica_memory(model, layout: Layout, step: StepShape) -> dict:
     """rank_memory of train.py, where each rank holds all."""
     n = count_parameters(model)
-    parts = memory(model.cfg, n, step.rows, step.precision, step.recompute, layout.cuda)
-    chunk = min(n, 1 << 22)  # train.Parallel.CHUNK
-    held = {
-        "weights": 4 * n,
-        "moments": 8 * n,
-        "gradients": 4 * n,
-        "gathered": parts["states"] - 16 * n,
+    how = (step.precision, step.recompute, layout.cuda, layout.state_bytes)
+    parts = memory(model.cfg, n, step.rows, *how)
+    chunk = min(n, 1 << 22)  # lumen.parallel.Parallel.CHUNK
+    states = {"weights": 4 * n, "moments": layout.state_bytes * n, "gradients": 4 * n}
+    held = states | {
+        "gathered": parts["states"] - sum(states.values()),
         "reducing": 4 * chunk if layout.world > 1 else 0,
         "activations": parts["activations"],
         "work": parts["work"],
@@ -351,7 +361,8 @@ class ShardedStep:
         phases.append(self.phase("backward of the root", 0, reducing, 0, self.stream))
         phases.append(self.phase("optimizer"))
         most = max(phases, key=total_of)
-        held = {"weights": self.own, "moments": 2 * self.own if self.all_visible else 0} | most
+        moments = self.own // 4 * layout.state_bytes if self.all_visible else 0
+        held = {"weights": self.own, "moments": moments} | most
         return held | {"total": total_of(held)}
 
     def backward(self) -> list[dict]:
@@ -418,13 +429,20 @@ def layouts(base: Layout, slots: int):
         yield replace(base, hsdp_shard_size=size, expert_parallel=ep)
 
 
-def fewest_gpus(model, stage: int, rows_per_step: int, precision: str, room: float) -> int | None:
+def fewest_gpus(
+    model,
+    stage: int,
+    rows_per_step: int,
+    precision: str,
+    room: float,
+    state_bytes: int = AdamW.STATE_BYTES,
+) -> int | None:
     """The least power of two of GPUs, up to 4096, on which some configuration fits into `room`
-    bytes each."""
+    bytes each. `state_bytes`: see Layout."""
     for world in (1 << k for k in range(13)):
         if rows_per_step % world:
             return None
-        base = Layout(world, stage if world > 1 else 0)
+        base = Layout(world, stage if world > 1 else 0, state_bytes=state_bytes)
         steps = rows_per_step // world
         for layout in layouts(base, expert_slots(model.cfg)):
             how = (1, steps, precision, "block", IMBALANCE)  # which needs least
@@ -434,12 +452,13 @@ def fewest_gpus(model, stage: int, rows_per_step: int, precision: str, room: flo
 
 
 def fewest_gpus_text(
-    model, stage: int, rows_per_step: int, precision: str, share: float
+    model, stage: int, rows_per_step: int, precision: str, share: float, state_bytes: int
 ) -> tuple[list[str], bool]:
     """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do."""
     texts, every = [], True
     for gb in (80, 141):
-        n = fewest_gpus(model, stage, rows_per_step, precision, share * gb * 1e9)
+        room = share * gb * 1e9
+        n = fewest_gpus(model, stage, rows_per_step, precision, room, state_bytes)
         texts.append(f"{n or 'none'} x {gb} GB")
         every = every and n is not None
     return texts, every

@@ -20,6 +20,7 @@ from lumen.config import SHARDING, Config
 from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
+from lumen.optim import state_bytes
 from model import ModelConfig, Transformer
 
 GIB = 2**30
@@ -411,7 +412,8 @@ def misfit(
         return plan.rank_memory(model, layout, *args)
 
     now = need(rows, recompute)
-    states, total = 4 * now["weights"], now["total"]
+    states = 2 * now["weights"] + now["moments"]  # a gradient is as large as its weight
+    total = now["total"]
     if max(states, total) <= have:
         return "", False
     would_fit = []
@@ -442,12 +444,14 @@ def misfit(
 def who_holds(model: Transformer, layout: plan.Layout, share: float) -> str:
     """The smallest GPU for a replica and the fewest for shards, whatever the batch; one row in
     mixed_bf16."""
-    need = plan.rank_memory(model, plan.Layout(), 1, 2, "mixed_bf16", "block")["total"]
+    replica = plan.Layout(state_bytes=layout.state_bytes)
+    need = plan.rank_memory(model, replica, 1, 2, "mixed_bf16", "block")["total"]
     fitting = [gb for gb in plan.SIZES if need <= share * gb * 1e9]
-    replica = f"a GPU of {fitting[0]} GB" if fitting else "more than any GPU has"
+    holder = f"a GPU of {fitting[0]} GB" if fitting else "more than any GPU has"
     stage = layout.zero_stage or 3
-    shards, _ = plan.fewest_gpus_text(model, stage, 1 << 13, "mixed_bf16", share)
-    text = f"Whole copies need about {need / GIB:.1f} GiB: {replica}; train_fsdp.py needs"
+    how = ("mixed_bf16", share, layout.state_bytes)
+    shards, _ = plan.fewest_gpus_text(model, stage, 1 << 13, *how)
+    text = f"Whole copies need about {need / GIB:.1f} GiB: {holder}; train_fsdp.py needs"
     return f"{text} {' or '.join(shards)}"
 
 
@@ -455,7 +459,8 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
     """E200 where not even one row would fit: before data is prepared, processes meet and anything
     is built."""
     machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
-    layout = dataclasses.replace(layout, cuda=machine.device.type == "cuda")
+    cuda = machine.device.type == "cuda"
+    layout = dataclasses.replace(layout, cuda=cuda, state_bytes=state_bytes(cfg))
     # a vocabulary that the data will name can only make it larger
     model = meta_model(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
     limits = (machines.own_memory(machine.device), cfg.target_memory)

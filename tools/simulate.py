@@ -28,6 +28,7 @@ from lumen.exchange import AllToAll, Combine
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
+from lumen.optim import state_bytes
 from lumen.plan import (
     GIB,
     IMBALANCE,
@@ -82,9 +83,7 @@ class Assumed:
     """What arithmetic cannot know."""
 
     mfu: float  # share of the peak while computing
-    imbalance: float = (
-        IMBALANCE  # rows of the busiest rank with expert_parallel, times the fair share
-    )
+    imbalance: float = IMBALANCE  # rows of the busiest rank with expert_parallel
     disk_gb_s: float = 2.0  # that a machine writes of a checkpoint
     share: float = 0.92  # of a GPU's memory that a configuration may take
 
@@ -188,7 +187,7 @@ def simulate_step(
 
     What is gathered and reduced in every micro-step is hidden behind the compute where it is
     shorter; what is once a step, behind the backward pass of one micro-step. train.py's reduction,
-    all-to-all and the optimizer (32 bytes a parameter) are not hidden.
+    all-to-all and the optimizer are not hidden.
     """
     memory = rank_memory(model, layout, *step, assumed.imbalance)
     messages = traffic(model, layout, *step, assumed.imbalance)
@@ -196,7 +195,9 @@ def simulate_step(
     for kind, sizes in messages.items():
         each = kind == "all-to-all"
         seconds[kind] = sum(ring_seconds(hw, *size, each) for size in sizes)
-    seconds["optimizer"] = 8 * memory["weights"] / hw.bandwidth
+    # weights, gradients and the optimizer's state are read and written
+    touched = 2 * (2 * memory["weights"] + memory["moments"])
+    seconds["optimizer"] = touched / hw.bandwidth
     reductions = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
     every_micro_step = 0.0
     if layout.zero_stage >= 2:
@@ -373,7 +374,8 @@ class Simulation:
         return [f"memory     {text}", *table_lines(["keep", *names, "fits GB"], rows)]
 
     def checkpoint_line(self) -> str:
-        size = 12 * count_parameters(self.model)  # weights and both moments
+        # weights in fp32 and the optimizer's state
+        size = (4 + self.layout.state_bytes) * count_parameters(self.model)
         nodes = -(-self.layout.shard // self.hw.per_node)
         speed = self.assumed.disk_gb_s
         seconds = size / nodes / speed / GB
@@ -425,7 +427,7 @@ class Simulation:
 
     def smallest_line(self) -> str:
         stage = self.layout.zero_stage
-        how = (self.rows_per_step, self.step.precision, self.assumed.share)
+        how = (self.rows_per_step, self.step.precision, self.assumed.share, self.layout.state_bytes)
         fewest, every = fewest_gpus_text(self.model, stage, *how)
         text = f"{', '.join(fewest)} hold it"
         if not stage and not every:
@@ -738,7 +740,8 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     device = kind
     if kind == "measured":
         device = machines.detect(cfg.device, "fp32", False).device.type
-    layout = replace(layout, cuda=device not in ("cpu", "mps"))
+    cuda = device not in ("cpu", "mps")
+    layout = replace(layout, cuda=cuda, state_bytes=state_bytes(cfg))
     run = DryRun(cfg, written, flags, layout)
     if layout.shard == 1:  # zero_stage: 0 is what this is
         notes = [*notes, *without_effect(cfg, written)]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -11,10 +12,17 @@ from packaging.requirements import Requirement
 
 from lumen import cards, forecast, lines, plan
 from lumen import machine as machines
+from lumen.cards import HARDWARE
 from lumen.cli import presets, read_config
+from lumen.config import build_config
 from lumen.errors import UserError
 from lumen.forecast import Forecast
+from lumen.machine import human_number
+from lumen.optim import OPTIMIZERS
+from lumen.parallel import Parallel
+from lumen.resolve import check_states, misfit
 from model import ModelConfig, Transformer
+from tools.simulate import Assumed, Simulation
 
 PRESETS = sorted(presets().values())
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be
@@ -126,6 +134,53 @@ def test_states_are_16_bytes_a_parameter():
         "total"
     ]  # empty slots have states too; experts keep no 16-bit copies
     assert plan.memory(cfg, n, 1, "mixed_bf16")["states"] == 18 * n - 2 * 2 * 6 * 3 * 64 * 32
+
+
+@pytest.mark.parametrize("bytes_of", [2, 8, 40])
+def test_the_plan_asks_the_optimizer_for_the_bytes_of_its_state(monkeypatch, bytes_of):
+    """Estimates, refusals and the dry run's checkpoint, for an optimizer that AdamW is not."""
+
+    class Other(OPTIMIZERS["adamw"]):
+        STATE_BYTES = bytes_of
+
+    monkeypatch.setitem(OPTIMIZERS, "adamw", Other)
+    model = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 2, "max_seq_len": 8}
+    cfg = build_config({"data_dir": "x", "model": model}, lambda key: "test", [])
+    counted = plan.on_meta(cfg.model)
+    n = plan.count_parameters(counted)
+    parallel = Parallel(cfg)
+    layout = parallel.layout
+    parallel.close()
+    assert layout.state_bytes == bytes_of
+    assert plan.memory(cfg.model, n, 1, "fp32", state_bytes=bytes_of)["states"] == n * (
+        8 + bytes_of
+    )
+
+    one = plan.rank_memory(counted, layout, 1, 1, "fp32")
+    assert (one["moments"], one["gathered"]) == (bytes_of * n, 0)
+    shards = dataclasses.replace(layout, world=4, zero_stage=3)
+    part = plan.rank_memory(counted, shards, 1, 1, "fp32")
+    assert part["moments"] == part["weights"] / 4 * bytes_of
+    states = 2 * one["weights"] + one["moments"]
+    why, sure = misfit(counted, layout, 1, 1, ("fp32", "block"), states * 0.999)
+    assert sure and "weights, gradients and moments alone" in why
+    why, _ = misfit(counted, layout, 1, 1, ("fp32", "block"), states * 1.001)
+    assert "alone" not in why
+
+    monkeypatch.setattr(machines, "own_memory", lambda device: (8 + 20) * n)
+    if bytes_of > 20:
+        with pytest.raises(UserError, match="E200.*alone"):
+            check_states(cfg, plan.Layout())
+    else:
+        check_states(cfg, plan.Layout())
+
+    hardware = HARDWARE["h100"]
+    step = plan.StepShape(1, 1, "fp32")
+    found = Simulation(counted, layout, step, 1, hardware, "h100", Assumed(mfu=0.4))
+    size = human_number(n * (4 + bytes_of), "B")
+    assert found.checkpoint_line().startswith(f"checkpoint {size}: ")
+    seconds = found.as_it_is.seconds["optimizer"]
+    assert seconds == pytest.approx(2 * n * (8 + bytes_of) / hardware.bandwidth)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
