@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from forks import run_forked
 
 import train
 import train_fsdp
@@ -166,7 +167,7 @@ def scenes(shards, tmp_path_factory) -> dict:
             [name, run_keys(data, out), faults],
             [f"{name}, again", run_keys(data, out), again],
         ]
-    result = start_here("jobs", write_yaml(top / "jobs", jobs), launcher=two_ranks())
+    result = run_forked(__file__, "jobs", write_yaml(top / "jobs", jobs), ranks=2)
     found = {"top": top, "log": result.stderr[-3000:] + result.stdout[-3000:]}
     for line in result.stdout.splitlines():
         if line.startswith("RESULT "):
@@ -251,7 +252,7 @@ def unhurt(scenes, shards, tmp_path_factory) -> dict:
     """The folder of a run of two ranks without a fault: train.py's and train_fsdp.py's."""
     out = tmp_path_factory.mktemp("parts") / "whole"
     path = write_yaml(out.parent / "c.yaml", run_keys(shards, out))
-    assert start_here("parts", "[[]]", path, launcher=two_ranks()).returncode == 0
+    assert run_forked(__file__, "parts", "[[]]", path, ranks=2).returncode == 0
     return {"main": scenes["top"] / "whole", "parts": out}
 
 
@@ -328,7 +329,7 @@ def killed(shards, tmp_path_factory) -> dict:
     """What a run's last save leaves when it is killed at each point, {point: folder}; "before" and "whole" too."""
     top = tmp_path_factory.mktemp("killed")
     keys = run_keys(shards, top / "whole", max_steps=8, save_total_limit=1)
-    result = start_here("kill", json.dumps(keys), json.dumps(BYTES + LATER))
+    result = run_forked(__file__, "kill", json.dumps(keys), json.dumps(BYTES + LATER))
     assert result.returncode == 0, result.stderr[-3000:]
     found = {tuple(p): Path(folder) for p, folder in json.loads(result.stdout.splitlines()[-1])}
     return found | {"before": top / "before", "whole": top / "whole", "keys": keys}

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, read_lines, run_python, write_yaml
+from forks import run_forked
 from safetensors.torch import load_file
 
 import export
@@ -122,9 +123,7 @@ def keys(shards, tmp_path_factory):
 
 def launch(top, jobs, ranks) -> str:
     path = write_yaml(Path(top) / f"jobs_{ranks}", jobs)
-    # tensors of a megabyte and more go back to the system when they are freed: what a rank holds can be measured
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    result = run_python(__file__, path, ranks=ranks, timeout=400, **env)
+    result = run_forked(__file__, path, ranks=ranks, timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-10000:]
     return result.stdout
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import fingerprint, run_python
+from conftest import fingerprint
+from forks import run_forked
 from rig import KINDS, decisions, equal, finish, tensors
 
 SHADOW = (
@@ -82,7 +83,7 @@ def test_idle_is_identical_on_several_ranks(tiny, ranks, kinds):
             keys = tiny(f"{kind}-{mode}", KINDS[kind], max_steps=80, batch_size=1, save_interval=0)
             block = {"mode": mode, "snapshot_interval": 10, "check_interval": 20}
             jobs.append({"config": keys | {"orchestrator": block}})
-    result = run_python("tests/programs/ranks.py", json.dumps(jobs), ranks=ranks)
+    result = run_forked("tests/programs/ranks.py", json.dumps(jobs), ranks=ranks)
     assert result.returncode == 0, result.stderr[-3000:]
     for i in range(0, len(jobs), 3):
         prints = [fingerprint(job["config"]["out_dir"], 80) for job in jobs[i : i + 3]]

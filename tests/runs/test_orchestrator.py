@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import losses, read_lines, run_python
+from conftest import losses, read_lines
+from forks import run_forked
 from rig import (
     KINDS,
     LONG,
@@ -118,7 +119,7 @@ def test_what_befalls_one_rank_of_two(tiny, tmp_path):
     hybrid = tiny("commands", KINDS["hybrid"], max_steps=14, batch_size=2)
     hybrid["orchestrator"] = {"check_interval": 1}
     jobs.append({"config": hybrid, "commands": COMMANDS})
-    result = run_python("tests/programs/ranks.py", json.dumps(jobs), ranks=2, timeout=300)
+    result = run_forked("tests/programs/ranks.py", json.dumps(jobs), ranks=2, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-2000:]
     done = read_lines(tmp_path / "commands" / "decisions.jsonl")
     assert not [r for r in done if r.get("trigger") == "desync"], (

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from conftest import losses, read_lines, run_python
+from conftest import losses, read_lines
+from forks import run_forked
 from rig import faulty, finish, stop
 from sparse_models import FINE, KINDS, config, ids
 
@@ -351,7 +352,7 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
     many, parts = {"config": many, "digest": True}, {"config": parts, "digest": True}
     later = {step: plan[step] for step in (4, 5)}
     jobs = [many | {"do": plan}, parts | {"do": plan, "stop_at": 3}, parts | {"do": later}]
-    result = run_python("tests/programs/ranks.py", json.dumps(jobs), ranks=2)
+    result = run_forked("tests/programs/ranks.py", json.dumps(jobs), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     said = [
         json.loads(line.split("RANKS ")[1])

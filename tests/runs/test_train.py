@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
+from forks import run_forked
 from rig import Halves, fake_fp16, faulty, finish, stop_at
 
 import train
@@ -505,19 +506,20 @@ def wait_for_step(out_dir, step, process, seconds=60):
 
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_signals_and_kill(tiny, tmp_path, ranks):
-    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped."""
+    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped.
+
+    What is hit is started as users start it; the whole run and the last part, which nothing hits, are forked."""
     changes = {
-        "max_steps": 240,
+        "max_steps": 180,
         "save_interval": 25,
         "eval_interval": 0,
         "eval_tokens": 64,
         "log_interval": 1,
     }
     keys, whole = tiny("cut", **changes), tiny("whole", **changes)
-    process = start(whole, tmp_path / "w.yaml", ranks=ranks)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    for step, number in ((40, signal.SIGTERM), (80, signal.SIGINT), (120, signal.SIGKILL)):
+    result = run_forked("train.py", write_yaml(tmp_path / "w.yaml", whole), ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for step, number in ((20, signal.SIGTERM), (40, signal.SIGINT), (60, signal.SIGKILL)):
         process = start(keys, tmp_path / "c.yaml", ranks=ranks)
         wait_for_step(keys["out_dir"], step, process)
         process.send_signal(number)
@@ -528,10 +530,9 @@ def test_signals_and_kill(tiny, tmp_path, ranks):
         else:
             assert status["state"] == "stopped" and (process.returncode == 0 or ranks), out
             assert max(losses(keys["out_dir"])) == checkpoint.list_steps(keys["out_dir"])[-1]
-    process = start(keys, tmp_path / "c.yaml", ranks=ranks)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert same_run(keys, whole, 240)
+    result = run_forked("train.py", tmp_path / "c.yaml", ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert same_run(keys, whole, 180)
 
 
 @pytest.mark.parametrize("point", ["before commit", "no manifest", "moved aside", "pruning"])
@@ -539,7 +540,7 @@ def test_power_loss_in_a_save(tiny, reference, tmp_path, point):
     keys = tiny("cut", save_total_limit=1)
     whole = reference.keys(keys)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("tests/programs/power_loss.py", point, 8, path)
+    result = run_forked("tests/programs/power_loss.py", point, 8, path)
     assert result.returncode == 9, result.stderr + result.stdout
     finish(keys)
     assert same_run(whole, keys)
@@ -551,7 +552,7 @@ def test_power_loss_in_a_save(tiny, reference, tmp_path, point):
 def test_disk_full(tiny, reference, tmp_path):
     keys = tiny("cut", save_interval=4, max_steps=16)
     path = write_yaml(tmp_path / "c.yaml", keys)
-    result = run_python("tests/programs/full_disk.py", 4, 9, path)
+    result = run_forked("tests/programs/full_disk.py", 4, 9, path)
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stdout.count("E307") >= 2 and checkpoint.list_steps(keys["out_dir"])[-1] == 16
     assert 4 not in checkpoint.list_steps(keys["out_dir"]) and 9 in checkpoint.list_steps(
@@ -560,7 +561,7 @@ def test_disk_full(tiny, reference, tmp_path):
     whole = reference.keys(tiny("whole", max_steps=16))
     assert same_run(whole, keys, 16)
     last = tiny("last", save_interval=4, max_steps=16)
-    result = run_python(
+    result = run_forked(
         "tests/programs/full_disk.py", 16, 99, write_yaml(tmp_path / "l.yaml", last)
     )
     assert result.returncode == 4, result.stderr + result.stdout
@@ -621,9 +622,7 @@ def test_ranks(tiny, tmp_path, world):
         {"config": moved},
     ]
     jobs += [{"config": faulty, "unreadable_at": [1, 6]}, {"config": faulty}]
-    result = run_python(
-        "tests/programs/ranks.py", json.dumps(jobs), ranks=world, PYTHONPATH=f"{ROOT}:{ROOT}/tests"
-    )
+    result = run_forked("tests/programs/ranks.py", json.dumps(jobs), ranks=world)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
     a, b, c = (losses(k["out_dir"]) for k in (one, many, moved))
     assert a.keys() == b.keys() == c.keys()
@@ -729,7 +728,7 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
     }
     keys |= {"sample_prompt": "the", "precision": "fp32", "eval_tokens": 512}
     keys |= {"model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}}
-    result = run_python("train.py", write_yaml(tmp_path / "c.yaml", keys), ranks=2)
+    result = run_forked("train.py", write_yaml(tmp_path / "c.yaml", keys), ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "bits per byte" in result.stdout and "sample " in result.stdout
     out = tmp_path / "out"
@@ -737,7 +736,7 @@ def test_prepare_key_trains_on_text_on_several_ranks(tmp_path):
     bpb = [r["val_bpb"] for r in read_lines(out / "metrics.jsonl") if "val_loss" in r]
     assert bpb and 0.5 < bpb[-1] < 8
     keys["prepare"] |= {"sources": [str(tmp_path / "none")], "out": str(tmp_path / "other")}
-    result = run_python("train.py", write_yaml(tmp_path / "d.yaml", keys), ranks=2)
+    result = run_forked("train.py", write_yaml(tmp_path / "d.yaml", keys), ranks=2)
     assert result.returncode != 0 and result.stderr.count("error E1") == 1, result.stderr[-3000:]
 
 
@@ -747,7 +746,7 @@ def test_a_restarted_process_does_not_repeat_a_hopeless_run(tiny, tmp_path):
     checkpoint.write_json(
         trainer.out / "status.json", {"state": "diverged", "code": 3, "reason": "E301: it diverged"}
     )
-    result = run_python("train.py", path, TORCHELASTIC_RESTART_COUNT="1")
+    result = run_forked("train.py", path, TORCHELASTIC_RESTART_COUNT="1")
     assert result.returncode == 3 and "E301" in result.stderr
 
 
