@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from conftest import ROOT, fingerprint, losses, read_lines, run_python, write_yaml
 from forks import run_forked
 from rig import Halves, fake_fp16, faulty, finish, stop_at
@@ -20,6 +22,7 @@ from rig import Halves, fake_fp16, faulty, finish, stop_at
 import train
 from lumen import checkpoint
 from lumen import machine as machines
+from lumen.cli import read_config
 from lumen.config import RANGES, Config
 from lumen.errors import UserError
 from lumen.optim import build_optimizer
@@ -478,6 +481,85 @@ def test_shard_truncated_under_the_run_saves_and_resumes_to_the_same_bytes(tiny,
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     finish(keys)
     assert same_run(whole, keys, 40)
+
+
+# ---------------------------------------------------------------- what a run is started from
+
+
+def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
+    """The keys of its TrainConfig and model config, numbers in quotes, its workers' options."""
+    keys = {
+        "data_dir": shards,
+        "learning_rate": "2.0e-4",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+    }
+    keys |= {
+        "warmup_steps": 2000,
+        "max_steps": 3,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_epochs": 1,
+    }
+    keys |= {
+        "grad_clip": 1.0,
+        "device": "cpu",
+        "compile_model": False,
+        "out_dir": str(tmp_path / "l"),
+        "backend": "ddp",
+    }
+    keys |= {
+        "num_workers": 4,
+        "pin_memory": True,
+        "save_latest_always": True,
+        "wandb_project": None,
+    }
+    model = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "max_seq_len": 16,
+    }
+    model |= {
+        "multiple_of": 32,
+        "use_qk_norm": True,
+        "attn_dropout": 0.0,
+        "rope_ntk_scale_base": 8,
+        "n_experts": None,
+    }
+    cfg, _, notes, _ = read_config([str(write_yaml(tmp_path / "l.yaml", keys | {"model": model}))])
+    assert cfg.model.rope_theta == 20000 and cfg.model.qk_norm and cfg.learning_rate == 2e-4
+    for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1"):
+        assert any(word in note for note in notes), word
+    lunaris = Trainer([str(tmp_path / "l.yaml")])
+    assert lunaris.fit() == 0 and lunaris.step == 3
+
+
+def test_printed_configuration_runs_as_it_is(tiny, tmp_path):
+    assert Trainer(tiny(max_steps=3, num_epochs=...)).fit() == 0
+    again = tiny()["out_dir"] + "/config.yaml"
+    cfg, *_ = read_config([again])
+    first = yaml.safe_load(Path(again).read_text())
+    assert dataclasses.asdict(cfg) == first | {
+        "gradient_accumulation_steps": 1
+    }  # it follows from batch_tokens
+    a = Trainer([again, "--out_dir", str(tmp_path / "again")])
+    assert a.fit() == 0
+    assert fingerprint(tiny()["out_dir"], 3) == fingerprint(a.out, 3)
+
+
+def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(machines, "TRIED", ("2.9", "2.10"))
+    Trainer(tiny(max_steps=1)).close()
+    assert (
+        capsys.readouterr().out.count(
+            "is newer than 2.10, the newest on which Lumen's tests were run"
+        )
+        == 1
+    )
 
 
 # ---------------------------------------------------------------- processes, signals, faults

@@ -2,11 +2,10 @@ import dataclasses
 import json
 import math
 import zipfile
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, fingerprint, write_yaml
+from conftest import ROOT, write_yaml
 
 from lumen import aliases, checkpoint
 from lumen.cli import read_config
@@ -22,7 +21,6 @@ from lumen.config import (
 from lumen.errors import UserError
 from lumen.values import allowed, convert
 from model import ModelConfig
-from train import Trainer
 
 
 def refused(words, code, *parts):
@@ -112,58 +110,6 @@ def test_bad_configurations_are_refused_with_file_line_and_remedy(tmp_path, shar
     refused([path], "E002", "no data")
 
 
-def test_lunaris_yaml_runs_unchanged(tmp_path, shards):
-    """The keys of its TrainConfig and model config, numbers in quotes, its workers' options."""
-    keys = {
-        "data_dir": shards,
-        "learning_rate": "2.0e-4",
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-    }
-    keys |= {
-        "warmup_steps": 2000,
-        "max_steps": 3,
-        "batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "num_epochs": 1,
-    }
-    keys |= {
-        "grad_clip": 1.0,
-        "device": "cpu",
-        "compile_model": False,
-        "out_dir": str(tmp_path / "l"),
-        "backend": "ddp",
-    }
-    keys |= {
-        "num_workers": 4,
-        "pin_memory": True,
-        "save_latest_always": True,
-        "wandb_project": None,
-    }
-    model = {
-        "vocab_size": 97,
-        "d_model": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "n_kv_heads": 2,
-        "max_seq_len": 16,
-    }
-    model |= {
-        "multiple_of": 32,
-        "use_qk_norm": True,
-        "attn_dropout": 0.0,
-        "rope_ntk_scale_base": 8,
-        "n_experts": None,
-    }
-    cfg, _, notes, _ = read_config([str(write_yaml(tmp_path / "l.yaml", keys | {"model": model}))])
-    assert cfg.model.rope_theta == 20000 and cfg.model.qk_norm and cfg.learning_rate == 2e-4
-    for word in ("num_workers", "pin_memory", "backend", "num_epochs: 1"):
-        assert any(word in note for note in notes), word
-    lunaris = Trainer([str(tmp_path / "l.yaml")])
-    assert lunaris.fit() == 0 and lunaris.step == 3
-
-
 def test_help_lists_every_key():
     text = help_text()
     for cls, prefix in (
@@ -173,19 +119,6 @@ def test_help_lists_every_key():
     ):
         for f in dataclasses.fields(cls):
             assert f.name in ("model", "orchestrator") or f"{prefix}{f.name} " in text, f.name
-
-
-def test_printed_configuration_runs_as_it_is(tiny, tmp_path):
-    assert Trainer(tiny(max_steps=3, num_epochs=...)).fit() == 0
-    again = tiny()["out_dir"] + "/config.yaml"
-    cfg, *_ = read_config([again])
-    first = yaml.safe_load(Path(again).read_text())
-    assert dataclasses.asdict(cfg) == first | {
-        "gradient_accumulation_steps": 1
-    }  # it follows from batch_tokens
-    a = Trainer([again, "--out_dir", str(tmp_path / "again")])
-    assert a.fit() == 0
-    assert fingerprint(tiny()["out_dir"], 3) == fingerprint(a.out, 3)
 
 
 def test_what_is_printed_can_be_loaded_and_means_the_same(tmp_path, shards):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lumen.cli import read_config
+from lumen.config import build_config
 from lumen.course import LossCourse, NormLimit
 from lumen.detectors import (
     ACTING,
@@ -25,7 +26,6 @@ from lumen.detectors import (
     UnbalancedExperts,
 )
 from lumen.errors import UserError
-from train import Trainer
 
 # ---------------------------------------------------------------- statistics
 
@@ -395,7 +395,7 @@ def test_an_alarm_is_plain_data():
 )
 def test_bad_orchestrator_keys_are_refused(tiny, block, key):
     with pytest.raises(UserError) as e:
-        Trainer(tiny() | {"orchestrator": block})
+        build_config(tiny() | {"orchestrator": block}, lambda key: "config", [])
     assert e.value.code == "E002" and key in e.value.text
 
 

@@ -15,7 +15,6 @@ from lumen.cli import presets, read_config
 from lumen.errors import UserError
 from lumen.forecast import Forecast
 from model import ModelConfig, Transformer
-from train import Trainer
 
 PRESETS = sorted(presets().values())
 # what a name promises: parameters active, in all (None: nothing), and how far off they may be
@@ -414,17 +413,6 @@ def test_the_versions_of_torch_that_were_tried_are_those_that_pip_takes():
         < machines.version_numbers("2.11.0")
         < machines.version_numbers("3.0")
     ), "numbers, not letters"
-
-
-def test_a_torch_that_was_not_tried_is_said_once_at_the_start_of_a_run(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(machines, "TRIED", ("2.9", "2.10"))
-    Trainer(tiny(max_steps=1))
-    assert (
-        capsys.readouterr().out.count(
-            "is newer than 2.10, the newest on which Lumen's tests were run"
-        )
-        == 1
-    )
 
 
 def test_bf16_of_a_cpu_is_known_without_torchs_private_word(monkeypatch):

@@ -280,6 +280,13 @@ def test_upward_imports_are_needed():
     assert set(UPWARD) <= lazy, f"take out of UPWARD: {sorted(set(UPWARD) - lazy)}"
 
 
+def test_no_unit_test_makes_a_trainer():
+    """tests/unit is what one runs while editing: what needs a run stands in tests/runs."""
+    for path in sorted((ROOT / "tests/unit").glob("*.py")):
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        assert "Trainer" not in {a.name for n in nodes for a in n.names}, path.name
+
+
 # ---------------------------------------------------------------- the rules themselves
 
 GOLF = '''
