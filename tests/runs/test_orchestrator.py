@@ -35,23 +35,38 @@ from train import Parallel, Trainer
 # ---------------------------------------------------------------- the guard
 
 
+@pytest.fixture(scope="module")
+def skipped():
+    """skipped(keys) -> the tensors and tokens of a run that passes over turn 50's step, trained once an optimizer."""
+    found = {}
+
+    def run(keys):
+        name = keys["optimizer"]
+        if name not in found:
+            out = keys["out_dir"] + "-skipped"
+            trainer = Trainer(keys | {"out_dir": out, "orchestrator": {"mode": "off"}})
+            step = trainer.optimizer.step
+            turn = trainer.orchestrator
+            trainer.optimizer.step = lambda: step() if turn.iteration != 50 else None
+            assert trainer.fit() == 0
+            found[name] = tensors(trainer), trainer.tokens
+        return found[name]
+
+    return run
+
+
 @pytest.mark.parametrize("name", RANGES["optimizer"].split(" | "))
 @pytest.mark.parametrize("times", [1e4, float("nan"), 1e30])
-def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, name, times):
+def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, skipped, name, times):
     """Every optimizer must pass: weights, moments and counts equal a run whose step was never made at that turn."""
     keys = tiny("guarded", optimizer=name, **LONG | {"max_steps": 80})
     guarded = finish(keys, faulty([50], times))
     trigger = "explosion" if times == 1e4 else "nonfinite"
     assert actions(guarded) == [(trigger, "drop", True)] and guarded.orchestrator.dropped == 1
 
-    reference = Trainer(
-        keys | {"out_dir": keys["out_dir"] + "-ref", "orchestrator": {"mode": "off"}}
-    )
-    step = reference.optimizer.step
-    reference.optimizer.step = lambda: step() if reference.orchestrator.iteration != 50 else None
-    assert reference.fit() == 0
-    assert equal(tensors(guarded), tensors(reference))
-    assert guarded.tokens == reference.tokens - guarded.run.rows_per_step * 32, (
+    expected, tokens = skipped(keys)
+    assert equal(tensors(guarded), expected)
+    assert guarded.tokens == tokens - guarded.run.rows_per_step * 32, (
         "the reference believed it had trained on it"
     )
 
@@ -387,8 +402,9 @@ def test_experts_that_stay_unbalanced(tiny, allowed):
     assert not allowed or (
         rows[4]["step"] in checkpoint.list_steps(trainer.out) and rows[4]["expert"] == 1
     )
-    healthy = finish(keys | {"out_dir": keys["out_dir"] + "-healthy"})
-    assert decisions(healthy) == []
+    if allowed:  # all that could be done, and nothing is
+        healthy = finish(keys | {"out_dir": keys["out_dir"] + "-healthy"})
+        assert decisions(healthy) == []
 
 
 # ---------------------------------------------------------------- escalation

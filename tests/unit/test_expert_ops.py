@@ -178,7 +178,8 @@ def test_garbage_rows_of_grouped_mm(monkeypatch):
 
 @every_backend
 def test_same_bits(backend):
-    inputs, dout = kernels.sample("cpu", torch.float32, 50, 16, 24, 4, 3)
+    tokens = 20 if backend == "triton" else 50  # its interpreter is slow
+    inputs, dout = kernels.sample("cpu", torch.float32, tokens, 16, 24, 4, 3)
     first, second = (kernels.fwd_bwd(run(backend), inputs, dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -204,7 +205,7 @@ def test_saved_bytes(backend):
     """bf16 keeps x, z and next to nothing else: no 16-bit weights, no activation, no gathered rows."""
     with torch._subclasses.FakeTensorMode():  # the real size, without its arithmetic
         assert 1 <= saved_bytes(4096, 512, 192, 32, 8, backend) <= 1.1
-    assert 1 <= saved_bytes(16, 256, 96, 4, 2, backend, torch.zeros) <= 1.1
+    assert 1 <= saved_bytes(16, 128, 96, 2, 2, backend, torch.zeros) <= 1.1
 
 
 @every_backend
