@@ -360,7 +360,7 @@ SHARDED = pytest.param("train_fsdp", 0, marks=pytest.mark.nightly)  # 12 s, the 
 def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank):
     """One of two ranks sleeps for ever after three steps. The limit of the first step, half an hour, holds no longer:
     the other one says E601 and asks for a restart."""
-    path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", comm_timeout=5))
+    path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", comm_timeout=3))
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port())}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = ["tests/programs/hanging.py", script, str(rank), str(path)]
