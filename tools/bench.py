@@ -442,7 +442,7 @@ def part_command(name: str, device: str, toy: bool) -> list[str]:
         pytest = [sys.executable, "-m", "pytest", "-m", "gpu"]
         return [*pytest, "-p", "no:cacheprovider", "--durations=5"]
     if name == "selftest":
-        return [sys.executable, "kernels.py", "--selftest"]
+        return [sys.executable, "-m", "tools.selftest"]
     if name == "kernels":
         size = ["--size", "toy"] if toy else []
         return [*bench, "kernels", "--device", device, *size]

@@ -58,7 +58,6 @@ NOT_YET = {  # file -> {rule: how many times}
 LEVELS = {"kernels": 0, "model_moe": 1, "model": 2, "lumen": 3, "tools": 5}  # commands: 4
 UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("export.py", "tools.import_lunaris"): "its command from_lunaris is a foreign format's",
-    ("kernels.py", "lumen.launch"): "as a command",
     ("kernels.py", "model_moe"): "the self-test compares with the plain experts there",
     ("train.py", "tools.simulate"): "the dry run",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",

@@ -18,6 +18,7 @@ from lumen.config import Config, OrchestratorConfig, build_config
 from lumen.errors import UserError
 from lumen.model_keys import model_from_keys
 from model import ModelConfig
+from tools import selftest
 
 WRONG_VALUES = [
     None,
@@ -315,9 +316,7 @@ def test_one_style_of_options():
         ["x", "--out", "o", "--val-frac", "1"], prepare_data.main
     )
     assert "did you mean --best?" in answer(["to_hf", "run", "o", "--besst"], export.main)
-    assert run_python("kernels.py", "--selftes").stderr.startswith(
-        "error E002: command line: kernels.py: "
-    )
+    assert "command line: tools.selftest: " in answer(["--times"], selftest.main)
 
 
 @pytest.mark.parametrize("env", [
