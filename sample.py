@@ -23,7 +23,7 @@ from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.launch import Words, command
 from lumen.machine import detect
-from lumen.stream import Stream
+from lumen.stream import Printer, Stream
 from model import Transformer, role
 
 RANGES = {  # option: (lowest, highest, in words)
@@ -163,16 +163,12 @@ def _room(ids: list[int], number: int, context: int) -> int:
 
 
 def load(
-    path,
-    best=False,
-    step: int | None = None,
-    tokenizer=None,
-    device="auto",
-    precision="auto",
-    say=print,
-):
-    """A run's (model ready to generate, tokenizer or None, step). UserError E305: its tensors do
-    not fit its configuration; and those of checkpoint.find and Checkpoint.model_config."""
+    path, best=False, step=None, tokenizer=None, device="auto", precision="auto", say=print
+) -> tuple:
+    """A run's (model ready to generate, tokenizer or None, step). The newest checkpoint, or the
+    `best`, or that of `step`; `tokenizer`: a file, the run's own by default. UserError E305: its
+    tensors do not fit its configuration; and those of checkpoint.find and
+    Checkpoint.model_config."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
     path = expand(str(path))
@@ -202,29 +198,6 @@ def load(
 
 
 # ---------------------------------------------------------------- the command
-
-
-class Printer:
-    """on_text for a terminal: sequences appear in order; the first unfinished one is live, later
-    ones wait."""
-
-    def __init__(self, heads: list[str]):
-        self.waiting = heads  # text not yet printed, by sequence
-        self.ended: set[int] = set()
-        self.live = 0
-
-    def __call__(self, i: int, piece: str, reason: str | None) -> None:
-        self.waiting[i] += piece
-        if reason:
-            self.waiting[i] += "\n"
-            self.ended.add(i)
-        while self.live < len(self.waiting):
-            sys.stdout.write(self.waiting[self.live])
-            self.waiting[self.live] = ""
-            if self.live not in self.ended:
-                break
-            self.live += 1
-        sys.stdout.flush()
 
 
 class Parser(Words):

@@ -1,8 +1,9 @@
-"""Ids to text, piece by piece: what may be shown while a sequence is still being drawn."""
+"""Ids to text, piece by piece: what may be shown of sequences that are still being drawn."""
 
 from __future__ import annotations
 
 import codecs
+import sys
 
 
 class Stream:
@@ -69,3 +70,26 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+class Printer:
+    """on_text for a terminal: sequences appear in order; the first unfinished one is live, later
+    ones wait."""
+
+    def __init__(self, heads: list[str]):
+        self.waiting = heads  # text not yet printed, by sequence
+        self.ended: set[int] = set()
+        self.live = 0
+
+    def __call__(self, i: int, piece: str, reason: str | None) -> None:
+        self.waiting[i] += piece
+        if reason:
+            self.waiting[i] += "\n"
+            self.ended.add(i)
+        while self.live < len(self.waiting):
+            sys.stdout.write(self.waiting[self.live])
+            self.waiting[self.live] = ""
+            if self.live not in self.ended:
+                break
+            self.live += 1
+        sys.stdout.flush()
