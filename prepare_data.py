@@ -33,7 +33,6 @@ file, progress.json (replaced atomically) records where that was.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -55,13 +54,18 @@ from tqdm import tqdm
 
 from lumen.clean import clean
 from lumen.errors import ERRORS, UserError, expand
-from lumen.files import read_json, sha256
 from lumen.launch import Words, command, speak
-from lumen.loader import DAMAGED
+from lumen.manifest import (
+    check_sizes,
+    make_manifest,
+    make_report,
+    read_dataset_json,
+    token_dtype,
+    verify,
+)
 from lumen.shards import (
     Document,
     Output,
-    Shards,
     encode_parts,
     new_file,
     share_of,
@@ -192,11 +196,6 @@ def check_options(options: dict, has_val_sources: bool) -> None:
 
 
 # ---------------------------------------------------------------- files of the dataset
-
-
-def read_dataset_json(path: str) -> dict:
-    """{} where there is none. E117: it cannot be read."""
-    return read_json(path, "E117", must_exist=False)
 
 
 def remove(out: str, pattern: re.Pattern) -> None:
@@ -459,9 +458,8 @@ def changed_input(provenance: dict, inputs: list[Input]) -> str:
     if provenance.get("rules", 1) < 2:
         # then names that are no UTF-8 were kept with a ?, and AppleDouble files were tried
         before = [given for given in before if not os.path.basename(given.path).startswith("._")]
-        inputs = [
-            given._replace(name=given.name.encode("utf-8", "replace").decode()) for given in inputs
-        ]
+        names = [given.name.encode("utf-8", "replace").decode() for given in inputs]
+        inputs = [given._replace(name=name) for given, name in zip(inputs, names)]
     old = {(given.source, given.name): given for given in before}
     new = {(given.source, given.name): given for given in inputs}
     for key in [*old, *new]:
@@ -475,20 +473,6 @@ def changed_input(provenance: dict, inputs: list[Input]) -> str:
         if was.kind == "synthetic" or was.sha256 != file_sha256(now.path):
             return f"{now.path} has changed"
     return ""
-
-
-def check_sizes(out: str, manifest: dict) -> None:
-    """E111: a file of a finished folder is missing, or a shard has another size."""
-    for split in ("train", "val"):
-        for shard in manifest["splits"][split]["shards"]:
-            path = os.path.join(out, shard["file"])
-            if not os.path.exists(path) or os.path.getsize(path) != shard["bytes"]:
-                text = f"{path} is not there, or has another size than manifest.json says"
-                raise UserError("E111", text)
-    for name in ("tokenizer.json", "token_bytes.npy"):
-        path = os.path.join(out, name)
-        if not os.path.exists(path):
-            raise UserError("E111", f"{path} is not there")
 
 
 def say_finished(job: Job, manifest: dict) -> None:
@@ -645,10 +629,6 @@ def encode(job: Job, output: Output, total: int, workers: int) -> Pace:
     return Pace(done, seconds, cpu_seconds, workers)
 
 
-def token_dtype(tokenizer: Tokenizer) -> str:
-    return "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
-
-
 # ---------------------------------------------------------------- the end of it
 
 
@@ -672,9 +652,8 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
     if tokens:
         share = 1 if lost else math.ceil(100 * bad / rows) / 100
-        text += (
-            f"\n  --max_bad {share:g} does without them (now {max_bad:g} of the rows may be bad)"
-        )
+        text += f"\n  --max_bad {share:g} does without them"
+        text += f" (now {max_bad:g} of the rows may be bad)"
     raise UserError("E109", text)
 
 
@@ -703,12 +682,10 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
         np.save(file, output.tokenizer.token_bytes())
     write_dataset_json(os.path.join(out, "report.json"), make_report(output))
     manifest = make_manifest(output)
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    versions["tiktoken"] = tiktoken.__version__
     manifest["provenance"] = output.header["provenance"] | {
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tiktoken": tiktoken.__version__,
-        },
+        "versions": versions,
         "unicode": unicodedata.unidata_version,
         "folder": os.path.abspath(out),
         "host": platform.node(),
@@ -727,141 +704,6 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
     return read_dataset_json(os.path.join(out, "manifest.json"))
 
 
-def make_report(output: Output) -> dict:
-    """report.json: documents, tokens and lengths of both splits, counts, the first rejects of each
-    kind."""
-    rejected = {}
-    for code, lines in output.examples.items():
-        meaning = ERRORS[code][0]
-        rejected[code] = {"rows": output.counts[code], "meaning": meaning, "first": lines}
-    return {
-        "splits": {name: report_split(output.out, s) for name, s in output.splits.items()},
-        "rejected": rejected,
-        "counts": dict(output.counts),
-        "sources": output.settings["sources"],
-        "not_read": output.header["provenance"]["not_read"],
-    }
-
-
-def report_split(out: str, shards: Shards) -> dict:
-    begins = []  # of documents, counted over the borders of shards
-    at = 0
-    for shard in shards.closed:
-        starts = np.load(os.path.join(out, shard["docs_file"]), allow_pickle=False)[:-1]
-        begins.append(starts.astype(int) + at)
-        at += shard["tokens"]
-    lengths = np.diff(np.concatenate([*begins, [at]]))
-    made = {"documents": len(lengths), "tokens": shards.tokens, "bytes_text": shards.bytes_text}
-    if len(lengths):
-        made["bytes_per_token"] = round(shards.bytes_text / shards.tokens, 4)
-        smallest, median, p95, largest = np.percentile(lengths, (0, 50, 95, 100))
-        numbers = {
-            "mean": lengths.mean(),
-            "std": lengths.std(),
-            "min": smallest,
-            "median": median,
-            "p95": p95,
-            "max": largest,
-        }
-        made["tokens_per_document"] = {
-            name: round(float(value), 1) for name, value in numbers.items()
-        }
-    return made
-
-
-def make_manifest(output: Output) -> dict:
-    """The manifest without provenance; all of it is in the fingerprint."""
-    tokenizer, counts = output.tokenizer, output.counts
-    splits = {}
-    for split, shards in output.splits.items():
-        splits[split] = {
-            "tokens": shards.tokens,
-            "docs": sum(shard["docs"] for shard in shards.closed),
-            "bytes_text": shards.bytes_text,
-            "shards": shards.closed,
-        }
-    names = output.settings["sources"] + output.settings["val_sources"]
-    manifest = {
-        "format": "npy-tokens",
-        "version": 1,
-        "dtype": np.dtype(token_dtype(tokenizer)).name,
-        "doc_layout": "append_eot",
-        "splits": splits,
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "n_vocab": tokenizer.n_vocab,
-            "eot_id": tokenizer.eot_id,
-            "pad_id": tokenizer.pad_id,
-            "im_start_id": tokenizer.im_start_id,
-            "im_end_id": tokenizer.im_end_id,
-            "specials": tokenizer.specials,
-            "pattern": tokenizer.pattern,
-        },
-        "sources": [describe_source(output, i, name) for i, name in enumerate(names)],
-        "settings": output.settings,
-        "settings_sha256": json_sha256(output.settings),
-        "counts": {
-            "rows": counts["rows"],
-            "kept": counts["kept"],
-            "blank_lines": counts["blank_lines"],
-            "cleaned": counts["cleaned"],
-            "cut": counts["cut"],
-            "tail_held_out": counts["tail_held_out"],
-            "dropped": {code: counts[code] for code in sorted(output.examples)},
-        },
-    }
-    return manifest | {"fingerprint": json_sha256(manifest)}
-
-
-def describe_source(output: Output, i: int, name: str) -> dict:
-    files = [given for given in output.inputs if given.source == i]
-    return {
-        "name": name,
-        "files": len(files),
-        "bytes": sum(given.size for given in files),
-        "rows": output.rows[str(i)],
-        "docs": output.kept[str(i)],
-        "kinds": sorted({given.kind for given in files}),
-        "sha256": json_sha256([[given.name, given.sha256] for given in files]),
-    }
-
-
-def json_sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def verify(folder: str) -> None:
-    """Holds every byte of the shards in a finished folder against its manifest. E110: it is none,
-    E111: names them."""
-    manifest = read_dataset_json(os.path.join(folder, "manifest.json"))
-    if not isinstance(manifest.get("splits"), dict):
-        raise UserError("E110", f"{folder} has no manifest.json of prepared data")
-    wanted = {}
-    size = 0
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            wanted[shard["file"]] = shard["sha256"]
-            size += shard["bytes"]
-    wanted["tokenizer.json"] = manifest["tokenizer"]["sha256"]
-    bad = []
-    for name, want in wanted.items():
-        path = os.path.join(folder, name)
-        try:
-            problem = "" if sha256(path) == want else DAMAGED
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-        if problem:
-            bad.append(path)
-            print(f"{path}: {problem}", flush=True)
-    good = f"{len(wanted) - len(bad):,} of {len(wanted):,} files, {size / 1e6:,.1f} MB"
-    print(f"{folder}: {good}, are as they were prepared")
-    if bad:
-        shown = bad[:3] + ["..."] if len(bad) > 3 else bad
-        raise UserError("E111", f"{', '.join(shown)}: {DAMAGED}")
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -869,12 +711,9 @@ def main(argv: list[str]) -> None:
     """The command line; an option's name may be written with - or _."""
     if argv[:1] == ["--verify"] and len(argv) == 2:
         return verify(expand(argv[1]))
-    parser = Words(
-        prog="prepare_data.py",
-        description=__doc__.partition("\n")[0],
-        epilog="python prepare_data.py --verify FOLDER holds finished data against the sums in its "
-        "manifest.json",
-    )
+    more = "python prepare_data.py --verify FOLDER holds finished data against the sums in its"
+    about = {"description": __doc__.partition("\n")[0], "epilog": f"{more} manifest.json"}
+    parser = Words(prog="prepare_data.py", **about)
     sources = "file, folder, stdlib, synthetic:N (documents)"
     tokenizers = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, " + ", ".join(NAMED)
     val = "validation text, instead of a share"
