@@ -265,7 +265,7 @@ def swiglu_grad(z, s, da, a, dz):
     gate, up = z.chunk(2, 1)
     dgate, dup = dz.chunk(2, 1)
     aten.silu.out(gate, out=a)
-    torch.mul(da, a, out=dup)  # for now without s, and so
+    torch.mul(da, a, out=dup)  # still without s, as <da, a> = sum of da * silu(gate) * up needs it
     ds = (dup * up).sum(1, dtype=s.dtype)
     dup.mul_(s)
     aten.silu_backward.grad_input(da.mul_(up).mul_(s), gate, grad_input=dgate)
