@@ -39,11 +39,9 @@ PROMISES = {
 }
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
-    "kernels.py": 747,
+    "kernels.py": 697,
     "model.py": 898,
     "model_moe.py": 487,
-    "prepare_data.py": 895,
-    "sample.py": 346,
     "train.py": 812,
 }
 
