@@ -96,7 +96,7 @@ class Router(nn.Module):
         self.aux_weight = cfg.aux_loss_weight
         for name, value in self.first_buffers().items():
             self.register_buffer(name, value)
-        # (n,) bool, for one step of training with expert_dropout: see draw_dropout
+        # (n,) bool, for one step of training with expert_dropout: see lumen.experts.draw_dropout
         self.dropped_out = None
 
     def first_buffers(self) -> dict[str, torch.Tensor]:
@@ -241,28 +241,6 @@ class MoE(nn.Module):
             return "plain"
         cfg = self.router.cfg
         return for_generation(self.backend, device, dtype, cfg.d_model, cfg.d_expert)
-
-
-def draw_dropout(layers: list[MoE], seed: int) -> None:
-    """Leave experts out for one step: each layer draws its own, at least K stay."""
-    device, n = layers[0].router.bias.device, layers[0].router.slots
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(layers))]
-    draws = torch.stack([torch.rand(n, generator=g) for g in generators])  # (layers, S)
-    if device.type == "cuda":
-        draws = draws.pin_memory().to(device, non_blocking=True)
-    else:
-        draws = draws.to(device)
-    for moe, draw in zip(layers, draws):
-        router, cfg = moe.router, moe.router.cfg
-        can = torch.ones_like(draw, dtype=torch.bool)
-        if cfg.n_experts_max:  # of two siblings only one can be chosen, so only the first counts
-            first = router.sibling >= torch.arange(router.slots, device=draw.device)
-            can = router.alive & (first | ~router.alive[router.sibling])
-        lowest = draw.masked_fill(~can, math.inf).topk(cfg.n_experts_per_token, largest=False)
-        if router.dropped_out is None:
-            router.dropped_out = torch.zeros_like(router.bias, dtype=torch.bool)
-        out = draw >= 1 - router.expert_dropout
-        router.dropped_out[: router.slots] = out.scatter(0, lowest.indices, False)
 
 
 @torch.no_grad()

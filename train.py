@@ -29,7 +29,7 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
-from lumen.experts import Routing, release_parted
+from lumen.experts import Routing, draw_dropout, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums, dummy_batch, mix
 from lumen.machine import free_memory, to_device, to_host
@@ -49,7 +49,7 @@ from lumen.stopwatch import Stopwatch
 from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, step_numbers, unflatten
 from lumen.tell import Teller
 from model import Transformer
-from model_moe import draw_dropout, update_balance
+from model_moe import update_balance
 
 # ---------------------------------------------------------------- schedule
 

@@ -7,6 +7,7 @@ state has rows for them from the first step. Errors are ValueError with what wou
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -142,6 +143,10 @@ class Routing:
         self.moe, self.mod = model.sparse_layers("moe"), model.sparse_layers("mod")  # by layer
         self.sums: dict | None = None  # of the last step, as the model names them
 
+    @functools.cached_property
+    def flops_without_mod(self) -> float:
+        return flops_without_mod(self.model.cfg)
+
     def numbers(self) -> dict:
         """What statistics() needs of the last step, on the device."""
         return expert_numbers(self.moe, self.sums)
@@ -153,7 +158,7 @@ class Routing:
         if "moe.counts" in sums:
             found["experts"] = expert_statistics(list(self.moe), sums, cfg.n_null_experts)
         if "mod.counts" in sums:
-            saved = 1 - self.model.flops_per_token() / flops_without_mod(cfg)
+            saved = 1 - self.model.flops_per_token() / self.flops_without_mod
             found["depth"] = mod_statistics(self.mod, sums, cfg.n_layers, saved)
         return found
 
@@ -169,6 +174,28 @@ class Routing:
         if self.sums is None:
             return {"refused": "E308", "reason": "no step has been made yet"}
         return self.statistics(self.numbers())[kind]
+
+
+def draw_dropout(layers: list[MoE], seed: int) -> None:
+    """Leave experts out for one step: each layer draws its own, at least K stay."""
+    device, n = layers[0].router.bias.device, layers[0].router.slots
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(layers))]
+    draws = torch.stack([torch.rand(n, generator=g) for g in generators])  # (layers, S)
+    if device.type == "cuda":
+        draws = draws.pin_memory().to(device, non_blocking=True)
+    else:
+        draws = draws.to(device)
+    for moe, draw in zip(layers, draws):
+        router, cfg = moe.router, moe.router.cfg
+        can = torch.ones_like(draw, dtype=torch.bool)
+        if cfg.n_experts_max:  # of two siblings only one can be chosen, so only the first counts
+            first = router.sibling >= torch.arange(router.slots, device=draw.device)
+            can = router.alive & (first | ~router.alive[router.sibling])
+        lowest = draw.masked_fill(~can, math.inf).topk(cfg.n_experts_per_token, largest=False)
+        if router.dropped_out is None:
+            router.dropped_out = torch.zeros_like(router.bias, dtype=torch.bool)
+        out = draw >= 1 - router.expert_dropout
+        router.dropped_out[: router.slots] = out.scatter(0, lowest.indices, False)
 
 
 # ---------------------------------------------------------------- slots and surgery

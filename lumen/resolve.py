@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernels import pick_attention, pick_backend
+from kernels import pick_attention
 from lumen import files, plan
 from lumen import machine as machines
 from lumen.config import SHARDING, Config
@@ -21,6 +21,7 @@ from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
 from lumen.optim import state_bytes
+from lumen.tryout import pick_backend
 from model import ModelConfig, Transformer
 
 GIB = 2**30

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import kernels
 import model_moe
 from lumen import machine as machines
+from lumen import tryout
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.machine import human_number
@@ -137,7 +138,7 @@ class Ours:
         if self.moe:
             shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token)
             place = (machine.device, machine.compute_dtype)
-            picked, _ = kernels.pick_backend(backend, *place, *shape, self.tokens)
+            picked, _ = tryout.pick_backend(backend, *place, *shape, self.tokens)
             for moe in self.moe:
                 moe.backend = picked
             self.name = f"{picked}, {self.name}"
@@ -296,7 +297,7 @@ def time_kernels(words: list[str]) -> int:
 def time_expert_layer(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
     """One shape: first whether the backends agree, then what each costs beside a dense SwiGLU."""
     (T, C, I, _, K), dtype = shape, m.compute_dtype
-    (x, p, ids, w13, w2), dout = kernels.sample(m.device, dtype, *shape)
+    (x, p, ids, w13, w2), dout = tryout.sample(m.device, dtype, *shape)
     w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
     dense13 = torch.randn((2 * K * I, C), device=m.device, dtype=weights) * C**-0.5
     dense2 = torch.randn((C, K * I), device=m.device, dtype=weights) * (K * I) ** -0.5

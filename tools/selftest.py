@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import INTERPRET, TOLERANCE, backends, best_time, fwd_bwd, sample, selftest
+from kernels import INTERPRET, backends
 from lumen.launch import Words, command
+from lumen.tryout import TOLERANCE, best_time, fwd_bwd, sample, selftest
 
 SHAPES = {  # T, d, I, E, K
     "cpu": [(4096, 384, 512, 8, 2), (4096, 384, 64, 64, 8)],

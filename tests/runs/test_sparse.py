@@ -16,6 +16,7 @@ from sparse_models import FINE, KINDS, config, ids
 import model_moe
 import sample
 import train
+from lumen import experts
 from lumen.model_keys import idle
 from model import Transformer
 from model_moe import MoD
@@ -50,7 +51,7 @@ def test_keys_without_their_switch_are_told(tiny, capsys):
 
 
 def test_expert_dropout_is_drawn_once_a_step_from_the_cursor(tiny, monkeypatch):
-    seeds, masks, real = [], [], model_moe.draw_dropout
+    seeds, masks, real = [], [], experts.draw_dropout
 
     def draw(layers, seed):
         real(layers, seed)

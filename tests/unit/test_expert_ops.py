@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model_moe
+from lumen import tryout
 from tools import selftest
 
 warnings.filterwarnings("ignore", message=".*overflow encountered.*|.*invalid value.*")
@@ -39,7 +40,7 @@ def layer(x, router, ids, w13, w2, experts):
 
 
 def sample_layer(T, d, I, E, K, ids=None, dtype=torch.float32):
-    (x, _, ids, w13, w2), dout = kernels.sample("cpu", dtype, T, d, I, E, K, ids)
+    (x, _, ids, w13, w2), dout = tryout.sample("cpu", dtype, T, d, I, E, K, ids)
     router = torch.randn(
         E, d, generator=torch.Generator().manual_seed(5), dtype=x.dtype
     ).requires_grad_()
@@ -62,8 +63,8 @@ def worst(got, want):
 def test_equals_reference(case, backend):
     _, shape, ids = case
     inputs, dout = sample_layer(*shape, ids)
-    want = kernels.fwd_bwd(lambda *a: layer(*a, model_moe.plain_experts), inputs, dout)
-    got = kernels.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
+    want = tryout.fwd_bwd(lambda *a: layer(*a, model_moe.plain_experts), inputs, dout)
+    got = tryout.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
     for g, w, name in zip(got, want, ["out", "dx", "drouter", "dw13", "dw2"], strict=True):
         assert g.dtype == torch.float32 and g.shape == w.shape
         assert worst([g], [w]) < 1e-5, name
@@ -79,9 +80,9 @@ def test_random_shapes(backend):
         )
         K = torch.randint(1, E + 1, (), generator=g).item()
         ids = torch.rand(T, E + 1, generator=g).topk(K, -1)[1]  # id E: no expert
-        inputs, dout = kernels.sample("cpu", torch.float32, T, 8 * d, 8 * I, E, K, ids, seed)
-        want = kernels.fwd_bwd(model_moe.plain_experts, inputs, dout)
-        assert worst(kernels.fwd_bwd(run(backend), inputs, dout), want) < 1e-5, (
+        inputs, dout = tryout.sample("cpu", torch.float32, T, 8 * d, 8 * I, E, K, ids, seed)
+        want = tryout.fwd_bwd(model_moe.plain_experts, inputs, dout)
+        assert worst(tryout.fwd_bwd(run(backend), inputs, dout), want) < 1e-5, (
             T,
             8 * d,
             8 * I,
@@ -96,10 +97,10 @@ def test_low_precision(backend, dtype):
     """16-bit activations on fp32 weights: fp32 gradients of the weights and gates, near the fp32 answer."""
     if kernels.backends("cpu", dtype, 16, 24)[backend]:
         pytest.skip(kernels.backends("cpu", dtype, 16, 24)[backend])
-    inputs, dout = kernels.sample("cpu", dtype, 20, 16, 24, 4, 2)
+    inputs, dout = tryout.sample("cpu", dtype, 20, 16, 24, 4, 2)
     wide = [t.detach().float().requires_grad_() if t.is_floating_point() else t for t in inputs]
-    want = kernels.fwd_bwd(model_moe.plain_experts, wide, dout.float())
-    got = kernels.fwd_bwd(run(backend), inputs, dout)
+    want = tryout.fwd_bwd(model_moe.plain_experts, wide, dout.float())
+    got = tryout.fwd_bwd(run(backend), inputs, dout)
     assert [g.dtype for g in got] == [dtype, dtype, torch.float32, torch.float32, torch.float32]
     assert worst(got, want) < 0.03
 
@@ -109,7 +110,7 @@ def test_low_precision(backend, dtype):
 )
 def test_gradcheck(ids):
     """fp64, with slots of no expert (3 and 4) and, in the first case, a rarely used one."""
-    (x, p, ids, w13, w2), _ = kernels.sample("cpu", torch.float64, 5, 4, 3, 3, 2, torch.tensor(ids))
+    (x, p, ids, w13, w2), _ = tryout.sample("cpu", torch.float64, 5, 4, 3, 3, 2, torch.tensor(ids))
     assert torch.autograd.gradcheck(
         lambda x, p, w13, w2: kernels.run_experts(x, p, ids, w13, w2, "slices"), (x, p, w13, w2)
     )
@@ -133,7 +134,7 @@ def test_sort():
 @every_backend
 def test_tokens_are_independent(backend):
     """Permuting tokens permutes outputs: nothing is dropped and no row reads another's."""
-    (x, p, ids, w13, w2), _ = kernels.sample("cpu", torch.float32, 30, 16, 24, 5, 2)
+    (x, p, ids, w13, w2), _ = tryout.sample("cpu", torch.float32, 30, 16, 24, 5, 2)
     perm = torch.randperm(30, generator=torch.Generator().manual_seed(3))
     out = kernels.run_experts(x, p, ids, w13, w2, backend)
     shuffled = kernels.run_experts(x[perm], p[perm], ids[perm], w13, w2, backend)
@@ -147,11 +148,11 @@ def test_tail_is_never_read(backend):
     ids = torch.rand(T, E, generator=torch.Generator().manual_seed(2)).topk(2, -1)[1]
     off = torch.arange(T) % 3 == 0
     ids[off], ids[1, 1] = E, E + 3
-    (x, p, ids, w13, w2), dout = kernels.sample("cpu", torch.float32, T, 16, 24, E, 2, ids)
-    want = kernels.fwd_bwd(model_moe.plain_experts, [x, p, ids, w13, w2], dout)
+    (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, T, 16, 24, E, 2, ids)
+    want = tryout.fwd_bwd(model_moe.plain_experts, [x, p, ids, w13, w2], dout)
     with torch.no_grad():
         x[off], p[off], dout[off], p[1, 1] = torch.nan, torch.nan, torch.nan, torch.nan
-    got = kernels.fwd_bwd(run(backend), [x, p, ids, w13, w2], dout)
+    got = tryout.fwd_bwd(run(backend), [x, p, ids, w13, w2], dout)
     assert all(g.isfinite().all() for g in got) and worst(got, want) < 1e-5
     assert (got[0][off] == 0).all() and (got[1][off] == 0).all() and (got[2][ids >= E] == 0).all()
 
@@ -171,17 +172,17 @@ def test_garbage_rows_of_grouped_mm(monkeypatch):
     ids = torch.rand(24, 5, generator=torch.Generator().manual_seed(2)).topk(2, -1)[
         1
     ]  # 4: no expert
-    inputs, dout = kernels.sample("cpu", torch.float32, 24, 16, 24, 4, 2, ids)
-    want = kernels.fwd_bwd(model_moe.plain_experts, inputs, dout)
+    inputs, dout = tryout.sample("cpu", torch.float32, 24, 16, 24, 4, 2, ids)
+    want = tryout.fwd_bwd(model_moe.plain_experts, inputs, dout)
     monkeypatch.setattr(kernels, "grouped_mm", garbage)
-    assert worst(kernels.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
+    assert worst(tryout.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
 
 
 @every_backend
 def test_same_bits(backend):
     tokens = 20 if backend == "triton" else 50  # its interpreter is slow
-    inputs, dout = kernels.sample("cpu", torch.float32, tokens, 16, 24, 4, 3)
-    first, second = (kernels.fwd_bwd(run(backend), inputs, dout) for _ in range(2))
+    inputs, dout = tryout.sample("cpu", torch.float32, tokens, 16, 24, 4, 3)
+    first, second = (tryout.fwd_bwd(run(backend), inputs, dout) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -212,27 +213,27 @@ def test_saved_bytes(backend):
 @every_backend
 def test_compiles_in_one_graph(backend):
     inputs, dout = sample_layer(33, 16, 24, 4, 2, torch.arange(66).view(33, 2) % 5)
-    want = kernels.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
+    want = tryout.fwd_bwd(lambda *a: layer(*a, run(backend)), inputs, dout)
     for compiler in ("eager", "aot_eager"):
         torch._dynamo.reset()
         compiled = torch.compile(
             lambda *a: layer(*a, run(backend)), fullgraph=True, backend=compiler
         )
-        assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-6
+        assert worst(tryout.fwd_bwd(compiled, inputs, dout), want) < 1e-6
 
 
 def test_inductor():
     inputs, dout = sample_layer(33, 16, 24, 4, 2)
-    want = kernels.fwd_bwd(lambda *a: layer(*a, run("slices")), inputs, dout)
+    want = tryout.fwd_bwd(lambda *a: layer(*a, run("slices")), inputs, dout)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: layer(*a, run("slices")), fullgraph=True)
-    assert worst(kernels.fwd_bwd(compiled, inputs, dout), want) < 1e-5
+    assert worst(tryout.fwd_bwd(compiled, inputs, dout), want) < 1e-5
 
 
 @every_backend
 def test_opcheck(backend):
     """torch's own check of schema, aliasing, fake shapes and autograd registration."""
-    (x, p, ids, w13, w2), dout = kernels.sample("cpu", torch.float32, 6, 8, 8, 3, 2)
+    (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, 6, 8, 8, 3, 2)
     args = (x, p, w13, w2, *kernels.sort_by_expert(ids, 3))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.lumen.experts.default, (*args, backend), test_utils=checks)
@@ -253,7 +254,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", SYNC_FREE)
 def test_no_host_sync(backend):
-    (x, p, ids, w13, w2), dout = kernels.sample("cpu", torch.float32, 12, 8, 8, 3, 2)
+    (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, 12, 8, 8, 3, 2)
     with torch.no_grad(), NoSync():  # inside the operators, which a mode cannot see through
         sort = kernels.sort_by_expert(ids, 3)
         _, z = kernels.forward_rows(x, p, w13, w2, *sort, backend)
@@ -274,13 +275,13 @@ def test_slices_in_any_grouping(group, monkeypatch):
     ids = torch.tensor([1, 2, 4, 7])[
         torch.rand(40, 4, generator=torch.Generator().manual_seed(4)).topk(2, -1)[1]
     ]
-    inputs, dout = kernels.sample(
+    inputs, dout = tryout.sample(
         "cpu", torch.float32, 40, 16, 8, 7, 2, ids
     )  # experts 0, 3, 5, 6 empty, 7 is no expert
     assert (
         worst(
-            kernels.fwd_bwd(run("slices"), inputs, dout),
-            kernels.fwd_bwd(model_moe.plain_experts, inputs, dout),
+            tryout.fwd_bwd(run("slices"), inputs, dout),
+            tryout.fwd_bwd(model_moe.plain_experts, inputs, dout),
         )
         < 1e-5
     )
@@ -289,7 +290,7 @@ def test_slices_in_any_grouping(group, monkeypatch):
 @every_backend
 def test_gradient_accumulates_for_unused_experts(backend):
     """Zeros, not None: DDP waits for every parameter."""
-    (x, p, ids, w13, w2), dout = kernels.sample(
+    (x, p, ids, w13, w2), dout = tryout.sample(
         "cpu", torch.float32, 8, 16, 16, 4, 2, torch.full((8, 2), 7)
     )
     kernels.run_experts(x, p, ids, w13, w2, backend).backward(dout)
@@ -299,7 +300,7 @@ def test_gradient_accumulates_for_unused_experts(backend):
 @every_backend
 def test_gradient_without_strides(backend):
     """out.sum() sends an expanded gradient, which torch's grouped_mm refuses; x may be a transposed view."""
-    (x, p, ids, w13, w2), dout = kernels.sample("cpu", torch.float32, 16, 16, 16, 4, 2)
+    (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, 16, 16, 16, 4, 2)
     turned = x.detach().t().contiguous().t().requires_grad_()
     got = torch.autograd.grad(
         kernels.run_experts(turned, p, ids, w13, w2, backend).sum(), [turned, w2]
@@ -313,7 +314,7 @@ def test_second_import_shares_the_operator():
     spec = importlib.util.spec_from_file_location("expert_ops_again", kernels.__file__)
     again = sys.modules["expert_ops_again"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    inputs, _ = kernels.sample("cpu", torch.float32, 8, 8, 8, 4, 2)
+    inputs, _ = tryout.sample("cpu", torch.float32, 8, 8, 8, 4, 2)
     assert torch.equal(again.run_experts(*inputs, "slices"), kernels.run_experts(*inputs, "slices"))
 
 
@@ -326,24 +327,24 @@ def test_backends_and_choice():
     assert "multiples of 8" in kernels.backends("cpu", torch.bfloat16, 16, 12)["grouped_mm"]
     assert "multiples of 4" in kernels.backends("cpu", f32, 18, 16)["grouped_mm"]
     assert "float64" in kernels.backends("cpu", f64, 16, 16)["grouped_mm"]
-    assert kernels.pick_backend("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    assert kernels.pick_backend("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
-    name, why = kernels.pick_backend("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
+    assert tryout.pick_backend("slices", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    assert tryout.pick_backend("auto", "cpu", f64, 5, 3, 4, 2, 64)[0] == "slices"
+    name, why = tryout.pick_backend("auto", "cpu", f32, 32, 16, 8, 2, 10**6)
     assert name in ("slices", "grouped_mm") and "ms" in why  # never the interpreted triton
     with pytest.raises(ValueError, match="float64.*slices"):
-        kernels.pick_backend("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
+        tryout.pick_backend("grouped_mm", "cpu", f64, 16, 16, 4, 2, 64)
     with pytest.raises(ValueError, match="not one of auto"):
-        kernels.pick_backend("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
+        tryout.pick_backend("cutlass", "cpu", f32, 16, 16, 4, 2, 64)
 
 
 def test_triton_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     assert kernels.backends("cpu", torch.float32, 16, 16)["triton"]
     with pytest.raises(ValueError, match="triton cannot work here"):
-        kernels.pick_backend("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
+        tryout.pick_backend("triton", "cpu", torch.float32, 16, 16, 4, 2, 64)
     assert (
         "; no triton: triton"
-        in kernels.pick_backend("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
+        in tryout.pick_backend("auto", "cpu", torch.float32, 16, 16, 4, 2, 64)[1]
     )
 
 
@@ -376,7 +377,7 @@ def test_where_triton_cannot_work_its_version_is_said(changes, dtype, reason, mo
     assert reason in kernels.backends("cpu", dtype, 16, 16)["triton"]
     assert (
         f"no triton: {kernels.backends('cpu', dtype, 16, 16)['triton']}"
-        in kernels.pick_backend("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
+        in tryout.pick_backend("auto", "cpu", dtype, 16, 16, 4, 2, 64)[1]
     )
 
 
@@ -409,7 +410,7 @@ def test_auto_refuses_a_wrong_backend(monkeypatch):
         "forward_rows",
         lambda *a: (torch.zeros_like(a[0]), a[0].new_zeros(a[1].numel(), 32)),
     )
-    assert kernels.pick_backend("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
+    assert tryout.pick_backend("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)[0] == "slices"
 
 
 @pytest.mark.skipif(OLD and kernels.INTERPRET, reason="the interpreter of this triton fails")
@@ -425,14 +426,14 @@ def test_main(capsys):
 @pytest.mark.parametrize("shape", [(4096, 512, 192, 32, 8), (1000, 768, 520, 5, 2)])
 def test_gpu(shape):
     """bf16: triton and grouped_mm near the fp32 reference (guards against miscompiles), and no sync in triton."""
-    results = kernels.selftest("cuda", torch.bfloat16, *shape, timed=False)
+    results = tryout.selftest("cuda", torch.bfloat16, *shape, timed=False)
     assert results and all(
-        error < kernels.TOLERANCE[torch.bfloat16] for error, _ in results.values()
+        error < tryout.TOLERANCE[torch.bfloat16] for error, _ in results.values()
     )
-    inputs, dout = kernels.sample("cuda", torch.bfloat16, *shape)
-    kernels.fwd_bwd(run("triton"), inputs, dout)
+    inputs, dout = tryout.sample("cuda", torch.bfloat16, *shape)
+    tryout.fwd_bwd(run("triton"), inputs, dout)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernels.fwd_bwd(run("triton"), inputs, dout)
+        tryout.fwd_bwd(run("triton"), inputs, dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")

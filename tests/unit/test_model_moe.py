@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from sparse_models import DEPTHS, KINDS, choices, config, gradients, ids, layer, make, normal
 
 from lumen.config import Config
-from lumen.experts import add_expert, expert_numbers, expert_statistics, recycle_expert
+from lumen.experts import (
+    add_expert,
+    draw_dropout,
+    expert_numbers,
+    expert_statistics,
+    recycle_expert,
+)
 from lumen.optim import build_optimizer
 from lumen.sums import flatten, unflatten
 from model import AttentionInputs, Transformer, rope_tables
-from model_moe import SUMS, draw_dropout, update_balance
+from model_moe import SUMS, update_balance
 from train import Parallel
 
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)

@@ -39,9 +39,8 @@ PROMISES = {
 }
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
-    "kernels.py": 697,
     "model.py": 898,
-    "model_moe.py": 487,
+    "model_moe.py": 465,
     "train.py": 812,
 }
 
@@ -56,7 +55,6 @@ NOT_YET = {  # file -> {rule: how many times}
 LEVELS = {"kernels": 0, "model_moe": 1, "model": 2, "lumen": 3, "tools": 5}  # commands: 4
 UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("export.py", "tools.import_lunaris"): "its command from_lunaris is a foreign format's",
-    ("kernels.py", "model_moe"): "the self-test compares with the plain experts there",
     ("train.py", "tools.simulate"): "the dry run",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",
     ("lumen/resume.py", "export"): "init_from may be a Hugging Face folder",
