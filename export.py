@@ -134,7 +134,7 @@ def routers(source: checkpoint.Checkpoint, cfg: ModelConfig) -> tuple[dict, dict
             siblings = a & (read(i, "sibling") != own)
             if siblings.any():
                 text = (
-                    "only one can be chosen, which no class knows: train on until they have parted"
+                    "only one can be chosen, which no class knows: train on until they drift apart"
                 )
                 why.append(f"layer {i}: of the siblings {own[siblings].tolist()} {text}")
         kept[i] = own[a | keep_dead].tolist()

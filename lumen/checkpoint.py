@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON only, checksummed, whole or not there.
 `python -m lumen.checkpoint out/run` lists them.
 
-    out/run/step_00001000/rank_00000.safetensors  the pieces of tensors that this rank owns
+    out/run/step_00001000/rank_00000.safetensors  the shards of tensors that this rank owns
                           state.json              step, cursor, tokens, configuration, versions
-                          manifest.json           shape, dtype, pieces of every tensor; sha256, size
+                          manifest.json           shape, dtype, shards of every tensor; sha256, size
                                                   of every file, and its own sha256
 
 Saving has two halves: `write` (every rank, no collective) and `commit` (rank 0, once all ranks

@@ -208,7 +208,7 @@ def read_words(argv: list[str]) -> CommandLine:
 
 
 def may_stand_alone(key: str) -> bool:
-    """Whether --key without a value means true; a key that nobody knows is told so later."""
+    """Whether --key without a value means true; unknown keys are refused later."""
     if key in SIMULATED:
         return False
     own = own_keys()

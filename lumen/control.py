@@ -267,7 +267,7 @@ class Control:
         )
 
     def enable_expert_dropout(self, prob: float) -> dict:
-        """Mute experts with this probability, drawn anew each step, while training."""
+        """Drop experts out with this probability, drawn anew each training step."""
         m = self.trainer.cfg.model
         choice = m.n_experts > m.n_experts_per_token or not prob
         missing = "" if self.trainer.moe and choice else NO_MOE

@@ -106,14 +106,14 @@ class LossCourse:
     START = 32  # residuals before any is judged
     PRIOR = 1e-5  # of a fault, a step
     FREEZE = 64.0  # of E
-    PATIENCE = 128  # iterations frozen without an alarm: a new level that does not matter
+    MAX_FROZEN = 128  # iterations frozen without an alarm: a new level that does not matter
     LEARNED = 0.3  # nats below the first losses that count as something learned
     MATTERS = 0.1  # nats
 
     def __init__(self):
         self.losses: deque = deque(maxlen=self.TREND)  # accepted
         self.residuals: deque = deque(maxlen=self.WINDOW)  # (iteration, residual), accepted
-        self.last: deque = deque(maxlen=self.PATIENCE)  # (iteration, residual), accepted or not
+        self.last: deque = deque(maxlen=self.MAX_FROZEN)  # (iteration, residual), accepted or not
         self.levels: deque = deque(maxlen=32)  # (iteration, median of 32 losses), one in 8
         self.first: list = []  # the first 8 losses
         self.E = 1.0

@@ -258,7 +258,7 @@ ACTING = "acting"  # a rollback was asked for: the orchestrator answers in the n
 
 @dataclass
 class Divergence(Detector):
-    """The loss has left its course, or all that was learned is lost; and the patience that most
+    """The loss has left its course, or all that was learned is lost; and the wait that most
     spikes deserve. One detector, for its three rules share one course and exclude one another."""
 
     threshold: float = setting()  # of the confidence
@@ -310,7 +310,7 @@ class Divergence(Detector):
 
     def watch(self, numbers: StepNumbers):
         course = self.course
-        if course.frozen > course.PATIENCE and not course.alarm(self.threshold):
+        if course.frozen > course.MAX_FROZEN and not course.alarm(self.threshold):
             course.forget()
         lost = course.all_lost()
         if lost is not None:
@@ -339,7 +339,8 @@ class Divergence(Detector):
         said = f"the loss is {excess:.3f} nats above its course, floor {course.floor():.3f};"
         said += " most spikes heal"
         if self.until > iteration + HEAL_WITHIN:
-            said += f", and the last rollback gets {self.cooldown_ends - self.rolled_back_at} turns"
+            said += f", and the last rollback gets {self.cooldown_ends - self.rolled_back_at}"
+            said += " iterations"
         stat = self.statistic(excess)
         alarm = Alarm("divergence", "wait", 0, said, self.onset, course.confidence, "evalue", stat)
         yield alarm
@@ -509,7 +510,7 @@ class Guessing(Detector):
 
     n_vocab: int = setting()
     settled: int = setting()  # the step from which on something must have been learned
-    loss: Divergence = setting()  # whose last losses and first losses are looked at
+    loss: Divergence = setting()  # whose first and last losses are compared
     said: bool = False
 
     def verdict(

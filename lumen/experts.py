@@ -207,9 +207,9 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
 WINDOW = 200
 # an expert with less than this part of its fair share carries no load
 DEAD = 0.1
-# steps between looks at whether the halves of split experts have parted: each is a host sync
+# steps between checks whether siblings have drifted apart: each is a host sync
 RELEASE_EVERY = 50
-# below this cosine of their weights siblings have parted
+# below this cosine of their weights siblings have drifted apart
 MIN_COSINE = 0.98
 
 
@@ -253,7 +253,7 @@ def add_expert(
     """Split an expert, by default the one with the most load, into a free slot: (parent, slot).
 
     Both halves get the weights of the parent, router rows w + n and w - n with n at right angles to
-    w and 2 % of its length, and exclude each other from being chosen until they have parted: so the
+    w and 2 % of its length, and exclude each other from being chosen until they drift apart: so the
     layer's output hardly moves, and they share the parent's tokens. Of the optimizer's state the
     child gets the second moments, its first ones are zero. ValueError without a free slot.
     """
@@ -268,12 +268,12 @@ def add_expert(
     single = splittable(moe, step)
     if parent is None:
         if not single:
-            text = "every expert has a sibling that it has not parted from"
-            raise ValueError(f"{text}; train on before the next split")
+            text = "every expert has a sibling too like it"
+            raise ValueError(f"{text}; train on before you split again")
         parent = max(single, key=lambda e: load[e])
     require_alive(parent, alive)
     if parent not in single:
-        text = f"expert {parent} has not parted from its sibling {sibling[parent]} yet"
+        text = f"expert {parent} is still too like its sibling {sibling[parent]}"
         raise ValueError(f"{text}; train on or split another")
     slot = taken.index(False)
     split(moe, optimizer, parent, slot, seed, rows)
@@ -376,7 +376,7 @@ def recycle_expert(
         expert = min(numbers_where(alive), key=lambda e: load[e])
     single = [e for e in splittable(moe, step) if e != expert and (parents is None or e in parents)]
     if not single:
-        raise ValueError("no expert without a sibling is left to split; train on before")
+        raise ValueError("no expert without a sibling is left to split; train on first")
     if not 0 <= expert < len(alive):
         raise ValueError(f"there is no slot {expert}, only 0 to {len(alive) - 1}")
     if restorable(alive[expert], retired[expert], step):
@@ -391,19 +391,19 @@ def recycle_expert(
 
 @torch.no_grad()
 def release_parted(layers: dict[int, MoE], step: int, rows, say) -> None:
-    """Now and then: both halves of a split expert may be chosen once they have parted."""
+    """Now and then: both halves of a split expert may be chosen once they have drifted apart."""
     if step % RELEASE_EVERY:
         return
     for layer, moe in layers.items():
         if not moe.router.cfg.n_experts_max:  # it has no slots
             return
         for a, b in release_siblings(moe, rows):
-            text = f"siblings {a} and {b} have parted, both can be chosen"
+            text = f"siblings {a} and {b} have drifted apart, both can be chosen"
             say(f"experts    layer {layer}: {text}")
 
 
 def release_siblings(moe: MoE, rows) -> list[tuple[int, int]]:
-    """End the exclusion between siblings whose weights have parted; returns those pairs.
+    """End the exclusion between siblings whose weights have drifted apart; returns those pairs.
 
     What rank 0 finds all ranks do: the sums on unlike machines differ in their last digits.
     """
@@ -411,16 +411,16 @@ def release_siblings(moe: MoE, rows) -> list[tuple[int, int]]:
     pairs = [(a, b) for a, b in enumerate(sibling) if a < b and alive[a] and alive[b]]
     if not pairs:
         return []
-    parted = []
+    released = []
     for a, b in pairs:
         dots = torch.zeros(3, device=moe.router.bias.device)  # a b, a a, b b
         for p in (moe.experts.w13, moe.experts.w2):
             one, other = rows.row(p, rows.local(p), a), rows.row(p, rows.local(p), b)
             dots += torch.stack([(one * other).sum(), one.square().sum(), other.square().sum()])
         if dots[0] < MIN_COSINE * (dots[1] * dots[2]).sqrt():
-            parted.append((a, b))
-    parted = rows.broadcast(parted)
-    for a, b in parted:
+            released.append((a, b))
+    released = rows.broadcast(released)
+    for a, b in released:
         moe.router.sibling[a] = a
         moe.router.sibling[b] = b
-    return parted
+    return released

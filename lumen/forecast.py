@@ -11,7 +11,7 @@ import numpy as np
 # tokens a parameter between which the optimum is flat: at most 8 % more compute for the same loss
 BAND = (10, 40)
 MIN_GAIN = 0.005  # nats that are not worth waiting for
-POINTS = 64  # at which the rest of a run is looked at
+POINTS = 64  # at which the rest of a run is evaluated
 P95 = 1.645  # standard deviations on each side of a 90 % interval
 
 

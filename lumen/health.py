@@ -30,7 +30,8 @@ class Checkup:
 def counters(iteration: int, watch: Stopwatch, compiled: bool, cuda: bool) -> dict:
     """What grows on this rank. By the device's clock where there is one: launching takes alike on
     all ranks, whatever their GPUs do."""
-    found = {"turns": iteration, "seconds": time.perf_counter()} | watch.spent | watch.on_device
+    found = {"iterations": iteration, "seconds": time.perf_counter()}
+    found |= watch.spent | watch.on_device
     found["graphs"] = machines.compiled_graphs() if compiled else 0
     found["retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0
     return found
@@ -93,7 +94,7 @@ class Health:
 
     def speed_findings(self, checkup: Checkup) -> list[tuple[int, str, str]]:
         rows, mine, found = checkup.rows, checkup.rows[checkup.rank], []
-        steps = mine["turns"]
+        steps = mine["iterations"]
         work = max(1e-9, mine["seconds"] - mine["checkpoint"])
         if not steps:
             return found

@@ -61,7 +61,7 @@ def environment(name: str, default: int) -> int:
     if value is None:
         return default
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        text = f"{name}={value!r} in the environment is no number; unset {name}, or use torchrun"
+        text = f"{name}={value!r} in the environment is not a number; unset {name}, or use torchrun"
         raise UserError("E600", text)
     return int(value)
 

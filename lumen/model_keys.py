@@ -39,7 +39,7 @@ ROPE_NUMBERS = {"attention_factor", "beta_fast", "beta_slow", *LLAMA3}
 
 def model_from_keys(keys: dict) -> ModelConfig:
     """The model that these keys describe. ValueError names the key, its value and a remedy."""
-    # Types, ranges and sizes are looked at as they were written, before anything is computed of
+    # Types, ranges and sizes are checked as they were written, before anything is computed from
     # them: ModelConfig would divide by a zero.
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     written = SimpleNamespace(**(defaults | keys))

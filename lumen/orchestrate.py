@@ -1,9 +1,9 @@
 """The parts of the orchestrator: what train.py's `Orchestrator` calls.
 
 Escalation (how far an alarm goes), judge (what came of a decision), Rebalancing (experts).
-What is looked at each iteration, decided and done stands in train.py; what is noise and what is not
-in detectors.py; where to go back to in snapshots.py; what is written down in decisions.py; what
-people ask for in control.py.
+What is checked, decided and done in each iteration stands in train.py; what is noise and what is
+not in detectors.py; where to go back to in snapshots.py; what is written down in decisions.py;
+what people ask for in control.py.
 
 An *iteration* is one pass through the loop and never comes back; a *step* does, after a rollback.
 On the disk (state.json, decisions.jsonl) an iteration is called `turn`, as it always was.

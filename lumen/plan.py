@@ -40,7 +40,7 @@ def kept_bytes(
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes
     and goes.
 
-    activations: what backward needs under recompute none | selective (all but products) | block
+    activations: what backward needs under recompute none | selective (all but matmuls) | block
     (everything), and of the largest block all; kept, again, attention: the same layer by layer.
     head: while the loss is made, chunks of logits and both gradients. rows, travel: in and to the
     experts while a layer of them is in backward. `arrive`: with expert parallelism so many times

@@ -375,7 +375,7 @@ def of_run(folder: str, name: str) -> tuple[Path, list[dict]]:
     return path.parent, rows
 
 
-SCENE = 100  # iterations: what lies nearer together is told under one heading
+HEADING_GAP = 100  # iterations: what lies nearer together is told under one heading
 
 
 def decisions(folder: str) -> int:
@@ -388,7 +388,7 @@ def decisions(folder: str) -> int:
     print(f"{out}: {len(rows) - len(outcomes)} decisions")
     last = None
     for first, final in series([row for row in rows if "trigger" in row], outcomes):
-        if begins_a_scene(first, last):
+        if begins_a_heading(first, last):
             print(f"\n{first['time']}, attempt {first['attempt']}, mode {first['mode']}")
         for line in decision_lines(first, final["step"], outcomes.get(first["id"])):
             print(line)
@@ -412,10 +412,10 @@ def goes_on(row: dict, first: dict, last: dict) -> bool:
     return same and row["turn"] - last["turn"] <= 1
 
 
-def begins_a_scene(row: dict, last: dict | None) -> bool:
+def begins_a_heading(row: dict, last: dict | None) -> bool:
     if last is None or row["attempt"] != last["attempt"]:
         return True
-    return row["turn"] - last["turn"] > SCENE
+    return row["turn"] - last["turn"] > HEADING_GAP
 
 
 def decision_lines(row: dict, until: int, outcome: dict | None) -> list[str]:

@@ -452,7 +452,7 @@ def who_holds(model: Transformer, layout: plan.Layout, share: float) -> str:
     stage = layout.zero_stage or 3
     how = ("mixed_bf16", share, layout.state_bytes)
     shards, _ = plan.fewest_gpus_text(model, stage, 1 << 13, *how)
-    text = f"Whole copies need about {need / GIB:.1f} GiB: {holder}; train_fsdp.py needs"
+    text = f"Replicated it needs about {need / GIB:.1f} GiB: {holder}; train_fsdp.py needs"
     return f"{text} {' or '.join(shards)}"
 
 

@@ -36,7 +36,7 @@ FREE += ("ffn_hidden_multiplier", "multiple_of")
 def check_paths(cfg: Config) -> None:
     """E304 at once, before data are prepared, where `resume` or `init_from` name what is not there.
 
-    Neither is looked at again once out_dir has steps of its own to go on from.
+    Neither is checked again once out_dir has steps of its own to go on from.
     """
     out = Path(cfg.out_dir)
     origin = find_origin(cfg)

@@ -16,7 +16,8 @@ from lumen.resume import take_weights
 
 
 def take_vocabulary(trainer) -> None:
-    """The data say what the model's vocabulary is. E114: patience, and nothing to evaluate on."""
+    """The data say what the model's vocabulary is. E114: early_stopping_patience without
+    validation data."""
     cfg, data = trainer.cfg, trainer.data
     trainer.token_bytes = data.token_bytes()
     model = dataclasses.replace(cfg.model, vocab_size=data.vocab_size)
@@ -99,7 +100,7 @@ def probe(trainer) -> None:
     t.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
 
 
-def open_files(trainer) -> None:
+def open_run_files(trainer) -> None:
     """Rank 0, whose out_dir is now: what stands in it beside checkpoints. E300, E003."""
     t, report, progress = trainer, trainer.report, trainer.progress
     if not t.main:
@@ -123,7 +124,7 @@ def open_files(trainer) -> None:
 def open_run(trainer) -> None:
     """The last before the first step: files, a number for this attempt, signals."""
     t = trainer
-    t.parallel.run_or_raise_on_all(open_files, t)
+    t.parallel.run_or_raise_on_all(open_run_files, t)
     t.report.attempt = t.parallel.broadcast(t.report.attempt)
     t.orchestrator.begin_attempt()
     begun = f"from step {t.step}" if t.step else "new"

@@ -237,7 +237,7 @@ def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
     ] == 3
     first, again = rows[1]["turn"], rows[3]["turn"]
     assert first < 190 and rows[2]["turn"] < 250 and first + 200 <= again <= first + 202
-    assert "last rollback gets 200 turns" in rows[2]["reason"]
+    assert "last rollback gets 200 iterations" in rows[2]["reason"]
     assert trainer.orchestrator.escalation.cooldown_ends == again + 200
 
 

@@ -217,14 +217,14 @@ def test_recycle_puts_half_of_the_hottest_into_the_slot_of_the_dead():
     assert moe.router.sibling.tolist() == [2, 1, 0, 3] and moe.router.retired.tolist() == [-1] * 4
     assert (optimizer.state[moe.experts.w2]["exp_avg"][2] == 0).all()
     moe.router.load.copy_(torch.tensor([0.4, 0.2, 0.4, 0.0]))
-    assert recycle_expert(moe, optimizer, 51, ROWS) == (1, 3), "0 and 2 have not parted"
+    assert recycle_expert(moe, optimizer, 51, ROWS) == (1, 3), "0 and 2 are still alike"
     moe.router.load.copy_(torch.tensor([0.5, 0.5, 0.0, 0.0]))
     with pytest.raises(ValueError, match="sibling"):
         recycle_expert(moe, optimizer, 52, ROWS)
 
 
 @torch.no_grad()
-def test_twins_are_released_when_their_weights_have_parted():
+def test_siblings_are_released_when_their_weights_have_drifted_apart():
     moe, optimizer = surgery_layer()
     add_expert(moe, optimizer, 0, ROWS, parent=1)
     assert release_siblings(moe, ROWS) == []

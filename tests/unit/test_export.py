@@ -479,7 +479,7 @@ def test_models_without_a_class_are_refused(keys, words, tmp_path):
             [[0], [0], [2]],
             "sibling",
             [0, 3, 2, 1, 4],
-            [r"siblings \[1, 3\]", "parted"],
+            [r"siblings \[1, 3\]", "drift apart"],
         ),
         (
             SMALL | {"n_experts_max": 5},

@@ -125,7 +125,8 @@ def test_outcomes():
 
 
 def checkup(compute=(1.0,), data=0.0, **more) -> Checkup:
-    row = {"turns": 10, "seconds": 2.0, "checkpoint": 0.0, "graphs": 0, "retries": 0, "data": data}
+    row = {"iterations": 10, "seconds": 2.0, "checkpoint": 0.0, "graphs": 0, "retries": 0}
+    row["data"] = data
     words = {"off_course": False, "guessing": None, "above_start": 0.0, "unsaved": False}
     words |= {"rank": 0, "evaluated": False, "unbalanced": []} | more
     return Checkup(rows=[row | {"compute": c} for c in compute], **words)
