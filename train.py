@@ -361,9 +361,8 @@ class Trainer(ByHand):
         setup.resolve(self, saved, lr_at)
         weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
-        replay = cfg.orchestrator.replay
-        if replay:  # read before out_dir is emptied, it may lie there
-            replay = par.run_or_raise_on_all(read_decisions, replay)
+        # read before out_dir is emptied, it may lie there
+        replay = par.run_or_raise_on_all(read_decisions, cfg.orchestrator.replay)
         # from here on nothing of the user's is refused: out_dir becomes ours
         par.run_or_raise_on_all(self.start.create_out_dir)
         par.run_or_raise_on_all(self.start.adopt, saved)
@@ -608,7 +607,6 @@ class Trainer(ByHand):
             "control": orch.new_commands(),
             "writing": self.saver.busy,
         }
-        # at most a few kernels, and only when there is something to say; never a sync
         for name, flag in flags.items():
             if flag:
                 sums[name].fill_(1)
@@ -704,7 +702,7 @@ class Trainer(ByHand):
         setup.finish(self, state, code)
         return code
 
-    # ---- what it says
+    # ---- small parts, and the end
 
     def say(self, text: str) -> None:
         """One line to the console and to train.log, from rank 0."""
@@ -713,8 +711,6 @@ class Trainer(ByHand):
     def write_status(self, state: str, code: int = 0, reason: str = "", anyone=False) -> None:
         """status.json, by rank 0 or (`anyone`) by the one rank that knows."""
         self.report.status(state, self.step, code, reason, anyone)
-
-    # ---- evaluation and saving
 
     def evaluate(self) -> bool:
         """Loss over the fixed validation set, on all ranks. Returns whether it is a new best."""
@@ -729,8 +725,6 @@ class Trainer(ByHand):
         state = self.state.document() if self.main else None
         tensors, iteration = self.tensors(), self.orchestrator.iteration
         return self.saver.save(self.step, tensors, state, iteration, wait, prune)
-
-    # ---- small parts, and the end
 
     def set_micro_batch(self, size: int) -> None:
         """Rows of a micro-batch from the next step on; accumulation follows, the step stays."""
@@ -793,19 +787,13 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
         raise
     # a scheduler that restarts whatever has ended must not train on
     if trainer.is_finished():
-        trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
-        trainer.write_status("finished")
-        trainer.close()
-        return 0
+        return setup.nothing_left(trainer)
     try:
         return trainer.fit()
     except Exception as error:
         # status.json says what a restart has to know; the user sees a code and a remedy where there
         # is one, and the whole traceback where the fault is ours
-        shown = failure.explain(trainer, error)
-        if shown is error:
-            raise
-        raise shown from error
+        failure.raise_explained(trainer, error)
 
 
 if __name__ == "__main__":

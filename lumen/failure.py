@@ -36,6 +36,14 @@ def explain(trainer, error: Exception) -> Exception:
     return error
 
 
+def raise_explained(trainer, error: Exception) -> None:
+    """What explain() makes of it, raised."""
+    shown = explain(trainer, error)
+    if shown is error:
+        raise error
+    raise shown from error
+
+
 def out_of_memory(trainer, error: Exception) -> UserError:
     """Not in a micro-step, which would be repeated smaller: in a collective, the optimizer, an
     evaluation. A restart takes half as many rows at once."""

@@ -21,8 +21,11 @@ def run_id(trainer) -> str:
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_decisions(path: str) -> list[dict]:
-    """The rows of a decisions.jsonl to be repeated, without outcomes. E310 for another file."""
+def read_decisions(path: str | None) -> list[dict] | None:
+    """The rows of a decisions.jsonl to be repeated, without outcomes; None: there is nothing to be
+    repeated. E310 for another file."""
+    if not path:
+        return None
     needed = {"run", "id", "turn", "cursor", "action"}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

@@ -146,3 +146,11 @@ def finish(trainer, state: str, code: int) -> None:
             trainer.tell.suggest()
     trainer.write_status(state, code, reason)
     trainer.close()
+
+
+def nothing_left(trainer) -> int:
+    """The run was finished before it began; the exit code."""
+    trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
+    trainer.write_status("finished")
+    trainer.close()
+    return 0

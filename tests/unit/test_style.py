@@ -41,7 +41,6 @@ LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model.py": 898,
     "model_moe.py": 465,
-    "train.py": 812,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
