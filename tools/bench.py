@@ -123,9 +123,13 @@ INSIDE = {  # parts of it that are functions here
 # ---------------------------------------------------------------- the trainer's speed
 
 
-def never_save(*args, **kwargs) -> bool:
-    """In place of Trainer.save: nothing is written."""
-    return True
+def steps_of(trainer):
+    """trainer.iterations() without the evaluation and the save that follow the last step."""
+    for step in trainer.iterations():
+        yield step
+        if step == trainer.run.max_steps:
+            break
+    trainer.finish_pending_step()
 
 
 def speed(words: list[str]) -> int:
@@ -156,9 +160,10 @@ def speed(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         fixed |= {"max_steps": o.max_steps, "out_dir": folder}
         trainer = Trainer([*words, *(f"--{key}={value}" for key, value in fixed.items())])
-        trainer.save = never_save
         trainer.report.record = record
-        trainer.fit()
+        for _ in steps_of(trainer):
+            pass
+        trainer.close()
     print_speed(trainer, [row for row in rows if "loss" in row])
     return 0
 
@@ -646,14 +651,12 @@ def layout_run(job: dict) -> int:
     marks = []  # at the top of each iteration: time, seconds in collectives, bytes
     with contextlib.redirect_stdout(None):
         trainer = Trainer(job["config"], build)
-        trainer.save = never_save
         held = list(trainer.parallel.weights(trainer.model).values())
         for state in trainer.optimizer.state.values():
             held += [x for x in state.values() if torch.is_tensor(x) and x.dim()]
         before = high_water(reset=True) - sum(x.nbytes for x in held)
-        for _ in trainer.iterations():
+        for _ in steps_of(trainer):
             marks.append((time.perf_counter(), collectives.seconds, dict(collectives.sent)))
-        trainer.end()
     row = {"build": build.bytes, "peak": high_water() - before} | marks_row(marks[2:], trainer)
     if trainer.parallel.rank == 0:
         Path(job["out"]).write_text(json.dumps(row))

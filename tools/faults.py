@@ -102,8 +102,10 @@ def corpus(folder: Path, n: int = 800_000, vocab: int = 128, seed: int = 0) -> N
 
 
 # ---------------------------------------------------------------- how a fault gets into a run
-# The only places at which methods of a Trainer are stood in for. Iterations never come back, so a
-# glitch does not either; the data go on after a rollback, so bad batches are behind us.
+# What stands between two steps is done between two steps, in Trainer.iterations(). Inside a step a
+# fault stands in for a method at one of the seams: Parallel.reduce, Loader.batch, the guard and the
+# rate. Iterations never come back, so a glitch does not either; the data go on after a rollback, so
+# bad batches are behind us.
 
 
 def now(trainer) -> int:
@@ -130,18 +132,6 @@ def after_reduce(trainer, act: Callable) -> None:
         return found
 
     wrap(trainer.parallel, "reduce", reduce)
-
-
-def on_numbers(trainer, act: Callable) -> None:
-    """act(numbers) when a step's numbers have reached the host."""
-
-    def finish_pending_step(real):
-        numbers = real()
-        if numbers is not None and math.isfinite(numbers.loss):
-            act(numbers)
-        return numbers
-
-    wrap(trainer, "finish_pending_step", finish_pending_step)
 
 
 # ---------------------------------------------------------------- the faults
@@ -334,29 +324,35 @@ QUICK = "1,5,7,8,10,11"
 # ---------------------------------------------------------------- the runs
 
 
-def reference_rules(trainer, act: bool) -> list[int]:
-    """What LuminaAI's trainers do, for comparison; the iterations at which they would act. Without
-    `act`: only listed.
+class ReferenceRules:
+    """What LuminaAI's trainers do, for comparison; `acted_at`: the iterations at which they would
+    act. Without `act`: only listed.
 
     Loss variance below 0.001 over 50 steps: learning rate x1.5. Gradient norm above 100: a tenth of
     it. 50 iterations between changes.
     """
-    losses, acted_at = deque(maxlen=50), []
 
-    def look(numbers):
-        losses.append(numbers.loss)
-        flat = len(losses) == 50 and np.var(losses) < 0.001
+    def __init__(self, trainer, act: bool):
+        self.knobs, self.act = trainer.control, act
+        self.losses = deque(maxlen=50)
+        self.acted_at: list[int] = []
+        self.seen = 0  # the last iteration whose numbers were looked at
+
+    def look(self, numbers) -> None:
+        """At a finished step; at the same one only once."""
+        if numbers is None or numbers.iteration == self.seen or not math.isfinite(numbers.loss):
+            return
+        self.seen = numbers.iteration
+        self.losses.append(numbers.loss)
+        flat = len(self.losses) == 50 and np.var(self.losses) < 0.001
         large = numbers.grad_norm > 100
-        last = acted_at[-1] if acted_at else 0
+        last = self.acted_at[-1] if self.acted_at else 0
         if not (flat or large) or numbers.iteration < last + 50:
             return
-        acted_at.append(numbers.iteration)
-        if act:
-            knobs = trainer.control
-            knobs.set_knob("lr_scale", knobs.get_knob("lr_scale") * (0.1 if large else 1.5))
-
-    on_numbers(trainer, look)
-    return acted_at
+        self.acted_at.append(numbers.iteration)
+        if self.act:
+            rate = self.knobs.get_knob("lr_scale") * (0.1 if large else 1.5)
+            self.knobs.set_knob("lr_scale", rate)
 
 
 def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False) -> dict:
@@ -368,10 +364,11 @@ def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         trainer = Trainer(keys)
-        acted_at = reference_rules(trainer, by_reference_rules)
+        rules = ReferenceRules(trainer, by_reference_rules)
         act = inject(trainer, at) if inject else None
         try:
             for _ in trainer.iterations():
+                rules.look(trainer.latest)
                 if act:
                     act()
             code, reason = trainer.end(), ""
@@ -393,7 +390,7 @@ def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False
         "val_loss": trainer.progress.val_loss,
         "dropped": trainer.orchestrator.dropped,
         "decisions": decisions_of(trainer.out),
-        "reference": len(acted_at),
+        "reference": len(rules.acted_at),
         "digest": digest.hexdigest()[:16],
         "health": [],
         "kept": newest_clean(trainer.out) if code == 3 else None,

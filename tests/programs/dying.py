@@ -2,17 +2,16 @@
 
 import os
 
-import train
 from lumen import launch
-
-real = train.Trainer.finish_pending_step
-
-
-def finish(self):
-    if self.step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), 9)
-    return real(self)
+from train import Trainer
 
 
-train.Trainer.finish_pending_step = finish
-launch.command(train.main, lasting=True)
+def main(argv):
+    trainer = Trainer(argv)
+    for step in trainer.iterations():
+        if step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)
+    return trainer.end()
+
+
+launch.command(main, lasting=True)

@@ -4,18 +4,12 @@ import resource
 import signal
 import sys
 
-import train
+from train import Trainer
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 full, free_again = int(sys.argv[1]), int(sys.argv[2])
-real = train.Trainer.save
-
-
-def save(self, **how):
-    limit = 60_000 if full <= self.step < free_again else resource.RLIM_INFINITY
+trainer = Trainer(sys.argv[3:])
+for step in trainer.iterations():
+    limit = 60_000 if full <= step < free_again else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return real(self, **how)
-
-
-train.Trainer.save = save
-sys.exit(train.main(sys.argv[3:]))
+sys.exit(trainer.end())

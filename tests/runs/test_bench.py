@@ -110,7 +110,7 @@ def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeyp
     path = write_yaml(tmp_path / "quick.yaml", {k: v for k, v in keys.items() if k != "out_dir"})
     assert bench.main(["speed", str(path), "--max-steps", "10", "--learning_rate=1e-3"]) == 0
     said = capsys.readouterr().out
-    assert "finished at step 10:" in said and "(n 8," in said and "1.00e-03" in said
+    assert "10/10 " in said and "11/" not in said and "(n 8," in said and "1.00e-03" in said
     assert "eval " not in said and "saved " not in said and "left out" not in said
     for words in (
         ["--max_steps", "2"],
@@ -410,13 +410,13 @@ def test_the_reference_rules(tiny):
     trainer = train.Trainer(tiny("ref", max_steps=80, save_interval=0))
     losses = [3.0] * 60 + [9.0, 3.0] * 80
     now = StepNumbers(0, 0, 0)
-    trainer.finish_pending_step = lambda: now
-    acted_at = faults.reference_rules(trainer, True)
+    rules = faults.ReferenceRules(trainer, True)
     for now.iteration in range(1, 120):
         now.loss = losses[now.iteration - 1]
         now.grad_norm = 1e4 if now.iteration == 115 else 1.0
-        trainer.finish_pending_step()
-    assert acted_at == [50, 115]
+        rules.look(now)
+        rules.look(now)  # it is looked at in each iteration, also where no step was finished
+    assert rules.acted_at == [50, 115]
     assert trainer.control.knobs["lr_scale"] == pytest.approx(0.15)
     trainer.close()
 
