@@ -638,9 +638,9 @@ class MeasuredBuild:
         parallel.build = self.build
         return parallel
 
-    def build(self, *args):
+    def build(self, *args, **options):
         start = high_water(reset=True)
-        model = self.real(*args)
+        model = self.real(*args, **options)
         self.bytes = high_water() - start
         return model
 
