@@ -129,7 +129,7 @@ def layout_of(cfg: Config, world: int) -> plan.Layout:
         defaults = {"hsdp_shard_size": 0, "expert_parallel": 1, "reduce_dtype": "fp32"}
         changed = [key for key, value in defaults.items() if getattr(cfg, key) != value]
         if changed:
-            text = "zero_stage: 0 keeps whole copies on all ranks, so it takes no"
+            text = "zero_stage: 0 keeps a replica on each rank, so it takes no"
             raise UserError("E002", f"{text} {', '.join(changed)}")
         return plan.Layout(world)
     if cfg.precision == "mixed_fp16":

@@ -91,7 +91,7 @@ SPREAD = {
 }
 SHARDED = {"zero_stage": 3}
 LAYOUTS = {
-    "whole copies (train.py)": {"zero_stage": 0},
+    "replicated (train.py)": {"zero_stage": 0},
     "zero_stage 3": SHARDED,
     "zero_stage 2": {"zero_stage": 2},
     "zero_stage 1": {"zero_stage": 1},

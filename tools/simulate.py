@@ -432,7 +432,8 @@ class Simulation:
         text = f"{', '.join(fewest)} hold it"
         if not stage and not every:
             shards, _ = fewest_gpus_text(self.model, 3, *how)
-            text += f" in whole copies; train_fsdp.py needs {' or '.join(shards)}"
+            text = f"{', '.join(fewest)} hold replicas of it"
+            text += f"; train_fsdp.py needs {' or '.join(shards)}"
         return f"smallest   {text} (powers of two that divide the batch, to 4,096)"
 
 

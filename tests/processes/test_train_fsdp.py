@@ -442,7 +442,7 @@ def test_initial_weights_are_those_of_one_process_whatever_the_parts(keys, tmp_p
         ({"cpu_offload": True}, "cpu_offload"),
         (
             {"zero_stage": 0, "expert_parallel": 2, "kind": "moe"},
-            "zero_stage: 0 keeps whole copies .* expert_parallel",
+            "zero_stage: 0 keeps a replica .* expert_parallel",
         ),
         ({"precision": "mixed_fp16"}, "mixed_fp16"),
         ({"reduce_dtype": "bf16", "zero_stage": 1}, "sum micro-steps in bf16"),

@@ -250,10 +250,10 @@ def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypat
         tmp_path / "c.yaml", tiny(model=wide, batch_size=1, gradient_accumulation_steps=8)
     )
     assert train.main([str(path), "--dry_run", "--hardware=h100"]) == 0
-    text = "none x 80 GB, none x 141 GB hold it in whole copies; train_fsdp.py needs 4 x 80 GB or 2 x 141 GB"
+    text = "none x 80 GB, none x 141 GB hold replicas of it; train_fsdp.py needs 4 x 80 GB or 2 x 141 GB"
     assert text in capsys.readouterr().out
     out = dry(capsys, path, "--world_size=4", "--hardware=h100")
-    assert "4 x 80 GB, 2 x 141 GB hold it (powers" in out and "whole copies" not in out
+    assert "4 x 80 GB, 2 x 141 GB hold it (powers" in out and "replicas" not in out
     with pytest.raises(UserError, match="a100-80gb or a100-40gb"):
         train.main([str(path), "--dry_run", "--hardware=a100"])
     assert capsys.readouterr().out == ""
