@@ -452,6 +452,11 @@ class Host:
             *torchrun,
         ]
         env = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        # in each of these hosts torchrun is process 1: without this its word on a launch that was refused would be
+        # taken for another host's, or for that of a session of tests before this one
+        refused = Path(f"{log}.refused")
+        refused.unlink(missing_ok=True)
+        env["LUMEN_REFUSED"] = str(refused)
         self.log = log
         with open(log, "a") as file:
             self.agent = subprocess.Popen(
