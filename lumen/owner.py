@@ -297,7 +297,10 @@ def refused(error: UserError | None = None) -> str:
     """Why this launch was refused at its start, "" where it was not; with `error` that is written
     down. Not into out_dir, which may be another run's: into a file of torchrun's process, or the
     one slurm/train.sbatch looks at."""
-    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{parent()}.refused"
+    here = identity()
+    # in containers torchrun is often process 1, and a folder for such files may be shared or kept
+    place = f"{here['boot'][:8]}-{here['space'].strip('pid:[]')}"
+    own = f"{tempfile.gettempdir()}/lumen-{os.getuid()}-{place}-{parent()}.refused"
     path = Path(os.environ.get("LUMEN_REFUSED") or own)
     with contextlib.suppress(OSError):
         if error is None:

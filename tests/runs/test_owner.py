@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -320,3 +321,16 @@ def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
         r for r in read_lines(tmp_path / "run/metrics.jsonl") if r["attempt"] == 2 and "loss" in r
     ]
     assert rows[0]["step"] == 5, "from the checkpoint at 4"
+
+
+def test_a_refusal_is_of_one_boot_and_one_container(monkeypatch, tmp_path):
+    """torchrun is process 1 in many containers: what one of them was refused for stopped the restarts of others."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LUMEN_REFUSED", raising=False)
+    real = owners.identity
+    owners.refused(UserError("E300", "in use"))
+    assert "in use" in owners.refused()
+    for other in ({"boot": "another"}, {"space": "pid:[1]"}):
+        monkeypatch.setattr(owners, "identity", lambda other=other: real() | other)
+        assert owners.refused() == ""
