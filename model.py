@@ -33,9 +33,16 @@ from model_moe import MOD_SUMS, SUMS, MoD, MoE
 # ---------------------------------------------------------------- configuration
 
 
-# sizes and periods that something is divided by, or that count what there must be one of
+# What the formulas below need. Sizes and periods that something is divided by:
 AT_LEAST_ONE = ("d_model", "n_layers", "n_heads", "multiple_of", "max_seq_len")
 AT_LEAST_ONE += ("moe_every", "mod_every")
+# and names that something is chosen by: a misspelt one would quietly be another model
+NAMES = {
+    "norm_order": ("pre", "lunaris"),
+    "router": ("softmax", "sigmoid"),
+    "mod_routing": ("learned", "static", "random"),
+}
+ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass
@@ -94,31 +101,41 @@ class ModelConfig:
 
         What a user may write is checked in full, and with a remedy, by lumen/model_keys.py.
         """
+        for key in AT_LEAST_ONE:
+            self.require(key, getattr(self, key) >= 1, "must be at least 1")
         self.fill_in()
-        self.require(
-            "head_dim", self.head_dim % 2 == 0, "is odd; RoPE turns pairs, take an even one"
-        )
-        self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, "does not divide n_heads")
         self.require("d_ff", self.d_ff >= 1, "must be at least 1; so says ffn_hidden_multiplier")
-        orders = ("pre", "lunaris")
-        self.require("norm_order", self.norm_order in orders, "is not pre or lunaris")
+        for key in ("head_dim", "n_kv_heads"):
+            self.require(key, getattr(self, key) >= 1, "must be at least 1")
+        self.require("head_dim", self.head_dim % 2 == 0, "is odd; RoPE turns pairs, so be it even")
+        self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, "does not divide n_heads")
+        for key, names in NAMES.items():
+            known = getattr(self, key) in names
+            self.require(key, known, f"is not one of {', '.join(names)}")
+        if self.rope_scaling is not None:
+            kind = rope_kind(self.rope_scaling)
+            text = f"has type {kind!r}, not one of {', '.join(ROPE_SCALINGS)}"
+            self.require("rope_scaling", kind in ROPE_SCALINGS, text)
         if self.norm_order == "lunaris":
             text = "does not go with norm_order lunaris: no norm would be left"
             self.require("qk_norm", self.qk_norm, text)
-        routings = ("learned", "static", "random")
-        text = "is not learned, static or random"
-        self.require("mod_routing", self.mod_routing in routings, text)
+        if isinstance(self.mod_capacity, list):
+            L, given = self.n_layers, len(self.mod_capacity)
+            text = f"needs {L} numbers, one per layer, not {given}"
+            self.require("mod_capacity", given == L, text)
+        self.require("n_experts", self.n_experts >= 0, "must be at least 0, a dense model")
         if self.n_experts:
-            known = self.router in ("softmax", "sigmoid")
-            self.require("router", known, "is not softmax or sigmoid")
-            text = f"must be from 1 to n_experts, {self.n_experts}"
-            chosen = self.n_experts_per_token
-            self.require("n_experts_per_token", 1 <= chosen <= self.n_experts, text)
-            for key in ("d_model", "d_expert"):
-                # grouped GEMMs need rows of 16 bytes, in every precision
-                size = getattr(self, key)
-                text = f"must be a multiple of 8 in a MoE; near it: {max(8, round(size / 8) * 8)}"
-                self.require(key, size % 8 == 0, text)
+            self.require_experts()
+
+    def require_experts(self) -> None:
+        inside = 1 <= self.n_experts_per_token <= self.n_experts
+        text = f"must be from 1 to n_experts, {self.n_experts}"
+        self.require("n_experts_per_token", inside, text)
+        for key in ("d_model", "d_expert"):
+            # grouped GEMMs need rows of 16 bytes, in every precision
+            size = getattr(self, key)
+            text = f"must be a multiple of 8 in a MoE; near it: {max(8, round(size / 8) * 8)}"
+            self.require(key, size >= 1 and size % 8 == 0, text)
 
     def require(self, key: str, holds: bool, text: str) -> None:
         if not holds:
@@ -128,8 +145,6 @@ class ModelConfig:
 
     def fill_in(self) -> None:
         """Defaults that depend on other keys: null, and the sizes that are 0."""
-        for key in AT_LEAST_ONE:  # below something is divided by most of them
-            self.require(key, getattr(self, key) >= 1, "must be at least 1")
         if not self.head_dim:
             divides = self.d_model % self.n_heads == 0
             self.require("n_heads", divides, f"does not divide d_model {self.d_model}")
@@ -222,6 +237,11 @@ class RMSNorm(nn.Module):
         return normed * self.weight.to(x.dtype)
 
 
+def rope_kind(scaling: dict):
+    """What kind of rope_scaling it is, by transformers' old name for that or the new one."""
+    return scaling.get("rope_type", scaling.get("type"))
+
+
 def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of the rotary angles, (..., T, 1, D/2) fp32, for positions (..., T).
 
@@ -233,7 +253,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     # D/2 frequencies, from one radian a token down to about one in rope_theta tokens
     freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
     scaling, gain = cfg.rope_scaling or {}, 1.0
-    kind = scaling.get("rope_type", scaling.get("type"))
+    kind = rope_kind(scaling)
     if kind == "linear":
         freq = freq / scaling["factor"]
     elif kind == "llama3":

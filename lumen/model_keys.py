@@ -1,7 +1,8 @@
 """What may stand in the model's keys: every refusal that a user may meet, with a remedy.
 
-`model_from_keys` makes a ModelConfig of what a user wrote. ModelConfig itself checks only what its
-arithmetic needs, so that model.py stays short for those who copy it.
+`model_from_keys` makes a ModelConfig of what a user, a checkpoint or a foreign file says.
+ModelConfig itself checks only what its arithmetic needs, so that model.py stays short for those who
+copy it. So does `dataclasses.replace`, which is enough for values that Lumen computed itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
-from model import ModelConfig
+from model import ModelConfig, rope_kind
 
 # What a number of ModelConfig may be. The upper bounds of sizes are no physics: to build the
 # messages below, or to count the layers, would take for ever beyond them.
@@ -129,9 +130,7 @@ def check_rope(cfg) -> None:
     scaling = cfg.rope_scaling
     if scaling is None:
         return
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
-        refuse(cfg, "rope_scaling", f"has type {kind!r}, not one of {', '.join(ROPE_NEEDS)}")
+    kind = rope_kind(scaling)
     missing = [key for key in ROPE_NEEDS[kind] if scaling.get(key) is None]
     if missing:
         refuse(cfg, "rope_scaling", f"lacks what {kind} needs: {', '.join(missing)}")
@@ -173,8 +172,6 @@ def check_moe(cfg) -> None:
 def check_mod(cfg) -> None:
     L, T, capacity = cfg.n_layers, cfg.max_seq_len, cfg.mod_capacity
     if isinstance(capacity, list):
-        if len(capacity) != L:
-            refuse(cfg, "mod_capacity", f"needs {L} numbers, one per layer, not {len(capacity)}")
         if given(cfg, "mod_layers", "mod_start_layer", "mod_end_layer", "mod_every"):
             text = "is a list, which says the layers (1.0: not this one); drop mod_every ..."
             refuse(cfg, "mod_capacity", text)

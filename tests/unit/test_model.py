@@ -940,9 +940,22 @@ def test_compiled_model_equals_eager():
         ({"moe_every": 0, "n_experts": 4}, "moe_every: 0 must be at least 1"),
         ({"n_experts": 4, "d_expert": 20}, "d_expert: 20 must be a multiple of 8 .* near it: 16"),
         ({"n_experts": 4, "d_model": 100, "n_heads": 2}, "d_model: 100 must be a multiple of 8"),
+        ({"n_experts": 4, "d_expert": -8}, "d_expert: -8 must be a multiple of 8 .* near it: 8"),
+        ({"n_experts": -1}, "n_experts: -1 must be at least 0"),
+        ({"head_dim": -2}, "head_dim: -2 must be at least 1"),
+        ({"n_kv_heads": -2}, "n_kv_heads: -2 must be at least 1"),
+        ({"norm_order": "post"}, "norm_order: 'post' is not one of pre, lunaris"),
+        ({"router": "sigmoyd"}, "router: 'sigmoyd' is not one of softmax, sigmoid"),
+        ({"rope_scaling": {"type": "ntk"}}, "rope_scaling: .* has type 'ntk', not one of default"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling: .* has type None, not one of default"),
+        ({"mod_capacity": [0.5]}, "mod_capacity: .* needs 12 numbers, one per layer, not 1"),
     ],
 )
 def test_a_model_copied_out_refuses_what_its_arithmetic_cannot_do(keys, why):
-    """Without lumen/model_keys.py, which a copied model.py does not have: zeros divided by zero."""
+    """Without lumen/model_keys.py, which a copied model.py does not have: zeros divided by zero, and
+    what has a wrong name was another model without a word. dataclasses.replace refuses it too."""
     with pytest.raises(ValueError, match=f"model.{why}"):
         ModelConfig(**keys)
+    with pytest.raises(ValueError, match=f"model.{why}"):
+        unset = dict.fromkeys(("head_dim", "n_kv_heads", "d_expert"), 0)
+        dataclasses.replace(ModelConfig(), **unset | keys)
