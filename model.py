@@ -405,31 +405,6 @@ class Attention(nn.Module):
         return y.transpose(1, 2)
 
 
-# Lunaris' two variants. They train and take over its checkpoints (tools/import_lunaris.py); no
-# Hugging Face class has them. Whoever forks this file can delete the class and its line in Block.
-
-
-class LunarisAttention(Attention):
-    """rope_first: QK-norm after RoPE. norm_order lunaris: QK-norm over whole vectors."""
-
-    def __init__(self, cfg: ModelConfig, layer: int = 0):
-        super().__init__(cfg, layer)
-        if cfg.norm_order == "lunaris":
-            self.q_norm = RMSNorm(self.sizes[0], cfg.norm_eps)
-            self.k_norm = RMSNorm(self.sizes[1], cfg.norm_eps)
-
-    def norm_and_rotate(self, q, k, inputs: AttentionInputs):
-        whole = self.cfg.norm_order == "lunaris"
-        if whole:
-            q = self.q_norm(q.flatten(2)).view_as(q)
-            k = self.k_norm(k.flatten(2)).view_as(k)
-        if whole or self.cfg.rope_first:
-            q, k = rotate(q, inputs.rope), rotate(k, inputs.rope)
-        if self.cfg.rope_first and self.cfg.qk_norm and not whole:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k
-
-
 # ---------------------------------------------------------------- block
 
 
@@ -456,11 +431,14 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        lunaris = cfg.rope_first or cfg.norm_order == "lunaris"
         pre = cfg.norm_order == "pre"
         # an Identity has no parameter, so a checkpoint of this kind has no name for it
         self.attn_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if pre else nn.Identity()
-        self.attn = LunarisAttention(cfg, layer) if lunaris else Attention(cfg, layer)
+        attention = Attention
+        if cfg.rope_first or not pre:
+            # Lunaris Codex' two variants. Upward, so they do not go where this file is copied out.
+            from lumen.lunaris import LunarisAttention as attention
+        self.attn = attention(cfg, layer)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         if cfg.is_moe(layer):
             n = cfg.n_shared_experts

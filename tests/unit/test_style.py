@@ -55,6 +55,7 @@ LEVELS = {"kernels": 0, "model_moe": 1, "model": 2, "lumen": 3, "tools": 5}  # c
 UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("export.py", "tools.import_lunaris"): "its command from_lunaris is a foreign format's",
     ("train.py", "tools.simulate"): "the dry run",
+    ("model.py", "lumen.lunaris"): "attention of foreign checkpoints, where somebody asks for it",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",
     ("lumen/resume.py", "export"): "init_from may be a Hugging Face folder",
 }
