@@ -584,6 +584,35 @@ class HeadLoss(torch.autograd.Function):
         return out, dW * grad, None, None, None
 
 
+# ---------------------------------------------------------------- the next token
+
+
+def choose(
+    logits: torch.Tensor,  # (B, V) fp32 on the CPU
+    generators: list[torch.Generator],  # one a row
+    temperature: float = 1.0,  # 0: the most likely token
+    top_k: int = 0,  # only the k most likely; 0: all
+) -> torch.Tensor:
+    """The next id of each row, (B,). top-p, min-p and penalties: lumen/sampling.py."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    # at most 0 before the division: so no temperature is too small
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits, order = logits.topk(top_k, -1)  # (B, k) each
+        return order.gather(-1, draw(logits.softmax(-1), generators))[:, 0]
+    return draw(logits.softmax(-1), generators)[:, 0]
+
+
+def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """Where in its row of p (B, n), which need not add up to 1, each row's token lies: (B, 1)."""
+    # one uniform number per row, found in the cumulative distribution: a number per id would cost
+    # more than all the rest
+    total = p.double().cumsum(-1)  # (B, n)
+    u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
+    return (total <= u * total[:, -1:]).sum(-1, keepdim=True)
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -763,27 +792,24 @@ class Transformer(nn.Module):
         seeds: list[int],
         stop_ids: tuple[int, ...] = (),
         n_vocab: int | None = None,
-        **sampling,
+        choose=choose,
+        **options,
     ) -> Iterator[list[int | None]]:
         """Continue a ragged batch of prompts; yields one id a row and step, None for ended rows.
 
         Each row draws from a generator of its own, so its text does not depend on its neighbours.
-        `n_vocab` masks the rows of a padded vocabulary. Sampling options: see `choose`. A row ends
-        after one of stop_ids, all rows after max_new_tokens; the caller keeps prompt + new tokens
-        within the context it trusts. FloatingPointError where logits are not finite.
+        `n_vocab` masks the rows of a padded vocabulary. choose(logits (B, V), generators,
+        **options) says the ids (B,). A row ends after one of stop_ids, all rows after
+        max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
+        FloatingPointError where logits are not finite.
         """
         was_training, device = self.training, self.embed.weight.device
-        generators = [
-            torch.Generator().manual_seed(s) for s in seeds
-        ]  # on the CPU: alike everywhere
+        # on the CPU, so that a seed gives the same text on every device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         longest = max(map(len, prompts))
         length = longest + max_new_tokens
         cache = KVCache(self.cfg, len(prompts), length, device, self.compute_dtype)
         idx = torch.tensor([p + [-1] * (longest - len(p)) for p in prompts], device=device)
-        # for the repetition penalty
-        seen = torch.zeros(len(prompts), self.cfg.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
         alive = [True] * len(prompts)  # a row that has ended is padded from then on
         trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}
         for moe in trained:
@@ -791,14 +817,14 @@ class Transformer(nn.Module):
         self.eval()  # no dropout, and MoD by its causal rule
         try:
             for _ in range(max_new_tokens):
+                # first all of the prompts, from then on one token a row: (B, T) -> (B, V)
                 logits = self(idx, cache=cache).float().cpu()
                 if not logits.isfinite().all():
                     raise FloatingPointError("the model's logits are NaN or infinite")
-                # ids that no text has: the vocabulary was padded to a multiple of 64
+                # ids that no text has: the vocabulary was padded
                 logits[:, n_vocab or self.cfg.vocab_size :] = -math.inf
-                ids = choose(logits, seen, generators, **sampling)
-                seen[torch.arange(len(ids)), ids] = True
-                out = [i if a else None for i, a in zip(ids.tolist(), alive)]
+                ids = choose(logits, generators, **options).tolist()
+                out = [i if a else None for i, a in zip(ids, alive)]
                 yield out
                 alive = [a and i not in stop_ids for a, i in zip(alive, out)]
                 if not any(alive):
@@ -855,42 +881,3 @@ class Transformer(nn.Module):
         """Bytes of keys and values for `tokens` tokens of one sequence."""
         cfg = self.cfg
         return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * tokens * bytes_per_value
-
-
-def choose(
-    logits: torch.Tensor,  # (B, V) fp32 on the CPU
-    seen: torch.Tensor,  # (B, V) bool: ids that occurred before in each row
-    generators: list[torch.Generator],
-    temperature: float = 1.0,  # 0: the most likely token
-    top_k: int = 0,  # keep the k most likely; 0: all
-    top_p: float = 1.0,  # keep the smallest set with this much probability
-    min_p: float = 0.0,  # keep what has at least this share of the largest probability
-    repetition_penalty: float = 1.0,  # divides seen ids' logits, or multiplies negative ones
-) -> torch.Tensor:
-    """The next id of each row (B,), in transformers' order: penalty (Keskar et al. 2019),
-    temperature, top-k, top-p, min-p."""
-    if repetition_penalty != 1.0:
-        punished = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, punished, logits)  # less likely in either case
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    # at most 0 before the division: so no temperature is too small
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    order = None  # from where on only candidates are left, most likely first: their ids
-    if 0 < top_k < logits.shape[-1]:
-        logits, order = logits.topk(top_k, -1)
-    elif top_p < 1.0:
-        logits, order = logits.sort(-1, descending=True)
-    p = logits.softmax(-1)  # (B, candidates)
-    if top_p < 1.0:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what is likelier suffices
-    if min_p > 0:
-        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0.0)
-    # one uniform number per row, found in the cumulative distribution: a number per id would cost
-    # more than all of the above
-    total = p.double().cumsum(-1)  # it ends at what was kept, not at 1
-    u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
-    pick = (total <= u * total[:, -1:]).sum(-1, keepdim=True)
-    if order is not None:
-        pick = order.gather(-1, pick)
-    return pick[:, 0]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import checkpoint
+from lumen import checkpoint, sampling
 from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.launch import Words, command
@@ -102,7 +102,8 @@ def sample(
     longest = max(stream.limit for stream in streams)
     stop_ids = () if eot is None else (eot,)
     all_ids = [stream.ids for stream in streams]
-    steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, **choice)
+    choose = sampling.Sampling(all_ids, vocab_size, **choice)
+    steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, choose=choose)
     times = _decode(steps, streams, on_text)
     if stats is not None:
         stats |= times

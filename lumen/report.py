@@ -29,6 +29,7 @@ from lumen.config import Config
 from lumen.errors import UserError, a_path
 from lumen.files import read_lines
 from lumen.launch import Words, command, print_now, speak
+from lumen.sampling import Sampling
 
 # the first line of a config.yaml of ours, and the sha256 of what follows it
 WRITTEN = "# written by Lumen anew at each start; edited, it is yours and is left alone:"
@@ -251,10 +252,11 @@ class Report:
         ids, end, n_vocab = found
         # where every token takes all ranks, none may stop before another
         stop = (end,) if parallel.collective_free else ()
-        options = {"temperature": 0.7, "top_p": 0.9, "stop_ids": stop, "n_vocab": n_vocab}
+        choose = Sampling([ids], model.cfg.vocab_size, temperature=0.7, top_p=0.9)
         new = min(160, model.cfg.max_seq_len - len(ids))
         with torch.compiler.set_stance("force_eager"):
-            made = [row[0] for row in model.generate([ids], new, [seed], **options)]
+            steps = model.generate([ids], new, [seed], stop, n_vocab, choose=choose)
+            made = [row[0] for row in steps]
         if not self.main:
             return
         if end in made:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from lumen.model_keys import RANGES, check_range, model_from_keys
+from lumen.sampling import Sampling
 from model import (
     Attention,
     AttentionInputs,
@@ -166,9 +167,8 @@ def test_generate_masks_a_padded_vocabulary():
 
 def test_repetition_penalty_knows_the_prompt_and_what_was_said():
     model, prompt = make(std=0.2), ids(30).tolist()
-    out = [
-        row[0] for row in model.generate([prompt], 20, [0], temperature=0, repetition_penalty=100.0)
-    ]
+    penal = Sampling([prompt], model.cfg.vocab_size, temperature=0, repetition_penalty=100.0)
+    out = [row[0] for row in model.generate([prompt], 20, [0], choose=penal)]
     assert len({*out} - {*prompt}) == 20
     out = [row[0] for row in model.generate([prompt], 20, [0], temperature=0)]
     assert len({*out} - {*prompt}) < 20
@@ -222,12 +222,10 @@ def test_choose_draws_from_transformers_distribution(options):
         if name in options:
             want = cls(options[name])(before, want)
     p = want.softmax(-1)[0].double()
-    seen = torch.zeros(n, V, dtype=torch.bool)
-    seen[:, before[0]] = True
     gens = [torch.Generator().manual_seed(i) for i in range(n)]
-    counts = torch.bincount(
-        choose(logits.expand(n, V), seen, gens, **options), minlength=V
-    ).double()
+    choose = Sampling(before.expand(n, 4).tolist(), V, **options)
+    drawn = choose(logits.expand(n, V), gens)
+    counts = torch.bincount(drawn, minlength=V).double()
     assert (counts[p == 0] == 0).all()
     sigma = (p * (1 - p) * n).sqrt().clamp(min=1)
     assert ((counts - p * n).abs() < 4.5 * sigma).all()
@@ -235,7 +233,7 @@ def test_choose_draws_from_transformers_distribution(options):
 
 def test_choose_limits():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
-    seen, best = torch.zeros(3, 20, dtype=torch.bool), logits.argmax(-1)
+    best = logits.argmax(-1)
     gens = [torch.Generator().manual_seed(i) for i in range(3)]
     for greedy in (
         dict(temperature=0),
@@ -244,12 +242,20 @@ def test_choose_limits():
         dict(top_p=1e-6),
         dict(min_p=1.0),
     ):
-        assert torch.equal(choose(logits, seen, gens, **greedy), best), greedy
+        assert torch.equal(Sampling([[]] * 3, 20, **greedy)(logits, gens), best), greedy
     # one draw per row whatever the options: a row's stream of random numbers depends on nothing else
     a, b = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    choose(logits[:1], seen[:1], [a])
-    choose(logits[:1], seen[:1], [b], top_k=3, top_p=0.5)
+    Sampling([[]], 20)(logits[:1], [a])
+    Sampling([[]], 20, top_k=3, top_p=0.5)(logits[:1], [b])
     assert torch.equal(a.get_state(), b.get_state())
+
+
+def test_the_models_own_choose_is_the_full_one_without_its_filters():
+    logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) * 2
+    for options in ({}, dict(temperature=0), dict(temperature=1.4), dict(top_k=5, temperature=0.7)):
+        gens = [[torch.Generator().manual_seed(i) for i in range(500)] for _ in range(2)]
+        full = Sampling([[]] * 500, 40, **options)(logits, gens[0])
+        assert torch.equal(choose(logits, gens[1], **options), full), options
 
 
 # ---------------------------------------------------------------- head and loss

@@ -1,0 +1,65 @@
+"""How the next token is chosen, with all that transformers offers.
+
+model.py has the plain ways, temperature and top-k, for those who copy it; `Transformer.generate`
+takes a `Sampling` in their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model import draw
+
+
+@dataclass
+class Sampling:
+    """`choose` for one call of Transformer.generate; it remembers what each row has said.
+
+    In transformers' order: penalty (Keskar et al. 2019), temperature, top-k, top-p, min-p.
+    """
+
+    prompts: list[list[int]]  # the ids of each row
+    vocab_size: int  # the model's
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # keep the k most likely; 0: all
+    top_p: float = 1.0  # keep the smallest set with this much probability
+    min_p: float = 0.0  # keep what has at least this share of the largest probability
+    repetition_penalty: float = 1.0  # divides seen ids' logits, or multiplies negative ones
+
+    def __post_init__(self):
+        self.seen = torch.zeros(len(self.prompts), self.vocab_size, dtype=torch.bool)  # (B, V)
+        for row, prompt in enumerate(self.prompts):
+            self.seen[row, prompt] = True
+
+    def __call__(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
+        """The next id of each row (B,), of logits (B, V), fp32 on the CPU."""
+        ids = self.choose(logits, generators)
+        self.seen[torch.arange(len(ids)), ids] = True
+        return ids
+
+    def choose(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
+        penalty = self.repetition_penalty
+        if penalty != 1.0:
+            # less likely in either case
+            punished = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self.seen, punished, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        # at most 0 before the division: so no temperature is too small
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        order = None  # from where on only candidates are left, most likely first: their ids
+        if 0 < self.top_k < logits.shape[-1]:
+            logits, order = logits.topk(self.top_k, -1)
+        elif self.top_p < 1.0:
+            logits, order = logits.sort(-1, descending=True)
+        p = logits.softmax(-1)  # (B, candidates)
+        if self.top_p < 1.0:
+            p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # what is likelier suffices
+        if self.min_p > 0:
+            p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
+        pick = draw(p, generators)  # what is left need not add up to 1
+        if order is not None:
+            pick = order.gather(-1, pick)
+        return pick[:, 0]
