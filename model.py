@@ -249,10 +249,12 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     along with it. The scalings are those of transformers: linear (divide by factor), llama3
     (Llama 3.1's smooth cut), yarn (Peng et al. 2023).
     """
-    D, device = cfg.head_dim, pos.device
+    D = cfg.head_dim
     # D/2 frequencies, from one radian a token down to about one in rope_theta tokens
-    freq = 1.0 / cfg.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
-    scaling, gain = cfg.rope_scaling or {}, 1.0
+    pair = torch.arange(D // 2, device=pos.device, dtype=torch.float32)
+    freq = 1.0 / cfg.rope_theta ** (2 * pair / D)
+    gain = 1.0  # on cos and sin, so on queries and keys alike
+    scaling = cfg.rope_scaling or {}
     kind = rope_kind(scaling)
     if kind == "linear":
         freq = freq / scaling["factor"]
@@ -272,8 +274,7 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
 
         low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
         high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), D - 1)
-        at = torch.arange(D // 2, device=device, dtype=torch.float32)
-        keep = 1 - ((at - low) / max(high - low, 1e-3)).clamp(0, 1)
+        keep = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / scaling["factor"])
         gain = scaling.get("attention_factor")  # above 0, or not given
         gain = gain or 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
@@ -391,17 +392,17 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """softmax(q k^T / sqrt(D)) v, causal, (B, T, H, D); torch picks its fastest kernel."""
-        q, mask = q.transpose(1, 2), None  # (B, H, T, D)
+        q = q.transpose(1, 2)  # (B, H, T, D)
         if inputs.cache is None:
+            # without a mask: only so may torch take its flash kernel
+            options = {"is_causal": True}
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
         else:
             k, v = inputs.cache.write(self.layer, inputs.pos, k, v)  # (B, G, used, D)
-            mask = inputs.cache.visible(self.layer, inputs.pos)
-        gqa = k.shape[1] != q.shape[1]
-        # enable_gqa: each key head serves H / G query heads, without a copy where a kernel can
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
-        )
+            options = {"attn_mask": inputs.cache.visible(self.layer, inputs.pos)}
+        # each key head serves H / G query heads, without a copy where a kernel can
+        options["enable_gqa"] = k.shape[1] != q.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, **options)
         return y.transpose(1, 2)
 
 
@@ -441,8 +442,11 @@ class Block(nn.Module):
         self.attn = attention(cfg, layer)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         if cfg.is_moe(layer):
-            n = cfg.n_shared_experts
-            self.ffn = MoE(cfg, SwiGLU(cfg.d_model, n * cfg.d_expert) if n else None)
+            shared = None
+            if cfg.n_shared_experts:
+                # n experts that everybody visits are one that is n times as wide
+                shared = SwiGLU(cfg.d_model, cfg.n_shared_experts * cfg.d_expert)
+            self.ffn = MoE(cfg, shared)
         else:
             self.ffn = SwiGLU(cfg.d_model, cfg.d_ff)
         self.mod = MoD(cfg, layer) if cfg.capacity(layer) < 1 else None
@@ -527,12 +531,13 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
-        # x (N, C), W (V, C); at 50,000 ids the full logits would be 200 kB a token
-        W, rows = weight.to(x.dtype), head_rows(weight.shape[0], x.is_cuda)
-        dx = torch.empty_like(x) if need_grad else None  # (N, C)
-        dW = (
-            torch.zeros_like(weight) if need_grad else None
-        )  # (V, C), in the dtype of the weight: fp32
+        W = weight.to(x.dtype)  # (V, C)
+        # at 50,000 ids the full logits would be 200 kB a token
+        rows = head_rows(weight.shape[0], x.is_cuda)
+        dx = dW = None
+        if need_grad:
+            dx = torch.empty_like(x)  # (N, C)
+            dW = torch.zeros_like(weight)  # (V, C), fp32 as the weight: many chunks add up in it
         ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
         starts = list(range(0, len(x), rows))
         if len(starts) > 1 and starts[-1] == len(x) - 1:
@@ -578,7 +583,8 @@ class HeadLoss(torch.autograd.Function):
         dx, dW = ctx.saved_tensors
         if dx.dtype.itemsize >= 4:
             return dx * grad, dW * grad, None, None, None
-        out, rows = torch.empty_like(dx), 4096
+        out = torch.empty_like(dx)
+        rows = 4096  # any will do: of 32 MB in fp32 at a width of 2,048
         for a in range(0, len(dx), rows):
             out[a : a + rows] = dx[a : a + rows].float() * grad
         return out, dW * grad, None, None, None
@@ -672,16 +678,14 @@ class Transformer(nn.Module):
         # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
         if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
             std /= math.sqrt(2 * self.cfg.n_layers)
-        for e, part in enumerate(p if role(name) == "expert" else [p], first):
+        parts = p if role(name) == "expert" else [p]
+        for e, part in enumerate(parts, first):
             key = f"{seed}:{name}:{e}" if e else f"{seed}:{name}"
+            # not hash(), which Python salts anew in every process
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            # drawn on the CPU in fp32 whatever the device; into the parameter itself where it can
-            contiguous = part.is_contiguous() and part.dtype == torch.float32
-            if contiguous and part.device.type == "cpu":
-                torch.randn(part.shape, generator=generator, out=part.data).mul_(std)
-            else:
-                part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
+            # drawn on the CPU in fp32 whatever the device, so every device starts from the same
+            part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""
@@ -701,7 +705,8 @@ class Transformer(nn.Module):
         if cache is None:
             pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)
         else:
-            pos, real = cache.place(idx), (idx >= 0).sum(1)  # (B, T), (B,)
+            pos = cache.place(idx)  # (B, T)
+            real = (idx >= 0).sum(1)  # (B,), tokens that are no padding
             idx = idx.clamp(min=0)
         rope = rope_tables(self.cfg, pos)
         inputs = AttentionInputs(rope, self.backend, cache, pos, self.causal)
@@ -730,10 +735,10 @@ class Transformer(nn.Module):
 
     def loss(self, x, targets, found: list[dict]) -> tuple[torch.Tensor, dict]:
         """(total, sums), see forward, from the stream x (B, T, C) and the blocks' statistics."""
-        grad, valid = torch.is_grad_enabled(), targets >= 0
-        total, ce, z, correct = HeadLoss.apply(
-            x.flatten(0, 1), self.head_weight(), targets.flatten(), self.z_loss, grad
-        )
+        grad = torch.is_grad_enabled()
+        valid = targets >= 0
+        rows = (x.flatten(0, 1), self.head_weight(), targets.flatten())
+        total, ce, z, correct = HeadLoss.apply(*rows, self.z_loss, grad)
         sums = {"ce": ce, "z": z, "count": valid.sum().float()}
         if not grad:
             sums["correct"] = correct
@@ -803,7 +808,8 @@ class Transformer(nn.Module):
         max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
         FloatingPointError where logits are not finite.
         """
-        was_training, device = self.training, self.embed.weight.device
+        was_training = self.training
+        device = self.embed.weight.device
         # on the CPU, so that a seed gives the same text on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         longest = max(map(len, prompts))
@@ -840,9 +846,13 @@ class Transformer(nn.Module):
     def n_params(self) -> dict[str, int]:
         """Parameters: total, active per token (K of the experts; null ones save their share), and
         without embeddings."""
-        cfg, total = self.cfg, sum(p.numel() for p in self.parameters())
-        tables = self.embed.weight.numel() * (1 if cfg.tie_embeddings else 2)
-        idle, each = 0, 3 * cfg.d_model * cfg.d_expert
+        cfg = self.cfg
+        total = sum(p.numel() for p in self.parameters())
+        tables = self.embed.weight.numel()
+        if not cfg.tie_embeddings:
+            tables += self.head.weight.numel()
+        idle = 0
+        each = 3 * cfg.d_model * cfg.d_expert  # weights of an expert: gate, up and down
         for moe in self.sparse_layers("moe").values():
             idle += moe.router.slots * each - round(self.experts_used() * each)
         return {"total": total, "active": total - idle, "non_embedding": total - tables}
@@ -860,24 +870,23 @@ class Transformer(nn.Module):
         MFUs compare. Of the experts those that are used count; in a MoD layer of capacity c weights
         count c times, attention c^2 times.
         """
-        cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
+        cfg = self.cfg
+        T = seq_len or cfg.max_seq_len
         flops = 6 * cfg.vocab_size * cfg.d_model  # the head; the embedding is a lookup
         for i, block in enumerate(self.blocks):
             c = block.mod.capacity if block.mod is not None else 1.0
             deep = 1.0 if cfg.mod_ffn_only else c  # the share of tokens that attention computes
-            attn = sum(p.numel() for p in block.attn.parameters() if p.dim() >= 2)
-            ffn = sum(p.numel() for p in block.ffn.parameters() if p.dim() == 2)
+            attn, ffn, mod = (matrices(part) for part in (block.attn, block.ffn, block.mod))
             if cfg.is_moe(i):
                 ffn += self.experts_used() * 3 * cfg.d_model * cfg.d_expert
-            mod = 0
-            if block.mod is not None:
-                mod = sum(p.numel() for p in block.mod.parameters() if p.dim() == 2)
             # q k^T and its product with v, forward once and backward twice
             scores = 12 * cfg.n_heads * cfg.head_dim * T
             flops += 6 * (deep * attn + c * ffn + mod) + scores * deep**2
         return round(flops)
 
-    def kv_cache_bytes(self, tokens: int = 1, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values for `tokens` tokens of one sequence."""
-        cfg = self.cfg
-        return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * tokens * bytes_per_value
+
+def matrices(module: nn.Module | None) -> int:
+    """Weights that multiply every token: no norms, and no experts, which are 3-D."""
+    if module is None:
+        return 0
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)

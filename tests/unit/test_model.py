@@ -121,8 +121,8 @@ def test_cache_works_on_its_bytes_only():
     model = make(n_kv_heads=2)
     cache = KVCache(model.cfg, 3, 31, dtype=torch.bfloat16)
     real = sum(t.numel() * t.element_size() for t in cache.k + cache.v)
-    assert real == 3 * model.kv_cache_bytes(32)  # 31 and the slot for padding
-    assert 3 * model.kv_cache_bytes(32, 4) == 2 * real
+    # keys and values of 3 rows, 31 tokens and the slot for padding, 2 heads of 8, 2 bytes each
+    assert real == 2 * model.cfg.n_layers * 3 * 32 * 2 * 8 * 2
 
 
 def test_generate_pushes_each_token_through_once():
