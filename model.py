@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from model_moe import MOD_SUMS, SUMS, MoD, MoE
+from model_moe import MoD, MoE
 
 # ---------------------------------------------------------------- configuration
 
@@ -699,8 +699,9 @@ class Transformer(nn.Module):
         last real token.
         With targets (B, T), negative = ignored: (total, sums). total is what is differentiated, a
         sum over the valid targets. sums are tensors by name: ce, z (z-loss), count (valid targets)
-        and in training the rest of sum_shapes; without gradients correct; of a model with MoD in
-        evaluation depth (layers, 2): valid tokens that were kept, and that the rules agree on.
+        and in training the sparse layers' (model_moe.SUMS and MOD_SUMS); without gradients correct;
+        of a model with MoD in evaluation depth (layers, 2): valid tokens that were kept, and that
+        the rules agree on.
         """
         if cache is None:
             pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)
@@ -747,27 +748,16 @@ class Transformer(nn.Module):
             losses = [s["loss"] for s in found if "loss" in s]
             if losses:
                 total = total + torch.stack(losses).sum()
-            for name in self.sum_shapes():
-                if "." in name:  # of sparse layers: one row a layer
-                    sums[name] = torch.stack([s[name] for s in found if name in s])
+            # what has a dot in its name is a sum of a sparse layer: here one row a layer
+            names = dict.fromkeys(name for s in found for name in s if "." in name)
+            for name in names:
+                sums[name] = torch.stack([s[name] for s in found if name in s])
             return total, sums
         kept = [s for s in found if "kept" in s]  # kept, agree: (B, T) bool
         if kept:
             depth = [[(s[key] & valid).sum() for key in ("kept", "agree")] for s in kept]
             sums["depth"] = torch.stack([torch.stack(pair) for pair in depth])
         return total, sums
-
-    def sum_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each sum of a training step; they add up over micro-steps and ranks."""
-        shapes = {"ce": (), "z": (), "count": ()}
-        moe, mod = self.sparse_layers("moe"), self.sparse_layers("mod")
-        if moe:
-            shapes |= {f"moe.{name}": (len(moe),) for name in SUMS}
-            shapes["moe.counts"] = (len(moe), next(iter(moe.values())).router.n)
-        if mod:
-            shapes |= {f"mod.{name}": (len(mod),) for name in MOD_SUMS}
-            shapes["mod.counts"] = (len(mod), self.cfg.max_seq_len)
-        return shapes
 
     def sparse_layers(self, kind: str) -> dict[int, nn.Module]:
         """The MoE (kind moe) or MoD (kind mod) modules by layer."""

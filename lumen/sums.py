@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model_moe import MOD_SUMS, SUMS
+
 # beside the model's sums, what the ranks tell one another in each step
 FLAGS = (
     "unread",  # this rank cannot read its rows
@@ -93,10 +95,25 @@ def of_layers(name: str) -> bool:
     return "." in name
 
 
+def sum_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each sum that the model returns of a training step; they add up over
+    micro-steps and ranks."""
+    shapes = {"ce": (), "z": (), "count": ()}
+    moe = model.sparse_layers("moe")
+    mod = model.sparse_layers("mod")
+    if moe:
+        shapes |= {f"moe.{name}": (len(moe),) for name in SUMS}
+        shapes["moe.counts"] = (len(moe), next(iter(moe.values())).router.n)
+    if mod:
+        shapes |= {f"mod.{name}": (len(mod),) for name in MOD_SUMS}
+        shapes["mod.counts"] = (len(mod), model.cfg.max_seq_len)
+    return shapes
+
+
 def empty_sums(model, device: torch.device) -> dict[str, torch.Tensor]:
     """Zeros for all that the collective carries: the model's sums, our flags, the sparse layers'
     sums. Made and filled on the device, for a copy would be a sync."""
-    shapes = model.sum_shapes()
+    shapes = sum_shapes(model)
     order = [name for name in shapes if not of_layers(name)]
     order += [*FLAGS, *(name for name in shapes if of_layers(name))]
     dtype = sum_dtype(device)

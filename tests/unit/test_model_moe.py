@@ -18,7 +18,7 @@ from lumen.experts import (
     recycle_expert,
 )
 from lumen.optim import build_optimizer
-from lumen.sums import flatten, unflatten
+from lumen.sums import flatten, sum_shapes, unflatten
 from model import AttentionInputs, Transformer, rope_tables
 from model_moe import SUMS, update_balance
 from train import Parallel
@@ -492,7 +492,7 @@ def test_every_sum_has_the_name_and_the_shape_that_was_promised(kind):
     """The trainer lays out its one collective by sum_shapes before it has seen a batch; there and back nothing is lost."""
     model, x = make(**KINDS[kind]), ids(2, 32)
     sums = model(x, x)[1]
-    assert {name: tuple(t.shape) for name, t in sums.items()} == model.sum_shapes()
+    assert {name: tuple(t.shape) for name, t in sums.items()} == sum_shapes(model)
     assert ("moe.counts" in sums) == (kind in EXPERTS) and ("mod.counts" in sums) == (
         kind in DEPTHS
     )
