@@ -348,7 +348,7 @@ class AttentionInputs(NamedTuple):
     """What one forward pass gives to every attention layer beside the stream. MoD replaces rope
     and pos by those of the tokens that it lets through."""
 
-    rope: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin, (T, 1, D/2) or (B, T, 1, D/2)
+    rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, 1, D/2) or (B, T, 1, D/2)
     backend: str = "sdpa"  # or flash
     cache: KVCache | None = None  # decoding
     pos: torch.Tensor | None = None  # (T,) or with a cache (B, T)

@@ -3,7 +3,6 @@
 This file imports nothing of ours but kernels.py, and that only where it is there: without it the
 experts are computed by the plain formula, which is slow and clear. So it can be copied out together
 with model.py. It never imports model: MoE gets the shared expert and MoD the block as arguments.
-Errors are plain ValueError.
 
 Names: B batch, T tokens (where rows and positions are flattened, B T of them), C = d_model, E
 experts, K experts per token, S slots for experts, n = S + null experts: columns of the router.
@@ -110,7 +109,8 @@ class Router(nn.Module):
         return buffers
 
     def forward(self, x):
-        cfg, K = self.cfg, self.cfg.n_experts_per_token
+        cfg = self.cfg
+        K = cfg.n_experts_per_token
         B = len(x) if x.dim() == 3 else 1
         x = x.reshape(-1, x.shape[-1])  # (T, C), here and below T is B T
         logits, live = self.logits(x)  # (T, n)
@@ -252,10 +252,10 @@ def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Ten
     Nothing changes where `bad`, a 0-d bool: that step was dropped. No host sync.
     """
     for moe, count in zip(layers, counts):
-        router, cfg = moe.router, moe.router.cfg
+        router = moe.router
         count = count.float()
         live = torch.ones_like(router.bias)
-        if cfg.n_experts_max:
+        if router.cfg.n_experts_max:
             live[: router.slots] = router.alive.float()
         load = count / count.sum().clamp(min=1)
         out = router.dropped_out
@@ -355,19 +355,11 @@ class MoD(nn.Module):
             score = self.router(h)[..., 0]  # (B, T)
             # above 0: chosen by the causal rule
             logit = score.detach() + self.predictor(h.detach())[..., 0]
-        hashing = self.routing == "random" and not self.training
-        if hashing or (inputs.causal and not self.training):
+        if not self.training and (inputs.causal or self.routing == "random"):
             return self.causal_forward(x, branch, inputs, score, logit)
         idx = self.choose(x, score)  # (B, n), in order
-        n = idx.shape[1]
-        rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()
-        taken = TakeRows.apply(x.flatten(0, 1), rows).view(B, n, C)
-        y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=None))
-        if score is not None:
-            y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]
-        y = PutRows.apply(y.flatten(0, 1), rows, B * T).view(B, T, C)
-        with torch.no_grad():
-            kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
+        y, stats = compute(x, branch, inputs, idx, score)
+        kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
         return y, stats | self.statistics(kept, logit, stats)
 
     def choose(self, x, score):
@@ -384,17 +376,16 @@ class MoD(nn.Module):
 
     def statistics(self, kept, logit, inner: dict) -> dict:
         """Of kept (B, T), 1.0 or 0.0, and what the predictor says of it."""
-        own, agree, bce = {}, kept, kept.new_zeros(())
+        own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": kept.sum(0)}
+        bce = kept.new_zeros(())
+        agree = kept
         if logit is not None:
             bce = F.binary_cross_entropy_with_logits(logit, kept, reduction="sum")
             loss = self.BCE_WEIGHT * bce
             own["loss"] = loss + inner.get("loss", 0.0)
             bce = loss.detach() / self.BCE_WEIGHT
             agree = ((logit > 0) == (kept > 0)).float()
-        own["mod.bce"] = bce
-        own["mod.agree"] = agree.sum()
-        own["mod.tokens"] = kept.new_full((), kept.numel())
-        own["mod.counts"] = kept.sum(0)
+        own |= {"mod.bce": bce, "mod.agree": agree.sum()}
         if not self.training:
             own |= {"kept": kept > 0, "agree": agree > 0}
         return own
@@ -409,10 +400,12 @@ class MoD(nn.Module):
 
     def causal_forward(self, x, branch, inputs, score, logit):
         """By the causal rule. Rows keep different numbers, so here the host looks."""
-        (B, T, C), at, cache = x.shape, inputs.pos, inputs.cache
+        B, T, _ = x.shape
+        cache = inputs.cache
+        at = inputs.pos  # (B, T) in decoding
         if at is None or at.dim() == 1:
             at = torch.arange(T, device=x.device).expand(B, T)
-        keep = self.causal_choice(at, logit)
+        keep = self.causal_choice(at, logit)  # (B, T) bool
         if cache is not None:
             keep = keep & (at < cache.length)  # padding
         stats = {"kept": keep, "agree": torch.ones_like(keep)}
@@ -423,27 +416,34 @@ class MoD(nn.Module):
         if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
         n = max(1, n)
-        # the chosen first, in order; behind them, in rows that keep fewer, tokens whose result is
-        # thrown away
+        # the chosen first, in order; rows that keep fewer are filled up with some that do not count
         idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]  # (B, n)
         real = keep.gather(1, idx)
         pos = at.gather(1, idx)
         if cache is not None:
             pos = pos.masked_fill(~real, cache.length)  # the spare slot, which nobody reads
-        rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()
-        taken = x.flatten(0, 1)[rows].view(B, n, C)
-        y, inner = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos))
-        if score is not None:
-            y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]
+        y, inner = compute(x, branch, inputs, idx, score, pos, real)
+        return y, inner | stats
+
+
+def compute(x, branch, inputs, idx, score, pos=None, real=None):
+    """(The branch's change to the tokens idx (B, n) of x (B, T, C), elsewhere zero; stats). score
+    (B, T) weighs it; pos (B, n): their positions in a cache; real (B, n) bool: whose counts."""
+    B, T, C = x.shape
+    rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()  # (B n,)
+    taken = TakeRows.apply(x.flatten(0, 1), rows).view(*idx.shape, C)
+    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos))
+    if score is not None:
+        # 1 where the score is 0, so that at first MoD changes little
+        y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]
+    if real is not None:
         # not times zero: without a key to look at, attention gives NaN
         y = torch.where(real[..., None], y, 0.0)
-        return PutRows.apply(y.flatten(0, 1), rows, B * T).view(B, T, C), inner | stats
+    return PutRows.apply(y.flatten(0, 1), rows, B * T).view(B, T, C), stats
 
 
 def rope_of(rope, idx):
     """cos and sin (T or B, T, 1, D/2) of the chosen positions idx (B, n): (B, n, 1, D/2)."""
-    if rope is None:
-        return None
     rows = torch.arange(len(idx), device=idx.device)[:, None]
     return tuple(t[idx] if t.dim() == 3 else t[rows, idx] for t in rope)
 
