@@ -479,8 +479,10 @@ class Block(nn.Module):
         return h + y, stats
 
     def ffn_branch(self, x, inputs: AttentionInputs | None = None):
-        y = self.ffn(self.ffn_norm(x))
-        y, stats = y if isinstance(y, tuple) else (y, {})  # SwiGLU has no statistics
+        stats = {}  # SwiGLU has none
+        y = self.ffn(self.ffn_norm(x))  # (B, T, C)
+        if isinstance(self.ffn, MoE):
+            y, stats = y
         return F.dropout(y, self.dropout, self.training), stats
 
 

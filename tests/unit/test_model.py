@@ -806,6 +806,8 @@ for step in range(4):
     optimizer.zero_grad()
     losses.append(sums["ce"].item())
 text = [row[0] for row in model.generate([[1, 2, 3]], 4, [0], temperature=0)]
+drawn = list(model.generate([[1, 2, 3], [4]], 4, [0, 1], temperature=0.8, top_k=5))
+assert len(drawn) == 4 and all(0 <= i < 97 for row in drawn for i in row)
 print(model.blocks[0].ffn.backend, *losses, *text)
 print(*sorted(m for m in sys.modules if m in ("kernels", "lumen", "yaml")))
 """
