@@ -1,4 +1,5 @@
-"""What several test files share: a tiny dataset, a tiny configuration, runs as processes of their own."""
+"""What several test files share: a tiny dataset, a tiny configuration, runs as processes of their
+own."""
 
 import faulthandler
 import functools
@@ -23,13 +24,15 @@ import torch
 
 from lumen import machine
 
-# what MFU is counted against is measured for 0.2 s at the start of a run: here once a process, not once a Trainer
+# what MFU is counted against is measured for 0.2 s at the start of a run: here once a process, not
+# once a Trainer
 machine.matrix_peak = functools.lru_cache(None)(machine.matrix_peak)
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 HANGS = 900  # seconds a test may take
 
-# ---------------------------------------------------------------- no test hangs, none leaves a process behind
+# ---------------------------------------------------------------- no test hangs, none leaves a
+# process behind
 
 MARK = None  # in the environment of all that this pytest process starts
 HELPERS = ("resource_tracker", "forkserver", "compile_worker")  # they end when their parent does
@@ -38,8 +41,8 @@ STDERR = []  # a copy from before a test's output is captured, else the tracebac
 
 
 def pytest_configure(config):
-    """Not at import: ranks import this file too, and what they start is to bear the mark of the tests. A worker of
-    pytest-xdist comes here by itself and has a mark of its own."""
+    """Not at import: ranks import this file too, and what they start is to bear the mark of the
+    tests. A worker of pytest-xdist comes here by itself and has a mark of its own."""
     global MARK
     MARK = f"LUMEN_TESTS={os.getpid()}-{time.time_ns()}"
     os.environ["LUMEN_TESTS"] = MARK.partition("=")[2]
@@ -51,8 +54,9 @@ def pytest_configure(config):
 
 
 def orphans() -> dict[int, str]:
-    """pid -> command line of what tests started and nobody waits for; torchrun's ranks are in sessions of their own, so
-    the environment alone tells. /proc shows that of the exec: never this process, nor pytest-xdist's."""
+    """pid -> command line of what tests started and nobody waits for; torchrun's ranks are in
+    sessions of their own, so the environment alone tells. /proc shows that of the exec: never this
+    process, nor pytest-xdist's."""
     found = {}
     if MARK is None or sys.platform != "linux":
         return found
@@ -132,7 +136,8 @@ def ends():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> str:
-    """Three bare shards of a language that is easy to learn: each id is the last one plus 0, 1 or 2, modulo 97."""
+    """Three bare shards of a language that is easy to learn: each id is the last one plus 0, 1 or
+    2, modulo 97."""
     folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     for i in range(3):
         np.save(
@@ -179,7 +184,8 @@ def tiny(shards, tmp_path):
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """reference(keys) -> a finished run that tests only compare with, trained once a session; see rig.References."""
+    """reference(keys) -> a finished run that tests only compare with, trained once a session; see
+    rig.References."""
     import rig  # here, for those who import this file only for its names need no trainer
 
     return rig.References(tmp_path_factory.mktemp("reference"))

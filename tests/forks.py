@@ -1,8 +1,9 @@
-"""Programs and ranks without the seconds that a start costs: one process imports torch and the trainer, and forks them.
+"""Programs and ranks without the seconds that a start costs: one process imports torch and the
+trainer, and forks them.
 
-The same as conftest.run_python to whoever looks at their output, their exit and their files. What a test says of torchrun
-(restarts, signals that it hands on, launch lines) or of a start itself needs a real one.
-"""
+The same as conftest.run_python to whoever looks at their output, their exit and their files. What a
+test says of torchrun (restarts, signals that it hands on, launch lines) or of a start itself needs
+a real one."""
 
 import json
 import os
@@ -26,7 +27,8 @@ PATIENCE = 10  # seconds between TERM and KILL for the ranks of one that failed
 
 
 def run_forked(*words, ranks=0, timeout=120, **env) -> subprocess.CompletedProcess:
-    """`python words...`, as so many ranks of one host; returncode: 1 if any of several failed, as torchrun's."""
+    """`python words...`, as so many ranks of one host; returncode: 1 if any of several failed, as
+    torchrun's."""
     if not SERVERS:
         SERVERS.append(start())
     server, sock = SERVERS[0]
@@ -75,7 +77,8 @@ def run_forked(*words, ranks=0, timeout=120, **env) -> subprocess.CompletedProce
 def start():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     env = os.environ | {"PYTHONPATH": f"{conftest.ROOT}:{conftest.ROOT}/tests"}
-    # tensors of a megabyte and more go back to the system when freed: what a rank holds can be measured
+    # tensors of a megabyte and more go back to the system when freed: what a rank holds can be
+    # measured
     env |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     command = [sys.executable, __file__, str(theirs.fileno())]
     process = subprocess.Popen(command, cwd=conftest.ROOT, env=env, pass_fds=[theirs.fileno()])
@@ -141,7 +144,8 @@ def import_all() -> None:
 
 
 def wait(left: set[int]) -> list[int]:
-    """The exit codes of these children, below 0 for signals; those of a rank that failed are ended, as torchrun does."""
+    """The exit codes of these children, below 0 for signals; those of a rank that failed are ended,
+    as torchrun does."""
     codes, kill_at = {}, None
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)

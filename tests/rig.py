@@ -1,7 +1,7 @@
-"""Runs in this process: how tests start them, step into them, hurt them, and look at what they leave.
+"""Runs in this process: how tests start them, step into them, hurt them, and look at what they
+leave.
 
-This is the only place that knows how to get into the loop: at_iteration and at_step.
-"""
+This is the only place that knows how to get into the loop: at_iteration and at_step."""
 
 import dataclasses
 import json
@@ -35,7 +35,8 @@ KINDS = {
 
 
 def at_iteration(trainer, acts: dict) -> Trainer:
-    """acts: {iteration, from 1: function of the trainer}, called before it begins: ahead of a rollback, of commands."""
+    """acts: {iteration, from 1: function of the trainer}, called before it begins: ahead of a
+    rollback, of commands."""
     act = trainer.orchestrator.begin_iteration
 
     def first_that():
@@ -47,7 +48,8 @@ def at_iteration(trainer, acts: dict) -> Trainer:
 
 
 def at_step(trainer, acts: dict) -> Trainer:
-    """acts: {step, from 0: function of the trainer}, called once, when that step's first rows are read."""
+    """acts: {step, from 0: function of the trainer}, called once, when that step's first rows are
+    read."""
     following, due = trainer.loader.next, dict(acts)
 
     def next_rows():
@@ -59,7 +61,8 @@ def at_step(trainer, acts: dict) -> Trainer:
 
 
 def at_each_step(trainer, act) -> Trainer:
-    """act(trainer) when the first rows of any step are read: behind a rollback, ahead of the forward pass."""
+    """act(trainer) when the first rows of any step are read: behind a rollback, ahead of the
+    forward pass."""
     following, seen = trainer.loader.next, set()
 
     def next_rows():
@@ -94,7 +97,8 @@ def stop_at(trainer, step, then=None) -> Trainer:
 
 
 def finish(keys, parallel=Parallel, iterations=None, steps=None) -> Trainer:
-    """Train to the end, which is a good one. iterations, steps: as at_iteration and at_step take them."""
+    """Train to the end, which is a good one. iterations, steps: as at_iteration and at_step take
+    them."""
     trainer = at_step(at_iteration(Trainer(keys, parallel), iterations or {}), steps or {})
     assert trainer.fit() == 0
     return trainer
@@ -112,8 +116,8 @@ class Kept(Parallel):
 
 
 class Halves(Parallel):
-    """The toy second implementation that keeps the seam honest: each tensor lives in regions of its first axis, one a
-    rank and two in one process; all of it is on every rank, as in Parallel."""
+    """The toy second implementation that keeps the seam honest: each tensor lives in regions of its
+    first axis, one a rank and two in one process; all of it is on every rank, as in Parallel."""
 
     def local_shards(self, name, tensor):
         if not tensor.dim():
@@ -197,8 +201,9 @@ def read_only(folder) -> None:
 
 
 class References:
-    """reference(keys) -> a finished run of these keys, trained once a session whatever its out_dir. For runs that are
-    only compared with: its files are read-only, and whoever wants to change one copies it."""
+    """reference(keys) -> a finished run of these keys, trained once a session whatever its out_dir.
+    For runs that are only compared with: its files are read-only, and whoever wants to change one
+    copies it."""
 
     def __init__(self, folder):
         self.folder, self.runs = folder, {}

@@ -40,7 +40,8 @@ def config(**changes) -> ModelConfig:
 
 
 def make(seed=0, std=0.1, **changes) -> Transformer:
-    """Weights large enough for attention and routers to have opinions; every predictor differs from its router."""
+    """Weights large enough for attention and routers to have opinions; every predictor differs from
+    its router."""
     model, gen = Transformer(config(**changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -55,7 +56,8 @@ def make(seed=0, std=0.1, **changes) -> Transformer:
 
 
 def ids(B, T, seed=0):
-    """Rows of different ids: equal tokens have equal scores in the first MoD layer, which has a test of its own."""
+    """Rows of different ids: equal tokens have equal scores in the first MoD layer, which has a
+    test of its own."""
     return torch.rand(B, 97, generator=torch.Generator().manual_seed(seed)).argsort(1)[:, :T]
 
 

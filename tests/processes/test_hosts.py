@@ -1,8 +1,7 @@
-"""More than one host: launch lines, slurm/train.sbatch with stand-ins for Slurm's commands, ranks that hang, and two
-hosts that are two network namespaces of this machine, one of which dies.
+"""More than one host: launch lines, slurm/train.sbatch with stand-ins for Slurm's commands, ranks
+that hang, and two hosts that are two network namespaces of this machine, one of which dies.
 
-Whatever happens on the way, a run ends with the bytes of one that was left alone.
-"""
+Whatever happens on the way, a run ends with the bytes of one that was left alone."""
 
 import json
 import os
@@ -49,7 +48,8 @@ exit 1
 """
 
 
-# TERM to all that was started, which torchrun hands on to its workers; then KILL. Generous: machines are busy
+# TERM to all that was started, which torchrun hands on to its workers; then KILL. Generous:
+# machines are busy
 LIMIT = ("timeout", "-k", "40", "400")
 LONGEST = 460  # LIMIT's, and some to end
 
@@ -61,7 +61,8 @@ def port() -> int:
 
 
 def stand_ins(folder: Path, **commands) -> dict:
-    """The environment of a job of two nodes with one rank each, whose commands are first on the PATH."""
+    """The environment of a job of two nodes with one rank each, whose commands are first on the
+    PATH."""
     folder.mkdir()
     for name, text in {"scontrol": SCONTROL, "srun": SRUN, **commands}.items():
         (folder / name).write_text(text)
@@ -89,7 +90,8 @@ def batch(cwd: Path, env: dict, *words, **more) -> subprocess.CompletedProcess:
     return run(command, LONGEST, cwd=cwd, env=env | more)
 
 
-# what status.json says at the end of srun (None: nothing new), how often the job comes back, exit code, what is said
+# what status.json says at the end of srun (None: nothing new), how often the job comes back, exit
+# code, what is said
 ENDS = {
     "finished": ("finished", 0, "", [0], 0, "finished"),
     "stopped by TERM": ("stopped", 0, "", [1, 2, 3, 4], 0, "requeue: stopped in order"),
@@ -245,7 +247,8 @@ def same(out, whole) -> None:
     assert losses(out) == losses(whole)
 
 
-# as Lunaris Codex prints them, but for the names of script and YAML, and the sizes: here are two cores
+# as Lunaris Codex prints them, but for the names of script and YAML, and the sizes: here are two
+# cores
 ONE_MACHINE = "torchrun --standalone --nproc_per_node=auto train.py CONFIG"
 ITS_SIZES = "--nproc_per_node=8 --nnodes=4"
 MORE = f"""torchrun {ITS_SIZES} --node_rank=$SLURM_NODEID --rdzv_id=$SLURM_JOB_ID --rdzv_backend=c10d \\
@@ -254,7 +257,8 @@ MORE = f"""torchrun {ITS_SIZES} --node_rank=$SLURM_NODEID --rdzv_id=$SLURM_JOB_I
 
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory) -> dict:
-    """script -> the out_dir of a run on two ranks that nothing happened to, started by Lunaris' line."""
+    """script -> the out_dir of a run on two ranks that nothing happened to, started by Lunaris'
+    line."""
     top = tmp_path_factory.mktemp("whole")
     env, done = stand_ins(top / "bin"), {}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port())}
@@ -321,7 +325,8 @@ def test_a_job_is_stopped_comes_back_and_nothing_has_changed(whole, shards, tmp_
 
 @pytest.mark.nightly
 def test_a_mesh_that_does_not_divide_is_said_once_a_host(shards, tmp_path):
-    """Two torchruns of two ranks, as on two hosts: rank 0 says it, on the host without rank 0 one rank does."""
+    """Two torchruns of two ranks, as on two hosts: rank 0 says it, on the host without rank 0 one
+    rank does."""
     path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", hsdp_shard_size=3))
     words = [
         "--nproc_per_node=2",
@@ -358,8 +363,8 @@ SHARDED = pytest.param("train_fsdp", 0, marks=pytest.mark.nightly)  # 12 s, the 
 
 @pytest.mark.parametrize("script, rank", [("train", 1), SHARDED])
 def test_who_waits_for_a_rank_that_hangs_gives_up(shards, tmp_path, script, rank):
-    """One of two ranks sleeps for ever after three steps. The limit of the first step, half an hour, holds no longer:
-    the other one says E601 and asks for a restart."""
+    """One of two ranks sleeps for ever after three steps. The limit of the first step, half an
+    hour, holds no longer: the other one says E601 and asks for a restart."""
     path = write_yaml(tmp_path / "c.yaml", run_keys(shards, tmp_path / "run", comm_timeout=3))
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port())}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -403,8 +408,9 @@ def network_of(pid) -> str | None:
 
 
 class Host:
-    """A network namespace with its own address. It has no name that could be left over: it goes with its last process,
-    and all of those end with the tests' (setpriv), or with the agent that started them (a pid namespace: power off)."""
+    """A network namespace with its own address. It has no name that could be left over: it goes
+    with its last process, and all of those end with the tests' (setpriv), or with the agent that
+    started them (a pid namespace: power off)."""
 
     ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 
@@ -452,7 +458,8 @@ class Host:
             *torchrun,
         ]
         env = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        # in each of these hosts torchrun is process 1: without this its word on a launch that was refused would be
+        # in each of these hosts torchrun is process 1: without this its word on a launch that was
+        # refused would be
         # taken for another host's, or for that of a session of tests before this one
         refused = Path(f"{log}.refused")
         refused.unlink(missing_ok=True)
@@ -533,9 +540,10 @@ def wait_for(what, seconds, *hosts) -> None:
     ],
 )
 def test_a_host_dies_and_comes_back(hosts, whole, shards, tmp_path, script, dies, cable):
-    """With its cable in, the other host hears that at once; without, comm_timeout must tell. Then torchrun there waits
-    for the host that died, whose new torchrun joins it; where the one that kept the rendezvous died, both are started
-    anew. The end of the run is that of one on one host."""
+    """With its cable in, the other host hears that at once; without, comm_timeout must tell. Then
+    torchrun there waits for the host that died, whose new torchrun joins it; where the one that
+    kept the rendezvous died, both are started anew. The end of the run is that of one on one
+    host."""
     out, first = tmp_path / "run", hosts[0].address
     words = [ROOT / script, write_yaml(tmp_path / "c.yaml", run_keys(shards, out, comm_timeout=10))]
     for i, host in enumerate(hosts):

@@ -1,9 +1,10 @@
-"""Runs that are hit, in processes of their own: signals, kill -9, full disks, shards that go, ranks that die.
+"""Runs that are hit, in processes of their own: signals, kill -9, full disks, shards that go, ranks
+that die.
 
-Nothing is lost, nothing half-written is believed, and the run that was hit ends with the bytes of one that never was.
-This file is also what the tests start: `python tests/processes/test_survival.py MODE ...`, see `main` at its end. A fault is
-[rank, place, step, action, argument ...] and happens once.
-"""
+Nothing is lost, nothing half-written is believed, and the run that was hit ends with the bytes of
+one that never was. This file is also what the tests start: `python tests/processes/test_survival.py
+MODE ...`, see `main` at its end. A fault is [rank, place, step, action, argument ...] and happens
+once."""
 
 import errno
 import faulthandler
@@ -72,7 +73,8 @@ def evaluations(out_dir) -> dict:
 
 
 def same_as_unhurt(out, whole, steps=STEPS) -> None:
-    """All that a run leaves: weights, moments and numbers byte for byte; every loss, every evaluation; no rubbish."""
+    """All that a run leaves: weights, moments and numbers byte for byte; every loss, every
+    evaluation; no rubbish."""
     assert fingerprint(out, steps) == fingerprint(whole, steps)
     assert losses(out) == losses(whole) and evaluations(out) == evaluations(whole)
     assert (Path(out) / "best.json").read_text() == (Path(whole) / "best.json").read_text()
@@ -146,7 +148,8 @@ SCENES = {  # name: (faults, step at which it ends, exit code or error code, fau
 
 @pytest.fixture(scope="module")
 def scenes(shards, tmp_path_factory) -> dict:
-    """Every scene and the run without one, in one launch of two ranks: folder -> what each rank said at the end."""
+    """Every scene and the run without one, in one launch of two ranks: folder -> what each rank
+    said at the end."""
     top = tmp_path_factory.mktemp("scenes")
     jobs = [["whole", run_keys(shards, top / "whole"), []]]
     for name, (faults, _, _, again) in SCENES.items():
@@ -205,7 +208,8 @@ def test_two_ranks_agree_and_lose_nothing(scenes, name):
     )
 
 
-# ---------------------------------------------------------------- dead ranks, diverged runs, torchrun's restarts
+# ---------------------------------------------------------------- dead ranks, diverged runs,
+# torchrun's restarts
 
 
 IN_A_STEP, IN_A_SAVE = [[1, "rows", 6, "signal", 9]], [[0, "manifest.json", 8, "signal", 9]]
@@ -213,7 +217,8 @@ SLOW_DISK = [[1, "write", 4, "wait", os.devnull, 12]]
 
 
 def test_who_loses_a_peer_asks_for_a_restart(shards, tmp_path):
-    """Started by srun or by hand nobody kills the rest: it must not hang, and its exit code must say what to do."""
+    """Started by srun or by hand nobody kills the rest: it must not hang, and its exit code must
+    say what to do."""
     words = [
         "main",
         json.dumps([IN_A_STEP]),
@@ -267,8 +272,8 @@ def unhurt(scenes, shards, tmp_path_factory) -> dict:
     ],
 )
 def test_dead_ranks_are_restarted_and_nothing_changes(unhurt, tmp_path, shards, mode, deaths):
-    """A rank dies, in a step or amid a save; torchrun starts both anew, and again; train_fsdp.py's too. A save that is
-    longer than comm_timeout is not taken for a death."""
+    """A rank dies, in a step or amid a save; torchrun starts both anew, and again; train_fsdp.py's
+    too. A save that is longer than comm_timeout is not taken for a death."""
     keys = run_keys(
         shards, tmp_path / "run", **{"comm_timeout": 8} if SLOW_DISK[0] in deaths[0] else {}
     )
@@ -326,7 +331,8 @@ LATER = [["best.json", x] for x in (0, 0.5)]
 
 @pytest.fixture(scope="module")
 def killed(shards, tmp_path_factory) -> dict:
-    """What a run's last save leaves when it is killed at each point, {point: folder}; "before" and "whole" too."""
+    """What a run's last save leaves when it is killed at each point, {point: folder}; "before" and
+    "whole" too."""
     top = tmp_path_factory.mktemp("killed")
     keys = run_keys(shards, top / "whole", max_steps=8, save_total_limit=1)
     result = run_forked(__file__, "kill", json.dumps(keys), json.dumps(BYTES + LATER))
@@ -378,7 +384,8 @@ def test_killed_before_any_call_of_a_save_the_run_ends_with_the_same_bytes(kille
     assert kinds == {(4,), (4, 8), (8,)}
 
 
-# ---------------------------------------------------------------- a disk that is full to the last byte
+# ---------------------------------------------------------------- a disk that is full to the last
+# byte
 
 
 def small_disk() -> list[str]:
@@ -395,8 +402,9 @@ def small_disk() -> list[str]:
 
 
 def test_a_disk_full_to_the_last_byte(shards, tmp_path):
-    """A real one. Its run goes on, and when there is room again nothing is missing: no checkpoint, no line of a log.
-    Where there is none until the end, the exit code says so, and the next start writes what was missing."""
+    """A real one. Its run goes on, and when there is room again nothing is missing: no checkpoint,
+    no line of a log. Where there is none until the end, the exit code says so, and the next start
+    writes what was missing."""
     if not (words := small_disk()):
         pytest.skip("mounting a tmpfs needs root or user namespaces")
     disk, out = tmp_path / "disk", tmp_path / "kept"
@@ -432,7 +440,8 @@ def test_a_disk_full_to_the_last_byte(shards, tmp_path):
         same_as_unhurt(out / name, out / "whole", 32)
 
 
-# ---------------------------------------------------------------- for nights: torchrun itself is hit
+# ---------------------------------------------------------------- for nights: torchrun itself is
+# hit
 
 
 @pytest.mark.nightly
@@ -440,7 +449,8 @@ def test_a_disk_full_to_the_last_byte(shards, tmp_path):
 @pytest.mark.parametrize("number", [TERM, INT])
 @pytest.mark.parametrize("mode", ["main", "parts"])
 def test_torchrun_is_told_to_stop(unhurt, tmp_path, shards, place, number, mode):
-    """The signal goes to torchrun, which hands it on; TERM to it at a moment when its ranks evaluate or save."""
+    """The signal goes to torchrun, which hands it on; TERM to it at a moment when its ranks
+    evaluate or save."""
     keys, marker = run_keys(shards, tmp_path / "run"), tmp_path / "here"
     path = write_yaml(tmp_path / "c.yaml", keys)
     faults = [[rank, place, 4, "wait", str(marker), 3] for rank in (0, 1)]
@@ -514,7 +524,8 @@ HERE = {"trainer": None, "faults": [], "eio": 0}  # of the run at work in this p
 
 
 class Halves(Parallel):
-    """Each rank owns, and so writes, its part of each tensor; all of it is on every rank as in Parallel."""
+    """Each rank owns, and so writes, its part of each tensor; all of it is on every rank as in
+    Parallel."""
 
     def local_shards(self, name, tensor):
         if not tensor.dim():
@@ -609,7 +620,8 @@ def install() -> None:
 
 
 def jobs(path) -> None:
-    """Runs one after the other in the same processes, to save their start; each says how it ended."""
+    """Runs one after the other in the same processes, to save their start; each says how it
+    ended."""
     install()
     sleep, train.time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.01))
     for name, keys, faults in json.loads(Path(path).read_text()):
@@ -634,8 +646,9 @@ def jobs(path) -> None:
 
 
 def kill(keys, points) -> None:
-    """Train; in place of the last save let forked copies of this process save, each in a copy of the run, and die at
-    one point each: at a byte of a file, or before a call of the file system. Then save for good."""
+    """Train; in place of the last save let forked copies of this process save, each in a copy of
+    the run, and die at one point each: at a byte of a file, or before a call of the file system.
+    Then save for good."""
     keys, points = json.loads(keys), json.loads(points)
     top, real, done = Path(keys["out_dir"]).parent, Trainer.save, []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -666,8 +679,9 @@ def kill(keys, points) -> None:
 
 
 def die_at(name, at, folder) -> None:
-    """Arrange for this process to die before byte `at` (a share of the file if it is a fraction, from its end if below
-    0) of the file `name` is written, or before the at-th call that opens, makes, moves or deletes something."""
+    """Arrange for this process to die before byte `at` (a share of the file if it is a fraction,
+    from its end if below 0) of the file `name` is written, or before the at-th call that opens,
+    makes, moves or deletes something."""
     save_file, write_json = checkpoint.save_file, files.write_json
 
     def offset(size):

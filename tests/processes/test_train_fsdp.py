@@ -1,7 +1,8 @@
-"""train_fsdp.py against train.py: the model in parts trains, saves and is repaired as the whole one is.
+"""train_fsdp.py against train.py: the model in parts trains, saves and is repaired as the whole one
+is.
 
-This file is also what torchrun starts: `torchrun tests/processes/test_train_fsdp.py JOBS`, see `main` at its end.
-"""
+This file is also what torchrun starts: `torchrun tests/processes/test_train_fsdp.py JOBS`, see
+`main` at its end."""
 
 import contextlib
 import gc
@@ -171,8 +172,9 @@ def parts(request, keys, bases, tmp_path_factory) -> dict:
     "name", [pytest.param(n, marks=pytest.mark.nightly) if n in NIGHTLY else n for n in LAYOUTS]
 )
 def test_parts_train_as_the_whole(parts, bases, name):
-    """Losses, norms, routing, evaluations and all tensors, moments too, after seven clipped steps of two to eight
-    micro-steps; expert gradients are those of all ranks' tokens, whoever holds the expert."""
+    """Losses, norms, routing, evaluations and all tensors, moments too, after seven clipped steps
+    of two to eight micro-steps; expert gradients are those of all ranks' tokens, whoever holds the
+    expert."""
     mine, base = parts[name], bases[LAYOUTS[name][1]]
     loss, norm = (1e-2, 1e-2) if name in ROUGH else (1e-5, 1e-4)
     for key, limit in (("loss", loss), ("grad_norm", norm), ("val_loss", loss)):
@@ -202,7 +204,8 @@ WRITERS = {2: ("fsdp 2", "zero 0", "ep 2"), 4: ("fsdp 4", "hsdp 2 x 2", "ep 2 x 
 
 @pytest.mark.parametrize("ranks", [4, pytest.param([2, 4], marks=pytest.mark.nightly)], ids=str)
 def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
-    """Seven layouts load one checkpoint and write it again; each then reads all of these, and goes on from one."""
+    """Seven layouts load one checkpoint and write it again; each then reads all of these, and goes
+    on from one."""
     writers = {n: names for n, names in WRITERS.items() if n == ranks or ranks == [2, 4]}
     first = {n: t for n, t in whole(bases["hybrid"], 5).items()}
     layouts, folders = {}, {"base": checkpoint.step_dir(bases["hybrid"], 5)}
@@ -269,7 +272,8 @@ def test_any_layout_reads_what_any_other_wrote(keys, bases, tmp_path, ranks):
 
 
 def test_one_file_from_parts_without_a_moment(parts, bases, tmp_path, monkeypatch):
-    """export.py and sample.py read what two ranks wrote as they read any other run; a weight at a time, no moment."""
+    """export.py and sample.py read what two ranks wrote as they read any other run; a weight at a
+    time, no moment."""
     read, asked, folders = checkpoint.Checkpoint.read, [], (bases["dense"], parts["fsdp 2"])
     monkeypatch.setattr(
         checkpoint.Checkpoint,
@@ -295,8 +299,9 @@ SLOTS = {2: {"fsdp 2": 7, "ep 2": 8}, 4: {"hsdp 2 x 2": 7, "ep 2 x fsdp 2": 8}}
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, ranks):
-    """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go back to a snapshot in
-    parts, moments too. And init_from takes such a run's weights into a model with more slots."""
+    """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go
+    back to a snapshot in parts, moments too. And init_from takes such a run's weights into a model
+    with more slots."""
     todo = {
         3: ["add_expert", 0],
         5: ["prune_expert", 0, 1, True],
@@ -360,8 +365,8 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, rank
 
 
 def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_path):
-    """Forward and backward hold collectives: a rank without data still takes part, and all save and end alike. A
-    checkpoint of which one rank's file is damaged is not gone on from by any."""
+    """Forward and backward hold collectives: a rank without data still takes part, and all save and
+    end alike. A checkpoint of which one rank's file is damaged is not gone on from by any."""
     names = {"shard gone": {"unreadable": [1, 3]}, "stop": {"stop_at": 4}}
     jobs = [
         {"do": "train", "config": keys(n, sample_prompt="a"), **more} for n, more in names.items()
@@ -397,7 +402,8 @@ def test_a_rank_that_cannot_read_a_signal_and_a_flipped_bit(keys, parts, tmp_pat
 
 @pytest.mark.nightly
 def test_out_of_memory_in_a_collective_step_restarts_smaller(keys, tmp_path):
-    """One rank of two runs out in a micro-step: the others wait for it, so the whole launch begins again, smaller."""
+    """One rank of two runs out in a micro-step: the others wait for it, so the whole launch begins
+    again, smaller."""
     config = keys("oom", batch_size=8)
     path = write_yaml(tmp_path / "jobs", [{"do": "oom", "config": config}])
     words = [
@@ -458,7 +464,8 @@ def test_meshes_that_cannot_be_are_refused_before_anything_starts(keys, changes,
 
 
 def test_a_refused_launch_says_so_once_and_is_not_restarted(keys, parts, tmp_path):
-    """What only fails again is not tried again by --max-restarts, nor is the run in out_dir said to have failed."""
+    """What only fails again is not tried again by --max-restarts, nor is the run in out_dir said to
+    have failed."""
     other = keys("fsdp 2", "dense", grad_clip=0.4) | {
         "model": keys("x", "dense")["model"] | {"n_layers": 3}
     }
@@ -486,8 +493,9 @@ def test_train_py_says_what_has_no_effect(keys, capsys, tmp_path):
 
 
 def drive(trainer, todo=None, unreadable=None, stop_at=None, flip=None, none_kept=None) -> None:
-    """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank, step]; flip a bit of the
-    weights: [rank, turn]; none_kept: a rank whose MoD layers let no token through while evaluating."""
+    """todo: {turn: [method, arguments ...]}, called where that turn begins; unreadable: [rank,
+    step]; flip a bit of the weights: [rank, turn]; none_kept: a rank whose MoD layers let no token
+    through while evaluating."""
     for mod in trainer.mod.values() if trainer.parallel.rank == none_kept else ():
         mod.predictor.register_forward_hook(lambda m, i, out: out - 1e4)
     act, following, todo = (
@@ -529,7 +537,8 @@ def local_parts_are_those_of(trainer, read) -> bool:
 
 
 def build(config) -> None:
-    """The memory that a rank needs to make its part of the model: no more than that and one unit, and it is half."""
+    """The memory that a rank needs to make its part of the model: no more than that and one unit,
+    and it is half."""
     parallel = kept(build_config(config, lambda key: "config", []))
     for _ in range(2):  # the first time modules are loaded, too
         before = high_water(reset=True)

@@ -1,4 +1,5 @@
-"""FULL FREE CONFIG: train; from step FULL to FREE the disk takes files of 60 kB only: no checkpoint, a line of log."""
+"""FULL FREE CONFIG: train; from step FULL to FREE the disk takes files of 60 kB only: no
+checkpoint, a line of log."""
 
 import resource
 import signal

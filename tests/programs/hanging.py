@@ -1,4 +1,5 @@
-"""SCRIPT RANK CONFIG: run SCRIPT's main; RANK falls asleep for ever when it reads its fourth rows."""
+"""SCRIPT RANK CONFIG: run SCRIPT's main; RANK falls asleep for ever when it reads its fourth
+rows."""
 
 import importlib
 import os

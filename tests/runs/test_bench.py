@@ -25,8 +25,8 @@ MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No second of matrix products per command, no Triton, whose interpreter takes minutes; and the flag that steps set
-    is taken back."""
+    """No second of matrix products per command, no Triton, whose interpreter takes minutes; and the
+    flag that steps set is taken back."""
     monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.setattr(timing, "machine_line", lambda m=None: "this machine")
     before = torch.are_deterministic_algorithms_enabled()
@@ -105,7 +105,8 @@ def test_peer_has_the_same_size_and_both_bf16_forms_step():
 
 
 def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeypatch):
-    """--max_steps 10 ran 40 steps, evaluated and saved; an option that it would overrule is refused."""
+    """--max_steps 10 ran 40 steps, evaluated and saved; an option that it would overrule is
+    refused."""
     keys = tiny(max_steps=300, eval_interval=2, save_interval=...)
     path = write_yaml(tmp_path / "quick.yaml", {k: v for k, v in keys.items() if k != "out_dir"})
     assert bench.main(["speed", str(path), "--max-steps", "10", "--learning_rate=1e-3"]) == 0
@@ -128,8 +129,8 @@ def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeyp
 
 
 def test_no_time_of_a_run_that_compiled(monkeypatch):
-    """The second run of a new shape compiles again (dynamic sizes), forward and backward: neither is timed. What
-    compiles for ever has no time."""
+    """The second run of a new shape compiles again (dynamic sizes), forward and backward: neither
+    is timed. What compiles for ever has no time."""
     now, size = [0.0], [3]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     f = torch.compile(lambda x: (x * 2).sin().sum(), backend="aot_eager")
@@ -355,7 +356,8 @@ def test_rows_about_files_and_processes_name_a_test_that_is_there():
 
 @pytest.mark.nightly
 def test_out_of_memory_in_the_optimizer_restarts_smaller(tiny, tmp_path, request):
-    """Row 13: no micro-step can be made smaller there, so the process asks to be started again (75)."""
+    """Row 13: no micro-step can be made smaller there, so the process asks to be started again
+    (75)."""
     path = write_yaml(tmp_path / "c.yaml", tiny("run", batch_size=4, max_steps=12))
     steps = []
 

@@ -16,8 +16,8 @@ from train import Parallel, Trainer
 
 
 def test_replay_gives_the_same_bytes(tiny):
-    """A run with an explosion, a NaN, a rollback and commands, which died once and was stopped once: the attempts that
-    survived are repeated, without any of the faults."""
+    """A run with an explosion, a NaN, a rollback and commands, which died once and was stopped
+    once: the attempts that survived are repeated, without any of the faults."""
 
     class Hurt(Parallel):
         def reduce(self, model, stats):
@@ -113,7 +113,8 @@ def test_a_replay_that_is_stopped_after_a_cut_ends_where_the_run_did(tiny, monke
 
 
 def test_commands_in_control_jsonl(tiny):
-    """Valid ones take effect at the next step and are written down; what cannot be is refused, and the run goes on."""
+    """Valid ones take effect at the next step and are written down; what cannot be is refused, and
+    the run goes on."""
     lines = [
         '{"method": "adjust_weight_decay", "args": [0.03]}',
         "not json",
@@ -155,7 +156,8 @@ def test_commands_in_control_jsonl(tiny):
 
 
 def test_no_argument_ends_a_run(tiny):
-    """Whatever is written there: carried out or refused, by a run that goes on, and by one that resumes from it."""
+    """Whatever is written there: carried out or refused, by a run that goes on, and by one that
+    resumes from it."""
     odd = (
         [None],
         ["x"],
@@ -207,7 +209,8 @@ def test_control_jsonl_written_anew_and_without_a_last_newline(tiny):
 
 @pytest.fixture
 def weights_after(tiny, reference):
-    """weights_after(name, do) -> (what do(trainer) answered before iteration 6 of 9, the run, the same run left alone)."""
+    """weights_after(name, do) -> (what do(trainer) answered before iteration 6 of 9, the run, the
+    same run left alone)."""
 
     def run(name, do, model=None, **changes):
         short = {"max_steps": 9, "save_interval": 0, "warmup_steps": 0, "lr_schedule": "constant"}

@@ -24,7 +24,8 @@ from lumen.resolve import memory_at_hand
 from prepare_data import prepare
 from train import Trainer
 
-# ---------------------------------------------------------------- a run has one owner; restarts; consoles, disks
+# ---------------------------------------------------------------- a run has one owner; restarts;
+# consoles, disks
 
 
 def flip(folder):
@@ -46,8 +47,9 @@ def text(tmp_path_factory) -> str:
 
 
 def test_damaged_newer_checkpoints_do_not_eat_the_good_one(tiny):
-    """Bits flipped in the three newest of five. The run goes on from the one before; what it saves then is kept, is the
-    newest, and is gone on from; the damaged ones are there under another name."""
+    """Bits flipped in the three newest of five. The run goes on from the one before; what it saves
+    then is kept, is the newest, and is gone on from; the damaged ones are there under another
+    name."""
     keys = tiny(max_steps=20, save_total_limit=5)
     assert Trainer(keys).fit() == 0
     for step in (12, 16, 20):
@@ -67,7 +69,8 @@ def test_damaged_newer_checkpoints_do_not_eat_the_good_one(tiny):
 
 
 def test_the_best_was_damaged(tiny):
-    """The newest is whole, the best before it was set aside: the best of those still there takes its place."""
+    """The newest is whole, the best before it was set aside: the best of those still there takes
+    its place."""
     keys = tiny(max_steps=8, save_total_limit=0)
     assert Trainer(keys).fit() == 0
     out = Path(keys["out_dir"])
@@ -87,7 +90,8 @@ def test_the_best_was_damaged(tiny):
 
 
 def test_what_cannot_be_read_now_is_not_called_damaged(tiny, monkeypatch):
-    """A disk that fails for a moment: passed over, left as it is, and it does not push out what is saved meanwhile."""
+    """A disk that fails for a moment: passed over, left as it is, and it does not push out what is
+    saved meanwhile."""
     keys, real = tiny(max_steps=12), files.sha256
     assert Trainer(keys).fit() == 0
 
@@ -116,8 +120,9 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize("console", ["latin-1", "ascii", "closed pipe", "closed file", "full disk"])
 def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
-    """The letters of a sample on a console that lacks them, a pipe nobody reads, a full disk under train.log: the run
-    is finished, its exit code is 0, and train.log has what there was room for."""
+    """The letters of a sample on a console that lacks them, a pipe nobody reads, a full disk under
+    train.log: the run is finished, its exit code is 0, and train.log has what there was room
+    for."""
     closed = io.StringIO()
     closed.close()
     streams = {"closed pipe": Broken(), "closed file": closed}
@@ -144,8 +149,8 @@ def test_a_console_that_does_not_take_it(tiny, text, monkeypatch, console):
     "end", ["| head -n 1", "> /dev/full", ">&-", "<&- >&- 2>&-", "> /dev/full 2>&1", "| true"]
 )
 def test_a_program_lasts_longer_than_its_console(tmp_path, end):
-    """`| head`, a full disk behind the redirection, no stdout at all: the work is done, and that is what the exit code
-    says. (prepare_data.py, export.py and both trainers are started so.)"""
+    """`| head`, a full disk behind the redirection, no stdout at all: the work is done, and that is
+    what the exit code says. (prepare_data.py, export.py and both trainers are started so.)"""
     words = f"set -o pipefail; {sys.executable} tests/programs/lasting.py {tmp_path}/out {end}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1:strict"}
     result = subprocess.run(["bash", "-c", words], cwd=ROOT, env=env, capture_output=True)
@@ -162,8 +167,8 @@ def test_a_pipe_that_is_not_the_console(tmp_path):
 
 @pytest.mark.parametrize("number", ["SIGHUP", "SIGINT", "SIGTERM"])
 def test_the_terminal_goes(tiny, monkeypatch, capfd, number):
-    """ssh breaks off (HUP), Ctrl-C, or TERM: the step is made and saved. Ctrl-C says that it was heard, and what a
-    second one does. What nohup has set to be ignored stays ignored."""
+    """ssh breaks off (HUP), Ctrl-C, or TERM: the step is made and saved. Ctrl-C says that it was
+    heard, and what a second one does. What nohup has set to be ignored stays ignored."""
     names = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1")]
     before = {n: signal.getsignal(n) for n in names}
     try:
@@ -189,7 +194,8 @@ def test_the_terminal_goes(tiny, monkeypatch, capfd, number):
 
 
 def test_the_clock_is_set_back(tiny, monkeypatch, capsys):
-    """Somebody sets the clock back by hours at every look: no time that the run says is below zero."""
+    """Somebody sets the clock back by hours at every look: no time that the run says is below
+    zero."""
     now = [2e9]
 
     def back():
@@ -206,8 +212,8 @@ def test_the_clock_is_set_back(tiny, monkeypatch, capsys):
 
 
 def test_a_file_system_that_cannot_sync_a_folder(tiny, tmp_path, monkeypatch, capfd):
-    """fsync of a folder is refused, or the folder cannot even be opened: valid checkpoints and an export, exit code 0,
-    one note. That bytes of a file are lost is no such thing."""
+    """fsync of a folder is refused, or the folder cannot even be opened: valid checkpoints and an
+    export, exit code 0, one note. That bytes of a file are lost is no such thing."""
     from export import to_hf
 
     fsync, opens, failing = os.fsync, os.open, [errno.EINVAL]
@@ -249,8 +255,9 @@ class Poor:
 
 @pytest.mark.parametrize("what", ["generate", "tokenizer", "suggest", "charts", "best.json"])
 def test_a_nicety_fails(tiny, text, monkeypatch, what):
-    """The sample's logits are NaN, its tokenizer.json cannot be read, suggested.yaml, best.json or a chart cannot be
-    written: that is said, and the run is finished all the same. A chart that failed once is not tried again."""
+    """The sample's logits are NaN, its tokenizer.json cannot be read, suggested.yaml, best.json or
+    a chart cannot be written: that is said, and the run is finished all the same. A chart that
+    failed once is not tried again."""
     trainer = Trainer(
         tiny(
             data_dir=text, model={"vocab_size": 0}, max_steps=4, save_interval=2, sample_prompt="A"
@@ -290,7 +297,8 @@ def test_a_nicety_fails(tiny, text, monkeypatch, what):
 
 
 def test_data_finished_on_a_disk_that_is_read_only(text, tmp_path, monkeypatch):
-    """`prepare:` names data that lie finished where nothing can be written or deleted: training starts."""
+    """`prepare:` names data that lie finished where nothing can be written or deleted: training
+    starts."""
 
     real = Path.unlink
 
@@ -313,8 +321,8 @@ def test_data_finished_on_a_disk_that_is_read_only(text, tmp_path, monkeypatch):
 
 
 def test_out_dir_is_deleted_under_the_run(tiny, text):
-    """`rm -rf` of the folder, or of files in it: with the next save all that sample.py needs is there again, and the
-    folder has its owner."""
+    """`rm -rf` of the folder, or of files in it: with the next save all that sample.py needs is
+    there again, and the folder has its owner."""
     trainer = Trainer(tiny(data_dir=text, model={"vocab_size": 0}, max_steps=8))
     stop_at(trainer, 5, lambda: shutil.rmtree(trainer.out))
     assert trainer.fit() == 0
@@ -338,7 +346,8 @@ def test_out_dir_is_deleted_under_the_run(tiny, text):
 
 
 def test_a_hint_of_another_device(tiny):
-    """A GPU ran out of memory and left its hint; on one of another kind or size the batch is what was asked for."""
+    """A GPU ran out of memory and left its hint; on one of another kind or size the batch is what
+    was asked for."""
     keys = tiny(max_steps=1, batch_size=4)
     out = Path(keys["out_dir"])
     out.mkdir()
@@ -372,8 +381,8 @@ def make_hole(folder, fill: int) -> str:
 
 @pytest.mark.parametrize("fill", [0, 255])
 def test_a_shard_with_a_hole(fill, tiny, tmp_path):
-    """100,000 zeros, or ids that no tokenizer has, in a shard of the right size: the run says which shard it is, saves
-    and stops, instead of training on them; --verify says the same."""
+    """100,000 zeros, or ids that no tokenizer has, in a shard of the right size: the run says which
+    shard it is, saves and stops, instead of training on them; --verify says the same."""
     made = bytes_data(tmp_path / "data", "synthetic:60")
     config = tiny(
         data_dir=str(tmp_path / "data"),
@@ -403,7 +412,8 @@ def test_a_shard_with_a_hole(fill, tiny, tmp_path):
 
 @pytest.mark.nightly
 def test_two_ranks_hear_of_a_hole(tiny, tmp_path):
-    """Rank 0 finds a wrong sum: both ranks end with E111 and a checkpoint, none waits for the other."""
+    """Rank 0 finds a wrong sum: both ranks end with E111 and a checkpoint, none waits for the
+    other."""
     bytes_data(tmp_path / "data", "synthetic:60")
     path = make_hole(tmp_path / "data", 0)
     config = tiny(

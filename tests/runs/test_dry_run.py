@@ -1,4 +1,5 @@
-"""The dry run: memory, traffic and time of many processes, all arithmetic; and its look at fake tensors."""
+"""The dry run: memory, traffic and time of many processes, all arithmetic; and its look at fake
+tensors."""
 
 import dataclasses
 import itertools
@@ -93,7 +94,8 @@ def test_memory_falls_and_rises_as_it_must(cfg, precision):
 
 
 def test_traffic_by_hand():
-    """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and sends as many back."""
+    """Four ranks in one machine, fp32: each gathers 3/4 of the weights twice a micro-step, and
+    sends as many back."""
     model = plan.on_meta(dataclasses.replace(DENSE, vocab_size=128))
     found = simulate.traffic(model, plan.Layout(4, 3), 2, 5, "fp32")
     n, root = (
@@ -158,7 +160,8 @@ def test_search_finds_the_cheapest_that_fits(cfg):
 @pytest.mark.parametrize("recompute", plan.RECOMPUTE)
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
 def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
-    """Bytes that the CPU's allocator really gave out, by torch's profiler, in a forward and backward pass."""
+    """Bytes that the CPU's allocator really gave out, by torch's profiler, in a forward and
+    backward pass."""
     more = {"n_experts": 8, "d_expert": 128, "n_shared_experts": 1} if sparse else {}
     shape = {
         "vocab_size": 512,
@@ -196,7 +199,8 @@ def test_memory_model_against_the_measured_peak_of_a_step(sparse, recompute):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_takes_what_the_plan_says_on_this_device(dtype):
-    """Its chunk of logits is a CPU's or a GPU's, whatever the precision; the last chunk is gone before the next."""
+    """Its chunk of logits is a CPU's or a GPU's, whatever the precision; the last chunk is gone
+    before the next."""
     V, C, N = 50304, 16, 256
     x, w = torch.randn(N, C).to(dtype).requires_grad_(), torch.randn(V, C, requires_grad=True)
     with torch.profiler.profile(
@@ -242,8 +246,8 @@ def test_a_gpu_is_planned_as_a_gpu_from_a_machine_without_one(tiny, tmp_path, ca
 
 
 def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypatch):
-    """Too large for any one GPU: train.py's dry run names train_fsdp.py, whose own has nothing to add; a card that is
-    not known is named before a line is printed."""
+    """Too large for any one GPU: train.py's dry run names train_fsdp.py, whose own has nothing to
+    add; a card that is not known is named before a line is printed."""
     monkeypatch.setattr(simulate, "fake_run", None)
     wide = {"d_model": 8192, "n_layers": 12, "d_ff": 32768, "max_seq_len": 64}
     path = write_yaml(

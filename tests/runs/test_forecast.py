@@ -62,7 +62,8 @@ def test_the_forecast_is_recorded_and_survives_a_resume(tiny):
 
 @pytest.mark.parametrize("act", [False, True])
 def test_a_run_is_cut_short_only_where_that_is_justified_and_allowed(tiny, monkeypatch, act):
-    """The reasons are plan.py's and tested there; here: what is done about them, and that it is done once."""
+    """The reasons are plan.py's and tested there; here: what is done about them, and that it is
+    done once."""
     monkeypatch.setattr(forecast, "justified_stop", lambda *args: "start the decay: for the test")
     keys = tiny(**LONG | {"lr_schedule": "wsd", "enable_early_stopping": act, "decay_frac": 0.25})
     keys["orchestrator"] = {"check_interval": 60}

@@ -11,7 +11,8 @@ from conftest import ROOT, losses
 
 from train import Trainer
 
-# the run in fixtures/run_77c1c6b.zip: made at commit 77c1c6b with these keys, by `Trainer(KEYS).fit()`
+# the run in fixtures/run_77c1c6b.zip: made at commit 77c1c6b with these keys, by
+# `Trainer(KEYS).fit()`
 MODEL = {"vocab_size": 13, "d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 4, "max_seq_len": 16}
 MODEL |= {"n_experts": 2, "d_expert": 8, "moe_layers": [1], "mod_capacity": 0.5, "mod_layers": [0]}
 KEYS = {"max_steps": 10, "batch_size": 2, "device": "cpu", "learning_rate": 3e-3, "warmup_steps": 5}

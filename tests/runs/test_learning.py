@@ -1,9 +1,10 @@
-"""Lumen learns as fast as transformers on equal terms: the same rows in the same order, schedule, optimizer and clip.
+"""Lumen learns as fast as transformers on equal terms: the same rows in the same order, schedule,
+optimizer and clip.
 
-Two things are held apart. From the same weights, without balance and z-loss, both must take the same steps (in CI).
-With all that is Lumen's by default (initial weights, balance loss) the curves may differ, and Lumen's must not be the
-worse one (nightly; EXPERIMENTS.md says what was found when it was).
-"""
+Two things are held apart. From the same weights, without balance and z-loss, both must take the
+same steps (in CI). With all that is Lumen's by default (initial weights, balance loss) the curves
+may differ, and Lumen's must not be the worse one (nightly; EXPERIMENTS.md says what was found when
+it was)."""
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ NO_LOSSES = {"aux_loss_weight": 0.0, "router_z_loss_weight": 0.0}
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    """Shards of a language in which the last two symbols decide the odds of the next: entropy 2.475 nats."""
+    """Shards of a language in which the last two symbols decide the odds of the next: entropy 2.475
+    nats."""
     folder, rng = tmp_path_factory.mktemp("order2"), np.random.default_rng(7)
     odds = rng.dirichlet([0.3] * V, size=V * V).cumsum(1)
 
@@ -70,7 +72,8 @@ def keys(source, out, kind, seed, steps, model=None, **changes) -> dict:
 
 
 def theirs(trainer: Trainer, copy: bool):
-    """transformers' model of this shape; with `copy` it starts from the trainer's weights, else from its own."""
+    """transformers' model of this shape; with `copy` it starts from the trainer's weights, else
+    from its own."""
     transformers = pytest.importorskip("transformers")
     cfg = trainer.cfg.model
     config = hf_config(cfg, "float32", {}, cfg.n_experts)
@@ -95,7 +98,8 @@ def cross_entropy(model, x, y):
 
 
 def train_theirs(model, trainer: Trainer, balance: float) -> tuple[list[float], float]:
-    """The plain loop of a user of transformers over the trainer's own rows: (loss of each step, validation loss)."""
+    """The plain loop of a user of transformers over the trainer's own rows: (loss of each step,
+    validation loss)."""
     cfg, experts, losses = trainer.cfg, trainer.cfg.model.n_experts, []
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() < 2]
@@ -141,7 +145,8 @@ def run(trainer: Trainer) -> tuple[list[float], float]:
 
 @pytest.mark.parametrize("kind", ("dense", "top-2"))
 def test_from_equal_weights_both_take_the_same_steps(kind, source, tmp_path):
-    """Model, gradient, clip, AdamW, decay groups, schedule and rows: any difference shows within some steps."""
+    """Model, gradient, clip, AdamW, decay groups, schedule and rows: any difference shows within
+    some steps."""
     model = {"d_model": 32, "d_ff": 48} | (NO_LOSSES if kind != "dense" else {})
     small = keys(
         source, tmp_path / "run", kind, 1, 12, model, batch_size=4, warmup_steps=4, eval_tokens=1280
@@ -156,9 +161,9 @@ def test_from_equal_weights_both_take_the_same_steps(kind, source, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_as_fast_as_transformers(kind, source, tmp_path):
-    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss of its own formula.
-    Runs differ by some hundredths of a nat by chance alone: when a model finds out that the symbol before the last
-    matters too depends on the draw."""
+    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss
+    of its own formula. Runs differ by some hundredths of a nat by chance alone: when a model finds
+    out that the symbol before the last matters too depends on the draw."""
     gaps = []
     for seed in (1, 2, 3):
         trainer = Trainer(keys(source, tmp_path / str(seed), kind, seed, 240))
@@ -169,5 +174,6 @@ def test_learns_as_fast_as_transformers(kind, source, tmp_path):
     print(
         f"{kind}: mean gap {np.mean(gaps):+.4f}, standard error {np.std(gaps, ddof=1) / 3**0.5:.4f}"
     )
-    # top-1 falls short, by 0.02 to 0.13 on this source, with the initial weights that serve all else: EXPERIMENTS.md
+    # top-1 falls short, by 0.02 to 0.13 on this source, with the initial weights that serve all
+    # else: EXPERIMENTS.md
     assert np.mean(gaps) < (0.15 if kind == "top-1" else 0.02)

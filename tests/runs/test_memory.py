@@ -1,4 +1,5 @@
-"""What does not fit is refused before it is built; the probe and the snapshots take what memory there is."""
+"""What does not fit is refused before it is built; the probe and the snapshots take what memory
+there is."""
 
 import dataclasses
 import functools
@@ -39,7 +40,8 @@ def forbid(monkeypatch, *names) -> None:
 
 @pytest.mark.parametrize("name", ["b1", "b3_inference"])
 def test_a_preset_that_no_batch_size_makes_fit_is_refused_at_once(monkeypatch, name):
-    """`python train.py b1` on a laptop: refused before data are prepared, with what would hold it; nothing grows."""
+    """`python train.py b1` on a laptop: refused before data are prepared, with what would hold it;
+    nothing grows."""
     memory_of(monkeypatch, 16 << 30)
     forbid(monkeypatch, "prepare_first", "Transformer", "Parallel")
     with pytest.raises(UserError) as e:
@@ -76,8 +78,8 @@ def test_a_model_without_a_vocabulary_yet_is_refused_before_its_text_is_read(
 
 
 def test_what_is_too_large_for_whole_copies_may_fit_in_parts(monkeypatch):
-    """b1 on eight machines of 20 GiB: train.py keeps a copy on each and is refused, train_fsdp.py is not; on two it
-    is, by its own layout."""
+    """b1 on eight machines of 20 GiB: train.py keeps a copy on each and is refused, train_fsdp.py
+    is not; on two it is, by its own layout."""
     memory_of(monkeypatch, 20 << 30)
     cfg = read_config(["b1"])[0]
     train.check_states(cfg, train_fsdp.layout_of(cfg, 8))
@@ -95,7 +97,8 @@ def need(keys) -> float:
 
 @pytest.mark.parametrize("share", [0.6, 0.1])
 def test_too_many_rows_are_refused_and_what_is_named_instead_fits(monkeypatch, tiny, share):
-    """A batch that needs more than there is: the message names a batch_size and a recomputation, and each starts."""
+    """A batch that needs more than there is: the message names a batch_size and a recomputation,
+    and each starts."""
     keys = wide(tiny)
     memory_of(monkeypatch, need(keys) * share)
     with pytest.raises(UserError, match="E200") as e:
@@ -111,7 +114,8 @@ def test_too_many_rows_are_refused_and_what_is_named_instead_fits(monkeypatch, t
 
 
 def test_what_may_fit_is_advised_against_and_tried(monkeypatch, tiny, capsys):
-    """The estimate is a few percent above the memory, and may be wrong by that: the run starts, with a warning."""
+    """The estimate is a few percent above the memory, and may be wrong by that: the run starts,
+    with a warning."""
     keys = wide(tiny)
     memory_of(monkeypatch, need(keys) / 1.07)
     Trainer(keys).loader.close()
@@ -122,7 +126,8 @@ def test_what_may_fit_is_advised_against_and_tried(monkeypatch, tiny, capsys):
 
 
 def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
-    """Its question is what would fit: it says that this does not, also where batch_size: auto finds nothing."""
+    """Its question is what would fit: it says that this does not, also where batch_size: auto finds
+    nothing."""
     memory_of(monkeypatch, 1000)
     keys = tiny(
         batch_size="auto", batch_tokens=512, gradient_accumulation_steps=..., model={"n_experts": 4}
@@ -138,8 +143,8 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
 
 
 def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
-    """The trainer's probe meets a GPU of so many bytes, of which r rows take need(r): what does not fit ends in the
-    middle of backward. Made up: never run on a GPU."""
+    """The trainer's probe meets a GPU of so many bytes, of which r rows take need(r): what does not
+    fit ends in the middle of backward. Made up: never run on a GPU."""
 
     def peak(model, rows, device):
         held = sum(p.grad is not None for p in model.parameters())
@@ -164,8 +169,8 @@ def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
 
 
 def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
-    """batch_size: auto drew a straight line through one and two rows, but the loss takes only so many logits at a time:
-    32 rows were found where 64 fitted, by the plan's own numbers."""
+    """batch_size: auto drew a straight line through one and two rows, but the loss takes only so
+    many logits at a time: 32 rows were found where 64 fitted, by the plan's own numbers."""
     trainer = Trainer(tiny(model={"dropout": 0.0}))
     for name, memory in (("gpt2_124m", 80e9), ("moe_124m", 80e9), ("lumi_base", 24e9)):
         keys = yaml.safe_load(presets()[name].read_text())
@@ -183,8 +188,8 @@ def test_the_probe_finds_the_largest_batch_that_fits(monkeypatch, tiny):
 
 
 def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
-    """In the middle of backward, at one of the sizes it tries: what lay in .grad then was trained on. And where one row
-    is too much it says so; torch's error came out of it as a traceback."""
+    """In the middle of backward, at one of the sizes it tries: what lay in .grad then was trained
+    on. And where one row is too much it says so; torch's error came out of it as a traceback."""
     whole, trainer = (
         Trainer(tiny(name, model={"dropout": 0.0}, max_steps=2)) for name in ("whole", "run")
     )
@@ -200,8 +205,9 @@ def test_a_probe_that_runs_out_of_memory_leaves_no_gradient(monkeypatch, tiny):
 
 
 def test_memory_that_holds_only_files_is_free_for_snapshots(tmp_path):
-    """A container has read its data and the kernel keeps the pages: they count as used, and are given to whoever asks.
-    Limits may lie above the process's own group, as Slurm's do, and be of cgroups' version 1 or 2."""
+    """A container has read its data and the kernel keeps the pages: they count as used, and are
+    given to whoever asks. Limits may lie above the process's own group, as Slurm's do, and be of
+    cgroups' version 1 or 2."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 200 kB\nMemAvailable:       104857600 kB\n")
     assert machines.available_memory(tmp_path) == 100 << 30
@@ -243,7 +249,8 @@ def test_where_the_system_does_not_say_what_is_free_there_are_snapshots(tmp_path
 
 
 def test_pinned_snapshots_count_as_large_as_torch_makes_them():
-    """CUDA's host allocator rounds up to powers of two: what seemed to fit was up to twice as much."""
+    """CUDA's host allocator rounds up to powers of two: what seemed to fit was up to twice as
+    much."""
     sizes = {"a": (3, True), "b": (1025, True), "c": (1025, False), "none": (0, True)}
     regions = {k: types.SimpleNamespace(numel=lambda n=n: n, element_size=lambda: 4, is_cuda=c) for k, (n, c) in
                sizes.items()}  # fmt: skip

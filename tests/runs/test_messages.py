@@ -14,7 +14,8 @@ from lumen.cli import read_config
 from lumen.errors import UserError
 from train import Trainer
 
-# ---------------------------------------------------------------- words on the command line and in the YAML
+# ---------------------------------------------------------------- words on the command line and in
+# the YAML
 
 
 def test_no_epoch_is_no_step(tiny):
@@ -23,7 +24,8 @@ def test_no_epoch_is_no_step(tiny):
 
 
 def test_commands_from_powershell(tiny):
-    """control.jsonl in UTF-16, as PowerShell's echo writes it: E309 says what it is, and the run goes on."""
+    """control.jsonl in UTF-16, as PowerShell's echo writes it: E309 says what it is, and the run
+    goes on."""
 
     def write(trainer):
         line = json.dumps({"method": "save"}) + "\n"
@@ -40,7 +42,8 @@ def test_commands_from_powershell(tiny):
 
 
 def steps_of(keys, *lines, at=5):
-    """Trains; `lines` of control.jsonl, or methods without arguments, are there when iteration `at` begins."""
+    """Trains; `lines` of control.jsonl, or methods without arguments, are there when iteration `at`
+    begins."""
     rows = [line if "{" in line else json.dumps({"method": line}) + "\n" for line in lines]
 
     def write(trainer):
@@ -56,8 +59,9 @@ def told(trainer) -> str:
 
 @pytest.mark.parametrize("rate, warmup, steps", [(5, 1, 40), (50, 100, 20)])
 def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
-    """The loss explodes before anything could be learned, or rises in a warm-up without an end. It is said before, in
-    the log, in decisions.jsonl, in the last line and in status.json; nothing is stopped."""
+    """The loss explodes before anything could be learned, or rises in a warm-up without an end. It
+    is said before, in the log, in decisions.jsonl, in the last line and in status.json; nothing is
+    stopped."""
     keys = tiny(
         learning_rate=rate,
         min_lr=rate,
@@ -81,7 +85,8 @@ def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
 
 
 def test_guessing_is_no_fault_of_a_young_run(tiny):
-    """A run that is healthy, one whose weights begin far above chance and fall, one of two steps: no word of it."""
+    """A run that is healthy, one whose weights begin far above chance and fall, one of two steps:
+    no word of it."""
     wide = {"init_std": 0.2}  # begins above ln(vocab_size), as wide models do
     for name, model, steps, rate in (
         ("plain", {}, 40, 3e-3),
@@ -96,8 +101,8 @@ def test_guessing_is_no_fault_of_a_young_run(tiny):
 
 
 def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
-    """No rate at all under weights that begin badly; or a training loss that is fine beside a validation loss that is
-    not: each is told with its own remedy."""
+    """No rate at all under weights that begin badly; or a training loss that is fine beside a
+    validation loss that is not: each is told with its own remedy."""
     keys = tiny(
         model={"init_std": 0.3}, max_steps=40, learning_rate=0.0, min_lr=0.0, save_interval=0
     )
@@ -114,8 +119,9 @@ def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
 
 
 def test_the_rate_leaps_where_a_run_goes_on(tiny, capsys):
-    """A finished run is made longer, or its schedule, rate or warm-up changed: one line says from what to what, why,
-    and what would not. A run that just goes on, and wsd that is made longer in its stable part, hear nothing."""
+    """A finished run is made longer, or its schedule, rate or warm-up changed: one line says from
+    what to what, why, and what would not. A run that just goes on, and wsd that is made longer in
+    its stable part, hear nothing."""
     keys = tiny(max_steps=20, save_interval=10)
     steps_of(keys)
     for change, why in (
@@ -140,7 +146,8 @@ def test_the_rate_leaps_where_a_run_goes_on(tiny, capsys):
 
 
 def test_a_schedule_that_cannot_rise(tiny, capsys):
-    """A warm-up longer than the run, one that reaches into wsd's decay, and onecycle, which has its own rise."""
+    """A warm-up longer than the run, one that reaches into wsd's decay, and onecycle, which has its
+    own rise."""
     for change, said in (
         (
             {"warmup_steps": 2000},
@@ -161,8 +168,9 @@ def test_a_schedule_that_cannot_rise(tiny, capsys):
 
 
 def test_an_evaluation_that_cannot_be(tiny, shards, tmp_path, capsys):
-    """Less held out than one window, nothing at all, one of two sources without any, and a handful of rows: a line
-    each. With early_stopping_patience, which could then never stop anything, E114."""
+    """Less held out than one window, nothing at all, one of two sources without any, and a handful
+    of rows: a line each. With early_stopping_patience, which could then never stop anything,
+    E114."""
     ids = (np.arange(3000) % 97).astype(np.uint16)
     np.save(tmp_path / "part_0.npy", ids)
     np.save(tmp_path / "val_0.npy", ids[:30])
@@ -189,8 +197,8 @@ def test_an_evaluation_that_cannot_be(tiny, shards, tmp_path, capsys):
 
 
 def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
-    """The host waits for data while a GPU computes (its queue is emulated): that is no wait of the run; what the GPU
-    waited is; and what ranks compare is the GPU's time, not that of launching."""
+    """The host waits for data while a GPU computes (its queue is emulated): that is no wait of the
+    run; what the GPU waited is; and what ranks compare is the GPU's time, not that of launching."""
     trainer = Trainer(tiny(max_steps=8, log_interval=8))
     trainer.watch.runs_ahead = True
     clock = {
@@ -226,8 +234,9 @@ def test_a_wait_for_data_that_no_gpu_felt(tiny, monkeypatch):
 
 
 def test_commands_in_one_go_are_done_in_their_order(tiny):
-    """`save` and then `rollback_steps`, written into control.jsonl at once: what was there is saved, then it goes back.
-    A rollback alone saves too, and does not delete the checkpoint it needs."""
+    """`save` and then `rollback_steps`, written into control.jsonl at once: what was there is
+    saved, then it goes back. A rollback alone saves too, and does not delete the checkpoint it
+    needs."""
     back = json.dumps({"method": "rollback_steps", "args": [3]}) + "\n"
     for name, lines, limit in (("both", ("save", back), 0), ("alone", (back,), 1)):
         keys = tiny(name, max_steps=14, save_interval=4, save_total_limit=limit)
@@ -245,7 +254,8 @@ def test_commands_in_one_go_are_done_in_their_order(tiny):
 
 
 def test_commands_as_other_programs_write_them(tiny):
-    """A byte order mark before the first line, and no newline after the last: both are read, once."""
+    """A byte order mark before the first line, and no newline after the last: both are read,
+    once."""
     line = json.dumps({"method": "adjust_weight_decay", "args": [0.05]}) + "\n"
     trainer = steps_of(tiny(), "\ufeff" + line, json.dumps({"method": "save"}), at=3)
     rows = [
@@ -255,7 +265,8 @@ def test_commands_as_other_programs_write_them(tiny):
 
 
 def test_the_story_of_a_run_in_which_nothing_happened(tiny, capsys, tmp_path):
-    """`bench.py decisions` of a healthy run, which has no decisions.jsonl, is no error; of no run it is."""
+    """`bench.py decisions` of a healthy run, which has no decisions.jsonl, is no error; of no run
+    it is."""
     trainer = steps_of(tiny())
     capsys.readouterr()
     assert report.main([str(trainer.out)]) == 0
@@ -265,8 +276,8 @@ def test_the_story_of_a_run_in_which_nothing_happened(tiny, capsys, tmp_path):
 
 
 def test_a_presets_prompt_goes_with_its_data(tmp_path, shards):
-    """quickstart on one's own data: its sample_prompt, a piece of Python, is not continued. One that is typed is,
-    and so is that of one's own YAML, and the preset's on its own data."""
+    """quickstart on one's own data: its sample_prompt, a piece of Python, is not continued. One
+    that is typed is, and so is that of one's own YAML, and the preset's on its own data."""
     own = write_yaml(tmp_path / "own.yaml", {"data_dir": "x", "sample_prompt": "Once"})
     for words, prompt in (
         (["quickstart", "--prepare", "null", "--data_dir", shards], None),
@@ -312,7 +323,8 @@ def test_the_peak_was_measured_while_the_machine_was_busy(tiny):
 
 
 def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
-    """Curves, a picture and checkpoints set aside belong to the run that is overwritten; a file of the user's stays."""
+    """Curves, a picture and checkpoints set aside belong to the run that is overwritten; a file of
+    the user's stays."""
     trainer = steps_of(tiny())
     for name in (
         "tensorboard/events.out.tfevents.1",
@@ -332,7 +344,8 @@ def test_overwrite_leaves_no_traces_of_the_run_before(tiny):
 
 
 def test_wandb_goes_on_with_the_run_and_is_quiet(tiny, monkeypatch, capfd):
-    """Stopped and started again it is one run of wandb, also offline, in one line; overwritten it is another."""
+    """Stopped and started again it is one run of wandb, also offline, in one line; overwritten it
+    is another."""
     made = []
 
     class Settings(dict):

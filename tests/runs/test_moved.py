@@ -1,4 +1,5 @@
-"""Runs that go on elsewhere: another tokenizer, another machine, another folder, files that are not ours."""
+"""Runs that go on elsewhere: another tokenizer, another machine, another folder, files that are not
+ours."""
 
 import json
 import math
@@ -32,7 +33,8 @@ TEXTS["more"] = TEXTS["a"].replace("cat", "dog") * 2
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory):
-    """Folders of data: `a` and `b` with a tokenizer each of equally many ids, `more` with a's, `bytes` with bytes."""
+    """Folders of data: `a` and `b` with a tokenizer each of equally many ids, `more` with a's,
+    `bytes` with bytes."""
     top = tmp_path_factory.mktemp("spoken")
     for name, text in TEXTS.items():
         (top / f"{name}.txt").write_text(text)
@@ -64,7 +66,8 @@ def sum_of(data) -> str:
 
 
 def damage(folder, name: str, value: float) -> None:
-    """Put `value` into a tensor of a checkpoint, with all sums right again: so a run that diverged leaves it."""
+    """Put `value` into a tensor of a checkpoint, with all sums right again: so a run that diverged
+    leaves it."""
     file = Path(folder) / "rank_00000.safetensors"
     tensors = load_file(file)
     tensors[name].view(-1)[3] = value
@@ -77,7 +80,8 @@ def damage(folder, name: str, value: float) -> None:
 
 
 def test_weights_of_another_tokenizer(tiny, spoken, tmp_path, capsys):
-    """init_from a run whose tokenizer is not that of the data, of as many ids: trained from noise, without a word."""
+    """init_from a run whose tokenizer is not that of the data, of as many ids: trained from noise,
+    without a word."""
     first = trained(speak(tiny, spoken / "a", "first"))
     fresh = speak(tiny, spoken / "b", "second", init_from=str(first.out))
     for init_from in (first.out, checkpoint.step_dir(first.out, 2)):
@@ -98,7 +102,8 @@ def test_weights_of_another_tokenizer(tiny, spoken, tmp_path, capsys):
 
 
 def test_weights_and_tokenizer_of_a_hugging_face_folder(tiny, spoken, tmp_path):
-    """The same from a Hugging Face folder, whose tokenizer.json another program wrote anew: its content counts."""
+    """The same from a Hugging Face folder, whose tokenizer.json another program wrote anew: its
+    content counts."""
     from export import from_hf, to_hf
 
     first = trained(
@@ -124,8 +129,9 @@ def test_weights_and_tokenizer_of_a_hugging_face_folder(tiny, spoken, tmp_path):
 
 
 def test_a_run_goes_on_with_another_tokenizer(tiny, spoken, capsys):
-    """allow_data_change onto data of another tokenizer: out_dir kept the first one's tokenizer.json, and all its text
-    was nonsense. Refused; where it is meant, each step is read with its own."""
+    """allow_data_change onto data of another tokenizer: out_dir kept the first one's
+    tokenizer.json, and all its text was nonsense. Refused; where it is meant, each step is read
+    with its own."""
     import sample
 
     keys = speak(tiny, spoken / "a", save_total_limit=0)
@@ -142,8 +148,9 @@ def test_a_run_goes_on_with_another_tokenizer(tiny, spoken, capsys):
 
 
 def test_numbers_of_another_validation_set_are_not_compared(tiny, spoken, capsys):
-    """A run went on with other data: the best of the old validation text stayed the best for ever, --best gave the old
-    model and patience counted against it. All of that begins anew, and is kept where the set is the same."""
+    """A run went on with other data: the best of the old validation text stayed the best for ever,
+    --best gave the old model and patience counted against it. All of that begins anew, and is kept
+    where the set is the same."""
     keys = speak(tiny, spoken / "a", early_stopping_patience=5)
     first = trained(keys)
     assert first.progress.best_step == 4
@@ -186,7 +193,8 @@ def test_more_text_for_training_leaves_the_validation_set_as_it_is(tiny, shards,
 
 
 def test_weights_that_are_nan(tiny, tmp_path):
-    """A run that diverged was taken as init_from: three steps, then "lower learning_rate". Its export was "a bug"."""
+    """A run that diverged was taken as init_from: three steps, then "lower learning_rate". Its
+    export was "a bug"."""
     from export import from_hf, to_hf
 
     first = trained(tiny("first", {"dropout": 0.0}, max_steps=4))
@@ -216,7 +224,8 @@ def test_weights_that_are_nan(tiny, tmp_path):
 
 
 def test_resume_from_an_older_step(tiny, tmp_path):
-    """`--resume out/x/step_00000004` of 12: to the same bytes as never stopped, in its own folder and in another."""
+    """`--resume out/x/step_00000004` of 12: to the same bytes as never stopped, in its own folder
+    and in another."""
     whole = trained(tiny("whole")).out
     shutil.copytree(whole, own := tmp_path / "own")
     (own / "control.jsonl").write_text(
@@ -238,8 +247,8 @@ def test_resume_from_an_older_step(tiny, tmp_path):
 
 
 def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys):
-    """The same command again, or a requeue of it: what was done since is gone on with, also where PATH was pruned
-    since; and a death before the first save begins at PATH again."""
+    """The same command again, or a requeue of it: what was done since is gone on with, also where
+    PATH was pruned since; and a death before the first save begins at PATH again."""
     whole = trained(tiny("whole")).out
     for name, path in (("whole", whole / "step_00000004"), ("other", whole / "step_00000004")):
         keys = tiny(name, resume=str(path))
@@ -270,7 +279,8 @@ def test_resume_from_a_path_is_started_again(tiny, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_that_was_moved(tiny, tmp_path, capsys):
-    """`mv out/x out/y`, `cp -r out/x out/z`, then `train.py out/y/config.yaml`: a new run began at the old place."""
+    """`mv out/x out/y`, `cp -r out/x out/z`, then `train.py out/y/config.yaml`: a new run began at
+    the old place."""
     old = trained(tiny("old", max_steps=4)).out
     shutil.copytree(old, copy := tmp_path / "copy")
     old.rename(moved := tmp_path / "moved")
@@ -297,7 +307,8 @@ def test_a_run_that_was_moved(tiny, tmp_path, capsys):
 
 
 def test_what_really_changed_is_said(tiny):
-    """44 lines `X: None in the checkpoint, Y now` for a run that was gone on with by its own config.yaml."""
+    """44 lines `X: None in the checkpoint, Y now` for a run that was gone on with by its own
+    config.yaml."""
     keys = tiny("run", max_steps=4, seed=1337, warmup_steps=..., precision="auto")
     out = trained(keys).out
     again = Trainer([str(out / "config.yaml")])
@@ -334,8 +345,8 @@ def test_config_yaml_on_another_number_of_processes(tiny):
 
 
 def test_a_run_goes_on_on_another_kind_of_device(tiny, monkeypatch):
-    """Begun on one kind of device, gone on with on another: fp32, no compiling and slices were kept for ever, or
-    compiling where there is no compiler. What `auto` means is found anew, and said."""
+    """Begun on one kind of device, gone on with on another: fp32, no compiling and slices were kept
+    for ever, or compiling where there is no compiler. What `auto` means is found anew, and said."""
     keys = tiny("run", max_steps=4, precision="auto", compile_model="auto", deterministic="auto")
     trained(keys)
     real, auto = checkpoint.Checkpoint.__init__, {}
@@ -427,8 +438,8 @@ def test_a_colleague_may_read_what_umask_allows(tiny, tmp_path, mask, mode):
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "rank_00000.safetensors"])
 def test_a_checkpoint_that_we_may_not_read(tiny, monkeypatch, capsys, name):
-    """Another user's 0600 files: "damaged", and the advice was to overwrite the run. It is unreadable, nothing else;
-    and no older step is trained on over it."""
+    """Another user's 0600 files: "damaged", and the advice was to overwrite the run. It is
+    unreadable, nothing else; and no older step is trained on over it."""
     out = trained(tiny(max_steps=6)).out
     file, real, sha256 = out / "step_00000006" / name, Path.read_text, files.sha256
 
@@ -450,7 +461,8 @@ def test_a_checkpoint_that_we_may_not_read(tiny, monkeypatch, capsys, name):
 
 
 def test_files_that_are_not_ours(tiny, tmp_path, shards):
-    """A config.yaml with notes in the run's folder, a folder beside an export, step_notes.tmp: overwritten, gone."""
+    """A config.yaml with notes in the run's folder, a folder beside an export, step_notes.tmp:
+    overwritten, gone."""
     from export import to_hf
 
     keys = tiny(max_steps=2)

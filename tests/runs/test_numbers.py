@@ -1,4 +1,5 @@
-"""Numbers stay right: recomputation, odd batches, out of memory, changed weights, a second run in one process."""
+"""Numbers stay right: recomputation, odd batches, out of memory, changed weights, a second run in
+one process."""
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def apart(a: dict, b: dict) -> float:
 
 
 def test_selective_recomputation_of_a_compiled_model():
-    """--dry_run advises activation_checkpointing: selective, and on a GPU models are compiled: the first backward pass
-    crashed. Its gradients are those of the plain model."""
+    """--dry_run advises activation_checkpointing: selective, and on a GPU models are compiled: the
+    first backward pass crashed. Its gradients are those of the plain model."""
     assert apart(gradients(recompute="selective", compiled=True), gradients()) < 1e-5
 
 
@@ -65,8 +66,8 @@ def test_selective_recomputation_of_a_compiled_model():
 @pytest.mark.parametrize("recompute", ("selective", "block"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
-    """As above, with experts, depths and both; with dropout and jitter the same numbers are drawn again: the gradient
-    is that of the loss, seen along itself."""
+    """As above, with experts, depths and both; with dropout and jitter the same numbers are drawn
+    again: the gradient is that of the loss, seen along itself."""
     torch._dynamo.reset()
     if not noise:
         assert apart(gradients(kind, recompute, True), gradients(kind)) < 1e-4
@@ -107,8 +108,8 @@ def test_every_recomputation_of_every_compiled_model(kind, recompute, noise):
 
 
 def test_gradients_that_somebody_left_behind(tiny):
-    """A notebook called backward() on the trainer's model, or a probe ran out of memory in the middle of one: the run
-    that follows is the same."""
+    """A notebook called backward() on the trainer's model, or a probe ran out of memory in the
+    middle of one: the run that follows is the same."""
     trainer = Trainer(tiny("a", max_steps=2, eval_tokens=64))
     for p in trainer.model.parameters():
         p.grad = torch.full_like(p, 3.0)
@@ -118,8 +119,9 @@ def test_gradients_that_somebody_left_behind(tiny):
 
 @pytest.mark.parametrize("fits", ("a row", "nothing", "a fork's model"))
 def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, monkeypatch, fits):
-    """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than there is (or fails
-    in another way). It is repeated row by row, or not; the run goes on, its micro-batch as it was."""
+    """A step was not finite; repeating it in eager mode, for the diagnosis, needs more memory than
+    there is (or fails in another way). It is repeated row by row, or not; the run goes on, its
+    micro-batch as it was."""
     trainer = Trainer(tiny(max_steps=5, batch_size=4, eval_tokens=64))
     forward, looking, left = trainer.model.forward, [], []
 
@@ -153,7 +155,8 @@ def test_the_diagnosis_of_a_bad_step_runs_out_of_memory(tiny, monkeypatch, fits)
 
 
 def test_what_only_informs_fails(tiny, capsys):
-    """The forecast's arithmetic and the look at which parameter moved most fail: both are said, neither ends a run."""
+    """The forecast's arithmetic and the look at which parameter moved most fail: both are said,
+    neither ends a run."""
     trainer = Trainer(
         tiny(
             max_steps=5,
@@ -188,8 +191,8 @@ def test_what_only_informs_fails(tiny, capsys):
     ],
 )
 def test_a_batch_that_is_no_power_of_two(dtype, scale):
-    """The loss is divided by the targets of a step; in bf16 the trunk's gradient was off by 0.3 % against the head's,
-    and in fp16 too, once the loss scale had fallen."""
+    """The loss is divided by the targets of a step; in bf16 the trunk's gradient was off by 0.3 %
+    against the head's, and in fp16 too, once the loss scale had fallen."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(4100, 16, generator=g), 10 * torch.randn(64, 16, generator=g)
     y = torch.randint(64, (4100,), generator=g)
@@ -207,8 +210,8 @@ SHORT = {"max_steps": 8, "save_interval": 20, "eval_tokens": 64}
 
 
 def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
-    """In the order of a GPU, on the CPU: the numbers of a step are seen in the next one. A save is asked for at step 3,
-    and step `hurt` runs out of memory once."""
+    """In the order of a GPU, on the CPU: the numbers of a step are seen in the next one. A save is
+    asked for at step 3, and step `hurt` runs out of memory once."""
     trainer, failed = Trainer(keys), []
 
     def may_lag():
@@ -230,8 +233,8 @@ def run_one_turn_late(keys: dict, hurt: int) -> Trainer:
 
 
 def test_out_of_memory_is_learned_of_by_a_save(tiny):
-    """On a GPU a step's numbers are seen a turn late, here by a save that was asked for. The void step is begun again
-    with its own learning rate, not the next one's."""
+    """On a GPU a step's numbers are seen a turn late, here by a save that was asked for. The void
+    step is begun again with its own learning rate, not the next one's."""
     runs = [run_one_turn_late(tiny(name, **SHORT), 4) for name in ("late", "at_once")]
     sums = [
         {k: v for k, v in fingerprint(t.out, 8).items() if k.endswith(".safetensors")} for t in runs
@@ -244,7 +247,8 @@ def test_out_of_memory_is_learned_of_by_a_save(tiny):
 
 
 def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
-    """fp16: a step that was void for memory halved the loss scale, though nothing had overflowed."""
+    """fp16: a step that was void for memory halved the loss scale, though nothing had
+    overflowed."""
     monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     for name in ("late", "at_once"):
         trainer = run_one_turn_late(tiny(name, **SHORT, precision="mixed_fp16"), 5)
@@ -253,7 +257,8 @@ def test_out_of_memory_is_no_overflow(tiny, monkeypatch):
 
 
 def test_a_weight_that_was_changed_on_the_way(tiny):
-    """aux_loss_weight is set by hand, or by the orchestrator: the aux_loss that is said is of the weight in force."""
+    """aux_loss_weight is set by hand, or by the orchestrator: the aux_loss that is said is of the
+    weight in force."""
     trainer = Trainer(tiny(max_steps=2, eval_tokens=64, model={"n_experts": 4, "d_expert": 16}))
     trainer.control.set_knob("aux_loss_weight", 1.0)
     assert trainer.fit() == 0
@@ -274,7 +279,8 @@ def test_a_second_run_in_one_notebook(tiny):
 
 
 def test_a_slow_kernel_is_timed_without_its_warm_up(monkeypatch):
-    """A kernel of a second on a GPU that works behind the host's back: only one run is timed, and it took a second."""
+    """A kernel of a second on a GPU that works behind the host's back: only one run is timed, and
+    it took a second."""
     now, queue = [0.0], [0.0]
 
     def kernel():
@@ -289,8 +295,9 @@ def test_a_slow_kernel_is_timed_without_its_warm_up(monkeypatch):
 
 
 def test_text_is_made_while_training_by_another_backend(monkeypatch):
-    """A sample at the end of a run on a GPU: triton would tune its kernels for one token, slices wait in each layer. It
-    is made by grouped_mm; afterwards, and when nobody listens to the end, the layer is as it was."""
+    """A sample at the end of a run on a GPU: triton would tune its kernels for one token, slices
+    wait in each layer. It is made by grouped_mm; afterwards, and when nobody listens to the end,
+    the layer is as it was."""
     assert kernels.for_generation("triton", "cpu", torch.float32, 32, 32) == "triton"
     for reason, expected in ((None, "grouped_mm"), ("too old", "slices")):
         monkeypatch.setattr(kernels, "backends", lambda *a, r=reason: {"grouped_mm": r})

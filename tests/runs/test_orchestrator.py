@@ -37,7 +37,8 @@ from train import Parallel, Trainer
 
 @pytest.fixture(scope="module")
 def skipped():
-    """skipped(keys) -> the tensors and tokens of a run that passes over turn 50's step, trained once an optimizer."""
+    """skipped(keys) -> the tensors and tokens of a run that passes over turn 50's step, trained
+    once an optimizer."""
     found = {}
 
     def run(keys):
@@ -58,7 +59,8 @@ def skipped():
 @pytest.mark.parametrize("name", RANGES["optimizer"].split(" | "))
 @pytest.mark.parametrize("times", [1e4, float("nan"), 1e30])
 def test_a_bad_gradient_is_as_if_its_batch_had_not_been(tiny, skipped, name, times):
-    """Every optimizer must pass: weights, moments and counts equal a run whose step was never made at that turn."""
+    """Every optimizer must pass: weights, moments and counts equal a run whose step was never made
+    at that turn."""
     keys = tiny("guarded", optimizer=name, **LONG | {"max_steps": 80})
     guarded = finish(keys, faulty([50], times))
     trigger = "explosion" if times == 1e4 else "nonfinite"
@@ -88,7 +90,8 @@ def test_shadow_and_off_leave_an_explosion_alone(tiny):
 
 
 def test_an_explosion_is_no_overflow_to_the_scaler_of_fp16(tiny, monkeypatch):
-    """fp16's arithmetic on the CPU: an explosion is dropped and the scale stays; an overflow halves it, and is none."""
+    """fp16's arithmetic on the CPU: an explosion is dropped and the scale stays; an overflow halves
+    it, and is none."""
     monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     keys = tiny(precision="mixed_fp16", **LONG | {"max_steps": 80})
     for times, trigger in ((300.0, "explosion"), (float("inf"), "nonfinite")):
@@ -122,8 +125,8 @@ COMMANDS = [
 
 
 def test_what_befalls_one_rank_of_two(tiny, tmp_path):
-    """A gradient that is not finite in one micro-step, memory that runs out half-way, a weight that changed: the other
-    rank follows, and nothing is lost."""
+    """A gradient that is not finite in one micro-step, memory that runs out half-way, a weight that
+    changed: the other rank follows, and nothing is lost."""
     base = tiny(
         "whole", {"dropout": 0.0}, max_steps=60, batch_size=2, save_interval=0, warmup_steps=5
     )
@@ -228,7 +231,8 @@ def test_a_loss_that_does_not_come_back_is_rolled_back_past_its_data(tiny, refer
 
 
 def test_after_a_rollback_only_what_is_observed_brings_another_soon(tiny):
-    """A loss that leaves its course again waits until 200 turns have passed; a NaN never waits (tests above)."""
+    """A loss that leaves its course again waits until 200 turns have passed; a NaN never waits
+    (tests above)."""
     keys = tiny(model={"init_std": 0.02}, **LONG | {"max_steps": 420, "min_lr": 1e-5})
     trainer = finish(keys, iterations={150: glitch, 230: glitch})
     rows = [d for d in decisions(trainer) if d.get("trigger") == "divergence"]
@@ -257,7 +261,8 @@ def test_a_young_run_that_loses_all_goes_back(tiny, reference):
 
 
 def test_what_does_not_come_back_after_a_rollback_stops_the_run(tiny):
-    """The cause is still there, a rate far too high: a loss that only stays where it began must not count as healed."""
+    """The cause is still there, a rate far too high: a loss that only stays where it began must not
+    count as healed."""
 
     def for_ever(trainer):
         trainer.control.knobs["lr_scale"] = 300.0
@@ -378,8 +383,8 @@ def kill_expert(trainer):
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_experts_that_stay_unbalanced(tiny, allowed):
-    """The bias gets twice its rate, then the loss its weight, each for ten checks and back; then a dead one is re-made,
-    where that is allowed, and the run is saved before."""
+    """The bias gets twice its rate, then the loss its weight, each for ten checks and back; then a
+    dead one is re-made, where that is allowed, and the run is saved before."""
     block = {"check_interval": 5, "enable_architecture_adaptation": allowed}
     keys = tiny(model=MOE, **LONG | {"max_steps": 230, "batch_size": 2}) | {"orchestrator": block}
     trainer = finish(keys, iterations={1: kill_expert})

@@ -15,7 +15,8 @@ from train import Trainer
 
 
 def short_of_memory(trainer, limit, rank=0, calls=None, at=20):
-    """From step `at` on, more than `limit` rows at once do not fit: the second micro-step fails, half accumulated."""
+    """From step `at` on, more than `limit` rows at once do not fit: the second micro-step fails,
+    half accumulated."""
     calls = [0] if calls is None else calls
 
     def hook(module, inputs):
@@ -77,7 +78,8 @@ def test_out_of_memory_at_one_row_says_what_to_do(tiny):
 
 
 def test_out_of_memory_elsewhere_restarts_with_a_hint(tiny, monkeypatch):
-    """In the optimizer half of the weights may be new: the process ends with 75, and the next goes on smaller."""
+    """In the optimizer half of the weights may be new: the process ends with 75, and the next goes
+    on smaller."""
     keys = tiny(max_steps=20, batch_size=4, save_interval=5)
     path = write_yaml(checkpoint.Path(keys["out_dir"] + ".yaml"), keys)
     step = optim.AdamW.step

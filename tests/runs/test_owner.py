@@ -1,4 +1,5 @@
-"""A run has one owner: second starts, dead owners, restarts, launches by srun and torchrun, notebooks."""
+"""A run has one owner: second starts, dead owners, restarts, launches by srun and torchrun,
+notebooks."""
 
 import contextlib
 import errno
@@ -49,8 +50,9 @@ def everything(folder) -> dict:
 
 
 def test_a_second_start_into_a_live_run(tiny, monkeypatch):
-    """The same command twice, with overwrite or another model: the second hears who is at work and changes nothing, no
-    checkpoint that is being written, no half line. When the first is killed with -9 the next start goes on."""
+    """The same command twice, with overwrite or another model: the second hears who is at work and
+    changes nothing, no checkpoint that is being written, no half line. When the first is killed
+    with -9 the next start goes on."""
     keys = tiny(max_steps=4)
     assert Trainer(keys).fit() == 0
     out = Path(keys["out_dir"])
@@ -78,7 +80,8 @@ def test_a_second_start_into_a_live_run(tiny, monkeypatch):
 
 
 def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
-    """A mistake in the YAML: no folder comes of it, and a run that is there stays as it was, to the byte."""
+    """A mistake in the YAML: no folder comes of it, and a run that is there stays as it was, to the
+    byte."""
     with pytest.raises(UserError, match="E002"):
         Trainer(tiny("a/b/c", batch_tokens=100, gradient_accumulation_steps=...))
     assert not (tmp_path / "a").exists()
@@ -94,8 +97,9 @@ def test_a_start_that_is_refused_leaves_nothing(tiny, tmp_path):
 
 
 def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
-    """A file of a host that is not this one blocks while it is touched, by the clock of the file system; one from
-    before this host's last boot, of a dead process, or not touched for long, blocks nobody."""
+    """A file of a host that is not this one blocks while it is touched, by the clock of the file
+    system; one from before this host's last boot, of a dead process, or not touched for long,
+    blocks nobody."""
     monkeypatch.setattr(owners, "GRACE", 0)
     here, file = owners.identity(), tmp_path / "owner.json"
     elsewhere, rebooted = (
@@ -150,8 +154,9 @@ def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
-    """The file alone must do: a live process on this host blocks, a killed one does not; of two that start at the same
-    moment one has it; and an owner that was taken for dead notices before it saves."""
+    """The file alone must do: a live process on this host blocks, a killed one does not; of two
+    that start at the same moment one has it; and an owner that was taken for dead notices before it
+    saves."""
 
     def flock(*args):
         raise OSError(number, os.strerror(number))
@@ -202,7 +207,8 @@ def test_signs_of_life(tmp_path, monkeypatch):
 
 
 def test_a_restart_waits_for_the_one_before_it(tiny, monkeypatch):
-    """Slurm starts a job again while its last process is still dying: it waits instead of being refused for good."""
+    """Slurm starts a job again while its last process is still dying: it waits instead of being
+    refused for good."""
     keys = tiny(max_steps=2)
     monkeypatch.setattr(owners, "GRACE", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -212,7 +218,8 @@ def test_a_restart_waits_for_the_one_before_it(tiny, monkeypatch):
 
 
 def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
-    """After an exception, or without one, a new Trainer in the same process has the run; not while the other trains."""
+    """After an exception, or without one, a new Trainer in the same process has the run; not while
+    the other trains."""
     monkeypatch.setattr(owners, "GRACE", 0)
     keys, said = tiny(max_steps=6), []
 
@@ -246,8 +253,9 @@ def test_a_notebook_that_makes_its_trainer_again(tiny, monkeypatch):
     ],
 )
 def test_srun_without_torchrun(tiny, tmp_path, monkeypatch, env):
-    """`srun -n 2 python train.py`, or mpirun: two whole runs in one folder are refused at once, with what to type. A
-    batch script that asked for many tasks and starts one, and ranks of torchrun under srun, are none of that."""
+    """`srun -n 2 python train.py`, or mpirun: two whole runs in one folder are refused at once,
+    with what to type. A batch script that asked for many tasks and starts one, and ranks of
+    torchrun under srun, are none of that."""
     path = write_yaml(
         tmp_path / "c.yaml", tiny(prepare={"sources": ["stdlib"], "out": str(tmp_path / "data")})
     )
@@ -268,8 +276,9 @@ def test_srun_without_torchrun(tiny, tmp_path, monkeypatch, env):
 
 @pytest.mark.parametrize("words", [{"resume": "none"}, {"resume": "none", "overwrite": True}])
 def test_words_of_a_launch_are_not_words_of_its_restarts(tiny, monkeypatch, words):
-    """`resume: none`, with overwrite or without, and a job that is preempted: the restart goes on from what the first
-    start saved. If that died before it came to own the folder, the restart does what it would have done."""
+    """`resume: none`, with overwrite or without, and a job that is preempted: the restart goes on
+    from what the first start saved. If that died before it came to own the folder, the restart does
+    what it would have done."""
     keys = tiny(max_steps=12) | words
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     stop_at(Trainer(keys), 5).fit()
@@ -291,8 +300,8 @@ def test_words_of_a_launch_are_not_words_of_its_restarts(tiny, monkeypatch, word
 
 
 def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
-    """The run diverged last week. Today's job dies before it has begun and is started again: it is not refused with
-    last week's words; its own are."""
+    """The run diverged last week. Today's job dies before it has begun and is started again: it is
+    not refused with last week's words; its own are."""
     keys = tiny(max_steps=2)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -306,7 +315,8 @@ def test_what_an_earlier_launch_died_of_ends_no_restart(tiny, monkeypatch):
 
 @pytest.mark.nightly
 def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
-    """A rank is killed after the first checkpoint; torchrun starts all with the same words: nothing is deleted."""
+    """A rank is killed after the first checkpoint; torchrun starts all with the same words: nothing
+    is deleted."""
     keys = tiny(resume="none", overwrite=True, save_interval=4, max_steps=12)
     words = [
         "-m",
@@ -324,7 +334,8 @@ def test_overwrite_under_torchrun_whose_rank_dies(tiny, tmp_path):
 
 
 def test_a_refusal_is_of_one_boot_and_one_container(monkeypatch, tmp_path):
-    """torchrun is process 1 in many containers: what one of them was refused for stopped the restarts of others."""
+    """torchrun is process 1 in many containers: what one of them was refused for stopped the
+    restarts of others."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("LUMEN_REFUSED", raising=False)

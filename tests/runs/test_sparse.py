@@ -72,7 +72,8 @@ def test_expert_dropout_is_drawn_once_a_step_from_the_cursor(tiny, monkeypatch):
 
 @pytest.mark.parametrize("kind", ("mixtral", "hybrid"))
 def test_a_model_made_for_bf16_sampling_routes_as_in_training(kind, tiny):
-    """sample.py casts the weights once; routers stay as they are, else another expert would be chosen."""
+    """sample.py casts the weights once; routers stay as they are, else another expert would be
+    chosen."""
     trainer = finish(tiny("run", KINDS[kind], max_steps=2))
     loaded, *_ = sample.load(trainer.out, device="cpu", precision="bf16", say=lambda text: None)
     model, x = trainer.model.eval(), ids(2, 20)
@@ -158,7 +159,8 @@ SPLIT = dict(aux_loss_weight=0.5, router_z_loss_weight=0.01, dropout=0.0)
 
 @pytest.mark.parametrize("kind", ("null", "hybrid"))
 def test_any_split_of_the_batch_trains_alike(tiny, kind):
-    """The balance loss takes its loads from its row, MoD chooses row by row: a split changes neither."""
+    """The balance loss takes its loads from its row, MoD chooses row by row: a split changes
+    neither."""
     model, found = KINDS[kind] | SPLIT, []
     for micro in (4, 1):
         rows = dict(batch_size=micro, gradient_accumulation_steps=4 // micro)
@@ -300,7 +302,8 @@ def test_evaluation_reports_both_rules(tiny, kind):
 
 
 def test_more_slots_for_a_run_that_goes_on(tiny):
-    """init_from with a larger n_experts_max: the same experts, the same null experts, the same text."""
+    """init_from with a larger n_experts_max: the same experts, the same null experts, the same
+    text."""
     for i, (kind, slots) in enumerate((("slots", 6), ("null", 6), ("null", 0))):
         model = KINDS[kind] | {"n_experts_max": slots}
         first = finish(tiny(f"a{i}", model, max_steps=3))
@@ -329,8 +332,9 @@ def test_how_often_is_logged_changes_nothing(tiny):
 
 
 def test_two_ranks_do_what_one_does(tiny, tmp_path):
-    """Experts inside MoD split, pruned and restored mid-run: equal bits on both ranks, the losses of one process (4
-    micro-steps against 2 x 2), and a run resumed after a split is the run never stopped, bit for bit."""
+    """Experts inside MoD split, pruned and restored mid-run: equal bits on both ranks, the losses
+    of one process (4 micro-steps against 2 x 2), and a run resumed after a split is the run never
+    stopped, bit for bit."""
     model = (
         KINDS["slots"] | SPLIT | {"bias_update_rate": 0.01, "mod_capacity": 0.5, "mod_layers": [1]}
     )
@@ -378,7 +382,8 @@ def test_two_ranks_do_what_one_does(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ("slots", "hybrid"))
 def test_resume_is_exact(tiny, kind):
-    """One process: buffers (bias, loads, slots) come back, dropout of experts and jitter need no state."""
+    """One process: buffers (bias, loads, slots) come back, dropout of experts and jitter need no
+    state."""
     model = KINDS[kind] | {
         "expert_dropout": 0.2,
         "router_jitter": 0.1,

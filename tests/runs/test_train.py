@@ -135,7 +135,8 @@ def test_any_split_of_the_batch_trains_alike(tiny):
 
 
 def test_masked_targets_count_in_the_global_mean(tiny):
-    """Half the targets ignored: the gradient is that of the mean over the valid ones (not over all)."""
+    """Half the targets ignored: the gradient is that of the mean over the valid ones (not over
+    all)."""
     norms = []
     for mask in (False, True):
         trainer = Trainer(tiny(f"m{mask}", {"dropout": 0.0}, max_steps=1, grad_clip=0.0))
@@ -157,7 +158,8 @@ def test_masked_targets_count_in_the_global_mean(tiny):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_a_bad_step_is_dropped_exactly(tiny, value):
-    """Weights, moments and the optimizer's count as before the step; step, cursor and schedule go on."""
+    """Weights, moments and the optimizer's count as before the step; step, cursor and schedule go
+    on."""
     snapshots = []
 
     class Watched(faulty([6], value=value)):
@@ -194,7 +196,8 @@ def test_a_module_that_goes_bad_is_named_and_ends_as_diverged(tiny):
 
 
 def test_fp16_scale_shrinks_until_it_fits_and_is_saved(tiny, monkeypatch):
-    """The scaler's arithmetic on the CPU (fp16 itself is for GPUs): overflow halves the scale and drops the step."""
+    """The scaler's arithmetic on the CPU (fp16 itself is for GPUs): overflow halves the scale and
+    drops the step."""
     monkeypatch.setattr(machines, "detect", fake_fp16(machines.detect))
     trainer = Trainer(tiny(max_steps=12, precision="mixed_fp16"))
     trainer.loss_scale.value.fill_(2.0**24)
@@ -588,9 +591,11 @@ def wait_for_step(out_dir, step, process, seconds=60):
 
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_signals_and_kill(tiny, tmp_path, ranks):
-    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as one never stopped.
+    """TERM, INT and KILL at three places; the run that gets all three ends with the same bytes as
+    one never stopped.
 
-    What is hit is started as users start it; the whole run and the last part, which nothing hits, are forked."""
+    What is hit is started as users start it; the whole run and the last part, which nothing hits,
+    are forked."""
     changes = {
         "max_steps": 180,
         "save_interval": 25,
@@ -652,7 +657,8 @@ def test_disk_full(tiny, reference, tmp_path):
 
 
 def test_a_checkpoint_is_written_beside_training(tiny, reference, monkeypatch):
-    """Training goes on while a thread writes; what is written is the step of the copy, and a failure is made good."""
+    """Training goes on while a thread writes; what is written is the step of the copy, and a
+    failure is made good."""
     base = reference(tiny("base"))
     real, turns, fail = checkpoint.write, {}, []
 
@@ -687,7 +693,8 @@ def test_a_checkpoint_is_written_beside_training(tiny, reference, monkeypatch):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(tiny, tmp_path, world):
-    """Losses as on one process; resume to the same bytes; another world size; signal or fault on one rank only."""
+    """Losses as on one process; resume to the same bytes; another world size; signal or fault on
+    one rank only."""
     rows = {"batch_tokens": 12 * 32, "batch_size": 2, "gradient_accumulation_steps": ...}
     one, many = tiny("one", {"dropout": 0.0}, **rows), tiny("many", {"dropout": 0.0}, **rows)
     whole, parts = tiny("whole", **rows), tiny("parts", **rows)

@@ -131,7 +131,8 @@ def test_the_model_of_a_checkpoint(tmp_path):
     "name", ["manifest.json", "state.json", "rank_00000.safetensors", "rank_00001.safetensors"]
 )
 def test_no_flipped_bit_and_no_cut_is_believed(tmp_path, name):
-    """At each 5th byte of each file: the damaged one is named and passed over, or what it says is what was saved."""
+    """At each 5th byte of each file: the damaged one is named and passed over, or what it says is
+    what was saved."""
     want = {1: tensors(), 2: {k: t + 1 for k, t in tensors().items()}}
     for step, named in want.items():
         save(tmp_path, step, named, 2, tokens=1000 * step)
@@ -172,7 +173,8 @@ def test_a_missing_piece_is_not_made_up(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
-    """A bad sector is damage like any other: it does not end the process that looks for the newest whole one."""
+    """A bad sector is damage like any other: it does not end the process that looks for the newest
+    whole one."""
     for step in (1, 2):
         save(tmp_path, step, tensors())
     real, said = files.sha256, []

@@ -81,7 +81,8 @@ def test_a_slow_drift_is_found_and_a_curve_that_flattens_is_none():
 
 
 def test_a_young_run_is_watched_and_its_growing_noise_is_no_alarm():
-    """A long warm-up: the loss leaves ln V ever faster, and its noise grows from 0.001 to 0.15 nats."""
+    """A long warm-up: the loss leaves ln V ever faster, and its noise grows from 0.001 to 0.15
+    nats."""
     t = np.arange(1500)
     level = 4.85 - 1.2 / (1 + np.exp((500 - t) / 100))
     for seed in range(5):
@@ -214,7 +215,8 @@ def test_fifty_non_finite_steps_in_a_row_end_a_run_that_may_not_go_back(scaled, 
 
 
 def explode(detector: Explosion, at, n=120, acting=True) -> list[tuple]:
-    """The device's part is done here: what is above the limit explodes, three in a row are dropped."""
+    """The device's part is done here: what is above the limit explodes, three in a row are
+    dropped."""
     found, streak = [], 0
     for i in range(n):
         norm = 100.0 if i + 1 in at else 1.0 + 0.01 * (i % 7)

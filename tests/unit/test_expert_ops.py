@@ -1,4 +1,5 @@
-"""The expert operator: every backend equals one plain loop, in every odd shape; no wasted memory, no host sync."""
+"""The expert operator: every backend equals one plain loop, in every odd shape; no wasted memory,
+no host sync."""
 
 import importlib.metadata
 import importlib.util
@@ -31,7 +32,8 @@ every_backend = pytest.mark.parametrize("backend", BACK_ENDS)
 
 
 def layer(x, router, ids, w13, w2, experts):
-    """A softmax router whose choice is given, so that the gates' gradient shows in the router's weight."""
+    """A softmax router whose choice is given, so that the gates' gradient shows in the router's
+    weight."""
     scores = (x @ router.t()).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
     scores = torch.cat(
         [scores, scores.new_ones(len(x), 1)], 1
@@ -94,7 +96,8 @@ def test_random_shapes(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(backend, dtype):
-    """16-bit activations on fp32 weights: fp32 gradients of the weights and gates, near the fp32 answer."""
+    """16-bit activations on fp32 weights: fp32 gradients of the weights and gates, near the fp32
+    answer."""
     if kernels.backends("cpu", dtype, 16, 24)[backend]:
         pytest.skip(kernels.backends("cpu", dtype, 16, 24)[backend])
     inputs, dout = tryout.sample("cpu", dtype, 20, 16, 24, 4, 2)
@@ -143,7 +146,8 @@ def test_tokens_are_independent(backend):
 
 @every_backend
 def test_tail_is_never_read(backend):
-    """NaN in every tensor of tokens without expert, forward and backward, reaches no other number."""
+    """NaN in every tensor of tokens without expert, forward and backward, reaches no other
+    number."""
     T, E = 24, 4
     ids = torch.rand(T, E, generator=torch.Generator().manual_seed(2)).topk(2, -1)[1]
     off = torch.arange(T) % 3 == 0
@@ -158,7 +162,8 @@ def test_tail_is_never_read(backend):
 
 
 def test_garbage_rows_of_grouped_mm(monkeypatch):
-    """On GPUs torch's grouped_mm leaves the rows past the last expert uninitialised; here they are made NaN."""
+    """On GPUs torch's grouped_mm leaves the rows past the last expert uninitialised; here they are
+    made NaN."""
     real = kernels.grouped_mm
 
     def garbage(a, b, offs):
@@ -204,7 +209,8 @@ def saved_bytes(T, d, I, E, K, backend, make=torch.empty):
 
 @every_backend
 def test_saved_bytes(backend):
-    """bf16 keeps x, z and next to nothing else: no 16-bit weights, no activation, no gathered rows."""
+    """bf16 keeps x, z and next to nothing else: no 16-bit weights, no activation, no gathered
+    rows."""
     with torch._subclasses.FakeTensorMode():  # the real size, without its arithmetic
         assert 1 <= saved_bytes(4096, 512, 192, 32, 8, backend) <= 1.1
     assert 1 <= saved_bytes(16, 128, 96, 2, 2, backend, torch.zeros) <= 1.1
@@ -299,7 +305,8 @@ def test_gradient_accumulates_for_unused_experts(backend):
 
 @every_backend
 def test_gradient_without_strides(backend):
-    """out.sum() sends an expanded gradient, which torch's grouped_mm refuses; x may be a transposed view."""
+    """out.sum() sends an expanded gradient, which torch's grouped_mm refuses; x may be a transposed
+    view."""
     (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, 16, 16, 16, 4, 2)
     turned = x.detach().t().contiguous().t().requires_grad_()
     got = torch.autograd.grad(
@@ -382,7 +389,8 @@ def test_where_triton_cannot_work_its_version_is_said(changes, dtype, reason, mo
 
 
 def test_a_triton_that_is_not_there_or_cannot_be_imported(monkeypatch, tmp_path):
-    """A package of another torch can fail in any way, and must not take the whole of Lumen with it."""
+    """A package of another torch can fail in any way, and must not take the whole of Lumen with
+    it."""
     (tmp_path / "triton.py").write_text("raise AttributeError('made for another torch')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -425,7 +433,8 @@ def test_main(capsys):
 )
 @pytest.mark.parametrize("shape", [(4096, 512, 192, 32, 8), (1000, 768, 520, 5, 2)])
 def test_gpu(shape):
-    """bf16: triton and grouped_mm near the fp32 reference (guards against miscompiles), and no sync in triton."""
+    """bf16: triton and grouped_mm near the fp32 reference (guards against miscompiles), and no sync
+    in triton."""
     results = tryout.selftest("cuda", torch.bfloat16, *shape, timed=False)
     assert results and all(
         error < tryout.TOLERANCE[torch.bfloat16] for error, _ in results.values()

@@ -1,4 +1,5 @@
-"""export.py: our models are Hugging Face models, bit for bit, in both directions; what is not is refused by name."""
+"""export.py: our models are Hugging Face models, bit for bit, in both directions; what is not is
+refused by name."""
 
 import dataclasses
 import json
@@ -80,7 +81,8 @@ SPARSE = {
     "dots1_slots_differ": DOTS1 | {"n_experts_max": 6, "n_dense_layers": 1},
     "dots1_slots_one": DOTS1 | {"n_experts_max": 6, "n_experts_per_token": 1},
 }
-# Empty slots by layer; every other model with slots has 1 and 4 empty in one layer, 0 and 2 in the next.
+# Empty slots by layer; every other model with slots has 1 and 4 empty in one layer, 0 and 2 in the
+# next.
 DEAD = {
     "dots1_slots_differ": [[], [1], [0, 3, 5]],
     "dots1_slots_one": [[1, 2, 3, 4, 5], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4]],
@@ -101,8 +103,9 @@ def config(**keys):
 
 
 def random_state(cfg, seed=0, dead=None):
-    """Weights with logits of size 1 and norms that are not 1, so that a wrong name or convention shows. Routers decide
-    clearly, so that rounding turns no choice; a sigmoid's have a bias that matters, on empty slots too."""
+    """Weights with logits of size 1 and norms that are not 1, so that a wrong name or convention
+    shows. Routers decide clearly, so that rounding turns no choice; a sigmoid's have a bias that
+    matters, on empty slots too."""
     model = Transformer(cfg)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -375,7 +378,8 @@ def test_shards_with_index(tmp_path, transformers):
 
 @pytest.mark.parametrize("name", ["mixtral_slots", "dots1_slots_differ"])
 def test_experts_stream(name, tmp_path, monkeypatch):
-    """No more than one of their tensors is read at a time, of a file as expert parallelism leaves it."""
+    """No more than one of their tensors is read at a time, of a file as expert parallelism leaves
+    it."""
     cfg, read, sizes = config(**MODELS[name]), checkpoint.Checkpoint.read, []
 
     def spy(self, *args):
@@ -581,7 +585,8 @@ def test_used_places_and_full_disks(tmp_path, monkeypatch):
     ],
 )
 def test_check_knows_what_rounding_costs(name, dtype, tmp_path, transformers):
-    """Of a half-precision folder the check expects the rounded weights' logits; a bias is not rounded."""
+    """Of a half-precision folder the check expects the rounded weights' logits; a bias is not
+    rounded."""
     save_run(tmp_path / "run", config(**MODELS[name]), dead=DEAD.get(name))
     assert (
         export.to_hf(tmp_path / "run", tmp_path / "hf", dtype, check=True, say=str)["max_diff"]
@@ -652,7 +657,8 @@ MOE_KEYS = {
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", MOE_KEYS)
 def test_folders_written_by_transformers(kind, fused, tmp_path, transformers):
-    """Their own spelling (rope_parameters only), sharded, in bf16; experts one by one or, as version 5 can, fused."""
+    """Their own spelling (rope_parameters only), sharded, in bf16; experts one by one or, as
+    version 5 can, fused."""
     torch.manual_seed(0)
     keys = {
         "vocab_size": 300,
@@ -930,7 +936,8 @@ def test_every_tensor_is_used_and_none_missing(hf):
     ]:
         with refused("E401", word):
             spoilt(**change)
-    # Old files carry the rotary table along; some hold a tied head twice; norms may have another dtype.
+    # Old files carry the rotary table along; some hold a tied head twice; norms may have another
+    # dtype.
     spoilt(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     assert spoilt(**{"model.norm.weight": right["model.norm.weight"].half()})[2] == "float32"
     edit(hf / "config.json", tie_word_embeddings=True)
@@ -981,12 +988,18 @@ def test_damaged_folders(hf, tmp_path):
 
 # ---------------------------------------------------------------- from Lunaris Codex
 
-# Logits of their own code (github.com/MeryylleA/lunariscodex) for the weights of `lunaris_weights` and the ids
-# (7 t^2 + 3) mod 64, t < 16: ids 0 to 7 at positions 0, 5 and 15. Made by building their LunarisCodex
-# from the keys below, in fp32 on a CPU, never cast (so that the complex RoPE table stays whole), loading the weights,
-# calling model(ids, ids)[0] in eval mode. Commits: "main" 7afa5ef model.py; "older" c2c7bd0 model.py, from before
-# QK-norm and NTK; "moe_dense" c88abf1 model_moe.py with n_experts None; "moe_scaled" the same with experts; "moe_first"
-# d506dc9 model_moe.py, the first with experts; "moe_unscaled" 07a289d model_moe.py without the cast of its RoPE table
+# Logits of their own code (github.com/MeryylleA/lunariscodex) for the weights of `lunaris_weights`
+# and the ids
+# (7 t^2 + 3) mod 64, t < 16: ids 0 to 7 at positions 0, 5 and 15. Made by building their
+# LunarisCodex
+# from the keys below, in fp32 on a CPU, never cast (so that the complex RoPE table stays whole),
+# loading the weights,
+# calling model(ids, ids)[0] in eval mode. Commits: "main" 7afa5ef model.py; "older" c2c7bd0
+# model.py, from before
+# QK-norm and NTK; "moe_dense" c88abf1 model_moe.py with n_experts None; "moe_scaled" the same with
+# experts; "moe_first"
+# d506dc9 model_moe.py, the first with experts; "moe_unscaled" 07a289d model_moe.py without the cast
+# of its RoPE table
 # in line 351 (which changes these numbers by up to 1.02) and with the capacity to drop no token.
 LUNARIS = {
     "main": (
@@ -1126,7 +1139,8 @@ def test_lunaris_logits(layout, prefix, tmp_path):
 
 
 def test_lunaris_code_that_made_a_moe_file(tmp_path):
-    """The two codes write the same tensors and compute different functions: the newer one is taken on request only."""
+    """The two codes write the same tensors and compute different functions: the newer one is taken
+    on request only."""
     old, new = (save_lunaris(tmp_path / f"{x}.pt", f"moe_{x}") for x in ("scaled", "unscaled"))
     bare = save_lunaris(tmp_path / "bare.pt", "moe_scaled", config=None)
     keys, lines = {"n_heads": 4, "max_seq_len": 64}, []
@@ -1162,7 +1176,8 @@ def test_lunaris_code_that_made_a_moe_file(tmp_path):
 
 
 def test_lunaris_pickled_dataclass(tmp_path, monkeypatch):
-    """Their older train.py pickles the dataclass itself: a stand-in reads it, other classes stay refused."""
+    """Their older train.py pickles the dataclass itself: a stand-in reads it, other classes stay
+    refused."""
     module = types.ModuleType("model_moe")
     module.LunarisCodexConfig = type("LunarisCodexConfig", (), {"__module__": "model_moe"})
     module.Other = type("Other", (), {"__module__": "model_moe"})

@@ -1,4 +1,5 @@
-"""The loader: no token lost or padded, an order that depends on the cursor only, and every broken file named."""
+"""The loader: no token lost or padded, an order that depends on the cursor only, and every broken
+file named."""
 
 import collections
 import errno
@@ -30,7 +31,8 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def write(path, lengths, prefix="train", dtype=np.uint16, first=0):
-    """Shards of the given lengths holding the ids first, first + 1, ...: each token says where it stands."""
+    """Shards of the given lengths holding the ids first, first + 1, ...: each token says where it
+    stands."""
     os.makedirs(path, exist_ok=True)
     for i, n in enumerate(lengths):
         np.save(
@@ -79,7 +81,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(loader, "DISK_RETRY_WAITS_SECONDS", (0.03, 0.04))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the shuffle
 
 
@@ -115,7 +117,8 @@ def test_feistel_shuffles():
 
 
 def test_the_order_never_changes():
-    """A resumed run must go on in the old order after an upgrade of Lumen, numpy or Python. Do not adapt this test."""
+    """A resumed run must go on in the old order after an upgrade of Lumen, numpy or Python. Do not
+    adapt this test."""
     assert feistel(np.arange(8), 1000, 1337, "epoch", "web", 2).tolist() == [
         917,
         222,
@@ -136,7 +139,7 @@ def test_the_order_never_changes():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # mixtures and the cursor
 
 weights = st.fixed_dictionaries(
@@ -241,7 +244,8 @@ def two(tmp_path_factory):
 @few
 @given(st.data())
 def test_the_same_rows_for_any_readers_micro_batches_and_resumes(two, data):
-    """The stream of all readers together, cut and resumed at random places with other sizes, is rows 0, 1, 2, ..."""
+    """The stream of all readers together, cut and resumed at random places with other sizes, is
+    rows 0, 1, 2, ..."""
     segments = [[0, {"a": 2, "b": 1}], [50, {"a": 1, "b": 3}]]
     load, cursor, seen = Loader(two, 3, segments), 0, {}
     for _ in range(data.draw(st.integers(1, 3))):
@@ -278,7 +282,7 @@ def test_batches(two):
     )  # the seed matters
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # shards
 
 
@@ -311,8 +315,9 @@ def test_no_token_is_lost_or_padded(lengths, T, dtype):
 
 
 def test_lunaris_defects(tmp_path):
-    """Its last window was padded with -1, in uint16 the id 65535, when total % T == 0; a resume read the epoch's start
-    again; val shards were trained on; a window over more than two shards failed."""
+    """Its last window was padded with -1, in uint16 the id 65535, when total % T == 0; a resume
+    read the epoch's start again; val shards were trained on; a window over more than two shards
+    failed."""
     path = write(tmp_path / "d", [3, 2, 5, 4, 2])
     write(path, [16], prefix="val", first=50)
     source = Source(path, "train", 4)  # 16 tokens
@@ -505,7 +510,7 @@ def test_vocab_of_bare_shards(tmp_path):
     Loader({"d": Source(path, "train", 7)}, 1, [[0, {"d": 1}]], vocab_size=50).batch(0, 7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # shards that change under the run
 
 
@@ -623,7 +628,8 @@ def test_shard_comes_back_in_time(tmp_path, monkeypatch):
 
 
 def test_truncation_is_no_crash(tmp_path):
-    """Really truncated, in the midst of reading: a memory map dies here by SIGBUS, not every time but often enough."""
+    """Really truncated, in the midst of reading: a memory map dies here by SIGBUS, not every time
+    but often enough."""
     path = str(tmp_path / "d")
     os.makedirs(path)
     np.save(os.path.join(path, "train_00000.npy"), np.zeros(4_000_000, np.uint16))
@@ -655,7 +661,7 @@ def test_thousands_of_shards_under_a_small_limit_of_open_files(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the thread
 
 
@@ -742,7 +748,8 @@ def test_an_abandoned_stream_does_not_keep_the_interpreter_alive(tmp_path):
 
 
 def test_evaluation_beside_the_thread(two, monkeypatch):
-    """Two threads read many shards through a few descriptors: none may be closed under the other."""
+    """Two threads read many shards through a few descriptors: none may be closed under the
+    other."""
     small = loader.functools.lru_cache(maxsize=2)(loader.opened.__wrapped__)
     monkeypatch.setattr(loader, "opened", small)
     load = Loader(two, 3, [[0, {"a": 1, "b": 8}]])
@@ -758,7 +765,7 @@ def test_evaluation_beside_the_thread(two, monkeypatch):
     load.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # validation
 
 

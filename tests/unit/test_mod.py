@@ -1,4 +1,5 @@
-"""Mixture of Depths: only the chosen tokens are computed, and a later token never changes an earlier logit."""
+"""Mixture of Depths: only the chosen tokens are computed, and a later token never changes an
+earlier logit."""
 
 import math
 
@@ -65,7 +66,8 @@ def positions(n, T) -> list[bool]:
 @pytest.mark.parametrize("kind", ("mod", "mod static", "mod ffn", "hybrid", "hybrid ffn", "beside"))
 @torch.no_grad()
 def test_mod_equals_the_block_on_all_tokens_with_masked_attention(kind):
-    """As trained: the best of a row, in order, with their own positions, attending to each other only."""
+    """As trained: the best of a row, in order, with their own positions, attending to each other
+    only."""
     model, x = make(**KINDS[kind]), ids(3, 32)
 
     def kept_of(block, score, logit):
@@ -263,7 +265,8 @@ def test_the_training_rule_looks_ahead_and_is_another_number(kind):
 
 
 def decode(model, x, lengths, chunk=1):
-    """Logits (B, T, V) by way of the cache: ragged prompts at once, padded on the right, then `chunk` tokens a time."""
+    """Logits (B, T, V) by way of the cache: ragged prompts at once, padded on the right, then
+    `chunk` tokens a time."""
     B, T = x.shape
     cache, out = KVCache(model.cfg, B, T), torch.full((B, T, 97), math.nan)
     idx = torch.full((B, max(lengths)), -1)
@@ -287,7 +290,8 @@ def decode(model, x, lengths, chunk=1):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_cached_decoding_equals_the_causal_forward(kind):
-    """Ragged rows, right padding, one token at a time and three; also where few tokens or none are kept."""
+    """Ragged rows, right padding, one token at a time and three; also where few tokens or none are
+    kept."""
     model, x = make(**KINDS[kind]).eval(), ids(4, 24)
     learned = [m for m in model.sparse_layers("mod").values() if m.routing == "learned"]
     for bias, chunk in ((0.0, 1), (0.0, 3)) + (((-3.0, 1), (-100.0, 1)) if learned else ()):

@@ -1,5 +1,6 @@
-"""The dense model, property by property: what it computes is held against plain formulas, against transformers and
-against itself by another way (cached and full, chunked and whole, recomputed and kept)."""
+"""The dense model, property by property: what it computes is held against plain formulas, against
+transformers and against itself by another way (cached and full, chunked and whole, recomputed and
+kept)."""
 
 import dataclasses
 import math
@@ -243,7 +244,8 @@ def test_choose_limits():
         dict(min_p=1.0),
     ):
         assert torch.equal(Sampling([[]] * 3, 20, **greedy)(logits, gens), best), greedy
-    # one draw per row whatever the options: a row's stream of random numbers depends on nothing else
+    # one draw per row whatever the options: a row's stream of random numbers depends on nothing
+    # else
     a, b = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     Sampling([[]], 20)(logits[:1], [a])
     Sampling([[]], 20, top_k=3, top_p=0.5)(logits[:1], [b])
@@ -358,7 +360,8 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(kind):
 @pytest.mark.parametrize("cast", (False, True), ids=("fp32", "after .to(bfloat16)"))
 @pytest.mark.parametrize("scaling", (None, {"type": "yarn", "factor": 4.0}), ids=("plain", "yarn"))
 def test_rope_scores_depend_on_the_difference_of_positions_only(cast, scaling):
-    """A table kept in the model would lose its precision, or its imaginary part, in .to(); ours is made anew."""
+    """A table kept in the model would lose its precision, or its imaginary part, in .to(); ours is
+    made anew."""
     model = make(rope_scaling=scaling)
     dtype = torch.bfloat16 if cast else torch.float32
     if cast:
@@ -622,7 +625,8 @@ def test_bf16_compute_keeps_fp32_parameters_and_gradients():
 
 
 def test_norms_compute_in_fp32():
-    """With a mean square that bf16 cannot sum exactly, the result is the fp32 one rounded once, times the weight."""
+    """With a mean square that bf16 cannot sum exactly, the result is the fp32 one rounded once,
+    times the weight."""
     x = (1 + 0.01 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
     norm = RMSNorm(512, 1e-6)
     norm.weight.data.uniform_(0.5, 2)
@@ -676,13 +680,14 @@ def test_counts(kind, device):
 @pytest.mark.parametrize("recompute", ("none", "block", "selective"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_per_token_equals_the_measured_ones(kind, recompute):
-    """FlopCounterMode counts 2 per multiplication and addition of every product that runs, HeadLoss's own included.
+    """FlopCounterMode counts 2 per multiplication and addition of every product that runs,
+    HeadLoss's own included.
 
-    With the math kernel attention is written out, so the count is that of PaLM's convention: T x T scores, causality
-    not discounted. (A flash kernel counts 2.5 forwards for its backward, which makes the scores once more.) What
-    recomputation adds is not in the convention: one more forward of the blocks, up to what their last product needs.
-    The counter does not know addmm_, which HeadLoss uses.
-    """
+    With the math kernel attention is written out, so the count is that of PaLM's convention: T x T
+    scores, causality not discounted. (A flash kernel counts 2.5 forwards for its backward, which
+    makes the scores once more.) What recomputation adds is not in the convention: one more forward
+    of the blocks, up to what their last product needs. The counter does not know addmm_, which
+    HeadLoss uses."""
     model = make(**KINDS[kind])
     model.recompute = recompute
     x, extra = ids(2, 16), {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * math.prod(a) * b[1]}
@@ -960,8 +965,9 @@ def test_compiled_model_equals_eager():
     ],
 )
 def test_a_model_copied_out_refuses_what_its_arithmetic_cannot_do(keys, why):
-    """Without lumen/model_keys.py, which a copied model.py does not have: zeros divided by zero, and
-    what has a wrong name was another model without a word. dataclasses.replace refuses it too."""
+    """Without lumen/model_keys.py, which a copied model.py does not have: zeros divided by zero,
+    and what has a wrong name was another model without a word. dataclasses.replace refuses it
+    too."""
     with pytest.raises(ValueError, match=f"model.{why}"):
         ModelConfig(**keys)
     with pytest.raises(ValueError, match=f"model.{why}"):

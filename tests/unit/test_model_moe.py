@@ -1,4 +1,5 @@
-"""Experts and their router against the formula written out, balance, statistics, gradients, compilation."""
+"""Experts and their router against the formula written out, balance, statistics, gradients,
+compilation."""
 
 import math
 
@@ -195,7 +196,8 @@ def test_expert_dropout_mutes_at_least_nothing_that_is_needed():
 
 @torch.no_grad()
 def test_expert_dropout_beside_twins_leaves_every_token_k_experts():
-    """Of siblings only one can be chosen, so a pair is one that stays; and a dropped_out twin does not stand in the way."""
+    """Of siblings only one can be chosen, so a pair is one that stays; and a dropped_out twin does
+    not stand in the way."""
     moe, x = layer(E=3, K=2, n_experts_max=5, expert_dropout=0.6, n_null_experts=0), normal(64, 32)
     add_expert(moe, torch.optim.AdamW(moe.parameters()), 0, ROWS)
     for seed in range(60):
@@ -221,7 +223,8 @@ def test_what_dropout_mutes_is_not_dead():
 
 
 def crowded(K, **changes):
-    """A layer of four experts whose tokens all prefer expert 0, then 1, 2, 3; and 64 such tokens."""
+    """A layer of four experts whose tokens all prefer expert 0, then 1, 2, 3; and 64 such
+    tokens."""
     moe, x = layer(E=4, K=K, **changes), normal(64, 32)
     with torch.no_grad():
         x[:, 0] = 4.0
@@ -248,7 +251,8 @@ def test_capacity_serves_the_first_and_leaves_the_others_exactly_alone(router):
 
 @torch.no_grad()
 def test_capacity_drops_choices_and_not_tokens():
-    """K = 2, capacity factor 1.25 of 32 a expert: experts 0 and 1 take 40 each; the gates are not made larger."""
+    """K = 2, capacity factor 1.25 of 32 a expert: experts 0 and 1 take 40 each; the gates are not
+    made larger."""
     moe, x = crowded(2, capacity_factor=1.25)
     y, stats = moe(x)
     p, found, *_ = layer_without_capacity(moe).router(x)
@@ -296,7 +300,8 @@ def test_dropped_tokens_keep_their_residual_in_the_block():
 
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_the_router_learns_from_the_language_model_alone(kind):
-    """Lunaris' Switch layer does not multiply by the gate: its router gets nothing from the loss that counts."""
+    """Lunaris' Switch layer does not multiply by the gate: its router gets nothing from the loss
+    that counts."""
     model = make(**KINDS[kind] | NO_LOSSES)
     for weights in (False, True):
         got = gradients(model, ids(2, 32), ids(2, 32, seed=1))
@@ -408,7 +413,8 @@ def test_the_bias_balances_a_lopsided_router():
 
 @pytest.mark.parametrize("router", ("softmax", "sigmoid"))
 def test_balance_loss_by_hand_row_by_row(router):
-    """n times the sum over tokens of share times the load of the token's own row; 1.0 a token at equal loads."""
+    """n times the sum over tokens of share times the load of the token's own row; 1.0 a token at
+    equal loads."""
     weights = dict(aux_loss_weight=0.5, router_z_loss_weight=0.0)
     for slots in ({}, {"n_experts_max": 11}):
         moe, x = layer(router=router, **weights, **slots), normal(4, 25, 32)
@@ -457,7 +463,8 @@ def test_z_loss_is_the_squared_logsumexp():
 
 
 def test_sigmoids_pushed_to_zero_do_not_cheat_the_balance():
-    """With an epsilon beside nothing the sum of shares would fall to 0, and the loss with it (Megatron issue 1545)."""
+    """With an epsilon beside nothing the sum of shares would fall to 0, and the loss with it
+    (Megatron issue 1545)."""
     moe, x = layer(router="sigmoid", aux_loss_weight=1.0), normal(50, 32).abs()
     with torch.no_grad():
         moe.router.weight.fill_(-10.0)
@@ -466,8 +473,8 @@ def test_sigmoids_pushed_to_zero_do_not_cheat_the_balance():
 
 @pytest.mark.parametrize("capacity", (0.125, 0.5))
 def test_of_equal_tokens_the_earlier_is_taken(capacity):
-    """In the first layer equal ids score equally, so at the limit of capacity a rule must decide, not rounding: else
-    the row above in the batch would change what this row computes."""
+    """In the first layer equal ids score equally, so at the limit of capacity a rule must decide,
+    not rounding: else the row above in the batch would change what this row computes."""
     model = make(mod_capacity=capacity, n_layers=1)
     x = torch.randint(0, 6, (64, 32), generator=torch.Generator().manual_seed(1))
     n, kept = model.blocks[0].mod.tokens, torch.zeros(64, 32)
@@ -489,7 +496,8 @@ def stacked(*layers):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sum_has_the_name_and_the_shape_that_was_promised(kind):
-    """The trainer lays out its one collective by sum_shapes before it has seen a batch; there and back nothing is lost."""
+    """The trainer lays out its one collective by sum_shapes before it has seen a batch; there and
+    back nothing is lost."""
     model, x = make(**KINDS[kind]), ids(2, 32)
     sums = model(x, x)[1]
     assert {name: tuple(t.shape) for name, t in sums.items()} == sum_shapes(model)
@@ -611,12 +619,14 @@ def test_null_choices_contribute_exactly_nothing():
     assert (y != 0).any(1).all()
 
 
-# ---------------------------------------------------------------- gradients, recomputation, compilation
+# ---------------------------------------------------------------- gradients, recomputation,
+# compilation
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind):
-    """Also an expert without a token: None on one rank would hang, or misalign, the reduction (Lunaris' DDP)."""
+    """Also an expert without a token: None on one rank would hang, or misalign, the reduction
+    (Lunaris' DDP)."""
     model = make(**KINDS[kind])
     for moe in model.sparse_layers("moe").values():
         with torch.no_grad():

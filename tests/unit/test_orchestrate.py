@@ -1,4 +1,5 @@
-"""The orchestrator's parts on plain numbers: levels, decisions, outcomes, health, what old checkpoints say."""
+"""The orchestrator's parts on plain numbers: levels, decisions, outcomes, health, what old
+checkpoints say."""
 
 import dataclasses
 import json

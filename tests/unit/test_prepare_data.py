@@ -1,4 +1,5 @@
-"""prepare_data.py: the same bytes whatever happens, no text lost in silence, every bad row named."""
+"""prepare_data.py: the same bytes whatever happens, no text lost in silence, every bad row
+named."""
 
 import hashlib
 import json
@@ -37,7 +38,8 @@ def contents(folder):
 
 
 def documents(folder, split="train"):
-    """The texts of a split, read back: from the shards by docs.npy, each without its end-of-text id."""
+    """The texts of a split, read back: from the shards by docs.npy, each without its end-of-text
+    id."""
     made, parts, begins, at = T.load(str(folder)), [np.zeros(0, int)], [], 0
     manifest = json.loads((folder / "manifest.json").read_text())
     continues = False
@@ -106,7 +108,8 @@ def mixed(tmp_path):
     return folder
 
 
-# --- the same bytes ---------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
+# --------------------
 
 
 def test_workers_and_batches_do_not_matter(mixed, tmp_path):
@@ -161,7 +164,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_and_started_again(workers, undisturbed, tmp_path):
-    """kill -9 at whatever comes after some progress, several times; the end is that of a run that was left alone."""
+    """kill -9 at whatever comes after some progress, several times; the end is that of a run that
+    was left alone."""
     out, journals, kills, rng = tmp_path / "out", 0, 0, random.Random(workers)
     while True:
         process = run(*COMMAND, "--out", out, "--workers", workers)
@@ -191,7 +195,8 @@ def test_killed_and_started_again(workers, undisturbed, tmp_path):
 
 
 def test_stopped_at_every_write(mixed, tmp_path, monkeypatch):
-    """The process ends just before or just after a file appears; every time the next one goes on from there."""
+    """The process ends just before or just after a file appears; every time the next one goes on
+    from there."""
     options = {
         "tokenizer": "bytes",
         "shard_tokens": 12_000,
@@ -278,7 +283,8 @@ def test_a_dead_worker_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-# --- the same folder again --------------------------------------------------------------------------------------------
+# --- the same folder again
+# --------------------------------------------------------------------------------------------
 
 
 def test_finished_folder(mixed, tmp_path, capsys):
@@ -373,7 +379,8 @@ def test_foreign_folders(tmp_path):
         assert P.prepare(["synthetic:10"], str(tmp_path / "done"), "bytes", quiet=True) == made
 
 
-# --- shards and splits ------------------------------------------------------------------------------------------------
+# --- shards and splits
+# ------------------------------------------------------------------------------------------------
 
 
 def test_shards_close_between_documents(tmp_path):
@@ -485,7 +492,8 @@ def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):
     assert documents(tmp_path / "small") == [path.read_text()]
 
 
-# --- cleaning ---------------------------------------------------------------------------------------------------------
+# --- cleaning -------------------------------------------------------------------------------------
+# --------------------
 
 
 def test_cleaning():
@@ -515,7 +523,8 @@ def test_duplicates(tmp_path):
     assert rejected(tmp_path / "out")[0]["line"] == 51
 
 
-# --- bad rows ---------------------------------------------------------------------------------------------------------
+# --- bad rows -------------------------------------------------------------------------------------
+# --------------------
 
 BAD_ROWS = [
     (b"{not json", "E101", "column 2"),
@@ -542,7 +551,8 @@ BAD_ROWS = [
 
 
 def test_every_bad_row_is_named_with_its_line(tmp_path, capsys):
-    """Line numbers are an editor's: blank lines count, U+2028 and form feeds are no line ends, a BOM is nothing."""
+    """Line numbers are an editor's: blank lines count, U+2028 and form feeds are no line ends, a
+    BOM is nothing."""
     head = [
         b"\xef\xbb\xbf" + json.dumps({"text": "first"}).encode(),
         b"",
@@ -660,7 +670,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert not (tmp_path / "out3").exists()
 
 
-# --- sources, tokenizers, options -------------------------------------------------------------------------------------
+# --- sources, tokenizers, options
+# -------------------------------------------------------------------------------------
 
 
 def test_stdlib(tmp_path, capsys):

@@ -95,7 +95,8 @@ class Scripted:
 
 
 def say(*texts, **options):
-    """sample() of a model that says these texts byte by byte; (results, pieces per sequence, reasons)."""
+    """sample() of a model that says these texts byte by byte; (results, pieces per sequence,
+    reasons)."""
     pieces, reasons = [[] for _ in texts], [None] * len(texts)
 
     def on_text(i, piece, reason):

@@ -1,9 +1,9 @@
-"""The walls of DESIGN 1: how product files may be written, how long they may be, what they may import.
+"""The walls of DESIGN 1: how product files may be written, how long they may be, what they may
+import.
 
-Every rule reads the source with `ast` and returns the lines that break it; the product is not imported. NOT_YET counts
-the present offenders: a new one fails, and so does an entry that is no longer needed.
-`python tests/unit/test_style.py` prints both tables as the files stand now.
-"""
+Every rule reads the source with `ast` and returns the lines that break it; the product is not
+imported. NOT_YET counts the present offenders: a new one fails, and so does an entry that is no
+longer needed. `python tests/unit/test_style.py` prints both tables as the files stand now."""
 
 import ast
 import io
@@ -98,7 +98,8 @@ def is_split_string(node) -> bool:
 
 
 def outside_functions(node):
-    """All nodes of a module that run when it is imported: in classes too, not in functions, nor as a command."""
+    """All nodes of a module that run when it is imported: in classes too, not in functions, nor as
+    a command."""
     for child in ast.iter_child_nodes(node):
         function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         command = isinstance(child, ast.If) and "__name__" in ast.unparse(child.test)
@@ -118,7 +119,8 @@ def loop_over_nothing(file: str) -> list[int]:
 
 
 def text_times_bool(file: str) -> list[int]:
-    """`" of many" * flag` is an `if` written as arithmetic; `"-" * 20` and `"-" * len(x)` are lines."""
+    """`" of many" * flag` is an `if` written as arithmetic; `"-" * 20` and `"-" * len(x)` are
+    lines."""
     lines = []
     for node in ast.walk(tree(file)):
         if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
@@ -141,7 +143,8 @@ def state_in_a_string(file: str) -> list[int]:
 
 
 def large_class(file: str) -> list[int]:
-    """A class cut into mix-ins is as large as all of them; one that extends one other counts alone."""
+    """A class cut into mix-ins is as large as all of them; one that extends one other counts
+    alone."""
     return [line for line, lines in class_lines(file) if lines > LARGEST_CLASS]
 
 

@@ -32,8 +32,8 @@ BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i 
 
 
 def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
-    """A text file too long to be read at once, between notes: it lies in one split, whole and with one end, whatever
-    the seed, the shards and the number of workers."""
+    """A text file too long to be read at once, between notes: it lies in one split, whole and with
+    one end, whatever the seed, the shards and the number of workers."""
     monkeypatch.setattr(sources, "PIECE", 7_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "book.txt").write_text(BOOK)
@@ -60,7 +60,8 @@ def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
 
 
 def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypatch):
-    """The preparation of long files ends at each of its journals: what goes on from there gives the same bytes."""
+    """The preparation of long files ends at each of its journals: what goes on from there gives the
+    same bytes."""
     monkeypatch.setattr(sources, "PIECE", 5_000)
     (tmp_path / "in").mkdir()
     for i, text in enumerate(
@@ -92,7 +93,8 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
 
 
 def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
-    """All the text is one long file: a share of it, its end, is held out, and the rest has one end of text."""
+    """All the text is one long file: a share of it, its end, is held out, and the rest has one end
+    of text."""
     monkeypatch.setattr(sources, "PIECE", 12_000)
     (tmp_path / "book.txt").write_text(BOOK)
     for fraction in (0.05, 0.4):  # it is drawn for training, or for validation
@@ -105,7 +107,8 @@ def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
 
 
 def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
-    """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is named."""
+    """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is
+    named."""
     monkeypatch.setattr(sources, "PIECE", 9_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(
@@ -121,7 +124,8 @@ def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
 
 
 def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, capsys):
-    """Half of the text is drawn for validation where five percent were asked for: a line says so."""
+    """Half of the text is drawn for validation where five percent were asked for: a line says
+    so."""
     rows = [{"text": f"short {i}"} for i in range(40)]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in rows + [{"text": "long " * 2000}])
@@ -151,8 +155,8 @@ def old_rules(folder) -> None:
 
 
 def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
-    """The sources of finished data are prepared again after an upgrade: they are reused, and where documents were cut
-    a note says what is in them. What was begun is begun anew."""
+    """The sources of finished data are prepared again after an upgrade: they are reused, and where
+    documents were cut a note says what is in them. What was begun is begun anew."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(BOOK)
     (tmp_path / "in" / "b.txt").write_text("short")
@@ -197,8 +201,8 @@ def test_data_prepared_by_an_older_lumen(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_of_a_million_letters(tmp_path):
-    """Genomes, ruled lines, base64 of zeros, and a blank file of a million spaces: a vocabulary is trained on them
-    and written; no token is longer than 128 bytes; what comes back is the text."""
+    """Genomes, ruled lines, base64 of zeros, and a blank file of a million spaces: a vocabulary is
+    trained on them and written; no token is longer than 128 bytes; what comes back is the text."""
     for text in (
         "Some words. " * 80 + "N" * 200_000,
         "=" * 200_000 + "x",
@@ -215,7 +219,8 @@ def test_a_run_of_a_million_letters(tmp_path):
 
 
 def test_a_foreign_vocabulary_with_a_token_of_70000_letters(tmp_path):
-    """A tokenizer.json of somebody who trained without such a limit: it is read, written and measured."""
+    """A tokenizer.json of somebody who trained without such a limit: it is read, written and
+    measured."""
     ranks = {bytes([i]): i for i in range(256)} | {b"N" * 2**k: 255 + k for k in range(1, 17)}
     made = tokenizer.Tokenizer(
         "x", ranks, {name: 300 + i for i, name in enumerate(tokenizer.SPECIALS)}
@@ -244,7 +249,8 @@ def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
 
 
 def test_what_is_not_read_is_said(tmp_path, capsys):
-    """A source with everything in it that is no text for us: each kind is counted and named in one line."""
+    """A source with everything in it that is no text for us: each kind is counted and named in one
+    line."""
     folder = tmp_path / "in"
     (folder / ".git").mkdir(parents=True)
     (folder / ".git" / "x.txt").write_text("hidden")
@@ -272,7 +278,8 @@ def test_what_is_not_read_is_said(tmp_path, capsys):
 
 
 def test_data_are_prepared_into_a_folder_inside_their_source(tmp_path, monkeypatch):
-    """--out texts/prepared: the same command finds it again, and goes on after it was killed there."""
+    """--out texts/prepared: the same command finds it again, and goes on after it was killed
+    there."""
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 20)
     journal = prepare_data.Output.journal
@@ -295,7 +302,8 @@ def test_data_are_prepared_into_a_folder_inside_their_source(tmp_path, monkeypat
 
 
 def test_names_that_are_no_utf8(tmp_path):
-    """A file name in latin-1, good or with bad text in it: the second start finds the data, also of an older Lumen."""
+    """A file name in latin-1, good or with bad text in it: the second start finds the data, also of
+    an older Lumen."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in (b"caf\xe9.txt", b"caf\xe8.txt", b"b.txt"):
@@ -316,8 +324,8 @@ def test_names_that_are_no_utf8(tmp_path):
 
 
 def test_two_runs_prepare_one_folder(tmp_path, capsys):
-    """The second of a sweep comes while the first prepares: it waits, says so, and takes what is made. Nothing tells
-    anybody to delete a folder."""
+    """The second of a sweep comes while the first prepares: it waits, says so, and takes what is
+    made. Nothing tells anybody to delete a folder."""
     (tmp_path / "a.txt").write_text("text " * 900)
     made, out = [], tmp_path / "out"
     with prepare_data.holding(str(out)):
@@ -339,7 +347,8 @@ def test_two_runs_prepare_one_folder(tmp_path, capsys):
 
 
 def test_ctrl_c_while_workers_prepare(tmp_path):
-    """Ctrl-C on the terminal reaches all processes: no traceback of any, and the same command goes on."""
+    """Ctrl-C on the terminal reaches all processes: no traceback of any, and the same command goes
+    on."""
     words = [sys.executable, "prepare_data.py", "synthetic:30000", "--out", str(tmp_path / "out")]
     words += ["--tokenizer", "bytes", "--workers", "2", "--shard_tokens", "100000"]
     process = subprocess.Popen(
@@ -354,7 +363,8 @@ def test_ctrl_c_while_workers_prepare(tmp_path):
 
 
 def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
-    """A run is resumed: shards that were verified and were not touched since are not read again; one that was is."""
+    """A run is resumed: shards that were verified and were not touched since are not read again;
+    one that was is."""
     bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
     read, real = [], loader.sha256
     monkeypatch.setattr(
@@ -374,7 +384,8 @@ def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
 
 
 def test_text_is_given_where_tokens_belong(tmp_path):
-    """--data_dir my_texts, or a .jsonl: the message says what to type; nobody is told to write into it."""
+    """--data_dir my_texts, or a .jsonl: the message says what to type; nobody is told to write into
+    it."""
     (tmp_path / "my_texts" / "sub").mkdir(parents=True)
     (tmp_path / "my_texts" / "sub" / "a.md").write_text("text")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
@@ -389,7 +400,8 @@ def test_text_is_given_where_tokens_belong(tmp_path):
 
 
 def test_objects_over_several_lines(tmp_path):
-    """Three records, each over several lines, in a .jsonl or one after the other in a .json: they are read."""
+    """Three records, each over several lines, in a .jsonl or one after the other in a .json: they
+    are read."""
     records = "\n".join(json.dumps({"text": f"record {i}"}, indent=2) for i in range(3))
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(records)
@@ -403,7 +415,8 @@ def test_objects_over_several_lines(tmp_path):
 
 
 def test_one_byte_of_text(tmp_path, capsys):
-    """A text of one letter is no data to train on: it is not called ready, and numbers in its manifest are numbers."""
+    """A text of one letter is no data to train on: it is not called ready, and numbers in its
+    manifest are numbers."""
     (tmp_path / "a.txt").write_text("a")
     made = bytes_data(tmp_path / "out", tmp_path / "a.txt", quiet=False)
     assert "is ready" not in capsys.readouterr().out and read_back(tmp_path / "out") == ["a"]

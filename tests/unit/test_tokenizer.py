@@ -1,4 +1,5 @@
-"""tokenizer.py: ids equal those of the `tokenizers` library, text never becomes a control token, nothing is lost."""
+"""tokenizer.py: ids equal those of the `tokenizers` library, text never becomes a control token,
+nothing is lost."""
 
 import json
 
@@ -77,7 +78,8 @@ def split(pattern):
     )
 
 
-# --- our own vocabularies ---------------------------------------------------------------------------------------------
+# --- our own vocabularies
+# ---------------------------------------------------------------------------------------------
 
 
 def test_training_is_exact_and_independent_of_order(bpe):
@@ -119,7 +121,8 @@ def test_parts_of_a_token(tokens):
 
 
 def test_long_runs_are_trained_on_in_pieces(monkeypatch):
-    """The vocabulary of a text whose pieces are longer than the limit is that of the text cut there."""
+    """The vocabulary of a text whose pieces are longer than the limit is that of the text cut
+    there."""
     monkeypatch.setattr(T, "LONGEST_PIECE", 10)
     monkeypatch.setattr(T, "LONGEST_TOKEN", 5)
     cut = [
@@ -252,7 +255,8 @@ def test_ids_equal_tokenizers_on_known_texts(references):
         assert all(theirs(text) == made.encode(text).tolist() for text in WEIRD + CORPUS[:30])
 
 
-# --- other people's files ---------------------------------------------------------------------------------------------
+# --- other people's files
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "nfc", "words", "gaps"])
@@ -289,7 +293,8 @@ def test_imported_ids_equal_tokenizers(kind, tmp_path):
 
 
 def test_whole_pieces_that_no_merge_makes(tmp_path):
-    """ignore_merges (Llama 3): such a token is used for a whole piece only, by us as by the library."""
+    """ignore_merges (Llama 3): such a token is used for a whole piece only, by us as by the
+    library."""
     path = foreign(tmp_path / "tokenizer.json")
     whole = json.loads(path.read_text())
     whole["model"]["vocab"]["Zyzzyva"] = 500
@@ -400,11 +405,13 @@ def test_no_file_and_no_json(tmp_path):
             T.load(str(tmp_path))
 
 
-# --- tiktoken's encodings ---------------------------------------------------------------------------------------------
+# --- tiktoken's encodings
+# ---------------------------------------------------------------------------------------------
 
 
 def small_tiktoken_file(monkeypatch, folder):
-    """A stand-in for cl100k_base's file, which tests cannot download: the ranks of a small vocabulary."""
+    """A stand-in for cl100k_base's file, which tests cannot download: the ranks of a small
+    vocabulary."""
     made = T.train_bpe(CORPUS, 400)
     lines = [T.base64.b64encode(token) + b" %d\n" % rank for token, rank in made.ranks.items()]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))

@@ -1,4 +1,5 @@
-"""Words on the command line and in the YAML: wrong values, wrong keys, wrong files, none of them with a traceback."""
+"""Words on the command line and in the YAML: wrong values, wrong keys, wrong files, none of them
+with a traceback."""
 
 import dataclasses
 import importlib
@@ -99,7 +100,8 @@ def answer(words, main=read_config) -> str:
 
 
 def test_every_key_with_every_wrong_value():
-    """Any key is given anything. It is a configuration then, or the user is told with a code: nothing else happens."""
+    """Any key is given anything. It is a configuration then, or the user is told with a code:
+    nothing else happens."""
     seen = Counter()
     for block, cls in (("", Config), ("model", ModelConfig), ("orchestrator", OrchestratorConfig)):
         for f in dataclasses.fields(cls):
@@ -164,7 +166,8 @@ def test_a_mistake_deep_in_the_yaml(text, line, part, tmp_path):
 
 
 def test_words_that_are_no_numbers_keep_their_letters(tmp_path):
-    """A folder is called 0.10, 007 or 2026-01-02; a source is one word. YAML reads them as something else."""
+    """A folder is called 0.10, 007 or 2026-01-02; a source is one word. YAML reads them as
+    something else."""
     path = tmp_path / "c.yaml"
     path.write_text(
         "out_dir: 0.10\nwandb_run_name: 2026-01-02\nprepare: {sources: stdlib, out: 007}\nseed: '12'\n"
@@ -189,7 +192,8 @@ def test_encodings_of_the_yaml(tmp_path):
 
 
 def test_a_pipe_is_a_configuration(tmp_path):
-    """`python train.py <(...)`: what can be read only once is asked for twice, by main() and by the Trainer."""
+    """`python train.py <(...)`: what can be read only once is asked for twice, by main() and by the
+    Trainer."""
     read_end, write_end = os.pipe()
     os.write(write_end, b"data_dir: d\nseed: 5\n")
     os.close(write_end)
@@ -200,7 +204,8 @@ def test_a_pipe_is_a_configuration(tmp_path):
 
 
 def test_a_configuration_that_is_not_where_it_was_looked_for(tmp_path, monkeypatch):
-    """The path is right from another folder, misspelt, a folder, or none was given: no hint is what was typed."""
+    """The path is right from another folder, misspelt, a folder, or none was given: no hint is what
+    was typed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("data_dir: d\n")
     (tmp_path / "run").mkdir()
@@ -248,7 +253,8 @@ def test_all_unknown_keys_at_once(tmp_path):
     ("batch_tokens: 4096", ["--batch_size", "2"], None, {"batch_size": 2, "batch_tokens": 4096}),  # they go together
 ])  # fmt: skip
 def test_what_is_typed_beats_what_the_file_says(text, words, gone, kept, tmp_path):
-    """One key is typed, the file says the same in another way: the typed one holds, and a note names the other."""
+    """One key is typed, the file says the same in another way: the typed one holds, and a note
+    names the other."""
     path = tmp_path / "c.yaml"
     path.write_text(
         text
@@ -294,7 +300,8 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_wrong_words_to_every_command(name, tmp_path, monkeypatch):
-    """No words, unknown ones, half of them, files that are not there or are folders: exit code 2 with a code."""
+    """No words, unknown ones, half of them, files that are not there or are folders: exit code 2
+    with a code."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "FILE.txt").write_text("words")
@@ -306,7 +313,8 @@ def test_wrong_words_to_every_command(name, tmp_path, monkeypatch):
 
 
 def test_one_style_of_options():
-    """- or _ in an option, a misspelt one, a shortened one: all commands answer alike, and name the nearest."""
+    """- or _ in an option, a misspelt one, a shortened one: all commands answer alike, and name the
+    nearest."""
     import export
     import sample
 
@@ -325,7 +333,8 @@ def test_one_style_of_options():
     {"WORLD_SIZE": "9" * 5000},
 ])  # fmt: skip
 def test_half_of_a_launch_in_the_environment(env, tiny, tmp_path, monkeypatch):
-    """A shell still has RANK or WORLD_SIZE of something else: E600 names the variable, nothing is started."""
+    """A shell still has RANK or WORLD_SIZE of something else: E600 names the variable, nothing is
+    started."""
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     said = answer([write_yaml(tmp_path / "c.yaml", tiny())], train.main)
@@ -333,7 +342,8 @@ def test_half_of_a_launch_in_the_environment(env, tiny, tmp_path, monkeypatch):
 
 
 def test_a_process_whose_rank_is_no_number():
-    """The rank is needed to say who speaks: it is said nevertheless, by a process, with exit code 2."""
+    """The rank is needed to say who speaks: it is said nevertheless, by a process, with exit code
+    2."""
     result = run_python("train.py", "quickstart", RANK="x")
     assert result.returncode == 2 and result.stderr.startswith("error E600: RANK='x'"), (
         result.stderr
@@ -349,7 +359,8 @@ def test_wandb_mode_is_no_mode(tmp_path, monkeypatch):
 
 
 def test_print_config_says_what_it_does_not_know(capsys, tmp_path):
-    """What auto and null become is decided by the start: the printed YAML says so, and runs as it is."""
+    """What auto and null become is decided by the start: the printed YAML says so, and runs as it
+    is."""
     for module, sharded in ((train, False), (train_fsdp, True)):
         assert module.main(["quickstart", "--print_config"]) == 0
         text = capsys.readouterr().out
