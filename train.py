@@ -363,7 +363,7 @@ class Trainer(ByHand):
         self.tell.start(notes)
         # read before out_dir is emptied, it may lie there
         replay = par.run_or_raise_on_all(read_decisions, cfg.orchestrator.replay)
-        # from here on nothing of the user's is refused: out_dir becomes ours
+        # from here on the disk changes: out_dir becomes this run's
         par.run_or_raise_on_all(self.start.create_out_dir)
         par.run_or_raise_on_all(self.start.adopt, saved)
         self.build(saved, weights)
@@ -464,8 +464,8 @@ class Trainer(ByHand):
             # forward and backward over the micro-batches
             sums = self.accumulate()
 
-            # reduce: the sums, then the gradients in a fixed order. Until here no rank has waited
-            # for another, so one that is out of memory or without data can still say so.
+            # reduce: the sums, then the gradients in a fixed order. A replicated model's ranks have
+            # not waited for one another until here: one without memory or data can still say so.
             vector, shapes = flatten(sums)  # (n,), fp64
             sums = unflatten(par.reduce(model, vector), shapes)
             # Each loss was divided by the targets of a step in which all are valid. The true count,
@@ -642,7 +642,7 @@ class Trainer(ByHand):
         sums = pending.take()
         self.watch.measure(pending.marks)
         numbers = step_numbers(pending, sums, self.parallel.world)
-        # all ranks have written their part of a checkpoint: now it gets its name
+        # once all ranks have written their part of a checkpoint it gets its name
         self.saver.finish_if_written(pending.iteration, sums["writing"])
         if sums["unread"]:  # that step was dropped: go back to before it, save, say what happened
             self.step, self.cursor = pending.step, pending.cursor

@@ -94,7 +94,7 @@ class Control:
         self.knobs[name] = value
 
     def model_keys(self) -> dict:
-        """Keys of the model that a knob has changed, as whoever loads a checkpoint must read them."""
+        """Keys of the model that a knob has changed, as a checkpoint's reader must see them."""
         changed, model = {}, self.trainer.cfg.model
         if "routing_temperature" in self.knobs:
             changed["routing_temperature"] = self.knobs["routing_temperature"]
@@ -543,9 +543,6 @@ class ByHand:
 
     def _extract_moe_routing_stats(self) -> dict:
         return self.control._extract_moe_routing_stats()
-
-    def save_now(self) -> None:
-        self.control.save()
 
     def request_save(self) -> None:
         """A checkpoint at the next step."""

@@ -46,7 +46,8 @@ CL100K_PATTERN = (
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_PATTERN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # with these every character of every text is in some match
@@ -64,7 +65,8 @@ _SAFE_PATTERN = regex.compile(
 # seldom met again. 128 bytes hold what words, indentation and ruled lines need: the longest piece
 # in the standard library has 95.
 LONGEST_TOKEN = 128
-LONGEST_PIECE = 1000  # characters: a longer one is trained on in pieces, else each merge would go over all of it
+# characters: a longer one is trained on in pieces, else each merge would go over all of it
+LONGEST_PIECE = 1000
 
 EOT = "<|endoftext|>"
 SPECIALS = (EOT, "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
@@ -73,8 +75,10 @@ EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 _END = "<|endofprompt|>"
 _FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, _END: 100276}
 _FILES = {  # tiktoken's: pattern, special ids, sha256
-    "r50k_base": (GPT2_PATTERN, {EOT: 50256}, "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"),
-    "p50k_base": (GPT2_PATTERN, {EOT: 50256}, "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"),
+    "r50k_base": (GPT2_PATTERN, {EOT: 50256},
+                  "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"),
+    "p50k_base": (GPT2_PATTERN, {EOT: 50256},
+                  "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069"),
     "cl100k_base": (CL100K_PATTERN, {EOT: 100257, **_FIM},
                     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"),
     "o200k_base": (O200K_PATTERN, {EOT: 199999, _END: 200018},
@@ -429,8 +433,9 @@ def _tiktoken_file(name: str, sha256: str) -> bytes:
         if hashlib.sha256(answer.content).hexdigest() != sha256:
             raise ValueError("what came has another sha256")
     except Exception as error:
-        text = f"tokenizer {name}: {path} {problem}, and the network did not give it ({type(error).__name__});\n  fetch "
-        text += f"{url} elsewhere and put it there under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder"
+        text = f"tokenizer {name}: {path} {problem}, and the network did not give it"
+        text += f" ({type(error).__name__});\n  fetch {url} elsewhere and put it there"
+        text += " under exactly that name, or set TIKTOKEN_CACHE_DIR to its folder"
         raise UserError("E115", text) from None
     with contextlib.suppress(OSError):  # keeping it only saves the next download
         os.makedirs(folder, exist_ok=True)

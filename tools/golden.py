@@ -1,13 +1,13 @@
 """Golden runs: that a redesign has not changed one bit.
 
     python tools/golden.py --write        # at the commit that a redesign starts from
-    python tools/golden.py                # at every commit after it; exit code 1 where a bit differs
+    python tools/golden.py                # at every commit after it; exit code 1: a bit differs
     python tools/golden.py moe replay     # some of the runs only
 
-Fifteen short runs, each of which takes another road through the trainer. Of each: a sha256 over all
-tensors of the last checkpoint, one over the losses, gradient norms and learning rates of every step,
-and one over the decisions (times and texts aside). They stand in tests/golden.json together with the
-machine that made them. Bits are the same only on the same kind of machine with the same torch, so
+Fourteen short runs, each of which takes another road through the trainer. Of each: a sha256 over
+all tensors of the last checkpoint, one over the losses, gradient norms and learning rates of every
+step, and one over the decisions (times and texts aside). They stand in tests/golden.json together
+with the machine that made them. Bits are the same only on the same kind of machine with the same torch, so
 where that differs the commit named in the file is checked out beside this one and run again here.
 
 Nothing below knows more of the house than `from train import Trainer`, the forward of
@@ -135,7 +135,7 @@ def hurt(out: Path, fault: str, at: list[int]) -> None:
 
 
 def fake_fp16() -> None:
-    """Let a CPU believe that it can do fp16: the arithmetic of the loss scale is what is looked at."""
+    """Let a CPU believe that it can do fp16: what is looked at is the loss scale's arithmetic."""
     import dataclasses
 
     try:

@@ -39,15 +39,13 @@ PROMISES = {
 }
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
-    "model.py": 898,
+    "model.py": 884,
     "model_moe.py": 465,
 }
 
 # ---------------------------------------------------------------- what breaks a rule today
 
-NOT_YET = {  # file -> {rule: how many times}
-    "tools/import_lunaris.py": {"loop_over_nothing": 1}
-}
+NOT_YET: dict[str, dict[str, int]] = {}  # file -> {rule: how many times}
 
 # ---------------------------------------------------------------- imports
 
