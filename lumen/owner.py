@@ -45,8 +45,8 @@ class Owner:
 
     Two things keep a second one out.
     - A lock (flock) on that file. The system gives it back however a process ends, so a kill -9
-      blocks nobody. It binds all processes of a host, and all hosts where the file system carries
-      locks (NFS 4, GPFS, Lustre with flock).
+      blocks nobody. It binds all processes of a host, in whatever containers, and all hosts where
+      the file system carries locks (NFS 4, GPFS, Lustre with flock).
     - What stands in the file: host, boot, pid and the process's start; and its age, for the owner
       touches it every BEAT seconds. Where no lock says more, an owner on this host is alive while
       that process is, one from before this host's last boot is not, and one on another host is
@@ -250,6 +250,8 @@ def alive(row: dict, locked: bool, path: Path) -> bool:
     if not row.get("pid"):
         return False
     here = identity()
+    if locked and row.get("locked") and row.get("boot") and row["boot"] == here["boot"]:
+        return False  # one kernel keeps the locks of all its containers: it has taken this one back
     if row.get("host") == here["host"]:
         if row.get("boot") != here["boot"]:
             return False

@@ -25,6 +25,7 @@ import train
 from lumen import checkpoint
 from lumen.config import build_config
 from lumen.errors import UserError
+from lumen.launch import command
 from tools.bench import high_water
 from train import Parallel, Trainer
 from train_fsdp import Sharded, make_parallel
@@ -622,7 +623,7 @@ def main(path) -> None:
                 "train_fsdp.py",
                 str(write_yaml(Path(path).parent / "c.yaml", job["config"])),
             ]
-            launch.command(lambda argv: train.main(argv, make_parallel))
+            command(lambda argv: train.main(argv, make_parallel))
         do(job)
     dist.barrier()
     sys.stdout.flush()

@@ -103,7 +103,7 @@ def test_owners_that_are_gone_and_owners_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(owners, "GRACE", 0)
     here, file = owners.identity(), tmp_path / "owner.json"
     elsewhere, rebooted = (
-        here | {"host": "elsewhere", "locked": True},
+        here | {"host": "elsewhere", "boot": "its own", "locked": True},
         here | {"boot": "before", "locked": True},
     )
     contained = here | {
@@ -345,3 +345,19 @@ def test_a_refusal_is_of_one_boot_and_one_container(monkeypatch, tmp_path):
     for other in ({"boot": "another"}, {"space": "pid:[1]"}):
         monkeypatch.setattr(owners, "identity", lambda other=other: real() | other)
         assert owners.refused() == ""
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_container_that_was_killed_gives_its_folder_back(tmp_path, monkeypatch, locked):
+    """Another pid namespace and another name on the same kernel, started anew at once: it was
+    refused for five minutes. Without a lock to go by it still is."""
+    row = owners.identity() | {"host": "gone", "space": "pid:[1]", "pid": 4, "locked": locked}
+    (tmp_path / owners.Owner.NAME).write_text(json.dumps(row))
+    monkeypatch.setattr(owners, "GRACE", 0)
+    owner = owners.Owner(tmp_path)
+    if locked:
+        owner.take()
+        owner.release()
+    else:
+        with pytest.raises(UserError, match="E300.*process 4 on gone"):
+            owner.take()
