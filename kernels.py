@@ -33,7 +33,8 @@ if INTERPRET or torch.version.cuda or torch.version.hip:
     # a CPU build of torch has no use for it and saves the import
     try:
         import triton
-        import triton.language as tl
+
+        import kernels_triton
     except Exception as error:  # a third party's package can fail in any way
         triton, BROKEN = None, f"{type(error).__name__}: {error}"
 
@@ -61,201 +62,34 @@ def sort_by_expert(ids, n_experts: int):
     return order, inv, offs
 
 
-# ---------------------------------------------------------------- Triton kernels
-# One program computes one tile of one expert. The host does not know how many rows an expert has:
-# it launches the upper bound of cdiv(R, BM) + E row tiles; each program counts the tiles of all
-# experts from offs (E numbers, in registers), finds its own expert and first row, and leaves if it
-# is one too many. Rows are int64: R * d passes 2^31.
-
-if triton is not None:
-
-    def tuned(*sizes):
-        """Autotune over tiles (BM, BN, BK, warps, stages), once per weight shape and magnitude of
-        rows per expert."""
-        configs = []
-        for m, n, k, warps, stages in [(16, 16, 16, 4, 1)] if INTERPRET else sizes:
-            tile = {"BM": m, "BN": n, "BK": k}
-            configs.append(triton.Config(tile, num_warps=warps, num_stages=stages))
-        return triton.autotune(configs, key=["N", "K", "E", "bucket"])
-
-    @tuned(
-        (128, 128, 64, 8, 3),
-        (128, 256, 64, 8, 3),
-        (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4),
-        (128, 128, 32, 4, 4),
-    )
-    @triton.jit
-    def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk,
-                   E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr, PREC: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-        """y[r] = w[e] @ x[tok[r]] (or x[r]): x (., K), w (E, N, K) by strides, y (R, N)."""
-        pid = tl.program_id(0)
-        n_tiles = tl.cdiv(N, BN)
-        tile = pid // n_tiles
-        e = tl.arange(0, EP)
-        begin = tl.load(offs + e - 1, mask=(e > 0) & (e < E), other=0)
-        end = tl.load(offs + e, mask=e < E, other=0)
-        tiles = tl.where(e < E, (end - begin + BM - 1) // BM, 0)
-        last = tl.cumsum(tiles, 0)  # tiles up to and including expert e
-        mine = tl.sum((last <= tile).to(tl.int32), 0)
-        if mine >= E:
-            return
-        own = e == mine
-        first = tl.sum(tl.where(own, begin + (tile - last + tiles) * BM, 0), 0)
-        stop = tl.sum(tl.where(own, end, 0), 0)
-        r = first + tl.arange(0, BM)
-        n = (pid % n_tiles) * BN + tl.arange(0, BN)
-        rows, cols = r < stop, n < N
-        source = tl.load(tok + r, mask=rows, other=0).to(tl.int64) if GATHER else r.to(tl.int64)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, K, BK):
-            k = k0 + tl.arange(0, BK)
-            at = x + source[:, None] * K + k[None, :]
-            a = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-            at = w + mine.to(tl.int64) * we + n[None, :] * wn + k[:, None] * wk
-            b = tl.load(at, mask=cols[None, :] & (k < K)[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PREC)
-        at = y + r.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(at, acc.to(y.dtype.element_ty), mask=rows[:, None] & cols[None, :])
-
-    @tuned((64, 128, 128, 8, 3), (64, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 128, 256, 8, 3))
-    @triton.jit
-    def dw_kernel(dy, x, dw, dy_tok, x_tok, offs, N, K, bucket,
-                  E: tl.constexpr, DY_GATHER: tl.constexpr, X_GATHER: tl.constexpr,
-                  PREC: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-        """dw[e] = sum over e's rows r of dy[r] x[r]^T, (N, K); an expert without rows gets 0."""
-        pid, e = tl.program_id(0), tl.program_id(1)
-        n = (pid // tl.cdiv(K, BK)) * BN + tl.arange(0, BN)
-        k = (pid % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)
-        begin = tl.where(e > 0, tl.load(offs + tl.maximum(e - 1, 0)), 0)
-        end = tl.load(offs + e)
-        acc = tl.zeros((BN, BK), tl.float32)
-        for r0 in range(begin, end, BM):
-            r = r0 + tl.arange(0, BM)
-            rows = r < end
-            ry = tl.load(dy_tok + r, mask=rows, other=0) if DY_GATHER else r
-            rx = tl.load(x_tok + r, mask=rows, other=0) if X_GATHER else r
-            at = dy + ry.to(tl.int64)[:, None] * N + n[None, :]
-            a = tl.load(at, mask=rows[:, None] & (n < N)[None, :], other=0.0)
-            at = x + rx.to(tl.int64)[:, None] * K + k[None, :]
-            b = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PREC)
-        at = dw + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
-        tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
-
-    @triton.jit
-    def swiglu_kernel(z, s, a, end, I, BI: tl.constexpr):
-        """a[r] = s[r] * silu(gate) * up, one row a program, rows of the tail left alone."""
-        r = tl.program_id(0).to(tl.int64)
-        if r >= tl.load(end):
-            return
-        c = tl.program_id(1) * BI + tl.arange(0, BI)
-        gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
-        up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
-        value = gate * tl.sigmoid(gate) * up * tl.load(s + r)
-        tl.store(a + r * I + c, value.to(a.dtype.element_ty), mask=c < I)
-
-    @triton.jit
-    def swiglu_grad_kernel(z, s, da, dz, ds, end, I, BI: tl.constexpr):
-        """dz and ds from da, which becomes s * a, what dW2 needs; ds of the tail is 0. One row a
-        program."""
-        r = tl.program_id(0).to(tl.int64)
-        if r >= tl.load(end):
-            tl.store(ds + r, 0.0)
-            return
-        scale = tl.load(s + r)
-        total = tl.zeros((BI,), tl.float32)
-        for c0 in range(0, I, BI):
-            c = c0 + tl.arange(0, BI)
-            gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
-            up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
-            grad = tl.load(da + r * I + c, mask=c < I, other=0.0).to(tl.float32)
-            sig = tl.sigmoid(gate)
-            act = gate * sig
-            total += grad * act * up
-            tl.store(da + r * I + c, (scale * act * up).to(da.dtype.element_ty), mask=c < I)
-            dgate = scale * grad * up * (sig + act * (1 - sig))
-            dup = scale * grad * act
-            tl.store(dz + r * 2 * I + c, dgate.to(dz.dtype.element_ty), mask=c < I)
-            tl.store(dz + r * 2 * I + I + c, dup.to(dz.dtype.element_ty), mask=c < I)
-        tl.store(ds + r, tl.sum(total, 0))
-
-    @triton.jit
-    def combine_kernel(y, inv, out, end, K, d, BD: tl.constexpr):
-        """out[t] = sum over k of y[inv[t, k]], the tail left out."""
-        t = tl.program_id(0).to(tl.int64)
-        c = tl.program_id(1) * BD + tl.arange(0, BD)
-        acc = tl.zeros((BD,), tl.float32)
-        stop = tl.load(end)
-        for k in range(K):
-            r = tl.load(inv + t * K + k)
-            row = tl.load(y + r * d + c, mask=c < tl.where(r < stop, d, 0), other=0.0)
-            acc += row.to(tl.float32)
-        tl.store(out + t * d + c, acc.to(out.dtype.element_ty), mask=c < d)
-
-
 # ---------------------------------------------------------------- grouped_mm and triton
-
-
-def precision() -> str:
-    """Of Triton's dot in fp32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def gmm(backend, x, w, offs, tok=None):
     """x (., k) gathered by tok (R,) if given, w (E, n, k) in any strides -> (R, n); the tail's rows
     are garbage."""
-    if backend == "grouped_mm":
-        return grouped_mm(x if tok is None else x[tok], w.transpose(1, 2), offs=offs)
-    E, N, K = w.shape
-    R = len(x if tok is None else tok)
-    y = x.new_empty(R, N)
-    bucket = min(R // E, 512).bit_length()  # rows per expert, roughly: what the tiles are tuned for
-
-    def grid(meta):
-        return ((triton.cdiv(R, meta["BM"]) + E) * triton.cdiv(N, meta["BN"]),)
-
-    rows = offs if tok is None else tok
-    fixed = {"E": E, "EP": triton.next_power_of_2(E), "GATHER": tok is not None}
-    fixed["PREC"] = precision()
-    gmm_kernel[grid](x, w, y, rows, offs, R, N, K, bucket, *w.stride(), **fixed)
-    return y
+    if backend == "triton":
+        return kernels_triton.gmm(x, w, offs, tok)
+    return grouped_mm(x if tok is None else x[tok], w.transpose(1, 2), offs=offs)
 
 
 def gmm_dw(backend, dy, x, offs, dtype, dy_tok=None, x_tok=None):
     """dy (., n) and x (., k), each gathered if its index (R,) is given -> (E, n, k) in dtype."""
-    if backend == "grouped_mm":
-        if dy_tok is not None:
-            dy = dy[dy_tok]
-        if x_tok is not None:
-            x = x[x_tok]
-        return grouped_mm(dy.t(), x, offs=offs).to(dtype)
-    E, N, K = offs.numel(), dy.shape[1], x.shape[1]
-    R = len(dy if dy_tok is None else dy_tok)
-    bucket = min(R // E, 512).bit_length()
-    dw = torch.empty(E, N, K, dtype=dtype, device=x.device)
-
-    def grid(meta):
-        return (triton.cdiv(N, meta["BN"]) * triton.cdiv(K, meta["BK"]), E)
-
-    tables = (offs if dy_tok is None else dy_tok, offs if x_tok is None else x_tok, offs)
-    fixed = {"E": E, "DY_GATHER": dy_tok is not None, "X_GATHER": x_tok is not None}
-    fixed["PREC"] = precision()
-    dw_kernel[grid](dy, x, dw, *tables, N, K, bucket, **fixed)
-    return dw
+    if backend == "triton":
+        return kernels_triton.gmm_dw(dy, x, offs, dtype, dy_tok, x_tok)
+    if dy_tok is not None:
+        dy = dy[dy_tok]
+    if x_tok is not None:
+        x = x[x_tok]
+    return grouped_mm(dy.t(), x, offs=offs).to(dtype)
 
 
 def swiglu(backend, z, s, offs):
     """z (R, 2I), s (R, 1) -> s * silu(gate) * up (R, I)."""
-    R, I = z.shape[0], z.shape[1] // 2
-    if backend == "grouped_mm":
-        return F.silu(z[:, :I]).mul_(z[:, I:]).mul_(s)
-    a = z.new_empty(R, I)
-    block = min(triton.next_power_of_2(I), 1024)
-    swiglu_kernel[(R, triton.cdiv(I, block))](z, s, a, offs[-1:], I, BI=block)
-    return a
+    if backend == "triton":
+        return kernels_triton.swiglu(z, s, offs)
+    gate, up = z.chunk(2, 1)
+    return F.silu(gate).mul_(up).mul_(s)
 
 
 def swiglu_grad(z, s, da, a, dz):
@@ -275,15 +109,12 @@ def swiglu_grad(z, s, da, a, dz):
 def combine(backend, y, inv, offs, T):
     """y (R, d) -> out[t] = sum over k of y[inv[t * K + k]] (T, d), the tail left out whatever its
     rows hold."""
-    R, d = y.shape
-    end = offs[-1:]  # where the tail begins
-    if backend == "grouped_mm":  # an embedding bag is the fused gather and sum
-        y.masked_fill_((torch.arange(R, device=y.device) >= end).unsqueeze(1), 0)
-        return F.embedding_bag(inv.view(T, -1), y, mode="sum")
-    out = y.new_empty(T, d)
-    block = min(triton.next_power_of_2(d), 1024)
-    combine_kernel[(T, triton.cdiv(d, block))](y, inv, out, end, R // T, d, BD=block)
-    return out
+    if backend == "triton":
+        return kernels_triton.combine(y, inv, offs, T)
+    in_tail = torch.arange(len(y), device=y.device) >= offs[-1:]
+    y.masked_fill_(in_tail.unsqueeze(1), 0)
+    # an embedding bag is the fused gather and sum
+    return F.embedding_bag(inv.view(T, -1), y, mode="sum")
 
 
 def forward_rows(x, p, w13, w2, order, inv, offs, backend):
@@ -300,16 +131,13 @@ def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend):
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
     da = gmm(backend, dout, w2.to(x.dtype).transpose(1, 2), offs, tok)
     dz = torch.empty_like(z)
-    if backend == "grouped_mm":
+    if backend == "triton":
+        ds = kernels_triton.swiglu_grad(z, s, da, dz, offs)
+        a = da  # the kernel has written s * a over it
+    else:
         a = torch.empty_like(da)
         ds = swiglu_grad(z, s, da, a, dz)
         ds.masked_fill_(torch.arange(len(ds), device=ds.device) >= offs[-1:], 0)
-    else:
-        a = da  # the kernel writes s * a over it
-        R, I = a.shape
-        ds = p.new_empty(R)
-        block = min(triton.next_power_of_2(I), 1024)
-        swiglu_grad_kernel[(R,)](z, s, da, dz, ds, offs[-1:], I, BI=block)
     dw2 = gmm_dw(backend, dout, a, offs, w2.dtype, dy_tok=tok)
     dw13 = gmm_dw(backend, dz, x, offs, w13.dtype, x_tok=tok)
     rows = gmm(backend, dz, w13.to(x.dtype).transpose(1, 2), offs)

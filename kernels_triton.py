@@ -1,0 +1,226 @@
+"""The expert layer's kernels in Triton, and how they are launched; kernels.py calls them.
+
+Importing this file needs the package `triton`. With TRITON_INTERPRET=1 the kernels run on a CPU,
+for tests. Names and shapes are those of kernels.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton's own emulator, on CPU: far too slow to train
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# ---------------------------------------------------------------- kernels
+# One program computes one tile of one expert. The host does not know how many rows an expert has:
+# it launches the upper bound of cdiv(R, BM) + E row tiles; each program counts the tiles of all
+# experts from offs (E numbers, in registers), finds its own expert and first row, and leaves if it
+# is one too many. Rows are int64: R * d passes 2^31.
+
+
+def tuned(*sizes):
+    """Autotune over tiles (BM, BN, BK, warps, stages), once per weight shape and magnitude of
+    rows per expert."""
+    configs = []
+    for m, n, k, warps, stages in [(16, 16, 16, 4, 1)] if INTERPRET else sizes:
+        tile = {"BM": m, "BN": n, "BK": k}
+        configs.append(triton.Config(tile, num_warps=warps, num_stages=stages))
+    return triton.autotune(configs, key=["N", "K", "E", "bucket"])
+
+
+@tuned(
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (128, 128, 32, 4, 4),
+)
+@triton.jit
+def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk,
+               E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr, PREC: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """y[r] = w[e] @ x[tok[r]] (or x[r]): x (., K), w (E, N, K) by strides, y (R, N)."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(N, BN)
+    tile = pid // n_tiles
+    e = tl.arange(0, EP)
+    begin = tl.load(offs + e - 1, mask=(e > 0) & (e < E), other=0)
+    end = tl.load(offs + e, mask=e < E, other=0)
+    tiles = tl.where(e < E, (end - begin + BM - 1) // BM, 0)
+    last = tl.cumsum(tiles, 0)  # tiles up to and including expert e
+    mine = tl.sum((last <= tile).to(tl.int32), 0)
+    if mine >= E:
+        return
+    own = e == mine
+    first = tl.sum(tl.where(own, begin + (tile - last + tiles) * BM, 0), 0)
+    stop = tl.sum(tl.where(own, end, 0), 0)
+    r = first + tl.arange(0, BM)
+    n = (pid % n_tiles) * BN + tl.arange(0, BN)
+    rows, cols = r < stop, n < N
+    source = tl.load(tok + r, mask=rows, other=0).to(tl.int64) if GATHER else r.to(tl.int64)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        at = x + source[:, None] * K + k[None, :]
+        a = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
+        at = w + mine.to(tl.int64) * we + n[None, :] * wn + k[:, None] * wk
+        b = tl.load(at, mask=cols[None, :] & (k < K)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    at = y + r.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=rows[:, None] & cols[None, :])
+
+
+@tuned((64, 128, 128, 8, 3), (64, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 128, 256, 8, 3))
+@triton.jit
+def dw_kernel(dy, x, dw, dy_tok, x_tok, offs, N, K, bucket,
+              E: tl.constexpr, DY_GATHER: tl.constexpr, X_GATHER: tl.constexpr,
+              PREC: tl.constexpr, BM: tl.constexpr,
+              BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dw[e] = sum over e's rows r of dy[r] x[r]^T, (N, K); an expert without rows gets 0."""
+    pid, e = tl.program_id(0), tl.program_id(1)
+    n = (pid // tl.cdiv(K, BK)) * BN + tl.arange(0, BN)
+    k = (pid % tl.cdiv(K, BK)) * BK + tl.arange(0, BK)
+    begin = tl.where(e > 0, tl.load(offs + tl.maximum(e - 1, 0)), 0)
+    end = tl.load(offs + e)
+    acc = tl.zeros((BN, BK), tl.float32)
+    for r0 in range(begin, end, BM):
+        r = r0 + tl.arange(0, BM)
+        rows = r < end
+        ry = tl.load(dy_tok + r, mask=rows, other=0) if DY_GATHER else r
+        rx = tl.load(x_tok + r, mask=rows, other=0) if X_GATHER else r
+        at = dy + ry.to(tl.int64)[:, None] * N + n[None, :]
+        a = tl.load(at, mask=rows[:, None] & (n < N)[None, :], other=0.0)
+        at = x + rx.to(tl.int64)[:, None] * K + k[None, :]
+        b = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PREC)
+    at = dw + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def swiglu_kernel(z, s, a, end, I, BI: tl.constexpr):
+    """a[r] = s[r] * silu(gate) * up, one row a program, rows of the tail left alone."""
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(end):
+        return
+    c = tl.program_id(1) * BI + tl.arange(0, BI)
+    gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
+    up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up * tl.load(s + r)
+    tl.store(a + r * I + c, value.to(a.dtype.element_ty), mask=c < I)
+
+
+@triton.jit
+def swiglu_grad_kernel(z, s, da, dz, ds, end, I, BI: tl.constexpr):
+    """dz and ds from da, which becomes s * a, what dW2 needs; ds of the tail is 0. One row a
+    program."""
+    r = tl.program_id(0).to(tl.int64)
+    if r >= tl.load(end):
+        tl.store(ds + r, 0.0)
+        return
+    scale = tl.load(s + r)
+    total = tl.zeros((BI,), tl.float32)
+    for c0 in range(0, I, BI):
+        c = c0 + tl.arange(0, BI)
+        gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
+        up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
+        grad = tl.load(da + r * I + c, mask=c < I, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        act = gate * sig
+        total += grad * act * up
+        tl.store(da + r * I + c, (scale * act * up).to(da.dtype.element_ty), mask=c < I)
+        dgate = scale * grad * up * (sig + act * (1 - sig))
+        dup = scale * grad * act
+        tl.store(dz + r * 2 * I + c, dgate.to(dz.dtype.element_ty), mask=c < I)
+        tl.store(dz + r * 2 * I + I + c, dup.to(dz.dtype.element_ty), mask=c < I)
+    tl.store(ds + r, tl.sum(total, 0))
+
+
+@triton.jit
+def combine_kernel(y, inv, out, end, K, d, BD: tl.constexpr):
+    """out[t] = sum over k of y[inv[t, k]], the tail left out."""
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BD + tl.arange(0, BD)
+    acc = tl.zeros((BD,), tl.float32)
+    stop = tl.load(end)
+    for k in range(K):
+        r = tl.load(inv + t * K + k)
+        row = tl.load(y + r * d + c, mask=c < tl.where(r < stop, d, 0), other=0.0)
+        acc += row.to(tl.float32)
+    tl.store(out + t * d + c, acc.to(out.dtype.element_ty), mask=c < d)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def precision() -> str:
+    """Of Triton's dot in fp32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def gmm(x, w, offs, tok=None):
+    """x (., k) gathered by tok (R,) if given, w (E, n, k) in any strides -> (R, n); the tail's rows
+    are garbage."""
+    E, N, K = w.shape
+    R = len(x if tok is None else tok)
+    y = x.new_empty(R, N)
+    bucket = min(R // E, 512).bit_length()  # rows per expert, roughly: what the tiles are tuned for
+
+    def grid(meta):
+        return ((triton.cdiv(R, meta["BM"]) + E) * triton.cdiv(N, meta["BN"]),)
+
+    rows = offs if tok is None else tok
+    fixed = {"E": E, "EP": triton.next_power_of_2(E), "GATHER": tok is not None}
+    fixed["PREC"] = precision()
+    gmm_kernel[grid](x, w, y, rows, offs, R, N, K, bucket, *w.stride(), **fixed)
+    return y
+
+
+def gmm_dw(dy, x, offs, dtype, dy_tok=None, x_tok=None):
+    """dy (., n) and x (., k), each gathered if its index (R,) is given -> (E, n, k) in dtype."""
+    E, N, K = offs.numel(), dy.shape[1], x.shape[1]
+    R = len(dy if dy_tok is None else dy_tok)
+    bucket = min(R // E, 512).bit_length()
+    dw = torch.empty(E, N, K, dtype=dtype, device=x.device)
+
+    def grid(meta):
+        return (triton.cdiv(N, meta["BN"]) * triton.cdiv(K, meta["BK"]), E)
+
+    tables = (offs if dy_tok is None else dy_tok, offs if x_tok is None else x_tok, offs)
+    fixed = {"E": E, "DY_GATHER": dy_tok is not None, "X_GATHER": x_tok is not None}
+    fixed["PREC"] = precision()
+    dw_kernel[grid](dy, x, dw, *tables, N, K, bucket, **fixed)
+    return dw
+
+
+def swiglu(z, s, offs):
+    """z (R, 2I), s (R, 1) -> s * silu(gate) * up (R, I)."""
+    R, I = z.shape[0], z.shape[1] // 2
+    a = z.new_empty(R, I)
+    block = min(triton.next_power_of_2(I), 1024)
+    swiglu_kernel[(R, triton.cdiv(I, block))](z, s, a, offs[-1:], I, BI=block)
+    return a
+
+
+def swiglu_grad(z, s, da, dz, offs):
+    """z (R, 2I), s (R, 1), da = w2^T dout (R, I) -> ds (R,) fp32, 0 in the tail; dz is filled, and
+    da becomes s * a, which is what dW2 needs."""
+    R, I = da.shape
+    ds = s.new_empty(R)
+    block = min(triton.next_power_of_2(I), 1024)
+    swiglu_grad_kernel[(R,)](z, s, da, dz, ds, offs[-1:], I, BI=block)
+    return ds
+
+
+def combine(y, inv, offs, T):
+    """y (R, d) -> out[t] = sum over k of y[inv[t * K + k]] (T, d), the tail left out whatever its
+    rows hold."""
+    R, d = y.shape
+    out = y.new_empty(T, d)
+    block = min(triton.next_power_of_2(d), 1024)
+    combine_kernel[(T, triton.cdiv(d, block))](y, inv, out, offs[-1:], R // T, d, BD=block)
+    return out
