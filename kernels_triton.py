@@ -224,3 +224,50 @@ def combine(y, inv, offs, T):
     block = min(triton.next_power_of_2(d), 1024)
     combine_kernel[(T, triton.cdiv(d, block))](y, inv, out, offs[-1:], R // T, d, BD=block)
     return out
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@triton.jit
+def cross_entropy_kernel(logits, targets, sums, V, z_loss, GRAD: tl.constexpr, BV: tl.constexpr):
+    """model.cross_entropy of one row of logits, which its gradient overwrites; sums (n, 3)."""
+    r = tl.program_id(0).to(tl.int64)
+    row = logits + r * V
+    target = tl.load(targets + r)
+    valid = target >= 0
+    # the largest logit, where it stands, and the sum of exponentials, which shrinks whenever a
+    # larger logit comes (Milakov and Gimelshein 2018): one pass in place of two
+    top = -float("inf")
+    guess = -1
+    total = 0.0
+    for v0 in range(0, V, BV):
+        v = v0 + tl.arange(0, BV)
+        x = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        largest, at = tl.max(x, 0, return_indices=True)
+        guess = tl.where(largest > top, v0 + at, guess)
+        new = tl.maximum(largest, top)
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
+        top = new
+    lse = top + tl.log(total)
+    right = tl.load(row + tl.where(valid, target, 0)).to(tl.float32)
+    tl.store(sums + 3 * r, tl.where(valid, lse - right, 0.0))
+    tl.store(sums + 3 * r + 1, tl.where(valid, z_loss * lse * lse, 0.0))
+    tl.store(sums + 3 * r + 2, (valid & (guess == target)).to(tl.float32))
+    if GRAD:
+        scale = tl.where(valid, (1 + 2 * z_loss * lse) / total, 0.0)
+        for v0 in range(0, V, BV):
+            v = v0 + tl.arange(0, BV)
+            x = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+            p = tl.exp(x - top) * scale - (v == target).to(tl.float32)
+            tl.store(row + v, p.to(logits.dtype.element_ty), mask=v < V)
+
+
+def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
+    """model.cross_entropy, in place: logits (n, V), contiguous, of any dtype but fp64."""
+    n, V = logits.shape
+    sums = torch.empty(n, 3, device=logits.device)
+    block = min(triton.next_power_of_2(V), 8192)
+    fixed = {"GRAD": need_grad, "BV": block, "num_warps": 8}
+    cross_entropy_kernel[(n,)](logits, targets, sums, V, z_loss, **fixed)
+    return sums.sum(0), logits

@@ -516,9 +516,37 @@ def recomputed(run, how: str, random: bool, *args):
 # ---------------------------------------------------------------- head and loss
 
 
-def head_rows(vocab_size: int, cuda: bool) -> int:
-    """Tokens whose fp32 logits HeadLoss holds at a time: 512 MB of them on CUDA, 16 MB on a CPU."""
-    return max(64, (1 << 27 if cuda else 1 << 22) // vocab_size)
+def head_rows(V: int, C: int, itemsize: int, cuda: bool) -> int:
+    """Tokens whose logits HeadLoss holds at a time.
+
+    On a CPU 16 MB of them, in fp32. On CUDA as many bytes as the head's gradient takes, which is
+    there anyway: fewer tokens would read and write that too often, more would gain little.
+    """
+    if cuda:
+        return max(64, max(1 << 26, 4 * V * C) // (V * itemsize))
+    return max(64, (1 << 22) // V)
+
+
+def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
+    """Of some tokens' logits (n, V), which are used up, and targets (n,), negative = ignored: the
+    sums (3,) that HeadLoss returns, and the gradient of the first two (n, V)."""
+    valid = (targets >= 0)[:, None].float()  # (n, 1)
+    index = targets.clamp(min=0)[:, None]
+    logits = logits.float()
+    right = logits.gather(1, index)
+    hits = torch.zeros_like(valid)
+    if not need_grad:
+        hits = (logits.argmax(-1, keepdim=True) == index) * valid
+    top = logits.amax(-1, keepdim=True)  # (n, 1)
+    # in place and once: on CPU this costs as much as a fifth of the matmuls
+    p = logits.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = top + total.log()  # (n, 1), of the shifted logits, so exp cannot overflow
+    ce, z = ((lse - right) * valid).sum(), z_loss * (lse.square() * valid).sum()
+    if need_grad:
+        # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
+        p.mul_((1 + 2 * z_loss * lse) * valid / total).scatter_add_(1, index, -valid)
+    return torch.stack((ce, z, hits.sum())), p
 
 
 class HeadLoss(torch.autograd.Function):
@@ -528,68 +556,57 @@ class HeadLoss(torch.autograd.Function):
     The gradient with respect to x and W is computed chunk by chunk in the forward pass (the loss is
     the last thing there is, so backward only scales it): three matmuls in all, as with full logits.
     x (N, C), weight (V, C), targets (N,), negative = ignored. Returns (total, ce, z, correct), fp32
-    scalars.
+    scalars; correct counts right guesses, without gradients only. fused: by Triton's kernel, which
+    lumen/tryout.py has tried.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool):
+    def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool, fused=False):
+        of_chunk = cross_entropy
+        if fused:
+            from kernels_triton import cross_entropy as of_chunk
         W = weight.to(x.dtype)  # (V, C)
         # at 50,000 ids the full logits would be 200 kB a token
-        rows = head_rows(weight.shape[0], x.is_cuda)
+        rows = head_rows(*weight.shape, x.dtype.itemsize, x.is_cuda)
         dx = dW = None
         if need_grad:
             dx = torch.empty_like(x)  # (N, C)
             dW = torch.zeros_like(weight)  # (V, C), fp32 as the weight: many chunks add up in it
-        ce, z, correct = (torch.zeros((), device=x.device) for _ in range(3))
+        sums = torch.zeros(3, device=x.device)
         starts = list(range(0, len(x), rows))
         if len(starts) > 1 and starts[-1] == len(x) - 1:
             # a single row, alone, loses two digits of its gradient in MKL on Intel: to those before
             starts.pop()
         for a, b in zip(starts, [*starts[1:], len(x)]):
-            logits = p = None  # the last chunk's are freed before this one's are made
-            xs, t = x[a:b], targets[a:b]
-            valid = (t >= 0)[:, None].float()  # (n, 1)
-            index = t.clamp(min=0)[:, None]
-            logits = F.linear(xs, W).float()  # (n, V)
-            right = logits.gather(1, index)
-            if not need_grad:
-                correct += ((logits.argmax(-1) == t) & (t >= 0)).sum()
-            top = logits.amax(-1, keepdim=True)  # (n, 1)
-            # in place and once: on CPU this costs as much as a fifth of the matmuls
-            p = logits.sub_(top).exp_()
-            total = p.sum(-1, keepdim=True)
-            lse = top + total.log()  # (n, 1), of the shifted logits, so exp cannot overflow
-            ce += ((lse - right) * valid).sum()
-            z += z_loss * (lse.square() * valid).sum()
+            p = None  # the last chunk's are freed before this one's are made
+            xs = x[a:b]
+            found, p = of_chunk(F.linear(xs, W), targets[a:b], z_loss, need_grad)
+            sums += found
             if not need_grad:
                 continue
-            # d(ce)/d(logits) = softmax - onehot; d(z)/d(logits) = 2 z_loss lse softmax
-            p.mul_((1 + 2 * z_loss * lse) * valid / total).scatter_add_(1, index, -valid)
             p = p.to(x.dtype)  # (n, V)
             dx[a:b] = p @ W
             if x.dtype == weight.dtype:
                 dW.addmm_(p.t(), xs)
+            elif x.is_cuda:  # cuBLAS adds bf16 matmuls up in fp32: there is no second copy
+                torch.addmm(dW, p.t(), xs, out_dtype=dW.dtype, out=dW)
             else:
                 dW += p.t() @ xs
         ctx.save_for_backward(dx, dW)
         # only the total is differentiated; the others are to be looked at
-        ce_alone = ce.clone()
-        ctx.mark_non_differentiable(ce_alone, z, correct)
-        return ce + z, ce_alone, z, correct
+        ce, z, correct = (value.clone() for value in sums)
+        ctx.mark_non_differentiable(ce, z, correct)
+        return ce + z, ce, z, correct
 
     @staticmethod
     def backward(ctx, grad, *_):
         """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 % for
-        all that lies below the head, and for the head itself not. So it multiplies in fp32, in
-        pieces where that is a copy."""
+        all that lies below the head, and for the head itself not. So it multiplies in fp32, and in
+        place, for both are large (torch refuses a second backward then)."""
         dx, dW = ctx.saved_tensors
-        if dx.dtype.itemsize >= 4:
-            return dx * grad, dW * grad, None, None, None
-        out = torch.empty_like(dx)
-        rows = 4096  # any will do: of 32 MB in fp32 at a width of 2,048
-        for a in range(0, len(dx), rows):
-            out[a : a + rows] = dx[a : a + rows].float() * grad
-        return out, dW * grad, None, None, None
+        for part in dx.split(4096):  # rows: of 32 MB in fp32 at a width of 2,048
+            part.copy_(part.float() * grad)
+        return dx, dW.mul_(grad), None, None, None, None
 
 
 # ---------------------------------------------------------------- the next token
@@ -627,8 +644,9 @@ def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), backend (sdpa), recompute in backward (none; block: all of it;
-    selective: all but the matmuls), causal (see AttentionInputs). ValueError without a vocabulary.
+    compute_dtype (fp32), z_loss (0), fused_loss (no; see HeadLoss), backend (sdpa), recompute in
+    backward (none; block: all of it; selective: all but the matmuls), causal (see AttentionInputs).
+    ValueError without a vocabulary.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -644,6 +662,7 @@ class Transformer(nn.Module):
             self.head = Linear(cfg.d_model, cfg.vocab_size)
         self.compute_dtype = torch.float32
         self.z_loss = 0.0
+        self.fused_loss = False
         self.backend = "sdpa"
         self.recompute = "none"
         self.causal = True
@@ -741,7 +760,7 @@ class Transformer(nn.Module):
         grad = torch.is_grad_enabled()
         valid = targets >= 0
         rows = (x.flatten(0, 1), self.head_weight(), targets.flatten())
-        total, ce, z, correct = HeadLoss.apply(*rows, self.z_loss, grad)
+        total, ce, z, correct = HeadLoss.apply(*rows, self.z_loss, grad, self.fused_loss)
         sums = {"ce": ce, "z": z, "count": valid.sum().float()}
         if not grad:
             sums["correct"] = correct

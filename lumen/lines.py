@@ -284,6 +284,8 @@ def machine_lines(start: Start) -> list[str]:
         f"device     {text}, compile {run.compile_model}, deterministic {run.deterministic}"
     )
     lines.append(f"attention  {run.attention}: {run.attention_why}")
+    if machine.device.type == "cuda":
+        lines.append(f"loss       {run.loss}: {run.loss_why}")
     lines.append(memory_line(start))
     return lines
 

@@ -64,11 +64,13 @@ def kept_bytes(
     elif recompute == "selective":  # what was kept is not made again
         again = [a - k + N * b * C for a, k in zip(layers, kept)]
     table = cfg.vocab_size * C
-    head = min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * 4 + table * 4 + N * C * b
-    # the logits as computed; a chunk's gradient of the table (its copy to fp32 on a CPU is not
-    # counted)
-    if b == 2:
-        head += min(head_rows(cfg.vocab_size, cuda), N) * cfg.vocab_size * b + table * b
+    chunk = min(head_rows(cfg.vocab_size, C, b, cuda), N) * cfg.vocab_size  # logits at a time
+    head = chunk * 4 + table * 4 + N * C * b
+    if cuda:  # one kernel makes the gradient where the logits are, as they were computed
+        head = chunk * b + table * 4 + N * C * b
+    elif b == 2:
+        # the logits as computed; a chunk's gradient of the table (its copy to fp32 is not counted)
+        head += chunk * b + table * b
     moe = any(map(cfg.is_moe, range(cfg.n_layers)))
     last_norm = C * (4 + 2 * b)
     own = cfg.n_experts_per_token * b * (4 * cfg.d_expert + C)  # bytes of a token's expert rows

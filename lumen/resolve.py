@@ -21,7 +21,7 @@ from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
 from lumen.optim import state_bytes
-from lumen.tryout import pick_backend
+from lumen.tryout import pick_backend, pick_loss
 from model import ModelConfig, Transformer
 
 GIB = 2**30
@@ -51,6 +51,8 @@ class Run:
     compile_model: bool
     attention: str  # backend ...
     attention_why: str  # ... and why it is that one
+    loss: str  # plain | fused ...
+    loss_why: str
     expert_backend: str
     experts_why: str
     deterministic: bool
@@ -328,6 +330,7 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
         attention, attention_why = pick_attention(choice, cfg.model, *where)
     except ValueError as error:
         raise UserError("E002", str(error)) from error
+    loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
     experts, experts_why = cfg.expert_backend, ""
     if cfg.model.n_experts:
         experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
@@ -342,6 +345,8 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
         "compile_model": compiled,
         "attention": attention,
         "attention_why": attention_why,
+        "loss": loss,
+        "loss_why": loss_why,
         "expert_backend": experts,
         "experts_why": experts_why,
         "deterministic": deterministic,

@@ -58,6 +58,7 @@ def prepare_model(model, cfg, run: Run, compute_dtype: torch.dtype) -> None:
     """What a model is told beside its ModelConfig; and its blocks are compiled."""
     model.compute_dtype = compute_dtype
     model.z_loss = cfg.z_loss
+    model.fused_loss = run.loss == "fused"
     model.backend = run.attention
     model.recompute = cfg.activation_checkpointing
     for moe in model.sparse_layers("moe").values():

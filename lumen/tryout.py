@@ -1,6 +1,8 @@
-"""Which backend of the expert layer is right here, and the fastest: found by trying them.
+"""Which backend of the expert layer, and of the loss, is right here, and the fastest: found by
+trying them.
 
-Each is compared with the plain formula of model_moe.py and timed, forward and backward.
+Each is compared with the plain formula of model_moe.py or model.py; experts are timed too, forward
+and backward.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import time
 import torch
 
 import kernels
+from model import cross_entropy
 from model_moe import plain_experts
 
 # the largest error, relative to the largest value, that passes
@@ -127,3 +130,36 @@ def pick_backend(choice: str, device, dtype, d, I, E, K, T) -> tuple[str, str]: 
     for name, (error, seconds) in results.items():
         tried.append(f"{kernels.versioned(name)} {seconds * 1e3:.1f} ms error {error:.0e}")
     return best, "; ".join([", ".join(tried), *left_out])
+
+
+def pick_loss(device, dtype, V: int) -> tuple[str, str]:
+    """-> (fused | plain, why): how model.HeadLoss makes a loss of logits over V ids.
+
+    fused is Triton's kernel: it reads the logits twice, where the plain formula goes over them a
+    dozen times. Tried on a few tokens; where it fails or disagrees the formula is taken.
+    """
+    reason = kernels.no_triton(torch.device(device), dtype)
+    if reason or kernels.INTERPRET:
+        return "plain", reason or "Triton's interpreter is for tests"
+    g = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(64, V, generator=g)).to(device, dtype)
+    targets = torch.randint(V, (64,), generator=g).to(device)
+    targets[::7] = -1
+    try:
+        error = error_of_fused_loss(logits, targets)
+        if not error <= TOLERANCE[dtype]:  # so written that a NaN fails too
+            raise RuntimeError(f"differs from the plain formula by {error:.1e}")
+    except Exception as e:  # a compiler can fail in any way, and must stop no run
+        first = str(e).strip().split("\n")[0][:120]
+        return "plain", f"the kernel does not work here ({type(e).__name__}: {first})"
+    return "fused", f"{kernels.versioned('triton')}, error {error:.0e}"
+
+
+def error_of_fused_loss(logits, targets) -> float:
+    """The largest of the sums (relative) and the gradient, with z-loss; logits (n, V) stay."""
+    from kernels_triton import cross_entropy as fused  # there is Triton: no_triton has looked
+
+    want, p = cross_entropy(logits.clone(), targets, 1e-3, True)
+    got, q = fused(logits.clone(), targets, 1e-3, True)
+    errors = [(got[:2] / want[:2] - 1).abs().max(), (q.float() - p).abs().max()]
+    return torch.stack(errors).max().item()  # NaN where one is

@@ -659,6 +659,8 @@ class DryRun:
             compile_model=cfg.compile_model,
             attention=cfg.attention,
             attention_why="",
+            loss="plain",
+            loss_why="",
             expert_backend=experts,
             experts_why=why,
             deterministic=cfg.deterministic,
