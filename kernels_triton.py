@@ -267,7 +267,7 @@ def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
     """model.cross_entropy, in place: logits (n, V), contiguous, of any dtype but fp64."""
     n, V = logits.shape
     sums = torch.empty(n, 3, device=logits.device)
-    # 48 registers a thread on sm_90, so five programs share an SM; twice the block leaves room for two
+    # on sm_90 five programs share an SM; of twice the block only two would (registers)
     block = min(triton.next_power_of_2(V), 4096)
     fixed = {"GRAD": need_grad, "BV": block, "num_warps": 8}
     cross_entropy_kernel[(n,)](logits, targets, sums, V, z_loss, **fixed)
