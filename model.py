@@ -553,11 +553,10 @@ class HeadLoss(torch.autograd.Function):
     """Sum over tokens of cross-entropy + z_loss * logsumexp^2 of the logits x W^T, which are never
     all there at once.
 
-    The gradient with respect to x and W is computed chunk by chunk in the forward pass (the loss is
-    the last thing there is, so backward only scales it): three matmuls in all, as with full logits.
-    x (N, C), weight (V, C), targets (N,), negative = ignored. Returns (total, ce, z, correct), fp32
-    scalars; correct counts right guesses, without gradients only. fused: by Triton's kernel, which
-    lumen/tryout.py has tried.
+    The gradient of x and W is computed chunk by chunk in the forward pass (the loss is the last
+    thing there is, so backward only scales it): three matmuls in all, as with full logits. x (N,
+    C), weight (V, C), targets (N,), negative = ignored. Returns (total, ce, z, correct), fp32; the
+    last, right guesses, without gradients only. fused: by Triton, see lumen/tryout.py.
     """
 
     @staticmethod
@@ -678,9 +677,8 @@ class Transformer(nn.Module):
         | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
         | MoD's predictor                 | 0: at first it is the router           |
 
-        By default init_std follows the width, so that a matrix's output is about 0.45 of its input
-        at any: with 0.02 at width 128, three matrices in a row leave next to nothing, and a model
-        learns late (EXPERIMENTS.md). Each expert has a generator of its own too, so spare slots
+        By default init_std follows the width: with 0.02 at width 128, three matrices in a row leave
+        next to nothing (EXPERIMENTS.md). Each expert has a generator of its own too, so spare slots
         change no other expert (routers they do).
         """
         for name, p in self.named_parameters():
@@ -788,17 +786,6 @@ class Transformer(nn.Module):
             if isinstance(module, (MoE, MoD)):
                 layers[i] = module
         return layers
-
-    def set_step(self, step: int) -> None:
-        """Anneal MoD's capacity: from 1.0 to its target in eight equal steps over
-        cfg.mod_anneal_steps."""
-        done = 1.0
-        if self.cfg.mod_anneal_steps:
-            done = min(1.0, 8 * step // self.cfg.mod_anneal_steps / 8)
-        for mod in self.sparse_layers("mod").values():
-            capacity = 1 - (1 - mod.target) * done
-            if capacity != mod.capacity:
-                mod.set_capacity(capacity)
 
     @torch.no_grad()
     def generate(

@@ -21,6 +21,7 @@ import torch
 from lumen import checkpoint, sampling
 from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
+from lumen.experts import anneal_depth
 from lumen.launch import Words, command
 from lumen.machine import detect
 from lumen.stream import Printer, Stream
@@ -187,7 +188,7 @@ def load(
         model.load_state_dict(found.model_state(), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("E305", f"{found.path}: {error}") from error
-    model.set_step(found.step)  # where MoD's capacity was
+    anneal_depth(model, found.step)  # where MoD's capacity was
     # A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it is
     # done once. But routers choose in fp32.
     for name, p in model.named_parameters():

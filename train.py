@@ -29,7 +29,7 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
-from lumen.experts import Routing, draw_dropout, release_parted
+from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums, dummy_batch, mix
 from lumen.machine import free_memory, to_device, to_host
@@ -447,7 +447,7 @@ class Trainer(ByHand):
             lr = lr_at(cfg, self.run, self.step) * orch.lr_factor()
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]
-            model.set_step(self.step)  # MoD's capacity may be annealed
+            anneal_depth(model, self.step)
             release_parted(self.moe, self.step, par, self.say)  # halves of experts that were split
 
             # evaluate, save: of the weights as they are now, after self.step steps

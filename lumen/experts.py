@@ -176,6 +176,18 @@ class Routing:
         return self.statistics(self.numbers())[kind]
 
 
+def anneal_depth(model, step: int) -> None:
+    """MoD's capacity at a step: from 1.0 to its target in eight equal steps over
+    cfg.mod_anneal_steps."""
+    done = 1.0
+    if model.cfg.mod_anneal_steps:
+        done = min(1.0, 8 * step // model.cfg.mod_anneal_steps / 8)
+    for mod in model.sparse_layers("mod").values():
+        capacity = 1 - (1 - mod.target) * done
+        if capacity != mod.capacity:
+            mod.set_capacity(capacity)
+
+
 def draw_dropout(layers: list[MoE], seed: int) -> None:
     """Leave experts out for one step: each layer draws its own, at least K stay."""
     device, n = layers[0].router.bias.device, layers[0].router.slots

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model_moe
+from lumen.experts import anneal_depth
 from model import KVCache, Transformer, rope_tables, rotate
 from model_moe import MoD
 
@@ -169,7 +170,7 @@ def test_parameters_and_flops_of_experts():
 @torch.no_grad()
 def test_full_capacity_and_a_gate_of_one_is_the_dense_block(kind):
     model = make(**KINDS[kind] | {"mod_anneal_steps": 80})
-    model.set_step(0)
+    anneal_depth(model, 0)
     dense = Transformer(config(**{k: v for k, v in KINDS[kind].items() if not k.startswith("mod")}))
     dense.load_state_dict({k: v for k, v in model.state_dict().items() if ".mod." not in k})
     for mod in model.sparse_layers("mod").values():
@@ -185,7 +186,7 @@ def test_capacity_is_annealed_in_eight_equal_steps():
     first, second = model.sparse_layers("mod").values()
     seen = []
     for step in range(100):
-        model.set_step(step)
+        anneal_depth(model, step)
         assert second.capacity == pytest.approx(1 - (1 - first.capacity) * 2 / 3)
         assert first.tokens == math.ceil(32 * first.capacity - 1e-9)
         seen.append(first.capacity)
@@ -194,7 +195,7 @@ def test_capacity_is_annealed_in_eight_equal_steps():
     ]
     assert [seen.index(c) for c in dict.fromkeys(seen)] == [0, 10, 20, 30, 40, 50, 60, 70, 80]
     assert first.tokens == 8 and make(mod_capacity=0.25).blocks[0].mod.tokens == 8
-    model.set_step(0)
+    anneal_depth(model, 0)
     assert first.tokens == 32, "a function of the step alone"
 
 
