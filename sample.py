@@ -169,17 +169,16 @@ def load(
 ) -> tuple:
     """A run's (model ready to generate, tokenizer or None, step). The newest checkpoint, or the
     `best`, or that of `step`; `tokenizer`: a file, the run's own by default. UserError E305: its
-    tensors do not fit its configuration; and those of checkpoint.find and
-    Checkpoint.model_config."""
+    tensors do not fit its configuration; and those of checkpoint.find."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
     path = expand(str(path))
     if step is not None:
         path = checkpoint.step_dir(path, step)
     found = checkpoint.find(path, best, say)
-    spec = expand(tokenizer) if tokenizer else None
-    if not spec:
-        spec = tok.of_run(found.path.parent, found.state.get("tokenizer"))
+    spec = tok.of_run(found.path.parent, found.state.get("tokenizer"))
+    if tokenizer:
+        spec = expand(tokenizer)
     here = detect(device, precision, False)
     cfg = found.model_config()
     try:
