@@ -6,6 +6,7 @@ for tests. Names and shapes are those of kernels.py.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -15,6 +16,111 @@ import triton.language as tl
 # Triton's own emulator, on CPU: far too slow to train
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
+# ---------------------------------------------------------------- tiles: which of them are tried
+# Tuning compiles each tile for each launch that differs in strides or gathers, 0.3 to 1 s each. So
+# few are tried, and only those whose compiled code keeps all in registers and shared memory:
+# `python -m tools.ptx` shows it. Which is fastest was never measured: no GPU has run them.
+
+MOST_TILES = 3  # tried for a launch
+COMPILATIONS = 6 * MOST_TILES + 3  # of an expert layer, forward and backward: a test counts them
+
+# Magnitudes of rows per expert: tiles are tuned once for each. For an argument that is 1 or a
+# multiple of 16 Triton compiles anew, so these are not.
+FEW, SOME, MANY, UNTUNED = 2, 3, 4, 5
+
+
+def magnitude(rows: int, n_experts: int) -> int:
+    """Of rows per expert. In a deterministic run nothing is tuned: the same tile, the same bits."""
+    if torch.are_deterministic_algorithms_enabled():
+        return UNTUNED
+    mean = rows // n_experts
+    if mean < 64:
+        return FEW
+    return SOME if mean < 256 else MANY
+
+
+def dots_on(card, dtype, prec: str) -> str:
+    """What multiplies there: "none", no tensor cores; "async", those of Hopper and Blackwell, which
+    read shared memory by themselves; "sync", the others, which take operands from registers.
+
+    card: what torch.cuda.get_device_properties says; prec: of products in fp32.
+    """
+    if dtype == torch.float32 and prec == "ieee":
+        return "none"
+    # 12.x has those of 8.x; HIP numbers its cards otherwise
+    return "async" if card.major in (9, 10, 11) and not torch.version.hip else "sync"
+
+
+def shared_bytes(tile, depth: str, itemsize: int, dots: str) -> int:
+    """Bytes of shared memory that a tile takes at most; depth: the size that is summed over."""
+    sides = sum(size for name, size in tile.kwargs.items() if name != depth)
+    steps = tile.num_stages  # of the loop, whose operands are there at once
+    if dots != "async":
+        steps = max(steps - 1, 1)
+    return steps * tile.kwargs[depth] * sides * itemsize + 1024  # barriers, a sum over the experts
+
+
+def fits_registers(tile, depth: str, itemsize: int, dots: str) -> bool:
+    """Whether a thread's part of the tile fits its registers: beyond these limits the compiler of
+    triton 3.9 spilled."""
+    sides = [size for name, size in tile.kwargs.items() if name != depth]
+    mine = sides[0] * sides[1] / (32 * tile.num_warps)  # sums of one thread
+    if dots == "none":  # each product of a step is an instruction of its own
+        return mine * tile.kwargs[depth] <= 512
+    return mine <= (128 if dots == "async" and itemsize == 2 else 64)
+
+
+def worth_trying(depth: str, tiles: list, named: dict, **given) -> list:
+    """At most MOST_TILES of the tiles, in their order, that fit the card which the kernel's operand
+    x is on; the one that needs least where none does."""
+    if INTERPRET:
+        return tiles[:1]
+    x, rows = named["x"], named["bucket"]
+    card = torch.cuda.get_device_properties(x.device)
+    # HIP has no memory to opt in to
+    limit = getattr(card, "shared_memory_per_block_optin", 0) or card.shared_memory_per_block
+    args = (depth, x.dtype.itemsize, dots_on(card, x.dtype, given["PREC"]))
+    found = []
+    for tile in tiles:
+        fits = shared_bytes(tile, *args) <= limit
+        wide = rows == FEW and tile.kwargs["BM"] > 64  # most of it would be padding
+        if fits and not wide and fits_registers(tile, *args):
+            found.append(tile)
+    if not found:
+        found = [min(tiles, key=lambda tile: shared_bytes(tile, *args))]
+    return found[:1] if rows == UNTUNED else found[:MOST_TILES]
+
+
+def measure(call, quantiles):
+    """Milliseconds; Triton's own way takes three times as long."""
+    return triton.testing.do_bench(call, warmup=10, rep=30, quantiles=quantiles)
+
+
+def tuned(*sizes, depth: str):
+    """Autotune over those of the tiles (BM, BN, BK, warps, stages) that are worth trying, once per
+    weight shape and magnitude of rows per expert; the choice is kept in Triton's cache on disk.
+
+    depth: the size that is summed over. The kernel must write nothing that it reads.
+    """
+    configs = []
+    for m, n, k, warps, stages in [(16, 16, 16, 4, 1)] if INTERPRET else sizes:
+        tile = {"BM": m, "BN": n, "BK": k}
+        configs.append(triton.Config(tile, num_warps=warps, num_stages=stages))
+
+    return triton.autotune(
+        configs,
+        key=["N", "K", "E", "bucket", "PREC"],  # and the dtypes: Triton adds them
+        prune_configs_by={"early_config_prune": functools.partial(worth_trying, depth)},
+        do_bench=measure,
+        cache_results=True,
+    )
+
+
+def tuning_text() -> str:
+    """What tuning costs, for the start of a run."""
+    return f"about {COMPILATIONS} compilations, cached in {triton.knobs.cache.dir}"
+
+
 # ---------------------------------------------------------------- kernels
 # One program computes one tile of one expert. The host does not know how many rows an expert has:
 # it launches the upper bound of cdiv(R, BM) + E row tiles; each program counts the tiles of all
@@ -22,22 +128,16 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # is one too many. Rows are int64: R * d passes 2^31.
 
 
-def tuned(*sizes):
-    """Autotune over tiles (BM, BN, BK, warps, stages), once per weight shape and magnitude of
-    rows per expert."""
-    configs = []
-    for m, n, k, warps, stages in [(16, 16, 16, 4, 1)] if INTERPRET else sizes:
-        tile = {"BM": m, "BN": n, "BK": k}
-        configs.append(triton.Config(tile, num_warps=warps, num_stages=stages))
-    return triton.autotune(configs, key=["N", "K", "E", "bucket"])
-
-
 @tuned(
     (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3),
     (64, 128, 64, 4, 4),
+    (128, 256, 64, 8, 3),
+    (128, 128, 32, 8, 3),
     (64, 64, 64, 4, 4),
-    (128, 128, 32, 4, 4),
+    (64, 64, 32, 8, 3),
+    (32, 64, 32, 4, 3),
+    (32, 32, 32, 4, 2),
+    depth="BK",
 )
 @triton.jit
 def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk,
@@ -74,7 +174,16 @@ def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk,
     tl.store(at, acc.to(y.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-@tuned((64, 128, 128, 8, 3), (64, 64, 128, 4, 4), (32, 128, 128, 4, 4), (64, 128, 256, 8, 3))
+@tuned(
+    (64, 128, 128, 8, 3),
+    (64, 64, 128, 4, 4),
+    (64, 128, 256, 8, 3),
+    (32, 128, 128, 8, 4),
+    (32, 64, 64, 8, 3),
+    (16, 64, 64, 4, 3),
+    (16, 32, 32, 4, 2),
+    depth="BM",
+)
 @triton.jit
 def dw_kernel(dy, x, dw, dy_tok, x_tok, offs, N, K, bucket,
               E: tl.constexpr, DY_GATHER: tl.constexpr, X_GATHER: tl.constexpr,
@@ -168,7 +277,7 @@ def gmm(x, w, offs, tok=None):
     E, N, K = w.shape
     R = len(x if tok is None else tok)
     y = x.new_empty(R, N)
-    bucket = min(R // E, 512).bit_length()  # rows per expert, roughly: what the tiles are tuned for
+    bucket = magnitude(R, E)
 
     def grid(meta):
         return ((triton.cdiv(R, meta["BM"]) + E) * triton.cdiv(N, meta["BN"]),)
@@ -184,7 +293,7 @@ def gmm_dw(dy, x, offs, dtype, dy_tok=None, x_tok=None):
     """dy (., n) and x (., k), each gathered if its index (R,) is given -> (E, n, k) in dtype."""
     E, N, K = offs.numel(), dy.shape[1], x.shape[1]
     R = len(dy if dy_tok is None else dy_tok)
-    bucket = min(R // E, 512).bit_length()
+    bucket = magnitude(R, E)
     dw = torch.empty(E, N, K, dtype=dtype, device=x.device)
 
     def grid(meta):

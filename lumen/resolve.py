@@ -385,7 +385,8 @@ def pick_experts(
     where = (machine.device, machine.compute_dtype, *shape)
     if before := kept.get_here("expert_backend"):
         try:
-            return pick_backend(before, *where)[0], "as in the checkpoint"
+            backend, why = pick_backend(before, *where)
+            return backend, why.replace("as asked", "as in the checkpoint")
         except ValueError as error:  # another machine
             found.changes.append(f"expert_backend: {error}")
     try:

@@ -13,6 +13,7 @@ import time
 import torch
 
 import kernels
+from lumen.launch import environment
 from model import cross_entropy
 from model_moe import plain_experts
 
@@ -97,20 +98,28 @@ def relative_error(got, want) -> float:
     return error if error == error else float("inf")  # a NaN
 
 
+def tuning_text() -> str:
+    return kernels.kernels_triton.tuning_text()
+
+
 def pick_backend(choice: str, device, dtype, d, I, E, K, T) -> tuple[str, str]:  # noqa: PLR0913
     """-> (backend, why): choice itself if it can work here, for auto the fastest one that passes
     the self-test.
 
     ValueError with reason and remedy for a choice that cannot work. On CPU auto tries a small
-    layer, at most about a second; on CUDA the first call also compiles and tunes Triton's kernels.
+    layer, at most about a second; on CUDA the first call also compiles and tunes Triton's kernels,
+    which rank 0 says.
     """
     known = kernels.backends(device, dtype, d, I)
+    on_cuda = torch.device(device).type == "cuda"
     if choice != "auto":
         if choice not in known:
             raise ValueError(f"experts: backend {choice!r} is not one of auto, {', '.join(known)}")
         if known[choice]:
             text = f"cannot work here: {known[choice]}; or let auto choose"
             raise ValueError(f"experts: backend {choice} {text}")
+        if choice == "triton" and on_cuda:
+            return choice, f"as asked; the first step tunes it: {tuning_text()}"
         return choice, "as asked"
     candidates = [name for name, reason in known.items() if not reason]
     if kernels.INTERPRET and "triton" in candidates:
@@ -123,7 +132,11 @@ def pick_backend(choice: str, device, dtype, d, I, E, K, T) -> tuple[str, str]: 
         few = max(K, min(E, 8))
         T = max(1, min(T, 2048, int(3e9 / (18 * d * I * K))) * few // E)
         E = few
-    results = selftest(device, dtype, min(T, 8192), d, I, E, K, names=candidates)
+    if on_cuda and "triton" in candidates and environment("RANK", 0) == 0:
+        print(f"experts    tuning Triton's kernels: {tuning_text()}", flush=True)
+    # so many that experts have rows enough to be tuned for what the run itself will ask
+    T = min(T, max(8192, 256 * E // K + 1))
+    results = selftest(device, dtype, T, d, I, E, K, names=candidates)
     passed = {k: seconds for k, (error, seconds) in results.items() if error < TOLERANCE[dtype]}
     best = min(passed, key=passed.get, default="slices")
     tried = []

@@ -13,9 +13,9 @@ import collections
 import contextlib
 import io
 import json
+import os
 import re
 import tempfile
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -42,7 +42,13 @@ CARDS = {
     100: (227 * KIB, 148),
     120: (99 * KIB, 170),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# name -> dtype and torch's precision of products in fp32
+DTYPES = {
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+    "tf32": (torch.float32, "high"),
+    "fp32": (torch.float32, "highest"),  # tensor cores know no fp32
+}
 
 # ---------------------------------------------------------------- launches to compile
 # A new kernel needs a case that launches it, here; a new argument of a kernel needs nothing.
@@ -121,9 +127,11 @@ def all_kernels() -> dict:
     return found
 
 
-def launches(dtype) -> list[tuple]:
+def launches(dtype: str) -> list[tuple]:
     """(name, arguments, keywords) of every launch of CASES, inside of card()."""
     found = []
+    element, precision = DTYPES[dtype]
+    torch.set_float32_matmul_precision(precision)
     with contextlib.ExitStack() as stack:
         for name, kernel in all_kernels().items():
 
@@ -132,14 +140,14 @@ def launches(dtype) -> list[tuple]:
 
             stack.enter_context(mock.patch.object(kernel, "run", record))
         for case in CASES.values():
-            case(dtype)
+            case(element)
     return found
 
 
 def without_case() -> list[str]:
     """Kernels that no case launches, and that no launched kernel calls."""
     with card(90):
-        reached = {name for name, _, _ in launches(torch.bfloat16)}
+        reached = {name for name, _, _ in launches("bf16")}
     found = all_kernels()
     waiting = list(reached)
     while waiting:
@@ -174,14 +182,31 @@ PATTERNS = {
 }
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for: ptxas."""
+    return sum(os.times()[:4])
+
+
+def predicted(kernel, args, keywords, tile) -> int | None:
+    """Bytes of shared memory by the rule that chooses tiles; None where it chooses none."""
+    if not isinstance(kernel, Autotuner):
+        return None
+    x = dict(zip(kernel.arg_names, args))["x"]
+    properties = torch.cuda.get_device_properties(x.device)
+    dots = kernels_triton.dots_on(properties, x.dtype, keywords["PREC"])
+    depth = kernel.early_config_prune.args[0]
+    return kernels_triton.shared_bytes(tile, depth, x.dtype.itemsize, dots)
+
+
 def compiled(kernel, args, keywords, tile) -> tuple[object, dict]:
     """The compiled kernel and what was measured of it; inside of card()."""
     inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-    options = tile.all_kwargs() if isinstance(kernel, Autotuner) else {}
-    log, begin = io.StringIO(), time.perf_counter()
+    options = tile.all_kwargs() if inner is not kernel else {}
+    log, begin = io.StringIO(), cpu_seconds()
     with contextlib.redirect_stdout(log):
         done = inner.run(*args, grid=(1,), warmup=True, **keywords, **options)
-    row = {"seconds": time.perf_counter() - begin, "shared": done.metadata.shared}
+    row = {"seconds": cpu_seconds() - begin, "shared": done.metadata.shared}
+    row["predicted"] = predicted(kernel, args, keywords, tile)
     row["registers"] = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())), default=0)
     row["spills"] = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     ptx = done.asm["ptx"]
@@ -197,7 +222,7 @@ def rows(arch: int, dtype: str, names=None, most: int | None = None):
     seen = collections.Counter()
     known = set()
     with card(arch):
-        for name, args, keywords in launches(DTYPES[dtype]):
+        for name, args, keywords in launches(dtype):
             if names and name not in names:
                 continue
             kernel = all_kernels()[name]
