@@ -163,12 +163,18 @@ def python_function(kernel):
     return kernel
 
 
-def tiles_of(kernel, args, keywords) -> list:
-    """The configurations that the autotuner would try for this launch, in its order."""
+def tiles_of(kernel, args, keywords) -> dict:
+    """tile -> whether the autotuner would try it for this launch, in its order; false: it would for
+    other numbers of rows an expert."""
     if not isinstance(kernel, Autotuner):
-        return [triton.Config({})]
-    kernel.nargs = dict(zip(kernel.arg_names, args))
-    return kernel.prune_configs(keywords)
+        return {triton.Config({}): True}
+    named = dict(zip(kernel.arg_names, args))
+    found = dict.fromkeys(kernel.early_config_prune(kernel.configs, named, **keywords), True)
+    for rows in (kernels_triton.FEW, kernels_triton.SOME, kernels_triton.MANY):
+        named["bucket"] = rows
+        for tile in kernel.early_config_prune(kernel.configs, named, **keywords):
+            found.setdefault(tile, False)
+    return found
 
 
 # ---------------------------------------------------------------- compiling
@@ -227,7 +233,7 @@ def rows(arch: int, dtype: str, names=None, most: int | None = None):
                 continue
             kernel = all_kernels()[name]
             seen[name] += 1
-            for tile in tiles_of(kernel, args, keywords)[:most]:
+            for tile, tried in list(tiles_of(kernel, args, keywords).items())[:most]:
                 done, row = compiled(kernel, args, keywords, tile)
                 if id(done) in known:  # another launch has compiled this one
                     continue
@@ -235,7 +241,7 @@ def rows(arch: int, dtype: str, names=None, most: int | None = None):
                 head = {"kernel": name, "launch": seen[name], "arch": arch, "dtype": dtype}
                 head |= {"tile": dict(tile.kwargs), "constants": keywords}
                 head |= {"warps": done.metadata.num_warps, "stages": done.metadata.num_stages}
-                yield head | row
+                yield head | row | {"tried": tried}
 
 
 # ---------------------------------------------------------------- the command

@@ -22,6 +22,9 @@ LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120:
 TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 120: "mma.sync"}
 TENSOR_CORES |= {90: "wgmma", 100: "tcgen05"}
 
+# whose loops have both operands of all stages in shared memory; the others leave registers to one
+BOTH_PIPELINED = {"gmm_kernel"}
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is there for Linux")
 
 
@@ -48,6 +51,8 @@ def faults(row: dict) -> list[str]:
         found.append(f"no {TENSOR_CORES[row['arch']]}")
     if row["stages"] > 1 and not row["cp.async"] + row["tma"]:
         found.append("no asynchronous copies")
+    if row["kernel"] in BOTH_PIPELINED and row["shared"] < row["predicted"] - 1024:
+        found.append(f"{row['shared']} B of shared memory: an operand is not pipelined")
     return found
 
 
@@ -76,16 +81,24 @@ def test_every_kernel_compiles():
 @pytest.mark.nightly
 @pytest.mark.parametrize("arch", LIMITS)
 def test_every_tile_fits_its_card(arch):
-    """In all dtypes; and what the first step of a run compiles takes 20 s of a core at most."""
+    """In all dtypes; and what the first step of a run compiles is soon done."""
     rows = compile_all("--arch", str(arch))
     assert not all_faults(rows)
     for dtype in ("bf16", "fp16", "tf32", "fp32"):
-        mine = [row for row in rows if row["dtype"] == dtype]
+        mine = [row for row in rows if row["dtype"] == dtype and row["tried"]]
         assert 0 < len(mine) <= kernels_triton.COMPILATIONS
-        assert sum(row["seconds"] for row in mine) < 20, dtype
+        # 7 to 16 s of one core's time here, on a machine that did other things too
+        assert sum(row["seconds"] for row in mine) < 25, dtype
 
 
-GOOD = {"arch": 90, "dtype": "bf16", "constants": {"PREC": "tf32"}, "spills": 0, "stages": 3}
+GOOD = {
+    "kernel": "gmm_kernel",
+    "arch": 90,
+    "dtype": "bf16",
+    "constants": {"PREC": "tf32"},
+    "spills": 0,
+    "stages": 3,
+}
 GOOD |= {"shared": 98_304, "predicted": 99_328, "wgmma": 4, "cp.async": 24, "tma": 0}
 
 
@@ -96,6 +109,7 @@ GOOD |= {"shared": 98_304, "predicted": 99_328, "wgmma": 4, "cp.async": 24, "tma
         ({"spills": 16}, "spilled"),
         ({"shared": 232_449, "predicted": 300_000}, "do not fit"),
         ({"predicted": 98_303}, "predicted"),
+        ({"shared": 66_048}, "not pipelined"),
         ({"wgmma": 0}, "no wgmma"),
         ({"wgmma": 0, "dtype": "fp32"}, None),
         ({"cp.async": 0}, "no asynchronous copies"),
