@@ -65,7 +65,18 @@ def expert_layer(dtype):
     kernels.backward_rows(dout, *layer, z, "triton")
 
 
-CASES = {"expert layer": expert_layer}
+def loss(dtype, V: int):
+    """A chunk of logits, in training and in evaluation."""
+    for need_grad in (True, False):
+        targets = meta(1024, dtype=torch.int64)
+        kernels_triton.cross_entropy(meta(1024, V, dtype=dtype), targets, 0.0, need_grad)
+
+
+CASES = {
+    "expert layer": expert_layer,
+    "loss": lambda dtype: loss(dtype, 50304),
+    "loss of an odd vocabulary": lambda dtype: loss(dtype, 50257),
+}
 
 
 def meta(*shape, dtype=torch.float32):
@@ -101,6 +112,10 @@ def card(arch: int):
     properties.shared_memory_per_block_optin = shared
     properties.multi_processor_count = processors
     triton.runtime.driver.set_active(StandIn(arch))
+    for kernel in all_kernels().values():
+        while isinstance(kernel, Autotuner):
+            kernel = kernel.fn
+        kernel.device_caches.clear()  # what it has compiled
     with (
         tempfile.TemporaryDirectory() as cache,
         triton.knobs.cache.scope(),
@@ -128,26 +143,28 @@ def all_kernels() -> dict:
 
 
 def launches(dtype: str) -> list[tuple]:
-    """(name, arguments, keywords) of every launch of CASES, inside of card()."""
-    found = []
+    """(case, name, arguments, keywords) of every launch of CASES, inside of card()."""
+    found, made = [], []
     element, precision = DTYPES[dtype]
     torch.set_float32_matmul_precision(precision)
     with contextlib.ExitStack() as stack:
         for name, kernel in all_kernels().items():
 
             def record(*args, name=name, grid=None, warmup=False, **keywords):
-                found.append((name, args, keywords))
+                made.append((name, args, keywords))
 
             stack.enter_context(mock.patch.object(kernel, "run", record))
-        for case in CASES.values():
-            case(element)
+        for case, launch in CASES.items():
+            launch(element)
+            found += [(case, *one) for one in made]
+            made.clear()
     return found
 
 
 def without_case() -> list[str]:
     """Kernels that no case launches, and that no launched kernel calls."""
     with card(90):
-        reached = {name for name, _, _ in launches("bf16")}
+        reached = {name for _, name, _, _ in launches("bf16")}
     found = all_kernels()
     waiting = list(reached)
     while waiting:
@@ -204,20 +221,23 @@ def predicted(kernel, args, keywords, tile) -> int | None:
     return kernels_triton.shared_bytes(tile, depth, x.dtype.itemsize, dots)
 
 
-def compiled(kernel, args, keywords, tile) -> tuple[object, dict]:
-    """The compiled kernel and what was measured of it; inside of card()."""
+def measure(kernel, args, keywords, tile) -> tuple[object, dict]:
+    """The kernel compiled for a launch with a tile, and what was measured of it; inside of card().
+    An empty row where another launch has compiled that one."""
     inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
     options = tile.all_kwargs() if inner is not kernel else {}
     log, begin = io.StringIO(), cpu_seconds()
     with contextlib.redirect_stdout(log):
         done = inner.run(*args, grid=(1,), warmup=True, **keywords, **options)
+    registers = re.findall(r"Used (\d+) registers", log.getvalue())
+    if not registers:
+        return done, {}
     row = {"seconds": cpu_seconds() - begin, "shared": done.metadata.shared}
     row["predicted"] = predicted(kernel, args, keywords, tile)
-    row["registers"] = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())), default=0)
+    row["registers"] = max(map(int, registers))
     row["spills"] = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     ptx = done.asm["ptx"]
-    row |= {name: len(re.findall(pattern, ptx)) for name, pattern in PATTERNS.items()}
-    return done, row
+    return done, row | {name: len(re.findall(pattern, ptx)) for name, pattern in PATTERNS.items()}
 
 
 def rows(arch: int, dtype: str, names=None, most: int | None = None):
@@ -228,18 +248,20 @@ def rows(arch: int, dtype: str, names=None, most: int | None = None):
     seen = collections.Counter()
     known = set()
     with card(arch):
-        for name, args, keywords in launches(dtype):
+        for case, name, args, keywords in launches(dtype):
             if names and name not in names:
                 continue
             kernel = all_kernels()[name]
             seen[name] += 1
             for tile, tried in list(tiles_of(kernel, args, keywords).items())[:most]:
-                done, row = compiled(kernel, args, keywords, tile)
-                if id(done) in known:  # another launch has compiled this one
+                done, row = measure(kernel, args, keywords, tile)
+                if not row and id(done) not in known:
+                    raise RuntimeError(f"ptxas said nothing about {name}")
+                if not row:
                     continue
                 known.add(id(done))
-                head = {"kernel": name, "launch": seen[name], "arch": arch, "dtype": dtype}
-                head |= {"tile": dict(tile.kwargs), "constants": keywords}
+                head = {"case": case, "kernel": name, "launch": seen[name], "arch": arch}
+                head |= {"dtype": dtype, "tile": dict(tile.kwargs), "constants": keywords}
                 head |= {"warps": done.metadata.num_warps, "stages": done.metadata.num_stages}
                 yield head | row | {"tried": tried}
 
