@@ -84,12 +84,27 @@ def gmm_dw(backend, dy, x, offs, dtype, dy_tok=None, x_tok=None):
     return grouped_mm(dy.t(), x, offs=offs).to(dtype)
 
 
-def swiglu(backend, z, s, offs):
-    """z (R, 2I), s (R, 1) -> s * silu(gate) * up (R, I)."""
+def gate_up(backend, x, w13, s, offs, tok):
+    """x (T, d) gathered by tok (R,), w13 (E, 2I, d), s (R, 1) -> z (R, 2I), the rows' gate and up,
+    and s * silu(gate) * up (R, I)."""
     if backend == "triton":
-        return kernels_triton.swiglu(z, s, offs)
+        return kernels_triton.gate_up(x, w13, s, offs, tok)
+    z = gmm(backend, x, w13, offs, tok)
     gate, up = z.chunk(2, 1)
-    return F.silu(gate).mul_(up).mul_(s)
+    return z, F.silu(gate).mul_(up).mul_(s)
+
+
+def gate_up_grad(backend, dout, w2, z, s, offs, tok):
+    """dout (T, d) gathered by tok (R,), w2 (E, d, I), z (R, 2I), s (R, 1) -> a as gate_up's, what
+    dW2 needs, dz, and ds (R,), 0 in the tail."""
+    if backend == "triton":
+        a, dz, ds = kernels_triton.gate_up_grad(dout, w2, z, s, offs, tok)
+    else:
+        da = gmm(backend, dout, w2.transpose(1, 2), offs, tok)
+        a, dz = torch.empty_like(da), torch.empty_like(z)
+        ds = swiglu_grad(z, s, da, a, dz)
+    ds.masked_fill_(torch.arange(len(ds), device=ds.device) >= offs[-1:], 0)
+    return a, dz, ds
 
 
 def swiglu_grad(z, s, da, a, dz):
@@ -121,23 +136,15 @@ def forward_rows(x, p, w13, w2, order, inv, offs, backend):
     """-> out (T, d), z (R, 2I). The gates are applied to the I-wide rows, so that combine is a
     plain sum."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    z = gmm(backend, x, w13.to(x.dtype), offs, tok)
-    y = gmm(backend, swiglu(backend, z, s, offs), w2.to(x.dtype), offs)
+    z, a = gate_up(backend, x, w13.to(x.dtype), s, offs, tok)
+    y = gmm(backend, a, w2.to(x.dtype), offs)
     return combine(backend, y, inv, offs, len(x)), z
 
 
 def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend):
     """-> dx, dp, dw13, dw2."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
-    da = gmm(backend, dout, w2.to(x.dtype).transpose(1, 2), offs, tok)
-    dz = torch.empty_like(z)
-    if backend == "triton":
-        ds = kernels_triton.swiglu_grad(z, s, da, dz, offs)
-        a = da  # the kernel has written s * a over it
-    else:
-        a = torch.empty_like(da)
-        ds = swiglu_grad(z, s, da, a, dz)
-        ds.masked_fill_(torch.arange(len(ds), device=ds.device) >= offs[-1:], 0)
+    a, dz, ds = gate_up_grad(backend, dout, w2.to(x.dtype), z, s, offs, tok)
     dw2 = gmm_dw(backend, dout, a, offs, w2.dtype, dy_tok=tok)
     dw13 = gmm_dw(backend, dz, x, offs, w13.dtype, x_tok=tok)
     rows = gmm(backend, dz, w13.to(x.dtype).transpose(1, 2), offs)

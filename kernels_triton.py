@@ -22,7 +22,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # `python -m tools.ptx` shows it. Which is fastest was never measured: no GPU has run them.
 
 MOST_TILES = 3  # tried for a launch
-COMPILATIONS = 6 * MOST_TILES + 3  # of an expert layer, forward and backward: a test counts them
+COMPILATIONS = 6 * MOST_TILES + 1  # of an expert layer, forward and backward: a test counts them
 
 # Magnitudes of rows per expert: tiles are tuned once for each. For an argument that is 1 or a
 # multiple of 16 Triton compiles anew, so these are not.
@@ -122,13 +122,70 @@ def tuning_text() -> str:
 
 
 # ---------------------------------------------------------------- kernels
-# One program computes one tile of one expert. The host does not know how many rows an expert has:
-# it launches the upper bound of cdiv(R, BM) + E row tiles; each program counts the tiles of all
-# experts from offs (E numbers, in registers), finds its own expert and first row, and leaves if it
-# is one too many. Rows are int64: R * d passes 2^31.
+# Rows are sorted by expert, and a program computes one tile of one expert. The host does not know
+# how many rows an expert has: it launches the upper bound of cdiv(R, BM) + E row tiles, and each
+# program finds its own from offs (E numbers, in registers). Rows are int64: R * d passes 2^31.
 
 
-@tuned(
+@triton.jit
+def find_tile(offs, n_tiles, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """This program's expert (E or more: it is one too many), its rows, which of them that expert
+    has, and which of the n_tiles column tiles is its own."""
+    HEIGHT: tl.constexpr = 16  # row tiles that share w's column tiles in the L2 cache
+    pid = tl.program_id(0)
+    e = tl.arange(0, EP)
+    begin = tl.load(offs + e - 1, mask=(e > 0) & (e < E), other=0)
+    end = tl.load(offs + e, mask=e < E, other=0)
+    tiles = tl.where(e < E, (end - begin + BM - 1) // BM, 0)
+    last = tl.cumsum(tiles, 0)  # row tiles up to and including expert e
+    mine = tl.sum((last <= pid // n_tiles).to(tl.int32), 0)
+    own = e == mine
+    first = tl.sum(tl.where(own, begin, 0), 0)
+    stop = tl.sum(tl.where(own, end, 0), 0)
+    # its programs go down HEIGHT row tiles of a column, then the next column, then further down
+    nth = pid - n_tiles * tl.sum(tl.where(own, last - tiles, 0), 0)
+    top = nth // (HEIGHT * n_tiles) * HEIGHT
+    height = tl.maximum(tl.minimum(tl.cdiv(stop - first, BM) - top, HEIGHT), 1)
+    nth -= top * n_tiles
+    r = first + (top + nth % height) * BM + tl.arange(0, BM)
+    return mine, r, r < stop, nth // height
+
+
+@triton.jit
+def find_rows(tok, r, inside, GATHER: tl.constexpr):
+    """Where the sorted rows r are in x."""
+    if GATHER:
+        return tl.load(tok + r, mask=inside, other=0).to(tl.int64)
+    return r.to(tl.int64)
+
+
+@triton.jit
+def product(x, w, tok, e, r, inside, n, cols, K, we, wn, wk, GATHER: tl.constexpr,
+            PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            BK: tl.constexpr):  # fmt: skip
+    """x[tok[r]] (or x[r]) @ w[e][n]^T, summed in fp32; 0 outside of rows inside and of cols."""
+    rows = find_rows(tok, r, inside, GATHER)
+    w += e.to(tl.int64) * we
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        at = x + rows[:, None] * K + k[None, :]
+        a = tl.load(at, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        at = w + n[None, :] * wn + k[:, None] * wk
+        b = tl.load(at, mask=cols[None, :] & (k < K)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """Its left and right columns."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (M, 2, N // 2)), (0, 2, 1)))
+
+
+GMM_TILES = (
     (128, 128, 64, 8, 3),
     (64, 128, 64, 4, 4),
     (128, 256, 64, 8, 3),
@@ -137,41 +194,113 @@ def tuning_text() -> str:
     (64, 64, 32, 8, 3),
     (32, 64, 32, 4, 3),
     (32, 32, 32, 4, 2),
-    depth="BK",
 )
+
+
+@tuned(*GMM_TILES, depth="BK")
 @triton.jit
-def gmm_kernel(x, w, y, tok, offs, R, N, K, bucket, we, wn, wk,
+def gmm_kernel(x, w, y, tok, offs, N, K, bucket, we, wn, wk,
                E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr, PREC: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y[r] = w[e] @ x[tok[r]] (or x[r]): x (., K), w (E, N, K) by strides, y (R, N)."""
-    pid = tl.program_id(0)
-    n_tiles = tl.cdiv(N, BN)
-    tile = pid // n_tiles
-    e = tl.arange(0, EP)
-    begin = tl.load(offs + e - 1, mask=(e > 0) & (e < E), other=0)
-    end = tl.load(offs + e, mask=e < E, other=0)
-    tiles = tl.where(e < E, (end - begin + BM - 1) // BM, 0)
-    last = tl.cumsum(tiles, 0)  # tiles up to and including expert e
-    mine = tl.sum((last <= tile).to(tl.int32), 0)
-    if mine >= E:
+    e, r, inside, column = find_tile(offs, tl.cdiv(N, BN), E, EP, BM)
+    if e >= E:
         return
-    own = e == mine
-    first = tl.sum(tl.where(own, begin + (tile - last + tiles) * BM, 0), 0)
-    stop = tl.sum(tl.where(own, end, 0), 0)
-    r = first + tl.arange(0, BM)
-    n = (pid % n_tiles) * BN + tl.arange(0, BN)
-    rows, cols = r < stop, n < N
-    source = tl.load(tok + r, mask=rows, other=0).to(tl.int64) if GATHER else r.to(tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        at = x + source[:, None] * K + k[None, :]
-        a = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-        at = w + mine.to(tl.int64) * we + n[None, :] * wn + k[:, None] * wk
-        b = tl.load(at, mask=cols[None, :] & (k < K)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PREC)
+    n = column * BN + tl.arange(0, BN)
+    acc = product(x, w, tok, e, r, inside, n, n < N, K, we, wn, wk, GATHER, PREC, BM, BN, BK)
     at = y + r.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=rows[:, None] & cols[None, :])
+    tl.store(at, acc.to(y.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+
+
+@tuned(*GMM_TILES, depth="BK")
+@triton.jit
+def gate_up_kernel(x, w, z, a, s, tok, offs, N, K, bucket, we, wn, wk,
+                   E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr, PREC: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """z[r] = w[e] @ x[tok[r]] as in gmm_kernel, N = 2I, and a[r] = s[r] * silu(gate) * up."""
+    I = N // 2
+    e, r, inside, column = find_tile(offs, tl.cdiv(N, BN), E, EP, BM)
+    if e >= E:
+        return
+    c = tl.arange(0, BN)  # columns of the product: the first half gate, the second up
+    i = column * (BN // 2) + c % (BN // 2)
+    n = i + c // (BN // 2) * I
+    acc = product(x, w, tok, e, r, inside, n, i < I, K, we, wn, wk, GATHER, PREC, BM, BN, BK)
+    # rounded first, so that the activation is that of the z which backward reads
+    gate, up = halves(acc.to(z.dtype.element_ty))
+    i = column * (BN // 2) + tl.arange(0, BN // 2)
+    mask = inside[:, None] & (i < I)[None, :]
+    at = z + r.to(tl.int64)[:, None] * N + i[None, :]
+    tl.store(at, gate, mask=mask)
+    tl.store(at + I, up, mask=mask)
+    gate, scale = gate.to(tl.float32), tl.load(s + r, mask=inside, other=0.0)
+    value = gate * tl.sigmoid(gate) * up.to(tl.float32) * scale[:, None]
+    at = a + r.to(tl.int64)[:, None] * I + i[None, :]
+    tl.store(at, value.to(a.dtype.element_ty), mask=mask)
+
+
+# A tile's part of the gates' gradient stands in the first of its BN / PART places, 0 in the others:
+# how many there are does not depend on the tile.
+PART = 8 if INTERPRET else 32
+
+
+@triton.jit
+def activation_grad(da, z, s, a, dz, r, inside, n, N):
+    """From columns n of da: those of a = s * silu(gate) * up and of dz are stored, and the rows'
+    sum of da * silu(gate) * up is returned."""
+    mask = inside[:, None] & (n < N)[None, :]
+    at = r.to(tl.int64)[:, None] * (2 * N) + n[None, :]
+    gate = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(z + at + N, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(s + r, mask=inside, other=0.0)[:, None]
+    sig = tl.sigmoid(gate)
+    act = gate * sig
+    dgate = scale * da * up * (sig + act * (1 - sig))
+    tl.store(dz + at, dgate.to(dz.dtype.element_ty), mask=mask)
+    tl.store(dz + at + N, (scale * da * act).to(dz.dtype.element_ty), mask=mask)
+    at = a + r.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, (scale * act * up).to(a.dtype.element_ty), mask=mask)
+    return tl.sum(da * act * up, 1)
+
+
+@tuned(
+    (128, 128, 64, 8, 3),
+    (64, 128, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (128, 128, 32, 8, 3),
+    (64, 64, 64, 4, 4),
+    (64, 64, 32, 8, 3),
+    (32, 64, 32, 4, 3),
+    (32, 32, 32, 4, 2),
+    depth="BK",
+)
+@triton.jit
+def gate_up_grad_kernel(x, w, z, s, a, dz, ds, tok, offs, N, K, bucket, we, wn, wk,
+                        E: tl.constexpr, EP: tl.constexpr, GATHER: tl.constexpr,
+                        PREC: tl.constexpr, PART: tl.constexpr, BM: tl.constexpr,
+                        BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """da[r] = w[e] @ x[tok[r]] as in gmm_kernel, with x = dout and N = I, is not stored, but what
+    follows from it: a, dz, and ds (R, cdiv(N, PART)), whose rows are to be summed."""
+    e, r, inside, column = find_tile(offs, tl.cdiv(N, BN), E, EP, BM)
+    if e >= E:
+        return
+    n = column * BN + tl.arange(0, BN)
+    acc = product(x, w, tok, e, r, inside, n, n < N, K, we, wn, wk, GATHER, PREC, BM, BN, BK)
+    # a quarter after the other: a whole tile's values do not fit the registers
+    left, right = halves(acc)
+    first, second = halves(left)
+    third, fourth = halves(right)
+    n = column * BN + tl.arange(0, BN // 4)
+    total = activation_grad(first, z, s, a, dz, r, inside, n, N)
+    total += activation_grad(second, z, s, a, dz, r, inside, n + BN // 4, N)
+    total += activation_grad(third, z, s, a, dz, r, inside, n + BN // 2, N)
+    total += activation_grad(fourth, z, s, a, dz, r, inside, n + BN // 4 * 3, N)
+    place = tl.arange(0, BN // PART)
+    mine = column * (BN // PART) + place
+    parts = tl.cdiv(N, PART)
+    at = ds + r.to(tl.int64)[:, None] * parts + mine[None, :]
+    values = tl.where(place[None, :] == 0, total[:, None], 0.0)
+    tl.store(at, values, mask=inside[:, None] & (mine < parts)[None, :])
 
 
 @tuned(
@@ -196,57 +325,23 @@ def dw_kernel(dy, x, dw, dy_tok, x_tok, offs, N, K, bucket,
     begin = tl.where(e > 0, tl.load(offs + tl.maximum(e - 1, 0)), 0)
     end = tl.load(offs + e)
     acc = tl.zeros((BN, BK), tl.float32)
-    for r0 in range(begin, end, BM):
-        r = r0 + tl.arange(0, BM)
-        rows = r < end
-        ry = tl.load(dy_tok + r, mask=rows, other=0) if DY_GATHER else r
-        rx = tl.load(x_tok + r, mask=rows, other=0) if X_GATHER else r
-        at = dy + ry.to(tl.int64)[:, None] * N + n[None, :]
-        a = tl.load(at, mask=rows[:, None] & (n < N)[None, :], other=0.0)
-        at = x + rx.to(tl.int64)[:, None] * K + k[None, :]
-        b = tl.load(at, mask=rows[:, None] & (k < K)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PREC)
+    r = begin + tl.arange(0, BM)
+    # Loaded one step ahead: an index loaded in the step that uses it takes a stage of the pipeline.
+    # dy is loaded transposed: on sm_80 a tile that is transposed later passes through registers.
+    dy_rows = find_rows(dy_tok, r, r < end, DY_GATHER)
+    x_rows = find_rows(x_tok, r, r < end, X_GATHER)
+    for _ in range(begin, end, BM):
+        inside = r < end
+        at = dy + dy_rows[None, :] * N + n[:, None]
+        a = tl.load(at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
+        at = x + x_rows[:, None] * K + k[None, :]
+        b = tl.load(at, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        r += BM
+        dy_rows = find_rows(dy_tok, r, r < end, DY_GATHER)
+        x_rows = find_rows(x_tok, r, r < end, X_GATHER)
+        acc = tl.dot(a, b, acc, input_precision=PREC)
     at = dw + e.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
     tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
-
-
-@triton.jit
-def swiglu_kernel(z, s, a, end, I, BI: tl.constexpr):
-    """a[r] = s[r] * silu(gate) * up, one row a program, rows of the tail left alone."""
-    r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(end):
-        return
-    c = tl.program_id(1) * BI + tl.arange(0, BI)
-    gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
-    up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up * tl.load(s + r)
-    tl.store(a + r * I + c, value.to(a.dtype.element_ty), mask=c < I)
-
-
-@triton.jit
-def swiglu_grad_kernel(z, s, da, dz, ds, end, I, BI: tl.constexpr):
-    """dz and ds from da, which becomes s * a, what dW2 needs; ds of the tail is 0. One row a
-    program."""
-    r = tl.program_id(0).to(tl.int64)
-    if r >= tl.load(end):
-        tl.store(ds + r, 0.0)
-        return
-    scale = tl.load(s + r)
-    total = tl.zeros((BI,), tl.float32)
-    for c0 in range(0, I, BI):
-        c = c0 + tl.arange(0, BI)
-        gate = tl.load(z + r * 2 * I + c, mask=c < I, other=0.0).to(tl.float32)
-        up = tl.load(z + r * 2 * I + I + c, mask=c < I, other=0.0).to(tl.float32)
-        grad = tl.load(da + r * I + c, mask=c < I, other=0.0).to(tl.float32)
-        sig = tl.sigmoid(gate)
-        act = gate * sig
-        total += grad * act * up
-        tl.store(da + r * I + c, (scale * act * up).to(da.dtype.element_ty), mask=c < I)
-        dgate = scale * grad * up * (sig + act * (1 - sig))
-        dup = scale * grad * act
-        tl.store(dz + r * 2 * I + c, dgate.to(dz.dtype.element_ty), mask=c < I)
-        tl.store(dz + r * 2 * I + I + c, dup.to(dz.dtype.element_ty), mask=c < I)
-    tl.store(ds + r, tl.sum(total, 0))
 
 
 @triton.jit
@@ -271,22 +366,48 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def gmm(x, w, offs, tok=None):
-    """x (., k) gathered by tok (R,) if given, w (E, n, k) in any strides -> (R, n); the tail's rows
-    are garbage."""
+def rows_of(kernel, x, w, tensors, offs, tok, **fixed):
+    """Launch one of the kernels that find their tile in offs; tensors: what stands between w and
+    tok."""
     E, N, K = w.shape
     R = len(x if tok is None else tok)
-    y = x.new_empty(R, N)
     bucket = magnitude(R, E)
 
     def grid(meta):
         return ((triton.cdiv(R, meta["BM"]) + E) * triton.cdiv(N, meta["BN"]),)
 
     rows = offs if tok is None else tok
-    fixed = {"E": E, "EP": triton.next_power_of_2(E), "GATHER": tok is not None}
+    fixed |= {"E": E, "EP": triton.next_power_of_2(E), "GATHER": tok is not None}
     fixed["PREC"] = precision()
-    gmm_kernel[grid](x, w, y, rows, offs, R, N, K, bucket, *w.stride(), **fixed)
+    kernel[grid](x, w, *tensors, rows, offs, N, K, bucket, *w.stride(), **fixed)
+
+
+def gmm(x, w, offs, tok=None):
+    """x (., k) gathered by tok (R,) if given, w (E, n, k) in any strides -> (R, n); the tail's rows
+    are garbage."""
+    y = x.new_empty(len(x if tok is None else tok), w.shape[1])
+    rows_of(gmm_kernel, x, w, [y], offs, tok)
     return y
+
+
+def gate_up(x, w13, s, offs, tok):
+    """x (T, d) gathered by tok (R,), w13 (E, 2I, d), s (R, 1) -> z (R, 2I), the rows' gate and up,
+    and s * silu(gate) * up (R, I); the tail's rows are garbage."""
+    z = x.new_empty(len(tok), w13.shape[1])
+    a = x.new_empty(len(tok), w13.shape[1] // 2)
+    rows_of(gate_up_kernel, x, w13, [z, a, s], offs, tok)
+    return z, a
+
+
+def gate_up_grad(dout, w2, z, s, offs, tok):
+    """dout (T, d) gathered by tok (R,), w2 (E, d, I), z (R, 2I), s (R, 1) -> a as gate_up's, what
+    dW2 needs, dz and ds (R,) in fp32; the tail's rows are garbage."""
+    R, I = len(z), w2.shape[2]
+    dz, a = torch.empty_like(z), z.new_empty(R, I)
+    ds = s.new_empty(R, triton.cdiv(I, PART))
+    tensors = [z, s, a, dz, ds]
+    rows_of(gate_up_grad_kernel, dout, w2.transpose(1, 2), tensors, offs, tok, PART=PART)
+    return a, dz, ds.sum(1)
 
 
 def gmm_dw(dy, x, offs, dtype, dy_tok=None, x_tok=None):
@@ -304,25 +425,6 @@ def gmm_dw(dy, x, offs, dtype, dy_tok=None, x_tok=None):
     fixed["PREC"] = precision()
     dw_kernel[grid](dy, x, dw, *tables, N, K, bucket, **fixed)
     return dw
-
-
-def swiglu(z, s, offs):
-    """z (R, 2I), s (R, 1) -> s * silu(gate) * up (R, I)."""
-    R, I = z.shape[0], z.shape[1] // 2
-    a = z.new_empty(R, I)
-    block = min(triton.next_power_of_2(I), 1024)
-    swiglu_kernel[(R, triton.cdiv(I, block))](z, s, a, offs[-1:], I, BI=block)
-    return a
-
-
-def swiglu_grad(z, s, da, dz, offs):
-    """z (R, 2I), s (R, 1), da = w2^T dout (R, I) -> ds (R,) fp32, 0 in the tail; dz is filled, and
-    da becomes s * a, which is what dW2 needs."""
-    R, I = da.shape
-    ds = s.new_empty(R)
-    block = min(triton.next_power_of_2(I), 1024)
-    swiglu_grad_kernel[(R,)](z, s, da, dz, ds, offs[-1:], I, BI=block)
-    return ds
 
 
 def combine(y, inv, offs, T):

@@ -267,7 +267,7 @@ def test_no_host_sync(backend):
         kernels.backward_rows(dout, x, p, w13, w2, *sort, z, backend)
         with pytest.raises(AssertionError):
             sort[2][-1].item()
-    for name in "sort_by_expert run_experts forward_rows backward_rows gmm gmm_dw swiglu swiglu_grad combine".split():
+    for name in "sort_by_expert run_experts forward_rows backward_rows gmm gmm_dw gate_up gate_up_grad swiglu_grad combine".split():
         source = inspect.getsource(getattr(kernels, name))
         assert not any(
             call in source for call in (".item(", ".tolist(", ".cpu(", "nonzero", "bincount")
@@ -446,3 +446,85 @@ def test_gpu(shape):
         tryout.fwd_bwd(run("triton"), inputs, dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- Triton's kernels, one by one
+
+
+def by_expert(rows, w, counts):
+    """rows @ w[e]^T for each expert's rows."""
+    return torch.cat([part @ w[e].t() for e, part in enumerate(rows.split(counts))])
+
+
+@no_triton
+def test_every_tile_is_computed_once():
+    """An expert of more row tiles than share a column, an empty one, a short one; sizes that no
+    tile divides; a tail, which stays as it was."""
+    counts = [0, 300, 20]
+    offs = torch.tensor(counts).cumsum(0).to(torch.int32)
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(330, 24, generator=g), torch.randn(3, 40, 24, generator=g)
+    y = x.new_full((330, 40), torch.nan)
+    kernels_triton = kernels.kernels_triton
+    kernels_triton.rows_of(kernels_triton.gmm_kernel, x, w, [y], offs, None)
+    assert worst([y[:320]], [by_expert(x[:320], w, counts)]) < 1e-5
+    assert y[320:].isnan().all()
+
+
+def small_layer(dtype):
+    """x, w13, w2, s, offs, tok: 70 tokens on 3 of 4 experts, with a tail of 4; widths 20 and 24."""
+    g = torch.Generator().manual_seed(1)
+    x, w13, w2 = (torch.randn(*s, generator=g) for s in ((70, 24), (4, 40, 24), (4, 24, 20)))
+    s = torch.rand(70, 1, generator=g)
+    offs = torch.tensor([30, 30, 33, 66], dtype=torch.int32)
+    return x.to(dtype), w13.to(dtype), w2.to(dtype), s, offs, torch.randperm(70, generator=g)
+
+
+@no_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gate_and_up_in_one_pass(dtype):
+    """z has the bits of the plain product, and the activation is that of the rounded z, the one
+    backward knows."""
+    x, w13, _, s, offs, tok = small_layer(dtype)
+    z, a = kernels.gate_up("triton", x, w13, s, offs, tok)
+    assert torch.equal(z[:66], kernels.gmm("triton", x, w13, offs, tok)[:66])
+    gate, up = z[:66].float().chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up * s[:66]
+    assert a.dtype == dtype and a.shape == (70, 20)
+    rtol = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(a[:66].float(), want, rtol=rtol, atol=1e-6)
+
+
+@no_triton
+def test_gradient_of_gate_and_up_fills_every_place():
+    """a, dz and the gates' gradient are autograd's, and no part of its sum is left as it was."""
+    x, _, w2, s, offs, tok = small_layer(torch.float32)
+    z = torch.randn(70, 40, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    scale = s.clone().requires_grad_()
+    gate, up = z.chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up * scale
+    da = by_expert(x[tok][:66], w2.transpose(1, 2), [30, 0, 3, 33])
+    want_dz, want_ds = torch.autograd.grad(want[:66], [z, scale], da)
+    a, dz, ds = kernels.gate_up_grad("triton", x, w2, z.detach(), s, offs, tok)
+    assert worst([a[:66], dz[:66]], [want[:66].detach(), want_dz[:66]]) < 1e-5
+    assert worst([ds], [want_ds[:, 0]]) < 1e-5 and (ds[66:] == 0).all()
+    kernels_triton = kernels.kernels_triton
+    parts = s.new_full((70, -(-20 // kernels_triton.PART)), torch.nan)
+    tensors = [z.detach(), s, torch.empty_like(a), torch.empty_like(dz), parts]
+    kernel, turned = kernels_triton.gate_up_grad_kernel, w2.transpose(1, 2)
+    kernels_triton.rows_of(kernel, x, turned, tensors, offs, tok, PART=kernels_triton.PART)
+    assert parts[:66].isfinite().all() and parts[66:].isnan().all()
+
+
+@no_triton
+def test_weight_gradient_of_each_expert():
+    """Rows gathered on either side, more of them than a step takes; zeros for an expert without."""
+    x, _, _, _, offs, tok = small_layer(torch.float32)
+    dy = torch.randn(70, 20, generator=torch.Generator().manual_seed(3))
+    counts = [30, 0, 3, 33]
+    pairs = zip(dy[:66].split(counts), x[tok][:66].split(counts))
+    want = torch.stack([a.t() @ b for a, b in pairs])
+    got = kernels.gmm_dw("triton", dy, x, offs, torch.float32, x_tok=tok)
+    turned = kernels.gmm_dw("triton", x, dy, offs, torch.float32, dy_tok=tok)
+    assert worst([got, turned], [want, want.transpose(1, 2)]) < 1e-5
+    assert (got[1] == 0).all()
