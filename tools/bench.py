@@ -20,9 +20,8 @@ layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
-gpu [PART ...]
-    All that a GPU has to say in under ten minutes: tests, selftest, kernels, sync, slice, models,
-    speed. `--device cpu` runs its logic at toy sizes. Its CUDA paths were never run.
+
+What a GPU is asked: tools/gpu.py.
 """
 
 from __future__ import annotations
@@ -103,22 +102,6 @@ LAYOUTS = {
     "mixed_bf16": {**SHARDED, "precision": "mixed_bf16"},
 }
 ONE_PROCESS = "one process"  # a launch beside them
-# parts of the gpu command: seconds that each may take, and all together
-PARTS = {
-    "tests": 90,
-    "selftest": 90,
-    "kernels": 100,
-    "sync": 60,
-    "slice": 110,
-    "models": 120,
-    "speed": 150,
-}
-GPU_SECONDS = 570
-INSIDE = {  # parts of it that are functions here
-    "sync": bench_step.sync_check,
-    "slice": bench_step.slice_step,
-    "models": bench_step.model_steps,
-}
 
 # ---------------------------------------------------------------- the trainer's speed
 
@@ -152,20 +135,34 @@ def speed(words: list[str]) -> int:
     if given := sorted(typed_keys(words) & {"out_dir", "eval_interval", "eval_tokens", *fixed}):
         text = f"it trains without evaluation or saving, so it takes no {', '.join(given)}"
         raise UserError("E002", f"speed: {text}")
-    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        fixed |= {"max_steps": o.max_steps, "out_dir": folder}
+        words = [*words, *(f"--{key}={value}" for key, value in fixed.items())]
+        print_speed(*logged_steps(words))
+    return 0
+
+
+def logged_steps(config) -> tuple[Trainer, list[dict]]:
+    """A run without the evaluation and the save at its end; and its log lines, each with
+    `compiled`, a number that has grown where something was compiled before it."""
+    rows, trainer = [], Trainer(config)
 
     def record(row: dict) -> None:
         rows.append(row | {"compiled": compiled_so_far()})
 
-    with tempfile.TemporaryDirectory() as folder:
-        fixed |= {"max_steps": o.max_steps, "out_dir": folder}
-        trainer = Trainer([*words, *(f"--{key}={value}" for key, value in fixed.items())])
-        trainer.report.record = record
+    trainer.report.record = record
+    try:
         for _ in steps_of(trainer):
             pass
+    finally:
         trainer.close()
-    print_speed(trainer, [row for row in rows if "loss" in row])
-    return 0
+    return trainer, [row for row in rows if "loss" in row]
+
+
+def clean_rows(rows: list[dict]) -> list[dict]:
+    """Those before which nothing was compiled; the first two are warm-up."""
+    pairs = zip(rows[1:], rows[2:])
+    return [row for last, row in pairs if row["compiled"] == last["compiled"]]
 
 
 def typed_keys(words: list[str]) -> set[str]:
@@ -179,10 +176,7 @@ def typed_keys(words: list[str]) -> set[str]:
 
 def print_speed(trainer, rows: list[dict]) -> None:
     """tokens/s, MFU and data wait of those rows before which nothing was compiled."""
-    clean = []
-    for last, row in zip(rows[1:], rows[2:]):
-        if row["compiled"] == last["compiled"]:
-            clean.append(row)
+    clean = clean_rows(rows)
     print(timing.machine_line(trainer.machine))
     if dirty := len(rows[2:]) - len(clean):
         print(f"left out: {dirty} of {len(rows[2:])} parts, in which something was compiled")
@@ -247,7 +241,7 @@ def decoded_model(words: list[str]) -> Transformer:
 @torch.inference_mode()
 def decode_recomputing(model: Transformer, total: int) -> list[int]:
     """The whole sequence anew for each token."""
-    ids = torch.tensor([[1]])
+    ids = torch.tensor([[1]], device=model.embed.weight.device)
     for _ in range(total - 1):
         ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], dim=1)
     return ids[0, 1:].tolist()
@@ -409,65 +403,6 @@ def learn_row(name: str, mine: list[dict]) -> str:
     cells += [f"{first[key]:,}" for key in ("total", "active", "router")]
     cells += [human_number(first["flops_per_token"]), human_number(speed)]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-# ---------------------------------------------------------------- a GPU in ten minutes
-
-
-def gpu(words: list[str]) -> int:
-    """Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context,
-    not the command."""
-    o = timing.options(words, parts=None, device="cuda", inside=False)
-    if unknown := [part for part in o.parts if part not in PARTS]:
-        raise UserError("E002", f"gpu: no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    m = machines.detect(o.device)  # E003 without such a device
-    toy = m.device.type == "cpu"
-    if o.inside:
-        return INSIDE[o.parts[0]](m, toy)
-    print(timing.machine_line(m), flush=True)
-    until = time.perf_counter() + GPU_SECONDS
-    failed = []
-    for name in o.parts or PARTS:
-        began = time.perf_counter()
-        print(f"\n== {name}", flush=True)
-        text = run_part(name, part_command(name, o.device, toy), min(PARTS[name], until - began))
-        if text.startswith("FAILED"):
-            failed.append(name)
-        print(f"== {name}: {text}, {time.perf_counter() - began:.0f} s", flush=True)
-    print(f"\nfailed: {', '.join(failed) or 'none'}")
-    return 1 if failed else 0
-
-
-def part_command(name: str, device: str, toy: bool) -> list[str]:
-    """The command line of a part of `gpu`."""
-    bench = [sys.executable, "-m", "tools.bench"]
-    if name in INSIDE:
-        return [*bench, "gpu", name, "--device", device, "--inside"]
-    if name == "tests":
-        pytest = [sys.executable, "-m", "pytest", "-m", "gpu"]
-        return [*pytest, "-p", "no:cacheprovider", "--durations=5"]
-    if name == "selftest":
-        return [sys.executable, "-m", "tools.selftest"]
-    if name == "kernels":
-        size = ["--size", "toy"] if toy else []
-        return [*bench, "kernels", "--device", device, *size]
-    preset = ["quickstart", "--device", "cpu"] if toy else ["gpt2_124m"]
-    return [*bench, "speed", *preset]
-
-
-def run_part(name: str, words: list[str], limit: float) -> str:
-    """What became of it: done, no tests, or FAILED and why."""
-    root = Path(__file__).resolve().parent.parent
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    try:
-        code = subprocess.run(words, timeout=max(1, limit), cwd=root, env=env).returncode
-    except subprocess.TimeoutExpired:
-        return f"FAILED (not done after {limit:.0f} s)"
-    if code == 0:
-        return "done"
-    if code == 5 and name == "tests":  # pytest's code for it
-        return "no tests"
-    return f"FAILED ({code})"
 
 
 # ---------------------------------------------------------------- faults
@@ -699,7 +634,6 @@ COMMANDS = {
     "kernels": bench_step.time_kernels,
     "step": bench_step.time_steps,
     "learn": learn,
-    "gpu": gpu,
     "layouts": layouts,
     "faults": fault_table,
 }

@@ -1,18 +1,23 @@
 """Steps and expert layers, timed: ours against transformers', sparse against dense, on any device.
 
-The commands `kernels` and `step` of tools/bench.py, and the parts of its `gpu` that take steps. In
-this order: what is measured; one step of ours, one of theirs; an expert layer; whole models; what a
-GPU is asked.
+The commands `kernels` and `step` of tools/bench.py; tools/gpu_parts.py takes steps by them too. In
+this order: what is measured; one step of ours, one of theirs; an expert layer; attention; whole
+models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib.util
 import math
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import model_moe
@@ -53,56 +58,6 @@ PAIRS = (
 )
 TOY = {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 32, "max_seq_len": 32}
 HALF = {"mod_capacity": 0.5, "mod_every": 2}
-SMALL = {
-    "vocab_size": 1024,
-    "d_model": 256,
-    "n_layers": 2,
-    "n_heads": 4,
-    "d_ff": 512,
-    "max_seq_len": 256,
-}
-SYNC = {  # no step of these may wait for the GPU
-    "dense": {},
-    "softmax": {"n_experts": 8, "d_expert": 64},
-    "sigmoid, shared": {"n_experts": 8, "d_expert": 64, "router": "sigmoid", "n_shared_experts": 1},
-    "slots, null": {"n_experts": 6, "d_expert": 64, "n_experts_max": 8, "n_null_experts": 2},
-    "capacity": {"n_experts": 8, "d_expert": 64, "capacity_factor": 1.25},
-    "MoD block": HALF,
-    "MoE + MoD": {"n_experts": 8, "d_expert": 64, **HALF, "mod_ffn_only": True},
-}
-COMPILED_TOO = ("softmax", "MoE + MoD")  # of SYNC, on a GPU: compiling takes long
-# four layers of the preset b1: 128 experts of 512, top-10, one shared
-B1 = {
-    "vocab_size": 50304,
-    "d_model": 1536,
-    "n_layers": 4,
-    "n_heads": 12,
-    "n_kv_heads": 4,
-    "head_dim": 128,
-    "d_ff": 5632,
-    "max_seq_len": 2048,
-    "n_experts": 128,
-    "n_experts_per_token": 10,
-    "d_expert": 512,
-    "n_shared_experts": 1,
-    "router": "sigmoid",
-    "tie_embeddings": False,
-}
-TOY_B1 = {**TOY, "n_experts": 8, "n_shared_experts": 1, "router": "sigmoid"}
-WIDE = {
-    "vocab_size": 50304,
-    "d_model": 1024,
-    "n_layers": 8,
-    "n_heads": 16,
-    "n_kv_heads": 4,
-    "d_ff": 2816,
-}
-MODELS = {  # equal active width; step times on a GPU
-    "dense": {},
-    "MoE 64 x 352, top-8": {"n_experts": 64, "n_experts_per_token": 8, "d_expert": 352},
-    "MoD FFN, half of every 2nd layer": {**HALF, "mod_ffn_only": True},
-    "MoD block, half of every 2nd layer": HALF,
-}
 
 
 def size_options(words: list[str], **known):
@@ -127,11 +82,14 @@ class Ours:
         cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
         self.cfg = cfg
         self.machine = machine
+        self.deterministic = machine.device.type == "cpu"  # what `deterministic: auto` means
         self.parallel = Parallel(cfg)
         with torch.device(machine.device):
             self.model = Transformer(model)
         fill_quickly(self.model)
         self.model.compute_dtype = machine.compute_dtype
+        loss, _ = tryout.pick_loss(machine.device, machine.compute_dtype, model.vocab_size)
+        self.model.fused_loss = loss == "fused"
         self.moe = list(self.model.sparse_layers("moe").values())
         self.name = "compiled" if compiled else "eager"
         self.tokens = rows * model.max_seq_len
@@ -152,8 +110,7 @@ class Ours:
 
     def __call__(self) -> torch.Tensor:
         """Returns the mean loss, on the device."""
-        on_cpu = self.machine.device.type == "cpu"
-        torch.use_deterministic_algorithms(on_cpu)  # what `deterministic: auto` means
+        torch.use_deterministic_algorithms(self.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
         model, parallel = self.model, self.parallel
         total, sums = model(self.x, targets=self.y)
@@ -274,6 +231,54 @@ def peer_keys(model: ModelConfig) -> dict:
 # ---------------------------------------------------------------- an expert layer
 
 
+def few_tiles(few: bool = True) -> None:
+    """Triton's kernels with their smallest tile, which fits anywhere and needs no tuning: trying
+    more takes dozens of compilations for every new number of experts. Not `few`: with all again."""
+    for tuner in tuners():
+        every = tuner.__dict__.setdefault("every_tile", tuner.configs)
+        tuner.configs = [min(every, key=tile_size)] if few else every
+        tuner.cache.clear()
+
+
+def tuners() -> list:
+    """The autotuned kernels; none where Triton cannot work."""
+    if kernels.triton is None:
+        return []
+    found = []
+    for kernel in vars(sys.modules["kernels_triton"]).values():
+        while hasattr(kernel, "fn"):  # decorators around the function
+            if hasattr(kernel, "configs") and hasattr(kernel, "cache"):
+                found.append(kernel)
+            kernel = kernel.fn
+    return found
+
+
+def tile_size(config) -> int:
+    sizes = [n for n in config.kwargs.values() if type(n) is int]
+    return math.prod(sizes) * config.num_stages
+
+
+@contextlib.contextmanager
+def poisoned(device):
+    """What is handed out as empty memory is NaN, so that an output nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        # blocks above 1 MiB and those up to it come from two pools
+        large = torch.full((1 << 28,), math.nan, device=device)
+        small = [torch.full((1 << 16,), math.nan, device=device) for _ in range(256)]
+        del large, small
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def time_kernels(words: list[str]) -> int:
     """Forward, and forward + backward, of one expert layer with given routing; weights as the
     trainer has them, in fp32 and cast by the layer, and where that differs once more in the
@@ -294,8 +299,39 @@ def time_kernels(words: list[str]) -> int:
     return 0
 
 
+class LayerTimes(NamedTuple):
+    """An expert layer by one backend, or `dense`: a SwiGLU of equal active width."""
+
+    forward: list[float]  # seconds of each round
+    both: list[float]  # with backward
+    kept: int  # bytes for backward, weights aside
+    flops: float  # of the forward pass
+
+
 def time_expert_layer(m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int) -> None:
-    """One shape: first whether the backends agree, then what each costs beside a dense SwiGLU."""
+    """Prints what measure_expert_layer finds."""
+    (T, C, I, _, K), b = shape, m.compute_dtype.itemsize
+    formula = b * (T * C + 2 * T * K * I)  # bytes that should be kept
+    layers = measure_expert_layer(m, shape, weights, rounds)
+    dense = layers["dense"]
+    for name, layer in layers.items():
+        forward, both = min(layer.forward), min(layer.both)
+        text = f"forward {human_number(layer.flops / forward, 'FLOP/s')}, {1e3 * forward:.2f} ms;"
+        text += f" with backward {human_number(3 * layer.flops / both, 'FLOP/s')},"
+        print(f"  {name:<10} {text} {1e3 * both:.2f} ms; keeps {layer.kept / 2**20:.1f} MiB")
+        if name != "dense":
+            against = timing.ratio(layer.forward, dense.forward)
+            print(f"    time against dense: forward {against}")
+            against = timing.ratio(layer.both, dense.both)
+            share = layer.kept / formula
+            print(f"    with backward {against}; kept is {share:.3f} of 2Td + 4TKI")
+
+
+def measure_expert_layer(
+    m: machines.Machine, shape: tuple, weights: torch.dtype, rounds: int
+) -> dict[str, LayerTimes]:
+    """By name, of one shape (T, d, I, E, K): first whether the backends agree (those that do not
+    work are said and left out), then what each costs beside a dense SwiGLU."""
     (T, C, I, _, K), dtype = shape, m.compute_dtype
     (x, p, ids, w13, w2), dout = tryout.sample(m.device, dtype, *shape)
     w13, w2 = (w.detach().to(weights).requires_grad_() for w in (w13, w2))
@@ -319,19 +355,12 @@ def time_expert_layer(m: machines.Machine, shape: tuple, weights: torch.dtype, r
     both = {name: functools.partial(with_backward, name) for name in layers}
     forward = timing.interleaved(layers, rounds, m.device, 2)
     both = timing.interleaved(both, rounds, m.device, 2)
-    flops = 6 * T * C * K * I  # of the forward pass
-    formula = dout.element_size() * (T * C + 2 * T * K * I)  # bytes that should be kept
-    for name in layers:
-        a, b = min(forward[name]), min(both[name])
-        kept = kept_bytes(layers[name], [w13, w2, dense13, dense2])
-        text = f"forward {human_number(flops / a, 'FLOP/s')}, {1e3 * a:.2f} ms; with"
-        text += f" backward {human_number(3 * flops / b, 'FLOP/s')}, {1e3 * b:.2f} ms"
-        print(f"  {name:<10} {text}; keeps {kept / 2**20:.1f} MiB")
-        if name != "dense":
-            against = timing.ratio(forward[name], forward["dense"])
-            print(f"    time against dense: forward {against}")
-            against = timing.ratio(both[name], both["dense"])
-            print(f"    with backward {against}; kept is {kept / formula:.3f} of 2Td + 4TKI")
+    flops = 6 * T * C * K * I
+    found = {}
+    for name, layer in layers.items():
+        kept = kept_bytes(layer, [w13, w2, dense13, dense2])
+        found[name] = LayerTimes(forward[name], both[name], kept, flops)
+    return found
 
 
 def swiglu(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
@@ -383,6 +412,43 @@ def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
         text = f"  {name}: differs from {first[0]} by {max(errors):.1e}"
         print(f"{text} (output and all gradients)", flush=True)
     return failed
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_backends(dtype) -> dict:
+    """name -> function of q (B, T, H, D), k and v (B, T, G, D): causal attention."""
+    ways = {"torch's choice": attend}
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        ways[backend.lower()] = functools.partial(attend, backend=getattr(SDPBackend, backend))
+    if importlib.util.find_spec("flash_attn") and dtype != torch.float32:
+        ways["flash-attn"] = kernels.flash
+    return ways
+
+
+def attend(q, k, v, backend=None) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = k.shape[1] != q.shape[1]
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+def attention_inputs(device, dtype, shape: tuple) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient, of shape (B, T, H, G, D)."""
+    B, T, H, G, D = shape
+    generator = torch.Generator(device).manual_seed(0)
+    made = []
+    for heads in (H, G, G, H):
+        t = torch.randn(B, T, heads, D, generator=generator, device=device)
+        made.append(t.to(dtype).requires_grad_())
+    return made
+
+
+def attention_fwd_bwd(way, q, k, v, dout) -> list[torch.Tensor]:
+    y = way(q, k, v)
+    return [y, *torch.autograd.grad(y, [q, k, v], dout)]
 
 
 # ---------------------------------------------------------------- whole models
@@ -500,120 +566,3 @@ def fastest(name: str, variants: list, limit: float, device):
         made = None
         gc.collect()
     return best
-
-
-# ---------------------------------------------------------------- what a GPU is asked
-
-
-def sync_check(m: machines.Machine, toy: bool) -> int:
-    """Steps under set_sync_debug_mode("error"), which makes every wait for the GPU an error."""
-    failed = 0
-    for name, keys in SYNC.items():
-        shape = TOY if toy else SMALL
-        cfg = ModelConfig(**shape | keys)
-        for backend, compiled in sync_variants(name, cfg, m):
-            try:
-                run = Ours(cfg, m, 2, compiled, backend)
-                step_without_sync(run)
-                print(f"  {name}: {run.name}: no sync", flush=True)
-            except Exception as error:
-                failed = 1
-                how = f"{backend}, compiled" if compiled else backend
-                print(f"  {name}: {how}: FAILED: {timing.said(error)}", flush=True)
-    return failed
-
-
-def sync_variants(name: str, cfg: ModelConfig, m: machines.Machine) -> list[tuple[str, bool]]:
-    """(backend, compiled?) of what is to be tried of a row of SYNC."""
-    cuda = m.device.type == "cuda"
-    tries = ["auto"]
-    if cfg.n_experts:
-        there = kernels.backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_expert)
-        tries = [backend for backend, why in there.items() if why is None]
-    if cuda:  # slices ask how long each slice is: they must wait
-        tries = [backend for backend in tries if backend != "slices"]
-    variants = [(backend, False) for backend in tries]
-    if cuda and name in COMPILED_TOO:
-        variants += [(backend, True) for backend in tries]
-    return variants
-
-
-def step_without_sync(run: Ours) -> None:
-    """Three steps to warm up, and one in which it is an error to wait for the GPU."""
-    for _ in range(3):
-        run()
-    if run.machine.device.type != "cuda":
-        run()
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def fitting(cfg: ModelConfig, m: machines.Machine, rows: list[int]) -> Ours:
-    """The model with the first of these batches that fits, after three steps; compiled on a GPU."""
-    for n in rows:
-        try:
-            run = Ours(cfg, m, n, m.device.type == "cuda")
-            for _ in range(3):
-                run()
-            return run
-        except torch.OutOfMemoryError as error:
-            print(f"  {n} rows: {timing.said(error)}", flush=True)
-        run = None
-        gc.collect()
-        torch.cuda.empty_cache()
-    raise UserError("E200", f"not even {rows[-1]} rows fit")
-
-
-def tell(run: Ours, times: list[float], peak: float) -> str:
-    """Step time, speed, and MFU by the data sheet's and by the measured matrix peak."""
-    m, n = run.machine, run.model.n_params()
-    best = min(times)
-    speed = run.tokens / best
-    rate = speed * run.model.flops_per_token()
-    by_sheet = timing.mfu([rate], m, machines.peak_flops(m))
-    by_peak = timing.mfu([rate], m, peak)
-    each = timing.spread([1e3 * seconds for seconds in times])
-    text = f"{1e3 * best:.1f} ms for {run.tokens:,} tokens ({each}),"
-    text += f" {human_number(speed)} tokens/s, MFU {by_sheet} (of the measured peak"
-    return f"{text} {by_peak}); {n['total']:,} parameters, {n['active']:,} active; {run.name}"
-
-
-def slice_step(m: machines.Machine, toy: bool) -> int:
-    """Four layers of b1: step time, MFU, memory."""
-    cfg, rows, rounds = ModelConfig(**B1), [16, 8, 4, 2, 1], 15
-    if toy:
-        cfg, rows, rounds = ModelConfig(**TOY_B1), [2], 3
-    peak = machines.matrix_peak(m.device, m.compute_dtype, 1.0)
-    run = fitting(cfg, m, rows)
-    if m.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = timing.interleaved({"": run}, rounds, m.device)[""]
-    print("  " + tell(run, times, peak))
-    if m.device.type == "cuda":
-        print(f"  memory at the peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return 0
-
-
-def model_steps(m: machines.Machine, toy: bool) -> int:
-    """Dense, MoE and MoD of equal active width, interleaved."""
-    runs = {}
-    peak = machines.matrix_peak(m.device, m.compute_dtype, 1.0)
-    for name, keys in MODELS.items():
-        shape, rows = WIDE | keys, 16
-        if toy:
-            shape, rows = TOY | keys | {"d_expert": 8}, 2
-        try:
-            runs[name] = fitting(ModelConfig(**shape), m, [rows])
-        except Exception as error:
-            print(f"  {name}: {timing.said(error)}", flush=True)
-    times = timing.interleaved(runs, 3 if toy else 10, m.device)
-    for name, run in runs.items():
-        print(f"  {name}: {tell(run, times[name], peak)}")
-        if name != "dense" and "dense" in times:
-            print(f"    time against dense {timing.ratio(times[name], times['dense'])}")
-    return 0 if len(runs) == len(MODELS) else 1

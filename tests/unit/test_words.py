@@ -294,7 +294,9 @@ COMMANDS = {
     "lumen.machine": [["--nope"], ["envv"]],
     "tools.bench": [[], ["--nope"], ["nope"], ["decisions"], ["decisions", "nope"], ["picture", "FILE"], ["speed"], [LONG],
               ["speed", "nope"], ["step", "--rounds", "x"], ["step", "--no"], ["kernels", "--size", "huge"],
-              ["gpu", "nope"], ["decode", "nope"], ["learn", "--out", "FILE"], ["decisions", LONG]],
+              ["gpu"], ["decode", "nope"], ["learn", "--out", "FILE"], ["decisions", LONG]],
+    "tools.gpu": [[], ["nope"], ["A", "--nope"], ["--toy"], ["report"], ["report", "nope"], ["report", "FOLDER"],
+                  ["report", "FILE"], ["report", LONG], ["A", "--out", "FILE"]],
 }  # fmt: skip
 
 
