@@ -150,7 +150,7 @@ class Loop:
         inputs, targets = windows[:, :-1].clip(min=0), windows[:, 1:]  # (batch_size, T)
         if self.token_bytes is not None:
             self.n_bytes[k] += int(self.token_bytes[targets[targets >= 0]].sum())
-        x, y = self.to_device(inputs), self.to_device(targets)
+        x, y = self.parallel.feed.send(inputs, targets)
         _, stats = model(x, targets=y)
         as_trained = stats["ce"]
         if self.mod:
@@ -165,12 +165,6 @@ class Loop:
         self.sums[k] += sums.to(self.sums.dtype)
         if counts:
             self.means.append(stats["ce"] / stats["count"])
-
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor, device = torch.from_numpy(np.ascontiguousarray(array)), self.parallel.device
-        if device.type == "cuda":  # pinned, so that the copy does not wait for the queue
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor.to(device)
 
     def raise_error(self) -> None:
         if self.error:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from kernels import backends, pick_attention
@@ -338,14 +337,6 @@ def free_memory(device) -> None:
 
 
 # ---------------------------------------------------------------- the host and the GPU
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; on CUDA nobody waits for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def to_host(numbers: torch.Tensor) -> tuple:

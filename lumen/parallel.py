@@ -18,6 +18,7 @@ from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.failure import lost_peer
+from lumen.feed import Feed
 from lumen.launch import environment
 from lumen.optim import state_bytes
 from model import Transformer
@@ -51,6 +52,7 @@ class Parallel:
             self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
         cuda = self.device.type == "cuda"
         self.layout = plan.Layout(self.world, cuda=cuda, state_bytes=state_bytes(cfg))
+        self.feed = Feed(self.device)  # batches to the device
         self.buffer = None  # what reduce() sums gradients in
 
     def init_process_group(self, timeout: int) -> None:
