@@ -260,3 +260,23 @@ def test_without_a_gpu_nothing_is_copied():
     whole, part = Feed(torch.device("cpu")).send(windows, windows[:, 1:])
     assert whole.data_ptr() == windows.ctypes.data
     assert part.is_contiguous() and np.array_equal(part.numpy(), windows[:, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_that_is_behind():
+    """What arrives is what was sent, and sending waits for nothing that is computed."""
+    device = torch.device("cuda", 0)
+    queue, busy = Feed(device), torch.randn(4096, 4096, device=device)
+    sent, found = [], []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(50):
+            sent.append(np.stack([rows(i, 8, 512), rows(i + 1000, 8, 512)]))
+            x, y = queue.send(*sent[-1])
+            torch.mm(busy, busy)
+            found.append(torch.stack([x, y]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for before, after in zip(sent, found):
+        assert np.array_equal(before, after.cpu().numpy())
