@@ -150,7 +150,7 @@ class Loop:
         inputs, targets = windows[:, :-1].clip(min=0), windows[:, 1:]  # (batch_size, T)
         if self.token_bytes is not None:
             self.n_bytes[k] += int(self.token_bytes[targets[targets >= 0]].sum())
-        x, y = self.to_device(inputs), self.to_device(targets)
+        x, y = self.parallel.feed.send(inputs, targets)
         _, stats = model(x, targets=y)
         as_trained = stats["ce"]
         if self.mod:
@@ -166,12 +166,6 @@ class Loop:
         if counts:
             self.means.append(stats["ce"] / stats["count"])
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor, device = torch.from_numpy(np.ascontiguousarray(array)), self.parallel.device
-        if device.type == "cuda":  # pinned, so that the copy does not wait for the queue
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor.to(device)
-
     def raise_error(self) -> None:
         if self.error:
             raise self.error
@@ -180,8 +174,9 @@ class Loop:
         """Over all ranks, the same on each of them."""
         means = torch.stack(self.means).tolist() if self.means else []
         sums = torch.cat([self.sums.cpu(), self.n_bytes], dim=1)
-        ranks = self.parallel.gather((sums, self.depth.cpu(), means))
-        sums = torch.stack([rank[0] for rank in ranks]).sum(0)
+        # plain numbers: of a tensor the others would get one on this rank's GPU
+        ranks = self.parallel.gather((sums.tolist(), self.depth.tolist(), means))
+        sums = torch.tensor([rank[0] for rank in ranks], dtype=torch.float64).sum(0)
         ce, targets, right, as_trained, n_bytes = sums.sum(0).tolist()
         by_source = {}
         if len(self.sources) > 1:
@@ -194,7 +189,7 @@ class Loop:
             batch_losses=[loss for rank in ranks for loss in rank[2]],
         )
         if self.mod:
-            depth = torch.stack([rank[1] for rank in ranks]).sum(0)
+            depth = torch.tensor([rank[1] for rank in ranks], dtype=torch.float64).sum(0)
             usage, agree = (depth / targets).T.tolist()  # shares of all tokens, layer by layer
             skipped = sum(1 - share for share in usage)  # layers, for a token on average
             found.mod = {

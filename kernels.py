@@ -81,7 +81,10 @@ def gmm_dw(backend, dy, x, offs, dtype, dy_tok=None, x_tok=None):
         dy = dy[dy_tok]
     if x_tok is not None:
         x = x[x_tok]
-    return grouped_mm(dy.t(), x, offs=offs).to(dtype)
+    dw = grouped_mm(dy.t(), x, offs=offs)
+    # on Blackwell torch leaves an expert without rows as the memory was (pytorch issue 172439)
+    without_rows = offs.diff(prepend=offs.new_zeros(1)) == 0
+    return dw.masked_fill_(without_rows[:, None, None], 0).to(dtype)
 
 
 def gate_up(backend, x, w13, s, offs, tok):

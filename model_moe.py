@@ -396,7 +396,7 @@ class MoD(nn.Module):
             return logit > 0
         if self.routing == "static":
             return at * self.tokens // self.full != (at - 1) * self.tokens // self.full
-        return hashed(at, self.layer) < self.capacity
+        return hashed(at, self.layer) < math.ceil(self.capacity * 2**32)
 
     def causal_forward(self, x, branch, inputs, score, logit):
         """By the causal rule. Rows keep different numbers, so here the host looks."""
@@ -459,7 +459,7 @@ def highest(score: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def hashed(pos: torch.Tensor, layer: int) -> torch.Tensor:
-    """A number in [0, 1) for each position, the same in every run (an integer hash)."""
+    """A whole number in [0, 2^32) for each position, the same in every run."""
     h = (pos * 0x9E3779B1 + (layer + 1) * 0x85EBCA6B) % (1 << 32)
     h = (h ^ (h >> 15)) * 0x2C1B3C6D % (1 << 32)
-    return ((h ^ (h >> 12)) % (1 << 32)).double() / (1 << 32)
+    return h ^ (h >> 12)  # whole: MPS has no fp64, and fp32 would round it

@@ -32,7 +32,7 @@ from lumen.errors import UserError, raise_if
 from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums, dummy_batch, mix
-from lumen.machine import free_memory, to_device, to_host
+from lumen.machine import free_memory, to_host
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
@@ -586,7 +586,7 @@ class Trainer(ByHand):
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
         with par.microstep(self.model, micro == self.run.accumulation - 1):
-            x, y = to_device(x, par.device), to_device(y, par.device)  # (rows, T) each
+            x, y = par.feed.send(x, y)  # (rows, T) each
             total, counted = self.model(x, targets=y)
             # a constant, not this micro-batch's own count of targets: so the gradient of a step is
             # the same however it is cut into micro-batches and ranks

@@ -26,7 +26,7 @@ from lumen.config import Config
 from lumen.errors import UserError
 from lumen.exchange import exchange
 from lumen.launch import command, environment
-from lumen.machine import DTYPES, local_region
+from lumen.machine import DTYPES, local_region, set_collective_timeout
 from lumen.optim import state_bytes
 from model import Transformer, role
 from model_moe import Experts
@@ -169,6 +169,8 @@ class Sharded(Parallel):
         known = {"cuda": kind == "cuda", "state_bytes": state_bytes(cfg)}
         self.layout = dataclasses.replace(layout, **known)
         self.dense, self.sparse = meshes(kind, layout)
+        # their groups begin with torch's own half an hour
+        set_collective_timeout(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
         self.replicas = 1  # copies of the dense weights
         self.writes = True  # of several copies one is saved
         if self.dense.ndim == 2:

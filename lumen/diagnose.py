@@ -9,7 +9,7 @@ import torch
 
 from lumen.errors import UserError
 from lumen.loader import dummy_batch, mix
-from lumen.machine import free_memory, to_device
+from lumen.machine import free_memory
 
 # (x, y, None) of a micro-batch, with its seed set; or with why its rows cannot be read
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor, str | None]]
@@ -86,7 +86,7 @@ def diagnose_step(trainer, cursor: int) -> str | None:
 def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
     """Those of a step, so many rows at once."""
     index, count = trainer.parallel.rows()
-    size, device = trainer.run.micro_batch, trainer.parallel.device
+    size = trainer.run.micro_batch
     for part in range(trainer.run.accumulation * size // rows):
         micro, inside = divmod(part * rows, size)
         row = cursor + (micro * count + index) * size + inside
@@ -97,4 +97,4 @@ def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
             unreadable = error.text
             x, y = dummy_batch(size, trainer.cfg.model.max_seq_len)
         torch.manual_seed(mix(trainer.cfg.seed, row))
-        yield to_device(x, device), to_device(y, device), unreadable
+        yield *trainer.parallel.feed.send(x, y), unreadable

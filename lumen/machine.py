@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from kernels import backends, pick_attention
@@ -82,7 +81,17 @@ def cpu_has_bf16() -> bool:
 
 
 def find_compiler() -> str | None:
+    """That of C++, which torch.compile needs on a CPU."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def no_cuda_compilation() -> str | None:
+    """Why torch.compile cannot work on a GPU: Triton makes its kernels, and a C compiler what
+    starts them. Images for running torch ("runtime") have none."""
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    names = [os.environ.get("CC") or "gcc", "clang"]
+    return None if any(shutil.which(name) for name in names) else "there is no C compiler"
 
 
 def detect(
@@ -188,7 +197,12 @@ def find_compilation(compile_model: bool | str, kind: str, notes: list[str]) -> 
         return None
     if kind == "cpu":
         notes.append("compile: off, there is no C++ compiler")
-    return kind == "cuda"
+    if kind != "cuda":
+        return False
+    why = no_cuda_compilation()
+    if why:
+        notes.append(f"compile: off, {why}; with it a GPU trains much faster")
+    return why is None
 
 
 # ---------------------------------------------------------------- speed
@@ -208,8 +222,7 @@ def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
     while True:
         start = time.perf_counter()
         torch.matmul(a, b)
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize(device)
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
         if time.perf_counter() > until:
             return best
@@ -326,23 +339,24 @@ def free_memory(device) -> None:
 # ---------------------------------------------------------------- the host and the GPU
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; on CUDA nobody waits for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def to_host(numbers: torch.Tensor) -> tuple:
     """A copy on its way to the host, and the event that says it has arrived (None: it has)."""
     if not numbers.is_cuda:
-        return numbers, None
+        return numbers.cpu(), None
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
     return host, arrived
+
+
+def synchronize(device) -> None:
+    """Wait until a device has done all that was queued; a CPU has."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 
 def event_now():

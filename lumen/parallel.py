@@ -18,6 +18,7 @@ from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.failure import lost_peer
+from lumen.feed import Feed
 from lumen.launch import environment
 from lumen.optim import state_bytes
 from model import Transformer
@@ -51,6 +52,7 @@ class Parallel:
             self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
         cuda = self.device.type == "cuda"
         self.layout = plan.Layout(self.world, cuda=cuda, state_bytes=state_bytes(cfg))
+        self.feed = Feed(self.device)  # batches to the device
         self.buffer = None  # what reduce() sums gradients in
 
     def init_process_group(self, timeout: int) -> None:
@@ -65,6 +67,9 @@ class Parallel:
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
             store = dist.PrefixStore(f"restart_{restarts}", store)
         limit = timedelta(seconds=timeout)
+        # No device_id, which would have NCCL connect here and not at its first collective: torch
+        # up to 2.13 then cuts a mesh's groups out of this one and loses their gloo part's timeout,
+        # and barrier() goes over NCCL. The device is set before, and NCCL takes the tensors' own.
         try:
             dist.init_process_group(backend, None, limit, self.world, self.rank, store)
         except Exception as error:
@@ -153,23 +158,25 @@ class Parallel:
         """The maximum of each flag over all ranks."""
         if self.world == 1:
             return flags
-        tensor = torch.tensor(flags)
+        tensor = torch.tensor(flags, device="cpu")  # so it goes over gloo
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def set_timeout(self, seconds: int) -> None:
         """The timeout of every collective from here on; called by all ranks.
 
-        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT;
-        status.json still says `running`); torchrun and slurm/train.sbatch start both again.
-        NCCL's part has never run.
+        gloo raises then: E601, exit code 75. NCCL's watchdog aborts the process (SIGABRT, torch's
+        default: what a GPU computed beside a broken collective is not to be trusted; status.json
+        still says `running`). torchrun and slurm/train.sbatch start both again. NCCL's part has
+        never run.
         """
         if self.world > 1:
             self.all_reduce_max([0])  # the slowest has done what it needed the longer limit for
             machines.set_collective_timeout(seconds)
 
     def gather(self, obj) -> list:
-        """What each rank says, in order of rank."""
+        """What each rank says, in order of rank: plain objects, over gloo. Never a tensor of a GPU,
+        which the others would get on that GPU."""
         if self.world == 1:
             return [obj]
         answers = [None] * self.world
@@ -177,7 +184,7 @@ class Parallel:
         return answers
 
     def broadcast(self, obj):
-        """Rank 0's object, on every rank."""
+        """Rank 0's object, on every rank; as gather."""
         if self.world == 1:
             return obj
         box = [obj]
@@ -220,5 +227,6 @@ class Parallel:
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
-            dist.barrier()
+            machines.synchronize(self.device)  # no collective is on its way any more
+            self.all_reduce_max([0])  # a barrier over gloo: torch's own may choose NCCL
             dist.destroy_process_group()

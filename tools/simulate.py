@@ -585,8 +585,7 @@ def copy_bandwidth(device: torch.device) -> float:
     for _ in range(3):
         start = time.perf_counter()
         block.clone()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        machines.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * len(block) / best
 

@@ -35,20 +35,14 @@ def options(words: list[str], **known) -> argparse.Namespace:
 # ---------------------------------------------------------------- to take times
 
 
-def wait_for(device) -> None:
-    """Until the device has done what it was given."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds_of(run, device) -> float:
     """Of one run(); one in which something was compiled does not count and is done again."""
     for _ in range(8):
-        wait_for(device)
+        machines.synchronize(device)
         before = compiled_so_far()
         began = time.perf_counter()
         run()
-        wait_for(device)
+        machines.synchronize(device)
         seconds = time.perf_counter() - began
         if compiled_so_far() == before:
             return seconds

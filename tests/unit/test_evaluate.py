@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from evaluate import evaluate_loss
 from lumen.errors import UserError
+from lumen.feed import Feed
 from model import ModelConfig, Transformer
 
 T, V = 8, 32
@@ -18,6 +19,7 @@ class OneRank:
     """What an evaluation asks of train.Parallel."""
 
     device, collective_free = torch.device("cpu"), True
+    feed = Feed(device)
 
     def rows(self):
         return 0, 1

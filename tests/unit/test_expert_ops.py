@@ -183,6 +183,71 @@ def test_garbage_rows_of_grouped_mm(monkeypatch):
     assert worst(tryout.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
 
 
+def forgets(a, b, offs, real=kernels.grouped_mm):
+    """grouped_mm as torch has it on Blackwell: of an expert without rows it writes no dW."""
+    out = real(a, b, offs=offs)
+    if out.dim() == 3 and out.shape[0] == len(offs) and a.dim() == b.dim() == 2:
+        out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+    return out
+
+
+def test_experts_without_tokens_under_a_grouped_mm_that_forgets_them(monkeypatch):
+    """Their gradient was what lay in memory (pytorch issue 172439): with two spare slots a norm of
+    548 instead of 0.7, and nothing said."""
+    ids = tryout.hard_ids("cpu", 40, 6, 2)
+    inputs, dout = tryout.sample("cpu", torch.float32, 40, 16, 24, 6, 2, ids)
+    want = tryout.fwd_bwd(model_moe.plain_experts, inputs, dout)
+    monkeypatch.setattr(kernels, "grouped_mm", forgets)
+    assert worst(tryout.fwd_bwd(run("grouped_mm"), inputs, dout), want) < 1e-5
+
+
+@pytest.mark.parametrize(("E", "K"), [(1, 1), (2, 2), (3, 2), (6, 2), (40, 4)])
+def test_auto_tries_what_spare_slots_and_dropped_tokens_bring(E, K):
+    """Experts without tokens, choices of none; of a token no expert twice."""
+    ids = tryout.hard_ids("cpu", 64, E, K)
+    assert ids.shape == (64, K) and ids.min() >= 0
+    counts = torch.bincount(ids.flatten(), minlength=E + 1)
+    assert counts[E] == 4 and (counts[:E] == 0).sum() == min(2, E - K)
+    assert all(len(set(row)) == K for row in ids.tolist())
+
+
+def test_auto_refuses_a_grouped_mm_that_forgets_experts_without_tokens(monkeypatch):
+    """Were its gradient not put right, auto would see it: by routing as a run has it, and NaN in
+    memory that is used again."""
+    left_alone = []
+
+    def gmm_dw(backend, dy, x, offs, dtype, dy_tok=None, x_tok=None):
+        dy = dy if dy_tok is None else dy[dy_tok]
+        dw = kernels.grouped_mm(dy.t(), x if x_tok is None else x[x_tok], offs=offs)
+        idle = offs.diff(prepend=offs.new_zeros(1)) == 0
+        left_alone.append(int(idle.sum()))
+        dw[idle] = torch.nan
+        return dw.to(dtype)
+
+    monkeypatch.setattr(kernels, "gmm_dw", gmm_dw)
+    picked, why = tryout.pick_backend("auto", "cpu", torch.float32, 32, 16, 8, 2, 64)
+    assert picked == "slices" and "grouped_mm" in why and "inf" in why
+    assert set(left_alone) == {2}
+
+
+def test_what_a_kernel_does_not_write_is_seen():
+    """The second run gets the memory of the first, as CUDA's allocator gives it."""
+    memory = torch.zeros(3)
+    calls = []
+
+    def step():
+        calls.append(memory.isnan().all().item())
+        if len(calls) == 1:
+            memory.fill_(1.0)
+        else:
+            memory[:2] = 1.0  # the last is forgotten
+        return (memory,)
+
+    (found,) = tryout.on_used_memory(step)
+    assert calls == [False, True]
+    assert tryout.relative_error((found,), (torch.ones(3),)) == float("inf")
+
+
 @every_backend
 def test_same_bits(backend):
     tokens = 20 if backend == "triton" else 50  # its interpreter is slow

@@ -97,7 +97,8 @@ def test_the_causal_rule_equals_the_block_on_all_tokens_with_masked_attention(ki
         elif mod.routing == "static":
             kept = torch.tensor(positions(mod.tokens, 32)).expand(3, 32)
         else:
-            kept = (model_moe.hashed(torch.arange(32), mod.layer) < mod.capacity).expand(3, 32)
+            share = model_moe.hashed(torch.arange(32), mod.layer).double() / 2**32
+            kept = (share < mod.capacity).expand(3, 32)
         shares.append(kept.float().mean().item())
         return kept, 2 * score.sigmoid() if score is not None else torch.ones(3, 32)
 
@@ -216,10 +217,10 @@ def test_static_and_random_positions():
         assert torch.allclose(model.eval()(x), trained, atol=1e-5), (
             "one rule in training and out of it"
         )
-    share = (model_moe.hashed(torch.arange(4096), 3) < 0.3).float()
+    share = (model_moe.hashed(torch.arange(4096), 3).double() < 0.3 * 2**32).float()
     assert abs(share.mean() - 0.3) < 0.03
     assert share.view(-1, 16).mean(1).std() < 0.2 and not torch.equal(
-        share, (model_moe.hashed(torch.arange(4096), 4) < 0.3).float()
+        share, (model_moe.hashed(torch.arange(4096), 4).double() < 0.3 * 2**32).float()
     )
     model, x = make(mod_capacity=0.5, mod_routing="random"), ids(4, 32)
     torch.manual_seed(0)

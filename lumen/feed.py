@@ -1,0 +1,63 @@
+"""Token ids on their way from the host to the device."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+
+class Buffer:
+    """Pinned memory of the host, made once and larger when it must be, out of which a copy may
+    still be on its way."""
+
+    def __init__(self):
+        self.memory: torch.Tensor | None = None
+        self.copied = torch.cuda.Event()  # the last copy out of it is over; before it: at once
+
+    def fill(self, arrays: tuple[np.ndarray, ...]) -> torch.Tensor:
+        """(len(arrays), *shape): a view of it that holds them. Waits for the last copy alone."""
+        self.copied.synchronize()
+        size = sum(array.size for array in arrays)
+        if self.memory is None or size > len(self.memory):
+            self.memory = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        host = self.memory[:size].view(len(arrays), *arrays[0].shape)
+        for part, array in zip(host, arrays):
+            part.copy_(torch.from_numpy(array))
+        return host
+
+
+class Feed:
+    """Batches from the host to the device, while the device computes those before them.
+
+    On CUDA the copy runs on a stream of its own, which waits for nothing that is computed: the host
+    queues a micro-step while the ones before it still run, so its ids lie there when its turn
+    comes. Two buffers take turns. Elsewhere nothing is copied that need not be. Never run on a GPU:
+    tested with streams and events that are simulated.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.buffers = itertools.cycle([Buffer(), Buffer()])
+
+    def send(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """int64 arrays of one shape -> tensors on the device, which the current stream may use."""
+        if self.stream is None:
+            return tuple(self.without_stream(array) for array in arrays)
+        buffer = next(self.buffers)
+        host = buffer.fill(arrays)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            sent = host.to(self.device, non_blocking=True)
+            buffer.copied.record(self.stream)
+        computing.wait_event(buffer.copied)
+        # their memory is the copying stream's: once freed it is used again when this one is through
+        sent.record_stream(computing)
+        return tuple(sent)
+
+    def without_stream(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
