@@ -106,12 +106,12 @@ def sample(shape: Shape, T: int, device, dtype):
     H, G, D = shape.heads, shape.kv_heads, shape.head_dim
     rows = max(1, min(shape.rows, MOST_TOKENS // T))
     generator = torch.Generator(device).manual_seed(0)
-    sizes = (H, G, G, H)
-    row = torch.randn(1, T, sum(sizes), D, generator=generator, device=device)
-    parts = row.to(dtype).expand(rows, -1, -1, -1).contiguous().split(sizes, 2)
-    q, k, v, dout = (t.detach() for t in parts)
-    q, k, dout = q.contiguous(), k.contiguous(), dout.contiguous()  # RoPE makes new ones; v stays
-    return [t.requires_grad_() for t in (q, k, v)], dout
+    row = torch.randn(1, T, H + 2 * G + H, D, generator=generator, device=device).to(dtype)
+    parts = row.expand(rows, -1, -1, -1).split((H + 2 * G, H), 2)
+    qkv, dout = (t.contiguous() for t in parts)
+    q, k, v = qkv.split((H, G, G), 2)
+    q, k = q.contiguous(), k.contiguous()  # as RoPE makes them; v stays a part of qkv
+    return [t.detach().requires_grad_() for t in (q, k, v)], dout
 
 
 def softmax_attention(q, k, v, dout) -> list:
