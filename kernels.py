@@ -1,6 +1,6 @@
-"""The fast paths: the experts' layer by three backends behind one operator, flash attention, and
-what of them can work here. lumen/tryout.py chooses among the backends by trying them, and
-`python -m tools.selftest` checks and times them all.
+"""The fast paths: the experts' layer by three backends behind one operator, attention by four, and
+what of them can work here. lumen/tryout.py and lumen/attention.py choose among the backends by
+trying them, and `python -m tools.selftest` checks and times those of the experts.
 
 Optional: model_moe.py computes experts by a plain formula where this file is not. It imports
 nothing of ours; errors are plain ValueError.
@@ -24,6 +24,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Triton's own emulator, on CPU: for tests, far too slow to train
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -368,52 +369,36 @@ def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
 
 
 # ---------------------------------------------------------------- attention
+# lumen/attention.py chooses among these by trying them; model.py has "sdpa": torch decides.
+
+TORCH_KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash_sdpa": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+ATTENTION = (*TORCH_KERNELS, "flash")  # the last one: the package flash-attn
 
 
-def flash(q, k, v) -> torch.Tensor:
-    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; (B, T, H, D)."""
-    from flash_attn import flash_attn_func  # an optional package, CUDA only
+def attention(q, k, v, backend: str, alone: bool = False) -> torch.Tensor:
+    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; (B, T, H, D).
 
-    return flash_attn_func(q, k, v, causal=True)
-
-
-def sdpa(q, k, v) -> torch.Tensor:
-    """The same by torch, as model.Attention has it."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    gqa = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
-
-
-def pick_attention(choice: str, cfg, device, dtype=torch.float32, train=True) -> tuple[str, str]:
-    """The attention backend that works here and why: (sdpa | flash, reason).
-
-    flash is tried on a small problem against sdpa, with backward when training; where it raises or
-    disagrees sdpa is taken, and the reason says so. ValueError on an unknown choice.
+    Where one of torch's kernels refuses (MoD's evaluation may keep a single token, which cuDNN does
+    not take) math serves; RuntimeError instead if `alone`.
     """
-    if choice not in ("auto", "sdpa", "flash"):
-        raise ValueError(f"attention: {choice!r} is not auto, sdpa or flash")
-    if choice != "flash":
-        return "sdpa", "torch picks its fastest kernel for this device"
-    generator = torch.Generator().manual_seed(0)
-    qkv = []
-    for heads in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads):
-        t = torch.randn(1, 128, heads, cfg.head_dim, generator=generator)
-        qkv.append(t.to(device, dtype).requires_grad_(train))
+    if backend == "flash":
+        from flash_attn import flash_attn_func  # an optional package, CUDA only
 
-    def run(attend):
-        y = attend(*qkv)
-        if not train:
-            return [y]
-        return [y, *torch.autograd.grad(y.float().square().sum(), qkv)]
-
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    try:
-        with torch.set_grad_enabled(train):
-            pairs = zip(run(flash), run(sdpa))
-        errors = [(a - b).float().norm() / b.float().norm() for a, b in pairs]
-        if not all(e <= tolerance for e in errors):  # so written that a NaN fails too
-            raise RuntimeError(f"differs from sdpa by {max(errors):.1e}")
-    except Exception as error:  # a third party's kernel can fail in any way, and must stop no run
-        first = str(error).strip().split("\n")[0][:120]
-        return "sdpa", f"{choice} does not work here ({type(error).__name__}: {first})"
-    return choice, "as asked; agrees with sdpa"
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
+    allowed = [TORCH_KERNELS[backend]]
+    if not alone:
+        allowed.append(SDPBackend.MATH)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    siblings = q.shape[1] // k.shape[1]  # query heads that share a key head
+    if siblings > 1 and backend == "efficient":  # torch 2.11's cannot share
+        k, v = (t.repeat_interleave(siblings, 1) for t in (k, v))
+    # in this order: by torch's own, math comes before cuDNN on most cards
+    with sdpa_kernel(allowed, set_priority=True):
+        options = {"is_causal": True, "enable_gqa": k.shape[1] != q.shape[1]}
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+    return y.transpose(1, 2)

@@ -349,7 +349,7 @@ class AttentionInputs(NamedTuple):
     and pos by those of the tokens that it lets through."""
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, 1, D/2) or (B, T, 1, D/2)
-    backend: str = "sdpa"  # or flash
+    backend: str = "sdpa"  # or one of kernels.ATTENTION
     cache: KVCache | None = None  # decoding
     pos: torch.Tensor | None = None  # (T,) or with a cache (B, T)
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
@@ -382,10 +382,10 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
         q, k = self.norm_and_rotate(q, k, inputs)
-        if inputs.backend == "flash" and inputs.cache is None:
-            from kernels import flash  # optional; pick_attention has tried it
+        if inputs.backend != "sdpa" and inputs.cache is None:
+            from kernels import attention  # optional; lumen/attention.py has tried it
 
-            y = flash(q, k, v)
+            y = attention(q, k, v, inputs.backend)
         else:
             y = self.attend(q, k, v, inputs)
         return self.wo(y.reshape(B, T, -1))

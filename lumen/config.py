@@ -92,7 +92,7 @@ class Config:
     precision: str = "auto"  # of computing; master weights and moments are fp32 in all
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
     deterministic: bool | str = "auto"  # equal bits run to run; auto: on CPU, not on CUDA (slower)
-    attention: str = "auto"  # what does not work here falls back to sdpa
+    attention: str = "auto"  # on CUDA the fastest that passes its check; else sdpa: torch decides
     expert_backend: str = "auto"  # auto: the fastest that passes its check here
     activation_checkpointing: str = "none"  # recompute: selective: all but matmuls; block: all
     # several processes
@@ -151,7 +151,7 @@ RANGES = {
     "precision": "auto | fp32 | mixed_bf16 | mixed_fp16 | bf16 | fp16",
     "compile_model": "auto | true | false",
     "deterministic": "auto | true | false",
-    "attention": "auto | sdpa | flash",
+    "attention": "auto | sdpa | cudnn | flash_sdpa | efficient | flash",
     "expert_backend": "auto | slices | grouped_mm | triton",
     "activation_checkpointing": "none | selective | block",
     "comm_timeout": "[1, 1e8]",

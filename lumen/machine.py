@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import backends, pick_attention
+import kernels
 from lumen.cards import data_sheet
 from lumen.errors import UserError
 from lumen.launch import Words, command, environment
@@ -428,13 +428,14 @@ def env() -> int:
 
 def print_backends(m: Machine) -> None:
     """Which attention, experts and optional packages work here."""
-    from model import ModelConfig
+    from lumen.attention import Shape, pick_attention
 
-    cfg = ModelConfig(vocab_size=64, d_model=128, n_layers=1, n_heads=2)
-    for choice in ("sdpa", "flash"):
-        name, why = pick_attention(choice, cfg, m.device, m.compute_dtype)
+    shape = Shape(rows=1, lengths={128: 1}, heads=2, kv_heads=2, head_dim=64)
+    others = kernels.ATTENTION if m.device.type == "cuda" else ("flash",)
+    for choice in ("sdpa", *others):
+        name, why = pick_attention(choice, shape, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")
-    for name, why in backends(m.device, m.compute_dtype, cfg.d_model, cfg.d_model).items():
+    for name, why in kernels.backends(m.device, m.compute_dtype, 128, 128).items():
         print(f"experts      {name}: {why or 'can work'}")
     uses = {"wandb": "wandb_project", "tensorboard": "tensorboard: true", "transformers": "--check"}
     for package, use in uses.items():

@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernels import pick_attention
 from lumen import files, plan
 from lumen import machine as machines
+from lumen.attention import pick_attention, shape_of
 from lumen.config import SHARDING, Config
 from lumen.errors import UserError
 from lumen.launch import environment
@@ -324,21 +324,18 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     if compiled is None:  # on a CPU it pays in runs of more than ten minutes
         tokens = run["rows_per_step"] * cfg.model.max_seq_len * run["max_steps"]
         compiled = facts.model.flops_per_token() * tokens / (found.peak * facts.readers) > 600
-    choice = kept.get_here("attention") or cfg.attention
-    where = (machine.device, machine.compute_dtype)
-    try:
-        attention, attention_why = pick_attention(choice, cfg.model, *where)
-    except ValueError as error:
-        raise UserError("E002", str(error)) from error
-    loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
-    experts, experts_why = cfg.expert_backend, ""
-    if cfg.model.n_experts:
-        experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
     deterministic = kept.get_here("deterministic")
     if deterministic is None:
         deterministic = cfg.deterministic
     if deterministic == "auto":
         deterministic = machine.device.type == "cpu"
+    where = (machine.device, machine.compute_dtype)
+    shape = shape_of(facts.model, run["micro_batch"])
+    attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic))
+    loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
+    experts, experts_why = cfg.expert_backend, ""
+    if cfg.model.n_experts:
+        experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
     return {
         "device": machine.device.type,
         "precision": machine.precision,
@@ -372,6 +369,18 @@ def check_memory(cfg: Config, facts: Facts, precision: str, run: dict) -> str:
     if sure and not facts.dry_run:
         raise UserError("E200", why)
     return why and f"this {'will' if sure else 'may'} not fit: {why}"
+
+
+def find_attention(cfg: Config, kept: Kept, where: tuple) -> tuple[str, str]:
+    """The attention backend and why it is that one; where: what pick_attention takes after the
+    choice. What the checkpoint's run had stays, if it works here."""
+    before = kept.get_here("attention")
+    try:
+        if before not in (None, "sdpa") and pick_attention(before, *where)[0] == before:
+            return before, "as in the checkpoint"
+        return pick_attention(before if before == "sdpa" else cfg.attention, *where)
+    except ValueError as error:
+        raise UserError("E002", str(error)) from error
 
 
 def pick_experts(

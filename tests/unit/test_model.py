@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 from lumen.model_keys import RANGES, check_range, model_from_keys
 from lumen.sampling import Sampling
 from model import (
@@ -846,88 +844,6 @@ def test_a_model_without_vocabulary_is_refused():
 def test_the_resolved_configuration_is_a_fixed_point():
     cfg = ModelConfig(**SMALL | dict(n_kv_heads=2))
     assert ModelConfig(**dataclasses.asdict(cfg)) == cfg and cfg.d_ff == 96 and cfg.head_dim == 8
-
-
-# ---------------------------------------------------------------- attention backends
-
-
-def test_attention_auto_and_unknown():
-    cfg = ModelConfig(**SMALL)
-    assert (
-        kernels.pick_attention("auto", cfg, "cpu")[0]
-        == kernels.pick_attention("sdpa", cfg, "cpu")[0]
-        == "sdpa"
-    )
-    with pytest.raises(ValueError, match="'xformers'"):
-        kernels.pick_attention("xformers", cfg, "cpu")
-
-
-def fake_flash(monkeypatch, function):
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = function
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-
-
-def plain(q, k, v, causal):
-    assert causal
-    y = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
-    )
-    return y.transpose(1, 2)
-
-
-def broken(q, k, v, causal):
-    raise OSError("undefined symbol: _ZN3c10\nsecond line")
-
-
-def forgets_causality(q, k, v, causal):
-    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
-    return y.transpose(1, 2)
-
-
-def wrong_backward(q, k, v, causal):
-    y = plain(q, k, v, causal)
-    return y + 0.5 * (y - y.detach())
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (broken, "undefined symbol"),
-        (forgets_causality, "differs from sdpa"),
-        (wrong_backward, "differs from sdpa"),
-        pytest.param(
-            lambda q, k, v, causal: plain(q, k, v, causal) * math.nan, "differs from sdpa"
-        ),
-        (lambda q, k, v, causal: torch.zeros(3), "RuntimeError"),
-    ],
-)
-def test_broken_flash_attn_falls_back_with_the_reason(monkeypatch, function, reason):
-    fake_flash(monkeypatch, function)
-    for train in (True, False)[: 1 if function is wrong_backward else 2]:
-        choice, why = kernels.pick_attention(
-            "flash", ModelConfig(**SMALL | dict(n_kv_heads=2)), "cpu", train=train
-        )
-        assert choice == "sdpa" and reason in why and "\n" not in why
-
-
-def test_missing_flash_attn_falls_back_and_a_working_one_is_used(monkeypatch):
-    cfg = ModelConfig(**SMALL | dict(n_kv_heads=2))
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    choice, why = kernels.pick_attention("flash", cfg, "cpu")
-    assert choice == "sdpa" and "flash_attn" in why
-    calls = []
-    fake_flash(monkeypatch, lambda *args, **kw: calls.append(1) or plain(*args, **kw))
-    assert kernels.pick_attention("flash", cfg, "cpu") == ("flash", "as asked; agrees with sdpa")
-    model, x = make(n_kv_heads=2, std=0.2), ids(2, 12)
-    want, calls[:] = model(x), []
-    model.backend = "flash"
-    assert close(model(x), want, 1e-5) and len(calls) == 2
-
-
-def test_flex_is_refused_with_what_to_use():
-    with pytest.raises(ValueError, match="'flex' is not auto, sdpa or flash"):
-        kernels.pick_attention("flex", ModelConfig(**SMALL), "cpu")
 
 
 @pytest.mark.nightly

@@ -1,0 +1,178 @@
+"""Which attention is the fastest here, of those that are right: found by trying them at the shape
+that the run has.
+
+Each is held against softmax in fp32 and timed, forward and backward. By reading, and tested on a
+CPU with stand-ins: no GPU has run it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+
+import kernels
+from lumen.tryout import TOLERANCE, best_time, fwd_bwd
+from model import Transformer
+
+MOST_TOKENS = 2**15  # of a trial: enough to fill a GPU, a small part of a layer's memory
+MOST_SCORES = 2**26  # of the formula at a time: 256 MiB each of about five tensors
+
+
+class Shape(NamedTuple):
+    """What the attention layers of a run compute on."""
+
+    rows: int
+    lengths: dict[int, int]  # positions of a row: in how many layers
+    heads: int
+    kv_heads: int
+    head_dim: int
+    varies: bool = False  # MoD's evaluation: no two batches have the same lengths
+
+
+def shape_of(model: Transformer, rows: int) -> Shape:
+    """Of a micro-batch of so many rows; a MoD layer has as many positions as it lets through."""
+    cfg = model.cfg
+    lengths: collections.Counter = collections.Counter()
+    varies = False
+    for block in model.blocks:
+        short = block.mod is not None and not block.ffn_only
+        lengths[block.mod.tokens if short else cfg.max_seq_len] += 1
+        varies |= short
+    return Shape(rows, dict(lengths), cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, varies)
+
+
+def pick_attention(
+    choice: str, shape: Shape, device, dtype=torch.float32, deterministic: bool = False
+) -> tuple[str, str]:
+    """The attention backend and why: sdpa (torch decides) or one of kernels.ATTENTION.
+
+    auto takes the fastest on CUDA. What is asked for is tried too: sdpa takes its place where it
+    raises or is wrong, and the reason says so. ValueError on an unknown choice.
+    """
+    known = ("auto", "sdpa", *kernels.ATTENTION)
+    if choice not in known:
+        raise ValueError(f"attention: {choice!r} is not one of {', '.join(known)}")
+    auto = choice == "auto"
+    if choice == "sdpa" or (auto and torch.device(device).type != "cuda"):
+        return "sdpa", "torch picks its fastest kernel for this device"
+    names = list(kernels.ATTENTION) if auto else [choice]
+    refused = {}
+    if auto and shape.varies:  # by reading: its cache of plans has the length in its key
+        names.remove("cudnn")
+        refused["cudnn"] = "it plans anew for each length, and MoD's evaluation has many"
+    seconds = compare(names, shape, device, dtype, deterministic, refused)
+    if not auto and choice in seconds:
+        return choice, "as asked; agrees with fp32 math"
+    if not auto:
+        return "sdpa", f"{choice} does not work here ({refused[choice]})"
+    layers = sum(shape.lengths.values())
+    times = [f"{name} {1e3 * s / layers:.2f} ms" for name, s in seconds.items()]
+    reasons = [", ".join(times) or "torch decides, since nothing else works"]
+    reasons += [f"no {name}: {why}" for name, why in refused.items()]
+    return min(seconds, key=seconds.get, default="sdpa"), "; ".join(reasons)
+
+
+def compare(names, shape: Shape, device, dtype, deterministic, refused: dict) -> dict[str, float]:
+    """{backend: seconds of all layers, forward and backward} of those that are right at every
+    length; why the others are not goes to `refused`."""
+    seconds = dict.fromkeys(names, 0.0)
+    for T, layers in shape.lengths.items():
+        inputs, dout = sample(shape, T, device, dtype)
+        want = softmax_attention(*inputs, dout)
+        with settings(deterministic), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for name in list(seconds):
+                said.clear()
+                try:
+                    seconds[name] += layers * trial(name, inputs, dout, want)
+                except Exception as error:  # a kernel can fail in any way, and must stop no run
+                    refused[name] = reason(error, [str(warning.message) for warning in said])
+                    del seconds[name]
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def sample(shape: Shape, T: int, device, dtype):
+    """Random [q, k, v] in the strides that model.Attention gives them, and the output's gradient.
+
+    All rows are alike, so that one row's formula is every row's.
+    """
+    H, G, D = shape.heads, shape.kv_heads, shape.head_dim
+    rows = max(1, min(shape.rows, MOST_TOKENS // T))
+    generator = torch.Generator(device).manual_seed(0)
+    row = torch.randn(1, T, H + 2 * G + H, D, generator=generator, device=device).to(dtype)
+    parts = row.expand(rows, -1, -1, -1).split((H + 2 * G, H), 2)
+    qkv, dout = (t.contiguous() for t in parts)
+    q, k, v = qkv.split((H, G, G), 2)
+    q, k = q.contiguous(), k.contiguous()  # as RoPE makes them; v stays a part of qkv
+    return [t.detach().requires_grad_() for t in (q, k, v)], dout
+
+
+def softmax_attention(q, k, v, dout) -> list:
+    """[y, dq, dk, dv] of the first row, each (T, H or G, D), in fp32 (fp64 stays fp64); the scores
+    of some queries at a time."""
+    q, k, v, dout = (t[0].detach().transpose(0, 1) for t in (q, k, v, dout))  # (H or G, T, D)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, dout = (t.to(wide).requires_grad_() for t in (q, k, v, dout))
+    H, T, D = q.shape
+    ys, dqs, dk, dv = [], [], torch.zeros_like(k), torch.zeros_like(v)
+    at = torch.arange(T, device=q.device)
+    step = max(1, MOST_SCORES // (H * T))
+    for own, part, dy in zip(at.split(step), q.split(step, 1), dout.split(step, 1)):
+        keys, values = (t.repeat_interleave(H // t.shape[0], 0) for t in (k, v))
+        scores = part @ keys.transpose(1, 2) * D**-0.5
+        y = scores.masked_fill(at > own[:, None], -torch.inf).softmax(-1) @ values
+        ys.append(y.detach())
+        dq, more_dk, more_dv = torch.autograd.grad(y, (part, k, v), dy)
+        dqs.append(dq)
+        dk += more_dk
+        dv += more_dv
+    return [t.transpose(0, 1) for t in (torch.cat(ys, 1), torch.cat(dqs, 1), dk, dv)]
+
+
+def trial(name: str, inputs, dout, want) -> float:
+    """Seconds of forward and backward. ArithmeticError where output or gradients are wrong."""
+    step = functools.partial(kernels.attention, backend=name, alone=True)
+    got = fwd_bwd(step, inputs, dout)
+    error = max_error(got, want)
+    if not error <= TOLERANCE[dout.dtype]:  # so written that a NaN fails too
+        raise ArithmeticError(f"differs from fp32 math by {error:.1e}")
+    return best_time(lambda: fwd_bwd(step, inputs, dout), dout.device)
+
+
+def max_error(got, want) -> float:
+    """The largest error of a position, relative to what is there; where that is next to nothing
+    (the first token has no dq), to a tenth of what there is on average."""
+    errors = []
+    for g, w in zip(got, want):
+        error = (g.to(w.dtype) - w).flatten(2).norm(dim=2)  # (B, T)
+        size = w.flatten(1).norm(dim=1)
+        mean = size.square().mean().sqrt().clamp(min=1e-2)
+        errors.append((error / (size + 0.1 * mean)).max())
+    return torch.stack(errors).max().item()
+
+
+@contextlib.contextmanager
+def settings(deterministic: bool):
+    """As the run will have them: under `deterministic` torch has no cuDNN, and flash is slower."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def reason(error: Exception, warned: list[str]) -> str:
+    """In one line. torch warns of why a kernel refuses, and that the others are switched off."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    own = [t for t in warned if "runtime disabled" not in t and "not used because" not in t]
+    text = own[-1].partition(" (Triggered")[0] if own else str(error)
+    return f"{type(error).__name__}: {text.strip().partition(chr(10))[0][:120]}"
