@@ -517,11 +517,8 @@ def recomputed(run, how: str, random: bool, *args):
 
 
 def head_rows(V: int, C: int, itemsize: int, cuda: bool) -> int:
-    """Tokens whose logits HeadLoss holds at a time.
-
-    On a CPU 16 MB of them, in fp32. On CUDA as many bytes as the head's gradient takes, which is
-    there anyway: fewer tokens would read and write that too often, more would gain little.
-    """
+    """Tokens whose logits HeadLoss holds at a time: on a CPU 16 MB of them; on CUDA as many bytes
+    as the head's gradient takes: with fewer tokens that would be read and written too often."""
     if cuda:
         return max(64, max(1 << 26, 4 * V * C) // (V * itemsize))
     return max(64, (1 << 22) // V)
@@ -599,9 +596,9 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 % for
-        all that lies below the head, and for the head itself not. So it multiplies in fp32, and in
-        place, for both are large (torch refuses a second backward then)."""
+        """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 %
+        below the head, and for the head itself not. So it multiplies in fp32, and in place, for
+        both are large (torch refuses a second backward then)."""
         dx, dW = ctx.saved_tensors
         for part in dx.split(4096):  # rows: of 32 MB in fp32 at a width of 2,048
             part.copy_(part.float() * grad)
@@ -643,9 +640,8 @@ def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), fused_loss (no; see HeadLoss), backend (sdpa), recompute in
-    backward (none; block: all of it; selective: all but the matmuls), causal (see AttentionInputs).
-    ValueError without a vocabulary.
+    compute_dtype (fp32), z_loss (0), fused_loss (see HeadLoss), backend (sdpa), recompute in
+    backward (none; block: all; selective: all but the matmuls), causal (see AttentionInputs).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -711,16 +707,14 @@ class Transformer(nn.Module):
         return self.embed.weight if self.cfg.tie_embeddings else self.head.weight
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
-        """idx (B, T) long.
+        """idx (B, T) long -> without targets logits (B, T, V) in the compute dtype.
 
-        Without targets: logits (B, T, V) in the compute dtype.
         With a cache: idx continues each row; -1 pads rows on the right; logits (B, V) of each row's
         last real token.
         With targets (B, T), negative = ignored: (total, sums). total is what is differentiated, a
         sum over the valid targets. sums are tensors by name: ce, z (z-loss), count (valid targets)
         and in training the sparse layers' (model_moe.SUMS and MOD_SUMS); without gradients correct;
-        of a model with MoD in evaluation depth (layers, 2): valid tokens that were kept, and that
-        the rules agree on.
+        in evaluation of MoD depth (layers, 2): valid tokens kept, and those the rules agree on.
         """
         if cache is None:
             pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)

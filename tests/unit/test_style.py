@@ -40,7 +40,7 @@ PROMISES = {
 }
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
-    "model.py": 890,
+    "model.py": 884,
     "model_moe.py": 465,
 }
 
