@@ -1,0 +1,378 @@
+"""A GPU that is not there: tensors that say cuda:0 and compute on the CPU.
+
+What is wrong on a CPU build of torch with `device: cuda` is wrong here in the same way: an operator
+given tensors of two devices raises. What only costs time on a GPU is written down in READS: each
+place where the host reads a tensor of the device, or waits for it. And what a GPU does later
+happens later: a copy to the host with non_blocking=True holds garbage until its event was waited
+for. Numbers are true, so the trainer trains, evaluates, saves and makes text. Kernels are not
+those of a GPU: nothing here says that one compiles, is right or is fast.
+
+    python tests/fake_cuda.py PYTEST'S WORDS
+
+runs tests in a process with such a GPU: before torch is imported fake_cuda.cpp must have told it.
+"""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def torch_folder() -> Path:
+    """Where torch lies, without importing it."""
+    return Path(find_spec("torch").submodule_search_locations[0])
+
+
+def load(folder: str) -> None:
+    """Compile fake_cuda.cpp into `folder` and register it. Before `import torch`."""
+    torch_at, library = torch_folder(), f"{folder}/fake_cuda.so"
+    words = [compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_at}/include"]
+    words += [f"{ROOT}/tests/fake_cuda.cpp", "-o", library]
+    words += [f"-L{torch_at}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_at}/lib"]
+    subprocess.run(words, check=True)
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL).register_fake_cuda()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        load(folder)
+    import pytest
+
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    raise SystemExit(pytest.main(sys.argv[1:]))
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+
+# On a GPU the shape of their result depends on numbers, so the host waits for these; or they are
+# numbers of the host themselves
+WAITS = {
+    "_local_scalar_dense": "item",
+    "equal": "equal",
+    "nonzero": "nonzero",
+    "masked_select": "masked_select",
+    "repeat_interleave": "repeat_interleave",
+    "bincount": "bincount",
+    "_unique2": "unique",
+    "unique_consecutive": "unique",
+}
+
+# ---------------------------------------------------------------- what the host waits for
+
+
+class Reads:
+    """Where the host read a tensor of the device or waited for it: "file function what" -> times.
+    Only what happens within `with READS:` is written down."""
+
+    def __init__(self):
+        self.on = False
+        self.found = Counter()
+        self.lines = []  # the same with line numbers, for whoever reads a failure
+
+    def __enter__(self):
+        self.on, self.found, self.lines = True, Counter(), []
+        return self
+
+    def __exit__(self, *_):
+        self.on = False
+
+    def add(self, what: str) -> None:
+        if not self.on:
+            return
+        frame = sys._getframe(1)
+        while frame and not ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        place = ("?", "?", 0)
+        if frame:
+            name = str(Path(frame.f_code.co_filename).relative_to(ROOT))
+            place = (name, frame.f_code.co_name, frame.f_lineno)
+        self.found[f"{place[0]} {place[1]} {what}"] += 1
+        self.lines.append(f"{place[0]}:{place[2]} in {place[1]}: {what}")
+
+    def are(self, allowed: dict[str, int] | None = None) -> None:
+        """Exactly these reads, so that one more fails."""
+        assert dict(self.found) == (allowed or {}), "\n" + "\n".join(self.lines)
+
+
+@functools.cache
+def ours(file: str) -> bool:
+    path = Path(file)
+    return path.is_relative_to(ROOT) and path.parent.name != "tests"
+
+
+READS = Reads()
+
+# ---------------------------------------------------------------- tensors
+
+
+class FakeCuda(torch.Tensor):
+    """A tensor that says cuda:0; `inner`, on the CPU, has its numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        like = {"dtype": inner.dtype, "strides": inner.stride()}
+        like["storage_offset"] = inner.storage_offset()
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device=CUDA, **like)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __repr__(self):
+        READS.add("print")
+        return f"FakeCuda({self.inner})"
+
+    def tolist(self):
+        READS.add("tolist")
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+class Gpu(TorchDispatchMode):
+    """Within it, what is made with device="cuda" is a FakeCuda."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def is_cuda(x) -> bool:
+    return isinstance(x, FakeCuda)
+
+
+def run(func, args, kwargs):
+    """One operator, as a GPU's torch would run it."""
+    if func.namespace == "lumen":  # our own: what it does is to be seen too
+        with Gpu():
+            return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    leaves = tree_leaves((args, kwargs))
+    there = any(map(is_cuda, leaves))
+    QUEUED[0] += there
+    if name == "_pin_memory":
+        return pinned(args[0].clone())
+    if name == "is_pinned":
+        return getattr(args[0], "pinned", False)
+    if name == "copy_":
+        return copy(*args, **kwargs)
+    if name == "_to_copy":
+        return to_copy(func, *args, **kwargs)
+    if there:
+        one_device(name, leaves)
+        look(name, args)
+    device = kwargs.get("device")
+    on_gpu = there if device is None else torch.device(device).type == "cuda"
+    if device is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    pin = kwargs.get("pin_memory")
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
+    if on_gpu:
+        out = tree_map(wrap, out)
+    if pin:
+        pinned(out)
+    if there and aliases(func):
+        return return_and_correct_aliasing(func, args, kwargs, out)
+    return out
+
+
+@functools.cache
+def aliases(func) -> bool:
+    """Whether it writes into an argument or returns a view of one."""
+    return any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns))
+
+
+def inner(x):
+    return x.inner if is_cuda(x) else x
+
+
+def wrap(x):
+    return FakeCuda(x) if isinstance(x, torch.Tensor) else x
+
+
+def pinned(x):
+    x.pinned = True
+    return x
+
+
+def one_device(name: str, leaves: list) -> None:
+    """Beside tensors of the GPU an operator takes only numbers from the CPU, and indices."""
+    others = [x for x in leaves if isinstance(x, torch.Tensor) and not is_cuda(x)]
+    for x in others:
+        if name in ("index", "index_put_", "index_put", "_index_put_impl_") and x.dim():
+            READS.add("index on the CPU")  # torch copies it, and waits
+        elif x.dim():
+            raise RuntimeError(f"aten::{name}: a tensor {tuple(x.shape)} is on the CPU, not cuda:0")
+
+
+def look(name: str, args) -> None:
+    """Write down where the host waits."""
+    if name in WAITS:
+        READS.add(WAITS[name])
+    if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
+        masks = [x for x in args[1] if is_cuda(x) and x.dtype in (torch.bool, torch.uint8)]
+        filled = name != "index" and args[2].numel() == 1  # torch makes a masked_fill of it
+        if masks and not filled:
+            READS.add("mask as index")
+
+
+# ---------------------------------------------------------------- copies between host and device
+
+ON_THE_WAY = []  # copies to the host: (host's tensor, numbers)
+
+
+def send(host, source) -> None:
+    """What the host sees before it has waited is not what it asked for."""
+    ON_THE_WAY.append((host, source.inner.to(host.dtype).clone()))
+    host.fill_(torch.nan if host.is_floating_point() else 1)
+
+
+def arrive(upto: int) -> None:
+    """The first so many copies arrive."""
+    for host, numbers in ON_THE_WAY[:upto]:
+        host.copy_(numbers)
+    del ON_THE_WAY[:upto]
+    Event.arrived += upto
+
+
+def copy(to, source, non_blocking=False):
+    if is_cuda(to) and is_cuda(source):
+        to.inner.copy_(source.inner)
+    elif is_cuda(to):
+        crossing(source, source, non_blocking)
+        arrive(len(ON_THE_WAY))  # in the order in which they were queued
+        to.inner.copy_(source)
+    elif is_cuda(source) and crossing(source, to, non_blocking):
+        send(to, source)
+    else:
+        to.copy_(inner(source))
+    return to
+
+
+def to_copy(func, x, device=None, non_blocking=False, pin_memory=None, **kwargs):
+    to_gpu = is_cuda(x) if device is None else torch.device(device).type == "cuda"
+    if not to_gpu and is_cuda(x):
+        READS.add("copy to the host")
+    elif to_gpu and not is_cuda(x):
+        crossing(x, x, non_blocking)
+        arrive(len(ON_THE_WAY))
+    if device is not None:
+        kwargs["device"] = torch.device("cpu")
+    out = func(inner(x), **kwargs)
+    if to_gpu and out is inner(x):
+        out = out.clone()
+    return FakeCuda(out) if to_gpu else out
+
+
+def crossing(source, of_host, non_blocking) -> bool:
+    """Whether a copy between host and device is one that nobody waits for; written down if not."""
+    free = non_blocking and getattr(of_host, "pinned", False)
+    if not free:
+        READS.add("copy to the host" if is_cuda(source) else "copy to the device")
+    return free
+
+
+# ---------------------------------------------------------------- torch.cuda
+
+
+class Event:
+    """Whoever has waited for it has all copies that were queued before."""
+
+    arrived = 0  # copies to the host, in all
+    waits = []  # how many operators were queued between an event and the wait for it
+
+    def __init__(self, enable_timing=False):
+        self.copies = self.operators = 0
+
+    def record(self, stream=None):
+        self.copies = Event.arrived + len(ON_THE_WAY)
+        self.operators = QUEUED[0]
+
+    def synchronize(self):
+        Event.waits.append(QUEUED[0] - self.operators)
+        arrive(max(0, self.copies - Event.arrived))
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+QUEUED = [0]  # operators, in all
+
+
+def synchronize(device=None):
+    READS.add("synchronize")
+    arrive(len(ON_THE_WAY))
+
+
+class Properties:
+    name, total_memory, multi_processor_count = "NVIDIA H100 80GB HBM3", 80 << 30, 132
+    major, minor = 9, 0
+
+
+ANSWERS = {
+    "_lazy_init": None,
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "set_device": None,
+    "get_device_capability": (9, 0),
+    "get_device_name": Properties.name,
+    "get_device_properties": Properties,
+    "is_bf16_supported": True,
+    "empty_cache": None,
+    "memory_allocated": 1 << 20,
+    "memory_reserved": 1 << 20,
+    "max_memory_allocated": 1 << 20,
+    "max_memory_reserved": 1 << 20,
+    "reset_peak_memory_stats": None,
+    "memory_stats": {},
+    "mem_get_info": (80 << 30, 80 << 30),
+}
+
+
+def plug_in(monkeypatch) -> None:
+    """torch.cuda says that there is one."""
+    # torch.tensor(1.0, device="cuda") is made on the CPU and then copied, where it is seen
+    torch._C._set_only_lift_cpu_tensors(True)
+    for name, answer in ANSWERS.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+class Launch:
+    """A Triton kernel that looks at where its tensors are; the interpreter computes it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grid = kernel, None
+
+    def __getitem__(self, grid):
+        launch = Launch(self.kernel)
+        launch.grid = grid
+        return launch
+
+    def __call__(self, *args, **kwargs):
+        leaves, _ = tree_flatten((args, kwargs))
+        for x in leaves:
+            assert is_cuda(x) or not isinstance(x, torch.Tensor), "a kernel got a tensor of the CPU"
+        with torch.utils._python_dispatch._disable_current_modes():
+            self.kernel[self.grid](*map(inner, args), **kwargs)
