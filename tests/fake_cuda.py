@@ -113,7 +113,7 @@ class Reads:
 @functools.cache
 def ours(file: str) -> bool:
     path = Path(file)
-    return path.is_relative_to(ROOT) and path.parent.name != "tests"
+    return path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
 
 
 READS = Reads()
