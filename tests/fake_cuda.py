@@ -54,11 +54,9 @@ if __name__ == "__main__":
 
 import torch
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CUDA = torch.device("cuda", 0)
-aten = torch.ops.aten
 
 # On a GPU the shape of their result depends on numbers, so the host waits for these; or they are
 # numbers of the host themselves
@@ -165,48 +163,56 @@ def run(func, args, kwargs):
         with Gpu():
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
     name = func.overloadpacket.__name__
-    leaves = tree_leaves((args, kwargs))
-    there = any(map(is_cuda, leaves))
+    if name in OURS:
+        return OURS[name](func, *args, **kwargs)
+    tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+    there = any(map(is_cuda, tensors))
     QUEUED[0] += there
-    if name == "_pin_memory":
-        return pinned(args[0].clone())
-    if name == "is_pinned":
-        return getattr(args[0], "pinned", False)
-    if name == "copy_":
-        return copy(*args, **kwargs)
-    if name == "_to_copy":
-        return to_copy(func, *args, **kwargs)
     if there:
-        one_device(name, leaves)
+        one_device(name, tensors)
         look(name, args)
     device = kwargs.get("device")
     on_gpu = there if device is None else torch.device(device).type == "cuda"
+    kwargs_inside = {key: inner(value) for key, value in kwargs.items() if key != "pin_memory"}
     if device is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    pin = kwargs.get("pin_memory")
-    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
-    if on_gpu:
-        out = tree_map(wrap, out)
-    if pin:
-        pinned(out)
-    if there and aliases(func):
-        return return_and_correct_aliasing(func, args, kwargs, out)
-    return out
+        kwargs_inside["device"] = torch.device("cpu")
+    out = func(*map(inner, args), **kwargs_inside)
+    if kwargs.get("pin_memory"):
+        return pinned(out)
+    if there and writes(func):
+        found = [args[at] if at < len(args) else kwargs[name] for at, name in writes(func)]
+        return found[0] if len(found) == 1 else tuple(found)
+    return wrap(out) if on_gpu else out
 
 
 @functools.cache
-def aliases(func) -> bool:
-    """Whether it writes into an argument or returns a view of one."""
-    return any(a.alias_info for a in (*func._schema.arguments, *func._schema.returns))
+def writes(func) -> list[tuple[int, str]]:
+    """Which of its arguments it writes into and returns."""
+    schema = func._schema
+    if not any(r.alias_info and r.alias_info.is_write for r in schema.returns):
+        return []
+    known = enumerate(schema.arguments)
+    return [(at, a.name) for at, a in known if a.alias_info and a.alias_info.is_write]
+
+
+def tensors_of(args):
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_of(x)
 
 
 def inner(x):
-    return x.inner if is_cuda(x) else x
+    if is_cuda(x):
+        return x.inner
+    return type(x)(map(inner, x)) if type(x) in (list, tuple) else x
 
 
 def wrap(x):
-    return FakeCuda(x) if isinstance(x, torch.Tensor) else x
+    if isinstance(x, torch.Tensor):
+        return FakeCuda(x)
+    return type(x)(map(wrap, x)) if isinstance(x, (list, tuple)) else x
 
 
 def pinned(x):
@@ -214,10 +220,11 @@ def pinned(x):
     return x
 
 
-def one_device(name: str, leaves: list) -> None:
+def one_device(name: str, tensors: list) -> None:
     """Beside tensors of the GPU an operator takes only numbers from the CPU, and indices."""
-    others = [x for x in leaves if isinstance(x, torch.Tensor) and not is_cuda(x)]
-    for x in others:
+    for x in tensors:
+        if is_cuda(x):
+            continue
         if name in ("index", "index_put_", "index_put", "_index_put_impl_") and x.dim():
             READS.add("index on the CPU")  # torch copies it, and waits
         elif x.dim():
@@ -254,7 +261,7 @@ def arrive(upto: int) -> None:
     Event.arrived += upto
 
 
-def copy(to, source, non_blocking=False):
+def copy(func, to, source, non_blocking=False):
     if is_cuda(to) and is_cuda(source):
         to.inner.copy_(source.inner)
     elif is_cuda(to):
@@ -290,6 +297,16 @@ def crossing(source, of_host, non_blocking) -> bool:
         READS.add("copy to the host" if is_cuda(source) else "copy to the device")
     return free
 
+
+def pin(func, x, *_):
+    return pinned(x.clone())
+
+
+def is_pinned(func, x, *_):
+    return getattr(x, "pinned", False)
+
+
+OURS = {"copy_": copy, "_to_copy": to_copy, "_pin_memory": pin, "is_pinned": is_pinned}
 
 # ---------------------------------------------------------------- torch.cuda
 
@@ -371,8 +388,6 @@ class Launch:
         return launch
 
     def __call__(self, *args, **kwargs):
-        leaves, _ = tree_flatten((args, kwargs))
-        for x in leaves:
-            assert is_cuda(x) or not isinstance(x, torch.Tensor), "a kernel got a tensor of the CPU"
-        with torch.utils._python_dispatch._disable_current_modes():
+        assert all(map(is_cuda, tensors_of(args))), "a kernel got a tensor of the CPU"
+        with _disable_current_modes():
             self.kernel[self.grid](*map(inner, args), **kwargs)

@@ -57,7 +57,7 @@ def keys(tiny):
 
     def make(name="run", model=None, **changes):
         run = {"device": "cuda", "z_loss": 1e-4, "expert_backend": "grouped_mm", "save_interval": 0}
-        run |= {"log_interval": 2, "max_steps": 5}
+        run |= {"log_interval": 2, "max_steps": 5, "eval_tokens": 256}
         run["orchestrator"] = {"check_interval": 2, "snapshot_interval": 3}
         return tiny(name, model, **run | changes)
 
@@ -192,7 +192,7 @@ def alike(a: Trainer, b: Trainer) -> None:
 @pytest.mark.parametrize("kind", grid(MODELS, quick={("hybrid",)}))
 def test_a_run_is_that_of_a_cpu(keys, kind):
     model = MODELS[kind] | {"dropout": 0.0}
-    alike(*both(keys, model=model, max_steps=8, save_interval=4, log_interval=1))
+    alike(*both(keys, model=model, max_steps=6, save_interval=3, log_interval=1))
 
 
 def test_a_bad_step_is_dropped_like_on_a_cpu(keys):
@@ -229,6 +229,7 @@ def test_back_to_a_snapshot_like_on_a_cpu(keys, kind):
     assert gpu.cursor > gpu.step * gpu.run.rows_per_step, "it went back"
 
 
+@nightly
 def test_a_resumed_run_has_the_bits_of_one_never_stopped(keys):
     how = {"model": MODELS["hybrid"], "precision": "mixed_fp16", "save_interval": 3}
     how |= {"lr_schedule": "constant"}
