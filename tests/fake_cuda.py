@@ -162,6 +162,9 @@ def run(func, args, kwargs):
     if func.namespace == "lumen":  # our own: what it does is to be seen too
         with Gpu():
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
+    if composite(func):  # below autograd nobody has taken it apart: item, to, matmul
+        with Gpu():
+            return func.decompose(*args, **kwargs)
     name = func.overloadpacket.__name__
     if name in OURS:
         return OURS[name](func, *args, **kwargs)
@@ -183,6 +186,11 @@ def run(func, args, kwargs):
         found = [args[at] if at < len(args) else kwargs[name] for at, name in writes(func)]
         return found[0] if len(found) == 1 else tuple(found)
     return wrap(out) if on_gpu else out
+
+
+@functools.cache
+def composite(func) -> bool:
+    return func._can_decompose()
 
 
 @functools.cache
