@@ -1,61 +1,24 @@
 """A GPU that is not there: tensors that say cuda:0 and compute on the CPU.
 
-What is wrong on a CPU build of torch with `device: cuda` is wrong here in the same way: an operator
-given tensors of two devices raises. What only costs time on a GPU is written down in READS: each
-place where the host reads a tensor of the device, or waits for it. And what a GPU does later
-happens later: a copy to the host with non_blocking=True holds garbage until its event was waited
-for. Numbers are true, so the trainer trains, evaluates, saves and makes text. Kernels are not
-those of a GPU: nothing here says that one compiles, is right or is fast.
+An operator given tensors of both devices raises, as on a GPU. What only costs time there is written
+down in READS: each place where the host reads a tensor of the device, or waits for it. What a GPU
+does later happens later: a copy to the host with non_blocking=True holds garbage until its event
+was waited for. Numbers are true, so the trainer trains, evaluates, saves and makes text. But
+kernels are the CPU's: nothing here says that one of a GPU exists, is right or is fast.
 
-    python tests/fake_cuda.py PYTEST'S WORDS
-
-runs tests in a process with such a GPU: before torch is imported fake_cuda.cpp must have told it.
+The process must have been started by with_fake_cuda.py.
 """
 
-import ctypes
 import functools
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("clang++")
-
-
-def torch_folder() -> Path:
-    """Where torch lies, without importing it."""
-    return Path(find_spec("torch").submodule_search_locations[0])
-
-
-def load(folder: str) -> None:
-    """Compile fake_cuda.cpp into `folder` and register it. Before `import torch`."""
-    torch_at, library = torch_folder(), f"{folder}/fake_cuda.so"
-    words = [compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_at}/include"]
-    words += [f"{ROOT}/tests/fake_cuda.cpp", "-o", library]
-    words += [f"-L{torch_at}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_at}/lib"]
-    subprocess.run(words, check=True)
-    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL).register_fake_cuda()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        load(folder)
-    import pytest
-
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    raise SystemExit(pytest.main(sys.argv[1:]))
 
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
 
 # On a GPU the shape of their result depends on numbers, so the host waits for these; or they are

@@ -10,14 +10,13 @@ import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import losses, read_lines
+from conftest import read_lines
 from fake_cuda import READS, Event
 from rig import actions, at_iteration, faulty, finish
 from sparse_models import KINDS, make
 
 import kernels_triton
 from lumen import experts, machine, sampling
-from lumen.optim import build_optimizer
 from lumen.parallel import Parallel
 from model import Transformer
 from train import Trainer
@@ -62,6 +61,13 @@ def keys(tiny):
         return tiny(name, model, **run | changes)
 
     return make
+
+
+class Replica(Parallel):
+    """What surgery and the checksum ask of Parallel."""
+
+    def __init__(self):
+        self.world = 1
 
 
 # ---------------------------------------------------------------- the device itself
@@ -241,6 +247,15 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(keys):
     assert all(torch.equal(mine[name].inner, other[name].inner) for name in other)
 
 
+def test_the_checksum_of_weights_is_that_of_a_cpu():
+    model = make(**MODELS["fine"])
+    there = on_gpu(model)
+    with READS:
+        mine = Replica().checksum(there)
+    READS.are()
+    assert mine.is_cuda and mine.inner == Replica().checksum(model)
+
+
 # ---------------------------------------------------------------- backends
 
 
@@ -353,11 +368,9 @@ def test_text_by_every_rule_in_half_precision(dtype):
 def surgery(model, optimizer) -> list:
     """Split, prune, restore, recycle, release; what the routers say afterwards."""
     layers = model.sparse_layers("moe")
-    moe = layers[0]
-    rows = Parallel
+    moe, rows = layers[0], Replica()
     with torch.no_grad():
         moe.router.load.copy_(torch.tensor([0.4, 0.3, 0.3, 0.0, 0.0, 0.0]))
-    rows = Replica()
     said = [experts.add_expert(moe, optimizer, 1, rows)]
     experts.prune_expert(moe, 2, 3, optimizer=optimizer, rows=rows)
     experts.restore_expert(moe, 3, 3)
@@ -366,13 +379,6 @@ def surgery(model, optimizer) -> list:
     experts.release_parted(layers, 50, rows, said.append)
     said.append(experts.slots_of(moe))
     return said
-
-
-class Replica(Parallel):
-    """What surgery asks of Parallel."""
-
-    def __init__(self):
-        self.world = 1
 
 
 def test_surgery_on_the_device_is_that_of_a_cpu(keys):
