@@ -30,7 +30,7 @@ MODELS = KINDS | {
     "annealed": {"mod_capacity": 0.25, "mod_anneal_steps": 8},
 }
 PRECISIONS = ("fp32", "mixed_bf16", "mixed_fp16")
-QUICK = {("dense", "mixed_fp16"), ("hybrid", "mixed_bf16"), ("thinned", "fp32")}
+QUICK = {("dense", "mixed_fp16"), ("hybrid", "mixed_bf16")}
 
 
 def grid(*axes, quick):
@@ -198,17 +198,17 @@ def alike(a: Trainer, b: Trainer) -> None:
 @pytest.mark.parametrize("kind", grid(MODELS, quick={("hybrid",)}))
 def test_a_run_is_that_of_a_cpu(keys, kind):
     model = MODELS[kind] | {"dropout": 0.0}
-    alike(*both(keys, model=model, max_steps=6, save_interval=3, log_interval=1))
+    alike(*both(keys, model=model, max_steps=4, save_interval=2, log_interval=1))
 
 
 def test_a_bad_step_is_dropped_like_on_a_cpu(keys):
-    # a NaN, an overflow of fp16's kind, and two healthy steps between them
-    spoils = faulty([3, 6], value=math.nan)
-    gpu, cpu = both(keys, spoils, model={"dropout": 0.0}, max_steps=9, log_interval=1)
+    spoils = faulty([2, 5], value=math.nan)
+    gpu, cpu = both(keys, spoils, model={"dropout": 0.0}, max_steps=6, log_interval=1)
     alike(gpu, cpu)
     assert gpu.orchestrator.dropped == cpu.orchestrator.dropped == 2
 
 
+@nightly
 def test_out_of_memory_is_learned_a_step_later_and_loses_nothing(keys):
     def act(trainer):
         def hook(module, inputs):
