@@ -30,9 +30,10 @@ from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
 from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted
+from lumen.feed import to_host
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, Sums, dummy_batch, mix
-from lumen.machine import free_memory, to_host
+from lumen.machine import free_memory
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
@@ -630,9 +631,8 @@ class Trainer(ByHand):
             numbers |= self.routing.numbers()
         vector, shapes = flatten(numbers)
         host, arrived = to_host(vector)  # nobody waits here
-        marks = self.watch.take_marks()
-        iteration = self.orchestrator.iteration
-        return Pending(self.step, self.cursor, iteration, lr, host, shapes, arrived, marks)
+        place = (self.step, self.cursor, self.orchestrator.iteration)
+        return Pending(*place, lr, host, shapes, arrived, self.watch.take_marks())
 
     def finish_pending_step(self) -> StepNumbers | None:
         """Take the numbers of the pending step off the device: count tokens, observe, log."""

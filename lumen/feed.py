@@ -1,4 +1,5 @@
-"""Token ids on their way from the host to the device."""
+"""Between the host and the device: batches on their way there, numbers on their way back, and when
+to wait."""
 
 from __future__ import annotations
 
@@ -61,3 +62,33 @@ class Feed:
 
     def without_stream(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+# ---------------------------------------------------------------- the way back, and waiting
+
+
+def to_host(numbers: torch.Tensor) -> tuple:
+    """A copy on its way to the host, and the event that says it has arrived (None: it has)."""
+    if not numbers.is_cuda:
+        return numbers.cpu(), None
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def synchronize(device) -> None:
+    """Wait until a device has done all that was queued; a CPU has."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def event_now():
+    """A CUDA event that is over when all that was queued before it is."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -25,6 +25,7 @@ import torch
 import kernels
 from lumen.cards import data_sheet
 from lumen.errors import UserError
+from lumen.feed import synchronize
 from lumen.launch import Words, command, environment
 
 # torch, oldest first: on which the tests were run (2.11, 2.14: most)
@@ -334,36 +335,6 @@ def free_memory(device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------- the host and the GPU
-
-
-def to_host(numbers: torch.Tensor) -> tuple:
-    """A copy on its way to the host, and the event that says it has arrived (None: it has)."""
-    if not numbers.is_cuda:
-        return numbers.cpu(), None
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    host.copy_(numbers, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
-
-
-def synchronize(device) -> None:
-    """Wait until a device has done all that was queued; a CPU has."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind == "mps":
-        torch.mps.synchronize()
-
-
-def event_now():
-    """A CUDA event that is over when all that was queued before it is."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 # ---------------------------------------------------------------- the report

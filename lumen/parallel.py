@@ -18,7 +18,7 @@ from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.failure import lost_peer
-from lumen.feed import Feed
+from lumen.feed import Feed, synchronize
 from lumen.launch import environment
 from lumen.optim import state_bytes
 from model import Transformer
@@ -227,6 +227,6 @@ class Parallel:
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
-            machines.synchronize(self.device)  # no collective is on its way any more
+            synchronize(self.device)  # no collective is on its way any more
             self.all_reduce_max([0])  # a barrier over gloo: torch's own may choose NCCL
             dist.destroy_process_group()

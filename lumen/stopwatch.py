@@ -6,7 +6,7 @@ import math
 import time
 from typing import NamedTuple
 
-from lumen.machine import event_now
+from lumen.feed import event_now
 
 PARTS = ("data", "compute", "communication", "update", "evaluation", "checkpoint", "other")
 

@@ -13,8 +13,8 @@ import time
 import torch
 
 import kernels
+from lumen.feed import synchronize
 from lumen.launch import environment
-from lumen.machine import synchronize
 from model import cross_entropy
 from model_moe import plain_experts
 

@@ -25,6 +25,7 @@ from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
 from lumen.exchange import AllToAll, Combine
+from lumen.feed import synchronize
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
@@ -585,7 +586,7 @@ def copy_bandwidth(device: torch.device) -> float:
     for _ in range(3):
         start = time.perf_counter()
         block.clone()
-        machines.synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * len(block) / best
 

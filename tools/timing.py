@@ -15,6 +15,7 @@ import torch
 
 from lumen import machine as machines
 from lumen.errors import a_path
+from lumen.feed import synchronize
 from lumen.launch import Words
 from lumen.machine import compiled_so_far, free_memory, git_commit, human_number
 
@@ -38,11 +39,11 @@ def options(words: list[str], **known) -> argparse.Namespace:
 def seconds_of(run, device) -> float:
     """Of one run(); one in which something was compiled does not count and is done again."""
     for _ in range(8):
-        machines.synchronize(device)
+        synchronize(device)
         before = compiled_so_far()
         began = time.perf_counter()
         run()
-        machines.synchronize(device)
+        synchronize(device)
         seconds = time.perf_counter() - began
         if compiled_so_far() == before:
             return seconds

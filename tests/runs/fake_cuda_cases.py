@@ -16,7 +16,7 @@ from rig import actions, at_iteration, faulty, finish
 from sparse_models import KINDS, make
 
 import kernels_triton
-from lumen import experts, machine, sampling
+from lumen import experts, feed, machine, sampling
 from lumen.parallel import Parallel
 from model import Transformer
 from train import Trainer
@@ -115,7 +115,7 @@ def test_what_a_gpu_waits_for_is_written_down():
 def test_a_copy_to_the_host_is_garbage_until_it_was_waited_for():
     x = torch.arange(3.0, device="cuda")
     with READS:
-        host, arrived = machine.to_host(x)
+        host, arrived = feed.to_host(x)
         x += 1
         assert host.isnan().all()
         arrived.synchronize()

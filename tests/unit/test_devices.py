@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lumen import experts, machine, sums, tryout
+from lumen import experts, feed, machine, sums, tryout
 from model import ModelConfig, Transformer
 
 KINDS = {
@@ -71,9 +71,9 @@ def test_numbers_come_to_the_host_from_any_device():
     first, for to_host left the numbers where they were."""
     numbers = torch.arange(3.0)
     on_mps = SimpleNamespace(is_cuda=False, cpu=lambda: numbers)
-    host, arrived = machine.to_host(on_mps)
+    host, arrived = feed.to_host(on_mps)
     assert host is numbers and arrived is None
-    assert machine.to_host(numbers)[0] is numbers  # a CPU's are there: no copy
+    assert feed.to_host(numbers)[0] is numbers  # a CPU's are there: no copy
 
 
 def test_random_depths_by_the_causal_rule_on_mps(mps):
@@ -97,7 +97,7 @@ def test_a_measured_time_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append("cuda"))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
     for device in ("cpu", "mps", "cuda:1"):
-        machine.synchronize(device)
+        feed.synchronize(device)
     assert waited == ["mps", "cuda"]
     del waited[:]
     monkeypatch.setattr(tryout, "synchronize", waited.append)

@@ -55,7 +55,7 @@ def said(monkeypatch):
         return SimpleNamespace(device=torch.device("cuda", local_rank))
 
     monkeypatch.setattr(machine, "detect", detect)
-    monkeypatch.setattr(machine, "synchronize", note("synchronize"))
+    monkeypatch.setattr(parallel, "synchronize", note("synchronize"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: said.append(("set_device", d, None)))
     monkeypatch.setattr(parallel, "Feed", lambda device: None)
     return said
