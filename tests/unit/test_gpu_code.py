@@ -25,6 +25,12 @@ TENSOR_CORES |= {90: "wgmma", 100: "tcgen05"}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is there for Linux")
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_fresh_process():
+    """A Trainer's test before this one may have left deterministic algorithms on."""
+    torch.use_deterministic_algorithms(False)
+
+
 def compile_all(*words, timeout=600) -> list[dict]:
     """A row for each compiled variant, from `python -m tools.ptx`."""
     done = run_python("-m", "tools.ptx", "--json", *words, timeout=timeout, TRITON_INTERPRET="0")
