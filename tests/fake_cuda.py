@@ -9,6 +9,7 @@ kernels are the CPU's: nothing here says that one of a GPU exists, is right or i
 The process must have been started by with_fake_cuda.py.
 """
 
+import contextlib
 import functools
 import sys
 from collections import Counter
@@ -100,6 +101,9 @@ class FakeCuda(torch.Tensor):
         READS.add("print")
         return f"FakeCuda({self.inner})"
 
+    def record_stream(self, stream):
+        pass
+
     def tolist(self):
         READS.add("tolist")
         return self.inner.tolist()
@@ -129,8 +133,9 @@ def run(func, args, kwargs):
         with Gpu():
             return func.decompose(*args, **kwargs)
     name = func.overloadpacket.__name__
-    if name in OURS:
-        return OURS[name](func, *args, **kwargs)
+    ours = OURS.get(name) or OURS.get(f"{name}.{func._overloadname}")
+    if ours:
+        return ours(func, *args, **kwargs)
     tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
     there = any(map(is_cuda, tensors))
     QUEUED[0] += there
@@ -186,8 +191,11 @@ def wrap(x):
     return type(x)(map(wrap, x)) if isinstance(x, (list, tuple)) else x
 
 
+PINNED = {}  # storage -> a tensor of it, which is kept: no other may get the same memory
+
+
 def pinned(x):
-    x.pinned = True
+    PINNED[x.untyped_storage().data_ptr()] = x
     return x
 
 
@@ -232,12 +240,19 @@ def arrive(upto: int) -> None:
     Event.arrived += upto
 
 
+def arrive_in(host) -> None:
+    """What is on its way to this tensor comes before what is now read out of it."""
+    for to, numbers in ON_THE_WAY:
+        if to.untyped_storage().data_ptr() == host.untyped_storage().data_ptr():
+            to.copy_(numbers)
+
+
 def copy(func, to, source, non_blocking=False):
     if is_cuda(to) and is_cuda(source):
         to.inner.copy_(source.inner)
     elif is_cuda(to):
         crossing(source, source, non_blocking)
-        arrive(len(ON_THE_WAY))  # in the order in which they were queued
+        arrive_in(source)
         to.inner.copy_(source)
     elif is_cuda(source) and crossing(source, to, non_blocking):
         send(to, source)
@@ -252,7 +267,7 @@ def to_copy(func, x, device=None, non_blocking=False, pin_memory=None, **kwargs)
         READS.add("copy to the host")
     elif to_gpu and not is_cuda(x):
         crossing(x, x, non_blocking)
-        arrive(len(ON_THE_WAY))
+        arrive_in(x)
     if device is not None:
         kwargs["device"] = torch.device("cpu")
     out = func(inner(x), **kwargs)
@@ -263,7 +278,7 @@ def to_copy(func, x, device=None, non_blocking=False, pin_memory=None, **kwargs)
 
 def crossing(source, of_host, non_blocking) -> bool:
     """Whether a copy between host and device is one that nobody waits for; written down if not."""
-    free = non_blocking and getattr(of_host, "pinned", False)
+    free = non_blocking and of_host.untyped_storage().data_ptr() in PINNED
     if not free:
         READS.add("copy to the host" if is_cuda(source) else "copy to the device")
     return free
@@ -274,10 +289,18 @@ def pin(func, x, *_):
 
 
 def is_pinned(func, x, *_):
-    return getattr(x, "pinned", False)
+    return x.untyped_storage().data_ptr() in PINNED
+
+
+def addmm(func, x, a, b, dtype, out):
+    """A CPU has no sum in another dtype than that of its products' factors."""
+    one_device("addmm", [x, a, b, out])
+    out.inner.copy_(x.inner + a.inner.to(dtype) @ b.inner.to(dtype))
+    return out
 
 
 OURS = {"copy_": copy, "_to_copy": to_copy, "_pin_memory": pin, "is_pinned": is_pinned}
+OURS["addmm.dtype_out"] = addmm
 
 # ---------------------------------------------------------------- torch.cuda
 
@@ -292,17 +315,30 @@ class Event:
         self.copies = self.operators = 0
 
     def record(self, stream=None):
-        self.copies = Event.arrived + len(ON_THE_WAY)
         self.operators = QUEUED[0]
+        if stream is None or stream is COMPUTING:
+            self.copies = Event.arrived + len(ON_THE_WAY)
 
     def synchronize(self):
-        Event.waits.append(QUEUED[0] - self.operators)
+        if self.operators:
+            Event.waits.append(QUEUED[0] - self.operators)
         arrive(max(0, self.copies - Event.arrived))
 
     def elapsed_time(self, other):
         return 1.0
 
 
+class Stream:
+    """Copies to the device; those to the host are all on the stream that computes."""
+
+    def __init__(self, device=None):
+        self.awaited = []
+
+    def wait_event(self, event):
+        self.awaited.append(event)
+
+
+COMPUTING = Stream()
 QUEUED = [0]  # operators, in all
 
 
@@ -344,6 +380,11 @@ def plug_in(monkeypatch) -> None:
     for name, answer in ANSWERS.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    on_cpu = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": on_cpu())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: COMPUTING)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
 
 
