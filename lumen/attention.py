@@ -8,7 +8,6 @@ CPU with stand-ins: no GPU has run it.
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import warnings
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from lumen.tryout import TOLERANCE, best_time, fwd_bwd
+from lumen.tryout import TOLERANCE, as_in_the_run, best_time, fwd_bwd
 from model import Transformer
 
 MOST_TOKENS = 2**15  # of a trial: enough to fill a GPU, a small part of a layer's memory
@@ -84,7 +83,7 @@ def compare(names, shape: Shape, device, dtype, deterministic, refused: dict) ->
     for T, layers in shape.lengths.items():
         inputs, dout = sample(shape, T, device, dtype)
         want = softmax_attention(*inputs, dout)
-        with settings(deterministic), warnings.catch_warnings(record=True) as said:
+        with as_in_the_run(deterministic), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for name in list(seconds):
                 said.clear()
@@ -156,17 +155,6 @@ def max_error(got, want) -> float:
         mean = size.square().mean().sqrt().clamp(min=1e-2)
         errors.append((error / (size + 0.1 * mean)).max())
     return torch.stack(errors).max().item()
-
-
-@contextlib.contextmanager
-def settings(deterministic: bool):
-    """As the run will have them: under `deterministic` torch has no cuDNN, and flash is slower."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def reason(error: Exception, warned: list[str]) -> str:

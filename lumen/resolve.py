@@ -21,7 +21,7 @@ from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
 from lumen.optim import state_bytes
-from lumen.tryout import pick_backend, pick_loss
+from lumen.tryout import as_in_the_run, pick_backend, pick_loss
 from model import ModelConfig, Transformer
 
 GIB = 2**30
@@ -335,7 +335,8 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
     experts, experts_why = cfg.expert_backend, ""
     if cfg.model.n_experts:
-        experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
+        with as_in_the_run(deterministic):
+            experts, experts_why = pick_experts(cfg, facts, kept, run["micro_batch"], found)
     return {
         "device": machine.device.type,
         "precision": machine.precision,

@@ -7,6 +7,7 @@ and backward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 
@@ -63,6 +64,21 @@ def fwd_bwd(f, inputs, dout):
     """f(*inputs) and its gradients to x, p, w13, w2."""
     out = f(*inputs)
     return out, *torch.autograd.grad(out, [t for t in inputs if t.requires_grad], dout)
+
+
+@contextlib.contextmanager
+def as_in_the_run(deterministic: bool):
+    """Deterministic algorithms as the run will have them: under them torch has no cuDNN attention,
+    flash is slower, and Triton's tiles are not tuned."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def best_time(f, device) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lumen import plan
+from lumen import resolve as resolving
 from lumen.config import build_config
 from lumen.differences import compare, other_bits
 from lumen.errors import UserError
@@ -231,6 +232,27 @@ def test_what_suited_another_kind_of_device_is_not_kept():
     assert resolve(cfg, facts, gpu, Findings()) == run
     here = state_of(dataclasses.replace(run, deterministic=False), cfg, written)
     assert resolve(cfg, facts, here, Findings()).deterministic is False
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_backends_are_timed_as_the_run_will_compute(deterministic, monkeypatch):
+    """Triton tunes its tiles in a run that is not deterministic only: auto timed tuned ones."""
+    found = []
+
+    def pick(choice, *where):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return "slices", "as asked"
+
+    monkeypatch.setattr(resolving, "pick_backend", pick)
+    torch.use_deterministic_algorithms(not deterministic)
+    model = dict(MODEL, n_experts=4)
+    try:
+        cfg, written = configured(max_steps=9, deterministic=deterministic, model=model)
+        resolve(cfg, facts_of(cfg, written), None, Findings())
+        assert torch.are_deterministic_algorithms_enabled() is not deterministic, "as it was"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [deterministic]
 
 
 def test_what_cannot_fit_is_refused_and_in_a_dry_run_said():
