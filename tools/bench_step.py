@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 import kernels
 import model_moe
 from lumen import machine as machines
 from lumen import tryout
+from lumen.attention import Shape, pick_attention
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.machine import human_number
@@ -420,11 +421,19 @@ def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
 def attention_backends(dtype) -> dict:
     """name -> function of q (B, T, H, D), k and v (B, T, G, D): causal attention."""
     ways = {"torch's choice": attend}
-    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-        ways[backend.lower()] = functools.partial(attend, backend=getattr(SDPBackend, backend))
-    if importlib.util.find_spec("flash_attn") and dtype != torch.float32:
-        ways["flash-attn"] = kernels.flash
+    for name in kernels.ATTENTION:
+        ways[name] = functools.partial(kernels.attention, backend=name, alone=True)
+    if dtype == torch.float32 or not importlib.util.find_spec("flash_attn"):
+        del ways["flash"]
     return ways
+
+
+def auto_attention(machine, shape: tuple) -> dict:
+    """What `attention: auto` takes for (B, T, H, G, D), and why."""
+    B, T, H, G, D = shape
+    run = Shape(B, {T: 1}, H, G, D)
+    name, why = pick_attention("auto", run, machine.device, machine.compute_dtype)
+    return {"value": name, "note": why}
 
 
 def attend(q, k, v, backend=None) -> torch.Tensor:

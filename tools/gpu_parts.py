@@ -240,6 +240,7 @@ def attention_part(here: Here) -> None:
         for name, way, inputs in each_attention(here, label, here.machine.compute_dtype, shape):
             run = functools.partial(attention_fwd_bwd, way, *inputs)
             here.rows.attempt(name, layer_time, here, run, flops, unit="ms")
+        here.rows.attempt(f"{label}, auto", bench_step.auto_attention, here.machine, shape)
 
 
 def layer_time(here: Here, run, flops: float) -> dict:
