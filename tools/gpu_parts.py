@@ -33,6 +33,7 @@ import train_fsdp
 from lumen import checkpoint, plan, tryout
 from lumen import machine as machines
 from lumen.cli import find_yaml, load_yaml
+from lumen.feed import synchronize
 from lumen.machine import DTYPES, compiled_graphs, free_memory, git_commit
 from lumen.snapshots import Snapshot, Snapshots
 from model import ModelConfig, Transformer, role
@@ -413,11 +414,11 @@ def time_snapshot(here: Here) -> dict:
                 tensors[f"{i}.{key}"] = value
     snapshots, row = Snapshots(lambda: tensors), {}
     for which in ("first", "again"):  # the first allocates pinned memory
-        timing.wait_for(here.device)
+        synchronize(here.device)
         began = time.perf_counter()
         snapshots.take(Snapshot(0, 0, 0))
         row["value" if which == "again" else "first ms"] = 1e3 * (time.perf_counter() - began)
-        timing.wait_for(here.device)
+        synchronize(here.device)
         row["done after ms"] = 1e3 * (time.perf_counter() - began)
     return row | {"GiB": sum(t.nbytes for t in tensors.values()) / 2**30}
 
@@ -700,7 +701,7 @@ def window(here: Here, name: str, model: dict, keys: dict, mode: str):
 
     def act(trainer, step):
         if step == first:
-            timing.wait_for(here.device)
+            synchronize(here.device)
             set_mode(mode)
         elif step == steps - 3:
             set_mode("default")
