@@ -22,7 +22,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 # `python -m tools.ptx` shows it. Which is fastest was never measured: no GPU has run them.
 
 MOST_TILES = 3  # tried for a launch
-COMPILATIONS = 6 * MOST_TILES + 1  # of an expert layer, forward and backward: a test counts them
 
 # Magnitudes of rows per expert: tiles are tuned once for each. For an argument that is 1 or a
 # multiple of 16 Triton compiles anew, so these are not.
@@ -116,9 +115,15 @@ def tuned(*sizes, depth: str):
     )
 
 
+def compilations(tiles: int) -> int:
+    """Of an expert layer, forward and backward, with so many tiles a launch: a test counts them."""
+    return 6 * tiles + 1
+
+
 def tuning_text() -> str:
     """What tuning costs, for the start of a run."""
-    return f"about {COMPILATIONS} compilations, cached in {triton.knobs.cache.dir}"
+    most = 1 if torch.are_deterministic_algorithms_enabled() else MOST_TILES
+    return f"about {compilations(most)} compilations, cached in {triton.knobs.cache.dir}"
 
 
 # ---------------------------------------------------------------- kernels
@@ -477,7 +482,7 @@ def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
     """model.cross_entropy, in place: logits (n, V), contiguous, of any dtype but fp64."""
     n, V = logits.shape
     sums = torch.empty(n, 3, device=logits.device)
-    # on sm_90 five programs share an SM; of twice the block only two would (registers)
+    # on sm_90 four or five programs share an SM; of twice the block two would (registers)
     block = min(triton.next_power_of_2(V), 4096)
     fixed = {"GRAD": need_grad, "BV": block, "num_warps": 8}
     cross_entropy_kernel[(n,)](logits, targets, sums, V, z_loss, **fixed)

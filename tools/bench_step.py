@@ -262,7 +262,6 @@ def tile_size(config) -> int:
 @contextlib.contextmanager
 def poisoned(device):
     """What is handed out as empty memory is NaN, so that an output nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         # blocks above 1 MiB and those up to it come from two pools
@@ -271,13 +270,9 @@ def poisoned(device):
         del large, small
         yield
         return
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with tryout.as_in_the_run(deterministic=True):
+        torch.utils.deterministic.fill_uninitialized_memory = True
         yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def time_kernels(words: list[str]) -> int:
