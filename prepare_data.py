@@ -1,15 +1,19 @@
-"""Text to token shards: python prepare_data.py SOURCE... --out data/NAME --tokenizer bpe:8192
+"""Text and conversations to token shards:
 
-SOURCE is a file or folder of .txt .md .py (a file is a document), .jsonl (rows {"text": ...}) and
-.json (a list of such rows, or rows one after the other), or `stdlib` (the running Python's own
-library, 11 MB, no download), or `synthetic:N` (N generated documents, the same on every machine).
-What lies in a folder and is not read is said, a line for each kind.
+    python prepare_data.py SOURCE... --out data/NAME --tokenizer bpe:8192
+    python prepare_data.py data.yaml          several sources with names and weights
+    python prepare_data.py --verify data/NAME
 
-    data/NAME/train_00000.npy ... val_00000.npy ...  1-D ids; every document ends with the id of
+SOURCE is a file, a folder or a glob of what lumen/readers.py can read; `hf:NAME` of the Hugging
+Face hub; `stdlib` (the running Python's own library, 11 MB, no download), `packages`, `docstrings`
+(conversations), or `synthetic:N` (N generated documents, the same on every machine).
+
+    data/NAME/train_00000.npy ... val_00000.npy ...  1-D ids; a text ends with the id of
                                                      end-of-text, and has no other
               train_00000.docs.npy ...               uint64: where documents begin; the length
+              train_00000.mask.npy ...               of conversations: 1 where a token is a target
               tokenizer.json  token_bytes.npy
-              report.json  rejected.jsonl
+              report.json  DATA_CARD.md  lengths.png  rejected.jsonl
               manifest.json                          last: where it is, the folder is complete
 
 The bytes of all this depend on the text and the settings only, not on the number of processes, the
@@ -18,66 +22,48 @@ block `provenance` (when, where, how fast, which files) is outside that promise 
 fingerprint. `--verify FOLDER` holds finished shards against the sums in its manifest.
 
 *.docs.npy of a shard holds, in order, every place where a document begins, and at last the shard's
-length. So it is what a scan for the end-of-text id finds, {0} | {places after one} | {length}, but
-for a document over the border of two shards: then 0 is not in that of the second shard (its first
-entry is where the next document begins), and the length of the first is there although no document
-ends. All lengths less one, added up, are the number of documents.
+length. A document over the border of two shards begins in the first: then 0 is not in that of the
+second shard (its first entry is where the next document begins), and the length of the first is
+there although no document ends. All lengths less one, added up, are the number of documents.
 
-How: the parent cuts the inputs into batches of items (lumen/sources.py); `encode_batch` parses,
-cleans, hashes and encodes a batch, in a pool of processes or in this one; the parent takes the
-results in order, drops duplicates, decides the split, fills shards (`Output`). The split is one
-draw a document. Whenever a shard is closed at the start of a row, or of a piece of a long text
+How: the parent cuts the inputs into batches of items; a pool of processes (lumen/pool.py), or this
+one, parses, cleans, judges, hashes and encodes a batch (lumen/encode.py); the parent takes the
+results in order, drops duplicates, decides the split, fills shards (lumen/output.py). The split is
+one draw a document. Whenever a shard is closed at the start of a row, or of a piece of a long text
 file, progress.json (replaced atomically) records where that was.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import multiprocessing
 import os
 import platform
-import re
-import signal
-import threading
 import time
 import unicodedata
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from lumen.clean import clean
+from lumen import chat, near
+from lumen.decontaminate import Contaminated
+from lumen.encode import Cleaner, Encoder
 from lumen.errors import ERRORS, UserError, expand
-from lumen.launch import Words, command, speak
-from lumen.manifest import (
-    check_sizes,
-    make_manifest,
-    make_report,
-    read_dataset_json,
-    token_dtype,
-    verify,
-)
-from lumen.shards import (
-    Document,
-    Output,
-    encode_parts,
-    new_file,
-    share_of,
-    to_utf8,
-    write_dataset_json,
-)
+from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
+from lumen.launch import Words, command
+from lumen.manifest import make_manifest, make_report, read_dataset_json, token_dtype, verify
+from lumen.output import Output
+from lumen.passes import Pass, find_near_duplicates, read_batches, text_of
+from lumen.pool import in_order
+from lumen.recipe import FLOATS, OPTIONS, Job, evaluation_files, plan_job, rows_of
+from lumen.rules import Rules
+from lumen.shards import new_file, write_dataset_json
 from lumen.sources import (
     Input,
-    Item,
     Reading,
-    Reject,
-    Row,
+    detect,
     document_key,
     file_sha256,
     find_inputs,
@@ -88,280 +74,12 @@ from lumen.sources import (
 )
 from lumen.tokenizer import NAMED, Tokenizer, load, train_bpe
 
-# Of prepare() and of the command line: (default, meaning). A default of None depends on the text.
-OPTIONS = {
-    "val_fraction": (
-        None,
-        "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005",
-    ),
-    "seed": (1337, "of the split and of synthetic text"),
-    "shard_tokens": (100_000_000, "a shard is closed before it would be longer"),
-    "max_doc_chars": (200_000, "longer documents are given to the tokenizer in parts"),
-    "workers": (None, "processes; default min(cores, 8), but 1 below 32 MB of text"),
-    "batch_bytes": (1 << 20, "what a worker gets at a time"),
-    "max_bad": (0.01, "fail at the end when a larger share of the rows is bad"),
-    "strict": (False, "stop at the first bad row"),
-    "quiet": (False, "no lines and no progress bar"),
-}
 # In provenance. 2: a document has one end of text; before, each of its parts had one.
 RULES = 2
 # A BPE vocabulary is trained on this much, taken from all files alike, and then on the first so
 # many characters of a document; where there is less text, on all of it.
 TRAIN_BYTES = 200_000_000
 TRAIN_CHARS = 10_000
-JOURNAL_FILES = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|.*\.tmp")
-DATASET_FILES = re.compile(
-    rf"{JOURNAL_FILES.pattern}|(train|val)_\d{{5}}(\.docs)?\.npy|token_bytes\.npy"
-    r"|(report|tokenizer)\.json"
-)
-
-# ---------------------------------------------------------------- options and settings
-
-
-class Job(NamedTuple):
-    """What was asked for. The settings are in the manifest and its fingerprint, the rest is not."""
-
-    sources: list[str]
-    val_sources: list[str]
-    out: str
-    tokenizer: str
-    options: dict  # OPTIONS
-    settings: dict
-
-    def say(self, text: str) -> None:
-        if not self.options["quiet"]:
-            speak(to_utf8(text).decode())
-
-    @property
-    def trains_tokenizer(self) -> bool:
-        return self.tokenizer.startswith("bpe:")
-
-    @property
-    def tokenizer_is_file(self) -> bool:
-        return is_tokenizer_file(self.tokenizer)
-
-
-def is_tokenizer_file(spec: str) -> bool:
-    return not spec.startswith("bpe:") and spec != "bytes" and spec not in NAMED
-
-
-def plan_job(sources, out: str, tokenizer: str, val_sources, options: dict) -> Job:
-    """The checked options, and the settings that follow from them. E002."""
-    if unknown := set(options) - set(OPTIONS):
-        names = ", ".join(sorted(unknown))
-        raise UserError("E002", f"prepare has no option {names}; it has {', '.join(OPTIONS)}")
-    options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
-    sources = expand_all(sources)
-    val_sources = expand_all(val_sources)
-    out = expand(out)
-    tokenizer = expand(tokenizer)
-    check_options(options, bool(val_sources))
-    if not out or not tokenizer:
-        raise UserError("E002", f"{'tokenizer' if out else 'out'} is empty")
-    if tokenizer.startswith("bpe:") and not re.fullmatch(r"bpe:\d{3,7}", tokenizer):
-        meaning = "bpe:8192 means a vocabulary of 8,192 ids, specials included"
-        raise UserError("E002", f"tokenizer {tokenizer}: {meaning}")
-    settings = {
-        "version": 1,
-        "sources": [label(spec) for spec in sources],
-        "val_sources": [label(spec) for spec in val_sources],
-        "val_fraction": 0.0 if val_sources else options["val_fraction"],
-        "seed": options["seed"],
-        "shard_tokens": options["shard_tokens"],
-        "max_doc_chars": options["max_doc_chars"],
-        "tokenizer": label(tokenizer) if is_tokenizer_file(tokenizer) else tokenizer,
-    }
-    return Job(sources, val_sources, out, tokenizer, options, settings)
-
-
-def expand_all(specs) -> list[str]:
-    if isinstance(specs, str):
-        specs = [specs]
-    return [expand(spec) for spec in specs or []]
-
-
-def check_options(options: dict, has_val_sources: bool) -> None:
-    val_fraction = options["val_fraction"]
-    if has_val_sources and val_fraction is not None:
-        text = "val and val_fraction exclude each other: with val all sources are for training"
-        raise UserError("E002", text)
-    good = 0 <= (val_fraction or 0) <= 0.5 and 0 <= options["max_bad"] <= 1
-    for name in ("shard_tokens", "max_doc_chars", "batch_bytes"):
-        good = good and options[name] >= 1
-    if options["workers"] is not None:
-        good = good and 1 <= options["workers"] <= 1024
-    if not good:
-        text = "val_fraction is 0 to 0.5, max_bad 0 to 1; shard_tokens, max_doc_chars, batch_bytes "
-        raise UserError("E002", text + "at least 1, workers 1 to 1024")
-
-
-# ---------------------------------------------------------------- files of the dataset
-
-
-def remove(out: str, pattern: re.Pattern) -> None:
-    for name in os.listdir(out):
-        if pattern.fullmatch(name):
-            os.remove(os.path.join(out, name))
-
-
-@contextmanager
-def holding(out: str, say=print):
-    """Makes the folder; where there are locks, waits until no other process writes to it; removes
-    it if it stays empty."""
-    handle = lock_folder(out, say)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.rmdir(out)
-        if handle is not None:
-            os.close(handle)
-
-
-def lock_folder(out: str, say) -> int | None:
-    """An open descriptor that holds the lock; None where there are no locks (Windows, some file
-    systems)."""
-    said_at = None
-    while True:
-        try:
-            os.makedirs(out, exist_ok=True)
-        except OSError as error:
-            raise UserError("E119", f"{out}: {error.strerror}") from None
-        handle = None
-        try:
-            import fcntl
-
-            handle = os.open(out, os.O_RDONLY)
-            # a finished folder is only read, by any number
-            finished = os.path.exists(os.path.join(out, "manifest.json"))
-            mode = fcntl.LOCK_SH if finished else fcntl.LOCK_EX
-            fcntl.flock(handle, mode | fcntl.LOCK_NB)
-            if os.fstat(handle).st_ino == os.stat(out).st_ino:
-                return handle
-        except BlockingIOError:
-            if said_at is None or time.monotonic() - said_at > 60:
-                said_at = time.monotonic()
-                say(f"another process is writing to {out}: waiting for it")
-            time.sleep(0.3)
-        except FileNotFoundError:  # the other one had nothing to leave there
-            pass
-        except (ImportError, OSError):
-            return handle
-        if handle is not None:
-            os.close(handle)
-
-
-# ---------------------------------------------------------------- encoding: what a worker does
-
-
-def encode_batch(batch: list[Item]):
-    """[(input's index, Row)] of the batch, with a Document for every text, and CPU seconds."""
-    began = time.process_time()
-    results = []
-    for item in batch:
-        for row in item_rows(item):
-            if row.code is None:
-                row = encode_row(item, row)
-            results.append((item.index, row))
-    return results, time.process_time() - began
-
-
-def encode_row(item: Item, row: Row) -> Row:
-    tokenizer, settings, dtype = _worker
-    text = clean(row.value)
-    key = b""
-    share = 0.0
-    if item.kind not in ("piece", "last"):  # the key of those is the whole file's, see document_key
-        stripped = text.strip()
-        if not stripped:
-            reason = "the file is empty" if item.kind == "text" else '"text" is empty'
-            return row._replace(code="E104", value=Reject(reason))
-        key = hashlib.blake2b(stripped.encode(), digest_size=16).digest()
-        share = share_of(key, settings["seed"])
-    last = item.kind != "piece"
-    ids, ends = encode_parts(text, tokenizer, settings["max_doc_chars"], dtype, last)
-    size = len(text) if text.isascii() else len(text.encode())
-    document = Document(key, share, ids, ends, size, text != row.value, last)
-    return row._replace(value=document)
-
-
-def start_worker(*given) -> None:
-    """given: (tokenizer, settings, dtype), once a process. A process of a pool ends with its
-    parent, even if that is killed with -9."""
-    global _worker
-    _worker = given
-    if parent := multiprocessing.parent_process():
-        # Ctrl-C goes to all of a terminal: the parent answers
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-
-
-def end_with(parent) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def in_order(batches, workers: int, given: tuple):
-    """(batch, encode_batch(batch)) in the order of the batches; at most 4 a worker are under way.
-    E003: a process died."""
-    if workers == 1:
-        start_worker(*given)
-        for batch in batches:
-            yield batch, encode_batch(batch)
-        return
-    waiting = deque()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, given) as pool:
-        try:
-            for batch in batches:
-                # a process that begins here inherits it, and is not interrupted while it imports
-                with interrupts_blocked():
-                    waiting.append((batch, pool.submit(encode_batch, batch)))
-                if len(waiting) >= 4 * workers:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            for first, result in waiting:
-                yield first, result.result()
-        except BrokenProcessPool:
-            text = "a worker process died, out of memory perhaps"
-            again = "the same command with fewer --workers goes on"
-            raise UserError("E003", f"{text}: {again}") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what is under way ends, the rest does not begin
-            raise
-
-
-@contextmanager
-def interrupts_blocked():
-    """Ctrl-C waits until this is over, where the system can do that."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def read_batches(inputs: list[Input], position, size: int, seed: int):
-    """Lists of items of about `size` bytes in all, from the position on."""
-    batch = []
-    weight = 0
-    first, offset, line = position
-    for index in range(first, len(inputs)):
-        if index > first:
-            offset, line = 0, 1
-        for item in read_items(Reading(index, inputs[index], offset, line, size, seed)):
-            batch.append(item)
-            weight += len(item.data) + 200
-            if weight >= size:
-                yield batch
-                batch = []
-                weight = 0
-    if batch:
-        yield batch
-
 
 # ---------------------------------------------------------------- the dataset
 
@@ -420,59 +138,11 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
     if job.tokenizer_is_file:
         file = Input(-1, "val", "tokenizer", label(job.tokenizer), job.tokenizer)
         inputs.append(file.measured())
+    for path in evaluation_files(job.options):
+        if not os.path.isfile(path):
+            raise UserError("E108", f"--decontaminate {path}: there is no such file")
+        inputs.append(Input(-1, "val", "evaluation", label(path), path).measured())
     return inputs
-
-
-def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dict, dict]:
-    """(manifest, {}) of a finished folder, ({}, progress) of an unfinished one, ({}, {}) of an
-    empty one. E117: it was made, or begun, by another command or from other text, or holds other
-    things; E111: a shard is damaged."""
-    manifest = read_dataset_json(os.path.join(out, "manifest.json"))
-    progress = read_dataset_json(os.path.join(out, "progress.json"))
-    if old := manifest or progress:
-        for key, value in settings.items():
-            before = old["settings"].get(key)
-            if value is not None and value != before:
-                raise UserError("E117", f"{out} was made with {key} {before}, not {value}")
-        if inputs is not None and (change := changed_input(old["provenance"], inputs)):
-            raise UserError("E117", f"{out} was made from other text: {change}")
-    else:
-        others = []
-        for name in sorted(os.listdir(out)):
-            if name != "rejected.jsonl" and not name.endswith(".tmp"):
-                others.append(name)
-        if others:
-            names = ", ".join(others[:3])
-            raise UserError("E117", f"{out} holds files that are no dataset of ours: {names}")
-    if not manifest:
-        return {}, progress
-    check_sizes(out, manifest)
-    remove(out, JOURNAL_FILES)  # killed after the manifest
-    return manifest, {}
-
-
-def changed_input(provenance: dict, inputs: list[Input]) -> str:
-    """The first input that is not what it was, or ""; size and time are looked at first, contents
-    where those differ."""
-    before = [stored_input(values) for values in provenance["inputs"]]
-    if provenance.get("rules", 1) < 2:
-        # then names that are no UTF-8 were kept with a ?, and AppleDouble files were tried
-        before = [given for given in before if not os.path.basename(given.path).startswith("._")]
-        names = [given.name.encode("utf-8", "replace").decode() for given in inputs]
-        inputs = [given._replace(name=name) for given, name in zip(inputs, names)]
-    old = {(given.source, given.name): given for given in before}
-    new = {(given.source, given.name): given for given in inputs}
-    for key in [*old, *new]:
-        if key not in new:
-            return f"{old[key].path} is gone"
-        if key not in old:
-            return f"{new[key].path} is new"
-        was, now = old[key], new[key]
-        if (was.size, was.mtime, was.documents) == (now.size, now.mtime, now.documents):
-            continue
-        if was.kind == "synthetic" or was.sha256 != file_sha256(now.path):
-            return f"{now.path} has changed"
-    return ""
 
 
 def say_finished(job: Job, manifest: dict) -> None:
@@ -504,13 +174,18 @@ def say_unread(job: Job, unread: dict) -> None:
 
 def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
     """The first progress.json: settings, and the inputs as they are now."""
+    read = [given for given in inputs if given.source >= 0]
+    shape, field, line = detect(read, job.options["field"])
+    job.say(line)
     hashed = []
     for given in inputs:
+        if given.source >= 0:
+            given = given._replace(field=field, shape=shape)
         given = given._replace(sha256=file_sha256(given.path))
         hashed.append(given._replace(key=document_key(given) if given.long else ""))
-    settings = dict(job.settings)
+    settings = job.settings | rows_of(shape, job.options, chat.describe(job.options["template"]))
     if settings["val_fraction"] is None:
-        size = sum(given.size for given in inputs)
+        size = sum(given.size for given in read)
         settings["val_fraction"] = 0.05 if size < 100_000_000 else 0.005
     provenance = {"inputs": hashed, "rules": RULES, "not_read": unread}
     progress = {"settings": settings, "provenance": provenance}
@@ -521,29 +196,50 @@ def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
 def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     """The work itself, from where progress says to the manifest."""
     settings = progress["settings"]
-    inputs = []
-    for values in progress["provenance"]["inputs"]:
-        given = stored_input(values)
-        if given.kind != "tokenizer":
-            inputs.append(given)
+    stored = [stored_input(values) for values in progress["provenance"]["inputs"]]
+    inputs = [given for given in stored if given.source >= 0]
     total = sum(given.size for given in inputs)
     going_on = ", going on where it was" if "state" in progress else ""
     job.say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{going_on}")
+    over = plan_pass(job, settings, inputs)
+    say_rules(over)
 
     tokenizer = settle_tokenizer(job, settings, inputs, tokenizer)
     output = Output(job.out, progress, inputs, job.options["strict"], tokenizer)
+    if "minhash" in settings:
+        output.near = find_near_duplicates(over, job.out)
     if "state" in progress:
         output.resume(progress["state"])
-    workers = job.options["workers"]
-    if workers is None:
-        workers = 1 if total < 32 << 20 else min(os.cpu_count() or 1, 8)
-    pace = encode(job, output, total, workers)
+    pace = encode(over, output, total)
 
     say_rejected(job, output)
     refuse_bad_rows(job, output)
     say_made(job, output)
     job.say(pace.line(output))
     return finish(job, output, pace)
+
+
+def plan_pass(job: Job, settings: dict, inputs: list[Input]) -> Pass:
+    workers = job.options["workers"]
+    if workers is None:
+        total = sum(given.size for given in inputs)
+        workers = 1 if total < 32 << 20 else min(os.cpu_count() or 1, 8)
+    files = evaluation_files(job.options)
+    return Pass(job, settings, inputs, workers, Contaminated(files) if files else None)
+
+
+def say_rules(over: Pass) -> None:
+    """What is kept and why, before anything is dropped. E003 here, not in a worker, where a package
+    is missing."""
+    lines = []
+    if "rules" in over.settings:
+        lines += Rules(over.settings["rules"]).explain()
+    if "minhash" in over.settings:
+        lines += near.explain(over.settings["minhash"])
+    if over.evaluation:
+        lines += over.evaluation.explain()
+    for line in lines:
+        over.job.say(line)
 
 
 def settle_tokenizer(
@@ -558,7 +254,7 @@ def settle_tokenizer(
         n_vocab = int(settings["tokenizer"].partition(":")[2])
         size = sum(given.size for given in inputs if given.split != "val")
         max_chars = TRAIN_CHARS if size > TRAIN_BYTES else None
-        texts = training_texts(inputs, settings["seed"])
+        texts = training_texts(settings, inputs)
         tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], max_chars)
         text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
         if tokenizer.n_vocab != n_vocab:
@@ -569,21 +265,25 @@ def settle_tokenizer(
     return tokenizer
 
 
-def training_texts(inputs: list[Input], seed: int):
+def training_texts(settings: dict, inputs: list[Input]):
     """What a vocabulary is trained on: all train text, or TRAIN_BYTES of it taken from all files
     alike."""
     inputs = [given for given in inputs if given.split != "val"]
     total = sum(given.size for given in inputs)
     credit = 0.0  # bytes that may still be read; what a file does not use the next one may
+    cleaner = Cleaner(settings)
     for given in inputs:
         credit += given.size * TRAIN_BYTES / total if total > TRAIN_BYTES else math.inf
         if credit <= 0:
             continue
-        for item in read_items(Reading(0, given, seed=seed)):
+        for item in read_items(Reading(0, given, seed=settings["seed"])):
             for row in item_rows(item):
                 if row.code is None:
-                    credit -= len(row.value[:TRAIN_CHARS])
-                    yield clean(row.value)
+                    row = cleaner.look(item, row)
+                if row.code is None:
+                    text = text_of(row.value.value)
+                    credit -= len(text[:TRAIN_CHARS])
+                    yield text
             if credit <= 0:
                 break
 
@@ -593,40 +293,44 @@ class Pace(NamedTuple):
     seconds: float
     cpu_seconds: float  # of all processes
     workers: int
+    stages: dict  # CPU seconds of reading, cleaning, encoding
 
     def line(self, output: Output) -> str:
         splits = output.splits.values()
         ratio = sum(s.bytes_text for s in splits) / sum(s.tokens for s in splits)
         megabytes = self.done / 1e6
+        stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in self.stages.items())
         return (
             f"{ratio:.2f} bytes per token; {megabytes:.1f} MB in {self.seconds:.1f} s with "
             f"{self.workers} process(es): {megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
-            f"{megabytes / self.seconds:.1f} MB/s of wall time"
+            f"{megabytes / self.seconds:.1f} MB/s of wall time ({stages})"
         )
 
 
-def encode(job: Job, output: Output, total: int, workers: int) -> Pace:
+def encode(over: Pass, output: Output, total: int) -> Pace:
     """All batches from the output's position on, into shards."""
-    settings, size = output.settings, job.options["batch_bytes"]
-    batches = read_batches(output.inputs, output.position, size, settings["seed"])
-    given = (output.tokenizer, settings, token_dtype(output.tokenizer))
+    settings, options = output.settings, over.job.options
+    batches = read_batches(output.inputs, output.position, options["batch_bytes"], settings["seed"])
+    more = {"evaluation": over.evaluation, "keep": bool(options["export_clean"])}
+    given = (settings, output.tokenizer, token_dtype(output.tokenizer), more)
     began, cpu_began = time.monotonic(), time.process_time()
     done = 0
-    worker_seconds = 0.0
-    hidden = True if job.options["quiet"] else None  # None: on a terminal only
+    stages = Counter()
+    hidden = True if options["quiet"] else None  # None: on a terminal only
     with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
-        for batch, (rows, seconds) in in_order(batches, workers, given):
+        for batch, (rows, seconds) in in_order(batches, over.workers, Encoder, given):
             for index, row in rows:
                 output.take(index, row)
             size = sum(len(item.data) for item in batch)
             bar.update(size)
             done += size
-            if workers > 1:
-                worker_seconds += seconds
+            stages += seconds
     output.settle()
     seconds = max(time.monotonic() - began, 1e-6)
-    cpu_seconds = max(time.process_time() - cpu_began + worker_seconds, 1e-6)
-    return Pace(done, seconds, cpu_seconds, workers)
+    cpu_seconds = max(time.process_time() - cpu_began, 1e-6)
+    if over.workers > 1:  # with one worker it is this process
+        cpu_seconds += sum(stages.values())
+    return Pace(done, seconds, cpu_seconds, over.workers, dict(stages))
 
 
 # ---------------------------------------------------------------- the end of it
@@ -691,6 +395,7 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
         "host": platform.node(),
         "seconds": round(pace.seconds, 2),
         "cpu_seconds": round(pace.cpu_seconds, 2),
+        "stages": {name: round(spent, 2) for name, spent in pace.stages.items()},
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     write_dataset_json(os.path.join(out, "manifest.json"), manifest)
@@ -725,8 +430,7 @@ def main(argv: list[str]) -> None:
         if default is False:
             parser.add_argument(f"--{name}", action="store_true", help=meaning)
         else:
-            kind = float if name in ("val_fraction", "max_bad") else int
-            parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
+            parser.add_argument(f"--{name}", type=kind_of(name), default=default, help=meaning)
     prepare(**vars(parser.parse_args(argv)))
 
 

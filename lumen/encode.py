@@ -1,0 +1,187 @@
+"""Rows to documents: what a worker does with the items of a batch.
+
+    item  ->  rows (lumen/readers.py)  ->  Cleaner: one text or conversation, cleaned and judged
+          ->  Encoder: its ids, and for conversations its mask
+
+`Signer` ends at the bands of MinHash instead of ids, `Judge` at what each rule would say. All are
+pure functions of the text and the settings, so nothing depends on which worker has which batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from lumen.clean import clean, cut_text
+from lumen.decontaminate import Contaminated
+from lumen.rules import Rules
+from lumen.sources import Item, Reject, Row, item_rows
+from lumen.tokenizer import Tokenizer
+
+FREE_OF_EVALUATION = "free_of_evaluation_text"  # the rule of --decontaminate
+
+# ---------------------------------------------------------------- documents
+
+
+class Document(NamedTuple):
+    """A document, or a piece of a long file; a conversation; or a pair, which is two documents."""
+
+    # blake2b-16 of the cleaned, stripped text: equal documents have equal keys; empty: a piece
+    key: bytes
+    share: float  # in [0, 1), from key and seed: below val_fraction means val
+    ids: np.ndarray  # (n,), of all parts; with the last of a text the end-of-text id
+    ends: list  # of the parts, in ids
+    size: int  # bytes of text
+    cleaned: bool  # cleaning changed it
+    last: bool = True  # the document ends here
+    mask: np.ndarray | None = None  # (n,) uint8, 1: a target; None: plain text
+    facts: dict = {}  # noqa: RUF012  what is counted of it beside its size: languages, roles, ...
+    value: str | dict | None = None  # what was cleaned, for --export_clean
+
+
+def share_of(key: bytes, seed: int) -> float:
+    salt = seed.to_bytes(8, "little", signed=True)
+    draw = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
+    return int.from_bytes(draw, "little") / 2**64
+
+
+def key_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def encode_parts(
+    text: str, tokenizer: Tokenizer, limit: int, dtype, last=True
+) -> tuple[np.ndarray, list]:
+    """The ids of all parts of a text, (n,), and where each part ends."""
+    arrays = [tokenizer.encode(part) for part in cut_text(text, limit)]
+    if last:
+        arrays[-1] = np.append(arrays[-1], np.uint32(tokenizer.eot_id))
+    ends = list(itertools.accumulate(len(array) for array in arrays))
+    return np.concatenate(arrays).astype(dtype), ends
+
+
+# ---------------------------------------------------------------- cleaning
+
+
+class Cleaned(NamedTuple):
+    """What is left of a row that is kept."""
+
+    key: bytes
+    value: str | list | tuple  # a text, a conversation's messages, or a pair of two of these
+    size: int  # bytes of text
+    changed: bool
+    facts: dict  # what is counted of it
+
+
+class Cleaner:
+    """Row -> Row whose value is Cleaned, or a code why it is not kept (`rule:NAME` of a rule)."""
+
+    def __init__(self, settings: dict, evaluation: Contaminated | None = None):
+        self.settings = settings
+        self.rules = Rules(settings["rules"]) if "rules" in settings else None
+        self.evaluation = evaluation
+
+    def look(self, item: Item, row: Row) -> Row:
+        """One row of an item, cleaned and judged."""
+        if isinstance(row.value, dict):
+            return self.look_at_messages(row)
+        text = clean(row.value)
+        if item.kind in ("piece", "last"):  # the key of those is the whole file's, see document_key
+            value = Cleaned(b"", text, byte_size(text), text != row.value, {})
+            return row._replace(value=value)
+        facts = {}
+        if self.rules and text.strip():
+            verdict = self.rules.look(text)
+            if verdict.dropped:
+                return dropped(row, verdict.dropped, verdict.why, text)
+            text, facts = verdict.text, facts_of(verdict)
+        stripped = text.strip()
+        if not stripped:
+            reason = "the file is empty" if item.kind == "text" else "its text is empty"
+            return row._replace(code="E104", value=Reject(reason))
+        if self.evaluation and (hit := self.evaluation.hits(text)):
+            return dropped(row, FREE_OF_EVALUATION, f"it has {hit!r}", text)
+        cleaned = Cleaned(key_of(stripped), text, byte_size(text), text != row.value, facts)
+        return row._replace(value=cleaned)
+
+
+    def would_drop(self, item: Item, row: Row) -> tuple[str, dict[str, str]]:
+        """Of a row that has a value: its text, and what each rule says of it, looked at alone."""
+        text = row.value if isinstance(row.value, str) else json.dumps(row.value)
+        text = clean(text)
+        failed = self.rules.look_all(text) if self.rules else {}
+        if self.evaluation and (hit := self.evaluation.hits(text)):
+            failed = failed | {FREE_OF_EVALUATION: f"it has {hit!r}"}
+        return text, failed
+
+
+def byte_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def dropped(row: Row, rule: str, why: str, text: str) -> Row:
+    return row._replace(code=f"rule:{rule}", value=Reject(why, text.strip()[:200]))
+
+
+def facts_of(verdict) -> dict:
+    facts = {}
+    if verdict.language:
+        facts[f"language {verdict.language}"] = 1
+    if verdict.masked:
+        facts["masked"] = verdict.masked
+    return facts
+
+
+# ---------------------------------------------------------------- what is made of a batch
+
+
+class Encoder:
+    """A batch of items -> ([(input's index, Row)], seconds by stage), a Document for every row that
+    is kept."""
+
+    def __init__(self, settings: dict, tokenizer: Tokenizer, dtype: str, more: dict):
+        """`more`: evaluation, a Contaminated; keep, whether documents carry what they are of."""
+        self.settings, self.tokenizer, self.dtype = settings, tokenizer, dtype
+        self.cleaner = Cleaner(settings, more.get("evaluation"))
+        self.keep = more.get("keep", False)
+
+    def __call__(self, batch: list[Item]):
+        results, seconds = [], Counter()
+        for item in batch:
+            rows = item_rows(item)
+            began = time.process_time()
+            for row in rows:
+                read = time.process_time()
+                cleaned = read
+                if row.code is None:
+                    row = self.cleaner.look(item, row)
+                    cleaned = time.process_time()
+                if row.code is None:
+                    row = self.encode(item, row)
+                results.append((item.index, row))
+                now = time.process_time()
+                seconds["read"] += read - began
+                seconds["clean"] += cleaned - read
+                seconds["encode"] += now - cleaned
+                began = now
+        return results, seconds
+
+    def encode(self, item: Item, row: Row) -> Row:
+        cleaned: Cleaned = row.value
+        share = share_of(cleaned.key, self.settings["seed"]) if cleaned.key else 0.0
+        if "rows" in self.settings:
+            return self.encode_messages(row, cleaned, share)
+        last = item.kind != "piece"
+        limit = self.settings["max_doc_chars"]
+        ids, ends = encode_parts(cleaned.value, self.tokenizer, limit, self.dtype, last)
+        made = Document(cleaned.key, share, ids, ends, cleaned.size, cleaned.changed, last)
+        made = made._replace(facts=cleaned.facts)
+        if self.keep:
+            made = made._replace(value=cleaned.value)
+        return row._replace(value=made)

@@ -1,0 +1,174 @@
+"""Going over all texts before they are encoded: to find near-duplicates, or to say what each rule
+would drop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lumen.encode import Cleaned, Cleaner
+from lumen.files import read_json
+from lumen.near import Near, bands_of
+from lumen.pool import in_order
+from lumen.recipe import Job
+from lumen.rules import Examples
+from lumen.shards import new_file, write_dataset_json
+from lumen.sources import Input, Item, Reading, item_rows, read_items
+
+JOURNAL_SECONDS = 20  # between two journals of the search for near-duplicates
+
+
+def read_batches(inputs: list[Input], position, size: int, seed: int):
+    """Lists of items of about `size` bytes in all, from the position on."""
+    batch = []
+    weight = 0
+    first, offset, line = position
+    for index in range(first, len(inputs)):
+        if index > first:
+            offset, line = 0, 1
+        for item in read_items(Reading(index, inputs[index], offset, line, size, seed)):
+            batch.append(item)
+            weight += len(item.data) + 200
+            if weight >= size:
+                yield batch
+                batch = []
+                weight = 0
+    if batch:
+        yield batch
+
+
+def text_of(value: str | list | tuple) -> str:
+    """All text of a Cleaned.value."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return "\n".join(text_of(part) for part in value)
+    return "\n".join(message.content for message in value)
+
+
+class Pass(NamedTuple):
+    """What a pass goes over, and how."""
+
+    job: Job
+    settings: dict
+    inputs: list[Input]
+    workers: int
+    evaluation: object = None  # a Contaminated
+
+    def batches(self, what: str, make, given: tuple, position=(0, 0, 1)):
+        """(batch, make(*given)(batch)) in order, with a bar."""
+        size, seed = self.job.options["batch_bytes"], self.settings["seed"]
+        batches = read_batches(self.inputs, position, size, seed)
+        total = sum(given.size for given in self.inputs)
+        hidden = True if self.job.options["quiet"] else None  # None: on a terminal only
+        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=hidden) as bar:
+            for batch, result in in_order(batches, self.workers, make, given):
+                yield batch, result
+                bar.update(sum(len(item.data) for item in batch))
+
+
+# ---------------------------------------------------------------- near-duplicates
+
+
+class Signer:
+    """A batch of items -> the keys of the texts that are kept, and their bands."""
+
+    def __init__(self, settings: dict, evaluation):
+        self.settings = settings
+        self.cleaner = Cleaner(settings, evaluation)
+
+    def __call__(self, batch: list[Item]) -> list[tuple[bytes, np.ndarray]]:
+        signed = []
+        for item in batch:
+            for row in item_rows(item):
+                if row.code is None:
+                    row = self.cleaner.look(item, row)
+                if row.code is None and row.value.key:  # a piece of a long file has none
+                    cleaned: Cleaned = row.value
+                    bands = bands_of(text_of(cleaned.value), self.settings["minhash"])
+                    signed.append((cleaned.key, bands))
+        return signed
+
+
+def find_near_duplicates(over: Pass, out: str) -> set[bytes]:
+    """The keys of all texts but one of each group that are nearly alike; kept in out/near.npy.
+
+    The same set for any number of workers, any order of files, any place of a kill."""
+    path = os.path.join(out, "near.npy")
+    if not os.path.exists(path):
+        began = time.monotonic()
+        drop = sign_all(over, os.path.join(out, "near.tmp"))
+        with new_file(path) as file:
+            np.save(file, np.frombuffer(b"".join(sorted(drop)), np.uint8).reshape(-1, 16))
+        over.job.say(f"near-duplicates: {len(drop):,}, {time.monotonic() - began:.1f} s")
+    keys = np.load(path, allow_pickle=False)
+    return {key.tobytes() for key in keys}
+
+
+def sign_all(over: Pass, folder: str) -> set[bytes]:
+    """Goes on where a killed pass was: near.json says where, and how many were signed by then."""
+    journal = os.path.join(folder, "near.json")
+    os.makedirs(folder, exist_ok=True)
+    state = {"position": [0, 0, 1], "count": 0} | read_json(journal, "E117", must_exist=False)
+    near = Near(folder, over.settings["minhash"])
+    near.truncate(state["count"])
+    wrote = time.monotonic()
+    given = (over.settings, over.evaluation)
+    for batch, signed in over.batches("near", Signer, given, tuple(state["position"])):
+        if time.monotonic() - wrote > JOURNAL_SECONDS:
+            first = batch[0]
+            near.flush()
+            position = [first.index, first.offset, first.line]
+            write_dataset_json(journal, {"position": position, "count": near.count()})
+            wrote = time.monotonic()
+        for key, bands in signed:
+            near.add(key, bands)
+    near.flush()
+    drop = {bytes(key) for key in near.decide()}
+    near.remove()
+    shutil.rmtree(folder)
+    return drop
+
+
+# ---------------------------------------------------------------- what would be dropped
+
+
+class Judge:
+    """A batch of items -> what each rule says of it when it is looked at alone."""
+
+    def __init__(self, settings: dict, inputs: list[Input], evaluation):
+        self.inputs = inputs
+        self.cleaner = Cleaner(settings, evaluation)
+
+    def __call__(self, batch: list[Item]) -> tuple[Examples, Counter]:
+        examples, counts = Examples(), Counter()
+        for item in batch:
+            for row in item_rows(item):
+                where = f"{self.inputs[item.index].path}:{row.line}"
+                self.judge(item, row, where, examples, counts)
+        return examples, counts
+
+    def judge(self, item: Item, row, where: str, examples: Examples, counts: Counter) -> None:
+        if row.code == "blank":
+            return
+        counts["rows"] += 1
+        if row.code:
+            counts[row.code] += 1
+            return
+        text, why = self.cleaner.would_drop(item, row)
+        examples.add(where, text, why)
+
+
+def dry_run(over: Pass) -> tuple[Examples, Counter]:
+    examples, counts = Examples(), Counter()
+    given = (over.settings, over.inputs, over.evaluation)
+    for _, (more, found) in over.batches("looking", Judge, given):
+        examples.merge(more)
+        counts += found
+    return examples, counts

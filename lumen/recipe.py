@@ -1,0 +1,191 @@
+"""What prepare_data.py was asked for: its options, and the settings that follow from them.
+
+Settings decide the bytes of a dataset: they are in its manifest and its fingerprint. The rest of the
+options does not. A setting that changes nothing is left out, so that the fingerprint of data that
+was prepared without it stays.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from lumen.errors import UserError, expand
+from lumen.launch import speak
+from lumen.near import minhash_settings
+from lumen.sources import label
+from lumen.tokenizer import NAMED
+
+# ---------------------------------------------------------------- options
+
+# Each: (default, meaning). A default of None depends on the text.
+COMMON = {
+    "val_fraction": (
+        None,
+        "share of documents held out, by hash; default 0.05 below 100 MB of text, else 0.005",
+    ),
+    "seed": (1337, "of the split and of synthetic text"),
+    "shard_tokens": (100_000_000, "a shard is closed before it would be longer"),
+    "max_doc_chars": (200_000, "longer documents are given to the tokenizer in parts"),
+    "field": ("", "the text field or column; default: found by itself, and printed"),
+    "workers": (None, "processes; default min(cores, 8), but 1 below 32 MB of text"),
+    "batch_bytes": (1 << 20, "what a worker gets at a time"),
+    "max_bad": (0.01, "fail at the end when a larger share of the rows is bad"),
+    "strict": (False, "stop at the first bad row"),
+    "quiet": (False, "no lines and no progress bar"),
+    "export_clean": ("", "a .jsonl to write the cleaned rows to that were kept"),
+}
+# What decides whether a text is kept, and what is changed in it: lumen/rules.py, lumen/near.py.
+CLEANING = {
+    "preset": ("none", "none, or web: the rules of Gopher and FineWeb, ftfy"),
+    "rules": ("", "names of rules to add, with a - before it to leave out, with commas between"),
+    "language": ("", "codes of the languages to keep, with commas between: en,de"),
+    "ftfy": (None, "mend text that was decoded wrongly; default: with preset web"),
+    "pii": ("", "mask: e-mail and IP addresses become fixed words"),
+    "min_chars": (None, "shorter texts are dropped"),
+    "max_chars": (None, "longer texts are dropped"),
+    "quality_threshold": (None, "drop texts with a lower score, 0 to 1"),
+    "minhash": (False, "drop near-duplicates: word 5-grams, 14 bands of 8"),
+    "decontaminate": ("", "evaluation files, with commas between: texts that share 13 words go"),
+}
+# Of conversations and preference pairs only: lumen/chat.py.
+CONVERSATIONS = {
+    "seq_len": (1024, "conversations: tokens of a row, the max_seq_len of the run"),
+    "template": ("chatml", "conversations: chatml, instruct, chat or raw"),
+    "loss_on": ("assistant", "conversations: assistant, last_turn, completion or all"),
+    "too_long": ("truncate", "conversations longer than a row: truncate, turns or drop"),
+}
+OPTIONS = COMMON | CLEANING | CONVERSATIONS
+FLOATS = ("val_fraction", "max_bad", "quality_threshold")
+# What of CLEANING Rules reads.
+RULES = ("preset", "rules", "language", "ftfy", "pii", "min_chars", "max_chars", "quality_threshold")
+
+
+class Job(NamedTuple):
+    """What was asked for."""
+
+    sources: list[str]
+    val_sources: list[str]
+    out: str
+    tokenizer: str
+    options: dict  # OPTIONS
+    settings: dict
+    # of a mixture: files of keys, of documents that other folders have, or that are too like others
+    taken: tuple[str, ...] = ()
+
+    def say(self, text: str) -> None:
+        if not self.options["quiet"]:
+            speak(text.encode("utf-8", "backslashreplace").decode())
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.tokenizer.startswith("bpe:")
+
+    @property
+    def tokenizer_is_file(self) -> bool:
+        return is_tokenizer_file(self.tokenizer)
+
+
+def is_tokenizer_file(spec: str) -> bool:
+    return not spec.startswith(("bpe:", "hf:")) and spec != "bytes" and spec not in NAMED
+
+
+def plan_job(sources, out: str, tokenizer: str, val_sources, options: dict) -> Job:
+    """The checked options, and the settings that follow from them. E002."""
+    if unknown := set(options) - set(OPTIONS):
+        names = ", ".join(sorted(unknown))
+        raise UserError("E002", f"prepare has no option {names}; it has {', '.join(OPTIONS)}")
+    options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
+    sources = expand_all(sources)
+    val_sources = expand_all(val_sources)
+    out = expand(out)
+    tokenizer = expand(tokenizer)
+    check_options(options, bool(val_sources))
+    if not out or not tokenizer:
+        raise UserError("E002", f"{'tokenizer' if out else 'out'} is empty")
+    if tokenizer.startswith("bpe:") and not re.fullmatch(r"bpe:\d{3,7}", tokenizer):
+        meaning = "bpe:8192 means a vocabulary of 8,192 ids, specials included"
+        raise UserError("E002", f"tokenizer {tokenizer}: {meaning}")
+    settings = {
+        "version": 1,
+        "sources": [label(spec) for spec in sources],
+        "val_sources": [label(spec) for spec in val_sources],
+        "val_fraction": 0.0 if val_sources else options["val_fraction"],
+        "seed": options["seed"],
+        "shard_tokens": options["shard_tokens"],
+        "max_doc_chars": options["max_doc_chars"],
+        "tokenizer": label(tokenizer) if is_tokenizer_file(tokenizer) else tokenizer,
+    }
+    return Job(sources, val_sources, out, tokenizer, options, settings | cleaning_of(options))
+
+
+def expand_all(specs) -> list[str]:
+    if isinstance(specs, str):
+        specs = [specs]
+    return [expand(spec) for spec in specs or []]
+
+
+def names_in(text) -> list[str]:
+    """The names in a text with commas between, or in a list as YAML has it."""
+    names = text if isinstance(text, (list, tuple)) else str(text or "").split(",")
+    return [str(name).strip() for name in names if str(name).strip()]
+
+
+def cleaning_of(options: dict) -> dict:
+    """The settings of CLEANING: only those that do something."""
+    rules = {}
+    for name in RULES:
+        value = options[name]
+        if name in ("rules", "language"):
+            value = names_in(value)
+        if value not in (None, "", [], "none"):
+            rules[name] = value
+    settings = {"rules": rules} if rules else {}
+    if minhash := minhash_settings(options["minhash"]):
+        settings["minhash"] = minhash
+    if options["decontaminate"]:
+        settings["decontaminate"] = [label(name) for name in evaluation_files(options)]
+    return settings
+
+
+def evaluation_files(options: dict) -> list[str]:
+    return [expand(name) for name in names_in(options["decontaminate"])]
+
+
+def rows_of(shape: str, options: dict, template: dict) -> dict:
+    """The setting `rows` of conversations and pairs. `template`: chat.describe."""
+    if shape == "text":
+        return {}
+    rows = {"kind": shape, "length": options["seq_len"] + 1, "long": options["too_long"]}
+    return {"rows": rows | {"loss_on": options["loss_on"], "template": template}}
+
+
+# ---------------------------------------------------------------- what an option may be
+
+CHOICES = {
+    "preset": ("none", "web"),
+    "pii": ("", "mask"),
+    "loss_on": ("assistant", "last_turn", "completion", "all"),
+    "too_long": ("truncate", "turns", "drop"),
+}
+
+
+def check_options(options: dict, has_val_sources: bool) -> None:
+    val_fraction = options["val_fraction"]
+    if has_val_sources and val_fraction is not None:
+        text = "val and val_fraction exclude each other: with val all sources are for training"
+        raise UserError("E002", text)
+    for name, known in CHOICES.items():
+        if (options[name] or known[0]) not in known:
+            text = f"{name}: {options[name]!r} is not one of {', '.join(filter(None, known))}"
+            raise UserError("E002", text)
+    good = 0 <= (val_fraction or 0) <= 0.5 and 0 <= options["max_bad"] <= 1
+    good = good and 0 <= (options["quality_threshold"] or 0) <= 1
+    for name in ("shard_tokens", "max_doc_chars", "batch_bytes", "seq_len"):
+        good = good and options[name] >= 1
+    if options["workers"] is not None:
+        good = good and 1 <= options["workers"] <= 1024
+    if not good:
+        text = "val_fraction is 0 to 0.5, max_bad and quality_threshold 0 to 1; shard_tokens, "
+        text += "max_doc_chars, batch_bytes, seq_len at least 1, workers 1 to 1024"
+        raise UserError("E002", text)
