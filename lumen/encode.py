@@ -18,8 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lumen import chat
+from lumen.chat import Message, render
 from lumen.clean import clean, cut_text
+from lumen.conversations import RowError, to_messages, to_pair
 from lumen.decontaminate import Contaminated
+from lumen.packing import fit
 from lumen.rules import Rules
 from lumen.sources import Item, Reject, Row, item_rows
 from lumen.tokenizer import Tokenizer
@@ -111,6 +115,38 @@ class Cleaner:
         return row._replace(value=cleaned)
 
 
+    def look_at_messages(self, row: Row) -> Row:
+        """A row of a conversation, or of a pair: its contents are cleaned one by one."""
+        counts = Counter()
+        pair = self.settings["rows"]["kind"] == "pairs"
+        try:
+            made = to_pair(row.value, counts=counts) if pair else to_messages(row.value, counts=counts)
+        except RowError as error:
+            excerpt = json.dumps(row.value, ensure_ascii=False)[:200]
+            return row._replace(code=error.code, value=Reject(error.reason, excerpt))
+        parts = made if pair else (made,)
+        said = "\n".join(message.content for part in parts for message in part)
+        facts = Counter(f"row {name}" for name in counts.elements())
+        if self.rules:
+            verdict = self.rules.look(clean(said))
+            if verdict.dropped:
+                return dropped(row, verdict.dropped, verdict.why, said)
+            facts.update(facts_of(verdict))
+        parts = tuple([self.cleaned(message) for message in part] for part in parts)
+        text = "\n".join(message.content for part in parts for message in part)
+        if self.evaluation and (hit := self.evaluation.hits(text)):
+            return dropped(row, FREE_OF_EVALUATION, f"it has {hit!r}", text)
+        facts.update(f"role {message.role}" for part in parts for message in part)
+        key = key_of(json.dumps(parts))
+        value = parts if pair else parts[0]
+        return row._replace(value=Cleaned(key, value, byte_size(text), text != said, dict(facts)))
+
+    def cleaned(self, message: Message) -> Message:
+        content = clean(message.content)
+        if self.rules:
+            content = self.rules.look(content).text
+        return message._replace(content=content)
+
     def would_drop(self, item: Item, row: Row) -> tuple[str, dict[str, str]]:
         """Of a row that has a value: its text, and what each rule says of it, looked at alone."""
         text = row.value if isinstance(row.value, str) else json.dumps(row.value)
@@ -150,6 +186,9 @@ class Encoder:
         self.settings, self.tokenizer, self.dtype = settings, tokenizer, dtype
         self.cleaner = Cleaner(settings, more.get("evaluation"))
         self.keep = more.get("keep", False)
+        self.template = None
+        if "rows" in settings:
+            self.template = chat.template(settings["rows"]["template"])
 
     def __call__(self, batch: list[Item]):
         results, seconds = [], Counter()
@@ -182,6 +221,38 @@ class Encoder:
         ids, ends = encode_parts(cleaned.value, self.tokenizer, limit, self.dtype, last)
         made = Document(cleaned.key, share, ids, ends, cleaned.size, cleaned.changed, last)
         made = made._replace(facts=cleaned.facts)
-        if self.keep:
-            made = made._replace(value=cleaned.value)
-        return row._replace(value=made)
+        return row._replace(value=self.kept(made, {"text": cleaned.value}))
+
+    def kept(self, made: Document, value: dict) -> Document:
+        return made._replace(value=value) if self.keep else made
+
+    def encode_messages(self, row: Row, cleaned: Cleaned, share: float) -> Row:
+        """A conversation, or a pair's two, rendered and cut to the length of a row."""
+        rows = self.settings["rows"]
+        pair = rows["kind"] == "pairs"
+        ids, masks, ends = [], [], []
+        facts = Counter(cleaned.facts)
+        for messages in cleaned.value if pair else [cleaned.value]:
+            rendered = render(messages, self.template, self.tokenizer, rows["loss_on"])
+            fitted, what = fit(*rendered, rows["length"], rows["long"])
+            if fitted is None:
+                reason = f"{len(rendered[0]):,} tokens, a row has {rows['length']:,}: {what}"
+                return row._replace(code="E106", value=Reject(reason))
+            if what:
+                facts[f"row {what}"] += 1
+            ids.append(fitted[0].astype(self.dtype))
+            masks.append(fitted[1])
+            ends.append(len(fitted[0]) + (ends[-1] if ends else 0))
+        made = Document(
+            cleaned.key, share, np.concatenate(ids), ends, cleaned.size, cleaned.changed
+        )
+        made = made._replace(mask=np.concatenate(masks), facts=dict(facts))
+        return row._replace(value=self.kept(made, as_row(cleaned.value)))
+
+
+def as_row(value: list | tuple) -> dict:
+    """A conversation or a pair as the JSON of a row."""
+    if isinstance(value, tuple):
+        chosen, rejected = (as_row(part)["messages"] for part in value)
+        return {"chosen": chosen, "rejected": rejected}
+    return {"messages": [message._asdict() for message in value]}

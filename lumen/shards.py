@@ -106,8 +106,7 @@ class Shards:
         starts = np.array(self.starts, dtype="<u8")
         mask = np.concatenate(self.masks) if self.masks else None
         if self.rows and self.rows["kind"] == "chat":
-            packed = packing.layout(ids, mask, starts, self.rows["length"], self.pad_id)
-            ids, mask, starts = packed
+            ids, mask, starts = self.packed(ids, mask, starts)
         docs = np.append(starts, np.uint64(len(ids)))
         name = f"{self.split}_{len(self.closed):05d}"
         shard = {
@@ -127,6 +126,15 @@ class Shards:
             shard["padding"] = len(ids) - self.size
         self.closed.append(shard)
         self.begin()
+
+    def packed(self, ids, mask, starts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of whole rows: conversations by best fit, then padding."""
+        length = self.rows["length"]
+        lengths = np.diff(starts, append=np.uint64(len(ids))).astype(int).tolist()
+        cuts = starts[1:].astype(int)
+        conversations = list(zip(np.split(ids, cuts), np.split(mask, cuts)))
+        rows = packing.pack(lengths, length)
+        return packing.layout_rows(conversations, rows, length, self.pad_id, ids.dtype)
 
     def write(self, name: str, array: np.ndarray) -> tuple[str, int]:
         """(sha256, bytes) of a new file."""
