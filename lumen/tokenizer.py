@@ -25,7 +25,6 @@ import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from functools import cached_property
 from operator import add
 from pathlib import Path
 
@@ -34,6 +33,7 @@ import regex
 import tiktoken
 
 from lumen.errors import UserError
+from lumen.vocabulary import EOT, EOT_NAMES, SPECIALS, Vocabulary, mend_surrogates
 
 # The split patterns as they were published. tiktoken's newer spellings (`\s++$`, `{1,3}+`) mean
 # the same to tiktoken's regex engine but not to that of `tokenizers` (Oniguruma, where $ matches
@@ -68,10 +68,6 @@ LONGEST_TOKEN = 128
 # characters: a longer one is trained on in pieces, else each merge would go over all of it
 LONGEST_PIECE = 1000
 
-EOT = "<|endoftext|>"
-SPECIALS = (EOT, "<|pad|>", "<|im_start|>", "<|im_end|>")  # of our own vocabularies, in this order
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")  # first that is there
-
 _END = "<|endofprompt|>"
 _FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, _END: 100276}
 _FILES = {  # tiktoken's: pattern, special ids, sha256
@@ -99,40 +95,33 @@ def _chars(token: bytes) -> str:
     return "".join(_CHAR[byte] for byte in token)
 
 
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """ranks: bytes of a token -> its id, which is also the priority of its merge. specials:
     control tokens -> id. words: added tokens that stand for their text wherever it occurs
     (`<tool_call>` in Qwen's files); they are no control tokens. n_vocab is the largest id + 1,
     specials included."""
 
     def __init__(
-        self, name: str, ranks: dict, specials: dict, pattern=CL100K_PATTERN, words=None, nfc=False
+        self,
+        name: str,
+        ranks: dict,
+        specials: dict,
+        pattern=CL100K_PATTERN,
+        words=None,
+        nfc=False,
+        eot=None,
     ):
-        self.name = name
+        super().__init__(name, specials, words or {}, {i: t for t, i in ranks.items()}, eot)
         self.ranks = ranks
-        self.specials = specials
         self.pattern = pattern
         self.nfc = nfc
-        self.words = words or {}
-        self.n_vocab = 1 + max((*ranks.values(), *specials.values(), *self.words.values()))
-        self.eot_id = next(specials[name] for name in EOT_NAMES if name in specials)
-        self.pad_id, self.im_start_id, self.im_end_id = (
-            specials.get(name) for name in SPECIALS[1:]
-        )
-        specials_and_words = {**specials, **self.words}
         self._encoding = tiktoken.Encoding(
             name,
             pat_str=_engine_pattern(pattern),
             mergeable_ranks=ranks,
-            special_tokens=specials_and_words,
+            special_tokens={**specials, **self.words},
         )
-        self._words = set(self.words)
-        # ids that mean nothing (cl100k_base has some) decode to nothing
-        self._bytes = [b""] * self.n_vocab
-        for token, i in ranks.items():
-            self._bytes[i] = token
-        for text, i in specials_and_words.items():
-            self._bytes[i] = text.encode()
+        self._words = set(self.words) - set(self.controls)
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids, 1-D, never one of `specials`. Lone surrogates are encoded as U+FFFD."""
@@ -154,36 +143,13 @@ class Tokenizer:
             "piece", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
         )
         find = regex.compile(f"{self.pattern}|(?:(?!{self.pattern})(?s:.))+").finditer
-        ids, words = [], [regex.escape(word) for word in self.words]
+        ids, words = [], [regex.escape(word) for word in self._words]
         for part in regex.split(f"({'|'.join(words)})", text) if words else [text]:
             if part in self._words:
                 ids.append(self.words[part])
             else:
                 ids += [i for piece in find(part) for i in whole.encode_ordinary(piece.group())]
         return np.array(ids, np.uint32)
-
-    def decode_bytes(self, ids) -> bytes:
-        """The bytes of the ids (a sequence or array of integers); a control token gives its name.
-        E113: no such id."""
-        ids = np.asarray(ids).ravel()
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
-            raise UserError(
-                "E113",
-                f"token ids {ids.min()} to {ids.max()}, but {self.name} has {self.n_vocab} ids",
-            )
-        return b"".join([self._bytes[i] for i in ids.tolist()])
-
-    def decode(self, ids) -> str:
-        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def token_bytes(self) -> np.ndarray:
-        """uint16 (n_vocab,): bytes of text per id, 0 for control tokens; turns nats per token into
-        bits per byte. uint32 for other people's vocabularies whose longest token does not fit."""
-        lengths = np.array([len(token) for token in self._bytes])
-        lengths = lengths.astype(np.uint16 if lengths.max() < 1 << 16 else np.uint32)
-        lengths[list(self.specials.values())] = 0
-        return lengths
 
     def to_json(self) -> str:
         """tokenizer.json, the same text for the same tokenizer. The key model.name is ours;
@@ -232,20 +198,12 @@ class Tokenizer:
         whole |= {"post_processor": None, "decoder": byte_level, "model": model}
         return json.dumps(whole, ensure_ascii=False) + "\n"
 
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether both make the same ids of every text. Unlike sha256 it does not look at the
         name, which a file of another program takes from its folder, nor at how a file is
         spelled."""
         a, b = ((t.ranks, t.specials, t.words, t.pattern, t.nfc) for t in (self, other))
         return a == b
-
-    def save(self, path) -> None:
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(self.to_json())
 
 
 def _engine_pattern(pattern: str) -> str:
@@ -259,12 +217,6 @@ def _engine_pattern(pattern: str) -> str:
         pattern = pattern.replace("?+", "?").replace("++", "+")
     head, lookahead, rest = pattern.partition(r"|\s+(?!\S)")
     return f"(?:{head}){lookahead}{rest}{cover}"
-
-
-def mend_surrogates(text: str) -> str:
-    """Joins surrogate pairs and replaces lone surrogates with U+FFFD: then the text can be
-    UTF-8."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parts(token: bytes, ranks: dict) -> list[bytes]:
