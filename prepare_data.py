@@ -35,9 +35,11 @@ file, progress.json (replaced atomically) records where that was.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import platform
+import tempfile
 import time
 import unicodedata
 from collections import Counter
@@ -45,21 +47,33 @@ from typing import NamedTuple
 
 import numpy as np
 import tiktoken
+import yaml
 from tqdm import tqdm
 
 from lumen import chat, near
+from lumen.datacard import draw_lengths, make_report, meaning_of, write_card
 from lumen.decontaminate import Contaminated
 from lumen.encode import Cleaner, Encoder
-from lumen.errors import ERRORS, UserError, expand
+from lumen.errors import UserError, expand
+from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
-from lumen.launch import Words, command
-from lumen.manifest import make_manifest, make_report, read_dataset_json, token_dtype, verify
+from lumen.launch import Words, command, speak
+from lumen.manifest import make_manifest, read_dataset_json, token_dtype, verify
 from lumen.output import Output
-from lumen.passes import Pass, find_near_duplicates, read_batches, text_of
+from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
 from lumen.pool import in_order
-from lumen.recipe import FLOATS, OPTIONS, Job, evaluation_files, plan_job, rows_of
+from lumen.recipe import (
+    FLOATS,
+    OPTIONS,
+    Job,
+    Mixture,
+    evaluation_files,
+    plan_job,
+    read_mixture,
+    rows_of,
+)
 from lumen.rules import Rules
-from lumen.shards import new_file, write_dataset_json
+from lumen.shards import Growing, new_file, to_utf8, write_dataset_json, write_keys
 from lumen.sources import (
     Input,
     Reading,
@@ -76,6 +90,7 @@ from lumen.tokenizer import NAMED, Tokenizer, load, train_bpe
 
 # In provenance. 2: a document has one end of text; before, each of its parts had one.
 RULES = 2
+SHOWN_TOKENS = 2000  # of a row, at most, by --show
 # A BPE vocabulary is trained on this much, taken from all files alike, and then on the first so
 # many characters of a document; where there is less text, on all of it.
 TRAIN_BYTES = 200_000_000
@@ -92,12 +107,16 @@ def prepare(
     **options,
 ) -> dict:
     """Makes the dataset `out`, goes on with one that was interrupted, or finds it finished; returns
-    its manifest. Options: OPTIONS, with its defaults.
+    its manifest. Options: recipe.OPTIONS, with its defaults.
 
-    E002 options; E003 a worker died; E101 to E104 and E108 with strict; E109 too many bad rows;
-    E111 a finished shard is damaged; E115, E116 tokenizer; E117 out holds something else; E119
-    disk full (the same command goes on later)."""
-    job = plan_job(sources, out, tokenizer, val_sources, options)
+    E002 options; E003 a worker died, or a package is missing; E101 to E106 and E108 with strict;
+    E109 too many bad rows; E111 a finished shard is damaged; E115, E116 tokenizer; E117 out holds
+    something else; E119 disk full (the same command goes on later); E120 sources of several
+    kinds."""
+    return prepare_job(plan_job(sources, out, tokenizer, val_sources, options))
+
+
+def prepare_job(job: Job) -> dict:
     with holding(job.out, job.say):
         unread = {}
         inputs = find_all_inputs(job, unread)
@@ -119,6 +138,60 @@ def prepare(
             if error.code not in ("E119", "E003"):
                 remove(job.out, DATASET_FILES)
             raise
+
+
+def prepare_mixture(file: str, typed: dict) -> dict[str, dict]:
+    """A data.yaml: each source becomes a dataset under `out`, all with one tokenizer, and no text
+    twice among them. Returns their manifests by name; out/mixture.yaml is a run's `data:` block.
+
+    The order of the sources decides which of them keeps a text that two have. E002 and as
+    prepare."""
+    mixture = read_mixture(file, typed)
+    first = next(iter(mixture.jobs.values()))
+    manifests, taken = {}, ()
+    with holding(mixture.out, first.say):
+        shared = share(mixture, first)
+        for name, job in mixture.jobs.items():
+            after = [manifest["fingerprint"] for manifest in manifests.values()]
+            settings = job.settings | {"after": after} | shared.settings
+            job = job._replace(settings=settings, taken=taken, near=shared.near)
+            job = job._replace(tokenizer=shared.tokenizer)
+            first.say(f"source {name}:")
+            manifests[name] = prepare_job(job)
+            taken += (job.out,)
+        block = {name: {"dir": name, "weight": w} for name, w in mixture.weights.items()}
+        with new_file(os.path.join(mixture.out, "mixture.yaml")) as file:
+            file.write(to_utf8(yaml.safe_dump({"data": {"sources": block}}, sort_keys=False)))
+    first.say(f"{mixture.out} is ready: data_dir: {mixture.out}")
+    return manifests
+
+
+class Shared(NamedTuple):
+    """What the datasets of a mixture have in common."""
+
+    tokenizer: str  # a name, or the file
+    near: str  # keys of near-duplicates among all of them, or ""
+    settings: dict
+
+
+def share(mixture: Mixture, first: Job) -> Shared:
+    """One tokenizer, trained on the text of all sources; one search for near-duplicates."""
+    path = os.path.join(mixture.out, "tokenizer.json")
+    passes = []
+    for job in mixture.jobs.values():
+        inputs = find_all_inputs(job, {}) or []
+        passes.append(plan_pass(job, *survey(job, inputs)))
+    tokenizer, settings = first.tokenizer, {"tokenizer": first.settings["tokenizer"]}
+    if first.trains_tokenizer:
+        tokenizer = path
+        if not os.path.exists(path):
+            train_tokenizer(first, passes, path)
+    alike = [over for over in passes if "minhash" in over.settings]
+    near = ""
+    if alike:
+        near = find_near_duplicates(alike, mixture.out)
+        settings["near"] = sha256(near)
+    return Shared(tokenizer, near, settings)
 
 
 def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
@@ -172,21 +245,26 @@ def say_unread(job: Job, unread: dict) -> None:
         job.say(f"not read: {total:,} files of other endings: {', '.join(shown)}")
 
 
-def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
-    """The first progress.json: settings, and the inputs as they are now."""
+def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
+    """The settings in full, and the texts with their field and the shape of their rows."""
     read = [given for given in inputs if given.source >= 0]
     shape, field, line = detect(read, job.options["field"])
-    job.say(line)
-    hashed = []
-    for given in inputs:
-        if given.source >= 0:
-            given = given._replace(field=field, shape=shape)
-        given = given._replace(sha256=file_sha256(given.path))
-        hashed.append(given._replace(key=document_key(given) if given.long else ""))
+    if line:
+        job.say(line)
     settings = job.settings | rows_of(shape, job.options, chat.describe(job.options["template"]))
     if settings["val_fraction"] is None:
         size = sum(given.size for given in read)
         settings["val_fraction"] = 0.05 if size < 100_000_000 else 0.005
+    return settings, [given._replace(field=field, shape=shape) for given in read]
+
+
+def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
+    """The first progress.json: settings, and the inputs as they are now."""
+    settings, read = survey(job, inputs)
+    hashed = []
+    for given in [*read, *(given for given in inputs if given.source < 0)]:
+        given = given._replace(sha256=file_sha256(given.path))
+        hashed.append(given._replace(key=document_key(given) if given.long else ""))
     provenance = {"inputs": hashed, "rules": RULES, "not_read": unread}
     progress = {"settings": settings, "provenance": provenance}
     write_dataset_json(os.path.join(job.out, "progress.json"), progress)
@@ -204,10 +282,14 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     over = plan_pass(job, settings, inputs)
     say_rules(over)
 
-    tokenizer = settle_tokenizer(job, settings, inputs, tokenizer)
+    tokenizer = settle_tokenizer(over, tokenizer)
     output = Output(job.out, progress, inputs, job.options["strict"], tokenizer)
     if "minhash" in settings:
-        output.near = find_near_duplicates(over, job.out)
+        output.near = read_keys(job.near or find_near_duplicates([over], job.out))
+    for folder in job.taken:
+        output.elsewhere |= read_keys(os.path.join(folder, "keys.npy"))
+    if job.options["export_clean"]:
+        output.exported = Growing(expand(job.options["export_clean"]))
     if "state" in progress:
         output.resume(progress["state"])
     pace = encode(over, output, total)
@@ -242,34 +324,40 @@ def say_rules(over: Pass) -> None:
         over.job.say(line)
 
 
-def settle_tokenizer(
-    job: Job, settings: dict, inputs: list[Input], tokenizer: Tokenizer | None
-) -> Tokenizer:
+def settle_tokenizer(over: Pass, tokenizer: Tokenizer | None) -> Tokenizer:
     """That of the folder, or the one given, or one that is trained now."""
-    path = os.path.join(job.out, "tokenizer.json")
+    path = os.path.join(over.job.out, "tokenizer.json")
     if os.path.exists(path):
         return load(path)
     if tokenizer is None:
-        began = time.monotonic()
-        n_vocab = int(settings["tokenizer"].partition(":")[2])
-        size = sum(given.size for given in inputs if given.split != "val")
-        max_chars = TRAIN_CHARS if size > TRAIN_BYTES else None
-        texts = training_texts(settings, inputs)
-        tokenizer = train_bpe(texts, n_vocab, settings["tokenizer"], max_chars)
-        text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
-        if tokenizer.n_vocab != n_vocab:
-            text += f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
-        job.say(text)
+        return train_tokenizer(over.job, [over], path)
     with new_file(path) as file:
         file.write(tokenizer.to_json().encode())
     return tokenizer
 
 
-def training_texts(settings: dict, inputs: list[Input]):
+def train_tokenizer(job: Job, passes: list[Pass], path: str) -> Tokenizer:
+    """bpe:N on the text of all passes, alike; written to `path`."""
+    began = time.monotonic()
+    spec = job.settings["tokenizer"]
+    n_vocab = int(spec.partition(":")[2])
+    total = sum(given.size for over in passes for given in over.inputs if given.split != "val")
+    max_chars = TRAIN_CHARS if total > TRAIN_BYTES else None
+    texts = (text for over in passes for text in training_texts(over.settings, over.inputs, total))
+    tokenizer = train_bpe(texts, n_vocab, spec, max_chars)
+    text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
+    if tokenizer.n_vocab != n_vocab:
+        text += f"; the text has pairs for {tokenizer.n_vocab:,} ids only"
+    job.say(text)
+    with new_file(path) as file:
+        file.write(tokenizer.to_json().encode())
+    return tokenizer
+
+
+def training_texts(settings: dict, inputs: list[Input], total: int):
     """What a vocabulary is trained on: all train text, or TRAIN_BYTES of it taken from all files
-    alike."""
+    alike. total: bytes of all that it is trained on."""
     inputs = [given for given in inputs if given.split != "val"]
-    total = sum(given.size for given in inputs)
     credit = 0.0  # bytes that may still be read; what a file does not use the next one may
     cleaner = Cleaner(settings)
     for given in inputs:
@@ -338,7 +426,7 @@ def encode(over: Pass, output: Output, total: int) -> Pace:
 
 def say_rejected(job: Job, output: Output) -> None:
     for code, lines in sorted(output.examples.items()):
-        text = f"{code} {ERRORS[code][0]}: {output.counts[code]:,}"
+        text = f"{code} {meaning_of(code)}: {output.counts[code]:,}"
         job.say("\n  ".join([text, *lines]))
 
 
@@ -384,12 +472,16 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
     out = job.out
     with new_file(os.path.join(out, "token_bytes.npy")) as file:
         np.save(file, output.tokenizer.token_bytes())
-    write_dataset_json(os.path.join(out, "report.json"), make_report(output))
+    if "after" in output.settings:  # other sources of the mixture will ask
+        write_keys(os.path.join(out, "keys.npy"), output.seen)
     manifest = make_manifest(output)
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    versions["tiktoken"] = tiktoken.__version__
+    report = make_report(output)
+    write_dataset_json(os.path.join(out, "report.json"), report)
+    write_card(out, report, manifest)
+    if not draw_lengths(out, output.splits):
+        job.say("no lengths.png: pip install matplotlib")
     manifest["provenance"] = output.header["provenance"] | {
-        "versions": versions,
+        "versions": versions(),
         "unicode": unicodedata.unidata_version,
         "folder": os.path.abspath(out),
         "host": platform.node(),
@@ -401,7 +493,7 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
     write_dataset_json(os.path.join(out, "manifest.json"), manifest)
     remove(out, JOURNAL_FILES)
     tokens = output.splits["train"].tokens
-    if tokens > 1024:
+    if tokens > 1024 or output.rows_made:
         job.say(f"{out} is ready")
     else:
         small = f"its {tokens:,} train tokens make no row of max_seq_len {tokens:,} or more"
@@ -409,29 +501,114 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
     return read_dataset_json(os.path.join(out, "manifest.json"))
 
 
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "numpy": np.__version__}
+    return found | {"tiktoken": tiktoken.__version__}
+
+
+# ---------------------------------------------------------------- looking, without making data
+
+
+def validate(sources: list[str], options: dict) -> None:
+    """Prepares into a folder that is removed, and prints its card. E109 and as prepare."""
+    with tempfile.TemporaryDirectory(prefix="validate_") as folder:
+        out = os.path.join(folder, "data")
+        prepare(sources, **options | {"out": out})
+        with open(os.path.join(out, "DATA_CARD.md"), encoding="utf-8") as file:
+            speak(file.read())
+
+
+def say_what_rules_drop(sources: list[str], options: dict) -> None:
+    """What each rule would drop if it stood alone, with examples."""
+    only = {name: value for name, value in options.items() if name in OPTIONS}
+    job = plan_job(sources, "unused", "bytes", None, only)
+    over = plan_pass(job, *survey(job, find_all_inputs(job, {})))
+    say_rules(over)
+    examples, counts = dry_run(over)
+    for line in examples.lines():
+        job.say(line)
+    bad = ", ".join(f"{code} {n:,}" for code, n in sorted(counts.items()) if code != "rows")
+    job.say(f"{counts['rows']:,} rows looked at, nothing written; not readable: {bad or 'none'}")
+
+
+def show_rows(folder: str, n: int) -> None:
+    """The first n rows of a dataset, or documents of plain text, with what is supervised in
+    green."""
+    manifest = read_dataset_json(os.path.join(folder, "manifest.json"))
+    tokenizer = load(folder)
+    shard = manifest["splits"]["train"]["shards"][0]
+    ids = np.load(os.path.join(folder, shard["file"]), mmap_mode="r", allow_pickle=False)
+    places = np.load(os.path.join(folder, shard["docs_file"]), allow_pickle=False).astype(int)
+    if manifest.get("kind") == "chat":
+        places = np.arange(0, len(ids) + 1, manifest["rows"]["length"])
+    if "mask_file" in shard:
+        mask = np.load(os.path.join(folder, shard["mask_file"]), mmap_mode="r", allow_pickle=False)
+    else:
+        mask = np.zeros(len(ids), np.uint8)
+    for begin, end in list(zip(places, places[1:]))[:n]:
+        end = min(end, begin + SHOWN_TOKENS)
+        speak(chat.show(np.array(ids[begin:end]), np.array(mask[begin:end]), tokenizer))
+        speak("-" * 60)
+
+
 # ---------------------------------------------------------------- the command
+
+
+def arguments() -> Words:
+    """What is not typed is not there: data.yaml or OPTIONS has it then."""
+    more = "python prepare_data.py --verify FOLDER holds finished data against the sums in its"
+    about = {"description": __doc__.partition("\n")[0], "epilog": f"{more} manifest.json"}
+    parser = Words(prog="prepare_data.py", argument_default=argparse.SUPPRESS, **about)
+    sources = "file, folder, 'glob', hf:NAME, stdlib, packages, docstrings, synthetic:N; or a .yaml"
+    tokenizers = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, hf:NAME, "
+    val = "validation text, instead of a share"
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
+    parser.add_argument("--out", help="folder of the dataset")
+    parser.add_argument("--tokenizer", help=tokenizers + ", ".join(NAMED))
+    parser.add_argument("--val", nargs="+", dest="val_sources", metavar="FILE", help=val)
+    parser.add_argument("--show", type=int, help="print so many rows, what is supervised in green")
+    look = "print what the data would be like, leave nothing on the disk"
+    parser.add_argument("--validate_only", action="store_true", help=look)
+    drop = "print what each rule would drop, with examples, and make nothing"
+    parser.add_argument("--dry_run", action="store_true", help=drop)
+    for name, (default, meaning) in OPTIONS.items():
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+        else:
+            parser.add_argument(f"--{name}", type=kind_of(name), help=meaning)
+    return parser
 
 
 def main(argv: list[str]) -> None:
     """The command line; an option's name may be written with - or _."""
     if argv[:1] == ["--verify"] and len(argv) == 2:
         return verify(expand(argv[1]))
-    more = "python prepare_data.py --verify FOLDER holds finished data against the sums in its"
-    about = {"description": __doc__.partition("\n")[0], "epilog": f"{more} manifest.json"}
-    parser = Words(prog="prepare_data.py", **about)
-    sources = "file, folder, stdlib, synthetic:N (documents)"
-    tokenizers = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, " + ", ".join(NAMED)
-    val = "validation text, instead of a share"
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
-    parser.add_argument("--out", required=True, help="folder of the dataset")
-    parser.add_argument("--tokenizer", default="bpe:8192", help=tokenizers)
-    parser.add_argument("--val", nargs="+", dest="val_sources", metavar="FILE", help=val)
-    for name, (default, meaning) in OPTIONS.items():
-        if default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=meaning)
-        else:
-            parser.add_argument(f"--{name}", type=kind_of(name), default=default, help=meaning)
-    prepare(**vars(parser.parse_args(argv)))
+    options = vars(arguments().parse_args(argv))
+    sources, shown = options.pop("sources"), options.pop("show", 0)
+    validate_only, dry = options.pop("validate_only", False), options.pop("dry_run", False)
+    if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+        if validate_only or dry or "val_sources" in options:
+            text = "--validate_only, --dry_run and --val are for sources, not for a YAML of them"
+            raise UserError("E002", text)
+        prepare_mixture(sources[0], options)
+    elif dry:
+        say_what_rules_drop(sources, options)
+    elif validate_only:
+        validate(sources, options)
+    elif "out" not in options:
+        raise UserError("E002", "--out is missing: the folder of the dataset")
+    else:
+        prepare(sources, **options)
+        if shown:
+            show_rows(expand(options["out"]), shown)
+
+
+def kind_of(name: str):
+    """What an option of OPTIONS is read as."""
+    default = OPTIONS[name][0]
+    if isinstance(default, str):
+        return str
+    return float if name in FLOATS else int
 
 
 if __name__ == "__main__":

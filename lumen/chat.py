@@ -10,17 +10,11 @@ no byte-level BPE merges across (at a control token, or between a newline or col
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-
-from lumen.errors import UserError
 
 LOSS_ON = ("assistant", "last_turn", "completion", "all")
 # {content}, {end}, {<|im_start|>}: no space within

@@ -1,10 +1,10 @@
 """Rows of a data set to conversations: every shape that people use, one list of messages.
 
-    {"messages": [{"role", "content"}]}, {"conversation": ...}, {"conversations": [{"from", "value"}]}
-    {"prompt", "response" or "completion"}   texts, or lists of messages
-    {"instruction", "input", "output"}       with "system", "history"
-    {"prompt", "chosen", "rejected"}         preference pairs; also without prompt
-    {"text"}                                 no conversation
+{"messages": [{"role", "content"}]}, {"conversation": ...}, {"conversations": [{"from", "value"}]}
+{"prompt", "response" or "completion"}   texts, or lists of messages
+{"instruction", "input", "output"}       with "system", "history"
+{"prompt", "chosen", "rejected"}         preference pairs; also without prompt
+{"text"}                                 no conversation
 """
 
 from __future__ import annotations

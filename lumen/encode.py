@@ -114,13 +114,14 @@ class Cleaner:
         cleaned = Cleaned(key_of(stripped), text, byte_size(text), text != row.value, facts)
         return row._replace(value=cleaned)
 
-
     def look_at_messages(self, row: Row) -> Row:
         """A row of a conversation, or of a pair: its contents are cleaned one by one."""
         counts = Counter()
         pair = self.settings["rows"]["kind"] == "pairs"
         try:
-            made = to_pair(row.value, counts=counts) if pair else to_messages(row.value, counts=counts)
+            made = (
+                to_pair(row.value, counts=counts) if pair else to_messages(row.value, counts=counts)
+            )
         except RowError as error:
             excerpt = json.dumps(row.value, ensure_ascii=False)[:200]
             return row._replace(code=error.code, value=Reject(error.reason, excerpt))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from contextlib import contextmanager, suppress
 
@@ -12,17 +13,20 @@ from lumen.errors import UserError
 from lumen.manifest import check_sizes, read_dataset_json
 from lumen.sources import Input, file_sha256, stored_input
 
-JOURNAL_FILES = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|.*\.tmp")
+JOURNAL_FILES = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|near_\w+\.npy|.*\.tmp")
 DATASET_FILES = re.compile(
     rf"{JOURNAL_FILES.pattern}|(train|val)_\d{{5}}(\.docs|\.mask)?\.npy|token_bytes\.npy"
-    r"|(report|tokenizer)\.json|DATA_CARD\.md|lengths\.png|keys\.bin"
+    r"|(report|tokenizer)\.json|DATA_CARD\.md|lengths\.png|keys\.npy"
 )
 
 
 def remove(out: str, pattern: re.Pattern) -> None:
     for name in os.listdir(out):
-        if pattern.fullmatch(name):
-            os.remove(os.path.join(out, name))
+        path = os.path.join(out, name)
+        if pattern.fullmatch(name) and os.path.isdir(path):
+            shutil.rmtree(path)  # a search for near-duplicates that was cut short
+        elif pattern.fullmatch(name):
+            os.remove(path)
 
 
 @contextmanager

@@ -1,22 +1,21 @@
 """What is said of a prepared folder, and whether it still holds.
 
 manifest.json names every shard with its size and sha256, the tokenizer, the sources, the settings,
-and a fingerprint over all of that; report.json is for people. `check_sizes` is the quick look at a
+and a fingerprint over all of that (lumen/datacard.py is for people). `check_sizes` is the quick look at a
 finished folder, `verify` the look at every byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 
 import numpy as np
 
-from lumen.errors import ERRORS, UserError
+from lumen.errors import UserError
 from lumen.files import read_json, sha256
 from lumen.loader import DAMAGED
-from lumen.shards import Output, Shards
+from lumen.output import Output
+from lumen.shards import json_sha256
 from lumen.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------- manifest.json
@@ -29,7 +28,7 @@ def read_dataset_json(path: str) -> dict:
 
 def make_manifest(output: Output) -> dict:
     """The manifest without provenance; all of it is in the fingerprint."""
-    tokenizer, counts = output.tokenizer, output.counts
+    tokenizer, counts, rows = output.tokenizer, output.counts, output.rows_made
     splits = {}
     for split, shards in output.splits.items():
         splits[split] = {
@@ -43,7 +42,7 @@ def make_manifest(output: Output) -> dict:
         "format": "npy-tokens",
         "version": 1,
         "dtype": np.dtype(token_dtype(tokenizer)).name,
-        "doc_layout": "append_eot",
+        "doc_layout": "rendered" if rows else "append_eot",
         "splits": splits,
         "tokenizer": {
             "file": "tokenizer.json",
@@ -70,6 +69,9 @@ def make_manifest(output: Output) -> dict:
             "dropped": {code: counts[code] for code in sorted(output.examples)},
         },
     }
+    if rows:
+        manifest |= {"kind": rows["kind"], "rows": {"length": rows["length"]}}
+        manifest |= {"template": rows["template"], "loss_on": rows["loss_on"]}
     return manifest | {"fingerprint": json_sha256(manifest)}
 
 
@@ -88,48 +90,6 @@ def describe_source(output: Output, i: int, name: str) -> dict:
 
 def token_dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.n_vocab <= 65536 else "<u4"
-
-
-def json_sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- report.json
-
-
-def make_report(output: Output) -> dict:
-    """report.json: documents, tokens and lengths of both splits, counts, the first rejects of each
-    kind."""
-    rejected = {}
-    for code, lines in output.examples.items():
-        meaning = ERRORS[code][0]
-        rejected[code] = {"rows": output.counts[code], "meaning": meaning, "first": lines}
-    return {
-        "splits": {name: report_split(output.out, s) for name, s in output.splits.items()},
-        "rejected": rejected,
-        "counts": dict(output.counts),
-        "sources": output.settings["sources"],
-        "not_read": output.header["provenance"]["not_read"],
-    }
-
-
-def report_split(out: str, shards: Shards) -> dict:
-    begins = []  # of documents, counted over the borders of shards
-    at = 0
-    for shard in shards.closed:
-        starts = np.load(os.path.join(out, shard["docs_file"]), allow_pickle=False)[:-1]
-        begins.append(starts.astype(int) + at)
-        at += shard["tokens"]
-    lengths = np.diff(np.concatenate([*begins, [at]]))
-    made = {"documents": len(lengths), "tokens": shards.tokens, "bytes_text": shards.bytes_text}
-    if len(lengths):
-        made["bytes_per_token"] = round(shards.bytes_text / shards.tokens, 4)
-        smallest, median, p95, largest = np.percentile(lengths, (0, 50, 95, 100))
-        numbers = {"mean": lengths.mean(), "std": lengths.std()}
-        numbers |= {"min": smallest, "median": median, "p95": p95, "max": largest}
-        rounded = {name: round(float(value), 1) for name, value in numbers.items()}
-        made["tokens_per_document"] = rounded
-    return made
 
 
 # ---------------------------------------------------------------- does it still hold?
@@ -159,8 +119,10 @@ def verify(folder: str) -> None:
     size = 0
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            wanted[shard["file"]] = shard["sha256"]
             size += shard["bytes"]
+            for name in ("", "docs_", "mask_"):
+                if want := shard.get(f"{name}sha256"):  # older manifests have the first only
+                    wanted[shard[f"{name}file"]] = want
     wanted["tokenizer.json"] = manifest["tokenizer"]["sha256"]
     bad = []
     for name, want in wanted.items():

@@ -11,7 +11,6 @@ What a killed run wrote after its last journal is written over, with the same by
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from contextlib import suppress
@@ -21,7 +20,7 @@ import numpy as np
 from lumen.clean import cut_place
 from lumen.encode import Document, encode_parts, share_of
 from lumen.errors import UserError
-from lumen.shards import Shards, append_at, new_file, to_utf8, write_dataset_json
+from lumen.shards import Growing, Shards, append_at, new_file, write_dataset_json
 from lumen.sources import Input, Reject, Row
 from lumen.tokenizer import Tokenizer
 
@@ -62,8 +61,8 @@ class Output:
         self.new_keys: list[bytes] = []  # of those, what is not in seen.bin
         self.elsewhere: set[bytes] = set()  # keys of documents that other folders have
         self.near: set[bytes] = set()  # keys of documents that are too much like another
-        self.rejects: list[str] = []  # lines that are not yet in rejected.jsonl
-        self.rejected_bytes = 0
+        self.rejected = Growing(os.path.join(out, "rejected.jsonl"))
+        self.exported: Growing | None = None  # of --export_clean: the rows that were kept
         self.journals = 0
         self.counts = Counter()  # by kind, code or rule
         self.facts = Counter()  # of the documents that were kept: languages, roles, ...
@@ -135,6 +134,8 @@ class Output:
         cleaned = int(document.cleaned)
         self.counts.update(kept=1, cleaned=cleaned, cut=int(parts > 1), parts=parts)
         self.facts.update(document.facts)
+        if self.exported:
+            self.exported.add(document.value)
         self.kept[str(given.source)] += 1
 
     def take_piece(self, index: int, line: int, piece: Document) -> None:
@@ -209,7 +210,7 @@ class Output:
                 "reason": reject.reason,
                 "excerpt": reject.excerpt,
             }
-            self.rejects.append(json.dumps(entry, ensure_ascii=False) + "\n")
+            self.rejected.add(entry)
         if reject.whole_file and (given.kind != "text" or given.long):
             self.lost.append(given.path)
 
@@ -279,23 +280,22 @@ class Output:
                 self.hold_out(self.reserve, share)
         train.close()
         val.close()
-        self.write_rejects()
+        self.flush()
 
     # ---- the journal
 
-    def write_rejects(self) -> None:
-        data = to_utf8("".join(self.rejects))
-        append_at(os.path.join(self.out, "rejected.jsonl"), self.rejected_bytes, data)
-        self.rejects = []
-        self.rejected_bytes += len(data)
+    def flush(self) -> None:
+        self.rejected.flush()
+        if self.exported:
+            self.exported.flush()
 
     def pending_file(self, n: int) -> str:
         return os.path.join(self.out, f"pending_{n}.npz")
 
     def journal(self) -> None:
-        """Keys, rejects, what is in no shard yet, and then, atomically, the progress.json that
+        """Rejects, keys, what is in no shard yet, and then, atomically, the progress.json that
         refers to them."""
-        self.write_rejects()
+        self.flush()
         known = 16 * (len(self.seen) - len(self.new_keys))
         append_at(os.path.join(self.out, "seen.bin"), known, b"".join(self.new_keys))
         self.new_keys = []
@@ -304,7 +304,8 @@ class Output:
             "position": self.position,
             "open": self.open,
             "seen": len(self.seen),
-            "rejected_bytes": self.rejected_bytes,
+            "rejected_bytes": self.rejected.size,
+            "exported_bytes": self.exported.size if self.exported else 0,
             "journals": self.journals,
             "counts": self.counts,
             "rows": self.rows,
@@ -335,11 +336,13 @@ class Output:
     def resume(self, state: dict) -> None:
         self.position = tuple(state["position"])
         self.open = state["open"]
-        self.rejected_bytes = state["rejected_bytes"]
+        self.rejected.size = state["rejected_bytes"]
+        if self.exported:
+            self.exported.size = state.get("exported_bytes", 0)
         self.journals = state["journals"]
         self.counts = Counter(state["counts"])
         self.rows = Counter(state["rows"])
-        self.facts = Counter(state["facts"])
+        self.facts = Counter(state.get("facts", {}))
         self.kept = Counter(state["kept"])
         self.examples = state["examples"]
         self.lost = state["lost"]

@@ -18,7 +18,7 @@ from lumen.near import Near, bands_of
 from lumen.pool import in_order
 from lumen.recipe import Job
 from lumen.rules import Examples
-from lumen.shards import new_file, write_dataset_json
+from lumen.shards import json_sha256, write_dataset_json, write_keys
 from lumen.sources import Input, Item, Reading, item_rows, read_items
 
 JOURNAL_SECONDS = 20  # between two journals of the search for near-duplicates
@@ -96,44 +96,54 @@ class Signer:
         return signed
 
 
-def find_near_duplicates(over: Pass, out: str) -> set[bytes]:
-    """The keys of all texts but one of each group that are nearly alike; kept in out/near.npy.
+def find_near_duplicates(passes: list[Pass], out: str) -> str:
+    """The file of the keys of all texts but one of each group that are nearly alike.
 
-    The same set for any number of workers, any order of files, any place of a kill."""
-    path = os.path.join(out, "near.npy")
+    The same keys for any number of workers, any order of files, any place of a kill. The file's
+    name stands for the texts as they are and the settings: others are looked at anew."""
+    facts = [[over.settings, [given[:7] for given in over.inputs]] for over in passes]
+    path = os.path.join(out, f"near_{json_sha256(facts)[:12]}.npy")
     if not os.path.exists(path):
         began = time.monotonic()
-        drop = sign_all(over, os.path.join(out, "near.tmp"))
-        with new_file(path) as file:
-            np.save(file, np.frombuffer(b"".join(sorted(drop)), np.uint8).reshape(-1, 16))
-        over.job.say(f"near-duplicates: {len(drop):,}, {time.monotonic() - began:.1f} s")
-    keys = np.load(path, allow_pickle=False)
-    return {key.tobytes() for key in keys}
+        drop = sign_all(passes, path.replace(".npy", ".tmp"))
+        write_keys(path, drop)
+        text = f"near-duplicates: {len(drop):,}, in {time.monotonic() - began:.1f} s"
+        passes[0].job.say(text)
+    return path
 
 
-def sign_all(over: Pass, folder: str) -> set[bytes]:
-    """Goes on where a killed pass was: near.json says where, and how many were signed by then."""
+def sign_all(passes: list[Pass], folder: str) -> set[bytes]:
+    """Goes on where a killed search was: near.json says where, and how many were signed by
+    then."""
     journal = os.path.join(folder, "near.json")
     os.makedirs(folder, exist_ok=True)
-    state = {"position": [0, 0, 1], "count": 0} | read_json(journal, "E117", must_exist=False)
-    near = Near(folder, over.settings["minhash"])
+    state = {"pass": 0, "position": [0, 0, 1], "count": 0}
+    state |= read_json(journal, "E117", must_exist=False)
+    near = Near(folder, passes[0].settings["minhash"])
     near.truncate(state["count"])
     wrote = time.monotonic()
-    given = (over.settings, over.evaluation)
-    for batch, signed in over.batches("near", Signer, given, tuple(state["position"])):
-        if time.monotonic() - wrote > JOURNAL_SECONDS:
-            first = batch[0]
-            near.flush()
-            position = [first.index, first.offset, first.line]
-            write_dataset_json(journal, {"position": position, "count": near.count()})
-            wrote = time.monotonic()
-        for key, bands in signed:
-            near.add(key, bands)
+    for number in range(state["pass"], len(passes)):
+        over, position = passes[number], (0, 0, 1)
+        if number == state["pass"]:
+            position = tuple(state["position"])
+        given = (over.settings, over.evaluation)
+        for batch, signed in over.batches("near-duplicates", Signer, given, position):
+            if time.monotonic() - wrote > JOURNAL_SECONDS:
+                near.flush()
+                at = [batch[0].index, batch[0].offset, batch[0].line]
+                row = {"pass": number, "position": at, "count": near.count()}
+                write_dataset_json(journal, row)
+                wrote = time.monotonic()
+            for key, bands in signed:
+                near.add(key, bands)
     near.flush()
     drop = {bytes(key) for key in near.decide()}
-    near.remove()
     shutil.rmtree(folder)
     return drop
+
+
+def read_keys(path: str) -> set[bytes]:
+    return {key.tobytes() for key in np.load(path, allow_pickle=False)}
 
 
 # ---------------------------------------------------------------- what would be dropped

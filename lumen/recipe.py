@@ -7,8 +7,11 @@ was prepared without it stays.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
+
+import yaml
 
 from lumen.errors import UserError, expand
 from lumen.launch import speak
@@ -58,7 +61,16 @@ CONVERSATIONS = {
 OPTIONS = COMMON | CLEANING | CONVERSATIONS
 FLOATS = ("val_fraction", "max_bad", "quality_threshold")
 # What of CLEANING Rules reads.
-RULES = ("preset", "rules", "language", "ftfy", "pii", "min_chars", "max_chars", "quality_threshold")
+RULES = (
+    "preset",
+    "rules",
+    "language",
+    "ftfy",
+    "pii",
+    "min_chars",
+    "max_chars",
+    "quality_threshold",
+)
 
 
 class Job(NamedTuple):
@@ -70,8 +82,9 @@ class Job(NamedTuple):
     tokenizer: str
     options: dict  # OPTIONS
     settings: dict
-    # of a mixture: files of keys, of documents that other folders have, or that are too like others
-    taken: tuple[str, ...] = ()
+    # of a mixture:
+    taken: tuple[str, ...] = ()  # folders whose documents are not taken again
+    near: str = ""  # the keys of texts that are nearly like another, of all its sources
 
     def say(self, text: str) -> None:
         if not self.options["quiet"]:
@@ -158,6 +171,66 @@ def rows_of(shape: str, options: dict, template: dict) -> dict:
         return {}
     rows = {"kind": shape, "length": options["seq_len"] + 1, "long": options["too_long"]}
     return {"rows": rows | {"loss_on": options["loss_on"], "template": template}}
+
+
+# ---------------------------------------------------------------- several sources: data.yaml
+
+
+class Mixture(NamedTuple):
+    """What a data.yaml asks for: a dataset for each of its sources, in a folder under `out`."""
+
+    out: str
+    jobs: dict[str, Job]  # by the source's name
+    weights: dict[str, float]
+
+
+OF_A_SOURCE = ("path", "paths", "weight", "field", "val", *CLEANING)
+
+
+def read_mixture(file: str, typed: dict) -> Mixture:
+    """`typed`: options of the command line, which beat the file's. E002, E108."""
+    try:
+        with open(file, encoding="utf-8") as opened:
+            tree = yaml.safe_load(opened)
+    except OSError as error:
+        raise UserError("E108", f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("E002", f"{file} is no YAML: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("sources"), dict):
+        raise UserError("E002", f"{file}: needs sources: {{NAME: {{path: ...}}}}")
+    tree = tree | typed
+    refuse_unknown(file, "", tree, ("out", "tokenizer", "sources", *OPTIONS))
+    out = expand(str(tree.get("out") or f"data/{os.path.splitext(os.path.basename(file))[0]}"))
+    jobs, weights = {}, {}
+    for name, source in tree["sources"].items():
+        place = f"sources.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
+            raise UserError("E002", f"{file}: {place}: a name is letters, digits, _ - and .")
+        source = source if isinstance(source, dict) else {"path": source}
+        refuse_unknown(file, place, source, OF_A_SOURCE)
+        paths = source.get("paths") or source.get("path")
+        if not paths:
+            raise UserError("E002", f"{file}: {place}: needs path or paths")
+        weights[name] = weight_of(file, place, source.get("weight", 1))
+        options = {key: value for key, value in (tree | source).items() if key in OPTIONS}
+        folder = os.path.join(out, name)
+        spec = str(tree.get("tokenizer") or "bpe:8192")
+        jobs[name] = plan_job(paths, folder, spec, source.get("val"), options)
+    return Mixture(out, jobs, weights)
+
+
+def refuse_unknown(file: str, place: str, tree: dict, known) -> None:
+    unknown = [str(key) for key in tree if key not in known]
+    if unknown:
+        where = f"{file}: {place}" if place else file
+        text = f"{where}: unknown key {', '.join(unknown)}; it may have {', '.join(known)}"
+        raise UserError("E002", text)
+
+
+def weight_of(file: str, place: str, weight) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        raise UserError("E002", f"{file}: {place}.weight: {weight!r} is no number above 0")
+    return float(weight)
 
 
 # ---------------------------------------------------------------- what an option may be

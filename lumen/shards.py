@@ -3,6 +3,7 @@ conversations its *.mask.npy. What goes into which is decided in lumen/output.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -43,12 +44,49 @@ def append_at(path: str, length: int, data: bytes) -> None:
         raise UserError("E119", f"{path}: {error.strerror or error}") from None
 
 
+class Growing:
+    """A file of lines. `size` is what a journal has to remember: a killed run may have written
+    more, and a resumed one writes over that."""
+
+    HELD = 16 << 20  # bytes
+
+    def __init__(self, path: str):
+        self.path = path
+        self.size = 0  # bytes on the disk
+        self.lines: list[bytes] = []
+        self.held = 0
+
+    def add(self, row: dict) -> None:
+        line = to_utf8(json.dumps(row, ensure_ascii=False) + "\n")
+        self.lines.append(line)
+        self.held += len(line)
+        if self.held >= self.HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """E119."""
+        data = b"".join(self.lines)
+        append_at(self.path, self.size, data)
+        self.size += len(data)
+        self.lines, self.held = [], 0
+
+
 def write_dataset_json(path: str, value) -> None:
     """files.write_json for people: letters as they are, a line end at the end, E119. The bytes are
     part of the promise."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with new_file(path) as file:
         file.write(to_utf8(text))
+
+
+def write_keys(path: str, keys: set[bytes]) -> None:
+    """(n, 16) uint8, sorted."""
+    with new_file(path) as file:
+        np.save(file, np.frombuffer(b"".join(sorted(keys)), np.uint8).reshape(-1, 16))
+
+
+def json_sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- shards
@@ -61,7 +99,9 @@ class Shards:
     then packed into rows; a pair of preferences is two documents, unpacked.
     """
 
-    def __init__(self, out: str, split: str, target: int, rows: dict | None = None, pad_id: int = 0):
+    def __init__(
+        self, out: str, split: str, target: int, rows: dict | None = None, pad_id: int = 0
+    ):
         self.out = out
         self.split = split
         self.target = target  # tokens
