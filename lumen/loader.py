@@ -26,7 +26,7 @@ import numpy as np
 
 from lumen.errors import UserError
 from lumen.files import read_json, sha256
-from lumen.sources import ENDINGS
+from lumen.sources import kind_of
 
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 MICRO_BATCHES_AHEAD = 4
@@ -227,11 +227,10 @@ def bare_shards(path: str) -> list[str]:
 
 def holds_text(path: str) -> bool:
     """Whether it is a text file, or a folder that has one in it."""
-    endings = tuple(ENDINGS)
     if os.path.isfile(path):
-        return path.lower().endswith(endings)
+        return bool(kind_of(path))
     for _, _, names in itertools.islice(os.walk(path), FOLDERS_LOOKED_INTO):
-        if any(name.lower().endswith(endings) for name in names):
+        if any(kind_of(name) for name in names):
             return True
     return False
 

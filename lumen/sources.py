@@ -20,15 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from lumen import inputs as flow
 from lumen.clean import clean
 from lumen.errors import UserError
 from lumen.files import sha256
+from lumen.inputs import ENDINGS, Input, Item, Reading, Reject, Row, kind_of, stored_input
 from lumen.synthetic import synthetic_document
 
-ENDINGS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json"}
-# Bytes: a text file of more than two pieces is read in pieces, cut at line ends; the last is
-# longer.
-PIECE = 8 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 STDLIB_PASSED_OVER = {
     "test",
@@ -42,44 +40,51 @@ STDLIB_PASSED_OVER = {
 }
 
 
+# the public names of reading, whichever file holds them
+__all__ = ["ENDINGS", "Input", "Item", "Reading", "Reject", "Row", "SourceSpec", "detect"]
+__all__ += ["document_key", "file_sha256", "find_inputs", "is_prepared", "item_rows", "kind_of"]
+__all__ += ["label", "read_items", "read_specs", "settle_shapes", "stored_input", "what_changed"]
+
+# ---------------------------------------------------------------- what a user asks for
+
+
+class SourceSpec(NamedTuple):
+    """One source as a user describes it: a word, or a mapping of a YAML file."""
+
+    paths: tuple[str, ...]  # files, folders, globs, stdlib, packages, synthetic:N, hf:NAME
+    name: str = ""  # default: label(spec)
+    weight: float = 1.0
+    field: str = ""  # the column or field of the text, or of the messages; "": detected
+    shape: str = ""  # "text" | "chat" | "pairs"; "": detected. `kind` in YAML
+
+
+def read_specs(given, file: str = "") -> list[SourceSpec]:
+    """Sources as YAML has them: a word, a list of words and mappings, or {name: word or mapping}
+    with path | paths, name, weight, field, kind. E002 names the file and the key."""
+    raise NotImplementedError
+
+
+def settle_shapes(inputs: list[Input]) -> tuple[list[Input], str, list[str]]:
+    """The inputs of all sources with `field` and `shape` filled in; the one shape of all of them;
+    a line to print for each source. To be called once, when a preparation begins: the inputs in
+    its progress.json have both.
+
+    E120: sources of different shapes; E102: a table without a column of text."""
+    raise NotImplementedError
+
+
+def detect(inputs: list[Input]) -> tuple[str, str, str]:
+    """(shape, field, line to print) of one source, from its first rows."""
+    raise NotImplementedError
+
+
+def what_changed(was: Input, now: Input) -> bool:
+    """Whether an input has other contents than it had; they are read only where size or time
+    differ."""
+    raise NotImplementedError
+
+
 # ---------------------------------------------------------------- sources to inputs
-
-
-class Input(NamedTuple):
-    """One file, or one generated source. The manifest's provenance holds these as lists, in this
-    order."""
-
-    source: int  # index into the sources, val_sources counted on
-    split: str  # "val", "train", or "hash": decided document by document
-    kind: str  # a key of READERS; or tokenizer: not read, but watched for changes
-    name: str  # without what differs from machine to machine
-    path: str  # as the user wrote it
-    size: int = 0  # bytes
-    mtime: int = 0  # ns
-    sha256: str = ""
-    key: str = ""  # of a text file of several pieces, see document_key
-    documents: int = 0  # of a synthetic source
-
-    @property
-    def long(self) -> bool:
-        return self.kind == "text" and self.size > 2 * PIECE
-
-    def measured(self) -> Input:
-        """With size and time as they are; as it was where there is no file: reading it will
-        tell."""
-        if not os.path.isfile(self.path):
-            return self
-        stat = os.stat(self.path)
-        return self._replace(size=stat.st_size, mtime=stat.st_mtime_ns)
-
-
-def stored_input(values: list) -> Input:
-    """An Input from a manifest. Before `documents` had a place of its own, `mtime` held that
-    number."""
-    stored = Input(*values)
-    if stored.kind == "synthetic" and not stored.documents:
-        stored = stored._replace(documents=stored.mtime, mtime=0)
-    return stored
 
 
 def is_builtin(spec: str) -> bool:
@@ -154,10 +159,6 @@ def in_fixed_order(paths) -> list[str]:
 
 def relative(path: str, root: str) -> str:
     return os.path.relpath(path, root).replace(os.sep, "/")
-
-
-def kind_of(path: str) -> str:
-    return ENDINGS.get(os.path.splitext(path)[1].lower(), "")
 
 
 def walk(root: str, out: str, unread: dict, passed_over=()) -> Iterator[str]:
@@ -251,29 +252,6 @@ def document_key(given: Input) -> str:
 # ---------------------------------------------------------------- inputs to items
 
 
-class Item(NamedTuple):
-    """What is sent to a worker."""
-
-    index: int  # of its input
-    # text: a file; piece, last: of a long one; jsonl: whole lines; row: a JSON value; else an error
-    # code: the file is rejected
-    kind: str
-    offset: int  # of its first byte; for rows their number. A resumed run starts from there
-    line: int  # physical line there, from 1
-    data: bytes  # for a code the reason
-
-
-class Reading(NamedTuple):
-    """What a reader gets: an input, where to begin, and how."""
-
-    index: int
-    given: Input
-    offset: int = 0
-    line: int = 1
-    block: int = 1 << 20  # bytes a .jsonl is cut into; elsewhere without influence
-    seed: int = 0  # of synthetic text
-
-
 def read_items(reading: Reading) -> Iterator[Item]:
     """The input's items from (offset, line) on. What cannot be read is an item too, with its
     code."""
@@ -346,8 +324,8 @@ def read_long_text(reading: Reading, file, begin: int) -> Iterator[Item]:
 def text_pieces(file, offset: int, line: int, size: int):
     """(offset, line, data, whether it is the last) of the pieces of a text file of `size` bytes,
     from `offset` on."""
-    while size - offset > 2 * PIECE:
-        length = PIECE
+    while size - offset > 2 * flow.PIECE:
+        length = flow.PIECE
         cut = 0
         while not cut:
             file.seek(offset)
@@ -461,21 +439,6 @@ GENERATED: dict[str, Callable] = {"synthetic": synthetic_texts, "topics": topics
 
 
 # ---------------------------------------------------------------- items to rows
-
-
-class Reject(NamedTuple):
-    reason: str
-    excerpt: str = ""
-    whole_file: bool = False  # all of it is lost, however many rows it had
-
-
-class Row(NamedTuple):
-    offset: int  # bytes into the file; of a JSON row its number
-    line: int
-    code: (
-        str | None
-    )  # None: a text; "blank": lines without anything, before this place; else an error
-    value: str | int | Reject  # the text; how many; why
 
 
 def item_rows(item: Item) -> Iterator[Row]:
