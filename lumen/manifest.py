@@ -1,8 +1,8 @@
 """What is said of a prepared folder, and whether it still holds.
 
 manifest.json names every shard with its size and sha256, the tokenizer, the sources, the settings,
-and a fingerprint over all of that (lumen/datacard.py is for people). `check_sizes` is the quick look at a
-finished folder, `verify` the look at every byte.
+and a fingerprint over all of that (lumen/datacard.py is for people). `check_sizes` is the quick
+look at a finished folder, `verify` the look at every byte.
 """
 
 from __future__ import annotations

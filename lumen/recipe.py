@@ -1,8 +1,8 @@
 """What prepare_data.py was asked for: its options, and the settings that follow from them.
 
-Settings decide the bytes of a dataset: they are in its manifest and its fingerprint. The rest of the
-options does not. A setting that changes nothing is left out, so that the fingerprint of data that
-was prepared without it stays.
+Settings decide the bytes of a dataset: they are in its manifest and its fingerprint. The rest of
+the options does not. A setting that changes nothing is left out, so that the fingerprint of data
+that was prepared without it stays.
 """
 
 from __future__ import annotations
