@@ -1,0 +1,204 @@
+"""A text's numbers, for the rules: words, lines, what repeats, its language."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, cached_property
+
+import numpy as np
+
+from lumen.clean import HAS_NO_BLANKS, written_words
+from lumen.errors import UserError
+
+LANGUAGE_CHARS = 1000  # of a text, to tell its language: 2 ms
+# What may end a sentence, or a quotation, in any script; Thai and Lao have no full stop.
+LINE_ENDS = tuple(".!?…\"'”’»›。！？．｡」』؟۔।॥།။።។") + tuple(map(chr, range(0x0E00, 0x0F00)))
+SHORT_LINE = 30  # characters, of a script with blanks
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: 2**64 / golden ratio
+
+
+class Measures:
+    """A text's numbers, each computed when first asked for."""
+
+    def __init__(self, text: str, language_threshold: float):
+        self.text = text
+        self.language_threshold = language_threshold
+        self.covered: dict[int, float] = {}  # n: what n-grams repeat; see repeated
+        self.score = -1.0  # quality, once it was asked for
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        return [part for part in map(str.strip, self.text.split("\n\n")) if part]
+
+    @cached_property
+    def words(self) -> list[str]:
+        return written_words(self.text)
+
+    @cached_property
+    def n_alone(self) -> int:
+        """Letters that stand for themselves in `words`."""
+        if self.text.isascii():
+            return 0
+        return len(HAS_NO_BLANKS.findall("".join([word[0] for word in self.words])))
+
+    @cached_property
+    def n_words(self) -> int:
+        return max(1, len(self.words) - self.n_alone // 2)
+
+    @cached_property
+    def without_blanks(self) -> bool:
+        """Most of the text is written without blanks."""
+        return 2 * self.n_alone > len(self.words)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(len(words),) characters."""
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
+
+    @cached_property
+    def characters(self) -> int:
+        """But blanks."""
+        return max(1, int(self.lengths.sum()))
+
+    @cached_property
+    def mean_word_length(self) -> float | None:
+        """Of the words between blanks; None where they are few."""
+        if self.without_blanks:
+            return None
+        if not self.n_alone:
+            return self.characters / self.n_words
+        lengths = [len(word) for word in self.words if not HAS_NO_BLANKS.match(word)]
+        return sum(lengths) / max(1, len(lengths))
+
+    @cached_property
+    def words_with_letters(self) -> float:
+        with_letters = 0
+        for word in self.words:
+            if word.isalpha() or any(map(str.isalpha, word)):
+                with_letters += 1
+        return with_letters / max(1, len(self.words))
+
+    @cached_property
+    def ended_lines(self) -> float:
+        return share_of(self.lines, lambda line: line.endswith(LINE_ENDS))
+
+    @cached_property
+    def short_lines(self) -> float:
+        # Thirty characters are five words; where there are no blanks those have ten letters.
+        short = SHORT_LINE // 3 if self.without_blanks else SHORT_LINE
+        return share_of(self.lines, lambda line: len(line) <= short)
+
+    @cached_property
+    def duplicate_lines(self) -> tuple[float, float]:
+        return duplicates(self.lines)
+
+    @cached_property
+    def duplicate_paragraphs(self) -> tuple[float, float]:
+        return duplicates(self.paragraphs)
+
+    @cached_property
+    def letters(self) -> float:
+        """Letters and their marks, of all characters but blanks."""
+        letters = 0
+        for character, n in Counter("".join(self.words)).items():
+            if character.isalpha() or unicodedata.category(character)[0] == "M":
+                letters += n
+        return letters / self.characters
+
+    @cached_property
+    def language(self) -> tuple[str, float]:
+        """(code, probability); (und, probability) below the threshold."""
+        code, probability = identifier().classify(self.text[:LANGUAGE_CHARS])
+        if probability < self.language_threshold:
+            return "und", probability
+        return code, probability
+
+    # ---- n-grams
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(len(words),) uint64: equal words have equal ids."""
+        last = dict(zip(self.words, range(len(self.words))))
+        return np.fromiter(map(last.__getitem__, self.words), np.uint64, len(self.words))
+
+    def ngrams(self, n: int) -> tuple[np.ndarray, int]:
+        """(a hash of each n words in a row, how many of `words` those are)."""
+        n *= 2 if self.without_blanks else 1
+        total = len(self.ids) - n + 1
+        if total < 2:
+            return np.zeros(0, np.uint64), n
+        hashes = self.ids[:total]
+        for i in range(1, n):
+            hashes = hashes * MIX + self.ids[i : i + total]
+        return hashes, n
+
+    def top_ngram(self, n: int) -> float:
+        """Share of the characters that the most frequent n-gram has; 0 where none comes twice."""
+        hashes, n = self.ngrams(n)
+        ordered = np.sort(hashes)
+        ends = np.flatnonzero(ordered[1:] != ordered[:-1])
+        counts = np.diff(ends, prepend=-1, append=len(ordered) - 1)
+        most = int(counts.max(initial=0))
+        if most < 2:
+            return 0.0
+        ends = np.append(ends, len(ordered) - 1)
+        top = ordered[ends[counts == most]]
+        before = np.concatenate(([0], np.cumsum(self.lengths)))
+        sizes = (before[n:] - before[:-n])[np.isin(hashes, top)]
+        return most * int(sizes.max()) / self.characters
+
+    def repeated(self, n: int, limit: float) -> float:
+        """Share of the characters in n-grams that came before; or a number above it and at most
+        `limit`: words that repeat an n-gram repeat a shorter one too."""
+        for shorter, share in self.covered.items():
+            if shorter < n and share <= limit:
+                return share
+        if n not in self.covered:
+            self.covered[n] = self.repeated_share(n)
+        return self.covered[n]
+
+    def repeated_share(self, n: int) -> float:
+        hashes, n = self.ngrams(n)
+        ordered = np.sort(hashes)
+        if not (ordered[1:] == ordered[:-1]).any():
+            return 0.0
+        order = np.argsort(hashes, kind="stable")
+        again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+        changes = np.zeros(len(self.ids) + 1, np.int64)
+        changes[again] += 1
+        changes[again + n] -= 1
+        inside = np.cumsum(changes[:-1]) > 0
+        return int(self.lengths[inside].sum()) / self.characters
+
+
+def share_of(items: list, test: Callable) -> float:
+    return sum(map(test, items)) / max(1, len(items))
+
+
+def duplicates(items: list[str]) -> tuple[float, float]:
+    """Items that came before: their share, and their share of the characters."""
+    if len(set(items)) == len(items):
+        return 0.0, 0.0
+    again, seen = [], set()
+    for item in items:
+        if item in seen:
+            again.append(item)
+        seen.add(item)
+    return len(again) / len(items), sum(map(len, again)) / sum(map(len, items))
+
+
+@cache
+def identifier():
+    """py3langid with probabilities. E003."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        text = "telling languages needs py3langid: pip install 'py3langid>=0.4'"
+        raise UserError("E003", f"{text}; without: rules: [-two_stop_words]") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
