@@ -248,7 +248,8 @@ def say_unread(job: Job, unread: dict) -> None:
 def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
     """The settings in full, and the texts with their field and the shape of their rows."""
     read = [given for given in inputs if given.source >= 0]
-    shape, field, line = detect(read, job.options["field"])
+    read = [given._replace(field=job.options["field"]) for given in read]
+    shape, field, line = detect(read)
     if line:
         job.say(line)
     settings = job.settings | rows_of(shape, job.options, chat.describe(job.options["template"]))

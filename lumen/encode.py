@@ -118,10 +118,9 @@ class Cleaner:
         """A row of a conversation, or of a pair: its contents are cleaned one by one."""
         counts = Counter()
         pair = self.settings["rows"]["kind"] == "pairs"
+        parse = to_pair if pair else to_messages
         try:
-            made = (
-                to_pair(row.value, counts=counts) if pair else to_messages(row.value, counts=counts)
-            )
+            made = parse(row.value, counts=counts)
         except RowError as error:
             excerpt = json.dumps(row.value, ensure_ascii=False)[:200]
             return row._replace(code=error.code, value=Reject(error.reason, excerpt))
