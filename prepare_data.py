@@ -43,6 +43,7 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ def prepare_job(job: Job) -> dict:
     with holding(job.out, job.say):
         unread = {}
         inputs = find_all_inputs(job, unread)
-        manifest, progress = look_into(job.out, job.settings, inputs)
+        manifest, progress = look_into(job.out, job.settings, inputs, partial(conversations, job))
         if manifest:
             say_finished(job, manifest)
             return manifest
@@ -245,6 +246,11 @@ def say_unread(job: Job, unread: dict) -> None:
         job.say(f"not read: {total:,} files of other endings: {', '.join(shown)}")
 
 
+def conversations(job: Job, shape: str) -> dict:
+    """The settings that rows of this shape have beside the others."""
+    return rows_of(shape, job.options, chat.describe(job.options["template"]))
+
+
 def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
     """The settings in full, and the texts with their field and the shape of their rows."""
     read = [given for given in inputs if given.source >= 0]
@@ -252,7 +258,7 @@ def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
     shape, field, line = detect(read)
     if line:
         job.say(line)
-    settings = job.settings | rows_of(shape, job.options, chat.describe(job.options["template"]))
+    settings = job.settings | conversations(job, shape)
     if settings["val_fraction"] is None:
         size = sum(given.size for given in read)
         settings["val_fraction"] = 0.05 if size < 100_000_000 else 0.005

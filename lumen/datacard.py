@@ -3,6 +3,7 @@ lengths.png to look at. All of it follows from the text and the settings, like t
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -134,7 +135,8 @@ def card(report: dict, manifest: dict) -> list[str]:
         first = found["first"][0].replace("|", "\\|").replace("\n", " ")[:120]
         lines.append(f"| {code} | {found['rows']:,} | {found['meaning']} | {first} |")
     lines += ["", "## Settings", "", "```"]
-    lines += [f"{name}: {value}" for name, value in sorted(manifest["settings"].items())]
+    for name, value in sorted(manifest["settings"].items()):
+        lines.append(f"{name}: {json.dumps(value, sort_keys=True, ensure_ascii=False)}")
     return [*lines, "```"]
 
 

@@ -162,7 +162,8 @@ def byte_size(text: str) -> int:
 
 
 def dropped(row: Row, rule: str, why: str, text: str) -> Row:
-    return row._replace(code=f"rule:{rule}", value=Reject(why, text.strip()[:200]))
+    excerpt = " ".join(text[:1000].split())[:200]  # of one line
+    return row._replace(code=f"rule:{rule}", value=Reject(why, excerpt))
 
 
 def facts_of(verdict) -> dict:
@@ -188,7 +189,7 @@ class Encoder:
         self.keep = more.get("keep", False)
         self.template = None
         if "rows" in settings:
-            self.template = chat.template(settings["rows"]["template"])
+            self.template = chat.find_template(settings["rows"]["template"])
 
     def __call__(self, batch: list[Item]):
         results, seconds = [], Counter()

@@ -19,6 +19,9 @@ DATASET_FILES = re.compile(
     r"|(report|tokenizer)\.json|DATA_CARD\.md|lengths\.png|keys\.npy"
 )
 
+# settings that are not there where nothing was asked for
+LEFT_OUT = ("rules", "minhash", "decontaminate", "near", "after")
+
 
 def remove(out: str, pattern: re.Pattern) -> None:
     for name in os.listdir(out):
@@ -76,17 +79,31 @@ def lock_folder(out: str, say) -> int | None:
             os.close(handle)
 
 
-def look_into(out: str, settings: dict, inputs: list[Input] | None) -> tuple[dict, dict]:
+def difference(key: str, before, now) -> str:
+    """What of a setting is another; of a block, its keys that are."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                return difference(f"{key}.{name}", before.get(name), now.get(name))
+    return f"{key} {before}, not {now}"
+
+
+def look_into(
+    out: str, settings: dict, inputs: list[Input] | None, rows_of=lambda kind: {}
+) -> tuple[dict, dict]:
     """(manifest, {}) of a finished folder, ({}, progress) of an unfinished one, ({}, {}) of an
-    empty one. E117: it was made, or begun, by another command or from other text, or holds other
+    empty one. rows_of(kind): the settings that data of that kind has beside. E117: it was made, or begun, by another command or from other text, or holds other
     things; E111: a shard is damaged."""
     manifest = read_dataset_json(os.path.join(out, "manifest.json"))
     progress = read_dataset_json(os.path.join(out, "progress.json"))
     if old := manifest or progress:
-        for key, value in settings.items():
-            before = old["settings"].get(key)
-            if value is not None and value != before:
-                raise UserError("E117", f"{out} was made with {key} {before}, not {value}")
+        before = old["settings"]
+        settings = settings | rows_of(before.get("rows", {}).get("kind", "text"))
+        for key in [*settings, *(name for name in LEFT_OUT if name in before)]:
+            value = settings.get(key)
+            if value != before.get(key) and (value is not None or key in LEFT_OUT):
+                change = difference(key, before.get(key), value)
+                raise UserError("E117", f"{out} was made with {change}")
         if inputs is not None and (change := changed_input(old["provenance"], inputs)):
             raise UserError("E117", f"{out} was made from other text: {change}")
     else:

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_data as P
-from lumen import sources
+from lumen import pool, sources
 from lumen import tokenizer as T
 from lumen.clean import clean, cut_text
 from lumen.errors import UserError
@@ -269,14 +269,14 @@ def test_a_dead_worker_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     P.prepare(["synthetic:60"], str(tmp_path / "whole"), **options)
     seen = []
 
-    class Pool(P.ProcessPoolExecutor):
+    class Pool(pool.ProcessPoolExecutor):
         def submit(self, *args):
             seen.append(1)
             if len(seen) == 6:
                 next(iter(self._processes.values())).kill()
             return super().submit(*args)
 
-    monkeypatch.setattr(P, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Pool)
     with pytest.raises(UserError, match="E003"):
         P.prepare(["synthetic:60"], str(tmp_path / "out"), workers=2, **options)
     P.prepare(["synthetic:60"], str(tmp_path / "out"), workers=1, **options)
@@ -720,9 +720,14 @@ def test_the_tokenizer_is_trained_on_train_sources_and_bounded(tmp_path, monkeyp
     for n in range(100):
         (tmp_path / f"{n}.txt").write_text(sources.synthetic_document(0, n))
     inputs = sources.find_inputs(str(tmp_path), 0, "hash")
-    total = sum(len(text) for text in P.training_texts(inputs, 0))
+    size = sum(given.size for given in inputs)
+
+    def trained_on():
+        return sum(len(text) for text in P.training_texts({"seed": 0}, inputs, size))
+
+    total = trained_on()
     monkeypatch.setattr(P, "TRAIN_BYTES", total // 10)
-    assert total // 20 < sum(len(text) for text in P.training_texts(inputs, 0)) < total // 5
+    assert total // 20 < trained_on() < total // 5
 
 
 def test_missing_tiktoken_file_leaves_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,360 @@
+"""prepare_data.py at full width: conversations and pairs, rules, near-duplicates, several sources,
+and what is said of all that."""
+
+import hashlib
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import prepare_data as P
+from lumen import chat, datacard, passes
+from lumen import tokenizer as T
+from lumen.conversations import to_messages, to_pair
+from lumen.errors import UserError
+from lumen.synthetic import synthetic_document
+
+QUIET = {"quiet": True, "val_fraction": 0.1}
+
+
+def digests(folder):
+    """sha256 of every file but the manifest; of that the fingerprint."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        data = (folder / name).read_bytes()
+        found[name] = hashlib.sha256(data).hexdigest()
+    found["manifest.json"] = json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    return found
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def conversation(n):
+    """A conversation whose length and number of turns depend on n."""
+    rng = random.Random(n)
+    turns = []
+    for turn in range(1 + rng.randrange(3)):
+        question = f"question {n}.{turn}: " + "why " * rng.randrange(12)
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": f"answer {n}.{turn} " * (1 + n % 7)})
+    return {"messages": turns}
+
+
+def pair(n):
+    return {"prompt": f"what is {n}?", "chosen": f"{n} it is", "rejected": f"it is not {n}"}
+
+
+def arrays(folder, split="train"):
+    """(ids, mask, places of documents with the end) of a split of one shard."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (shard,) = manifest["splits"][split]["shards"]
+    names = (shard["file"], shard["mask_file"], shard["docs_file"])
+    return [np.load(folder / name, allow_pickle=False) for name in names]
+
+
+# ---------------------------------------------------------------- conversations
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chats")
+    return write_jsonl(folder / "chats.jsonl", [conversation(n) for n in range(300)])
+
+
+def test_every_conversation_is_there_whole_and_once(chats, tmp_path):
+    """Packed rows hold exactly what the renderer makes of each conversation, none across a row."""
+    out, length = tmp_path / "out", 501
+    options = {"seq_len": length - 1, "val_fraction": 0.0, "quiet": True}
+    manifest = P.prepare([chats], str(out), "bpe:400", **options)
+    assert manifest["kind"] == "chat" and manifest["rows"] == {"length": length}
+    ids, mask, places = arrays(out)
+    tokenizer = T.load(str(out))
+    wanted = {}
+    for n in range(300):
+        rendered = chat.render(to_messages(conversation(n)), "chatml", tokenizer)
+        wanted[rendered[0].tobytes()] = rendered[1].tolist()
+    assert len(ids) % length == 0 and set(range(0, len(ids), length)) <= set(places.tolist())
+    found = 0
+    for begin, end in zip(places[:-1].astype(int), places[1:].astype(int)):
+        assert begin // length == (end - 1) // length
+        # padding belongs to the last document of a row: find the conversation before it
+        body = np.flatnonzero(ids[begin:end] != tokenizer.pad_id)[-1] + 1
+        key = ids[begin : begin + body].astype(np.uint32).tobytes()
+        assert mask[begin : begin + body].tolist() == wanted.pop(key)
+        assert not mask[begin + body : end].any()
+        found += 1
+    assert found == manifest["splits"]["train"]["docs"] == 300 and not wanted
+    targets = manifest["splits"]["train"]["shards"][0]["targets"]
+    assert targets == mask.sum() > 0
+
+
+def test_conversations_have_the_same_bytes_anywhere(chats, tmp_path, monkeypatch):
+    """However many workers, whatever the batches, and after a kill between two shards."""
+    options = QUIET | {"seq_len": 100, "shard_tokens": 3000, "max_bad": 0.5}
+    P.prepare([chats], str(tmp_path / "one"), "bpe:400", **options)
+    P.prepare([chats], str(tmp_path / "two"), "bpe:400", workers=2, batch_bytes=999, **options)
+    journal, stops = P.Output.journal, []
+
+    def stop(self):
+        journal(self)
+        stops.append(0)
+        if len(stops) in (2, 5):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(P.Output, "journal", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            P.prepare([chats], str(tmp_path / "cut"), "bpe:400", **options)
+    P.prepare([chats], str(tmp_path / "cut"), "bpe:400", **options)
+    assert len(stops) > 5
+    one = digests(tmp_path / "one")
+    assert one == digests(tmp_path / "two") == digests(tmp_path / "cut")
+
+
+def test_rows_without_a_target_are_dropped_and_named(tmp_path):
+    """Too long, no reply, unknown roles: each with its line; the rest is there."""
+    long = {"messages": [{"role": "user", "content": "x" * 500}]}
+    long["messages"].append({"role": "assistant", "content": "y"})
+    alone = {"messages": [{"role": "user", "content": "hello"}]}
+    strange = {"messages": [{"role": "wizard", "content": "hello"}]}
+    rows = [conversation(n) for n in range(40)]
+    path = write_jsonl(tmp_path / "chats.jsonl", [*rows, long, alone, strange])
+    out = tmp_path / "out"
+    options = QUIET | {"seq_len": 200, "max_bad": 0.1}
+    manifest = P.prepare([path], str(out), "bytes", too_long="truncate", **options)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    found = {line["line"]: line["code"] for line in lines}
+    assert found[41] == "E106" and found[42] == "E105" and found[43] == "E105"
+    assert manifest["counts"]["kept"] == len(rows) - sum(line < 41 for line in found)
+
+
+def test_pairs_lie_one_after_the_other(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [pair(n) for n in range(50)])
+    out = tmp_path / "out"
+    manifest = P.prepare([path], str(out), "bpe:400", seq_len=64, val_fraction=0.0, quiet=True)
+    assert manifest["kind"] == "pairs" and manifest["splits"]["train"]["docs"] == 100
+    ids, mask, places = arrays(out)
+    tokenizer = T.load(str(out))
+    parts = list(zip(places[:-1].astype(int), places[1:].astype(int)))
+    for n in range(50):
+        for (begin, end), messages in zip(parts[2 * n : 2 * n + 2], to_pair(pair(n))):
+            want, targets = chat.render(messages, "chatml", tokenizer)
+            assert ids[begin:end].tolist() == want.tolist()
+            assert mask[begin:end].tolist() == targets.tolist()
+
+
+def test_sources_of_several_kinds_are_refused(chats, tmp_path):
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "words"}])
+    with pytest.raises(UserError, match="E120"):
+        P.prepare([chats, text], str(tmp_path / "out"), "bytes", quiet=True)
+
+
+def test_another_template_is_another_dataset(chats, tmp_path):
+    """The fingerprint covers the template's text, what is a target and the rows' length; a folder
+    that was made otherwise is not gone on with."""
+    ways = [{}, {"template": "chat"}, {"loss_on": "all"}, {"seq_len": 90}]
+    prints = set()
+    for i, way in enumerate(ways):
+        options = QUIET | {"seq_len": 100} | way
+        prints.add(P.prepare([chats], str(tmp_path / str(i)), "bpe:400", **options)["fingerprint"])
+    assert len(prints) == len(ways)
+    with pytest.raises(UserError, match="E117.*template"):
+        P.prepare([chats], str(tmp_path / "0"), "bpe:400", **QUIET, seq_len=100, template="chat")
+
+
+def test_show_prints_what_is_supervised(chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    words = [chats, "--out", str(tmp_path / "out"), "--tokenizer", "bpe:400", "--show", "2"]
+    P.main([*words, "--seq_len", "120"])
+    said = capsys.readouterr().out
+    assert said.count("-" * 60) == 2 and "answer" in said and "<|im_start|>" in said
+
+
+# ---------------------------------------------------------------- rules and near-duplicates
+
+
+def prose(n):
+    rng = random.Random(n)
+    words = [f"{rng.choice('bdfgklmnprst')}{rng.choice('aeiou')}{rng.choice('lmnrst')}"]
+    for _ in range(60):
+        words.append(words[-1][1:] + rng.choice("aeioulmnrst"))
+    return f"The story of {n}. " + " ".join(words) + "."
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two files; some texts of the second are nearly those of the first."""
+    folder = tmp_path_factory.mktemp("texts")
+    first = [{"text": prose(n)} for n in range(60)]
+    second = [{"text": prose(n) + " The end."} for n in range(20)]
+    second += [{"text": synthetic_document(1, n)} for n in range(60)]
+    write_jsonl(folder / "a.jsonl", first)
+    write_jsonl(folder / "b.jsonl", second)
+    return folder
+
+
+def kept_texts(folder):
+    tokenizer = T.load(str(folder))
+    found = []
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            ids = np.load(folder / shard["file"], allow_pickle=False)
+            places = np.load(folder / shard["docs_file"], allow_pickle=False).astype(int)
+            found += [tokenizer.decode(ids[a : b - 1]) for a, b in zip(places, places[1:])]
+    return sorted(found)
+
+
+def test_near_duplicates_are_the_same_whatever_happens(texts, tmp_path, monkeypatch):
+    """Any number of workers, any order of the files, a kill in the middle of the search."""
+    a, b = str(texts / "a.jsonl"), str(texts / "b.jsonl")
+    options = QUIET | {"minhash": True}
+    manifest = P.prepare([a, b], str(tmp_path / "one"), "bytes", **options)
+    assert manifest["counts"]["dropped"]["rule:near_duplicate"] == 20
+    one = kept_texts(tmp_path / "one")
+    P.prepare([b, a], str(tmp_path / "turned"), "bytes", workers=2, batch_bytes=500, **options)
+    assert kept_texts(tmp_path / "turned") == one
+    monkeypatch.setattr(passes, "JOURNAL_SECONDS", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        add, added = passes.Near.add, []
+
+        def stop(self, key, bands):
+            added.append(key)
+            if len(added) > 70:
+                raise KeyboardInterrupt
+            add(self, key, bands)
+
+        patch.setattr(passes.Near, "add", stop)
+        P.prepare([a, b], str(tmp_path / "cut"), "bytes", batch_bytes=2000, **options)
+    again = []
+    signed = passes.Near.add
+    monkeypatch.setattr(passes.Near, "add", lambda *given: (again.append(1), signed(*given)))
+    P.prepare([a, b], str(tmp_path / "cut"), "bytes", batch_bytes=2000, **options)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "one")
+    assert len(again) < 140  # it went on where it was
+    assert not [name for name in os.listdir(tmp_path / "cut") if "near" in name]
+
+
+def test_rules_say_what_they_drop(texts, tmp_path, capsys):
+    """A dropped text is no mistake: it is counted under its rule, and rejected.jsonl names it."""
+    (texts / "code.jsonl").write_text(json.dumps({"text": "def f(x):\n    return x\n" * 9}) + "\n")
+    out = tmp_path / "out"
+    manifest = P.prepare([str(texts)], str(out), "bytes", max_chars=400, max_bad=0.0, **QUIET)
+    names = [name for name in manifest["counts"]["dropped"] if name.startswith("rule:")]
+    assert len(names) == 1 and manifest["counts"]["dropped"][names[0]] > 20
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert {line["code"] for line in lines} >= set(names)
+    assert all(len(text) <= 400 for text in kept_texts(out))
+    os.remove(texts / "code.jsonl")
+
+
+def test_dry_run_makes_nothing(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    P.main([str(texts), "--dry_run", "--preset", "web", "--out", "out"])
+    said = capsys.readouterr().out
+    assert "140 rows looked at" in said and "words_50_to_100000" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_evaluation_texts_are_left_out(texts, tmp_path):
+    asked = " ".join(prose(3).split()[5:30])
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": asked, "n": 1}) + "\n")
+    options = QUIET | {"decontaminate": str(tmp_path / "eval.jsonl")}
+    manifest = P.prepare([str(texts / "a.jsonl")], str(tmp_path / "out"), "bytes", **options)
+    assert manifest["counts"]["dropped"] == {"rule:free_of_evaluation_text": 1}
+    assert prose(3) not in kept_texts(tmp_path / "out")
+
+
+# ---------------------------------------------------------------- several sources
+
+
+def test_several_sources(texts, tmp_path, capsys):
+    """Each is a dataset of its own, with one tokenizer; no text is in two of them; the block for a
+    run is beside them; the same again is nothing to do."""
+    file = tmp_path / "data.yaml"
+    write_jsonl(tmp_path / "c.jsonl", [{"text": prose(n)} for n in range(50, 80)])
+    file.write_text(
+        f"out: {tmp_path}/out\ntokenizer: bpe:400\nminhash: true\nsources:\n"
+        f"  a: {{path: '{texts}/a.jsonl', weight: 3}}\n"
+        f"  b: {{path: '{texts}/b.jsonl', max_chars: 900}}\n"
+        f"  c: {{path: {tmp_path}/c.jsonl}}\n"
+    )
+    P.main([str(file), "--quiet"])
+    folders = [tmp_path / "out" / name for name in "abc"]
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    assert len({manifest["tokenizer"]["sha256"] for manifest in manifests}) == 1
+    assert manifests[0]["settings"].get("rules") is None
+    assert manifests[1]["settings"]["rules"] == {"max_chars": 900}
+    kept = [kept_texts(folder) for folder in folders]
+    assert len(kept[2]) == 20 and not set(kept[0]) & set(kept[2])
+    near = [m["counts"]["dropped"].get("rule:near_duplicate", 0) for m in manifests]
+    assert sum(near) == 20  # across the sources
+    block = (tmp_path / "out" / "mixture.yaml").read_text()
+    assert "weight: 3.0" in block and "dir: a" in block
+    before = [digests(folder) for folder in folders]
+    P.main([str(file), "--quiet"])
+    assert before == [digests(folder) for folder in folders]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("sources: [a]", "needs sources"),
+    ("sources: {a: {weight: 2}}", "sources.a: needs path"),
+    ("sources: {a: {path: x, weight: -1}}", "sources.a.weight: -1"),
+    ("sources: {a: {path: x, wieght: 1}}", "sources.a: unknown key wieght"),
+    ("sources: {../a: {path: x}}", "sources.../a: a name is"),
+    ("sources: {a: x}\nsurces: 1", "unknown key surces"),
+    ("a: [", "is no YAML"),
+])  # fmt: skip
+def test_a_wrong_yaml_of_sources(text, said, tmp_path):
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(UserError, match="E002") as caught:
+        P.main([str(tmp_path / "data.yaml")])
+    assert said in str(caught.value) and "data.yaml" in str(caught.value)
+
+
+# ---------------------------------------------------------------- what is said of it
+
+
+def test_export_clean_is_what_was_kept(texts, tmp_path):
+    out, clean = tmp_path / "out", tmp_path / "clean.jsonl"
+    P.prepare([str(texts)], str(out), "bytes", export_clean=str(clean), minhash=True, **QUIET)
+    exported = sorted(json.loads(line)["text"] for line in clean.read_text().splitlines())
+    assert exported == kept_texts(out)
+    again = P.prepare([str(clean)], str(tmp_path / "again"), "bytes", **QUIET)
+    assert again["counts"]["cleaned"] == 0 and kept_texts(tmp_path / "again") == kept_texts(out)
+
+
+def test_validate_only_leaves_nothing(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    P.main([str(texts), "--validate_only", "--tokenizer", "bytes", "--quiet"])
+    said = capsys.readouterr().out
+    assert "# Data card" in said and "| documents | 1" in said and os.listdir(tmp_path) == []
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    with pytest.raises(UserError, match="E109"):
+        P.main([str(tmp_path / "bad.jsonl"), "--validate_only", "--tokenizer", "bytes", "--quiet"])
+
+
+def test_presets_of_the_card_are_those_of_the_docs():
+    table = (ROOT / "docs" / "presets.md").read_text()
+    for name, parameters in datacard.PRESETS.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}`"))
+        assert row.split("|")[3].strip().replace(",", "") == str(parameters)
+
+
+@pytest.mark.parametrize("which", ["file", "docs_file", "mask_file"])
+def test_one_changed_bit_is_found(which, chats, tmp_path):
+    manifest = P.prepare([chats], str(tmp_path / "out"), "bpe:400", seq_len=100, **QUIET)
+    P.verify(str(tmp_path / "out"))
+    path = tmp_path / "out" / manifest["splits"]["train"]["shards"][0][which]
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"E111.*{path.name}"):
+        P.verify(str(tmp_path / "out"))
