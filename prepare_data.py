@@ -66,6 +66,7 @@ from lumen.pool import in_order
 from lumen.recipe import (
     FLOATS,
     OPTIONS,
+    SWITCHES,
     Job,
     Mixture,
     evaluation_files,
@@ -434,7 +435,8 @@ def encode(over: Pass, output: Output, total: int) -> Pace:
 def say_rejected(job: Job, output: Output) -> None:
     for code, lines in sorted(output.examples.items()):
         text = f"{code} {meaning_of(code)}: {output.counts[code]:,}"
-        job.say("\n  ".join([text, *lines]))
+        shown = lines[:1] if code.startswith("rule:") else lines  # those are many, and no mistakes
+        job.say("\n  ".join([text, *shown]))
 
 
 def refuse_bad_rows(job: Job, output: Output) -> None:
@@ -485,7 +487,7 @@ def finish(job: Job, output: Output, pace: Pace) -> dict:
     report = make_report(output)
     write_dataset_json(os.path.join(out, "report.json"), report)
     write_card(out, report, manifest)
-    if not draw_lengths(out, output.splits):
+    if not job.options["quiet"] and not draw_lengths(out, output.splits):
         job.say("no lengths.png: pip install matplotlib")
     manifest["provenance"] = output.header["provenance"] | {
         "versions": versions(),
@@ -615,7 +617,15 @@ def kind_of(name: str):
     default = OPTIONS[name][0]
     if isinstance(default, str):
         return str
+    if name in SWITCHES:
+        return switch
     return float if name in FLOATS else int
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def meaning_of(code: str) -> str:
     if code == NEAR:
         return "nearly the same text as another document"
     if code.startswith("rule:"):
-        return f"dropped: the rule keeps {code[5:].replace('_', ' ')}"
+        return f"not of what the rule keeps: {code[5:].replace('_', ' ')}"
     return ERRORS[code][0]
 
 

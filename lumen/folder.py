@@ -92,8 +92,10 @@ def look_into(
     out: str, settings: dict, inputs: list[Input] | None, rows_of=lambda kind: {}
 ) -> tuple[dict, dict]:
     """(manifest, {}) of a finished folder, ({}, progress) of an unfinished one, ({}, {}) of an
-    empty one. rows_of(kind): the settings that data of that kind has beside. E117: it was made, or begun, by another command or from other text, or holds other
-    things; E111: a shard is damaged."""
+    empty one. rows_of(kind): the settings that data of that kind has beside.
+
+    E117: it was made, or begun, by another command or from other text, or holds other things;
+    E111: a shard is damaged."""
     manifest = read_dataset_json(os.path.join(out, "manifest.json"))
     progress = read_dataset_json(os.path.join(out, "progress.json"))
     if old := manifest or progress:

@@ -60,6 +60,7 @@ CONVERSATIONS = {
 }
 OPTIONS = COMMON | CLEANING | CONVERSATIONS
 FLOATS = ("val_fraction", "max_bad", "quality_threshold")
+SWITCHES = ("ftfy",)  # true or false
 # What of CLEANING Rules reads.
 RULES = (
     "preset",
