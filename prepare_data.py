@@ -291,6 +291,8 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     say_rules(over)
 
     tokenizer = settle_tokenizer(over, tokenizer)
+    if "rows" in settings:
+        chat.check_tokenizer(settings["rows"]["template"], tokenizer)
     output = Output(job.out, progress, inputs, job.options["strict"], tokenizer)
     if "minhash" in settings:
         output.near = read_keys(job.near or find_near_duplicates([over], job.out))

@@ -23,6 +23,7 @@ from lumen.chat import Message, render
 from lumen.clean import clean, cut_text
 from lumen.conversations import RowError, to_messages, to_pair
 from lumen.decontaminate import Contaminated
+from lumen.errors import UserError
 from lumen.packing import fit
 from lumen.rules import Rules
 from lumen.sources import Item, Reject, Row, item_rows
@@ -234,7 +235,10 @@ class Encoder:
         ids, masks, ends = [], [], []
         facts = Counter(cleaned.facts)
         for messages in cleaned.value if pair else [cleaned.value]:
-            rendered = render(messages, self.template, self.tokenizer, rows["loss_on"])
+            try:
+                rendered = render(messages, self.template, self.tokenizer, rows["loss_on"])
+            except UserError as error:  # a role that the template lacks
+                return row._replace(code=error.code, value=Reject(error.text))
             fitted, what = fit(*rendered, rows["length"], rows["long"])
             if fitted is None:
                 reason = f"{len(rendered[0]):,} tokens, a row has {rows['length']:,}: {what}"
