@@ -127,9 +127,11 @@ class Row(NamedTuple):
 class Unreadable(Exception):
     """Why the rest of an input cannot be read; becomes an Item with the code."""
 
-    def __init__(self, code: str, reason: str):
+    def __init__(self, code: str, reason: str, offset: int | None = None, line: int = 1):
         super().__init__(code, reason)
         self.code, self.reason = code, reason
+        # None: where the reading began
+        self.place = None if offset is None else (offset, line)
 
 
 def codec_of(path: str) -> str:

@@ -1,33 +1,51 @@
-"""Where text comes from: a source (file, folder, stdlib, synthetic:N) is a list of inputs, an
-input is read as items, an item is split into rows.
+"""Where text comes from: a source (file, folder, glob, stdlib, packages, synthetic:N, hf:NAME) is a
+list of inputs, an input is read as items, an item is split into rows.
 
+    read_specs(yaml)       ->  SourceSpec(paths, name, weight, field, shape), ...
     find_inputs("texts/")  ->  Input(kind "jsonl", path, size, ...), ...
-    read_items(Reading)    ->  Item(kind "jsonl", offset, line, bytes), ...   READERS: one a kind
+    settle_shapes(inputs)  ->  the same with the field and the shape of their rows
+    read_items(Reading)    ->  Item(kind "jsonl", offset, line, bytes), ...   readers.READERS
     item_rows(item)        ->  Row(offset, line, None, text), or Row(offset, line, "E101", Reject)
 
 The parent process makes items, cheaply; a worker makes rows of them. Both are pure functions of
-the text. A new format is a function in READERS and its ending in ENDINGS.
+the text. What flows is in lumen/inputs.py, readers in lumen/readers.py, rows in lumen/rows.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import glob
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from lumen import inputs as flow
-from lumen.clean import clean
-from lumen.errors import UserError
+from lumen.columns import hf_input, is_saved, split_name
+from lumen.errors import UserError, expand
 from lumen.files import sha256
-from lumen.inputs import ENDINGS, Input, Item, Reading, Reject, Row, kind_of, stored_input
-from lumen.synthetic import synthetic_document
+from lumen.inputs import (
+    CODECS,
+    ENDINGS,
+    SHAPES,
+    Input,
+    Item,
+    Reading,
+    Reject,
+    Row,
+    kind_of,
+    stored_input,
+)
+from lumen.readers import document_key, read_items
+from lumen.rows import TEXT_FIELDS, item_rows, row_shape, text_field, unpacked
+from lumen.values import as_number, short
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# the public names of reading, whichever file holds them
+__all__ = ["ENDINGS", "Input", "Item", "Reading", "Reject", "Row", "SourceSpec", "detect"]
+__all__ += ["document_key", "file_sha256", "find_inputs", "is_prepared", "item_rows", "kind_of"]
+__all__ += ["label", "read_items", "read_specs", "settle_shapes", "stored_input", "what_changed"]
+
 STDLIB_PASSED_OVER = {
     "test",
     "tests",
@@ -38,12 +56,24 @@ STDLIB_PASSED_OVER = {
     "dist-packages",
     "__pycache__",
 }
-
-
-# the public names of reading, whichever file holds them
-__all__ = ["ENDINGS", "Input", "Item", "Reading", "Reject", "Row", "SourceSpec", "detect"]
-__all__ += ["document_key", "file_sha256", "find_inputs", "is_prepared", "item_rows", "kind_of"]
-__all__ += ["label", "read_items", "read_specs", "settle_shapes", "stored_input", "what_changed"]
+PACKAGES_PASSED_OVER = STDLIB_PASSED_OVER - {"lib2to3", "encodings"} | {
+    "testing",
+    "benchmarks",
+    "vendor",
+    "vendored",
+    "_vendor",
+    "_vendored",
+    "third_party",
+    "extern",
+    "externals",
+}
+PACKAGES_ENDINGS = (".py", ".md", ".txt", ".rst")
+# of a folder that save_to_disk of `datasets` made
+DATASETS_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+ROWS_LOOKED_AT = 20  # of each source, to see what its rows are
+FILES_LOOKED_AT = 4
+PLAIN_KINDS = ("text", "synthetic", "topics")  # nothing but text
+TABLE_KINDS = ("csv", "parquet", "arrow", "hf")  # what has columns
 
 # ---------------------------------------------------------------- what a user asks for
 
@@ -58,42 +88,100 @@ class SourceSpec(NamedTuple):
     shape: str = ""  # "text" | "chat" | "pairs"; "": detected. `kind` in YAML
 
 
+SPEC_KEYS = ("path", "paths", "name", "weight", "field", "kind")
+
+
 def read_specs(given, file: str = "") -> list[SourceSpec]:
     """Sources as YAML has them: a word, a list of words and mappings, or {name: word or mapping}
     with path | paths, name, weight, field, kind. E002 names the file and the key."""
-    raise NotImplementedError
+    where = f"{file}: sources" if file else "sources"
+    if isinstance(given, str):
+        given = [given]
+    specs = []
+    if isinstance(given, dict):
+        for name, value in given.items():
+            specs.append(read_spec(value, f"{where}.{name}", str(name)))
+    elif isinstance(given, list):
+        for n, value in enumerate(given):
+            specs.append(read_spec(value, f"{where}[{n}]"))
+    if not specs:
+        meaning = "a list of paths, or {name: {path: ..., weight: ...}}"
+        raise UserError("E002", f"{where}: {short(given)} is not {meaning}")
+    counts = Counter(spec.name for spec in specs)
+    for name, count in counts.items():
+        if count > 1:
+            text = f"{count} sources are called {name}; give them a name: each"
+            raise UserError("E002", f"{where}: {text}")
+    return specs
 
 
-def settle_shapes(inputs: list[Input]) -> tuple[list[Input], str, list[str]]:
-    """The inputs of all sources with `field` and `shape` filled in; the one shape of all of them;
-    a line to print for each source. To be called once, when a preparation begins: the inputs in
-    its progress.json have both.
+def read_spec(value, where: str, name: str = "") -> SourceSpec:
+    if isinstance(value, str):
+        value = {"path": value}
+    if not isinstance(value, dict):
+        raise UserError("E002", f"{where}: {short(value)} is no path and no mapping")
+    for key in value:
+        if key not in SPEC_KEYS:
+            known = ", ".join(SPEC_KEYS)
+            raise UserError("E002", f"{where}.{key}: there is no such key; there are {known}")
+    if ("path" in value) == ("paths" in value):
+        raise UserError("E002", f"{where}: one of path and paths is needed")
+    paths = [value["path"]] if "path" in value else value["paths"]
+    if not isinstance(paths, list) or not paths:
+        raise UserError("E002", f"{where}.paths: {short(paths)} is not a list of paths")
+    for path in paths:
+        a_word(path, f"{where}.path")
+    weight = as_number(value.get("weight", 1), float)
+    if weight is None or isinstance(value.get("weight"), bool) or weight <= 0:
+        weight = short(value["weight"])
+        raise UserError("E002", f"{where}.weight: {weight} is not a number above 0")
+    shape = a_word(value.get("kind", "auto"), f"{where}.kind")
+    if shape not in ("auto", *SHAPES):
+        raise UserError("E002", f"{where}.kind: {shape} is not auto, {', '.join(SHAPES)}")
+    field = a_word(value.get("field", "auto"), f"{where}.field").replace("auto", "")
+    if field and shape == "pairs":
+        raise UserError("E002", f"{where}.field: pairs are found by chosen and rejected")
+    paths = tuple(expand(path, where) for path in paths)
+    spec = SourceSpec(paths, "", weight, field, shape.replace("auto", ""))
+    name = a_word(value.get("name", name or label(spec)), f"{where}.name")
+    return spec._replace(name=name)
 
-    E120: sources of different shapes; E102: a table without a column of text."""
-    raise NotImplementedError
 
-
-def detect(inputs: list[Input]) -> tuple[str, str, str]:
-    """(shape, field, line to print) of one source, from its first rows."""
-    raise NotImplementedError
-
-
-def what_changed(was: Input, now: Input) -> bool:
-    """Whether an input has other contents than it had; they are read only where size or time
-    differ."""
-    raise NotImplementedError
-
-
-# ---------------------------------------------------------------- sources to inputs
+def a_word(value, where: str) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise UserError("E002", f"{where}: {short(value)} is not a word")
 
 
 def is_builtin(spec: str) -> bool:
-    return bool(re.fullmatch(r"stdlib|synthetic(:\d{1,9})?", spec)) and not os.path.exists(spec)
+    named = re.fullmatch(r"stdlib|packages|synthetic(:\d{1,9})?", spec)
+    return bool(named) and not os.path.exists(spec)
 
 
-def label(spec: str) -> str:
-    """A source's name in the fingerprinted part of the manifest: the last part of its path."""
-    return spec if is_builtin(spec) else os.path.basename(os.path.abspath(spec))
+def is_glob(spec: str) -> bool:
+    return glob.has_magic(spec) and not os.path.exists(spec)
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder of a glob, all that stands before its first * ? or [."""
+    folder = os.path.dirname(pattern[: re.search(r"[*?\[]", pattern).start()] + "x")
+    return folder or os.curdir
+
+
+def label(spec: str | SourceSpec) -> str:
+    """A source's name in the fingerprinted part of the manifest: that which it was given, or the
+    last part of its path."""
+    if isinstance(spec, SourceSpec):
+        return spec.name or ", ".join(label(path) for path in spec.paths)
+    if is_builtin(spec):
+        return spec
+    if spec.startswith("hf:"):
+        name = split_name(spec)[0]
+        return spec.replace(name, label(name)) if os.path.isdir(name) else spec
+    if is_glob(spec):
+        folder = fixed_part(spec)
+        return f"{label(folder)}/{relative(spec, folder)}"
+    return os.path.basename(os.path.abspath(spec))
 
 
 def is_prepared(folder: str) -> bool:
@@ -106,37 +194,72 @@ def is_prepared(folder: str) -> bool:
     return False
 
 
-def find_inputs(
-    spec: str, source: int, split: str, out: str = "", unread: dict | None = None
-) -> list[Input]:
-    """The inputs of one source, in a fixed order; what lies there and is none goes into `unread`:
-    {why: [how many, the first]}. The folder `out` is none, nor is any other prepared data.
+# ---------------------------------------------------------------- sources to inputs
 
-    UserError E108: not there, nothing readable in it, a folder that may not be entered."""
+
+def find_inputs(
+    spec: str | SourceSpec, source: int, split: str, out: str = "", unread: dict | None = None
+) -> list[Input]:
+    """The inputs of one source, in a fixed order, whatever the file system says; what lies there
+    and is none goes into `unread`: {why: [how many, the first]}. The folder `out` is none, nor is
+    any other prepared data.
+
+    UserError E108: not there, nothing readable in it, a folder that may not be entered, no network;
+    E002, E003 of hf:."""
+    unread = {} if unread is None else unread
+    if not isinstance(spec, SourceSpec):
+        return [given._replace(shape="") for given in find_path(spec, source, split, out, unread)]
+    inputs = []
+    for n, path in enumerate(spec.paths):
+        for given in find_path(path, source, split, out, unread):
+            if len(spec.paths) > 1:  # two of them may have the same last part
+                given = given._replace(name=f"{n}/{given.name}")
+            inputs.append(given._replace(field=spec.field, shape=spec.shape))
+    return inputs
+
+
+def find_path(spec: str, source: int, split: str, out: str, unread: dict) -> list[Input]:
     if is_builtin(spec):
-        if spec == "stdlib":
-            return stdlib_inputs(source, split)
-        documents = int(spec.partition(":")[2] or 2000)
-        size = 600 * documents  # about
-        return [Input(source, split, "synthetic", spec, spec, size, documents=documents)]
-    if not os.path.exists(spec):
+        return builtin_inputs(spec, source, split)
+    if spec.startswith("hf:"):
+        return [hf_input(spec, label(spec), source, split)]
+    if is_glob(spec):
+        folder = fixed_part(spec)
+        paths = matching(spec, folder, out, unread)
+    elif not os.path.exists(spec):
         raise UserError("E108", f"source {spec}: there is no such file or folder")
-    endings = " ".join(ENDINGS)
-    if not os.path.isdir(spec):
+    elif os.path.isdir(spec):
+        folder = spec
+        paths = walk(spec, out, unread)
+    else:
         kind = kind_of(spec)
         if not kind:
-            text = f"source {spec}: only {endings} can be read; unpack or convert it first"
+            text = f"source {spec}: only {all_endings()} can be read; unpack or convert it first"
             raise UserError("E108", text)
         return [Input(source, split, kind, label(spec), spec).measured()]
     inputs = []
-    for path in in_fixed_order(walk(spec, out, {} if unread is None else unread)):
-        name = f"{label(spec)}/{relative(path, spec)}"
+    for path in in_fixed_order(paths):
+        name = f"{label(folder)}/{relative(path, folder)}"
         inputs.append(Input(source, split, kind_of(path), name, path).measured())
     if not inputs:
-        prepared = is_prepared(spec)
-        why = "it is data that was prepared already" if prepared else f"no {endings} files in it"
+        prepared = is_prepared(folder)
+        why = "it is data that was prepared already" if prepared else f"no {all_endings()} files"
         raise UserError("E108", f"source {spec}: {why}")
     return inputs
+
+
+def all_endings() -> str:
+    return f"{' '.join(ENDINGS)} (texts also {' '.join(CODECS)})"
+
+
+def builtin_inputs(spec: str, source: int, split: str) -> list[Input]:
+    if spec == "stdlib":
+        return stdlib_inputs(source, split)
+    if spec == "packages":
+        return packages_inputs(source, split)
+    documents = int(spec.partition(":")[2] or 2000)
+    size = 600 * documents  # about
+    return [Input(source, split, "synthetic", spec, spec, size, documents=documents)]
 
 
 def stdlib_inputs(source: int, split: str) -> list[Input]:
@@ -146,11 +269,46 @@ def stdlib_inputs(source: int, split: str) -> list[Input]:
     inputs = []
     for path in in_fixed_order(walk(root, "", {}, STDLIB_PASSED_OVER)):
         name = f"stdlib/{relative(path, root)}"
-        kind = "topics" if name.endswith("pydoc_data/topics.py") else kind_of(path)
+        kind = "topics" if name.endswith("pydoc_data/topics.py") else "text"
         given = Input(source, split, kind, name, path).measured()
         if path.endswith(".py") and given.size and "_sysconfigdata" not in name:
             inputs.append(given)
     return inputs
+
+
+def packages_inputs(source: int, split: str) -> list[Input]:
+    """What the installed packages say themselves: their code and prose, without tests, without what
+    they carry of others, and without tables of numbers. E108: there are none."""
+    roots = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    inputs = []
+    for root in roots:
+        if not os.path.isdir(root):
+            continue
+        for path in in_fixed_order(walk(root, "", {}, PACKAGES_PASSED_OVER, prose_or_code)):
+            given = Input(source, split, "text", f"packages/{relative(path, root)}", path)
+            given = given.measured()
+            if given.size and not is_table_of_numbers(given):
+                inputs.append(given)
+    if not inputs:
+        raise UserError("E108", f"source packages: there are none in {', '.join(roots)}")
+    return inputs
+
+
+def prose_or_code(path: str) -> bool:
+    parts = path.replace(os.sep, "/")
+    return path.endswith(PACKAGES_ENDINGS) and "-info/" not in parts
+
+
+def is_table_of_numbers(given: Input) -> bool:
+    """Whether a large file is one in its middle: more than a fifth are digits; code has 3 %."""
+    if given.size < 32_000:
+        return False
+    with suppress(OSError), open(given.path, "rb") as file:
+        file.seek(given.size // 2)
+        middle = file.read(16_000)
+        digits = sum(middle.count(b"%d" % digit) for digit in range(10))
+        return digits > len(middle) / 5
+    return False
 
 
 def in_fixed_order(paths) -> list[str]:
@@ -161,9 +319,41 @@ def relative(path: str, root: str) -> str:
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-def walk(root: str, out: str, unread: dict, passed_over=()) -> Iterator[str]:
-    """The paths of the text files in a folder; why others are not read, and which, goes into
-    `unread`."""
+def matching(pattern: str, root: str, out: str, unread: dict) -> Iterator[str]:
+    """The paths of the text files that a glob names, but hidden ones and prepared data; ** stands
+    for folders in folders."""
+    out = os.path.realpath(out) if out else ""
+    seen = set()  # ** also goes through links to folders
+    closed = {}  # folder -> whether it, or one above it, holds prepared data
+    for path in in_fixed_order(glob.iglob(pattern, recursive=True)):
+        where = os.path.dirname(path)
+        if where not in closed:
+            closed[where] = is_closed(where, root, out)
+        real = os.path.realpath(path)
+        if os.path.isdir(path) or closed[where] or real in seen:
+            continue
+        seen.add(real)
+        why = why_not_read(path, out)
+        if why is None:
+            yield path
+        elif why:
+            unread.setdefault(why, [0, relative(path, root)])[0] += 1
+
+
+def is_closed(folder: str, root: str, out: str) -> bool:
+    while True:
+        if os.path.realpath(folder) == out or is_prepared(folder):
+            return True
+        if len(folder) <= len(root) or not os.path.dirname(folder):
+            return False
+        folder = os.path.dirname(folder)
+
+
+def walk(
+    root: str, out: str, unread: dict, passed_over=(), wanted: Callable | None = None
+) -> Iterator[str]:
+    """The paths of the text files in a folder, or of those that are `wanted`; why others are not
+    read, and which, goes into `unread`."""
 
     def refuse(error: OSError):
         text = f"source {root}: {error.filename} cannot be entered: {error.strerror}"
@@ -190,6 +380,8 @@ def walk(root: str, out: str, unread: dict, passed_over=()) -> Iterator[str]:
         for name in sorted(names):
             path = os.path.join(folder, name)
             why = why_not_read(path, out)
+            if wanted:
+                why = None if wanted(path) else ""
             if why is None:
                 yield path
             elif why:
@@ -212,11 +404,126 @@ def why_not_read(path: str, out: str) -> str | None:
     # of a training run with a prepare: key
     if name.endswith(".error.json") and os.path.realpath(path) == f"{out}.error.json":
         return ""
+    if name in DATASETS_FILES and is_saved(os.path.dirname(path)):
+        return "files that `datasets` keeps about its tables"
     if kind_of(path):
         return None
     if os.path.isfile(path):
         return f"ending {os.path.splitext(name)[1].lower() or 'none'}"
     return "pipes, sockets and dead links"
+
+
+# ---------------------------------------------------------------- what rows a source has
+
+
+def settle_shapes(inputs: list[Input]) -> tuple[list[Input], str, list[str]]:
+    """The inputs of all sources with `field` and `shape` filled in; the one shape of all of them;
+    a line to print for each source. To be called once, when a preparation begins: the inputs in
+    its progress.json have both. Plain texts beside conversations, such as a README.md, are left
+    out.
+
+    E120: sources of different shapes; E102: a table without a column of text."""
+    found = {}  # source -> (shape, field)
+    lines = []
+    for source in sorted({given.source for given in inputs if given.source >= 0}):
+        own = [given for given in inputs if given.source == source]
+        shape, field, line = detect(own)
+        found[source] = (shape, field)
+        lines.append(line)
+    shapes = {}
+    for source, (shape, _) in found.items():
+        first = next(given for given in inputs if given.source == source)
+        shapes.setdefault(shape, first.path)
+    if len(shapes) > 1:
+        said = ", ".join(f"{path} holds {shape}" for shape, path in shapes.items())
+        raise UserError("E120", said)
+    settled = []
+    for given in inputs:
+        shape, field = found.get(given.source, ("text", ""))
+        if given.source < 0 or shape == "text" or given.kind not in PLAIN_KINDS:
+            settled.append(given._replace(shape=shape, field=field))
+    return settled, next(iter(shapes), "text"), lines
+
+
+def detect(inputs: list[Input]) -> tuple[str, str, str]:
+    """(shape, field, line to print) of one source, from its first rows, and those of some of its
+    other files.
+
+    E120: files of different shapes; E102: a table without a column of text."""
+    asked = inputs[0]
+    name = asked.name.partition("/")[0] if len(inputs) > 1 else asked.name
+    rows = [given for given in inputs if given.kind not in PLAIN_KINDS]
+    if not rows:
+        if asked.shape in ("chat", "pairs"):
+            raise UserError("E120", f"{asked.path} is plain text; kind {asked.shape} is asked for")
+        return "text", "", f"{name}: text"
+    step = max(1, len(rows) // FILES_LOOKED_AT)
+    votes = {}  # shape -> the first file of it
+    fields = Counter()
+    for given in rows[::step][:FILES_LOOKED_AT]:
+        shape, field = majority(given)
+        fields.update(field)
+        if shape:
+            votes.setdefault(shape, given.path)
+    if len(votes) > 1 and not asked.shape:
+        said = ", ".join(f"{path} holds {shape}" for shape, path in votes.items())
+        raise UserError("E120", f"{said}; kind: in a YAML of sources says which to take")
+    shape = asked.shape or next(iter(votes), "text")
+    field = asked.field
+    if shape == "text" and not field and fields:
+        field = fields.most_common(1)[0][0]
+    return shape, field, f"{name}: {what_is_read(shape, field)}"
+
+
+def what_is_read(shape: str, field: str) -> str:
+    if shape == "pairs":
+        return "pairs of replies (chosen, rejected)"
+    if shape == "chat":
+        return f'conversations in "{field}"' if field else "conversations"
+    return f'text in "{field}"' if field else "text"
+
+
+def majority(given: Input) -> tuple[str, dict]:
+    """(the shape of most of a file's first rows, or "" where there are none; {the field of text:
+    rows}). E102: a table without a column of text."""
+    shapes = Counter()
+    fields = Counter()
+    names = []
+    for row in first_rows(given):
+        if given.field:
+            value = unpacked(row.get(given.field))
+            shape = {str: "text", list: "chat"}.get(type(value))
+        else:
+            shape = row_shape(row)
+        if shape == "text":
+            fields[given.field or text_field(row)] += 1
+        if shape:
+            shapes[shape] += 1
+        names = list(row)
+    if shapes:
+        return shapes.most_common(1)[0][0], fields
+    if names and given.kind in TABLE_KINDS and not given.shape:
+        columns = ", ".join(map(str, names))[:300]
+        wanted = given.field or f"of text ({', '.join(TEXT_FIELDS)}) or messages"
+        said = f"{given.path}: no column {wanted}; the columns are {columns}"
+        raise UserError("E102", f"{said}; field: in a YAML of sources names it")
+    return "", fields
+
+
+def first_rows(given: Input) -> list[dict]:
+    """The first good rows as they are."""
+    rows = []
+    reading = Reading(0, given._replace(shape="any", field=""), block=1 << 16)
+    for item in read_items(reading):
+        for row in item_rows(item):
+            if row.code is None:
+                rows.append(row.value)
+            if len(rows) >= ROWS_LOOKED_AT:
+                return rows
+    return rows
+
+
+# ---------------------------------------------------------------- is it what it was?
 
 
 def file_sha256(path: str) -> str:
@@ -227,288 +534,11 @@ def file_sha256(path: str) -> str:
     return ""
 
 
-def document_key(given: Input) -> str:
-    """The key of a long text file, in hex: blake2b-16 of its cleaned, stripped text, without
-    holding it in memory. The cuts are behind line ends and blanks, so the cleaned pieces are the
-    cleaned text. Empty: no UTF-8, or no text."""
-    digest = hashlib.blake2b(digest_size=16)
-    held = ""  # blanks at the end of what was read: they count where more text comes
-    begun = False
-    with suppress(OSError, UnicodeDecodeError), open(given.path, "rb") as file:
-        begin = text_begin(file.read(3))
-        for *_, data, last in text_pieces(file, begin, 1, given.size):
-            text = held + clean(data.decode())
-            if not begun:
-                text = text.lstrip()
-            stripped = text.rstrip()
-            held = text[len(stripped) :]
-            begun = begun or bool(stripped)
-            digest.update(stripped.encode())
-            if last:
-                return digest.hexdigest() if begun else ""
-    return ""
-
-
-# ---------------------------------------------------------------- inputs to items
-
-
-def read_items(reading: Reading) -> Iterator[Item]:
-    """The input's items from (offset, line) on. What cannot be read is an item too, with its
-    code."""
-    if reading.given.kind in GENERATED:
-        for n, text in enumerate(GENERATED[reading.given.kind](reading), reading.offset):
-            yield Item(reading.index, "row", n, n + 1, json.dumps({"text": text}).encode())
-        return
-    offset, line = reading.offset, reading.line
-    try:
-        if not os.path.isfile(reading.given.path):
-            raise OSError("not a regular file")
-        with open(reading.given.path, "rb") as file:
-            refused = refuse_format(reading.index, file.read(4))
-            if refused:
-                yield refused
-                return
-            file.seek(0)
-            for item in READERS[reading.given.kind](reading, file):
-                yield item
-                offset = item.offset + len(item.data)
-                line = item.line + item.data.count(b"\n")
-    except OSError as error:
-        yield Item(reading.index, "E108", offset, line, str(error.strerror or error).encode())
-
-
-def refuse_format(index: int, head: bytes) -> Item | None:
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return Item(index, "E103", 0, 1, b"this is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-    if head[:2] == b"\x1f\x8b" or head in (b"PK\3\4", b"\x28\xb5\x2f\xfd"):
-        return Item(index, "E108", 0, 1, b"this is a compressed file; unpack it first")
-    return None
-
-
-def text_begin(head: bytes) -> int:
-    """A byte order mark is no text."""
-    return len(BYTE_ORDER_MARK) if head[:3] == BYTE_ORDER_MARK else 0
-
-
-def read_text(reading: Reading, file) -> Iterator[Item]:
-    begin = text_begin(file.read(3))
-    if reading.given.long:
-        yield from read_long_text(reading, file, begin)
-    else:
-        file.seek(begin)
-        yield Item(reading.index, "text", begin, reading.line, file.read())
-
-
-def read_long_text(reading: Reading, file, begin: int) -> Iterator[Item]:
-    """The pieces of a file that has a key; why it has none for another."""
-    index, given = reading.index, reading.given
-    for at, line, data, last in text_pieces(
-        file, reading.offset or begin, reading.line, given.size
-    ):
-        if given.key:
-            yield Item(index, "last" if last else "piece", at, line, data)
-            continue
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            place = at + error.start
-            line += data.count(b"\n", 0, error.start)
-            byte = f"byte {data[error.start]:#04x} at {place}"
-            reason = f"{byte} is not UTF-8; nothing of the file is read"
-            yield Item(index, "E103", place, line, reason.encode())
-            return
-    if not given.key:
-        yield Item(index, "E104", 0, 1, b"the file is empty")
-
-
-def text_pieces(file, offset: int, line: int, size: int):
-    """(offset, line, data, whether it is the last) of the pieces of a text file of `size` bytes,
-    from `offset` on."""
-    while size - offset > 2 * flow.PIECE:
-        length = flow.PIECE
-        cut = 0
-        while not cut:
-            file.seek(offset)
-            data = file.read(length)
-            cut = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
-            if len(data) < length:  # no place to cut, or the file has shrunk
-                break
-            length *= 2
-        if not cut or len(data) == size - offset:
-            break
-        yield offset, line, data[:cut], False
-        offset += cut
-        line += data.count(b"\n", 0, cut)
-    file.seek(offset)
-    yield offset, line, file.read(), True
-
-
-def read_jsonl(reading: Reading, file) -> Iterator[Item]:
-    """Blocks of whole lines. One that begins with an object over several lines is read as a
-    .json."""
-    head = file.read((1 << 20) + 4)
-    if begins_spread(head):
-        file.seek(0)
-        yield from read_json_rows(reading, file)
-        return
-    begin = text_begin(head)
-    offset, line = reading.offset or begin, reading.line
-    size = reading.block
-    while True:
-        file.seek(offset)
-        data = file.read(size)
-        cut = data.rfind(b"\n") + 1
-        if len(data) < size:
-            if data or offset <= begin:  # an empty file is an item, too
-                yield Item(reading.index, "jsonl", offset, line, data)
-            return
-        if not cut:  # a line longer than the block
-            size *= 2
-            continue
-        yield Item(reading.index, "jsonl", offset, line, data[:cut])
-        offset += cut
-        line += data.count(b"\n", 0, cut)
-        size = reading.block
-
-
-def begins_spread(head: bytes) -> bool:
-    """Whether a .jsonl begins with an object over several lines."""
-    text = head.decode("utf-8-sig", "ignore").lstrip()
-    with suppress(ValueError, RecursionError):
-        return text[:1] == "{" and "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
-    return False
-
-
-def read_json_rows(reading: Reading, file) -> Iterator[Item]:
-    return json_items(reading.index, file.read(), reading.offset)
-
-
-def json_items(index: int, data: bytes, skip: int) -> Iterator[Item]:
-    """The rows of a .json, a list of objects or objects one after the other, without the first
-    `skip`. What is wrong between two rows ends the file."""
-    skip_space = re.compile(r"[ \t\r\n]*").match
-    decode = json.JSONDecoder().raw_decode
-    n = 0  # rows so far
-    line = 1  # of the row that begins at `begin`
-    begin = 0
-    try:
-        text = data.decode("utf-8-sig")
-        end = skip_space(text).end()
-        is_list = text[end : end + 1] == "["
-        if is_list:
-            end = skip_space(text, end + 1).end()
-        more = not (is_list and text[end : end + 1] == "]")
-        while more:
-            line += text.count("\n", begin, end)
-            begin = end
-            _, end = decode(text, begin)
-            if n >= skip:
-                yield Item(index, "row", n, line, text[begin:end].encode())
-            n += 1
-            end = skip_space(text, end).end()
-            more = text[end : end + 1] == ("," if is_list else "{")
-            if more and is_list:
-                end = skip_space(text, end + 1).end()
-        if is_list and text[end:].strip() != "]":
-            raise ValueError("no ] after the last row")
-        if not is_list and text[end:].strip():
-            raise ValueError("no { where the next row would begin")
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        yield Item(index, "E103", n, line, f"no UTF-8 at byte {error.start}".encode())
-    except (ValueError, RecursionError) as error:
-        reason = f"{getattr(error, 'msg', error)}; nothing from here on is read"
-        yield Item(index, "E101", n, line, reason.encode())
-
-
-def synthetic_texts(reading: Reading) -> Iterator[str]:
-    for n in range(reading.offset, reading.given.documents):
-        yield synthetic_document(reading.seed, n)
-
-
-def topics_texts(reading: Reading) -> list[str]:
-    from pydoc_data.topics import topics
-
-    return [topics[key] for key in sorted(topics)][reading.offset :]
-
-
-# A kind of file -> (Reading, open file) -> its items from Reading.offset on.
-READERS: dict[str, Callable] = {"text": read_text, "jsonl": read_jsonl, "json": read_json_rows}
-# A kind without a file of its own -> Reading -> texts, one a row.
-GENERATED: dict[str, Callable] = {"synthetic": synthetic_texts, "topics": topics_texts}
-
-
-# ---------------------------------------------------------------- items to rows
-
-
-def item_rows(item: Item) -> Iterator[Row]:
-    """What a worker makes of an item."""
-    if item.kind in ("text", "piece", "last", "row"):
-        yield parse_row(item.data, item.offset, item.line, item.kind == "row")
-    elif item.kind == "jsonl":
-        yield from jsonl_rows(item)
-    else:
-        yield Row(item.offset, item.line, item.kind, Reject(item.data.decode(), whole_file=True))
-
-
-def jsonl_rows(item: Item) -> Iterator[Row]:
-    blank = 0
-    offset, line = item.offset, item.line
-    lines = item.data.split(b"\n")  # str.splitlines would also split at U+2028 and the like
-    if not lines[-1]:
-        lines.pop()
-    for raw in lines:
-        if raw.strip():
-            if blank:
-                yield Row(offset, line, "blank", blank)
-                blank = 0
-            yield parse_row(raw, offset, line, True)
-        else:
-            blank += 1
-        offset += len(raw) + 1
-        line += 1
-    if blank:
-        yield Row(offset - 1, line - 1, "blank", blank)
-
-
-def parse_row(raw: bytes, offset: int, line: int, is_json: bool) -> Row:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = error.start
-        reason = f"byte {raw[at]:#04x} at {offset + at} is not UTF-8"
-        line += raw.count(b"\n", 0, at)
-        return Row(offset, line, "E103", Reject(reason, excerpt(raw[max(0, at - 40) :])))
-    if not is_json:
-        return Row(offset, line, None, text)
-    code, value = text_of(text)
-    return Row(offset, line, code, Reject(value, excerpt(raw)) if code else value)
-
-
-def excerpt(raw: bytes) -> str:
-    return raw[:800].decode("utf-8", "replace").strip()[:200]
-
-
-def text_of(line: str) -> tuple[str | None, str]:
-    """(None, text) of a row {"text": ...}, or (code, reason)."""
-    hint = ""
-    if line.lstrip().startswith("["):
-        hint = "; a file that is one JSON list should be named .json"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        if re.match(r"\s*[\[{]\s*'", line):
-            hint = "; single quotes: this is Python's notation, not JSON"
-        at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        return "E101", f"{getattr(error, 'msg', error)}{at}{hint}"
-    if not isinstance(row, dict):
-        return "E101", f"a {type(row).__name__}, not an object{hint}"
-    if isinstance(row.get("text"), str):
-        return None, row["text"]
-    for key in ("messages", "conversation", "conversations"):
-        if key in row:
-            text = f'"{key}": chat data is not supported yet; rows need a "text" field'
-            return "E102", text
-    if "text" in row:
-        return "E102", f'"text" is a {type(row["text"]).__name__}, not a string'
-    return "E102", f'no "text" field; the fields are {", ".join(row)[:200] or "none"}'
+def what_changed(was: Input, now: Input) -> bool:
+    """Whether an input has other contents than it had; they are read only where size or time
+    differ. Of an hf: source without a revision nobody can tell: no."""
+    if was.kind == "hf":
+        return bool(was.revision and now.revision) and was.revision != now.revision
+    if (was.size, was.mtime, was.documents) == (now.size, now.mtime, now.documents):
+        return False
+    return was.kind == "synthetic" or was.sha256 != file_sha256(now.path)

@@ -16,10 +16,11 @@ import pytest
 from conftest import ROOT
 
 import prepare_data as P
-from lumen import pool, sources
+from lumen import inputs, pool, sources
 from lumen import tokenizer as T
 from lumen.clean import clean, cut_text
 from lumen.errors import UserError
+from lumen.synthetic import synthetic_document
 
 HERE = str(ROOT)
 
@@ -91,7 +92,7 @@ def mixed(tmp_path):
     """A folder with all kinds of files, bad rows, duplicates and a long document."""
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
-    texts = [sources.synthetic_document(7, n) for n in range(700)]
+    texts = [synthetic_document(7, n) for n in range(700)]
     rows = [{"text": text, "n": 1} for text in texts[:400]] + [
         {"text": texts[3]},
         {"text": texts[600]},
@@ -126,7 +127,7 @@ def test_workers_and_batches_do_not_matter(mixed, tmp_path):
     assert counts["kept"] == 551 and counts["rows"] == 555 and counts["cut"] == 1
     assert len(manifest["splits"]["train"]["shards"]) > 5
     text = "".join(documents(outs[0]) + documents(outs[0], "val"))
-    assert all(sources.synthetic_document(7, n) in text for n in range(700) if not 450 <= n < 600)
+    assert all(synthetic_document(7, n) in text for n in range(700) if not 450 <= n < 600)
     sizes = [sum(len(t.encode()) for t in documents(outs[0], split)) for split in ("train", "val")]
     assert sizes == [manifest["splits"][split]["bytes_text"] for split in ("train", "val")]
     assert not [name for name in os.listdir(outs[0]) if P.JOURNAL_FILES.fullmatch(name)]
@@ -134,12 +135,12 @@ def test_workers_and_batches_do_not_matter(mixed, tmp_path):
 
 def test_synthetic_is_the_same_everywhere(tmp_path):
     assert hashlib.sha256(
-        "".join(sources.synthetic_document(1337, n) for n in range(50)).encode()
+        "".join(synthetic_document(1337, n) for n in range(50)).encode()
     ).hexdigest() == ("d4129fc8282b7aa824c309649a68fc3fc5bf43a0d35c1b332c4c51b1acb2de97")
     manifest = P.prepare(["synthetic:30"], str(tmp_path / "out"), "bytes", quiet=True)
     assert manifest["counts"]["kept"] == 30
     assert sorted(documents(tmp_path / "out") + documents(tmp_path / "out", "val")) == sorted(
-        sources.synthetic_document(1337, n) for n in range(30)
+        synthetic_document(1337, n) for n in range(30)
     )
 
 
@@ -333,7 +334,7 @@ def test_a_folder_whose_manifest_has_the_documents_in_mtime(tmp_path, monkeypatc
     for path in (tmp_path / "whole" / "manifest.json", tmp_path / "half" / "progress.json"):
         rows = json.loads(path.read_text())
         (given,) = rows["provenance"]["inputs"]
-        assert given[6:] == [0, "", "", 60]
+        assert given[6:10] == [0, "", "", 60]
         rows["provenance"]["inputs"] = [[*given[:6], 60, "", ""]]
         path.write_text(json.dumps(rows))
     again = P.prepare(["synthetic:60"], str(tmp_path / "whole"), **options)
@@ -342,11 +343,12 @@ def test_a_folder_whose_manifest_has_the_documents_in_mtime(tmp_path, monkeypatc
 
 
 def test_a_new_format_is_a_reader_and_an_ending(tmp_path, monkeypatch):
-    def read_upper(reading, file):
-        yield sources.Item(reading.index, "text", 0, 1, file.read().upper())
+    def read_upper(reading):
+        with readers.opened(reading.given) as stream:
+            yield sources.Item(reading.index, "text", 0, 1, stream.all().upper())
 
-    monkeypatch.setitem(sources.ENDINGS, ".up", "upper")
-    monkeypatch.setitem(sources.READERS, "upper", read_upper)
+    monkeypatch.setitem(inputs.ENDINGS, ".up", "upper")
+    monkeypatch.setitem(readers.READERS, "upper", read_upper)
     (tmp_path / "a.up").write_text("a document")
     P.prepare([str(tmp_path / "a.up")], str(tmp_path / "out"), "bytes", val_fraction=0, quiet=True)
     assert documents(tmp_path / "out") == ["A DOCUMENT"]
@@ -480,7 +482,7 @@ def test_val_files(tmp_path):
 
 
 def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 5000)
+    monkeypatch.setattr(inputs, "PIECE", 5000)
     path, out = tmp_path / "long.txt", tmp_path / "out"
     path.write_text(
         "".join(f"é line {i}\n" for i in range(2000)) + "no spaces".replace(" ", "") * 2000
@@ -538,12 +540,8 @@ BAD_ROWS = [
     (b'{"txt": "a", "id": 3}', "E102", "txt, id"),
     (b'{"text": 3}', "E102", "is a int"),
     (b'{"text": null}', "E102", "NoneType"),
-    (
-        b'{"messages": [{"role": "user", "content": "hi"}]}',
-        "E102",
-        "chat data is not supported yet",
-    ),
-    (b'{"conversation": []}', "E102", "chat data is not supported yet"),
+    (b'{"messages": [{"role": "user", "content": "hi"}]}', "E120", "chat where text is read"),
+    (b'{"chosen": "a", "rejected": "b"}', "E120", "pairs where text is read"),
     (b'{"text": "caf\xe9"}', "E103", "0xe9"),
     (b'{"text": " \\n"}', "E104", "empty"),
     (b'{"text": "\\u0000"}', "E104", "empty"),
@@ -615,10 +613,13 @@ def test_nothing_left(tmp_path):
 def test_json_files(tmp_path):
     path = tmp_path / "a.json"
 
+    def items():
+        (given,) = sources.find_inputs(str(path), 0, "train")
+        return list(sources.read_items(sources.Reading(0, given)))
+
     def rows(text):
         path.write_text(text)
-        items = list(sources.json_items(0, path.read_bytes(), 0))
-        return [(line, code) for item in items for _, line, code, _ in sources.item_rows(item)]
+        return [(line, code) for item in items() for _, line, code, _ in sources.item_rows(item)]
 
     assert rows('{"text": "one"}') == [(1, None)]
     assert rows('\ufeff\n[\n{"text": "a"},\n\n{"text":\n"b"}, {"no": 1}\n]\n') == [
@@ -628,15 +629,15 @@ def test_json_files(tmp_path):
     ]
     assert rows('[{"text": "a"},\n 3,\n nonsense]') == [(1, None), (2, "E101"), (3, "E101")]
     assert rows('{"text": "a"}\n{"text":\n"b"}\n') == [(1, None), (2, None)]  # one after the other
-    assert rows('{"text": "a"}\n3') == [(1, None), (1, "E101")]
-    assert rows('[{"text": "a"}\n{"text": "b"}]') == [(1, None), (1, "E101")]
+    assert rows('{"text": "a"}\n3') == [(1, None), (2, "E101")]
+    assert rows('[{"text": "a"}\n{"text": "b"}]') == [(1, None), (2, "E101")]
     assert (
         rows('[{"text": "a"}') == [(1, None), (1, "E101")]
         and rows("[]") == []
         and rows("") == [(1, "E101")]
     )
     path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}]')
-    assert [item[1:4] for item in sources.json_items(0, path.read_bytes(), 0)] == [("E103", 0, 2)]
+    assert [item[1:4] for item in items()] == [("row", 0, 1), ("E103", 1, 2)]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -700,7 +701,7 @@ def test_stdlib(tmp_path, capsys):
 
 
 def test_a_tokenizer_from_a_file(tmp_path):
-    made = T.train_bpe([sources.synthetic_document(0, n) for n in range(30)], 400)
+    made = T.train_bpe([synthetic_document(0, n) for n in range(30)], 400)
     made.save(tmp_path / "own.json")
     options = {"tokenizer": str(tmp_path / "own.json"), "quiet": True}
     manifest = P.prepare(["synthetic:20"], str(tmp_path / "out"), **options)
@@ -718,7 +719,7 @@ def test_the_tokenizer_is_trained_on_train_sources_and_bounded(tmp_path, monkeyp
     )
     assert b"zyx" not in T.load(str(tmp_path / "out")).ranks
     for n in range(100):
-        (tmp_path / f"{n}.txt").write_text(sources.synthetic_document(0, n))
+        (tmp_path / f"{n}.txt").write_text(synthetic_document(0, n))
     inputs = sources.find_inputs(str(tmp_path), 0, "hash")
     size = sum(given.size for given in inputs)
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from rig import bytes_data
 
 import prepare_data
-from lumen import loader, sources, tokenizer
+from lumen import inputs, loader, tokenizer
 from lumen.errors import ERRORS, UserError
 
 
@@ -34,7 +34,7 @@ BOOK = "".join(f"Line {i} of a book that is longer than all the notes.\n" for i 
 def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
     """A text file too long to be read at once, between notes: it lies in one split, whole and with
     one end, whatever the seed, the shards and the number of workers."""
-    monkeypatch.setattr(sources, "PIECE", 7_000)
+    monkeypatch.setattr(inputs, "PIECE", 7_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "book.txt").write_text(BOOK)
     (tmp_path / "in" / "notes.jsonl").write_text(
@@ -62,7 +62,7 @@ def test_a_book_of_many_pieces_is_one_document(tmp_path, monkeypatch):
 def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypatch):
     """The preparation of long files ends at each of its journals: what goes on from there gives the
     same bytes."""
-    monkeypatch.setattr(sources, "PIECE", 5_000)
+    monkeypatch.setattr(inputs, "PIECE", 5_000)
     (tmp_path / "in").mkdir()
     for i, text in enumerate(
         (BOOK[:25_000], "a note", BOOK[:25_000], BOOK[25_000:].replace("\n", "\r\n"))
@@ -95,7 +95,7 @@ def test_a_long_book_among_pieces_is_killed_at_every_journal(tmp_path, monkeypat
 def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
     """All the text is one long file: a share of it, its end, is held out, and the rest has one end
     of text."""
-    monkeypatch.setattr(sources, "PIECE", 12_000)
+    monkeypatch.setattr(inputs, "PIECE", 12_000)
     (tmp_path / "book.txt").write_text(BOOK)
     for fraction in (0.05, 0.4):  # it is drawn for training, or for validation
         out = tmp_path / f"{fraction}"
@@ -109,7 +109,7 @@ def test_one_long_file_alone_gives_its_end_to_validation(tmp_path, monkeypatch):
 def test_one_bad_byte_in_a_long_file(tmp_path, monkeypatch):
     """A long file that is no UTF-8 somewhere in its middle: none of it is taken, and the line is
     named."""
-    monkeypatch.setattr(sources, "PIECE", 9_000)
+    monkeypatch.setattr(inputs, "PIECE", 9_000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(
         BOOK[:30_000].encode() + b"\xe9" + BOOK[30_000:].encode()
