@@ -42,17 +42,16 @@ class Foreign(Vocabulary):
             text = f"{reason}; and it has not the form of a tokenizer.json: {error!r}"
             raise UserError("E116", text) from None
         super().__init__(name, specials, words, pieces, eot)
-        if self.unk_id == self.eot_id:
-            text = f"{reason}; and unknown characters would become the end of a document"
-            raise UserError("E116", text)
 
     def _start(self, whole: dict, eot: str | None) -> tuple[dict, dict, dict]:
         """The engine, and what it says of control tokens, words and pieces."""
         specials, words = added_tokens(whole)
         controls = [*specials, *(name for name in words if name == eot or is_control(name))]
         unknown = unknown_token(whole["model"])
-        ends = unknown == eot or unknown in EOT_NAMES
-        if unknown and ends and kind(whole["model"]) == "BPE":  # which can do without
+        if unknown and unknown in (eot, *EOT_NAMES):
+            if kind(whole["model"]) != "BPE":  # which can do without
+                text = f"{self.reason}; and what it cannot spell becomes {unknown}"
+                raise UserError("E116", f"{text}, the end of a document")
             whole["model"]["unk_token"] = unknown = None
         secret = f"\U0010ffff{secrets.token_hex(16)}"
         renamed = {name: f"{secret}{i}" for i, name in enumerate(controls)}
