@@ -68,8 +68,8 @@ class Vocabulary:
     unk_id: int | None = None
 
     def __init__(self, name: str, specials: dict, words: dict, pieces: dict, eot: str | None):
-        """pieces: id -> bytes, of all that is neither in specials nor in words; eot: the name of
-        the end of a document where it is none of EOT_NAMES."""
+        """pieces: id -> bytes, of specials and words where they stand for other bytes than those of
+        their names; eot: the name of the end of a document where it is none of EOT_NAMES."""
         self.name = name
         self.specials = specials
         self.words = words
@@ -84,10 +84,10 @@ class Vocabulary:
         self.im_end_id = self.control("<|im_end|>")
         # ids that mean nothing (cl100k_base has some) decode to nothing
         self._bytes = [b""] * self.n_vocab
-        for i, token in pieces.items():
-            self._bytes[i] = token
         for text, i in {**specials, **words}.items():
             self._bytes[i] = text.encode()
+        for i, token in pieces.items():
+            self._bytes[i] = token
 
     def control(self, name: str | None) -> int | None:
         """The id of the control token of that name; None: there is none."""

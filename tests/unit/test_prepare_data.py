@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_data as P
-from lumen import inputs, pool, sources
+from lumen import inputs, pool, readers, sources
 from lumen import tokenizer as T
 from lumen.clean import clean, cut_text
 from lumen.errors import UserError
