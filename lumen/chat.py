@@ -119,13 +119,13 @@ def compiled(template: Template) -> dict[str, Form]:
 
 
 def _form(role: str, text: str) -> Form:
-    def refuse(reason: str):
+    def wrong(reason: str):
         raise UserError("E002", f"template, format of {role}: {text!r}: {reason}")
 
     if text.count("{content}") != 1:
-        refuse("{content} must stand in it once")
+        wrong("{content} must stand in it once")
     if mark := LOOKS_LIKE_CONTROL.search(FIELD.sub("", text)):
-        refuse(f"a control token stands in braces: {{{mark[0]}}}")
+        wrong(f"a control token stands in braces: {{{mark[0]}}}")
     head, tail = text.split("{content}")
     reply = role == "assistant"
     lead = ""
@@ -137,7 +137,7 @@ def _form(role: str, text: str) -> Form:
     if reply:
         ends = [i for i, piece in enumerate(after) if piece.control]
         if not ends:
-            refuse("a reply ends with a control token, as {end}, or a model would never stop")
+            wrong("a reply ends with a control token, as {end}, or a model would never stop")
         own = after[: ends[0] + 1]
         after = tuple(piece._replace(supervised=True) for piece in own) + after[ends[0] + 1 :]
     return Form(before, after, lead, reply)
@@ -197,6 +197,8 @@ def render(
     if loss_on not in LOSS_ON:
         raise UserError("E002", f"loss_on: {loss_on!r} is none of {', '.join(LOSS_ON)}")
     template = find_template(template)
+    if tokenizer is None:
+        refuse("", template, tokenizer)
     pieces = joined(segments(messages, template, open_reply))
     parts = [_encode(piece, template, tokenizer) for piece in pieces]
     if not parts:
@@ -226,30 +228,35 @@ def _flags(replies: list[bool], loss_on: str) -> list[bool]:
 
 def _encode(piece: Segment, template: Template, tokenizer) -> np.ndarray:
     if piece.control:
-        return np.array([control_id(piece.control, template, tokenizer)], np.uint32)
+        ids = _encode_control(tokenizer, piece.control)
+        return refuse(piece.control, template, tokenizer) if ids is None else ids
     if len(piece.text) <= 32:
         return _encode_short(tokenizer, piece.text)
     return tokenizer.encode(piece.text)
 
 
+# Headers come again and again. Nobody writes into these arrays.
 @functools.lru_cache(4096)
 def _encode_short(tokenizer, text: str) -> np.ndarray:
-    """Headers come again and again; nobody writes into these arrays."""
     return tokenizer.encode(text)
 
 
-def control_id(name: str, template: Template, tokenizer) -> int:
-    """The id of a template's control token. E501: no tokenizer; E113: it has no such token."""
+@functools.lru_cache(256)
+def _encode_control(tokenizer, name: str) -> np.ndarray | None:
     if tokenizer is None:
-        raise UserError("E501", f"template {template.name} needs a tokenizer")
-    if name == "end":
-        return tokenizer.eot_id
-    found = tokenizer.specials.get(name)
-    if found is None:
-        fix = "take template instruct or chat, which need none, or a tokenizer that has it (bpe:N)"
-        text = f"template {template.name} needs the control token {name}, and the tokenizer"
-        raise UserError("E113", f"{text} {tokenizer.name} has no such special token: {fix}")
-    return found
+        return None
+    found = tokenizer.eot_id if name == "end" else tokenizer.specials.get(name)
+    return None if found is None else np.array([found], np.uint32)
+
+
+def refuse(name: str, template: Template, tokenizer):
+    """E501: there is no tokenizer; E113: it lacks a control token of the template."""
+    if tokenizer is None:
+        text = f"template {template.name} is made of tokens, and there is no tokenizer"
+        raise UserError("E501", text)
+    fix = "take template instruct or chat, which need none, or a tokenizer that has it (bpe:N)"
+    text = f"template {template.name} needs the control token {name}, and the tokenizer"
+    raise UserError("E113", f"{text} {tokenizer.name} has no such special token: {fix}")
 
 
 def check_tokenizer(template, tokenizer) -> None:
@@ -258,7 +265,7 @@ def check_tokenizer(template, tokenizer) -> None:
     for form in compiled(template).values():
         for piece in form.before + form.after:
             if piece.control:
-                control_id(piece.control, template, tokenizer)
+                _encode(piece, template, tokenizer)
 
 
 # ---------------------------------------------------------------- the end of a reply
@@ -268,8 +275,8 @@ def stop_ids(template, tokenizer) -> list[int]:
     """Ids that end a reply: the template's own first, then end-of-text. E113, E501."""
     template = find_template(template)
     form = compiled(template)["assistant"]
-    own = [piece.control for piece in form.after if piece.control and piece.supervised]
-    ids = [control_id(name, template, tokenizer) for name in (*own, "end")]
+    ends = [piece for piece in form.after if piece.control and piece.supervised]
+    ids = [int(_encode(end, template, tokenizer)[0]) for end in (*ends, Segment("", "end"))]
     return list(dict.fromkeys(ids))
 
 
