@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lumen.errors import UserError, nearest
+from lumen.files import read_json
 
 LOSS_ON = ("assistant", "last_turn", "completion", "all")
 FIELD = re.compile(r"\{([^{}\s]+)\}")  # a brace with a space in it is a brace
@@ -97,6 +98,29 @@ def describe(template) -> dict:
     """{name, formats: {role: format}} for a manifest or a checkpoint; `find_template` reads it."""
     found = find_template(template)
     return {"name": found.name, "formats": dict(found.formats)}
+
+
+def default_template(tokenizer) -> Template:
+    """The first that the tokenizer has all control tokens for."""
+    chatml = find_template(DEFAULT)
+    names = set(FIELD.findall("".join(text for _, text in chatml.formats))) - {"content", "end"}
+    if tokenizer is not None and names <= set(tokenizer.specials):
+        return chatml
+    return find_template("instruct")
+
+
+def template_of_run(state: Mapping) -> Template | None:
+    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
+    was imported from; None: it was not trained on conversations."""
+    config = state.get("config") or {}
+    sources = (config.get("data") or {}).get("sources") or {}
+    folders = [config.get("data_dir"), *(source.get("dir") for source in sources.values())]
+    specs = [state.get("template")]
+    for folder in folders:
+        if folder:
+            specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
+    specs.append((state.get("imported") or {}).get("template"))
+    return next((find_template(spec) for spec in specs if spec), None)
 
 
 class Form(NamedTuple):
