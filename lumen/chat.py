@@ -44,7 +44,7 @@ class Segment(NamedTuple):
 
 class Template(NamedTuple):
     name: str
-    formats: tuple[tuple[str, str], ...]  # (role, format)
+    formats: tuple[tuple[str, str], ...]  # (role, format), by role: JSON may have another order
 
     @property
     def roles(self) -> list[str]:
@@ -80,7 +80,7 @@ def find_template(spec) -> Template:
             near = nearest(spec, FORMATS)
             hint = f"; did you mean {near}?" if near else ""
             raise UserError("E002", f"template: {spec!r} is none of {', '.join(FORMATS)}{hint}")
-        return Template(spec, tuple(FORMATS[spec].items()))
+        return Template(spec, tuple(sorted(FORMATS[spec].items())))
     formats = spec.get("formats", spec) if isinstance(spec, Mapping) else None
     if not isinstance(formats, Mapping) or not formats:
         raise UserError("E002", f"template: {spec!r} is no name and no {{role: format}}")
@@ -89,7 +89,9 @@ def find_template(spec) -> Template:
         if not isinstance(role, str) or not isinstance(text, str):
             raise UserError("E002", f"template: {role!r}: {text!r}: both must be text")
         pairs.append((role, text))
-    made = Template(str(spec.get("name", "own")) if formats is not spec else "own", tuple(pairs))
+    made = Template(
+        str(spec.get("name", "own")) if formats is not spec else "own", tuple(sorted(pairs))
+    )
     compiled(made)
     return made
 

@@ -98,8 +98,11 @@ def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Templa
 class ReplyPrinter(Printer):
     """Printer of replies: without the white space before their first word."""
 
+    def __init__(self, heads: list[str]):
+        super().__init__(heads)
+        self.begun: set[int] = set()
+
     def __call__(self, i: int, piece: str, reason: str | None) -> None:
-        self.begun = getattr(self, "begun", set())
         if i not in self.begun:
             piece = piece.lstrip()
         if piece:
