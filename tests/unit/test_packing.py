@@ -99,6 +99,11 @@ def test_what_is_too_long(long, limit, length, done):
         assert kept[1].tolist() == MASK[:length].tolist()
 
 
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="'turn', none of truncate, turns, drop"):
+        fit(IDS, MASK, 10, "turn")
+
+
 @FEW
 @given(
     st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 30), st.sampled_from(LONG)
