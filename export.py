@@ -301,7 +301,7 @@ def export_tensor(source, cfg, part: Part, ready: dict, dtype: torch.dtype) -> t
 def tokenizer_config(tokenizer: Tokenizer, ids: dict, max_seq_len: int) -> dict:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
     config |= {"add_bos_token": False, "clean_up_tokenization_spaces": False}
-    names = {i: name for name, i in tokenizer.specials.items()}
+    names = {i: name for name, i in tokenizer.controls.items()}
     for key, i in ids.items():
         i = i[0] if isinstance(i, list) else i  # Llama 3 has several ends; this file names one
         config |= {key.removesuffix("_id"): names[i]} if i in names else {}

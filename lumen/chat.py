@@ -106,7 +106,7 @@ def default_template(tokenizer) -> Template:
     """The first that the tokenizer has all control tokens for."""
     chatml = find_template(DEFAULT)
     names = set(FIELD.findall("".join(text for _, text in chatml.formats))) - {"content", "end"}
-    if tokenizer is not None and names <= set(tokenizer.specials):
+    if tokenizer is not None and names <= set(tokenizer.controls):
         return chatml
     return find_template("instruct")
 
@@ -271,7 +271,7 @@ def _encode_short(tokenizer, text: str) -> np.ndarray:
 def _encode_control(tokenizer, name: str) -> np.ndarray | None:
     if tokenizer is None:
         return None
-    found = tokenizer.eot_id if name == "end" else tokenizer.specials.get(name)
+    found = tokenizer.eot_id if name == "end" else tokenizer.control(name)
     return None if found is None else np.array([found], np.uint32)
 
 
@@ -397,7 +397,7 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     ids = np.asarray(ids)
-    control = np.isin(ids, list(tokenizer.specials.values()))
+    control = np.isin(ids, list(tokenizer.controls.values()))
     kinds = np.asarray(mask).astype(np.int8) * 2 + control
     cuts = [0, *(np.flatnonzero(np.diff(kinds) != 0) + 1).tolist(), len(ids)]
     parts = []
@@ -405,6 +405,8 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
         if begin == end:
             continue
         text = _visible(tokenizer.decode(ids[begin:end]))
+        if end - begin > 3 and (ids[begin:end] == ids[begin]).all() and control[begin]:
+            text = f"{tokenizer.decode(ids[begin : begin + 1])} x {end - begin}"  # padding
         supervised, is_control = divmod(int(kinds[begin]), 2)
         parts.append(_marked(text, bool(supervised), bool(is_control), colour))
     return "".join(parts)

@@ -247,7 +247,7 @@ def test_no_text_becomes_a_control_token_and_masks_cover_replies(messages, ours,
                 if p.control
             ]
             wanted = [tokenizer.specials["<|endoftext|>" if c == "end" else c] for c in own]
-            control = np.isin(ids, list(tokenizer.specials.values()))
+            control = np.isin(ids, list(tokenizer.controls.values()))
             assert ids[control].tolist() == wanted
 
             stop = tokenizer.specials[ENDS.get(name, "<|endoftext|>")]
@@ -394,6 +394,8 @@ def test_show(ours, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert chat.show(ids, mask, tokenizer) == plain
     assert chat.show(ids[:0], mask[:0], tokenizer) == ""
+    padding = np.full(9, tokenizer.pad_id)
+    assert chat.show(padding, padding * 0, tokenizer) == "{<|pad|> x 9}"
 
 
 # ---------------------------------------------------------------- rows to messages
