@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import checkpoint
+from lumen import chat, checkpoint
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
 from lumen.hf import (
@@ -168,6 +168,9 @@ def to_hf(
         # A pad id that can occur in a prompt makes generate() mask it there: a real pad token or
         # none
         ids = dict(zip(TOKEN_IDS, (tokenizer.eot_id, tokenizer.eot_id, tokenizer.pad_id)))
+    template = chat.template_of_run(source.state) if tokenizer else None
+    if template:
+        ids["eos_token_id"] = ends(ids["eos_token_id"], template, tokenizer)
     config = hf_config(cfg, dtype, ids, max(map(len, kept.values()), default=0))
     report = {
         "architecture": config["architectures"][0],
@@ -184,9 +187,13 @@ def to_hf(
         if tokenizer:
             shutil.copy(tokenizer_file, tmp / "tokenizer.json")
             made = tokenizer_config(tokenizer, ids, cfg.max_seq_len)
+            if template:
+                made["chat_template"] = chat.jinja(template)
             write_json(tmp / "tokenizer_config.json", made)
         if check:
             report |= compare(transformers, source, cfg, dtype, tokenizer, tmp)
+            if template and not same_conversations(transformers, tokenizer, template, tmp):
+                report["ids_equal"] = False
             report["versions"]["transformers"] = transformers.__version__
         write_json(tmp / "EXPORT.json", report)
         if check:
@@ -294,11 +301,19 @@ def export_tensor(source, cfg, part: Part, ready: dict, dtype: torch.dtype) -> t
 def tokenizer_config(tokenizer: Tokenizer, ids: dict, max_seq_len: int) -> dict:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len}
     config |= {"add_bos_token": False, "clean_up_tokenization_spaces": False}
-    names = {i: name for name, i in tokenizer.specials.items()}
+    names = {i: name for name, i in tokenizer.controls.items()}
     for key, i in ids.items():
         i = i[0] if isinstance(i, list) else i  # Llama 3 has several ends; this file names one
         config |= {key.removesuffix("_id"): names[i]} if i in names else {}
     return config
+
+
+def ends(eos, template: chat.Template, tokenizer: Tokenizer) -> int | list[int]:
+    """eos_token_id of a model that answers: what ends a reply, then what ended a text before."""
+    before = eos if isinstance(eos, list) else [eos]
+    ids = dict.fromkeys((*chat.stop_ids(template, tokenizer), *before))
+    ids.pop(None, None)
+    return list(ids) if len(ids) > 1 else next(iter(ids))
 
 
 # ---------------------------------------------------------------- the check
@@ -381,6 +396,24 @@ def compare(
             for text in TEXTS
         )
     return {"max_diff": diff, "greedy_equal": gap <= 2 * TOLERANCE, "ids_equal": equal}
+
+
+def same_conversations(transformers, tokenizer, template: chat.Template, folder: Path) -> bool:
+    """Whether transformers makes our ids and our mask of a conversation."""
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [text for text in TEXTS if text.strip()]
+    for question, reply in zip(texts, texts[1:]):
+        messages = [chat.Message("user", question), chat.Message("assistant", reply)]
+        ids, mask = chat.render(messages, template, tokenizer)
+        theirs = other.apply_chat_template(
+            [message._asdict() for message in messages],
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        same = theirs["input_ids"] == ids.tolist() and theirs["assistant_masks"] == mask.tolist()
+        if not same:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- from Hugging Face
@@ -511,7 +544,22 @@ def from_hf(folder, out_dir, say=print) -> None:
     config = read_json(Path(folder) / "config.json", "E401")
     imported = {"from": str(Path(folder).resolve()), "dtype": dtype}
     imported |= {key: config.get(key) for key in TOKEN_IDS}
+    if template := read_template(Path(folder), say):
+        imported["template"] = template
     write_run(out_dir, cfg, state, imported, tokenizer_file, say)
+
+
+def read_template(folder: Path, say) -> str | None:
+    """The name of the folder's chat template, where it is one of ours; newer versions of
+    transformers keep it in a file of its own."""
+    config = read_json(folder / "tokenizer_config.json")
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    name = chat.template_of(config)
+    if config.get("chat_template") and name is None:
+        known = ", ".join(chat.FORMATS)
+        say(f"note: its chat template is none of {known}: conversations need --template")
+    return name
 
 
 def write_run(

@@ -14,16 +14,23 @@ import contextlib
 import functools
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from lumen import checkpoint, sampling
+from lumen import chat, checkpoint, sampling
 from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.experts import anneal_depth
 from lumen.launch import Words, command
 from lumen.machine import detect
+from lumen.prompts import (
+    ReplyPrinter,
+    choose_template,
+    converse,
+    heads_of,
+    is_conversation,
+    read_prompts,
+)
 from lumen.stream import Printer, Stream
 from model import Transformer, role
 
@@ -54,7 +61,8 @@ def check(stop=(), **numbers) -> None:
 def sample(
     model: Transformer,
     tokenizer,  # tokenizer.Tokenizer, or None when all prompts are ids
-    prompts: list,  # each a text, or a list of ids: then its continuation is ids too: "17 4 99"
+    # each a text; or a list of ids: then its continuation is ids too: "17 4 99"; or a conversation,
+    prompts: list,  # (role, content) each: then it is the reply, without white space around it
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -65,6 +73,7 @@ def sample(
     num_samples: int = 1,
     stop: tuple[str, ...] = (),  # a sequence ends before the first of these
     ignore_eot: bool = False,  # False: it ends at the tokenizer's <|endoftext|>
+    template=None,  # of conversations; its ends of a reply, ids and texts, end a sequence too
     on_text=None,  # called as on_text(sequence, piece of text, None or why it ended)
     stats: dict | None = None,  # gets {prompt,new}_tokens, {prefill,decode}_seconds, reasons
 ) -> list[str]:
@@ -87,21 +96,28 @@ def sample(
     if n_vocab > vocab_size:
         text = f"the tokenizer has {n_vocab} ids, the model's vocab_size is {vocab_size}"
         raise UserError("E113", text)
-    eot = None if ignore_eot or tokenizer is None else tokenizer.eot_id
+    stop_ids = () if ignore_eot or tokenizer is None else (tokenizer.eot_id,)
+    if template and stop_ids:
+        stop_ids = tuple(chat.stop_ids(template, tokenizer))
+        stop = (*stop, *chat.stop_texts(template))
 
     streams = []
     seeds = []
+    talks = []
     for number, prompt in enumerate(prompts, 1):
+        talk = is_conversation(prompt)
+        if talk:
+            prompt, _ = chat.render(prompt, template or chat.DEFAULT, tokenizer, open_reply=True)
         ids = _encode(prompt, number, tokenizer, n_vocab)
         room = _room(ids, number, model.cfg.max_seq_len)
-        reader = tokenizer if isinstance(prompt, str) else None
+        reader = tokenizer if talk or isinstance(prompt, str) else None
         for i in range(num_samples):
-            streams.append(Stream(reader, ids, tuple(stop), eot, max_new_tokens, room))
+            streams.append(Stream(reader, ids, tuple(stop), stop_ids, max_new_tokens, room))
             seeds.append(seed + i)
+            talks.append(talk)
     if not streams:
         return []
     longest = max(stream.limit for stream in streams)
-    stop_ids = () if eot is None else (eot,)
     all_ids = [stream.ids for stream in streams]
     choose = sampling.Sampling(all_ids, vocab_size, **choice)
     steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, choose=choose)
@@ -111,7 +127,10 @@ def sample(
         stats["prompt_tokens"] = sum(len(stream.ids) for stream in streams)
         stats["new_tokens"] = sum(stream.n_new for stream in streams)
         stats["reasons"] = [stream.reason for stream in streams]
-    return [stream.text if stream.tokenizer else stream.text.strip() for stream in streams]
+    texts = []
+    for stream, talk in zip(streams, talks):
+        texts.append(stream.text.strip() if talk or not stream.tokenizer else stream.text)
+    return texts
 
 
 def _decode(steps, streams: list[Stream], on_text) -> dict[str, float]:
@@ -139,7 +158,7 @@ def _decode(steps, streams: list[Stream], on_text) -> dict[str, float]:
 
 def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
     """The ids of a prompt. UserError as in `sample`."""
-    if tokenizer is None and (isinstance(prompt, str) or not prompt):
+    if tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
         text = f"prompt {number} is text or empty, and this run has no tokenizer.json"
         raise UserError("E501", text)
     if isinstance(prompt, str):
@@ -231,6 +250,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("num_samples", "of each prompt", int, 1)
     p.texts("stop", "TEXT", "ends a sequence; repeatable; --stop=TEXT if it has a -")
     p.flag("ignore_eot", "go on after <|endoftext|>")
+    p.flag("chat", "prompts are questions; without any, a conversation in the terminal")
+    p.option("template", f"of --chat: {', '.join(chat.FORMATS)}; default: the run's")
+    p.option("system", "what --chat begins with", metavar="TEXT")
     p.option("tokenizer", "default: the run's tokenizer.json", metavar="FILE")
     p.flag("best", "the checkpoint with the lowest validation loss, not the newest")
     p.option("step", "the checkpoint of step N", int, metavar="N")
@@ -239,41 +261,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def read_prompts(args) -> list:
-    """Texts and lists of ids from the options; from stdin where asked, or where something is piped
-    and nothing said."""
-    if not (args.prompt or args.prompt_file or args.ids):
-        args.prompt = ["-"] if sys.stdin and not sys.stdin.isatty() else [""]
-    prompts = []
-    for prompt in args.prompt:
-        if prompt == "-":
-            prompt = _text(sys.stdin.buffer.read(), "stdin")
-        prompts.append(prompt)
-    for file in args.prompt_file:
-        try:
-            prompts.append(_text(Path(expand(file)).read_bytes(), file))
-        except OSError as error:
-            raise UserError("E500", f"--prompt_file {file}: {error.strerror}") from error
-    for ids in args.ids:
-        try:
-            prompts.append([int(i) for i in ids.replace(",", " ").split()])
-        except ValueError as error:
-            text = f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'"
-            raise UserError("E500", text) from error
-    return prompts
-
-
-def _text(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError("E500", f"the prompt from {source} is not UTF-8: {error}") from error
-
-
 def main(argv: list[str]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     args = parse(argv)
     check(args.stop, **{name: getattr(args, name) for name in RANGES})
+    asked = args.prompt or args.prompt_file or args.ids
+    talking = args.chat and not asked and sys.stdin and sys.stdin.isatty()
     prompts = read_prompts(args)
     model, tokenizer, step = load(
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
@@ -281,11 +274,18 @@ def main(argv: list[str]) -> int:
     parameters, device = model.n_params()["total"], model.embed.weight.device
     dtype = str(model.compute_dtype).removeprefix("torch.")
     say(f"{args.run}: step {step}, {parameters:,} parameters, {device}, {dtype}")
-    heads = heads_of(prompts, args.num_samples)
     sys.stdout.reconfigure(errors="replace")
     options = {name: getattr(args, name) for name in (*RANGES, "stop", "ignore_eot")}
+    printer = Printer
+    if args.chat:
+        printer = ReplyPrinter
+        options["template"] = choose_template(args.run, step, args.template, tokenizer, say)
+    if talking:
+        talk(model, tokenizer, options, args.system, say)
+        return 0
+    heads = heads_of(prompts, args.num_samples)
     stats = {}
-    sample(model, tokenizer, prompts, **options, on_text=Printer(heads), stats=stats)
+    sample(model, tokenizer, prompts, **options, on_text=printer(heads), stats=stats)
 
     cut = stats["reasons"].count("context")
     if cut:
@@ -296,19 +296,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def heads_of(prompts: list, num_samples: int) -> list[str]:
-    """What stands before each continuation: its prompt, below a headline where there are
-    several."""
-    texts = []
-    for prompt in prompts:
-        texts.append(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)))
-    if len(texts) * num_samples == 1:
-        return texts
-    heads = []
-    for n, text in enumerate(texts, 1):
-        for i in range(num_samples):
-            heads.append(f"--- prompt {n}, sample {i + 1} ---\n{text}")
-    return heads
+def talk(model: Transformer, tokenizer, options: dict, system: str | None, say) -> None:
+    """A conversation in the terminal, one reply at a time."""
+    options = options | {"num_samples": 1}
+
+    def answer(messages: list) -> str:
+        return sample(model, tokenizer, [messages], **options, on_text=ReplyPrinter([""]))[0]
+
+    def fits(messages: list) -> bool:
+        ids, _ = chat.render(messages, options["template"], tokenizer, open_reply=True)
+        return len(ids) + min(options["max_new_tokens"], 64) <= model.cfg.max_seq_len
+
+    converse(answer, fits, system, say)
 
 
 def say_speed(say, what: str, tokens: int, seconds: float) -> None:

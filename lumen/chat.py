@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lumen.errors import UserError, nearest
+from lumen.files import read_json
 
 LOSS_ON = ("assistant", "last_turn", "completion", "all")
 FIELD = re.compile(r"\{([^{}\s]+)\}")  # a brace with a space in it is a brace
@@ -43,7 +44,7 @@ class Segment(NamedTuple):
 
 class Template(NamedTuple):
     name: str
-    formats: tuple[tuple[str, str], ...]  # (role, format)
+    formats: tuple[tuple[str, str], ...]  # (role, format), by role: JSON may have another order
 
     @property
     def roles(self) -> list[str]:
@@ -79,7 +80,7 @@ def find_template(spec) -> Template:
             near = nearest(spec, FORMATS)
             hint = f"; did you mean {near}?" if near else ""
             raise UserError("E002", f"template: {spec!r} is none of {', '.join(FORMATS)}{hint}")
-        return Template(spec, tuple(FORMATS[spec].items()))
+        return Template(spec, tuple(sorted(FORMATS[spec].items())))
     formats = spec.get("formats", spec) if isinstance(spec, Mapping) else None
     if not isinstance(formats, Mapping) or not formats:
         raise UserError("E002", f"template: {spec!r} is no name and no {{role: format}}")
@@ -88,7 +89,9 @@ def find_template(spec) -> Template:
         if not isinstance(role, str) or not isinstance(text, str):
             raise UserError("E002", f"template: {role!r}: {text!r}: both must be text")
         pairs.append((role, text))
-    made = Template(str(spec.get("name", "own")) if formats is not spec else "own", tuple(pairs))
+    made = Template(
+        str(spec.get("name", "own")) if formats is not spec else "own", tuple(sorted(pairs))
+    )
     compiled(made)
     return made
 
@@ -97,6 +100,29 @@ def describe(template) -> dict:
     """{name, formats: {role: format}} for a manifest or a checkpoint; `find_template` reads it."""
     found = find_template(template)
     return {"name": found.name, "formats": dict(found.formats)}
+
+
+def default_template(tokenizer) -> Template:
+    """The first that the tokenizer has all control tokens for."""
+    chatml = find_template(DEFAULT)
+    names = set(FIELD.findall("".join(text for _, text in chatml.formats))) - {"content", "end"}
+    if tokenizer is not None and names <= set(tokenizer.controls):
+        return chatml
+    return find_template("instruct")
+
+
+def template_of_run(state: Mapping) -> Template | None:
+    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
+    was imported from; None: it was not trained on conversations."""
+    config = state.get("config") or {}
+    sources = (config.get("data") or {}).get("sources") or {}
+    folders = [config.get("data_dir"), *(source.get("dir") for source in sources.values())]
+    specs = [state.get("template")]
+    for folder in folders:
+        if folder:
+            specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
+    specs.append((state.get("imported") or {}).get("template"))
+    return next((find_template(spec) for spec in specs if spec), None)
 
 
 class Form(NamedTuple):
@@ -119,13 +145,13 @@ def compiled(template: Template) -> dict[str, Form]:
 
 
 def _form(role: str, text: str) -> Form:
-    def refuse(reason: str):
+    def wrong(reason: str):
         raise UserError("E002", f"template, format of {role}: {text!r}: {reason}")
 
     if text.count("{content}") != 1:
-        refuse("{content} must stand in it once")
+        wrong("{content} must stand in it once")
     if mark := LOOKS_LIKE_CONTROL.search(FIELD.sub("", text)):
-        refuse(f"a control token stands in braces: {{{mark[0]}}}")
+        wrong(f"a control token stands in braces: {{{mark[0]}}}")
     head, tail = text.split("{content}")
     reply = role == "assistant"
     lead = ""
@@ -137,7 +163,7 @@ def _form(role: str, text: str) -> Form:
     if reply:
         ends = [i for i, piece in enumerate(after) if piece.control]
         if not ends:
-            refuse("a reply ends with a control token, as {end}, or a model would never stop")
+            wrong("a reply ends with a control token, as {end}, or a model would never stop")
         own = after[: ends[0] + 1]
         after = tuple(piece._replace(supervised=True) for piece in own) + after[ends[0] + 1 :]
     return Form(before, after, lead, reply)
@@ -197,6 +223,8 @@ def render(
     if loss_on not in LOSS_ON:
         raise UserError("E002", f"loss_on: {loss_on!r} is none of {', '.join(LOSS_ON)}")
     template = find_template(template)
+    if tokenizer is None:
+        refuse("", template, tokenizer)
     pieces = joined(segments(messages, template, open_reply))
     parts = [_encode(piece, template, tokenizer) for piece in pieces]
     if not parts:
@@ -226,30 +254,35 @@ def _flags(replies: list[bool], loss_on: str) -> list[bool]:
 
 def _encode(piece: Segment, template: Template, tokenizer) -> np.ndarray:
     if piece.control:
-        return np.array([control_id(piece.control, template, tokenizer)], np.uint32)
+        ids = _encode_control(tokenizer, piece.control)
+        return refuse(piece.control, template, tokenizer) if ids is None else ids
     if len(piece.text) <= 32:
         return _encode_short(tokenizer, piece.text)
     return tokenizer.encode(piece.text)
 
 
+# Headers come again and again. Nobody writes into these arrays.
 @functools.lru_cache(4096)
 def _encode_short(tokenizer, text: str) -> np.ndarray:
-    """Headers come again and again; nobody writes into these arrays."""
     return tokenizer.encode(text)
 
 
-def control_id(name: str, template: Template, tokenizer) -> int:
-    """The id of a template's control token. E501: no tokenizer; E113: it has no such token."""
+@functools.lru_cache(256)
+def _encode_control(tokenizer, name: str) -> np.ndarray | None:
     if tokenizer is None:
-        raise UserError("E501", f"template {template.name} needs a tokenizer")
-    if name == "end":
-        return tokenizer.eot_id
-    found = tokenizer.specials.get(name)
-    if found is None:
-        fix = "take template instruct or chat, which need none, or a tokenizer that has it (bpe:N)"
-        text = f"template {template.name} needs the control token {name}, and the tokenizer"
-        raise UserError("E113", f"{text} {tokenizer.name} has no such special token: {fix}")
-    return found
+        return None
+    found = tokenizer.eot_id if name == "end" else tokenizer.control(name)
+    return None if found is None else np.array([found], np.uint32)
+
+
+def refuse(name: str, template: Template, tokenizer):
+    """E501: there is no tokenizer; E113: it lacks a control token of the template."""
+    if tokenizer is None:
+        text = f"template {template.name} is made of tokens, and there is no tokenizer"
+        raise UserError("E501", text)
+    fix = "take template instruct or chat, which need none, or a tokenizer that has it (bpe:N)"
+    text = f"template {template.name} needs the control token {name}, and the tokenizer"
+    raise UserError("E113", f"{text} {tokenizer.name} has no such special token: {fix}")
 
 
 def check_tokenizer(template, tokenizer) -> None:
@@ -258,7 +291,7 @@ def check_tokenizer(template, tokenizer) -> None:
     for form in compiled(template).values():
         for piece in form.before + form.after:
             if piece.control:
-                control_id(piece.control, template, tokenizer)
+                _encode(piece, template, tokenizer)
 
 
 # ---------------------------------------------------------------- the end of a reply
@@ -268,8 +301,8 @@ def stop_ids(template, tokenizer) -> list[int]:
     """Ids that end a reply: the template's own first, then end-of-text. E113, E501."""
     template = find_template(template)
     form = compiled(template)["assistant"]
-    own = [piece.control for piece in form.after if piece.control and piece.supervised]
-    ids = [control_id(name, template, tokenizer) for name in (*own, "end")]
+    ends = [piece for piece in form.after if piece.control and piece.supervised]
+    ids = [int(_encode(end, template, tokenizer)[0]) for end in (*ends, Segment("", "end"))]
     return list(dict.fromkeys(ids))
 
 
@@ -364,7 +397,7 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
     if colour is None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     ids = np.asarray(ids)
-    control = np.isin(ids, list(tokenizer.specials.values()))
+    control = np.isin(ids, list(tokenizer.controls.values()))
     kinds = np.asarray(mask).astype(np.int8) * 2 + control
     cuts = [0, *(np.flatnonzero(np.diff(kinds) != 0) + 1).tolist(), len(ids)]
     parts = []
@@ -372,6 +405,8 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
         if begin == end:
             continue
         text = _visible(tokenizer.decode(ids[begin:end]))
+        if end - begin > 3 and (ids[begin:end] == ids[begin]).all() and control[begin]:
+            text = f"{tokenizer.decode(ids[begin : begin + 1])} x {end - begin}"  # padding
         supervised, is_control = divmod(int(kinds[begin]), 2)
         parts.append(_marked(text, bool(supervised), bool(is_control), colour))
     return "".join(parts)

@@ -56,7 +56,9 @@ class Reader:
     merged, tail_dropped, system_dropped."""
 
     def __init__(self, roles: Mapping | None = None, strict=False, tools=False):
-        self.roles = {name.lower(): role for name, role in {**ROLES, **(roles or {})}.items()}
+        self.roles = ROLES
+        if roles:
+            self.roles = ROLES | {name.strip().lower(): role for name, role in roles.items()}
         self.strict = strict
         self.tools = tools
         self.counts = Counter()

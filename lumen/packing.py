@@ -16,6 +16,8 @@ def fit(ids, mask, limit: int, long="truncate") -> tuple[tuple | None, str]:
     Too long: "truncate" keeps the beginning, "turns" what ends with the last reply that fits whole,
     "drop" nothing. What was done: "", "truncated", "turns_dropped", "too_long", or "unsupervised"
     where no supervised token would be left."""
+    if long not in LONG:
+        raise ValueError(f"long is {long!r}, none of {', '.join(LONG)}")
     done = ""
     if len(ids) > limit:
         keep, done = limit, "truncated"

@@ -10,13 +10,11 @@ class Stream:
     """One sequence on its way to text. `reason` says why it ended: eot, stop, length
     (max_new_tokens) or context."""
 
-    def __init__(
-        self, tokenizer, ids: list[int], stop: tuple, eot: int | None, limit: int, room: int
-    ):
+    def __init__(self, tokenizer, ids: list[int], stop: tuple, ends: tuple, limit: int, room: int):
         self.tokenizer = tokenizer  # None: ids are written as they are
         self.ids = ids
         self.stop = stop
-        self.eot = eot
+        self.ends = ends  # ids, end-of-text for one
         self.limit = min(limit, room)  # new tokens: as asked for, or until the context is full
         self.reason_at_limit = "length" if limit <= room else "context"
         # keeps the bytes of an unfinished character
@@ -30,7 +28,7 @@ class Stream:
         """Take one more id; returns the text that is certain by now and sets `reason` if this was
         the last one."""
         self.n_new += 1
-        if token == self.eot:
+        if token in self.ends:
             self.reason = "eot"
         else:
             self.held += self.text_of(token)

@@ -17,8 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import export
-from lumen import checkpoint
+from lumen import chat, checkpoint
 from lumen.errors import UserError
+from lumen.files import write_json
 from lumen.tokenizer import load
 from model import ModelConfig, Transformer
 from tools import import_lunaris
@@ -343,6 +344,48 @@ def test_tokenizer_travels_both_ways(tmp_path, transformers):
         == ends
     )
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "two_hf").eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", chat.FORMATS)
+def test_a_chat_template_travels_both_ways(name, tmp_path, transformers, monkeypatch):
+    """The data's manifest names it; transformers makes our ids and mask, and stops where we do."""
+    tokenizer, lines = load("bytes"), []
+    write_json(tmp_path / "manifest.json", {"template": chat.describe(name)})
+    cfg = config(vocab_size=tokenizer.n_vocab)
+    written = {"model": dataclasses.asdict(cfg), "data_dir": str(tmp_path)}
+    save_run(tmp_path / "run", cfg, tokenizer=tokenizer, config=written)
+    report = export.to_hf(tmp_path / "run", tmp_path / "hf", check=True, say=lines.append)
+    assert report["ids_equal"] is True
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.eos_token_id == chat.stop_ids(name, tokenizer)[0]
+    ends = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert np.atleast_1d(ends).tolist() == chat.stop_ids(name, tokenizer)
+    messages = [("system", "s"), ("user", " <b> "), ("assistant", "c"), ("user", "d")]
+    told = theirs.apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages],
+        add_generation_prompt=True,
+        return_dict=True,
+    )
+    ours, _ = chat.render(messages, name, tokenizer, open_reply=True)
+    assert told["input_ids"] == ours.tolist()
+
+    export.from_hf(tmp_path / "hf", tmp_path / "again", say=lines.append)
+    state = checkpoint.find(tmp_path / "again").state
+    assert chat.template_of_run(state) == chat.find_template(name)
+    theirs.save_pretrained(tmp_path / "hf")  # as transformers 5 writes it: in a file of its own
+    assert export.read_template(tmp_path / "hf", say=lines.append) == name
+    assert not [line for line in lines if "chat template" in line]
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    assert export.read_template(tmp_path / "hf", say=lines.append) is None
+    assert "none of chatml, instruct" in lines[-1]
+
+    # the check is held to account
+    monkeypatch.setattr(chat, "jinja", lambda template: JINJA(template).replace("trim", "upper"))
+    with refused("E402", "ids_equal False"):
+        export.to_hf(tmp_path / "run", tmp_path / "wrong", check=True, say=str)
+
+
+JINJA = chat.jinja
 
 
 def test_tokenizers_that_do_not_go_along_are_said(tmp_path):

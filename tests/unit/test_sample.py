@@ -1,6 +1,7 @@
 """sample.py: what a user can ask of it, in process; one run of the command as a process."""
 
 import dataclasses
+import functools
 import io
 import json
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import sample as S
-from lumen import checkpoint
+from lumen import chat, checkpoint, prompts
 from lumen import tokenizer as tok
 from lumen.errors import UserError
 from model import ModelConfig, Transformer
@@ -464,3 +465,100 @@ def test_as_a_process(run):
         and done.stderr.startswith("error E500: top_p: 7.0")
     )
     assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- conversations
+
+HI = [chat.Message("user", "hi")]
+
+
+def reply(text, **options):
+    """(sample() of a conversation, what the model was given, reasons); the model says this text,
+    bytes or ids."""
+    model, stats = Scripted(text if isinstance(text, list) else list(text.encode())), {}
+    options.setdefault("max_new_tokens", len(model.scripts[0]))
+    out = S.sample(model, T, [HI], stats=stats, **options)
+    return out[0], model.prompts[0], stats["reasons"][0]
+
+
+def test_a_conversation_goes_through_the_one_renderer_and_ends_where_replies_end():
+    for name in chat.FORMATS:
+        text, given, reason = reply(" ok\n", template=name)
+        want, _ = chat.render(HI, name, T, open_reply=True)
+        assert given == want.tolist() and text == "ok" and reason == "length"
+        for end in chat.stop_ids(name, T):
+            assert reply([*b" yes", end, *b"more"], template=name)[::2] == ("yes", "eot")
+    assert reply([*b"a", T.im_end_id, *b"b"], template="instruct")[0] == "a<|im_end|>b"
+    gone_on = "ok\n\n### Instruction:\nmore"
+    assert reply(gone_on, template="instruct")[::2] == ("ok", "stop")
+    assert reply(gone_on, template="instruct", ignore_eot=True)[0] == gone_on
+    assert reply(gone_on, template="chatml")[0] == gone_on
+    assert "E105" in code(S.sample, Scripted([97]), T, [[("pirate", "x")]])
+    assert "E501" in code(S.sample, Scripted([97]), None, [HI])
+
+
+def test_chat_command(run, capsys, tmp_path):
+    options = ("--max_new_tokens", "6", "--temperature", "0", "--ignore_eot")
+    model, tokenizer, _ = S.load(run, device="cpu", precision="fp32")
+    talk = [chat.Message("system", "s"), *HI]
+    want = S.sample(model, tokenizer, [talk], 6, temperature=0, ignore_eot=True, template="chat")[0]
+    words = ("--chat", "--system", "s", "--prompt", "hi", *options)
+    out, err = command(capsys, run, *words, "--template", "chat")
+    assert out.strip() == want and "template" not in err
+    out, err = command(capsys, run, *words)
+    assert "names no chat template; taken: chatml" in err
+    out, _ = command(capsys, run, *words, "--prompt", "ho")
+    assert "--- prompt 2, sample 1 ---\nho\n\n" in out
+    assert "E500" in code(S.main, [run, "--chat", "--ids", "1"])
+    assert "E002" in code(S.main, [run, "--chat", "--prompt", "x", "--template", "chatlm"])
+
+
+def test_the_template_is_the_runs(tmp_path):
+    said = []
+    for n, state in enumerate(({"template": chat.describe("instruct")}, {})):
+        config = {"data_dir": str(tmp_path / "data")}
+        folder = checkpoint.step_dir(tmp_path, n)
+        folder.mkdir()
+        state = {"step": n, "config": config} | state
+        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "tensors": {}}))
+    choose = functools.partial(prompts.choose_template, tmp_path, say=said.append, tokenizer=T)
+    assert choose(0, None).name == "instruct" and not said
+    assert (
+        prompts.choose_template(folder.with_name("step_00000000"), 0, None, T, said.append).name
+        == "instruct"
+    )
+    assert choose(0, "chat").name == "chat" and "trained with chat template instruct" in said[0]
+    assert choose(1, None).name == "chatml" and "names no chat template" in said[1]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"template": chat.describe("raw")}))
+    assert choose(1, None).name == "raw" and len(said) == 2
+
+
+def test_a_conversation_in_the_terminal(monkeypatch, capsys):
+    """Each question sees the turns before it; when the context is full the oldest go."""
+    questions, said, seen = iter(["one", "  ", "two", "three"]), [], []
+
+    def answer(messages):
+        seen.append([message.content for message in messages])
+        return f"re {messages[-1].content}"
+
+    def ask(prompt):
+        try:
+            return next(questions)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    prompts.converse(answer, lambda messages: len(messages) <= 4, "sys", said.append)
+    assert seen == [
+        ["sys", "one"],
+        ["sys", "one", "re one", "two"],
+        ["sys", "two", "re two", "three"],
+    ]
+    assert said == ["note: the context is full; the 2 oldest turns are forgotten"]
+
+    questions = iter(["x" * 30, "hi"])
+    options = {"max_new_tokens": 9, "template": "chat"}
+    S.talk(Scripted([97, 98, T.eot_id], context=60), T, options, None, said.append)
+    assert capsys.readouterr().out == "ab\nab\n" and len(said) == 2

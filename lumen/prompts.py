@@ -1,0 +1,132 @@
+"""What sample.py is asked, and how an answer is shown: prompts from options, files and stdin; one
+question each with --chat, or a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lumen import chat, checkpoint
+from lumen.chat import Message, Template
+from lumen.errors import UserError, expand
+from lumen.stream import Printer
+
+
+def read_prompts(args) -> list:
+    """Texts and lists of ids from the options; from stdin where asked, or where something is piped
+    and nothing said. With args.chat conversations, a question each."""
+    if not (args.prompt or args.prompt_file or args.ids):
+        args.prompt = ["-"] if sys.stdin and not sys.stdin.isatty() else [""]
+    prompts = []
+    for prompt in args.prompt:
+        if prompt == "-":
+            prompt = _text(sys.stdin.buffer.read(), "stdin")
+        prompts.append(prompt)
+    for file in args.prompt_file:
+        try:
+            prompts.append(_text(Path(expand(file)).read_bytes(), file))
+        except OSError as error:
+            raise UserError("E500", f"--prompt_file {file}: {error.strerror}") from error
+    if args.chat:
+        if args.ids:
+            raise UserError("E500", "--ids and --chat: a conversation is text; give --prompt")
+        return [[*system_turn(args.system), Message("user", text)] for text in prompts]
+    for ids in args.ids:
+        try:
+            prompts.append([int(i) for i in ids.replace(",", " ").split()])
+        except ValueError as error:
+            text = f"--ids {ids!r}: token ids are whole numbers, as in --ids '1 2 3'"
+            raise UserError("E500", text) from error
+    return prompts
+
+
+def _text(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("E500", f"the prompt from {source} is not UTF-8: {error}") from error
+
+
+def is_conversation(prompt) -> bool:
+    """Whether a prompt is messages, (role, content) each, and not a text or ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], tuple)
+
+
+def heads_of(prompts: list, num_samples: int) -> list[str]:
+    """What stands before each continuation: its prompt, below a headline where there are several;
+    before the only answer of a conversation nothing."""
+    texts = []
+    for prompt in prompts:
+        if is_conversation(prompt):
+            texts.append(f"{prompt[-1].content}\n\n" if len(prompts) * num_samples > 1 else "")
+        else:
+            texts.append(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)))
+    if len(texts) * num_samples == 1:
+        return texts
+    heads = []
+    for n, text in enumerate(texts, 1):
+        for i in range(num_samples):
+            heads.append(f"--- prompt {n}, sample {i + 1} ---\n{text}")
+    return heads
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def system_turn(text: str | None) -> list[Message]:
+    return [Message("system", text)] if text else []
+
+
+def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Template:
+    """The template asked for, or else the one that the run was trained with; where it names none,
+    one that its tokenizer can write, and that is said. E002, E113, E501."""
+    folder = Path(expand(str(run)))
+    if not (folder / "state.json").exists():
+        folder = checkpoint.step_dir(folder, step)
+    found = chat.template_of_run(checkpoint.Checkpoint(folder).state)
+    template = chat.find_template(asked) if asked else found
+    if template is None:
+        template = chat.default_template(tokenizer)
+        say(f"note: the run names no chat template; taken: {template.name} (--template NAME)")
+    elif found and template != found:
+        say(f"note: the run was trained with chat template {found.name}, not {template.name}")
+    chat.check_tokenizer(template, tokenizer)
+    return template
+
+
+class ReplyPrinter(Printer):
+    """Printer of replies: without the white space before their first word."""
+
+    def __init__(self, heads: list[str]):
+        super().__init__(heads)
+        self.begun: set[int] = set()
+
+    def __call__(self, i: int, piece: str, reason: str | None) -> None:
+        if i not in self.begun:
+            piece = piece.lstrip()
+        if piece:
+            self.begun.add(i)
+        super().__call__(i, piece, reason)
+
+
+def converse(answer: Callable, fits: Callable, system: str | None, say) -> None:
+    """A conversation in the terminal, until the end of input. answer(messages) -> the reply, shown
+    as it comes; fits(messages) -> whether there is room for one: else the oldest turns go."""
+    begin = system_turn(system)
+    messages = []
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            return
+        if not question.strip():
+            continue
+        messages.append(Message("user", question))
+        forgotten = 0
+        while len(messages) > 1 and not fits(begin + messages):
+            messages = messages[2:]
+            forgotten += 2
+        if forgotten:
+            say(f"note: the context is full; the {forgotten} oldest turns are forgotten")
+        messages.append(Message("assistant", answer(begin + messages)))
