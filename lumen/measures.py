@@ -71,14 +71,16 @@ class Measures:
 
     @cached_property
     def mean_word_length(self) -> float | None:
-        """Of the words between blanks, without the marks on their letters; None where they are
-        few."""
+        """Characters, of the words between blanks; None where they are few."""
         if self.text.isascii():
             return self.characters / self.n_words
         if self.without_blanks:
             return None
         words = [word for word in self.words if not HAS_NO_BLANKS.match(word)]
-        return len(mark().sub("", "".join(words))) / max(1, len(words))
+        length = len("".join(words)) / max(1, len(words))
+        if length > 10:  # Tamil words are not too long, their letters bear many marks
+            length = len(mark().sub("", "".join(words))) / len(words)
+        return length
 
     @cached_property
     def words_with_letters(self) -> float:

@@ -16,16 +16,19 @@ IPV4 = "192.0.2.1"
 IPV6 = "2001:db8::1"
 PHONE = "+1-202-555-0100"
 
+# A pattern that begins with a set of characters is searched for at ten times the speed of one that
+# begins with what must not stand before it: so that comes behind the first character.
+HAS_EMAIL = re.compile(r"@(?<=[\w%+-]@)[A-Za-z0-9-]+\.")
 # git@github.com:... is nobody's; a@b.dot(c) is arithmetic
 FIND_EMAIL = re.compile(
     r"(?<![\w.%+-])(?!git@)[\w%+-]+(?:\.[\w%+-]+)*"
     r"@(?!(?:[\w-]+\.)*example\.)(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}(?![\w(-])"
 )
-FIND_IPV4 = re.compile(r"(?<![\w.+=<>~^-])(?<![\w]/)\d{1,3}(?:\.\d{1,3}){3}(?![.-]?\w)")
-FIND_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
+FIND_IPV4 = re.compile(r"\d(?<![\w.+=<>~^-]\d)(?<!\w/\d)\d{0,2}(?:\.\d{1,3}){3}(?![.-]?\w)")
+FIND_IPV6 = re.compile(r"[23](?<![\w:.].)[0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 FIND_PHONE = re.compile(
-    r"(?<![\w+./:=*-])\+(?!1-202-555-01)[1-9]\d{0,2}[ .-](?:\(\d{1,4}\)[ -]?)?"
-    r"\d{2,4}(?:[ .-]\d{2,4}){1,4}(?![\w-])"
+    r"\+(?<![\w+./:=*-]\+)(?!1-202-555-01)[1-9]\d{0,2}[ .-](?:\(\d{1,4}\)[ -]?)?"
+    r"\d{2,4}(?:[ .-]\d{2,8}){1,4}(?![\w-])"
 )
 
 
@@ -42,7 +45,7 @@ def mask(text: str) -> tuple[str, int]:
     text = FIND_IPV4.sub(masked_ip, text)
     if ":" in text:
         text = FIND_IPV6.sub(masked_ip, text)
-    if "@" in text:
+    if HAS_EMAIL.search(text):
         text, n = FIND_EMAIL.subn(EMAIL, text)
         masked += n
     if "+" in text:
