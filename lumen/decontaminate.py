@@ -81,24 +81,25 @@ class Contaminated:
         hashes: dict[int, list] = {}  # n: of n words in a row
         for words in used:
             n = min(len(words), ngram)
-            hashes.setdefault(n, []).append(self.hashed(words, n)[n])
+            hashes.setdefault(n, []).append(self.hashed(words, [n])[n])
         self.hashes = {n: np.unique(np.concatenate(hashes[n])) for n in sorted(hashes)}
 
-    def hashed(self, words: list[bytes], most: int) -> dict[int, np.ndarray]:
-        """{n: a hash of each n words in a row, 0 where one of them is in no file}."""
+    def hashed(self, words: list[bytes], lengths) -> dict[int, np.ndarray]:
+        """{n: a hash of each n words in a row, 0 where one of them is in no file}, for the n of
+        `lengths` that the words have known words in a row for."""
         get = self.numbers.get
-        ids = np.fromiter([get(word, 0) for word in words], np.uint64, len(words))
-        # so many known words in a row end here
+        ids = np.array([get(word, 0) for word in words], np.uint64)
         places = np.arange(len(ids))
+        # known words in a row that end here
         run = places - np.maximum.accumulate(np.where(ids == 0, places, -1))
+        longest = int(run.max(initial=0))
         made = {}
         hashes = ids
-        for n in range(1, most + 1):
+        for n in range(1, min(longest, max(lengths)) + 1):
             if n > 1:
                 hashes = hashes[:-1] * MIX + ids[n - 1 :]
-            made[n] = np.where(run[n - 1 :] >= n, hashes, 0)
-            if not made[n].any():
-                break
+            if n in lengths:
+                made[n] = np.where(run[n - 1 :] >= n, hashes, 0)
         return made
 
     def hits(self, text: str) -> str:
@@ -106,15 +107,13 @@ class Contaminated:
         if not self.hashes:
             return ""
         words = plain_words(text)
-        made = self.hashed(words, max(self.hashes))
         first = len(words)
         found = ""
-        for n, known in self.hashes.items():
-            if n not in made:
-                break
-            places = np.searchsorted(known, made[n])
+        for n, hashes in self.hashed(words, self.hashes).items():
+            known = self.hashes[n]
+            places = np.searchsorted(known, hashes)
             places[places == len(known)] = 0
-            at = np.flatnonzero((known[places] == made[n]) & (made[n] != 0))
+            at = np.flatnonzero((known[places] == hashes) & (hashes != 0))
             if len(at) and at[0] < first:
                 first = int(at[0])
                 found = b" ".join(words[first : first + n]).decode()

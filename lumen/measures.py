@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, cached_property
 
 import numpy as np
 
-from lumen.clean import HAS_NO_BLANKS, written_words
+from lumen.clean import HAS_NO_BLANKS, marks, written_words
 from lumen.errors import UserError
 
 LANGUAGE_CHARS = 1000  # of a text, to tell its language: 2 ms
 # What may end a sentence, or a quotation, in any script; Thai and Lao have no full stop.
-LINE_ENDS = tuple(".!?…\"'”’»›。！？．｡」』؟۔।॥།။።។") + tuple(map(chr, range(0x0E00, 0x0F00)))
+LINE_ENDS = {*".!?…\"'”’»›。！？．｡」』؟۔।॥།။።។", *map(chr, range(0x0E00, 0x0F00))}
+NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalpha() and byte not in b" \t\n")
+NO_LETTER = re.compile(r"[\d_]|[^\w\s]")
 SHORT_LINE = 30  # characters, of a script with blanks
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: 2**64 / golden ratio
 
@@ -25,6 +27,7 @@ class Measures:
     def __init__(self, text: str, language_threshold: float):
         self.text = text
         self.language_threshold = language_threshold
+        self.hashes = {}  # n: of n-grams
         self.covered: dict[int, float] = {}  # n: what n-grams repeat; see repeated
         self.score = -1.0  # quality, once it was asked for
 
@@ -68,31 +71,35 @@ class Measures:
 
     @cached_property
     def mean_word_length(self) -> float | None:
-        """Of the words between blanks; None where they are few."""
+        """Characters, of the words between blanks; None where they are few."""
+        if self.text.isascii():
+            return self.characters / self.n_words
         if self.without_blanks:
             return None
-        if not self.n_alone:
-            return self.characters / self.n_words
-        lengths = [len(word) for word in self.words if not HAS_NO_BLANKS.match(word)]
-        return sum(lengths) / max(1, len(lengths))
+        words = [word for word in self.words if not HAS_NO_BLANKS.match(word)]
+        length = len("".join(words)) / max(1, len(words))
+        if length > 10:  # Tamil words are not too long, their letters bear many marks
+            length = len(mark().sub("", "".join(words))) / len(words)
+        return length
 
     @cached_property
     def words_with_letters(self) -> float:
-        with_letters = 0
-        for word in self.words:
-            if word.isalpha() or any(map(str.isalpha, word)):
-                with_letters += 1
-        return with_letters / max(1, len(self.words))
+        if self.text.isascii():
+            with_letters = self.text.encode().translate(None, NO_LETTERS).split()
+        else:
+            with_letters = written_words(NO_LETTER.sub("", self.text))
+        return len(with_letters) / max(1, len(self.words))
 
     @cached_property
     def ended_lines(self) -> float:
-        return share_of(self.lines, lambda line: line.endswith(LINE_ENDS))
+        ends = [line[-1] for line in self.lines]
+        return share(map(LINE_ENDS.__contains__, ends), len(ends))
 
     @cached_property
     def short_lines(self) -> float:
         # Thirty characters are five words; where there are no blanks those have ten letters.
         short = SHORT_LINE // 3 if self.without_blanks else SHORT_LINE
-        return share_of(self.lines, lambda line: len(line) <= short)
+        return share(map(short.__ge__, map(len, self.lines)), len(self.lines))
 
     @cached_property
     def duplicate_lines(self) -> tuple[float, float]:
@@ -127,31 +134,40 @@ class Measures:
         last = dict(zip(self.words, range(len(self.words))))
         return np.fromiter(map(last.__getitem__, self.words), np.uint64, len(self.words))
 
-    def ngrams(self, n: int) -> tuple[np.ndarray, int]:
-        """(a hash of each n words in a row, how many of `words` those are)."""
-        n *= 2 if self.without_blanks else 1
-        total = len(self.ids) - n + 1
-        if total < 2:
-            return np.zeros(0, np.uint64), n
-        hashes = self.ids[:total]
-        for i in range(1, n):
-            hashes = hashes * MIX + self.ids[i : i + total]
-        return hashes, n
+    @cached_property
+    def before(self) -> np.ndarray:
+        """(len(words) + 1,) characters before each word."""
+        return np.concatenate(([0], np.cumsum(self.lengths)))
 
-    def top_ngram(self, n: int) -> float:
-        """Share of the characters that the most frequent n-gram has; 0 where none comes twice."""
-        hashes, n = self.ngrams(n)
-        ordered = np.sort(hashes)
-        ends = np.flatnonzero(ordered[1:] != ordered[:-1])
-        counts = np.diff(ends, prepend=-1, append=len(ordered) - 1)
-        most = int(counts.max(initial=0))
-        if most < 2:
+    def words_in(self, n: int) -> int:
+        """Of an n-gram."""
+        return 2 * n if self.without_blanks else n
+
+    def ngrams(self, n: int) -> np.ndarray:
+        """A hash of each n of `words` in a row."""
+        if n == 1:
+            return self.ids
+        if n not in self.hashes:
+            shorter = self.ngrams(n - 1)[:-1]
+            self.hashes[n] = shorter * MIX + self.ids[n - 1 :]
+        return self.hashes[n]
+
+    def top_ngram(self, n: int, limit: float) -> float:
+        """Share of the characters that the most frequent n-gram has, the longest of several; 0
+        where none comes twice, or where it is certain that the share is at most `limit`."""
+        n = self.words_in(n)
+        if len(self.ids) <= n:
             return 0.0
-        ends = np.append(ends, len(ordered) - 1)
-        top = ordered[ends[counts == most]]
-        before = np.concatenate(([0], np.cumsum(self.lengths)))
-        sizes = (before[n:] - before[:-n])[np.isin(hashes, top)]
-        return most * int(sizes.max()) / self.characters
+        hashes = self.ngrams(n)
+        sizes = self.before[n:] - self.before[:-n]
+        # so many times at least, were it as long as the longest
+        least = max(2, int(limit * self.characters / sizes.max()) + 1)
+        ordered = np.sort(hashes)
+        if not (ordered[least - 1 :] == ordered[: len(ordered) - least + 1]).any():
+            return 0.0
+        _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        most = counts.max()
+        return int(most * sizes[first[counts == most]].max()) / self.characters
 
     def repeated(self, n: int, limit: float) -> float:
         """Share of the characters in n-grams that came before; or a number above it and at most
@@ -160,11 +176,13 @@ class Measures:
             if shorter < n and share <= limit:
                 return share
         if n not in self.covered:
-            self.covered[n] = self.repeated_share(n)
+            self.covered[n] = self.repeated_share(self.words_in(n))
         return self.covered[n]
 
     def repeated_share(self, n: int) -> float:
-        hashes, n = self.ngrams(n)
+        if len(self.ids) <= n:
+            return 0.0
+        hashes = self.ngrams(n)
         ordered = np.sort(hashes)
         if not (ordered[1:] == ordered[:-1]).any():
             return 0.0
@@ -177,8 +195,9 @@ class Measures:
         return int(self.lengths[inside].sum()) / self.characters
 
 
-def share_of(items: list, test: Callable) -> float:
-    return sum(map(test, items)) / max(1, len(items))
+def share(found, of: int) -> float:
+    """Of 0, 0."""
+    return sum(found) / max(1, of)
 
 
 def duplicates(items: list[str]) -> tuple[float, float]:
@@ -191,6 +210,11 @@ def duplicates(items: list[str]) -> tuple[float, float]:
             again.append(item)
         seen.add(item)
     return len(again) / len(items), sum(map(len, again)) / sum(map(len, items))
+
+
+@cache
+def mark() -> re.Pattern:
+    return re.compile(f"[{marks()}]+")
 
 
 @cache

@@ -177,6 +177,7 @@ class Near:
 
     def add(self, key: bytes, bands: np.ndarray) -> None:
         """key: 16 bytes, equal for equal texts; bands: of bands_of."""
+        assert len(key) == KEY, key
         self.keys.append(key)
         self.bands.append(bands)
         if len(self.keys) >= BUFFER:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from lumen.clean import clean
 from lumen.errors import UserError, nearest
-from lumen.measures import Measures, identifier, share_of
+from lumen.measures import Measures, identifier, share
 from lumen.pii import mask
 from lumen.values import short
 
@@ -41,7 +41,7 @@ DEFAULTS = {  # name: (default, default with preset web, what it may be)
 }
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 ELLIPSES = ("...", "…")
-BULLETS = tuple("•‣▶►◦■□▪▫●-*")
+BULLETS = set("•‣▶►◦■□▪▫●-*")
 VERSION = 1  # of the rules: part of the settings, and so of a dataset's fingerprint
 ANY = "any of them"
 
@@ -88,11 +88,14 @@ def symbols(m: Measures, of: tuple) -> str:
 
 
 def bullets(m: Measures) -> str:
-    return at_most(share_of(m.lines, lambda line: line.startswith(BULLETS)), 0.9)
+    begins = [line[0] for line in m.lines]
+    return at_most(share(map(BULLETS.__contains__, begins), len(begins)), 0.9)
 
 
 def trailing_off(m: Measures) -> str:
-    return at_most(share_of(m.lines, lambda line: line.endswith(ELLIPSES)), 0.3)
+    if not any(ellipsis in m.text for ellipsis in ELLIPSES):
+        return ""
+    return at_most(share([line.endswith(ELLIPSES) for line in m.lines], len(m.lines)), 0.3)
 
 
 def stop_words(m: Measures) -> str:
@@ -120,7 +123,7 @@ def repeated_items(m: Measures, name: str, of: int, limit: float) -> str:
 
 
 def top_ngram(m: Measures, n: int, limit: float) -> str:
-    return at_most(m.top_ngram(n), limit)
+    return at_most(m.top_ngram(n, limit), limit)
 
 
 def repeated_ngrams(m: Measures, n: int, limit: float) -> str:
@@ -214,7 +217,7 @@ PRESETS = {"none": (), "web": tuple(name for name in RULES if name != "no_curly_
 
 def passed_rules(m: Measures) -> float:
     names = PRESETS["web"]
-    return share_of(names, lambda name: not RULES[name].check(m))
+    return share([not RULES[name].check(m) for name in names], len(names))
 
 
 # What the quality is the mean of, each 0 to 1: shares of
