@@ -15,7 +15,7 @@ from conftest import ROOT
 from rig import bytes_data
 
 import prepare_data
-from lumen import inputs, loader, sources, tokenizer
+from lumen import inputs, loader, tokenizer
 from lumen.bpe import LONGEST_TOKEN
 from lumen.errors import ERRORS, UserError
 
