@@ -79,13 +79,13 @@ from lumen.shards import Growing, new_file, to_utf8, write_dataset_json, write_k
 from lumen.sources import (
     Input,
     Reading,
-    detect,
     document_key,
     file_sha256,
     find_inputs,
     item_rows,
     label,
     read_items,
+    settle_shapes,
     stored_input,
 )
 from lumen.tokenizer import NAMED, Tokenizer, load, train_bpe
@@ -254,16 +254,18 @@ def conversations(job: Job, shape: str) -> dict:
 
 def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
     """The settings in full, and the texts with their field and the shape of their rows."""
-    read = [given for given in inputs if given.source >= 0]
-    read = [given._replace(field=job.options["field"]) for given in read]
-    shape, field, line = detect(read)
-    if line:
+    read = []
+    for given in inputs:
+        if given.source >= 0:
+            read.append(given._replace(field=given.field or job.options["field"]))
+    read, shape, lines = settle_shapes(read)
+    for line in lines:
         job.say(line)
     settings = job.settings | conversations(job, shape)
     if settings["val_fraction"] is None:
         size = sum(given.size for given in read)
         settings["val_fraction"] = 0.05 if size < 100_000_000 else 0.005
-    return settings, [given._replace(field=field, shape=shape) for given in read]
+    return settings, read
 
 
 def begin(job: Job, inputs: list[Input], unread: dict) -> dict:

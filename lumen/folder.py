@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from lumen.errors import UserError
 from lumen.manifest import check_sizes, read_dataset_json
-from lumen.sources import Input, file_sha256, stored_input
+from lumen.sources import Input, stored_input, what_changed
 
 JOURNAL_FILES = re.compile(r"progress\.json|seen\.bin|pending_\d+\.npz|near_\w+\.npy|.*\.tmp")
 DATASET_FILES = re.compile(
@@ -140,8 +140,6 @@ def changed_input(provenance: dict, inputs: list[Input]) -> str:
         if key not in old:
             return f"{new[key].path} is new"
         was, now = old[key], new[key]
-        if (was.size, was.mtime, was.documents) == (now.size, now.mtime, now.documents):
-            continue
-        if was.kind == "synthetic" or was.sha256 != file_sha256(now.path):
+        if what_changed(was, now):
             return f"{now.path} has changed"
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import suppress
 from lumen import inputs
 from lumen.clean import clean
 from lumen.columns import read_arrow, read_hf, read_parquet
+from lumen.docstrings import docstring_rows
 from lumen.inputs import LONGEST, Input, Item, Reading, Unreadable
 from lumen.rows import TEXT_FIELDS, csv_delimiter, csv_records
 from lumen.streams import PART, Stream, magic_of
@@ -412,6 +414,15 @@ def read_topics(reading: Reading) -> Iterator[Item]:
     return texts_to_items(reading, texts[reading.offset :])
 
 
+def read_docstrings(reading: Reading) -> Iterator[Item]:
+    """Name: docstrings or docstrings:pairs, and the split."""
+    source, _, split = reading.given.name.partition("/")
+    kind = source.partition(":")[2] or "chat"
+    rows = docstring_rows(kind, split)
+    for n, row in enumerate(itertools.islice(rows, reading.offset, None), reading.offset):
+        yield Item(reading.index, "row", n, n + 1, json.dumps(row).encode())
+
+
 # A kind of input -> Reading -> its items from Reading.offset on.
 READERS: dict[str, Callable] = {
     "text": read_text,
@@ -423,4 +434,5 @@ READERS: dict[str, Callable] = {
     "hf": read_hf,
     "synthetic": read_synthetic,
     "topics": read_topics,
+    "docstrings": read_docstrings,
 }

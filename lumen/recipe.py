@@ -16,7 +16,7 @@ import yaml
 from lumen.errors import UserError, expand
 from lumen.launch import speak
 from lumen.near import minhash_settings
-from lumen.sources import label
+from lumen.sources import SPEC_KEYS, SourceSpec, label, read_spec
 from lumen.tokenizer import NAMED
 
 # ---------------------------------------------------------------- options
@@ -77,7 +77,7 @@ RULES = (
 class Job(NamedTuple):
     """What was asked for."""
 
-    sources: list[str]
+    sources: list[str | SourceSpec]
     val_sources: list[str]
     out: str
     tokenizer: str
@@ -133,10 +133,10 @@ def plan_job(sources, out: str, tokenizer: str, val_sources, options: dict) -> J
     return Job(sources, val_sources, out, tokenizer, options, settings | cleaning_of(options))
 
 
-def expand_all(specs) -> list[str]:
+def expand_all(specs) -> list[str | SourceSpec]:
     if isinstance(specs, str):
         specs = [specs]
-    return [expand(spec) for spec in specs or []]
+    return [spec if isinstance(spec, SourceSpec) else expand(spec) for spec in specs or []]
 
 
 def names_in(text) -> list[str]:
@@ -185,7 +185,7 @@ class Mixture(NamedTuple):
     weights: dict[str, float]
 
 
-OF_A_SOURCE = ("path", "paths", "weight", "field", "val", *CLEANING)
+OF_A_SOURCE = ("path", "paths", "weight", "field", "kind", "val", *CLEANING)
 
 
 def read_mixture(file: str, typed: dict) -> Mixture:
@@ -209,14 +209,14 @@ def read_mixture(file: str, typed: dict) -> Mixture:
             raise UserError("E002", f"{file}: {place}: a name is letters, digits, _ - and .")
         source = source if isinstance(source, dict) else {"path": source}
         refuse_unknown(file, place, source, OF_A_SOURCE)
-        paths = source.get("paths") or source.get("path")
-        if not paths:
-            raise UserError("E002", f"{file}: {place}: needs path or paths")
-        weights[name] = weight_of(file, place, source.get("weight", 1))
+        asked = {key: value for key, value in source.items() if key in SPEC_KEYS}
+        spec = read_spec(asked, f"{file}: {place}", str(name))
+        weights[name] = spec.weight
         options = {key: value for key, value in (tree | source).items() if key in OPTIONS}
         folder = os.path.join(out, name)
-        spec = str(tree.get("tokenizer") or "bpe:8192")
-        jobs[name] = plan_job(paths, folder, spec, source.get("val"), options)
+        tokenizer = str(tree.get("tokenizer") or "bpe:8192")
+        options["field"] = ""  # it is in the spec
+        jobs[name] = plan_job([spec], folder, tokenizer, source.get("val"), options)
     return Mixture(out, jobs, weights)
 
 
@@ -226,12 +226,6 @@ def refuse_unknown(file: str, place: str, tree: dict, known) -> None:
         where = f"{file}: {place}" if place else file
         text = f"{where}: unknown key {', '.join(unknown)}; it may have {', '.join(known)}"
         raise UserError("E002", text)
-
-
-def weight_of(file: str, place: str, weight) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
-        raise UserError("E002", f"{file}: {place}.weight: {weight!r} is no number above 0")
-    return float(weight)
 
 
 # ---------------------------------------------------------------- what an option may be

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 import re
 import sysconfig
 from collections import Counter
@@ -70,6 +71,7 @@ PACKAGES_PASSED_OVER = STDLIB_PASSED_OVER - {"lib2to3", "encodings"} | {
 PACKAGES_ENDINGS = (".py", ".md", ".txt", ".rst")
 # of a folder that save_to_disk of `datasets` made
 DATASETS_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+DOCSTRINGS_SIZE = 700_000  # bytes, about
 ROWS_LOOKED_AT = 20  # of each source, to see what its rows are
 FILES_LOOKED_AT = 4
 PLAIN_KINDS = ("text", "synthetic", "topics")  # nothing but text
@@ -154,7 +156,7 @@ def a_word(value, where: str) -> str:
 
 
 def is_builtin(spec: str) -> bool:
-    named = re.fullmatch(r"stdlib|packages|synthetic(:\d{1,9})?", spec)
+    named = re.fullmatch(r"stdlib|packages|docstrings(:pairs)?|synthetic(:\d{1,9})?", spec)
     return bool(named) and not os.path.exists(spec)
 
 
@@ -257,6 +259,8 @@ def builtin_inputs(spec: str, source: int, split: str) -> list[Input]:
         return stdlib_inputs(source, split)
     if spec == "packages":
         return packages_inputs(source, split)
+    if spec.startswith("docstrings"):
+        return docstrings_inputs(spec, source, split)
     documents = int(spec.partition(":")[2] or 2000)
     size = 600 * documents  # about
     return [Input(source, split, "synthetic", spec, spec, size, documents=documents)]
@@ -273,6 +277,16 @@ def stdlib_inputs(source: int, split: str) -> list[Input]:
         given = Input(source, split, kind, name, path).measured()
         if path.endswith(".py") and given.size and "_sysconfigdata" not in name:
             inputs.append(given)
+    return inputs
+
+
+def docstrings_inputs(spec: str, source: int, split: str) -> list[Input]:
+    """Conversations about the library, or pairs; they are split by module, not by hash."""
+    inputs = []
+    for part in ("val", "train"):
+        wanted = part if split == "hash" else split
+        given = Input(source, wanted, "docstrings", f"{spec}/{part}", spec, size=DOCSTRINGS_SIZE)
+        inputs.append(given._replace(revision=platform.python_version()))
     return inputs
 
 
@@ -490,6 +504,8 @@ def majority(given: Input) -> tuple[str, dict]:
     fields = Counter()
     names = []
     for row in first_rows(given):
+        if isinstance(row, str):  # a new format whose documents are files
+            return "text", fields
         if given.field:
             value = unpacked(row.get(given.field))
             shape = {str: "text", list: "chat"}.get(type(value))
@@ -537,7 +553,7 @@ def file_sha256(path: str) -> str:
 def what_changed(was: Input, now: Input) -> bool:
     """Whether an input has other contents than it had; they are read only where size or time
     differ. Of an hf: source without a revision nobody can tell: no."""
-    if was.kind == "hf":
+    if was.kind in ("hf", "docstrings"):
         return bool(was.revision and now.revision) and was.revision != now.revision
     if (was.size, was.mtime, was.documents) == (now.size, now.mtime, now.documents):
         return False

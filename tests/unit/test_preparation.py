@@ -304,7 +304,7 @@ def test_several_sources(texts, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, said", [
     ("sources: [a]", "needs sources"),
-    ("sources: {a: {weight: 2}}", "sources.a: needs path"),
+    ("sources: {a: {weight: 2}}", "sources.a: one of path and paths is needed"),
     ("sources: {a: {path: x, weight: -1}}", "sources.a.weight: -1"),
     ("sources: {a: {path: x, wieght: 1}}", "sources.a: unknown key wieght"),
     ("sources: {../a: {path: x}}", "sources.../a: a name is"),
