@@ -46,6 +46,9 @@ def make_report(output: Output) -> dict:
     }
     for kind in ("language", "role"):
         report[f"{kind}s"] = shares(output.facts, kind)
+    report["done_to_rows"] = shares(output.facts, "row")  # truncated, merged turns, ...
+    if output.facts["masked"]:
+        report["masked"] = output.facts["masked"]
     return report
 
 
@@ -125,6 +128,11 @@ def card(report: dict, manifest: dict) -> list[str]:
     for kind in ("languages", "roles"):
         if report[kind]:
             lines += ["", f"{kind.capitalize()}: {in_percent(report[kind])}."]
+    done = [f"{name.replace('_', ' ')} {n:,}" for name, n in report["done_to_rows"].items()]
+    if "masked" in report:
+        done.append(f"addresses masked {report['masked']:,}")
+    if done:
+        lines += ["", f"What was done to rows: {', '.join(done)}."]
     lines += ["", "No document is in both splits.", "", *chinchilla_lines(report["chinchilla"])]
     lines += ["", "## What was left out", ""]
     kept = f"{counts['kept']:,} of {counts['rows']:,} rows were kept"

@@ -130,7 +130,7 @@ class Output:
         else:
             self.write(document, self.drawn(document.share))
         self.remember(document.key)
-        parts = len(document.ends)
+        parts = 1 if self.rows_made else len(document.ends)
         cleaned = int(document.cleaned)
         self.counts.update(kept=1, cleaned=cleaned, cut=int(parts > 1), parts=parts)
         self.facts.update(document.facts)
