@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +369,184 @@ def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
     return "grouped_mm" if backends(device, dtype, d, I)["grouped_mm"] is None else "slices"
 
 
+# ---------------------------------------------------------------- documents
+# Rows that hold several documents, none of which sees another. Shapes depend on `most` alone, which
+# the host knows: no size is read off the device.
+
+
+class Documents(NamedTuple):
+    """Which document each position of B rows is of. `of` and `most` are enough to ask with;
+    `documents` fills in the rest."""
+
+    of: torch.Tensor  # (B, T) int64, numbered within the row: 0 first, ascending
+    most: int  # above every number
+    # (B, T) bool: what MoD fills its rows up with counts for nothing; None: all is real
+    real: torch.Tensor | None = None
+    starts: torch.Tensor | None = None  # (B, most), T for those that a row does not have
+    bias: torch.Tensor | None = None  # (B, 1, T, T), added to scores, where no kernel knows better
+
+
+def documents(given, backend: str, dtype: torch.dtype) -> Documents:
+    """Documents for attention by `backend` in `dtype`. A tensor (B, T) instead does too: then the
+    host looks for the largest number on a CPU, elsewhere each position may be a document."""
+    if torch.is_tensor(given):
+        most = given.shape[1] if given.is_cuda else int(given.max()) + 1
+        given = Documents(given.long(), most)
+    of, bias = given.of.contiguous(), None
+    first = torch.arange(given.most, device=of.device).expand(len(of), -1).contiguous()
+    starts = torch.searchsorted(of, first)
+    if backend == "sdpa" and of.device.type != "cpu":
+        same = (of[:, :, None] == of[:, None]).tril()
+        bias = torch.zeros(same.shape, dtype=dtype, device=of.device)
+        bias = bias.masked_fill_(~same, -torch.inf)[:, None]
+    return Documents(of, given.most, given.real, starts, bias)
+
+
+def lengths(docs: Documents) -> torch.Tensor:
+    """Positions of each document: (B, most)."""
+    return docs.starts.diff(append=docs.starts.new_full((len(docs.of), 1), docs.of.shape[1]))
+
+
+def places(docs: Documents) -> torch.Tensor:
+    """Where in its document each position is: (B, T), 0 first."""
+    at = torch.arange(docs.of.shape[1], device=docs.of.device)
+    return at - docs.starts.gather(1, docs.of)
+
+
+def best_of_each(docs: Documents, order: torch.Tensor, tokens: int, full: int) -> torch.Tensor:
+    """The best ceil(length * tokens / full) of each document: (B, T) bool; order (B, T) lists the
+    positions of a row, the best first."""
+    # sorted by document too, so that places() says the rank in it
+    order = order.gather(1, docs.of.gather(1, order).sort(dim=1, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(1, order, places(docs))
+    quota = (lengths(docs) * tokens + full - 1) // full
+    return rank < quota.gather(1, docs.of)
+
+
+def most_chosen(docs: Documents, tokens: int, full: int) -> int:
+    """No row has more of best_of_each: each document rounds up by less than one."""
+    T = docs.of.shape[1]
+    return min(T, -(-T * tokens // full) + docs.most - 1)
+
+
+def chosen(docs: Documents, idx, real, backend: str, dtype) -> Documents:
+    """Of the positions idx (B, n), which ascend where real (B, n) and fill up behind that."""
+    of = docs.of.gather(1, idx).masked_fill(~real, docs.most)
+    return documents(Documents(of, docs.most + 1, real), backend, dtype)
+
+
+def choices(docs: Documents, ids, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What tokens choose, ids (B T, K) below n -> how often each is chosen, (n,); and its share of
+    the choices in a token's document, (B, T, n)."""
+    rows = torch.arange(len(docs.of), device=ids.device)[:, None]
+    own = (rows * docs.most + docs.of).flatten()  # a number for each document of all rows
+    count = docs.of.new_ones(docs.of.shape) if docs.real is None else docs.real
+    count = count.reshape(-1, 1).float().expand_as(ids)
+    counts = count.new_zeros(len(rows) * docs.most * n)
+    counts.scatter_add_(0, (own[:, None] * n + ids).flatten(), count.flatten())
+    counts = counts.view(-1, n)
+    load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return counts.sum(0), load[own].view(*docs.of.shape, n)
+
+
+def bounds(docs: Documents) -> torch.Tensor:
+    """Where documents begin in all rows laid end to end, and the end: (B * most + 1,) int32; those
+    that a row does not have are empty."""
+    B, T = docs.of.shape
+    rows = torch.arange(0, B * T, T, device=docs.of.device)[:, None]
+    ends = (docs.starts + rows).flatten()
+    return F.pad(ends, (0, 1), value=B * T).int()
+
+
+WITHIN = ("varlen", "flash")  # backends that know documents; torch's own, and the package flash-attn
+
+
+def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
+    """Causal attention within documents; shapes as of attention(). On a CPU document by document,
+    elsewhere by a kernel of WITHIN (none of which any GPU has run here), or for sdpa with a bias,
+    which computes whole rows."""
+    if q.device.type == "cpu":
+        flat = (t.flatten(0, 1) for t in (q, k, v))  # (B T, H or G, D)
+        return torch.ops.lumen.attend(*flat, bounds(docs))[0].view(q.shape)
+    if backend == "sdpa":
+        siblings = q.shape[2] != k.shape[2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=docs.bias, enable_gqa=siblings)
+        return y.transpose(1, 2)
+    T, ends = q.shape[1], bounds(docs)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func  # an optional package, CUDA only
+
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        options = {"causal": True, "deterministic": same_bits}
+        return flash_attn_varlen_func(*flat, ends, ends, T, T, **options).view(q.shape)
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11's has no word for shared key heads
+    flat[1:] = (t.repeat_interleave(q.shape[2] // k.shape[2], 1) for t in flat[1:])
+    return varlen_attn(*flat, ends, ends, T, T, window_size=(-1, 0)).view(q.shape)
+
+
+def register_attend():
+    """lumen::attend and lumen::attend_backward: a CPU's attention within documents, by its flash
+    kernel on one after the other, which is less work than the whole rows are. Opaque to
+    torch.compile, for the host reads the bounds."""
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    given = "Tensor q, Tensor k, Tensor v, Tensor bounds"
+    two, three = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
+    grad_schema = f"(Tensor dout, {given}, Tensor out, Tensor lse) -> {three}"
+
+    def parts(bounds, *tensors):
+        """Of tensors (B T, H, D) each document's (1, H, length, D)."""
+        ends = bounds.tolist()
+        for a, b in zip(ends, ends[1:]):
+            if b > a:
+                yield [t[a:b].transpose(0, 1)[None] for t in tensors]
+
+    @torch.library.custom_op("lumen::attend", mutates_args=(), schema=f"({given}) -> {two}")
+    def attend(q, k, v, bounds):
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(*q.shape[:2], 1, dtype=wide)  # logsumexp of the scores
+        for *qkv, y, l in parts(bounds, q, k, v, out, lse):
+            found = forward(*qkv, 0.0, True)
+            y.copy_(found[0])
+            l.copy_(found[1][..., None])
+        return out, lse
+
+    @attend.register_fake
+    def _(q, k, v, bounds):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1, dtype=wide)
+
+    @torch.library.custom_op("lumen::attend_backward", mutates_args=(), schema=grad_schema)
+    def attend_backward(dout, q, k, v, bounds, out, lse):
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        for dy, *qkv, y, l, dq, dk, dv in parts(bounds, dout, q, k, v, out, lse, *grads):
+            found = backward(dy, *qkv, y, l[..., 0].contiguous(), 0.0, True)
+            for grad, value in zip((dq, dk, dv), found):
+                grad.copy_(value)
+        return tuple(grads)
+
+    @attend_backward.register_fake
+    def _(dout, q, k, v, bounds, out, lse):
+        return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, dout, _):
+        return *torch.ops.lumen.attend_backward(dout, *ctx.saved_tensors), None
+
+    attend.register_autograd(gradients, setup_context=setup_context)
+
+
+if not hasattr(torch.ops.lumen, "attend"):
+    register_attend()
+
 # ---------------------------------------------------------------- attention
 # lumen/attention.py chooses among these by trying them; model.py has "sdpa": torch decides.
 
@@ -379,12 +558,15 @@ TORCH_KERNELS = {
 ATTENTION = (*TORCH_KERNELS, "flash")  # the last one: the package flash-attn
 
 
-def attention(q, k, v, backend: str, alone: bool = False) -> torch.Tensor:
+def attention(q, k, v, backend: str, docs: Documents | None = None, alone=False) -> torch.Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; (B, T, H, D).
 
-    Where one of torch's kernels refuses (MoD's evaluation may keep a single token, which cuDNN does
-    not take) math serves; RuntimeError instead if `alone`.
+    With docs it stays within a document: see attend_within. Where one of torch's kernels refuses
+    (MoD's evaluation may keep a single token, which cuDNN does not take) math serves; RuntimeError
+    instead if `alone`.
     """
+    if docs is not None:
+        return attend_within(q, k, v, backend, docs)
     if backend == "flash":
         from flash_attn import flash_attn_func  # an optional package, CUDA only
 

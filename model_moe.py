@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
+    from kernels import best_of_each, choices, chosen, most_chosen, places  # of documents
     from kernels import for_generation, run_experts
 except ImportError:  # copied out without kernels.py
     for_generation = run_experts = None
@@ -74,7 +75,8 @@ class Router(nn.Module):
     split of a batch over micro-steps or ranks changes it, and it answers at once. Loads of the
     whole batch are known one step late only, and Adam makes so much of that one step that it cost
     up to 0.2 nats (EXPERIMENTS.md). Rows of one topic are balanced too, which a load of the whole
-    batch would not ask for (Qiu et al. 2025): what that costs was not measured.
+    batch would not ask for (Qiu et al. 2025): what that costs was not measured. With documents that
+    do not see each other each of them is such a row: packed, they train as they would apart.
 
     Buffers, in checkpoints: bias (n,); load (n,), the share of each in the previous optimizer step;
     with slots also alive (S,); sibling (S,), the other half of a split expert, itself without one;
@@ -108,7 +110,7 @@ class Router(nn.Module):
             buffers["retired"] = torch.full((self.slots,), -1)
         return buffers
 
-    def forward(self, x):
+    def forward(self, x, docs=None):
         cfg = self.cfg
         K = cfg.n_experts_per_token
         B = len(x) if x.dim() == 3 else 1
@@ -123,18 +125,27 @@ class Router(nn.Module):
             share = share / share.sum(-1, keepdim=True)
         with torch.no_grad():
             ids = self.select(score.detach() + self.bias).topk(K, -1).indices  # (T, K)
-            chosen = ids.view(B, -1)
-            ones = torch.ones_like(chosen, dtype=logits.dtype)
-            counts = logits.new_zeros(B, self.n).scatter_add_(1, chosen, ones)  # (B, n)
+            if docs is None:
+                ones = torch.ones_like(ids, dtype=logits.dtype).view(B, -1)
+                counts = logits.new_zeros(B, self.n).scatter_add_(1, ids.view(B, -1), ones)
+                load = (counts / ones.shape[1])[:, None]  # (B, 1, n), each row sums to 1
+                counts = counts.sum(0)
+            else:
+                counts, load = choices(docs, ids, self.n)
         p = score.gather(1, ids)  # (T, K)
         if cfg.norm_topk:
             p = p / (p.sum(-1, keepdim=True) + 1e-20)
         if cfg.route_scale != 1.0:
             p = p * cfg.route_scale
+        z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square()
+        tokens = logits.new_full((), len(x))
+        if docs is not None and docs.real is not None:  # the others count for nothing
+            real = docs.real.view(-1, 1)
+            share, z, tokens = share * real, z * real[:, 0], real.sum().to(z.dtype)
+            ids = ids.masked_fill(~real, self.n)
         # 1.0 a token when loads are equal: Switch (Fedus et al. 2021), row by row
-        load = counts / chosen.shape[1]  # (B, n), each row sums to 1
-        balance = live * (share.view(B, -1, self.n) * load[:, None]).sum()
-        z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square().sum()
+        balance = live * (share.view(B, -1, self.n) * load).sum()
+        z = z.sum()
         loss = self.aux_weight * balance + cfg.router_z_loss_weight * z
         with torch.no_grad():
             dropped = logits.new_zeros(())
@@ -143,11 +154,11 @@ class Router(nn.Module):
             sums = {
                 "balance": balance.detach(),
                 "z": z.detach(),
-                "tokens": logits.new_full((), len(x)),
+                "tokens": tokens,
                 "dropped": dropped,
                 "entropy": -torch.special.xlogy(share, share).sum(),
                 "confidence": share.amax(-1).sum(),
-                "counts": counts.sum(0),  # what was wanted, dropped or not
+                "counts": counts,  # what was wanted, dropped or not
             }
         return p, ids, loss, sums
 
@@ -185,7 +196,7 @@ class Router(nn.Module):
         """Send what exceeds an expert's capacity to nobody, first come first served: (ids, how
         many)."""
         sid, order = ids.flatten().sort(stable=True)
-        first = torch.searchsorted(sid, torch.arange(self.n, device=ids.device))  # (n,)
+        first = torch.searchsorted(sid, torch.arange(self.n + 1, device=ids.device))
         place = torch.arange(ids.numel(), device=ids.device) - first[sid]  # in its expert's queue
         fair = torch.full((), self.capacity_factor * ids.numel(), device=ids.device)
         late = (place >= torch.ceil(fair / live)) & (sid < self.slots)
@@ -228,8 +239,8 @@ class MoE(nn.Module):
         self.shared = shared
         self.backend = "slices" if run_experts else "plain"
 
-    def forward(self, x):
-        p, ids, loss, sums = self.router(x)
+    def forward(self, x, docs=None):
+        p, ids, loss, sums = self.router(x, docs)
         y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.backend).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -313,8 +324,8 @@ class MoD(nn.Module):
 
     Raposo et al. 2024. forward(x (B, T, C), branch, inputs) -> (the change to x, zero where a token
     was passed by; stats). branch(x, inputs) computes the block's change for the chosen tokens only:
-    in order, with their own positions, causal among themselves; inputs is a NamedTuple with rope,
-    pos, cache and causal. learned: of each row the highest scores, and the change is multiplied by
+    in order, with their own positions, causal among themselves; inputs is model.AttentionInputs.
+    With documents it chooses from each what it would choose from that alone. learned: of each row the highest scores, and the change is multiplied by
     2 sigmoid(score), so that the router learns; static: evenly spaced positions; random: drawn in
     training, hashed from the position otherwise.
 
@@ -357,10 +368,16 @@ class MoD(nn.Module):
             logit = score.detach() + self.predictor(h.detach())[..., 0]
         if not self.training and (inputs.causal or self.routing == "random"):
             return self.causal_forward(x, branch, inputs, score, logit)
-        idx = self.choose(x, score)  # (B, n), in order
-        y, stats = compute(x, branch, inputs, idx, score)
-        kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
-        return y, stats | self.statistics(kept, logit, stats)
+        real = None
+        if inputs.docs is None:
+            idx = self.choose(x, score)  # (B, n), in order
+            kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
+        else:
+            keep = self.choose_within(inputs.docs, score)
+            idx, real = first(keep, most_chosen(inputs.docs, self.tokens, self.full))
+            kept = keep.float()
+        y, stats = compute(x, branch, inputs, idx, score, real=real)
+        return y, stats | self.statistics(kept, logit, stats, inputs.docs)
 
     def choose(self, x, score):
         """Which tokens of x (B, T, C) go through, as trained: (B, n) positions in order."""
@@ -374,9 +391,21 @@ class MoD(nn.Module):
         idx = torch.arange(n, device=x.device) * self.full + self.tokens - 1
         return (idx // self.tokens).expand(B, n)
 
-    def statistics(self, kept, logit, inner: dict) -> dict:
+    def choose_within(self, docs, score):
+        """The same of each document, as if it were alone: (B, T) bool."""
+        if self.routing == "static":
+            return self.causal_choice(places(docs), None)
+        if self.routing == "random":
+            score = torch.rand(docs.of.shape, device=docs.of.device)
+        order = highest(score, score.shape[1])
+        return best_of_each(docs, order, self.tokens, self.full)
+
+    def statistics(self, kept, logit, inner: dict, docs=None) -> dict:
         """Of kept (B, T), 1.0 or 0.0, and what the predictor says of it."""
-        own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": kept.sum(0)}
+        counts = kept.sum(0)
+        if docs is not None:
+            counts = torch.zeros_like(counts).scatter_add_(0, places(docs).flatten(), kept.flatten())
+        own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": counts}
         bce = kept.new_zeros(())
         agree = kept
         if logit is not None:
@@ -401,24 +430,25 @@ class MoD(nn.Module):
     def causal_forward(self, x, branch, inputs, score, logit):
         """By the causal rule. Rows keep different numbers, so here the host looks."""
         B, T, _ = x.shape
-        cache = inputs.cache
+        cache, docs = inputs.cache, inputs.docs
         at = inputs.pos  # (B, T) in decoding
-        if at is None or at.dim() == 1:
+        if docs is not None:
+            at = places(docs)
+        elif at is None or at.dim() == 1:
             at = torch.arange(T, device=x.device).expand(B, T)
         keep = self.causal_choice(at, logit)  # (B, T) bool
         if cache is not None:
             keep = keep & (at < cache.length)  # padding
         stats = {"kept": keep, "agree": torch.ones_like(keep)}
-        if logit is not None:
+        if logit is not None and docs is not None:
+            stats["agree"] = keep == self.choose_within(docs, score)
+        elif logit is not None:
             best = highest(score, math.ceil(self.tokens * T / self.full))
             stats["agree"] = keep == torch.zeros_like(keep).scatter(1, best, True)
         n = int(keep.sum(1).max())
         if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
-        n = max(1, n)
-        # the chosen first, in order; rows that keep fewer are filled up with some that do not count
-        idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]  # (B, n)
-        real = keep.gather(1, idx)
+        idx, real = first(keep, max(1, n))
         pos = at.gather(1, idx)
         if cache is not None:
             pos = pos.masked_fill(~real, cache.length)  # the spare slot, which nobody reads
@@ -432,7 +462,10 @@ def compute(x, branch, inputs, idx, score, pos=None, real=None):
     B, T, C = x.shape
     rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()  # (B n,)
     taken = TakeRows.apply(x.flatten(0, 1), rows).view(*idx.shape, C)
-    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos))
+    docs = inputs.docs
+    if docs is not None:
+        docs = chosen(docs, idx, real, inputs.backend, x.dtype)
+    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos, docs=docs))
     if score is not None:
         # 1 where the score is 0, so that at first MoD changes little
         y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]
@@ -440,6 +473,13 @@ def compute(x, branch, inputs, idx, score, pos=None, real=None):
         # not times zero: without a key to look at, attention gives NaN
         y = torch.where(real[..., None], y, 0.0)
     return PutRows.apply(y.flatten(0, 1), rows, B * T).view(B, T, C), stats
+
+
+def first(keep, n: int):
+    """The positions that keep (B, T) marks, in order, then others that fill the row up: (B, n); and
+    which of them are marked, (B, n) bool."""
+    idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]
+    return idx, keep.gather(1, idx)
 
 
 def rope_of(rope, idx):

@@ -15,9 +15,9 @@ import numpy as np
 
 from lumen.errors import ERRORS, UserError
 from lumen.files import read_json, sha256
-from lumen.loader import DAMAGED
 from lumen.shards import Output, Shards
 from lumen.tokenizer import Tokenizer
+from lumen.windows import DAMAGED
 
 # ---------------------------------------------------------------- manifest.json
 
