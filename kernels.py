@@ -385,10 +385,55 @@ class Documents(NamedTuple):
     starts: torch.Tensor | None = None  # (B, most), T for those that a row does not have
     bias: torch.Tensor | None = None  # (B, 1, T, T), added to scores, where no kernel knows better
 
+    def places(self) -> torch.Tensor:
+        """Where in its document each position is: (B, T), 0 first."""
+        at = torch.arange(self.of.shape[1], device=self.of.device)
+        return at - self.starts.gather(1, self.of)
+
+    def best(self, order: torch.Tensor, tokens: int, full: int) -> torch.Tensor:
+        """The best ceil(length * tokens / full) of each document: (B, T) bool; order (B, T) lists
+        the positions of a row, the best first."""
+        # sorted by document too, so that places() says the rank in it
+        order = order.gather(1, self.of.gather(1, order).sort(dim=1, stable=True).indices)
+        rank = torch.empty_like(order).scatter_(1, order, self.places())
+        ends = F.pad(self.starts[:, 1:], (0, 1), value=self.of.shape[1])
+        quota = ((ends - self.starts) * tokens + full - 1) // full  # (B, most)
+        return rank < quota.gather(1, self.of)
+
+    def most_of_best(self, tokens: int, full: int) -> int:
+        """No row has more of them: each document rounds up by less than one."""
+        T = self.of.shape[1]
+        return min(T, -(-T * tokens // full) + self.most - 1)
+
+    def chosen(self, idx, real, backend: str, dtype) -> Documents:
+        """Of the positions idx (B, n), which ascend where real (B, n) and fill up behind that."""
+        of = self.of.gather(1, idx).masked_fill(~real, self.most)
+        return documents(Documents(of, self.most + 1, real), backend, dtype)
+
+    def choices(self, ids, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens choose, ids (B T, K) below n -> how often each is chosen, (n,); and its share
+        of the choices in a token's document, (B, T, n)."""
+        rows = torch.arange(len(self.of), device=ids.device)[:, None]
+        own = (rows * self.most + self.of).flatten()  # a number for each document of all rows
+        count = self.of.new_ones(self.of.shape) if self.real is None else self.real
+        count = count.reshape(-1, 1).float().expand_as(ids)
+        counts = count.new_zeros(len(rows) * self.most * n)
+        counts.scatter_add_(0, (own[:, None] * n + ids).flatten(), count.flatten())
+        counts = counts.view(-1, n)
+        load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return counts.sum(0), load[own].view(*self.of.shape, n)
+
+    def bounds(self) -> torch.Tensor:
+        """Where documents begin in all rows laid end to end, and the end: (B * most + 1,) int32;
+        those that a row does not have are empty."""
+        B, T = self.of.shape
+        rows = torch.arange(0, B * T, T, device=self.of.device)[:, None]
+        return F.pad((self.starts + rows).flatten(), (0, 1), value=B * T).int()
+
 
 def documents(given, backend: str, dtype: torch.dtype) -> Documents:
     """Documents for attention by `backend` in `dtype`. A tensor (B, T) instead does too: then the
-    host looks for the largest number on a CPU, elsewhere each position may be a document."""
+    host looks for the largest number, on CUDA each position may be a document."""
     if torch.is_tensor(given):
         most = given.shape[1] if given.is_cuda else int(given.max()) + 1
         given = Documents(given.long(), most)
@@ -402,63 +447,10 @@ def documents(given, backend: str, dtype: torch.dtype) -> Documents:
     return Documents(of, given.most, given.real, starts, bias)
 
 
-def lengths(docs: Documents) -> torch.Tensor:
-    """Positions of each document: (B, most)."""
-    return docs.starts.diff(append=docs.starts.new_full((len(docs.of), 1), docs.of.shape[1]))
-
-
-def places(docs: Documents) -> torch.Tensor:
-    """Where in its document each position is: (B, T), 0 first."""
-    at = torch.arange(docs.of.shape[1], device=docs.of.device)
-    return at - docs.starts.gather(1, docs.of)
-
-
-def best_of_each(docs: Documents, order: torch.Tensor, tokens: int, full: int) -> torch.Tensor:
-    """The best ceil(length * tokens / full) of each document: (B, T) bool; order (B, T) lists the
-    positions of a row, the best first."""
-    # sorted by document too, so that places() says the rank in it
-    order = order.gather(1, docs.of.gather(1, order).sort(dim=1, stable=True).indices)
-    rank = torch.empty_like(order).scatter_(1, order, places(docs))
-    quota = (lengths(docs) * tokens + full - 1) // full
-    return rank < quota.gather(1, docs.of)
-
-
-def most_chosen(docs: Documents, tokens: int, full: int) -> int:
-    """No row has more of best_of_each: each document rounds up by less than one."""
-    T = docs.of.shape[1]
-    return min(T, -(-T * tokens // full) + docs.most - 1)
-
-
-def chosen(docs: Documents, idx, real, backend: str, dtype) -> Documents:
-    """Of the positions idx (B, n), which ascend where real (B, n) and fill up behind that."""
-    of = docs.of.gather(1, idx).masked_fill(~real, docs.most)
-    return documents(Documents(of, docs.most + 1, real), backend, dtype)
-
-
-def choices(docs: Documents, ids, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What tokens choose, ids (B T, K) below n -> how often each is chosen, (n,); and its share of
-    the choices in a token's document, (B, T, n)."""
-    rows = torch.arange(len(docs.of), device=ids.device)[:, None]
-    own = (rows * docs.most + docs.of).flatten()  # a number for each document of all rows
-    count = docs.of.new_ones(docs.of.shape) if docs.real is None else docs.real
-    count = count.reshape(-1, 1).float().expand_as(ids)
-    counts = count.new_zeros(len(rows) * docs.most * n)
-    counts.scatter_add_(0, (own[:, None] * n + ids).flatten(), count.flatten())
-    counts = counts.view(-1, n)
-    load = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return counts.sum(0), load[own].view(*docs.of.shape, n)
-
-
-def bounds(docs: Documents) -> torch.Tensor:
-    """Where documents begin in all rows laid end to end, and the end: (B * most + 1,) int32; those
-    that a row does not have are empty."""
-    B, T = docs.of.shape
-    rows = torch.arange(0, B * T, T, device=docs.of.device)[:, None]
-    ends = (docs.starts + rows).flatten()
-    return F.pad(ends, (0, 1), value=B * T).int()
-
-
-WITHIN = ("varlen", "flash")  # backends that know documents; torch's own, and the package flash-attn
+WITHIN = (
+    "varlen",
+    "flash",
+)  # backends that know documents; torch's own, and the package flash-attn
 
 
 def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
@@ -467,13 +459,13 @@ def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
     which computes whole rows."""
     if q.device.type == "cpu":
         flat = (t.flatten(0, 1) for t in (q, k, v))  # (B T, H or G, D)
-        return torch.ops.lumen.attend(*flat, bounds(docs))[0].view(q.shape)
+        return torch.ops.lumen.attend(*flat, docs.bounds())[0].view(q.shape)
     if backend == "sdpa":
         siblings = q.shape[2] != k.shape[2]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=docs.bias, enable_gqa=siblings)
         return y.transpose(1, 2)
-    T, ends = q.shape[1], bounds(docs)
+    T, ends = q.shape[1], docs.bounds()
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func  # an optional package, CUDA only
@@ -488,6 +480,14 @@ def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
     return varlen_attn(*flat, ends, ends, T, T, window_size=(-1, 0)).view(q.shape)
 
 
+def parts(bounds, *tensors):
+    """Of tensors (B T, H, D) each document's (1, H, length, D), on the host's word."""
+    ends = bounds.tolist()
+    for a, b in zip(ends, ends[1:]):
+        if b > a:
+            yield [t[a:b].transpose(0, 1)[None] for t in tensors]
+
+
 def register_attend():
     """lumen::attend and lumen::attend_backward: a CPU's attention within documents, by its flash
     kernel on one after the other, which is less work than the whole rows are. Opaque to
@@ -497,13 +497,6 @@ def register_attend():
     given = "Tensor q, Tensor k, Tensor v, Tensor bounds"
     two, three = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
     grad_schema = f"(Tensor dout, {given}, Tensor out, Tensor lse) -> {three}"
-
-    def parts(bounds, *tensors):
-        """Of tensors (B T, H, D) each document's (1, H, length, D)."""
-        ends = bounds.tolist()
-        for a, b in zip(ends, ends[1:]):
-            if b > a:
-                yield [t[a:b].transpose(0, 1)[None] for t in tensors]
 
     @torch.library.custom_op("lumen::attend", mutates_args=(), schema=f"({given}) -> {two}")
     def attend(q, k, v, bounds):

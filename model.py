@@ -715,8 +715,8 @@ class Transformer(nn.Module):
         sum over the valid targets. sums are tensors by name: ce, z (z-loss), count (valid targets)
         and in training the sparse layers' (model_moe.SUMS and MOD_SUMS); without gradients correct;
         in evaluation of MoD depth (layers, 2): valid tokens kept, and those the rules agree on.
-        With docs, kernels.Documents or a tensor (B, T) like its `of`, none sees another. Positions
-        run on all the same: to RoPE only distances count.
+        docs, kernels.Documents or a tensor (B, T) like its `of`, do not see each other. Positions
+        run on: to RoPE only distances count.
         """
         if cache is None:
             pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)
@@ -838,8 +838,7 @@ class Transformer(nn.Module):
     # ---- arithmetic
 
     def n_params(self) -> dict[str, int]:
-        """Parameters: total, active per token (K of the experts; null ones save their share), and
-        without embeddings."""
+        """Parameters: total, active per token (less what null experts save), non_embedding."""
         cfg = self.cfg
         total = sum(p.numel() for p in self.parameters())
         tables = self.embed.weight.numel()
@@ -864,8 +863,7 @@ class Transformer(nn.Module):
         MFUs compare. Of the experts those that are used count; in a MoD layer of capacity c weights
         count c times, attention c^2 times.
         """
-        cfg = self.cfg
-        T = seq_len or cfg.max_seq_len
+        cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
         flops = 6 * cfg.vocab_size * cfg.d_model  # the head; the embedding is a lookup
         for i, block in enumerate(self.blocks):
             c = block.mod.capacity if block.mod is not None else 1.0

@@ -17,7 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 try:
-    from kernels import best_of_each, choices, chosen, most_chosen, places  # of documents
     from kernels import for_generation, run_experts
 except ImportError:  # copied out without kernels.py
     for_generation = run_experts = None
@@ -30,8 +29,7 @@ def plain_experts(x, p, ids, w13, w2):
     (gate, up) = w13[e] @ x[t]: what every backend must equal, by a loop, index_add and autograd.
 
     x (T, C), gates p (T, K) fp32, ids (T, K) of which E or more mean no expert, w13 (E, 2 I, C),
-    w2 (E, C, I) -> (T, C). How many rows an expert has decides shapes here, so the host waits for
-    the device and no CUDA graph can hold it; the backends in kernels.py do better.
+    w2 (E, C, I) -> (T, C). The host waits for the device here: the backends in kernels.py do not.
     """
     out = torch.zeros(x.shape, dtype=p.dtype, device=x.device)
     for e in range(w2.shape[0]):
@@ -131,7 +129,7 @@ class Router(nn.Module):
                 load = (counts / ones.shape[1])[:, None]  # (B, 1, n), each row sums to 1
                 counts = counts.sum(0)
             else:
-                counts, load = choices(docs, ids, self.n)
+                counts, load = docs.choices(ids, self.n)
         p = score.gather(1, ids)  # (T, K)
         if cfg.norm_topk:
             p = p / (p.sum(-1, keepdim=True) + 1e-20)
@@ -254,33 +252,6 @@ class MoE(nn.Module):
         return for_generation(self.backend, device, dtype, cfg.d_model, cfg.d_expert)
 
 
-@torch.no_grad()
-def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Tensor) -> None:
-    """After an optimizer step, from each layer's choices per column (n,) over all micro-steps and
-    ranks: the load shares, by which experts are split and pruned, and the selection bias,
-    b += rate * sign(mean - count), centred (Wang et al. 2024).
-
-    Nothing changes where `bad`, a 0-d bool: that step was dropped. No host sync.
-    """
-    for moe, count in zip(layers, counts):
-        router = moe.router
-        count = count.float()
-        live = torch.ones_like(router.bias)
-        if router.cfg.n_experts_max:
-            live[: router.slots] = router.alive.float()
-        load = count / count.sum().clamp(min=1)
-        out = router.dropped_out
-        if out is not None:  # they had no chance: they keep what they had before
-            load = torch.where(out, router.load, load * (router.load * ~out).sum())
-        router.load.copy_(torch.where(bad, router.load, load))
-        if router.bias_rate:
-            mean = count.sum() / live.sum()
-            bias = router.bias + router.bias_rate * torch.sign(mean - count) * live
-            # without this the sum drifts (torchtitan issue 1506)
-            bias = bias - (bias * live).sum() / live.sum() * live
-            router.bias.copy_(torch.where(bad, router.bias, bias))
-
-
 # ---------------------------------------------------------------- Mixture of Depths
 
 
@@ -324,10 +295,10 @@ class MoD(nn.Module):
 
     Raposo et al. 2024. forward(x (B, T, C), branch, inputs) -> (the change to x, zero where a token
     was passed by; stats). branch(x, inputs) computes the block's change for the chosen tokens only:
-    in order, with their own positions, causal among themselves; inputs is model.AttentionInputs.
-    With documents it chooses from each what it would choose from that alone. learned: of each row the highest scores, and the change is multiplied by
-    2 sigmoid(score), so that the router learns; static: evenly spaced positions; random: drawn in
-    training, hashed from the position otherwise.
+    in order, with their own positions, causal among themselves; inputs is model.AttentionInputs,
+    and of each of its documents is chosen what would be if it were a row. learned: of each row the
+    highest scores, and the change is multiplied by 2 sigmoid(score), so that the router learns;
+    static: evenly spaced; random: drawn in training, hashed from the position otherwise.
 
     Which tokens score highest depends on later ones, so text is not made by that rule but by the
     causal one: a linear predictor on the same normalised, detached input, trained beside by
@@ -368,43 +339,38 @@ class MoD(nn.Module):
             logit = score.detach() + self.predictor(h.detach())[..., 0]
         if not self.training and (inputs.causal or self.routing == "random"):
             return self.causal_forward(x, branch, inputs, score, logit)
-        real = None
-        if inputs.docs is None:
-            idx = self.choose(x, score)  # (B, n), in order
-            kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
-        else:
-            keep = self.choose_within(inputs.docs, score)
-            idx, real = first(keep, most_chosen(inputs.docs, self.tokens, self.full))
-            kept = keep.float()
-        y, stats = compute(x, branch, inputs, idx, score, real=real)
-        return y, stats | self.statistics(kept, logit, stats, inputs.docs)
+        docs = inputs.docs
+        keep, n = self.choose(x, score, docs)
+        idx, real = first(keep, n)
+        # without documents each row has exactly n
+        y, stats = compute(x, branch, inputs, idx, score, real=None if docs is None else real)
+        return y, stats | self.statistics(keep.float(), logit, stats, docs)
 
-    def choose(self, x, score):
-        """Which tokens of x (B, T, C) go through, as trained: (B, n) positions in order."""
+    def choose(self, x, score, docs):
+        """Which tokens of x (B, T, C) go through, as trained: (B, T) bool; and how many of a row at
+        most."""
         B, T, _ = x.shape
-        n = math.ceil(self.tokens * T / self.full)
-        if self.routing == "learned":
-            return highest(score, n).sort(dim=1).values
-        if self.routing == "random":
-            return torch.rand(B, T, device=x.device).topk(n, dim=1).indices.sort(dim=1).values
-        n = (T - 1) * self.tokens // self.full + 1
-        idx = torch.arange(n, device=x.device) * self.full + self.tokens - 1
-        return (idx // self.tokens).expand(B, n)
-
-    def choose_within(self, docs, score):
-        """The same of each document, as if it were alone: (B, T) bool."""
+        n = None if docs is None else docs.most_of_best(self.tokens, self.full)
         if self.routing == "static":
-            return self.causal_choice(places(docs), None)
+            at = torch.arange(T, device=x.device).expand(B, T) if docs is None else docs.places()
+            return self.causal_choice(at, None), n or (T - 1) * self.tokens // self.full + 1
         if self.routing == "random":
-            score = torch.rand(docs.of.shape, device=docs.of.device)
-        order = highest(score, score.shape[1])
-        return best_of_each(docs, order, self.tokens, self.full)
+            order = torch.rand(B, T, device=x.device).argsort(dim=1, descending=True)
+        else:
+            order = highest(score, T)
+        if docs is not None:
+            return docs.best(order, self.tokens, self.full), n
+        n = math.ceil(self.tokens * T / self.full)
+        keep = torch.zeros(B, T, dtype=torch.bool, device=x.device)
+        return keep.scatter_(1, order[:, :n], True), n
 
     def statistics(self, kept, logit, inner: dict, docs=None) -> dict:
         """Of kept (B, T), 1.0 or 0.0, and what the predictor says of it."""
         counts = kept.sum(0)
         if docs is not None:
-            counts = torch.zeros_like(counts).scatter_add_(0, places(docs).flatten(), kept.flatten())
+            counts = torch.zeros_like(counts).scatter_add_(
+                0, docs.places().flatten(), kept.flatten()
+            )
         own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": counts}
         bce = kept.new_zeros(())
         agree = kept
@@ -431,20 +397,14 @@ class MoD(nn.Module):
         """By the causal rule. Rows keep different numbers, so here the host looks."""
         B, T, _ = x.shape
         cache, docs = inputs.cache, inputs.docs
-        at = inputs.pos  # (B, T) in decoding
-        if docs is not None:
-            at = places(docs)
-        elif at is None or at.dim() == 1:
-            at = torch.arange(T, device=x.device).expand(B, T)
+        at = inputs.pos if docs is None else docs.places()
+        at = at.expand(B, T)  # in decoding it is that already
         keep = self.causal_choice(at, logit)  # (B, T) bool
         if cache is not None:
             keep = keep & (at < cache.length)  # padding
         stats = {"kept": keep, "agree": torch.ones_like(keep)}
-        if logit is not None and docs is not None:
-            stats["agree"] = keep == self.choose_within(docs, score)
-        elif logit is not None:
-            best = highest(score, math.ceil(self.tokens * T / self.full))
-            stats["agree"] = keep == torch.zeros_like(keep).scatter(1, best, True)
+        if logit is not None:
+            stats["agree"] = keep == self.choose(x, score, docs)[0]
         n = int(keep.sum(1).max())
         if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
@@ -464,7 +424,7 @@ def compute(x, branch, inputs, idx, score, pos=None, real=None):
     taken = TakeRows.apply(x.flatten(0, 1), rows).view(*idx.shape, C)
     docs = inputs.docs
     if docs is not None:
-        docs = chosen(docs, idx, real, inputs.backend, x.dtype)
+        docs = docs.chosen(idx, real, inputs.backend, x.dtype)
     y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos, docs=docs))
     if score is not None:
         # 1 where the score is 0, so that at first MoD changes little

@@ -29,7 +29,7 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
-from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted
+from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted, update_balance
 from lumen.feed import to_host
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, mix
@@ -51,7 +51,6 @@ from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, ste
 from lumen.tell import Teller
 from lumen.windows import Sums, dummy_batch
 from model import Transformer
-from model_moe import update_balance
 
 # ---------------------------------------------------------------- schedule
 
@@ -580,9 +579,8 @@ class Trainer(ByHand):
         except UserError as error:  # this rank cannot go on; the others learn it from the flag
             self.data_error = error
             sums["unread"].fill_(1)
-            if par.collective_free:
+            if par.collective_free:  # else it has a part in the collectives of forward and backward
                 return False
-            # for its part of the collectives in forward and backward
             shape = (self.run.micro_batch, self.model.cfg.max_seq_len)
             row, *batch = dummy_batch(self.cursor, *shape)
         self.watch.lap("data")

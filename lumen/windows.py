@@ -396,7 +396,9 @@ class Source:
         if length != self.seq_len + 1:
             text = f"{self.path} was packed for rows of {length - 1} positions"
             text += f", model.max_seq_len is {self.seq_len}: set it to {length - 1}, or prepare the"
-            anew = f"prepare_data.py with the same sources, --seq_len {self.seq_len} and a new --out"
+            anew = (
+                f"prepare_data.py with the same sources, --seq_len {self.seq_len} and a new --out"
+            )
             raise UserError("E123", f"{text} data anew: python {anew}")
         for shard in shards:
             if shard["tokens"] % length:
