@@ -11,6 +11,7 @@ import torch
 
 from lumen.decisions import Decision
 from lumen.errors import UserError
+from lumen.windows import Batch, dummy_batch
 
 
 @dataclass
@@ -41,7 +42,7 @@ def evaluate_loss(
 ) -> Evaluation | None:
     """The mean loss of `model` on validation rows, on all ranks: each reads its part of them.
 
-    rows: [(name of the source, number of the window)]; sources: {name: lumen.loader.Source};
+    rows: [(name of the source, number of the window)]; sources: {name: lumen.windows.Source};
     token_bytes: (vocab_size,) bytes of each token. stop() is asked after each batch: where it is
     not 0 on any rank the evaluation is left, and is None. A row that one rank cannot read is that
     UserError on all ranks. Afterwards the model is in the mode in which it was before.
@@ -128,30 +129,32 @@ class Loop:
             if not numbers and self.parallel.collective_free:
                 continue
             try:
-                windows = self.read(source, numbers)
+                batch = self.read(source, numbers)
             except UserError as error:
                 self.error = error
                 if self.parallel.collective_free:
                     return
-                windows, numbers = self.read(source, []), []
-            self.add_windows(k, windows, counts=bool(numbers))
+                batch = self.read(source, [])
+            self.add_batch(k, batch)
 
-    def read(self, source, numbers: list[int]) -> np.ndarray:
-        """Windows (batch_size, T + 1); a short batch is padded with -1, which is no target."""
-        shape = (self.batch_size, self.model.cfg.max_seq_len + 1)
-        windows = np.full(shape, -1, dtype=np.int64)
+    def read(self, source, numbers: list[int]) -> Batch:
+        """Rows of a source; a short batch is filled up with rows without a target."""
+        batch = dummy_batch(0, self.batch_size, self.model.cfg.max_seq_len)
+        if source.document_mask:
+            batch = batch._replace(docs=np.zeros(batch.x.shape, np.int32))
         for r, number in enumerate(numbers):
-            windows[r] = source.window(number)
-        return windows
+            batch.x[r], batch.y[r], docs = source.row(number)
+            if docs is not None:
+                batch.docs[r] = docs
+        return batch
 
-    def add_windows(self, k: int, windows: np.ndarray, counts: bool) -> None:
-        """The sums of one forward pass to those of source k; `counts`: it has targets."""
-        model = self.model
-        inputs, targets = windows[:, :-1].clip(min=0), windows[:, 1:]  # (batch_size, T)
+    def add_batch(self, k: int, batch: Batch) -> None:
+        """The sums of one forward pass to those of source k."""
+        model, targets = self.model, batch.y[batch.y >= 0]
         if self.token_bytes is not None:
-            self.n_bytes[k] += int(self.token_bytes[targets[targets >= 0]].sum())
-        x, y = self.parallel.feed.send(inputs, targets)
-        _, stats = model(x, targets=y)
+            self.n_bytes[k] += int(self.token_bytes[targets].sum())
+        x, y, docs = self.parallel.feed.batch(*batch[1:])
+        _, stats = model(x, targets=y, docs=docs)
         as_trained = stats["ce"]
         if self.mod:
             self.depth += stats["depth"].to(self.depth.dtype)
@@ -159,11 +162,11 @@ class Loop:
             # Once more by the rule of training, which chooses among all tokens of a row, later ones
             # too. Text is made by the causal rule, so that one's loss is the loss.
             model.causal = False
-            as_trained = model(x, targets=y)[1]["ce"]
+            as_trained = model(x, targets=y, docs=docs)[1]["ce"]
             model.causal = True
         sums = torch.stack([stats["ce"], stats["count"], stats["correct"], as_trained])
         self.sums[k] += sums.to(self.sums.dtype)
-        if counts:
+        if len(targets):
             self.means.append(stats["ce"] / stats["count"])
 
     def raise_error(self) -> None:

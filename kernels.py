@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -368,6 +369,177 @@ def for_generation(trained: str, device, dtype, d: int, I: int) -> str:
     return "grouped_mm" if backends(device, dtype, d, I)["grouped_mm"] is None else "slices"
 
 
+# ---------------------------------------------------------------- documents
+# Rows that hold several documents, none of which sees another. Shapes depend on `most` alone, which
+# the host knows: no size is read off the device.
+
+
+class Documents(NamedTuple):
+    """Which document each position of B rows is of. `of` and `most` are enough to ask with;
+    `documents` fills in the rest."""
+
+    of: torch.Tensor  # (B, T) int64, numbered within the row: 0 first, ascending
+    most: int  # above every number
+    # (B, T) bool: what MoD fills its rows up with counts for nothing; None: all is real
+    real: torch.Tensor | None = None
+    starts: torch.Tensor | None = None  # (B, most), T for those that a row does not have
+    bias: torch.Tensor | None = None  # (B, 1, T, T), added to scores, where no kernel knows better
+
+    def places(self) -> torch.Tensor:
+        """Where in its document each position is: (B, T), 0 first."""
+        at = torch.arange(self.of.shape[1], device=self.of.device)
+        return at - self.starts.gather(1, self.of)
+
+    def best(self, order: torch.Tensor, tokens: int, full: int) -> torch.Tensor:
+        """The best ceil(length * tokens / full) of each document: (B, T) bool; order (B, T) lists
+        the positions of a row, the best first."""
+        # sorted by document too, so that places() says the rank in it
+        order = order.gather(1, self.of.gather(1, order).sort(dim=1, stable=True).indices)
+        rank = torch.empty_like(order).scatter_(1, order, self.places())
+        ends = F.pad(self.starts[:, 1:], (0, 1), value=self.of.shape[1])
+        quota = ((ends - self.starts) * tokens + full - 1) // full  # (B, most)
+        return rank < quota.gather(1, self.of)
+
+    def most_of_best(self, tokens: int, full: int) -> int:
+        """No row has more of them: each document rounds up by less than one."""
+        T = self.of.shape[1]
+        return min(T, -(-T * tokens // full) + self.most - 1)
+
+    def chosen(self, idx, real, backend: str, dtype) -> Documents:
+        """Of the positions idx (B, n), which ascend where real (B, n) and fill up behind that."""
+        of = self.of.gather(1, idx).masked_fill(~real, self.most)
+        return documents(Documents(of, self.most + 1, real), backend, dtype)
+
+    def choices(self, ids, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens choose, ids (B T, K) below n -> how often each is chosen, (n,); and its share
+        of the choices in a token's document, (B, T, n)."""
+        rows = torch.arange(len(self.of), device=ids.device)[:, None]
+        own = (rows * self.most + self.of).flatten()  # a number for each document of all rows
+        count = self.of.new_ones(self.of.shape) if self.real is None else self.real
+        count = count.reshape(-1, 1).float().expand_as(ids)
+        counts = count.new_zeros(len(rows) * self.most * n)
+        counts.scatter_add_(0, (own[:, None] * n + ids).flatten(), count.flatten())
+        counts = counts.view(-1, n)
+        load = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return counts.sum(0), load[own].view(*self.of.shape, n)
+
+    def bounds(self) -> torch.Tensor:
+        """Where documents begin in all rows laid end to end, and the end: (B * most + 1,) int32;
+        those that a row does not have are empty."""
+        B, T = self.of.shape
+        rows = torch.arange(0, B * T, T, device=self.of.device)[:, None]
+        return F.pad((self.starts + rows).flatten(), (0, 1), value=B * T).int()
+
+
+def documents(given, backend: str, dtype: torch.dtype) -> Documents:
+    """Documents for attention by `backend` in `dtype`. A tensor (B, T) instead does too: then the
+    host looks for the largest number, on CUDA each position may be a document."""
+    if torch.is_tensor(given):
+        most = given.shape[1] if given.is_cuda else int(given.max()) + 1
+        given = Documents(given.long(), most)
+    of, bias = given.of.contiguous(), None
+    first = torch.arange(given.most, device=of.device).expand(len(of), -1).contiguous()
+    starts = torch.searchsorted(of, first)
+    if backend == "sdpa" and of.device.type != "cpu":
+        same = (of[:, :, None] == of[:, None]).tril()
+        bias = torch.zeros(same.shape, dtype=dtype, device=of.device)
+        bias = bias.masked_fill_(~same, -torch.inf)[:, None]
+    return Documents(of, given.most, given.real, starts, bias)
+
+
+WITHIN = (
+    "varlen",
+    "flash",
+)  # backends that know documents; torch's own, and the package flash-attn
+
+
+def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
+    """Causal attention within documents; shapes as of attention(). On a CPU document by document,
+    elsewhere by a kernel of WITHIN (none of which any GPU has run here), or for sdpa with a bias,
+    which computes whole rows."""
+    if q.device.type == "cpu":
+        flat = (t.flatten(0, 1) for t in (q, k, v))  # (B T, H or G, D)
+        return torch.ops.lumen.attend(*flat, docs.bounds())[0].view(q.shape)
+    if backend == "sdpa":
+        siblings = q.shape[2] != k.shape[2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=docs.bias, enable_gqa=siblings)
+        return y.transpose(1, 2)
+    T, ends = q.shape[1], docs.bounds()
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func  # an optional package, CUDA only
+
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        options = {"causal": True, "deterministic": same_bits}
+        return flash_attn_varlen_func(*flat, ends, ends, T, T, **options).view(q.shape)
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11's has no word for shared key heads
+    flat[1:] = (t.repeat_interleave(q.shape[2] // k.shape[2], 1) for t in flat[1:])
+    return varlen_attn(*flat, ends, ends, T, T, window_size=(-1, 0)).view(q.shape)
+
+
+def parts(bounds, *tensors):
+    """Of tensors (B T, H, D) each document's (1, H, length, D), on the host's word."""
+    ends = bounds.tolist()
+    for a, b in zip(ends, ends[1:]):
+        if b > a:
+            yield [t[a:b].transpose(0, 1)[None] for t in tensors]
+
+
+def register_attend():
+    """lumen::attend and lumen::attend_backward: a CPU's attention within documents, by its flash
+    kernel on one after the other, which is less work than the whole rows are. Opaque to
+    torch.compile, for the host reads the bounds."""
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    given = "Tensor q, Tensor k, Tensor v, Tensor bounds"
+    two, three = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
+    grad_schema = f"(Tensor dout, {given}, Tensor out, Tensor lse) -> {three}"
+
+    @torch.library.custom_op("lumen::attend", mutates_args=(), schema=f"({given}) -> {two}")
+    def attend(q, k, v, bounds):
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(*q.shape[:2], 1, dtype=wide)  # logsumexp of the scores
+        for *qkv, y, l in parts(bounds, q, k, v, out, lse):
+            found = forward(*qkv, 0.0, True)
+            y.copy_(found[0])
+            l.copy_(found[1][..., None])
+        return out, lse
+
+    @attend.register_fake
+    def _(q, k, v, bounds):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1, dtype=wide)
+
+    @torch.library.custom_op("lumen::attend_backward", mutates_args=(), schema=grad_schema)
+    def attend_backward(dout, q, k, v, bounds, out, lse):
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        for dy, *qkv, y, l, dq, dk, dv in parts(bounds, dout, q, k, v, out, lse, *grads):
+            found = backward(dy, *qkv, y, l[..., 0].contiguous(), 0.0, True)
+            for grad, value in zip((dq, dk, dv), found):
+                grad.copy_(value)
+        return tuple(grads)
+
+    @attend_backward.register_fake
+    def _(dout, q, k, v, bounds, out, lse):
+        return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, dout, _):
+        return *torch.ops.lumen.attend_backward(dout, *ctx.saved_tensors), None
+
+    attend.register_autograd(gradients, setup_context=setup_context)
+
+
+if not hasattr(torch.ops.lumen, "attend"):
+    register_attend()
+
 # ---------------------------------------------------------------- attention
 # lumen/attention.py chooses among these by trying them; model.py has "sdpa": torch decides.
 
@@ -379,12 +551,15 @@ TORCH_KERNELS = {
 ATTENTION = (*TORCH_KERNELS, "flash")  # the last one: the package flash-attn
 
 
-def attention(q, k, v, backend: str, alone: bool = False) -> torch.Tensor:
+def attention(q, k, v, backend: str, docs: Documents | None = None, alone=False) -> torch.Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), G dividing H; (B, T, H, D).
 
-    Where one of torch's kernels refuses (MoD's evaluation may keep a single token, which cuDNN does
-    not take) math serves; RuntimeError instead if `alone`.
+    With docs it stays within a document: see attend_within. Where one of torch's kernels refuses
+    (MoD's evaluation may keep a single token, which cuDNN does not take) math serves; RuntimeError
+    instead if `alone`.
     """
+    if docs is not None:
+        return attend_within(q, k, v, backend, docs)
     if backend == "flash":
         from flash_attn import flash_attn_func  # an optional package, CUDA only
 

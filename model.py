@@ -97,10 +97,8 @@ class ModelConfig:
     mod_anneal_steps: int = 0  # capacity falls from 1.0 in eight equal steps over this many steps
 
     def __post_init__(self):
-        """Fill in what follows from the rest. ValueError where the arithmetic would fail.
-
-        What a user may write is checked in full, and with a remedy, by lumen/model_keys.py.
-        """
+        """Fill in what follows from the rest. ValueError where the arithmetic would fail; what a
+        user may write is checked in full, and with a remedy, by lumen/model_keys.py."""
         for key in AT_LEAST_ONE:
             self.require(key, getattr(self, key) >= 1, "must be at least 1")
         self.fill_in()
@@ -216,7 +214,6 @@ class Linear(nn.Linear):
     """y = x W^T without bias; the fp32 weight is cast to x's dtype (this replaces autocast)."""
 
     def __init__(self, n_in: int, n_out: int):
-        # no bias anywhere, as in Llama
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
@@ -353,6 +350,7 @@ class AttentionInputs(NamedTuple):
     cache: KVCache | None = None  # decoding
     pos: torch.Tensor | None = None  # (T,) or with a cache (B, T)
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
+    docs: tuple | None = None  # kernels.Documents, which do not see each other
 
 
 class Attention(nn.Module):
@@ -382,10 +380,10 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
         q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
         q, k = self.norm_and_rotate(q, k, inputs)
-        if inputs.backend != "sdpa" and inputs.cache is None:
+        if inputs.docs is not None or (inputs.backend != "sdpa" and inputs.cache is None):
             from kernels import attention  # optional; lumen/attention.py has tried it
 
-            y = attention(q, k, v, inputs.backend)
+            y = attention(q, k, v, inputs.backend, inputs.docs)
         else:
             y = self.attend(q, k, v, inputs)
         return self.wo(y.reshape(B, T, -1))
@@ -474,19 +472,21 @@ class Block(nn.Module):
         if self.mod is not None and self.ffn_only:
             y, stats = self.mod(x + h, self.ffn_branch, inputs)
         else:
-            y, stats = self.ffn_branch(x + h)
+            y, stats = self.ffn_branch(x + h, inputs)
         # the change, not x plus it: MoD scales it by its gate, and the caller adds it once
         return h + y, stats
 
-    def ffn_branch(self, x, inputs: AttentionInputs | None = None):
-        stats = {}  # SwiGLU has none
-        y = self.ffn(self.ffn_norm(x))  # (B, T, C)
+    def ffn_branch(self, x, inputs: AttentionInputs):
+        x, stats = self.ffn_norm(x), {}  # SwiGLU has none
         if isinstance(self.ffn, MoE):
-            y, stats = y
+            y, stats = self.ffn(x, inputs.docs)
+        else:
+            y = self.ffn(x)  # (B, T, C)
         return F.dropout(y, self.dropout, self.training), stats
 
 
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk", "lumen::experts")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk")
+MATMULS += ("lumen::experts", "lumen::attend", "torch_attn::_varlen_attn")
 
 
 def keep_matmuls(ctx, op, *args, **kwargs):
@@ -706,7 +706,7 @@ class Transformer(nn.Module):
         """(V, C)."""
         return self.embed.weight if self.cfg.tie_embeddings else self.head.weight
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None):
+    def forward(self, idx, targets=None, cache: KVCache | None = None, docs=None):
         """idx (B, T) long -> without targets logits (B, T, V) in the compute dtype.
 
         With a cache: idx continues each row; -1 pads rows on the right; logits (B, V) of each row's
@@ -715,6 +715,8 @@ class Transformer(nn.Module):
         sum over the valid targets. sums are tensors by name: ce, z (z-loss), count (valid targets)
         and in training the sparse layers' (model_moe.SUMS and MOD_SUMS); without gradients correct;
         in evaluation of MoD depth (layers, 2): valid tokens kept, and those the rules agree on.
+        docs, kernels.Documents or a tensor (B, T) like its `of`, do not see each other. Positions
+        run on: to RoPE only distances count.
         """
         if cache is None:
             pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)
@@ -723,7 +725,11 @@ class Transformer(nn.Module):
             real = (idx >= 0).sum(1)  # (B,), tokens that are no padding
             idx = idx.clamp(min=0)
         rope = rope_tables(self.cfg, pos)
-        inputs = AttentionInputs(rope, self.backend, cache, pos, self.causal)
+        if docs is not None:
+            from kernels import documents  # optional, too
+
+            docs = documents(docs, self.backend, self.compute_dtype)
+        inputs = AttentionInputs(rope, self.backend, cache, pos, self.causal, docs)
         x = F.embedding(idx, self.embed.weight).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
@@ -774,12 +780,8 @@ class Transformer(nn.Module):
 
     def sparse_layers(self, kind: str) -> dict[int, nn.Module]:
         """The MoE (kind moe) or MoD (kind mod) modules by layer."""
-        layers = {}
-        for i, block in enumerate(self.blocks):
-            module = block.ffn if kind == "moe" else block.mod
-            if isinstance(module, (MoE, MoD)):
-                layers[i] = module
-        return layers
+        modules = [block.ffn if kind == "moe" else block.mod for block in self.blocks]
+        return {i: m for i, m in enumerate(modules) if isinstance(m, (MoE, MoD))}
 
     @torch.no_grad()
     def generate(
@@ -836,17 +838,16 @@ class Transformer(nn.Module):
     # ---- arithmetic
 
     def n_params(self) -> dict[str, int]:
-        """Parameters: total, active per token (K of the experts; null ones save their share), and
-        without embeddings."""
+        """Parameters: total, active per token (less what null experts save), non_embedding."""
         cfg = self.cfg
         total = sum(p.numel() for p in self.parameters())
         tables = self.embed.weight.numel()
         if not cfg.tie_embeddings:
             tables += self.head.weight.numel()
-        idle = 0
         each = 3 * cfg.d_model * cfg.d_expert  # weights of an expert: gate, up and down
-        for moe in self.sparse_layers("moe").values():
-            idle += moe.router.slots * each - round(self.experts_used() * each)
+        used = round(self.experts_used() * each)
+        moe = self.sparse_layers("moe").values()
+        idle = sum(layer.router.slots * each - used for layer in moe)
         return {"total": total, "active": total - idle, "non_embedding": total - tables}
 
     def experts_used(self) -> float:
@@ -862,8 +863,7 @@ class Transformer(nn.Module):
         MFUs compare. Of the experts those that are used count; in a MoD layer of capacity c weights
         count c times, attention c^2 times.
         """
-        cfg = self.cfg
-        T = seq_len or cfg.max_seq_len
+        cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
         flops = 6 * cfg.vocab_size * cfg.d_model  # the head; the embedding is a lookup
         for i, block in enumerate(self.blocks):
             c = block.mod.capacity if block.mod is not None else 1.0

@@ -29,8 +29,7 @@ def plain_experts(x, p, ids, w13, w2):
     (gate, up) = w13[e] @ x[t]: what every backend must equal, by a loop, index_add and autograd.
 
     x (T, C), gates p (T, K) fp32, ids (T, K) of which E or more mean no expert, w13 (E, 2 I, C),
-    w2 (E, C, I) -> (T, C). How many rows an expert has decides shapes here, so the host waits for
-    the device and no CUDA graph can hold it; the backends in kernels.py do better.
+    w2 (E, C, I) -> (T, C). The host waits for the device here: the backends in kernels.py do not.
     """
     out = torch.zeros(x.shape, dtype=p.dtype, device=x.device)
     for e in range(w2.shape[0]):
@@ -74,7 +73,8 @@ class Router(nn.Module):
     split of a batch over micro-steps or ranks changes it, and it answers at once. Loads of the
     whole batch are known one step late only, and Adam makes so much of that one step that it cost
     up to 0.2 nats (EXPERIMENTS.md). Rows of one topic are balanced too, which a load of the whole
-    batch would not ask for (Qiu et al. 2025): what that costs was not measured.
+    batch would not ask for (Qiu et al. 2025): what that costs was not measured. With documents that
+    do not see each other each of them is such a row: packed, they train as they would apart.
 
     Buffers, in checkpoints: bias (n,); load (n,), the share of each in the previous optimizer step;
     with slots also alive (S,); sibling (S,), the other half of a split expert, itself without one;
@@ -108,7 +108,7 @@ class Router(nn.Module):
             buffers["retired"] = torch.full((self.slots,), -1)
         return buffers
 
-    def forward(self, x):
+    def forward(self, x, docs=None):
         cfg = self.cfg
         K = cfg.n_experts_per_token
         B = len(x) if x.dim() == 3 else 1
@@ -123,18 +123,27 @@ class Router(nn.Module):
             share = share / share.sum(-1, keepdim=True)
         with torch.no_grad():
             ids = self.select(score.detach() + self.bias).topk(K, -1).indices  # (T, K)
-            chosen = ids.view(B, -1)
-            ones = torch.ones_like(chosen, dtype=logits.dtype)
-            counts = logits.new_zeros(B, self.n).scatter_add_(1, chosen, ones)  # (B, n)
+            if docs is None:
+                ones = torch.ones_like(ids, dtype=logits.dtype).view(B, -1)
+                counts = logits.new_zeros(B, self.n).scatter_add_(1, ids.view(B, -1), ones)
+                load = (counts / ones.shape[1])[:, None]  # (B, 1, n), each row sums to 1
+                counts = counts.sum(0)
+            else:
+                counts, load = docs.choices(ids, self.n)
         p = score.gather(1, ids)  # (T, K)
         if cfg.norm_topk:
             p = p / (p.sum(-1, keepdim=True) + 1e-20)
         if cfg.route_scale != 1.0:
             p = p * cfg.route_scale
+        z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square()
+        tokens = logits.new_full((), len(x))
+        if docs is not None and docs.real is not None:  # the others count for nothing
+            real = docs.real.view(-1, 1)
+            share, z, tokens = share * real, z * real[:, 0], real.sum().to(z.dtype)
+            ids = ids.masked_fill(~real, self.n)
         # 1.0 a token when loads are equal: Switch (Fedus et al. 2021), row by row
-        load = counts / chosen.shape[1]  # (B, n), each row sums to 1
-        balance = live * (share.view(B, -1, self.n) * load[:, None]).sum()
-        z = (logits if cfg.router_z_loss_weight else logits.detach()).logsumexp(-1).square().sum()
+        balance = live * (share.view(B, -1, self.n) * load).sum()
+        z = z.sum()
         loss = self.aux_weight * balance + cfg.router_z_loss_weight * z
         with torch.no_grad():
             dropped = logits.new_zeros(())
@@ -143,11 +152,11 @@ class Router(nn.Module):
             sums = {
                 "balance": balance.detach(),
                 "z": z.detach(),
-                "tokens": logits.new_full((), len(x)),
+                "tokens": tokens,
                 "dropped": dropped,
                 "entropy": -torch.special.xlogy(share, share).sum(),
                 "confidence": share.amax(-1).sum(),
-                "counts": counts.sum(0),  # what was wanted, dropped or not
+                "counts": counts,  # what was wanted, dropped or not
             }
         return p, ids, loss, sums
 
@@ -185,7 +194,7 @@ class Router(nn.Module):
         """Send what exceeds an expert's capacity to nobody, first come first served: (ids, how
         many)."""
         sid, order = ids.flatten().sort(stable=True)
-        first = torch.searchsorted(sid, torch.arange(self.n, device=ids.device))  # (n,)
+        first = torch.searchsorted(sid, torch.arange(self.n + 1, device=ids.device))
         place = torch.arange(ids.numel(), device=ids.device) - first[sid]  # in its expert's queue
         fair = torch.full((), self.capacity_factor * ids.numel(), device=ids.device)
         late = (place >= torch.ceil(fair / live)) & (sid < self.slots)
@@ -228,8 +237,8 @@ class MoE(nn.Module):
         self.shared = shared
         self.backend = "slices" if run_experts else "plain"
 
-    def forward(self, x):
-        p, ids, loss, sums = self.router(x)
+    def forward(self, x, docs=None):
+        p, ids, loss, sums = self.router(x, docs)
         y = self.experts(x.reshape(-1, x.shape[-1]), p, ids, self.backend).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
@@ -241,33 +250,6 @@ class MoE(nn.Module):
             return "plain"
         cfg = self.router.cfg
         return for_generation(self.backend, device, dtype, cfg.d_model, cfg.d_expert)
-
-
-@torch.no_grad()
-def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Tensor) -> None:
-    """After an optimizer step, from each layer's choices per column (n,) over all micro-steps and
-    ranks: the load shares, by which experts are split and pruned, and the selection bias,
-    b += rate * sign(mean - count), centred (Wang et al. 2024).
-
-    Nothing changes where `bad`, a 0-d bool: that step was dropped. No host sync.
-    """
-    for moe, count in zip(layers, counts):
-        router = moe.router
-        count = count.float()
-        live = torch.ones_like(router.bias)
-        if router.cfg.n_experts_max:
-            live[: router.slots] = router.alive.float()
-        load = count / count.sum().clamp(min=1)
-        out = router.dropped_out
-        if out is not None:  # they had no chance: they keep what they had before
-            load = torch.where(out, router.load, load * (router.load * ~out).sum())
-        router.load.copy_(torch.where(bad, router.load, load))
-        if router.bias_rate:
-            mean = count.sum() / live.sum()
-            bias = router.bias + router.bias_rate * torch.sign(mean - count) * live
-            # without this the sum drifts (torchtitan issue 1506)
-            bias = bias - (bias * live).sum() / live.sum() * live
-            router.bias.copy_(torch.where(bad, router.bias, bias))
 
 
 # ---------------------------------------------------------------- Mixture of Depths
@@ -313,10 +295,10 @@ class MoD(nn.Module):
 
     Raposo et al. 2024. forward(x (B, T, C), branch, inputs) -> (the change to x, zero where a token
     was passed by; stats). branch(x, inputs) computes the block's change for the chosen tokens only:
-    in order, with their own positions, causal among themselves; inputs is a NamedTuple with rope,
-    pos, cache and causal. learned: of each row the highest scores, and the change is multiplied by
-    2 sigmoid(score), so that the router learns; static: evenly spaced positions; random: drawn in
-    training, hashed from the position otherwise.
+    in order, with their own positions, causal among themselves; inputs is model.AttentionInputs,
+    and of each of its documents is chosen what would be if it were a row. learned: of each row the
+    highest scores, and the change is multiplied by 2 sigmoid(score), so that the router learns;
+    static: evenly spaced; random: drawn in training, hashed from the position otherwise.
 
     Which tokens score highest depends on later ones, so text is not made by that rule but by the
     causal one: a linear predictor on the same normalised, detached input, trained beside by
@@ -357,26 +339,39 @@ class MoD(nn.Module):
             logit = score.detach() + self.predictor(h.detach())[..., 0]
         if not self.training and (inputs.causal or self.routing == "random"):
             return self.causal_forward(x, branch, inputs, score, logit)
-        idx = self.choose(x, score)  # (B, n), in order
-        y, stats = compute(x, branch, inputs, idx, score)
-        kept = x.new_zeros(B, T, dtype=torch.float32).scatter_(1, idx, 1.0)
-        return y, stats | self.statistics(kept, logit, stats)
+        docs = inputs.docs
+        keep, n = self.choose(x, score, docs)
+        idx, real = first(keep, n)
+        # without documents each row has exactly n
+        y, stats = compute(x, branch, inputs, idx, score, real=None if docs is None else real)
+        return y, stats | self.statistics(keep.float(), logit, stats, docs)
 
-    def choose(self, x, score):
-        """Which tokens of x (B, T, C) go through, as trained: (B, n) positions in order."""
+    def choose(self, x, score, docs):
+        """Which tokens of x (B, T, C) go through, as trained: (B, T) bool; and how many of a row at
+        most."""
         B, T, _ = x.shape
-        n = math.ceil(self.tokens * T / self.full)
-        if self.routing == "learned":
-            return highest(score, n).sort(dim=1).values
+        n = None if docs is None else docs.most_of_best(self.tokens, self.full)
+        if self.routing == "static":
+            at = torch.arange(T, device=x.device).expand(B, T) if docs is None else docs.places()
+            return self.causal_choice(at, None), n or (T - 1) * self.tokens // self.full + 1
         if self.routing == "random":
-            return torch.rand(B, T, device=x.device).topk(n, dim=1).indices.sort(dim=1).values
-        n = (T - 1) * self.tokens // self.full + 1
-        idx = torch.arange(n, device=x.device) * self.full + self.tokens - 1
-        return (idx // self.tokens).expand(B, n)
+            order = torch.rand(B, T, device=x.device).argsort(dim=1, descending=True)
+        else:
+            order = highest(score, T)
+        if docs is not None:
+            return docs.best(order, self.tokens, self.full), n
+        n = math.ceil(self.tokens * T / self.full)
+        keep = torch.zeros(B, T, dtype=torch.bool, device=x.device)
+        return keep.scatter_(1, order[:, :n], True), n
 
-    def statistics(self, kept, logit, inner: dict) -> dict:
+    def statistics(self, kept, logit, inner: dict, docs=None) -> dict:
         """Of kept (B, T), 1.0 or 0.0, and what the predictor says of it."""
-        own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": kept.sum(0)}
+        counts = kept.sum(0)
+        if docs is not None:
+            counts = torch.zeros_like(counts).scatter_add_(
+                0, docs.places().flatten(), kept.flatten()
+            )
+        own = {"mod.tokens": kept.new_full((), kept.numel()), "mod.counts": counts}
         bce = kept.new_zeros(())
         agree = kept
         if logit is not None:
@@ -401,24 +396,19 @@ class MoD(nn.Module):
     def causal_forward(self, x, branch, inputs, score, logit):
         """By the causal rule. Rows keep different numbers, so here the host looks."""
         B, T, _ = x.shape
-        cache = inputs.cache
-        at = inputs.pos  # (B, T) in decoding
-        if at is None or at.dim() == 1:
-            at = torch.arange(T, device=x.device).expand(B, T)
+        cache, docs = inputs.cache, inputs.docs
+        at = inputs.pos if docs is None else docs.places()
+        at = at.expand(B, T)  # in decoding it is that already
         keep = self.causal_choice(at, logit)  # (B, T) bool
         if cache is not None:
             keep = keep & (at < cache.length)  # padding
         stats = {"kept": keep, "agree": torch.ones_like(keep)}
         if logit is not None:
-            best = highest(score, math.ceil(self.tokens * T / self.full))
-            stats["agree"] = keep == torch.zeros_like(keep).scatter(1, best, True)
+            stats["agree"] = keep == self.choose(x, score, docs)[0]
         n = int(keep.sum(1).max())
         if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
-        n = max(1, n)
-        # the chosen first, in order; rows that keep fewer are filled up with some that do not count
-        idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]  # (B, n)
-        real = keep.gather(1, idx)
+        idx, real = first(keep, max(1, n))
         pos = at.gather(1, idx)
         if cache is not None:
             pos = pos.masked_fill(~real, cache.length)  # the spare slot, which nobody reads
@@ -432,7 +422,10 @@ def compute(x, branch, inputs, idx, score, pos=None, real=None):
     B, T, C = x.shape
     rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()  # (B n,)
     taken = TakeRows.apply(x.flatten(0, 1), rows).view(*idx.shape, C)
-    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos))
+    docs = inputs.docs
+    if docs is not None:
+        docs = docs.chosen(idx, real, inputs.backend, x.dtype)
+    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), pos=pos, docs=docs))
     if score is not None:
         # 1 where the score is 0, so that at first MoD changes little
         y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]
@@ -440,6 +433,13 @@ def compute(x, branch, inputs, idx, score, pos=None, real=None):
         # not times zero: without a key to look at, attention gives NaN
         y = torch.where(real[..., None], y, 0.0)
     return PutRows.apply(y.flatten(0, 1), rows, B * T).view(B, T, C), stats
+
+
+def first(keep, n: int):
+    """The positions that keep (B, T) marks, in order, then others that fill the row up: (B, n); and
+    which of them are marked, (B, n) bool."""
+    idx = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :n]
+    return idx, keep.gather(1, idx)
 
 
 def rope_of(rope, idx):

@@ -29,10 +29,10 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
-from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted
+from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted, update_balance
 from lumen.feed import to_host
 from lumen.launch import check_launch, check_tasks, command, environment
-from lumen.loader import Loader, Sums, dummy_batch, mix
+from lumen.loader import Loader, mix
 from lumen.machine import free_memory
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
@@ -49,8 +49,8 @@ from lumen.state import State
 from lumen.stopwatch import Stopwatch
 from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, step_numbers, unflatten
 from lumen.tell import Teller
+from lumen.windows import Sums, dummy_batch
 from model import Transformer
-from model_moe import update_balance
 
 # ---------------------------------------------------------------- schedule
 
@@ -575,20 +575,20 @@ class Trainer(ByHand):
         """One forward and backward pass; adds to `sums`. False where its rows cannot be read."""
         par = self.parallel
         try:
-            row, x, y = self.loader.next()  # x, y: (rows, T), y one token further
+            row, *batch = self.loader.next()  # x, y: (rows, T), y one token further; documents
         except UserError as error:  # this rank cannot go on; the others learn it from the flag
             self.data_error = error
             sums["unread"].fill_(1)
-            if par.collective_free:
+            if par.collective_free:  # else it has a part in the collectives of forward and backward
                 return False
-            # for its part of the collectives in forward and backward
-            row, (x, y) = self.cursor, dummy_batch(self.run.micro_batch, self.model.cfg.max_seq_len)
+            shape = (self.run.micro_batch, self.model.cfg.max_seq_len)
+            row, *batch = dummy_batch(self.cursor, *shape)
         self.watch.lap("data")
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
         with par.microstep(self.model, micro == self.run.accumulation - 1):
-            x, y = par.feed.send(x, y)  # (rows, T) each
-            total, counted = self.model(x, targets=y)
+            x, y, docs = par.feed.batch(*batch)  # (rows, T) each
+            total, counted = self.model(x, targets=y, docs=docs)
             # a constant, not this micro-batch's own count of targets: so the gradient of a step is
             # the same however it is cut into micro-batches and ranks
             loss = total / self.targets_per_step

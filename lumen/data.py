@@ -19,7 +19,8 @@ from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import clock, environment
-from lumen.loader import Source, val_rows
+from lumen.loader import val_rows
+from lumen.windows import Source
 
 
 @dataclass

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 
 from lumen.errors import UserError
-from lumen.loader import dummy_batch, mix
+from lumen.loader import mix
 from lumen.machine import free_memory
+from lumen.windows import dummy_batch
 
-# (x, y, None) of a micro-batch, with its seed set; or with why its rows cannot be read
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor, str | None]]
+# (x, y, docs, None) of a micro-batch, with its seed set; or with why its rows cannot be read
+Batches = Iterable[tuple]
 
 
 def diagnose(model, parallel, sizes: tuple[int, ...], batches: Callable[[int], Batches]):
@@ -56,13 +57,13 @@ def repeat(model, parallel, batches: Batches) -> str | None:
     hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
     try:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            for x, y, unreadable in batches:
+            for x, y, docs, unreadable in batches:
                 if unreadable and parallel.collective_free:
                     return unreadable
                 if unreadable:
                     found.append(unreadable)
                 with parallel.microstep(model, True):
-                    model(x, targets=y)[0].backward()
+                    model(x, targets=y, docs=docs)[0].backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -92,9 +93,9 @@ def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
         row = cursor + (micro * count + index) * size + inside
         unreadable = None
         try:
-            x, y = trainer.loader.batch(row, rows)
+            batch = trainer.loader.batch(row, rows)
         except UserError as error:
             unreadable = error.text
-            x, y = dummy_batch(size, trainer.cfg.model.max_seq_len)
+            batch = dummy_batch(row, size, trainer.cfg.model.max_seq_len)
         torch.manual_seed(mix(trainer.cfg.seed, row))
-        yield *trainer.parallel.feed.send(x, y), unreadable
+        yield *trainer.parallel.feed.batch(*batch[1:]), unreadable

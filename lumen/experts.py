@@ -210,6 +210,33 @@ def draw_dropout(layers: list[MoE], seed: int) -> None:
         router.dropped_out[: router.slots] = out.scatter(0, lowest.indices, False)
 
 
+@torch.no_grad()
+def update_balance(layers: list[MoE], counts: list[torch.Tensor], bad: torch.Tensor) -> None:
+    """After an optimizer step, from each layer's choices per column (n,) over all micro-steps and
+    ranks: the load shares, by which experts are split and pruned, and the selection bias,
+    b += rate * sign(mean - count), centred (Wang et al. 2024).
+
+    Nothing changes where `bad`, a 0-d bool: that step was dropped. No host sync.
+    """
+    for moe, count in zip(layers, counts):
+        router = moe.router
+        count = count.float()
+        live = torch.ones_like(router.bias)
+        if router.cfg.n_experts_max:
+            live[: router.slots] = router.alive.float()
+        load = count / count.sum().clamp(min=1)
+        out = router.dropped_out
+        if out is not None:  # they had no chance: they keep what they had before
+            load = torch.where(out, router.load, load * (router.load * ~out).sum())
+        router.load.copy_(torch.where(bad, router.load, load))
+        if router.bias_rate:
+            mean = count.sum() / live.sum()
+            bias = router.bias + router.bias_rate * torch.sign(mean - count) * live
+            # without this the sum drifts (torchtitan issue 1506)
+            bias = bias - (bias * live).sum() / live.sum() * live
+            router.bias.copy_(torch.where(bad, router.bias, bias))
+
+
 # ---------------------------------------------------------------- slots and surgery
 # `rows` is the run's Parallel: its local, row and set_row reach one expert's row of a parameter, or
 # of a tensor of its optimizer's state, wherever that row is. Sharded, they are collectives, so all

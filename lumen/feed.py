@@ -8,6 +8,8 @@ import itertools
 import numpy as np
 import torch
 
+from kernels import Documents
+
 
 class Buffer:
     """Pinned memory of the host, made once and larger when it must be, out of which a copy may
@@ -59,6 +61,14 @@ class Feed:
         # their memory is the copying stream's: once freed it is used again when this one is through
         sent.record_stream(computing)
         return tuple(sent)
+
+    def batch(self, x, y, docs=None) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+        """What lumen.windows.Batch holds, on the device; of docs the host says how many there are,
+        in steps of powers of two, so that few shapes are compiled."""
+        if docs is None:
+            return *self.send(x, y), None
+        x, y, of = self.send(x, y, docs.astype(np.int64))
+        return x, y, Documents(of, 1 << int(docs.max()).bit_length())
 
     def without_stream(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

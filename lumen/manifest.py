@@ -13,10 +13,10 @@ import numpy as np
 
 from lumen.errors import UserError
 from lumen.files import read_json, sha256
-from lumen.loader import DAMAGED
 from lumen.output import Output
 from lumen.shards import json_sha256
 from lumen.tokenizer import Tokenizer
+from lumen.windows import DAMAGED
 
 # ---------------------------------------------------------------- manifest.json
 

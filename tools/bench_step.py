@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import kernels
-import model_moe
 from lumen import machine as machines
 from lumen import tryout
 from lumen.attention import Shape, pick_attention
 from lumen.config import Config
 from lumen.errors import UserError
+from lumen.experts import update_balance
 from lumen.machine import human_number
 from lumen.optim import build_optimizer, step_optimizer
 from model import ModelConfig, Transformer
@@ -124,7 +124,7 @@ class Ours:
         clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         step_optimizer(self.optimizer, list(model.parameters()), clip * factor, bad)
         if self.moe:
-            model_moe.update_balance(self.moe, sums["moe.counts"], bad)
+            update_balance(self.moe, sums["moe.counts"], bad)
         return ce / count
 
 

@@ -29,7 +29,7 @@ from forks import run_forked
 
 import train
 import train_fsdp
-from lumen import checkpoint, files, launch, loader
+from lumen import checkpoint, files, launch, loader, windows
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -603,7 +603,7 @@ def install() -> None:
     before(checkpoint, "write", "write")
     before(checkpoint, "commit", "commit")
     before(checkpoint, "write_json")
-    loader.RETRY_WAITS_SECONDS, loader.DISK_RETRY_WAITS_SECONDS = (0.01, 0.02), (0.03, 0.04)
+    windows.RETRY_WAITS_SECONDS, windows.DISK_RETRY_WAITS_SECONDS = (0.01, 0.02), (0.03, 0.04)
     pread, build = os.pread, Trainer.build
 
     def failing(*args):

@@ -2,11 +2,11 @@
 
 import sys
 
-from lumen import loader
+from lumen import loader, windows
 from lumen.errors import UserError
 
-loader.RETRY_WAITS_SECONDS = (0.01, 0.01)
-load = loader.Loader({"d": loader.Source(sys.argv[1], "train", 4096)}, 1, [[0, {"d": 1}]])
+windows.RETRY_WAITS_SECONDS = (0.01, 0.01)
+load = loader.Loader({"d": windows.Source(sys.argv[1], "train", 4096)}, 1, [[0, {"d": 1}]])
 load.start(0, 0, 1, 8, 1)
 try:
     for i in range(10**9):

@@ -16,10 +16,10 @@ from lumen.experts import (
     recycle_expert,
     release_siblings,
     restore_expert,
+    update_balance,
 )
 from lumen.optim import build_optimizer
 from model import AttentionInputs, rope_tables
-from model_moe import update_balance
 from train import Parallel
 
 ROWS = Parallel(Config(data_dir="x"))  # how surgery reaches an expert's row: one process

@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen import loader
+from lumen import loader, windows
 from lumen.errors import UserError
-from lumen.loader import BLOCK, Loader, Shard, Source, feistel, val_rows
+from lumen.loader import BLOCK, Loader, feistel, val_rows
+from lumen.windows import Shard, Source
 
 ROOT = str(conftest.ROOT)
 few = settings(max_examples=25, deadline=None)
@@ -253,7 +254,7 @@ def test_the_same_rows_for_any_readers_micro_batches_and_resumes(two, data):
         for index in range(count):
             load.start(cursor, index, count, micro, accum)
             for turn in range(steps * accum):
-                row, x, y = load.next()
+                row, x, y, _ = load.next()
                 step, a = divmod(turn, accum)
                 assert row == cursor + step * count * micro * accum + (a * count + index) * micro
                 for r in range(micro):
@@ -261,24 +262,24 @@ def test_the_same_rows_for_any_readers_micro_batches_and_resumes(two, data):
                     seen[row + r] = x[r].tolist(), y[r].tolist()
         cursor += count * micro * accum * steps
     load.close()
-    x, y = Loader(two, 3, segments).batch(0, cursor)
+    _, x, y, _ = Loader(two, 3, segments).batch(0, cursor)
     assert [seen[r] for r in range(cursor)] == list(zip(x.tolist(), y.tolist()))
     assert sorted(seen) == list(range(cursor))
 
 
 def test_batches(two):
     load = Loader(two, 3, [[0, {"a": 1, "b": 1}]])
-    x, y = load.batch(1000, 64)
+    _, x, y, _ = load.batch(1000, 64)
     assert x.shape == y.shape == (64, 8) and x.dtype == y.dtype == np.int64
     assert x.flags.c_contiguous and y.flags.c_contiguous and x.flags.writeable
     assert np.array_equal(x[:, 1:], y[:, :-1]) and np.array_equal(x + 1, y)
     for r in range(64):
         name, window, _ = load.locate(1000 + r)
         assert np.array_equal(two[name].window(window), [*x[r], y[r, -1]])
-    a, b = load.batch(1003, 2)
+    _, a, b, _ = load.batch(1003, 2)
     assert np.array_equal(a, x[3:5]) and np.array_equal(b, y[3:5])
     assert not np.array_equal(
-        x, Loader(two, 4, [[0, {"a": 1, "b": 1}]]).batch(1000, 64)[0]
+        x, Loader(two, 4, [[0, {"a": 1, "b": 1}]]).batch(1000, 64).x
     )  # the seed matters
 
 
@@ -322,12 +323,12 @@ def test_lunaris_defects(tmp_path):
     write(path, [16], prefix="val", first=50)
     source = Source(path, "train", 4)  # 16 tokens
     load = Loader({"d": source}, 1, [[0, {"d": 1}]], vocab_size=16)
-    x, y = load.batch(0, source.windows)
+    _, x, y, _ = load.batch(0, source.windows)
     assert (
         source.windows == 3 and y.max() <= 15 and sorted(y.ravel().tolist()) == list(range(1, 13))
     )
     load.start(0, 0, 1, 1, 1)
-    before = [load.next()[2].tolist() for _ in range(2)]
+    before = [load.next().y.tolist() for _ in range(2)]
     again = Loader({"d": source}, 1, [[0, {"d": 1}]])
     again.start(2, 0, 1, 1, 1)
     assert again.next()[2].tolist() not in before
@@ -348,12 +349,7 @@ def test_ids_at_the_limits(tmp_path):
 
 def test_bare_folders(tmp_path):
     path = write(tmp_path / "d", [50, 51])
-    for name in (
-        "train_00000.docs.npy",
-        "train_00000.mask.npy",
-        "token_bytes.npy",
-        "._train_00000.npy",
-    ):
+    for name in ("train_00000.docs.npy", "token_bytes.npy", "._train_00000.npy"):
         np.save(os.path.join(path, name), np.zeros(9, np.uint8))
     train, val = Source(path, "train", 10), Source(path, "val", 10)
     assert (train.tokens, train.windows, train.unused, val.windows) == (101, 10, 0, 0)
@@ -562,7 +558,7 @@ def test_stale_handle(tmp_path, quick, monkeypatch):
     path = write(tmp_path / "d", [50])
     source, real = Source(path, "train", 10), os.pread
     source.window(0)
-    dead = loader.opened(source.shards[0].path, *source.shards[0].stamp)
+    dead = windows.opened(source.shards[0].path, *source.shards[0].stamp)
 
     def pread(fd, n, at):
         if fd == dead.fileno():
@@ -589,7 +585,7 @@ def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(
 
         return call
 
-    monkeypatch.setattr(loader.time, "sleep", waits.append)
+    monkeypatch.setattr(windows.time, "sleep", waits.append)
     for name in ("pread", "stat"):
         for times in (2, 4):  # of five tries
             with monkeypatch.context() as patch:
@@ -597,7 +593,8 @@ def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(
                 assert source.window(3)[0] == 30
             assert (
                 len(tries) > times
-                and waits == [*loader.RETRY_WAITS_SECONDS, *loader.DISK_RETRY_WAITS_SECONDS][:times]
+                and waits
+                == [*windows.RETRY_WAITS_SECONDS, *windows.DISK_RETRY_WAITS_SECONDS][:times]
             )
             tries.clear()
             waits.clear()
@@ -607,13 +604,13 @@ def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(
         assert (
             "cannot be read" in text and os.strerror(number) in text and "train_00000.npy" in text
         )
-        assert waits == [*loader.RETRY_WAITS_SECONDS, *loader.DISK_RETRY_WAITS_SECONDS]
+        assert waits == [*windows.RETRY_WAITS_SECONDS, *windows.DISK_RETRY_WAITS_SECONDS]
         tries.clear()
         waits.clear()
     os.truncate(
         os.path.join(path, "train_00000.npy"), 200
     )  # nothing comes back from this: it is named at once
-    assert "changed" in fails("E111", source.window, 3) and waits == [*loader.RETRY_WAITS_SECONDS]
+    assert "changed" in fails("E111", source.window, 3) and waits == [*windows.RETRY_WAITS_SECONDS]
 
 
 def test_shard_comes_back_in_time(tmp_path, monkeypatch):
@@ -685,11 +682,11 @@ def test_stream_seek_and_close(two, started):
     assert [load.next()[0] for _ in range(6)] == [0, 2, 4, 6, 8, 10] and len(started()) == 1
     load.start(1000, 1, 2, 4, 2)  # a seek: nothing of the old stream comes through
     for row in (1004, 1012):
-        first, x, y = load.next()
+        first, x, y, _ = load.next()
         assert (
             first == row
-            and np.array_equal(x, load.batch(row, 4)[0])
-            and np.array_equal(y, load.batch(row, 4)[1])
+            and np.array_equal(x, load.batch(row, 4).x)
+            and np.array_equal(y, load.batch(row, 4).y)
         )
     load.start(8, 0, 1, 2, 1)
     assert load.next()[0] == 8 and len(started()) == 1, "that of the old stream has ended"
@@ -750,14 +747,14 @@ def test_an_abandoned_stream_does_not_keep_the_interpreter_alive(tmp_path):
 def test_evaluation_beside_the_thread(two, monkeypatch):
     """Two threads read many shards through a few descriptors: none may be closed under the
     other."""
-    small = loader.functools.lru_cache(maxsize=2)(loader.opened.__wrapped__)
+    small = windows.functools.lru_cache(maxsize=2)(windows.opened.__wrapped__)
     monkeypatch.setattr(loader, "opened", small)
     load = Loader(two, 3, [[0, {"a": 1, "b": 8}]])
-    x, y = load.batch(0, 1200)
+    _, x, y, _ = load.batch(0, 1200)
     load.start(0, 0, 1, 4, 1)
     for _ in range(300):
-        row, a, b = load.next()
-        c, d = load.batch(1196 - row, 4)
+        row, a, b, _ = load.next()
+        _, c, d, _ = load.batch(1196 - row, 4)
         assert np.array_equal(a, x[row : row + 4]) and np.array_equal(b, y[row : row + 4])
         assert np.array_equal(c, x[1196 - row : 1200 - row]) and np.array_equal(
             d, y[1196 - row : 1200 - row]

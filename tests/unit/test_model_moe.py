@@ -17,11 +17,12 @@ from lumen.experts import (
     expert_numbers,
     expert_statistics,
     recycle_expert,
+    update_balance,
 )
 from lumen.optim import build_optimizer
 from lumen.sums import flatten, sum_shapes, unflatten
 from model import AttentionInputs, Transformer, rope_tables
-from model_moe import SUMS, update_balance
+from model_moe import SUMS
 from train import Parallel
 
 NO_LOSSES = dict(aux_loss_weight=0.0, router_z_loss_weight=0.0)

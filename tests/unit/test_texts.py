@@ -15,7 +15,7 @@ from conftest import ROOT
 from rig import bytes_data
 
 import prepare_data
-from lumen import inputs, loader, tokenizer
+from lumen import inputs, tokenizer, windows
 from lumen.bpe import LONGEST_TOKEN
 from lumen.errors import ERRORS, UserError
 
@@ -367,17 +367,17 @@ def test_sums_are_not_read_again_on_resume(tmp_path, monkeypatch):
     """A run is resumed: shards that were verified and were not touched since are not read again;
     one that was is."""
     bytes_data(tmp_path / "data", "synthetic:60", shard_tokens=5000)
-    read, real = [], loader.sha256
+    read, real = [], windows.sha256
     monkeypatch.setattr(
-        loader, "sha256", lambda path, *more: read.append(path) or real(path, *more)
+        windows, "sha256", lambda path, *more: read.append(path) or real(path, *more)
     )
     for touched, wanted in ((False, None), (False, 0), (True, 1)):
-        source = loader.Source(str(tmp_path / "data"), "train", 16)
+        source = windows.Source(str(tmp_path / "data"), "train", 16)
         if touched:
             os.utime(source.shards[0].path, (1, 1))
-            source = loader.Source(str(tmp_path / "data"), "train", 16)
+            source = windows.Source(str(tmp_path / "data"), "train", 16)
         read.clear()
-        sums = loader.Sums([source], str(tmp_path / "verified.jsonl"))
+        sums = windows.Sums([source], str(tmp_path / "verified.jsonl"))
         sums.thread.join(20)
         assert sums.error is None and len(read) == (
             len(source.shards) if wanted is None else wanted
@@ -392,12 +392,12 @@ def test_text_is_given_where_tokens_belong(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     for name, stem in (("my_texts", "my_texts"), ("rows.jsonl", "rows")):
         with pytest.raises(UserError, match="E110.*is text, not tokens") as caught:
-            loader.Source(str(tmp_path / name), "train", 8)
+            windows.Source(str(tmp_path / name), "train", 8)
         assert f"python prepare_data.py {tmp_path / name} --out data/{stem}" in caught.value.text
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match="E110.*--out data/NAME"):
-        loader.Source(str(tmp_path / "pictures"), "train", 8)
+        windows.Source(str(tmp_path / "pictures"), "train", 8)
 
 
 def test_objects_over_several_lines(tmp_path):
