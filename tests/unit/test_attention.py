@@ -460,13 +460,14 @@ def each_alone(q, k, v, ends):
 def test_kernels_that_know_documents_are_given_them_and_held_against_the_formula(monkeypatch):
     asked = []
 
-    def varlen(q, k, v, ends, same, most_q, most_k, window_size):
-        asked.append((q.shape[1], k.shape[1], most_q, most_k, window_size, ends.dtype))
+    def varlen(q, k, v, ends, *more, window_size):
+        same, *most = more
+        asked.append((q.shape[1], k.shape[1], *most, window_size, ends.dtype))
         assert ends is same and ends[0] == 0 and ends[-1] == len(q)
         return each_alone(q, k, v, ends)
 
-    def flash(q, k, v, ends, same, most_q, most_k, causal, deterministic):
-        asked.append((q.shape[1], k.shape[1], most_q, causal, deterministic))
+    def flash(q, k, v, ends, *more, **options):
+        asked.append((q.shape[1], k.shape[1], more[1], *options.values()))
         return each_alone(q, k, v, ends)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
