@@ -42,7 +42,7 @@ class Data:
     @property
     def document_mask(self) -> bool | None:
         """Whether all sources have one; None: some do."""
-        masked = {source.document_mask for source in self.sources.values()}
+        masked = {source.document_mask for source in self.sources.values()} or {False}
         return masked.pop() if len(masked) == 1 else None
 
     @property

@@ -158,6 +158,7 @@ class Layout:
     reduce_bytes: int = 4  # of a gradient's number on its way
     cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
     state_bytes: int = AdamW.STATE_BYTES  # of the optimizer, for a parameter: optim.state_bytes
+    documents: bool = False  # rows hold several that do not see each other
 
     def check(self, slots: int) -> Layout:
         """Itself; E002 for a mesh that does not divide the world, or experts that do not divide."""
@@ -285,8 +286,15 @@ def rank_memory(
     """
     step = StepShape(rows, steps, precision, recompute)
     if layout.shard == 1:
-        return replica_memory(model, layout, step)
-    return ShardedStep(model, layout, step, imbalance).peak()
+        held = replica_memory(model, layout, step)
+    else:
+        held = ShardedStep(model, layout, step, imbalance).peak()
+    if layout.documents and layout.cuda and precision == "fp32":
+        # no kernel that knows documents takes fp32, so there is a mask; by reading
+        mask = 4 * rows * model.cfg.max_seq_len**2
+        held["activations"] += mask
+        held["total"] += mask
+    return held
 
 
 def replica_memory(model, layout: Layout, step: StepShape) -> dict:

@@ -74,7 +74,6 @@ class Facts:
     memory: float  # bytes that this rank may have
     hint: int | None = None  # micro-batch that an earlier start's lack of memory asks for ...
     hint_file: Path | None = None  # ... in this file
-    documents: bool = False  # rows hold several, some of which do not see each other
     dry_run: bool = False  # what does not fit is said, not refused
 
 
@@ -119,13 +118,12 @@ def gather_facts(cfg: Config, written: dict, data, parallel, hints: Path | None)
     return Facts(
         written=written,
         readers=parallel.rows()[1],
-        layout=parallel.layout,
+        layout=dataclasses.replace(parallel.layout, documents=data.document_mask is not False),
         windows=data.windows,
         weights=data.weights,
         model=meta_model(cfg.model),
         machine=machine,
         memory=machines.own_memory(machine.device),
-        documents=any(source.document_mask for source in data.sources.values()),
         hint=hint,
         hint_file=hints / HINT if hints else None,
     )
@@ -332,7 +330,7 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     if deterministic == "auto":
         deterministic = machine.device.type == "cpu"
     where = (machine.device, machine.compute_dtype)
-    shape = shape_of(facts.model, run["micro_batch"], facts.documents)
+    shape = shape_of(facts.model, run["micro_batch"], facts.layout.documents)
     attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic))
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
     experts, experts_why = cfg.expert_backend, ""

@@ -617,6 +617,8 @@ class DryRun:
         self.machine = machines.detect(cfg.device, cfg.precision, cfg.compile_model, local_rank)
         self.data = planned_data(cfg) if not_prepared(cfg) else open_data(cfg)
         self.cfg = replace(cfg, model=replace(cfg.model, vocab_size=self.data.vocab_size))
+        documents = bool(cfg.document_mask) or self.data.document_mask is not False
+        self.layout = replace(layout, documents=documents)
         if cfg.early_stopping_patience and self.data.sources and not self.data.val_sources:
             text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
             raise UserError("E114", f"{text}; {no_validation(cfg)}")
@@ -636,7 +638,6 @@ class DryRun:
             model=self.model,
             machine=machine,
             memory=machines.own_memory(machine.device),
-            documents=any(source.document_mask for source in self.data.sources.values()),
             dry_run=True,
         )
         if not self.elsewhere:

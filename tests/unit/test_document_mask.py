@@ -16,6 +16,7 @@ import kernels
 import lumen.windows
 from evaluate import Loop
 from kernels import Documents, bias_of, documents
+from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.feed import Feed
@@ -454,3 +455,19 @@ def test_an_evaluation_counts_what_the_masks_leave(tmp_path):
     assert found.loss == pytest.approx(want / count, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(want / count / np.log(2), rel=1e-5)
     assert len(found.batch_losses) == 1, "a batch without a target has no mean"
+
+
+def test_the_plan_counts_a_mask_where_there_is_one():
+    """On CUDA in fp32: varlen and flash take 16 bits. A CPU goes document by document."""
+    model = plan.on_meta(make().cfg)
+
+    def need(precision, **layout):
+        return plan.rank_memory(model, plan.Layout(**layout), 2, 1, precision)["total"]
+
+    for layout in ({}, {"world": 2, "zero_stage": 3}):
+        mask = need("fp32", documents=True, **layout) - need("fp32", **layout)
+        assert mask == 4 * 2 * T * T
+        assert need("mixed_bf16", documents=True, **layout) == need("mixed_bf16", **layout)
+        assert need("fp32", documents=True, cuda=False, **layout) == need(
+            "fp32", cuda=False, **layout
+        )
