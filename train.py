@@ -3,16 +3,16 @@
     python train.py configs/quickstart.yaml
     torchrun --nproc_per_node=N train.py CONFIG [--key value ...]
 
-In this order: the schedule; `Orchestrator`, which looks at every step and acts on failures;
-`Trainer`, whose `iterations` is the training loop; main. `Trainer("configs/x.yaml").fit()` works in
-a notebook. `--help` prints every key. All that changes with the number of processes stands in
-lumen/parallel.py, what auto and null become in lumen/resolve.py, what a run says in lumen/lines.py.
+In this order: `Orchestrator`, which looks at every step and acts on failures; `Trainer`, whose
+`iterations` is the training loop; main. `Trainer("configs/x.yaml").fit()` works in a notebook.
+`--help` prints every key. The learning rate of a step is lumen/schedule.py's. All that changes with
+the number of processes stands in lumen/parallel.py, what auto and null become in lumen/resolve.py,
+what a run says in lumen/lines.py.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from lumen.report import Report
 from lumen.resolve import Run, check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
+from lumen.schedule import lr_at
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.state import State
@@ -51,34 +52,6 @@ from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, ste
 from lumen.tell import Teller
 from model import Transformer
 from model_moe import update_balance
-
-# ---------------------------------------------------------------- schedule
-
-
-def lr_at(cfg: Config, run: Run, step: int) -> float:
-    """The learning rate of a step (from 0) of run.max_steps, before the orchestrator's factor."""
-    # A function of the step and nothing else: no state to save, and a resumed run needs no
-    # scheduler that is wound forward. Note that a rollback takes the schedule back with it.
-    peak, low, n = cfg.learning_rate, run.min_lr, run.max_steps
-    if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
-        up = run.peak_step
-        if step < up:
-            return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
-        return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
-    # linear warm-up; step + 1, or the first step would change nothing
-    if step < run.warmup_steps:
-        return peak * (step + 1) / run.warmup_steps
-    if cfg.lr_schedule == "constant":
-        return peak
-    if cfg.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, MiniCPM)
-        # the one that can be made longer afterwards: until the decay it does not know the end
-        decay = max(1, round(cfg.decay_frac * n))
-        return low + (peak - low) * min(1.0, (n - step) / decay)
-    # what is left: a cosine, or a straight line, from the peak to min_lr
-    done = (step - run.warmup_steps) / max(1, n - run.warmup_steps)
-    cosine = cfg.lr_schedule == "cosine"
-    share = (1 + math.cos(math.pi * done)) / 2 if cosine else 1 - done
-    return low + (peak - low) * share
 
 
 def every(interval: int, step: int) -> bool:
@@ -359,7 +332,7 @@ class Trainer(ByHand):
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
         # what auto and null become; a resumed run keeps what it had
-        setup.resolve(self, saved, lr_at)
+        setup.resolve(self, saved)
         weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
         # read before out_dir is emptied, it may lie there

@@ -58,6 +58,7 @@ from lumen.resolve import (
     Findings,
     Kept,
     Run,
+    find_order,
     meta_model,
     n_working,
     pick_experts,
@@ -67,8 +68,8 @@ from lumen.resolve import (
     resolve_length,
     without_effect,
 )
+from lumen.schedule import lr_at
 from model import ModelConfig, Transformer, role
-from train import lr_at
 from train_fsdp import meshes, parallelize
 
 GB = 1e9
@@ -633,6 +634,7 @@ class DryRun:
             layout=self.layout,
             windows=self.data.windows if self.data.sources else None,
             weights=self.data.weights,
+            held={name: source.windows for name, source in self.data.sources.items()},
             model=self.model,
             machine=machine,
             memory=machines.own_memory(machine.device),
@@ -664,7 +666,7 @@ class DryRun:
             expert_backend=experts,
             experts_why=why,
             deterministic=cfg.deterministic,
-            segments=[],
+            segments=find_order(cfg, facts, None, batch | length),
         )
 
     def hardware(self) -> Hardware:
