@@ -23,7 +23,7 @@ from evaluate import evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
-from lumen.config import Config, help_text, printed
+from lumen.config import help_text, printed
 from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
@@ -40,7 +40,7 @@ from lumen.parallel import Parallel
 from lumen.progress import Progress
 from lumen.replay import read_decisions
 from lumen.report import Report
-from lumen.resolve import Run, check_states, with_micro_batch, without_effect
+from lumen.resolve import check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
 from lumen.schedule import lr_at
@@ -367,7 +367,7 @@ class Trainer(ByHand):
             self.loss_scale = LossScale(par.device)
         self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
         # the same validation rows in every evaluation, or losses could not be compared
-        self.val_set = choose_val_rows(data.val_sources, cfg, run.segments[-1][1])
+        self.val_set, self.val_aside = choose_val_rows(data, cfg, run.segments)
         measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
         self.progress.measured_on = measured_on
         setup.fill(self, saved, weights)

@@ -73,9 +73,7 @@ def window_starts(source: Source) -> np.ndarray:
     return source.first + np.arange(source.windows, dtype=np.int64) * stride
 
 
-def window_means(
-    begins: np.ndarray, values: np.ndarray, starts: np.ndarray, T: int
-) -> np.ndarray:
+def window_means(begins: np.ndarray, values: np.ndarray, starts: np.ndarray, T: int) -> np.ndarray:
     """The mean over a window's tokens of the value of the document that each is in.
 
     begins: where the documents begin, and the end of the last: int64 (D + 1,); values: (D,);
@@ -102,7 +100,9 @@ def documents(source: Source) -> np.ndarray:
             raise UserError("E110", f"{text} writes it; difficulty: loss needs none")
         found = load(file, "E111")
         if found.ndim != 1 or not len(found) or int(found[-1]) != shard.tokens:
-            raise UserError("E111", f"{file} does not end at the {shard.tokens} tokens of its shard")
+            raise UserError(
+                "E111", f"{file} does not end at the {shard.tokens} tokens of its shard"
+            )
         begins.append(found[:-1].astype(np.int64) + at)
         at += shard.tokens
     return np.concatenate([*begins, [at]])

@@ -21,6 +21,7 @@ from lumen import aliases, mixture
 from lumen.aliases import rename
 from lumen.errors import UserError, expand, nearest
 from lumen.model_keys import model_from_keys
+from lumen.modes import expand_modes
 from lumen.values import PATHS, allowed, check_text, convert, in_words, inside, short
 from model import ModelConfig
 
@@ -237,6 +238,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     lunaris_rope(tree["model"], where, notes)
     renamed = rename(tree, own_keys(), where)
     notes += renamed.notes
+    expand_modes(tree, where, notes, renamed.wrong)
     refuse_unknown(tree, where, [*(wrong or []), *renamed.wrong])
 
     def place(key: str) -> str:
@@ -248,7 +250,13 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     experts = tree["model"]
     if experts.get("n_experts") and "n_experts_per_token" not in experts:
         notes.append("model.n_experts_per_token is not given: 2 here (Lunaris Codex: 1)")
+    if tree.get("data"):
+        tree["data"] = mixture.with_curriculum(tree["data"], place, notes)
     values = expand_paths(with_prepare(tree, place), place)
+    if values.get("data_dir") and not values.get("prepare"):
+        several = mixture.of_folder(values["data_dir"], notes)
+        if several and values.get("data") is None:
+            values |= {"data": several, "data_dir": None}
     orchestrator = OrchestratorConfig(**values.pop("orchestrator"))
     model = build_model(values.pop("model"), place)
     cfg = Config(**values, model=model, orchestrator=orchestrator)

@@ -55,6 +55,8 @@ ERRORS = {  # code: (meaning, remedy)
              "restore it, allow_data_change, or a new out_dir"),
     "E119": ("data could not be written",
              "free some disk space and start again: it goes on where it was"),
+    "E124": ("data of a kind that this command does not train on",
+             "train.py takes text and conversations; see the message"),
     "E200": ("the run does not fit into memory",
              "take what the message names; --dry_run shows what each choice needs"),
     "E201": ("memory ran out inside a collective or the optimizer",

@@ -99,7 +99,7 @@ def with_curriculum(data: dict, place, notes: list[str]) -> dict:
     than without a curriculum, only earlier or later. 0: no order; 1: one bucket after the other.
     """
     a = data.get("curriculum")
-    if a is None:
+    if a is None or not data.get("sources"):
         return data
     data = {key: value for key, value in data.items() if key != "curriculum"}
     sources = data["sources"]

@@ -130,7 +130,7 @@ def resolve_order(cfg: Config, weights: dict, saved: dict | None, rows: int, end
         return segments
     cursor, past = saved["cursor"], []
     for start, then in saved["run"]["segments"]:
-        if start < cursor and set(then) <= set(weights):
+        if start < cursor:  # it may name a source that is gone, see Loader
             past.append([start, then])
     future = [segment for segment in segments if segment[0] > cursor]
     current = [now for start, now in segments if start <= cursor][-1]
@@ -139,3 +139,46 @@ def resolve_order(cfg: Config, weights: dict, saved: dict | None, rows: int, end
     elif past[-1][1] != current:
         past.append([cursor, current])
     return past + future
+
+
+# ---------------------------------------------------------------- as the start-up block says it
+
+
+def mixture_lines(run, sources: dict) -> list[str]:
+    """A line for each phase: when, of what, how often, and how its learning rate differs."""
+    if len(run.segments) * len(sources) <= 1:
+        return []
+    lines, total = [], dict.fromkeys(sources, 0.0)
+    phases = {phase["step"]: phase for phase in run.phases}
+    end = run.max_steps * run.rows_per_step
+    ends = [*(first for first, _ in run.segments[1:]), end]
+    for (first, weights), last in zip(run.segments, ends):
+        step, rows = first // run.rows_per_step, max(0, min(last, end) - first)
+        phase = phases.get(step, {})
+        parts = []
+        for name, weight in weights.items():
+            if not weight or name not in sources:
+                continue
+            share = weight / sum(weights.values())
+            epochs = share * rows / sources[name].windows
+            total[name] += epochs
+            parts.append(f"{name} {100 * share:.1f} % ({epochs:.2f} epochs)")
+        text = f"{phase.get('name') or 'data'} from step {step:,}: {', '.join(parts)}"
+        lines.append(f"mixture    {text}{rate_text(phase)}")
+        if not rows:
+            lines.append("advice     the run ends before that begins: raise max_steps")
+    for name, epochs in total.items():
+        if epochs > 4:
+            text = f"{name} is read {epochs:.1f} times; beyond 4 epochs repeats fade"
+            lines.append(f"advice     {text}: give it less weight, or add data")
+    return lines
+
+
+def rate_text(phase: dict) -> str:
+    """How the learning rate of a phase differs from a schedule without phases; "": it does not."""
+    text = ""
+    if phase.get("lr_scale", 1.0) != 1.0:
+        text = f"; learning rate x {phase['lr_scale']:g}"
+    if phase.get("warmup_steps") is not None:
+        text += f"; the schedule begins anew with {phase['warmup_steps']} warm-up steps"
+    return text

@@ -15,11 +15,11 @@ from lumen.resolve import (
     Facts,
     Findings,
     Kept,
+    find_order,
     read_hint,
     resolve,
     resolve_batch,
     resolve_length,
-    resolve_order,
     resolved,
     with_length,
     write_hint,
@@ -277,7 +277,7 @@ def order(phases, saved=None, names="ab", **more) -> list:
     cfg, written = configured(data_dir=None, data=data)
     facts = facts_of(cfg, written, weights=dict.fromkeys(names, 1.0))
     state = {"run": {"segments": saved}, **more} if saved else None
-    return resolve_order(cfg, facts, state, 10, 10)
+    return find_order(cfg, facts, state, {"rows_per_step": 10, "max_steps": 10})
 
 
 def test_phases_become_segments_of_rows():
@@ -301,9 +301,10 @@ def test_on_resume_the_past_stays_as_it_was(cursor, phases, expected):
     assert order(phases, SEGMENTS, cursor=cursor) == expected
 
 
-def test_a_source_that_is_gone_is_in_no_segment():
+def test_a_source_that_is_gone_keeps_its_rows_in_the_past_and_gets_none_to_come():
     saved = [[0, {"a": 1.0, "c": 1.0}], [30, {"a": 1.0}]]
-    assert order(None, saved, "a", cursor=60) == [[30, {"a": 1.0}]]
+    assert order(None, saved, "a", cursor=60) == saved
+    assert order(None, saved, "a", cursor=20) == [saved[0], [20, {"a": 1.0}]]
 
 
 # ---------------------------------------------------------------- beside a checkpoint's run
