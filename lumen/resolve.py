@@ -29,6 +29,9 @@ from model import ModelConfig, Transformer
 GIB = 2**30
 # a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
 CERTAIN = 1.1
+# what the rows of a step follow from, and the length of a run
+BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
+LENGTH_KEYS = ("max_steps", "num_epochs", "tokens_per_parameter")
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> R
     batch = resolve_batch(cfg, facts, kept, found)
     length = resolve_length(cfg, facts, kept, batch["rows_per_step"], found)
     machine = resolve_machine(cfg, facts, kept, batch | length, found)
-    segments = find_order(cfg, facts, saved, batch | length)
+    segments = resolve_order(cfg, facts.weights, saved, batch | length)
     return Run(**batch, **length, **machine, segments=segments)
 
 
@@ -170,8 +173,7 @@ def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> R
 def resolve_batch(cfg: Config, facts: Facts, kept: Kept, found: Findings) -> dict:
     """rows_per_step, micro_batch, accumulation. Rows per step stay what they were on any number of
     ranks: accumulation gives way."""
-    keys = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
-    rows = kept.get("rows_per_step", *keys) or rows_of_a_step(cfg, facts)
+    rows = kept.get("rows_per_step", *BATCH_KEYS) or rows_of_a_step(cfg, facts)
     asked = rows_that_fit(cfg, facts, kept, rows // facts.readers, found)
     sizes = [n for n in range(1, min(asked, rows) + 1) if rows % (n * facts.readers) == 0]
     if not sizes:
@@ -260,7 +262,10 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
     if steps < 1 and facts.windows is not None and not asked:
         text = f"{facts.windows} rows of {T} tokens are less than one step of {rows}"
         raise UserError("E114", f"{text}; lower the batch")
-    phases = resolve_phases(cfg, phase_ends(cfg, facts.held, rows, steps))
+    # kept: a run that was cut short on its way must not move the phases that have been
+    phases = kept.get("phases", "data", *LENGTH_KEYS, *BATCH_KEYS)
+    if phases is None:
+        phases = resolve_phases(cfg, facts.held, rows, steps)
     anew = [phase["step"] for phase in phases if phase["warmup_steps"] is not None]
     first = min([steps, *anew])  # steps of the schedule that the run begins with
     warmup = min(2000, first // 20) if cfg.warmup_steps is None else cfg.warmup_steps
@@ -280,14 +285,7 @@ def kept_length(cfg: Config, kept: Kept) -> int | None:
     now, then = [(keys.get("data") or {}).get("phases") for keys in (kept.written, kept.then)]
     if now != then and mixture.sets_length(cfg.data):
         return None
-    return kept.get("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
-
-
-def find_order(cfg: Config, facts: Facts, saved: dict | None, run: dict) -> list:
-    """Segments of source weights over the cursor; run: batch and length."""
-    rows = run["rows_per_step"]
-    ends = phase_ends(cfg, facts.held, rows, run["max_steps"])
-    return resolve_order(cfg, facts.weights, saved, rows, ends)
+    return kept.get("max_steps", *LENGTH_KEYS)
 
 
 def with_length(cfg: Config, run: Run, max_steps: int) -> Run:

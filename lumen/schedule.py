@@ -100,10 +100,11 @@ def phase_ends(cfg: Config, windows: dict[str, int], rows: int, max_steps: int |
     return ends
 
 
-def resolve_phases(cfg: Config, ends: list[int]) -> list[dict]:
+def resolve_phases(cfg: Config, windows: dict[str, int], rows: int, max_steps: int) -> list[dict]:
     """What Run.phases holds: {step, name, lr_scale, warmup_steps} of each phase, from the step on
-    which it begins; warmup_steps: None where the schedule of the phase before goes on."""
+    which it begins; warmup_steps: None where the schedule of the phase before goes on. E002."""
     found, at = [], 0
+    ends = phase_ends(cfg, windows, rows, max_steps)
     for phase, end in zip(mixture.phases_of(cfg.data), ends):
         warmup = phase.get("warmup_steps")
         if warmup is not None and 0 < warmup < 1:
@@ -114,24 +115,21 @@ def resolve_phases(cfg: Config, ends: list[int]) -> list[dict]:
     return found
 
 
-def resolve_order(cfg: Config, weights: dict, saved: dict | None, rows: int, ends: list) -> list:
+def resolve_order(cfg: Config, weights: dict, saved: dict | None, run: dict) -> list:
     """Segments of source weights over the cursor. On resume what lies in the past stays as it was:
     which row came where is a matter of record.
 
-    weights: of the sources where `data` has no phases; rows: of a step; ends: of phase_ends.
+    weights: of the sources where `data` has no phases; run: rows_per_step and phases.
     """
-    segments, start = [], 0
-    phases = mixture.phases_of(cfg.data)
-    for phase, end in zip(phases, ends):
-        segments.append([start * rows, phase["weights"]])
-        start = end
+    segments = []
+    for phase, resolved in zip(mixture.phases_of(cfg.data), run["phases"]):
+        segments.append([resolved["step"] * run["rows_per_step"], phase["weights"]])
     segments = segments or [[0, weights]]
     if saved is None or saved["run"]["segments"] == segments:
         return segments
-    cursor, past = saved["cursor"], []
-    for start, then in saved["run"]["segments"]:
-        if start < cursor:  # it may name a source that is gone, see Loader
-            past.append([start, then])
+    cursor = saved["cursor"]
+    # what has begun; it may name a source that is gone, see Loader
+    past = [segment for segment in saved["run"]["segments"] if segment[0] < cursor]
     future = [segment for segment in segments if segment[0] > cursor]
     current = [now for start, now in segments if start <= cursor][-1]
     if not past:

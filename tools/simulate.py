@@ -58,7 +58,6 @@ from lumen.resolve import (
     Findings,
     Kept,
     Run,
-    find_order,
     meta_model,
     n_working,
     pick_experts,
@@ -68,7 +67,7 @@ from lumen.resolve import (
     resolve_length,
     without_effect,
 )
-from lumen.schedule import lr_at
+from lumen.schedule import lr_at, resolve_order
 from model import ModelConfig, Transformer, role
 from train_fsdp import meshes, parallelize
 
@@ -666,7 +665,7 @@ class DryRun:
             expert_backend=experts,
             experts_why=why,
             deterministic=cfg.deterministic,
-            segments=find_order(cfg, facts, None, batch | length),
+            segments=resolve_order(cfg, facts.weights, None, batch | length),
         )
 
     def hardware(self) -> Hardware:

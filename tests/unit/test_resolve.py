@@ -15,7 +15,6 @@ from lumen.resolve import (
     Facts,
     Findings,
     Kept,
-    find_order,
     read_hint,
     resolve,
     resolve_batch,
@@ -24,6 +23,7 @@ from lumen.resolve import (
     with_length,
     write_hint,
 )
+from lumen.schedule import resolve_order, resolve_phases
 
 T = 32
 MODEL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": T}
@@ -277,7 +277,8 @@ def order(phases, saved=None, names="ab", **more) -> list:
     cfg, written = configured(data_dir=None, data=data)
     facts = facts_of(cfg, written, weights=dict.fromkeys(names, 1.0))
     state = {"run": {"segments": saved}, **more} if saved else None
-    return find_order(cfg, facts, state, {"rows_per_step": 10, "max_steps": 10})
+    run = {"rows_per_step": 10, "phases": resolve_phases(cfg, {}, 10, 10)}
+    return resolve_order(cfg, facts.weights, state, run)
 
 
 def test_phases_become_segments_of_rows():
