@@ -36,6 +36,10 @@ class Bucket:
         """Window i of the bucket; see Source.window."""
         return self.source.window(int(self.numbers[i]))
 
+    def row(self, i: int):
+        """Row i of the bucket; see Source.row."""
+        return self.source.row(int(self.numbers[i]))
+
 
 def cut(source: Source, n: int, difficulty: str = "length") -> list[Bucket]:
     """n buckets of equally many windows, easy to hard; ties by place. difficulty: `length` of

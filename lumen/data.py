@@ -198,6 +198,7 @@ BLOCKS = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "rows": "the length of rows",
+    "loss_on": "what of a conversation is learned (loss_on)",
     "settings": "the settings of prepare_data.py",
     "splits.train": "the training shards",
     "splits.val": "the val split",

@@ -523,6 +523,7 @@ MANIFEST = {
     "tokenizer": {"sha256": "t"},
     "template": {"text": "chatml"},
     "rows": {"length": 9},
+    "loss_on": "assistant",
     "settings": {"seed": 1},
     "splits": {"train": {"shards": [1]}, "val": {"shards": [2]}},
 }
@@ -534,6 +535,7 @@ MANIFEST = {
         ("tokenizer", "the tokenizer"),
         ("template", "the chat template"),
         ("rows", "the length of rows"),
+        ("loss_on", "what of a conversation is learned (loss_on)"),
         ("settings", "the settings of prepare_data.py"),
         ("splits.train", "the training shards"),
         ("splits.val", "the val split"),
