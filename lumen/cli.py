@@ -31,9 +31,9 @@ INSTEAD = {
     "tokens_per_parameter": ("max_steps", "num_epochs"),
     "batch_tokens": ("gradient_accumulation_steps",),
     "gradient_accumulation_steps": ("batch_tokens",),  # batch_size alone goes with batch_tokens
-    "data_dir": ("data", "prepare", *modes.KEYS),
-    "data": ("data_dir", "prepare", *modes.KEYS),
-    "prepare": ("data_dir", "data", *modes.KEYS),
+    "data_dir": ("data", "prepare", *modes.PATHS),
+    "data": ("data_dir", "prepare", *modes.PATHS),
+    "prepare": ("data_dir", "data", *modes.PATHS),
     "training_mode": ("data_dir", "data", "prepare"),
     "model.ffn_hidden_multiplier": ("model.d_ff",),
     "model.moe_layers": ("model.moe_every", "model.n_dense_layers"),
@@ -284,7 +284,7 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
     if path and CONFIGS in path.resolve().parents:
         leave_out_prompt(tree, line.typed, notes)
     typed_wins(tree, line.typed, notes)
-    data_keys = ("data_dir", "data", "prepare", *modes.KEYS)
+    data_keys = ("data_dir", "data", "prepare", *modes.PATHS)
     if path is None and not any(tree.get(key) for key in data_keys):
         usage = "python train.py CONFIG [--key value ...]; CONFIG is your YAML file or a preset"
         raise UserError("E001", f"which configuration? {usage}: {', '.join(presets())}")

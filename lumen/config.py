@@ -17,11 +17,10 @@ from pathlib import Path
 
 import yaml
 
-from lumen import aliases, mixture
+from lumen import aliases, mixture, modes
 from lumen.aliases import rename
 from lumen.errors import UserError, expand, nearest
 from lumen.model_keys import model_from_keys
-from lumen.modes import expand_modes
 from lumen.values import PATHS, allowed, check_text, convert, in_words, inside, short
 from model import ModelConfig
 
@@ -238,8 +237,8 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     lunaris_rope(tree["model"], where, notes)
     renamed = rename(tree, own_keys(), where)
     notes += renamed.notes
-    expand_modes(tree, where, notes, renamed.wrong)
     refuse_unknown(tree, where, [*(wrong or []), *renamed.wrong])
+    modes.expand_modes(tree, where, notes)
 
     def place(key: str) -> str:
         top = re.match(r"(model\.|orchestrator\.)?\w*", key)[0]
@@ -267,7 +266,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
 
 def refuse_unknown(tree: dict, where, wrong: list[str]) -> None:
     """E002 with all keys that nobody knows, and `wrong`, in one message."""
-    known = {*own_keys(), *BLOCKS}
+    known = {*own_keys(), *BLOCKS, *modes.KEYS}
     names = [*tree, *(f"{block}.{name}" for block in BLOCKS for name in tree[block])]
     unknown = [str(name) for name in names if name not in known]
     told = [f"{where(key)}: unknown key {short(key)[1:-1]}; {meant(key)}" for key in unknown]

@@ -29,30 +29,27 @@ MODES = {
 OTHER_NAMES = {"instruction_only": "finetuning_only", "hybrid": "hybrid_sequential"}
 OTHER_NAMES |= {"interleaved": "hybrid_interleaved"}
 STRATEGIES = ("ratio", "alternating", "random")
-KEYS = ("training_mode", "base_paths", "finetuning_paths", "base_eval_paths")
-KEYS += ("finetuning_eval_paths", "base_ratio", "mix_strategy", "base_epochs", "finetuning_epochs")
+PATHS = ("training_mode", "base_paths", "finetuning_paths", "base_eval_paths")
+PATHS += ("finetuning_eval_paths", "base_ratio", "mix_strategy", "base_epochs", "finetuning_epochs")
+CURRICULUM = "curriculum_aggressiveness"
+KEYS = (*PATHS, CURRICULUM)
 BUCKETS = 3  # of every source, for curriculum_aggressiveness
 
 
-def expand_modes(tree: dict, place, notes: list[str], wrong: list[str]) -> None:
-    """Put `data` (or `prepare`) in the place of the keys above, in `tree`; notes say what it is,
-    `wrong` what cannot be honoured."""
-    given = {key: tree.pop(key) for key in KEYS if key in tree}
-    aggressiveness = tree.pop("curriculum_aggressiveness", None)
-    try:
-        if any(value is not None for value in given.values()):
-            Expansion(given, tree, place, notes).write()
-        if aggressiveness is not None:
-            add_curriculum(tree, aggressiveness, place, notes)
-    except UserError as error:
-        if error.code != "E002":
-            raise
-        wrong.append(error.text)
+def expand_modes(tree: dict, place, notes: list[str]) -> None:
+    """Put `data` (or `prepare`) in the place of the keys above, in `tree`; notes say what it is.
+    E002 for what cannot be honoured, E110 where there is no prepared folder."""
+    given = {key: tree.pop(key) for key in PATHS if key in tree}
+    aggressiveness = tree.pop(CURRICULUM, None)
+    if any(value is not None for value in given.values()):
+        Expansion(given, tree, place, notes).write()
+    if aggressiveness is not None:
+        add_curriculum(tree, aggressiveness, place, notes)
 
 
 def add_curriculum(tree: dict, value, place, notes: list[str]) -> None:
     """`data.curriculum`, and buckets for sources that have none."""
-    name = "curriculum_aggressiveness"
+    name = CURRICULUM
     if not as_number(value, float):  # 0 asks for nothing
         notes.append(f"{name} {short(value)} has no effect: rows are shuffled")
         return

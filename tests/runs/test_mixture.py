@@ -63,15 +63,15 @@ def test_a_sequence_of_phases_is_exact_on_resume_at_and_around_the_border(tiny, 
         "training_mode": "hybrid_sequential",
         "base_paths": [str(prepared / "base")],
         "finetuning_paths": [str(prepared / "chat")],
-        "base_epochs": 0.3,
-        "finetuning_epochs": 0.3,
+        "base_epochs": 0.15,
+        "finetuning_epochs": 0.15,
     }
     probe = Trainer(keys_of(tiny, prepared, "probe", **modes))
     data = probe.cfg.data
     border, end = probe.run.phases[1]["step"], probe.run.max_steps
     probe.close()
     held = probe.data.sources["base"].windows, probe.data.sources["finetuning"].windows
-    assert (border, end - border) == tuple(int(0.3 * n) // 4 for n in held)
+    assert (border, end - border) == tuple(int(0.15 * n) // 4 for n in held)
     # the same, by hand, with a warm-up before the second
     data["phases"][1] |= {"lr_scale": 0.5, "warmup_steps": 3}
     whole = finish(keys_of(tiny, prepared, "whole", data=data))
