@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen import buckets, mixture
+from lumen import buckets, forecast, mixture
 from lumen.cli import read_config
 from lumen.config import RANGES, Config, build_config
 from lumen.data import Data, choose_val_rows, facts_of, open_data, what_changed
@@ -297,6 +297,17 @@ def test_the_start_block_says_when_of_what_how_often_and_at_what_rate():
     ]
     run.segments = run.segments[:1]
     assert mixture_lines(run, {"a": sources["a"]}) == []
+
+
+@pytest.mark.parametrize("step, ends", [(19, False), (20, True)])
+def test_no_forecast_ends_a_run_whose_next_phase_is_to_come(step, ends, monkeypatch):
+    monkeypatch.setattr(forecast, "reason_to_end", lambda trainer: "stop: for the test")
+    heard = []
+    trainer = SimpleNamespace(step=step, run=run_of(40, [phase(0), phase(20)]))
+    trainer.cfg = SimpleNamespace(enable_early_stopping=False)
+    trainer.orchestrator = SimpleNamespace(end_early=heard.append)
+    forecast.advise(trainer)
+    assert bool(heard) == ends
 
 
 # ---------------------------------------------------------------- weights that change on the way
