@@ -65,6 +65,8 @@ ERRORS = {  # code: (meaning, remedy)
              "copy it anew; --max_bad 1 takes what was read before the damage"),
     "E122": ("a compressed file unpacks to more than the limit",
              "unpack it, and look at what is in it"),
+    "E124": ("data of a kind that this command does not train on",
+             "train.py takes text and conversations; see the message"),
     "E200": ("the run does not fit into memory",
              "take what the message names; --dry_run shows what each choice needs"),
     "E201": ("memory ran out inside a collective or the optimizer",
