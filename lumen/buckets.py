@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from lumen.errors import UserError
-from lumen.loader import Source
+from lumen.windows import Source
 
 
 class Bucket:

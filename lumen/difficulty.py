@@ -21,8 +21,8 @@ from lumen import tokenizer as tokenizers
 from lumen.buckets import loss_file
 from lumen.errors import UserError, a_path, expand
 from lumen.launch import Words, clock, command
-from lumen.loader import Source
 from lumen.machine import human_number
+from lumen.windows import Source
 from model import Transformer
 
 

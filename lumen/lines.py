@@ -40,7 +40,7 @@ class Start:
     machine: machines.Machine
     layout: plan.Layout
     readers: int  # ranks that read rows of their own
-    sources: dict  # lumen.loader.Source by name: the training splits, and those held out
+    sources: dict  # lumen.windows.Source by name: the training splits, and those held out
     val_sources: dict
     n_working: int  # parameters that work on a token: plan's and Chinchilla's N
     flops_per_token: float

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from lumen import mixture
 from lumen.errors import UserError, expand
 from lumen.files import read_json
-from lumen.loader import Shard, bare_shards, holds_text
 from lumen.values import as_number, convert, inside, short
+from lumen.windows import Shard, bare_shards, holds_text
 
 # mode: the groups of paths that it reads
 MODES = {

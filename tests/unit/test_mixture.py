@@ -17,8 +17,9 @@ from lumen.cli import read_config
 from lumen.config import RANGES, Config, build_config
 from lumen.data import Data, choose_val_rows, facts_of, open_data, what_changed
 from lumen.errors import UserError
-from lumen.loader import BLOCK, Loader, Source
+from lumen.loader import BLOCK, Loader
 from lumen.schedule import lr_at, mixture_lines, phase_ends, resolve_order, resolve_phases
+from lumen.windows import Source
 
 few = settings(max_examples=20, deadline=None)
 MODEL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 8}
