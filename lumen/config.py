@@ -44,7 +44,7 @@ class Config:
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
     data: dict | None = None  # {sources: {NAME: {dir, weight}}, phases: [{until, weights}]} ...
     # ... of a source: buckets, difficulty; of a phase: name, epochs, tokens, lr_scale, warmup_steps
-    prepare: dict | None = None  # makes data_dir: {sources: [...], val_sources, tokenizer, out}
+    prepare: dict | None = None  # makes data_dir: {sources: [...], tokenizer, out, and options}
     val_fraction: float = 0.005  # held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what was trained on
     allow_tokenizer_change: bool = False  # take weights that were trained with another tokenizer
@@ -168,7 +168,30 @@ RANGES = {
 # What stands inside a value: a type, [what each item is], {key: what it is}; "*" is any name.
 INSIDE = {
     "data": mixture.KEYS,
-    "prepare": {"sources": [str], "val_sources": [str], "tokenizer": str, "out": str},
+    "prepare": {
+        "sources": [str],
+        "val_sources": [str],
+        "tokenizer": str,
+        "out": str,
+        # options of prepare_data.py; --help there
+        "val_fraction": float,
+        "max_bad": float,
+        "field": str,
+        "preset": str,
+        "rules": [str],
+        "language": [str],
+        "ftfy": bool,
+        "pii": str,
+        "min_chars": int,
+        "max_chars": int,
+        "quality_threshold": float,
+        "minhash": bool,
+        "decontaminate": [str],
+        "seq_len": int,
+        "template": str,
+        "loss_on": str,
+        "too_long": str,
+    },
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],

@@ -162,8 +162,10 @@ def make_data(cfg: Config, out: Path, failure: Path) -> None:
 
     with contextlib.suppress(OSError):  # the data may lie finished where nobody can write
         failure.unlink()
-    spec = {"tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192"}
-    spec["val_sources"] = cfg.prepare.get("val_sources")
+    spec = {name: value for name, value in cfg.prepare.items() if name not in ("sources", "out")}
+    spec["tokenizer"] = spec.get("tokenizer") or "bpe:8192"
+    # rows of conversations are as long as those of the model
+    spec.setdefault("seq_len", cfg.model.max_seq_len)
     try:
         prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
     except UserError as error:
