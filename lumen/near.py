@@ -215,7 +215,7 @@ class Near:
                 os.remove(path)
 
     def decide(self) -> Keys:
-        """The keys to drop: of each cluster all but the smallest. Memory: about 70 bytes a
+        """The keys to drop: of each cluster all but the smallest. Memory: about 80 bytes a
         document."""
         self.flush()
         n = self.written
