@@ -350,7 +350,7 @@ MASKED = {
     "http://85.1.2.133:80/x": "http://192.0.2.1:80/x",
     "at 2a00:1450:4001:82b::200e,": "at 2001:db8::1,",
     "call +49 30 1234567 or +1 (555) 123-4567!": "call +1-202-555-0100 or +1-202-555-0100!",
-    "<müller@uni-köln.example.de>, x@y.org": "<müller@uni-köln.example.de>, email@example.com",
+    "<müller@uni-köln.de>, x@mail.example.de": "<email@example.com>, x@mail.example.de",
 }
 CODE = [
     "git clone git@github.com:x/y",
