@@ -23,7 +23,6 @@ from lumen.vocabulary import EOT_NAMES, Vocabulary, is_control, mend_surrogates
 OFF = ("truncation", "padding", "post_processor")  # what a file adds to a text, or takes from it
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 NO_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text has
-FAITHFUL = {"Replace", "Prepend"}  # normalizers that a decoder takes back
 
 
 class Foreign(Vocabulary):
@@ -255,7 +254,7 @@ def caveats(whole: dict, ids: dict, unknown: str | None) -> list[str]:
     found = []
     normalizers = inside(whole.get("normalizer"), "normalizers")
     before = inside(whole.get("pre_tokenizer"), "pretokenizers")
-    changing = [kind(step) for step in normalizers if kind(step) not in FAITHFUL]
+    changing = [kind(step) for step in normalizers if not is_taken_back(step)]
     if changing:
         found.append(f"its normalizer ({', '.join(changing)}) changes text")
     prepends = any(kind(step) == "Prepend" for step in normalizers)
@@ -267,6 +266,12 @@ def caveats(whole: dict, ids: dict, unknown: str | None) -> list[str]:
         fate = f"become {unknown}" if unknown in ids else "are dropped"
         found.append(f"{lost} {fate}")
     return found
+
+
+def is_taken_back(step: dict) -> bool:
+    """Whether decoders undo this step of a normalizer."""
+    plain = kind(step) == "Replace" and "String" in step["pattern"]
+    return plain or kind(step) == "Prepend"
 
 
 def unspelled(model: dict, before: list[dict], ids: dict) -> str:

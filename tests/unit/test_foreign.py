@@ -336,6 +336,10 @@ def test_unknown_characters_never_end_a_document(folders, tmp_path):
     tokenizer = T.load(str(tmp_path))
     assert tokenizer.eot_id not in tokenizer.encode("a\x00b")
     whole = json.loads((folders["bert"] / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["model"]["unk_token"] = "no such token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="E116.*cannot run it: .*UNK"):
+        T.load(str(tmp_path))
     whole["model"]["unk_token"] = "[SEP]"
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(UserError, match="E116.*cannot spell becomes .SEP., the end"):
@@ -394,3 +398,79 @@ def test_from_the_cache_of_hugging_face(folders, made, monkeypatch, tmp_path, ki
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="E003.*pip install huggingface_hub"):
         T.load("hf:org/name")
+
+
+# --- SentencePiece
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(kind, folder with its tokenizer.model): byte fallback or not, extra blanks kept or not."""
+    train = pytest.importorskip("sentencepiece").SentencePieceTrainer.train
+    found = {}
+    kinds = {
+        "llama2": {"byte_fallback": True, "remove_extra_whitespaces": False},
+        "plain": {"eos_piece": "<|over|>"},
+        "gemma": {
+            "byte_fallback": True,
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+        },
+        "unigram": {"model_type": "unigram"},
+        "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+    }
+    for kind, options in kinds.items():
+        found[kind] = tmp_path_factory.mktemp(kind)
+        with open(found[kind] / "tokenizer.model", "wb") as file:
+            options = {"model_type": "bpe", "normalization_rule_name": "identity", **options}
+            lines = K.lines()[:2000] + K.lines()[-20:]
+            options |= {"sentence_iterator": iter(lines), "model_writer": file, "minloglevel": 2}
+            train(vocab_size=800, **options)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama2", "plain", "gemma"])
+def test_ids_equal_sentencepiece(models, tmp_path, kind):
+    from sentencepiece import SentencePieceProcessor
+
+    theirs = SentencePieceProcessor(model_file=str(models[kind] / "tokenizer.model"))
+    tokenizer = T.load(str(models[kind]))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = T.load(str(tmp_path))
+    assert tokenizer.eot_id == again.eot_id == theirs.eos_id() and again.sha256 == tokenizer.sha256
+    texts = [*HOSTILE, *K.texts(200)]
+    for text in texts:
+        ids = tokenizer.encode(text).tolist()
+        assert ids == theirs.encode(text) == again.encode(text).tolist(), text
+        if kind != "plain":  # which loses blanks, and characters that it does not know
+            assert tokenizer.decode(ids) == theirs.decode(ids)
+    name = theirs.id_to_piece(theirs.eos_id())
+    assert theirs.eos_id() not in tokenizer.encode(f"a{name}b{name}")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "nfkc"])
+def test_a_sentencepiece_model_that_would_not_be_exact(models, kind):
+    with pytest.raises(UserError, match="E116.*only BPE with identity.*save_pretrained"):
+        T.load(str(models[kind]))
+
+
+def test_a_sentencepiece_model_is_held_against_the_library(models, monkeypatch, tmp_path):
+    """A conversion that merges in another order is found out, and so is a file that is none."""
+    path = str(models["llama2"] / "tokenizer.model")
+    made = T.spm.bpe
+
+    def wrong(model):
+        return made(model) | {"merges": made(model)["merges"][::-1]}
+
+    monkeypatch.setattr(T.spm, "bpe", wrong)
+    with pytest.raises(UserError, match="E116.*other ids than sentencepiece"):
+        T.load(path)
+    for rubbish in (b"", b"\xff\xff\xff rubbish"):
+        (tmp_path / "x.model").write_bytes(rubbish)
+        with pytest.raises(UserError, match="E116.*is no SentencePiece model"):
+            T.load(str(tmp_path / "x.model"))
+    with pytest.raises(UserError, match="E115"):
+        T.load(str(tmp_path / "none.model"))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="E003.*pip install sentencepiece"):
+        T.load(path)
