@@ -156,6 +156,7 @@ class Output:
                 self.kept[source] += 1
             newly_cleaned = int(piece.cleaned and not cleaned)
             parts = len(piece.ends)
+            self.facts.update(piece.facts)
             self.counts.update(kept=int(first), cleaned=newly_cleaned, cut=int(first), parts=parts)
         elif first:
             self.reject(given, Row(0, line, "E107", DUPLICATE))

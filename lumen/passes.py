@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lumen.encode import Cleaned, Cleaner
+from lumen.encode import Cleaned, Cleaner, all_text
 from lumen.files import read_json
 from lumen.near import Near, bands_of
 from lumen.pool import in_order
@@ -47,9 +47,7 @@ def text_of(value: str | list | tuple) -> str:
     """All text of a Cleaned.value."""
     if isinstance(value, str):
         return value
-    if isinstance(value, tuple):
-        return "\n".join(text_of(part) for part in value)
-    return "\n".join(message.content for message in value)
+    return all_text(value if isinstance(value, tuple) else (value,))
 
 
 class Pass(NamedTuple):
@@ -161,17 +159,17 @@ class Judge:
         for item in batch:
             for row in item_rows(item):
                 where = f"{self.inputs[item.index].path}:{row.line}"
-                self.judge(item, row, where, examples, counts)
+                self.judge(row, where, examples, counts)
         return examples, counts
 
-    def judge(self, item: Item, row, where: str, examples: Examples, counts: Counter) -> None:
+    def judge(self, row, where: str, examples: Examples, counts: Counter) -> None:
         if row.code == "blank":
             return
         counts["rows"] += 1
         if row.code:
             counts[row.code] += 1
             return
-        text, why = self.cleaner.would_drop(item, row)
+        text, why = self.cleaner.would_drop(row)
         examples.add(where, text, why)
 
 

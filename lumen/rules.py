@@ -404,6 +404,12 @@ class Rules:
                 failed[rule.name] = why
         return failed
 
+    def rewrite(self, text: str) -> tuple[str, int]:
+        """(mended and masked, addresses masked): what `look` does to a text that it keeps."""
+        if self.settings["ftfy"]:
+            text = mend(text)
+        return mask(text) if self.settings["pii"] else (text, 0)
+
     def explain(self) -> list[str]:
         """The active rules, with what each keeps; empty: there are none."""
         lines = []
