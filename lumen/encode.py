@@ -125,9 +125,11 @@ class Cleaner:
 
     def parse(self, value: dict, counts: Counter) -> tuple[list[Message], ...]:
         """A row's conversation, or the two of a pair. RowError."""
-        if self.settings["rows"]["kind"] == "pairs":
-            return to_pair(value, counts=counts)
-        return (to_messages(value, counts=counts),)
+        rows = self.settings["rows"]
+        tools = "tool" in rows["template"]["formats"]
+        if rows["kind"] == "pairs":
+            return to_pair(value, tools=tools, counts=counts)
+        return (to_messages(value, tools=tools, counts=counts),)
 
     def look_at_messages(self, row: Row) -> Row:
         """A row of a conversation, or of a pair: judged by all its text, cleaned content by
