@@ -216,6 +216,8 @@ A, B, AB = ({"weights": dict.fromkeys(names, 1)} for names in ("a", "b", "ab"))
         ([A | {"epochs": 0.001}, B | {"until": 30}], None, [1, 30]),  # a step at least
         ([A | {"until": 0.5}, B], 40, [20, 40]),
         ([A | {"epochs": 1}, B], 40, [10, 40]),
+        ([A | {"until": 0.5}, B | {"epochs": 1}], 40, [20, 25]),
+        ([{"epochs": 1, "weights": {"a": 1, "b": 0}}], None, [10]),
         ([A | {"until": 0.25}, B | {"epochs": 1}, AB], 40, [10, 15, 40]),
     ],
 )
