@@ -72,7 +72,6 @@ def open_data(cfg: Config) -> Data:
     where = (cfg.model.max_seq_len, cfg.val_fraction)
     for name, spec in specs.items():
         whole = Source(str(spec["dir"]), "train", *where)
-        refuse_pairs(name, whole)
         parts = [whole]
         if spec.get("buckets", 1) > 1:
             parts = cut(whole, spec["buckets"], spec.get("difficulty", "length"))
@@ -88,14 +87,6 @@ def open_data(cfg: Config) -> Data:
     for source in (*data.sources.values(), *data.val_sources.values()):
         source.check_vocab(data.vocab_size)
     return data
-
-
-def refuse_pairs(name: str, source: Source) -> None:
-    """E124: train.py has no loss for two replies to one prompt."""
-    kind = (source.manifest or {}).get("kind", "text")
-    if kind == "pairs":
-        text = f"{source.path} holds preference pairs; train.py trains on text and conversations"
-        raise UserError("E124", f"data source {name}: {text}")
 
 
 def take_tokenizer(data: Data) -> None:

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen import buckets, forecast, mixture
+from lumen import buckets, forecast, lines, mixture
 from lumen.cli import read_config
 from lumen.config import RANGES, Config, build_config
 from lumen.data import Data, choose_val_rows, facts_of, open_data, what_changed
@@ -40,12 +40,15 @@ def fails(code, f, *args, **kwargs) -> str:
 def prepared(folder, lengths, seed=0, **more) -> str:
     """A prepared folder with documents of these lengths, as prepare_data.py leaves it."""
     os.makedirs(folder)
+    np.save(folder / "train_00000.mask.npy", np.ones(sum(lengths), np.uint8))
     tokens = np.random.default_rng(seed).integers(0, 60, sum(lengths)).astype(np.uint16)
     np.save(folder / "train_00000.npy", tokens)
     begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
     np.save(folder / "train_00000.docs.npy", begins)
     shard = {"file": "train_00000.npy", "tokens": len(tokens), "max_id": 63, "sha256": f"{seed}"}
     shard["docs_file"] = "train_00000.docs.npy"
+    if more.get("kind") == "chat":
+        shard["mask_file"] = "train_00000.mask.npy"
     manifest = {
         "dtype": "uint16",
         "fingerprint": f"{seed}{more}",
@@ -403,8 +406,7 @@ def test_buckets_share_the_windows_out_from_easy_to_hard(tmp_path, n):
 
 
 def test_windows_of_packed_rows_begin_where_rows_do(tmp_path):
-    source = opened(prepared(tmp_path / "a", [90], rows={"length": 9}))
-    source.windows = 10
+    source = opened(prepared(tmp_path / "a", [90], kind="chat", rows={"length": 9}))
     assert buckets.window_starts(source).tolist() == list(range(0, 90, 9))
 
 
@@ -425,7 +427,7 @@ def test_numbers_that_cannot_be_a_difficulty_are_refused(tmp_path):
     text = fails("E110", buckets.cut, source, 2, "loss")
     assert f"python -m lumen.difficulty RUN {source.path} --max_seq_len 8" in text
     fails("E114", buckets.cut, source, source.windows + 1)
-    np.save(tmp_path / "a" / "train_00000.docs.npy", np.array([0, 7], np.uint64))
+    np.save(tmp_path / "a" / "train_00000.docs.npy", np.array([0, 7, 99], np.uint64))
     fails("E111", buckets.cut, source, 2)
     os.remove(tmp_path / "a" / "train_00000.docs.npy")
     assert "difficulty: loss needs none" in fails("E110", buckets.cut, source, 2)
@@ -504,6 +506,11 @@ def test_open_data_makes_a_source_of_each_bucket_and_one_to_evaluate(tmp_path):
     assert list(data.sources) == ["t.1", "t.2", "u"]
     assert data.weights == {"t.1": 2.0, "t.2": 2.0, "u": 1.0}
     assert set(data.val_sources) == {"u"} and data.tokenizer_sum == "t"
+    # the start block speaks of whole sources: what is held out is not cut
+    said = lines.data_lines(data.sources, data.val_sources)
+    assert [line.split()[1] for line in said] == ["t:", "u:"] and "1,200 train tokens" in said[0]
+    advice = lines.validation_advice(Config(data_dir="x"), data.sources, data.val_sources)
+    assert advice[0] == "no validation in t: val_loss is of the others alone"
     assert data.windows == opened(folder).windows + data.sources["u"].windows
 
 
