@@ -159,14 +159,25 @@ def test_what_a_mode_cannot_honour_is_refused_with_its_place(folders, keys, said
     assert said in text and "at " in text
 
 
-def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders):
+def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders, tmp_path):
     raw = folders["raw"]
     cfg = configured(base_paths=[raw], base_eval_paths=raw)
     assert cfg.prepare == {"out": "data/raw", "sources": [raw], "val_sources": [raw]}
     text = fails("E110", data_of, folders, finetuning_paths=["raw"])
     assert text.startswith(f"at finetuning_paths: {raw} is text, not tokens: python prepare_data.")
+    assert "--tokenizer data/base/tokenizer.json (conversations: --seq_len 8)" in text
+    both = {"training_mode": "hybrid", "base_paths": ["web"], "finetuning_paths": ["raw"]}
+    assert f"--tokenizer {folders['web']}/tokenizer.json" in fails("E110", data_of, folders, **both)
     fails("E110", data_of, folders, base_paths=["raw", "web"])
     fails("E110", configured, base_paths=["/nowhere/x"])
+    # nor are what prepare_data.py has begun, or made of several, text by what they also hold
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "rejected.jsonl").touch()
+    (part / "progress.json").touch()
+    assert "is not finished" in fails("E110", configured, base_paths=str(part))
+    (part / "progress.json").rename(part / "mixture.yaml")
+    assert f"data_dir: {part}" in fails("E002", configured, base_paths=str(part))
 
 
 def test_what_is_typed_beats_the_mode_of_the_file(folders, tmp_path):
