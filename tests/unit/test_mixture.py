@@ -330,19 +330,24 @@ def test_no_forecast_ends_a_run_whose_next_phase_is_to_come(step, ends, monkeypa
 # ---------------------------------------------------------------- weights that change on the way
 
 
+WEIGHTS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1)
+STARTS = st.lists(st.tuples(st.integers(1, 3000), WEIGHTS), min_size=1, max_size=4)
+
+
 @few
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 3000),
-            st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(0, 99),
-)
+@given(STARTS, st.integers(0, 99))
 def test_weights_that_change_from_resume_to_resume_repeat_and_skip_nothing(starts, seed):
+    check_every_epoch(starts, seed)
+
+
+@pytest.mark.nightly
+@settings(max_examples=500, deadline=None)
+@given(STARTS, st.integers(0, 2**40))
+def test_weights_that_change_many_times(starts, seed):
+    check_every_epoch(starts, seed)
+
+
+def check_every_epoch(starts, seed):
     """A source may also come or go. What was read stays read, and each epoch of each source is a
     permutation of its windows."""
     held = {"a": 701, "b": 97, "c": 5}
