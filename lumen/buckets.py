@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from lumen.errors import UserError
-from lumen.windows import Source
+from lumen.windows import Source, beside, documents_of
 
 
 class Bucket:
@@ -54,6 +54,16 @@ def cut(source: Source, n: int, difficulty: str = "length") -> list[Bucket]:
     return [Bucket(source, np.sort(order[a:b])) for a, b in itertools.pairwise(borders)]
 
 
+def undivided(sources: dict) -> dict:
+    """Sources by name, as they were before they were cut."""
+    found = {}
+    for name, source in sources.items():
+        if isinstance(source, Bucket):
+            name, source = name.rpartition(".")[0], source.source
+        found[name] = source
+    return found
+
+
 # ---------------------------------------------------------------- how difficult a window is
 
 
@@ -71,10 +81,7 @@ def window_scores(source: Source, difficulty: str) -> np.ndarray:
 
 def window_starts(source: Source) -> np.ndarray:
     """The place of each window's first token over all shards: int64 (windows,)."""
-    stride = source.seq_len
-    if source.manifest and source.manifest.get("rows"):  # whole rows, which share no token
-        stride = source.manifest["rows"]["length"]
-    return source.first + np.arange(source.windows, dtype=np.int64) * stride
+    return source.first + np.arange(source.windows, dtype=np.int64) * source.stride
 
 
 def window_means(begins: np.ndarray, values: np.ndarray, starts: np.ndarray, T: int) -> np.ndarray:
@@ -96,20 +103,15 @@ def window_means(begins: np.ndarray, values: np.ndarray, starts: np.ndarray, T: 
 def documents(source: Source) -> np.ndarray:
     """Where documents begin over all shards, and the end of the last: int64 (D + 1,). E110: there
     are no *.docs.npy; E111: one is damaged."""
-    begins, at = [np.zeros(0, np.int64)], 0
-    for shard in source.shards:
+    begins = [np.zeros(0, np.int64)]
+    for shard, at in zip(source.shards, source.starts):
         file = shard.path.removesuffix(".npy") + ".docs.npy"
         if not os.path.exists(file):
             text = f"{file} is not there, and difficulty is that of documents: prepare_data.py"
             raise UserError("E110", f"{text} writes it; difficulty: loss needs none")
-        found = load(file, "E111")
-        if found.ndim != 1 or not len(found) or int(found[-1]) != shard.tokens:
-            raise UserError(
-                "E111", f"{file} does not end at the {shard.tokens} tokens of its shard"
-            )
-        begins.append(found[:-1].astype(np.int64) + at)
-        at += shard.tokens
-    return np.concatenate([*begins, [at]])
+        found = documents_of(beside(shard, file, "documents"), shard.tokens)
+        begins.append(found[:-1] + at)
+    return np.concatenate([*begins, source.starts[-1:]])
 
 
 def read_scores(file: str, n: int, of: str, source: Source) -> np.ndarray:
@@ -121,7 +123,10 @@ def read_scores(file: str, n: int, of: str, source: Source) -> np.ndarray:
             text += f"; to make it: python -m lumen.difficulty RUN {source.path}"
             text += f" --max_seq_len {source.seq_len}"
         raise UserError("E110", text)
-    scores = load(file, "E112")
+    try:
+        scores = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError("E112", f"{file} cannot be read: {error}") from None
     if scores.ndim != 1 or scores.dtype.kind not in "fiu":
         text = f"{file} is an array of shape {scores.shape} and dtype {scores.dtype}"
         raise UserError("E112", f"{text}, one number for each of the {n} {of} is expected")
@@ -133,14 +138,6 @@ def read_scores(file: str, n: int, of: str, source: Source) -> np.ndarray:
         at = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise UserError("E112", f"{file}: number {at} is {scores[at]}")
     return scores
-
-
-def load(file: str, code: str) -> np.ndarray:
-    """An array of a .npy file, which is never unpickled; UserError `code`."""
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(code, f"{file} cannot be read: {error}") from None
 
 
 def loss_file(source: Source) -> str:

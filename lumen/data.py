@@ -16,7 +16,7 @@ import numpy as np
 
 from lumen import aliases, files, mixture
 from lumen import tokenizer as tokenizers
-from lumen.buckets import cut
+from lumen.buckets import Bucket, cut
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import clock, environment
@@ -49,7 +49,12 @@ class Data:
     def facts(self) -> dict[str, dict[str, str]]:
         """Of each prepared source, what its fingerprint is made of: {name: {block: sum}}, so that a
         later start can say what has changed."""
-        return {name: facts_of(source.manifest) for name, source in self.sources.items()}
+        found = {}
+        for name, source in self.sources.items():
+            found[name] = facts_of(source.manifest)
+            if isinstance(source, Bucket):
+                found[name]["buckets"] = source.fingerprint
+        return found
 
     def token_bytes(self) -> np.ndarray | None:
         """(vocab,): how many bytes of text each token stands for; None for bare shards."""
@@ -72,7 +77,6 @@ def open_data(cfg: Config) -> Data:
     where = (cfg.model.max_seq_len, cfg.val_fraction)
     for name, spec in specs.items():
         whole = Source(str(spec["dir"]), "train", *where)
-        refuse_pairs(name, whole)
         parts = [whole]
         if spec.get("buckets", 1) > 1:
             parts = cut(whole, spec["buckets"], spec.get("difficulty", "length"))
@@ -88,14 +92,6 @@ def open_data(cfg: Config) -> Data:
     for source in (*data.sources.values(), *data.val_sources.values()):
         source.check_vocab(data.vocab_size)
     return data
-
-
-def refuse_pairs(name: str, source: Source) -> None:
-    """E124: train.py has no loss for two replies to one prompt."""
-    kind = (source.manifest or {}).get("kind", "text")
-    if kind == "pairs":
-        text = f"{source.path} holds preference pairs; train.py trains on text and conversations"
-        raise UserError("E124", f"data source {name}: {text}")
 
 
 def take_tokenizer(data: Data) -> None:
@@ -205,6 +201,7 @@ BLOCKS = {
     "settings": "the settings of prepare_data.py",
     "splits.train": "the training shards",
     "splits.val": "the val split",
+    "buckets": "which windows are how difficult",
 }
 
 

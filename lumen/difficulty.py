@@ -20,6 +20,7 @@ from lumen import files
 from lumen import tokenizer as tokenizers
 from lumen.buckets import loss_file
 from lumen.errors import UserError, a_path, expand
+from lumen.feed import Feed
 from lumen.launch import Words, clock, command
 from lumen.machine import human_number
 from lumen.windows import Source
@@ -27,7 +28,7 @@ from model import Transformer
 
 
 @torch.no_grad()
-def window_losses(model: Transformer, source: Source, rows: int, device, say) -> np.ndarray:
+def window_losses(model: Transformer, source: Source, rows: int, feed: Feed, say) -> np.ndarray:
     """Mean cross-entropy of each window's targets, in nats: float32 (windows,).
 
     rows: of a batch; say(windows done) is called after each. A window without a target: 0.
@@ -35,10 +36,10 @@ def window_losses(model: Transformer, source: Source, rows: int, device, say) ->
     losses = np.zeros(source.windows, np.float32)
     for first in range(0, source.windows, rows):
         last = min(first + rows, source.windows)
-        windows = np.stack([source.window(i) for i in range(first, last)])  # (B, T + 1)
-        x = torch.from_numpy(windows[:, :-1].clip(min=0)).to(device)
-        y = torch.from_numpy(windows[:, 1:].copy()).to(device)
-        logits = model(x).float()  # (B, T, V)
+        x, y, docs = zip(*(source.row(i) for i in range(first, last)))
+        docs = np.stack(docs) if source.document_mask else None  # (B, T), as x and y
+        x, y, docs = feed.batch(np.stack(x), np.stack(y), docs)
+        logits = model(x, docs=docs).float()  # (B, T, V)
         ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none")
         counted = (y >= 0).sum(1).clamp(min=1)
         losses[first:last] = (ce.view(y.shape).sum(1) / counted).cpu().numpy()
@@ -92,11 +93,11 @@ def main(argv: list[str]) -> int:
             raise UserError("E002", f"--{name}: {value} must be at least 1")
     model, tokenizer, step = load(args.run, device=args.device)
     T = args.max_seq_len or model.cfg.max_seq_len
-    source = Source(expand(args.data_dir), "train", T, args.val_fraction)
+    source = Source(expand(args.data_dir), "train", T, args.val_fraction, None)
     source.check_vocab(model.cfg.vocab_size)
     check_tokenizer(args.run, tokenizer, source)
-    device = next(model.parameters()).device
-    losses = window_losses(model, source, args.batch_size, device, Progress(source.windows, T))
+    feed = Feed(next(model.parameters()).device)
+    losses = window_losses(model, source, args.batch_size, feed, Progress(source.windows, T))
     file = loss_file(source)
     try:
         os.makedirs(os.path.dirname(file), exist_ok=True)

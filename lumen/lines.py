@@ -14,6 +14,7 @@ import yaml
 
 from lumen import machine as machines
 from lumen import model_keys, plan
+from lumen.buckets import undivided
 from lumen.config import Config
 from lumen.course import above_chance
 from lumen.forecast import BAND
@@ -145,7 +146,7 @@ def data_lines(sources: dict, val_sources: dict) -> list[str]:
         text = "not prepared yet: its size, and a length that follows from it, are unknown"
         return [f"data       {text}"]
     lines = []
-    for name, source in sources.items():
+    for name, source in undivided(sources).items():
         held_out = val_sources[name].tokens if name in val_sources else 0
         text = f"{name}: {source.tokens:,} train tokens, {held_out:,} val"
         if source.bare and held_out:
@@ -244,7 +245,7 @@ def validation_advice(cfg: Config, sources: dict, val_sources: dict) -> list[str
     if not val_sources:
         return [no_validation(cfg)]
     lines, T = [], cfg.model.max_seq_len
-    missing = [name for name in sources if name not in val_sources]
+    missing = [name for name in undivided(sources) if name not in val_sources]
     if missing:
         lines.append(f"no validation in {', '.join(missing)}: val_loss is of the others alone")
     windows = sum(source.windows for source in val_sources.values())

@@ -17,6 +17,7 @@ from lumen.errors import UserError, expand
 from lumen.files import read_json
 from lumen.values import as_number, convert, inside, short
 from lumen.windows import Shard, bare_shards, holds_text
+from model import ModelConfig
 
 # mode: the groups of paths that it reads
 MODES = {
@@ -198,13 +199,15 @@ class Expansion:
         return {n: round(share * t / max(1, sum(tokens)), 6) for n, t in zip(names, tokens)}
 
     def tokens_in(self, group: str, folder: str) -> int:
-        """Of the training split. E110 where the folder holds text, with what makes tokens of it."""
+        """Of the training split. E110 where the folder holds text, with what makes tokens of it;
+        E002 where it holds several datasets."""
+        key = f"{group}_paths"
         if is_raw(folder):
-            text = f"{self.place(f'{group}_paths')}: {folder} is text, not tokens"
-            make = f"python prepare_data.py {folder} --out data/{group} --tokenizer bpe:8192"
-            if group == "finetuning":
-                make = make.replace("bpe:8192", "data/base/tokenizer.json")
-            raise UserError("E110", f"{text}: {make}, then {group}_paths: [data/{group}]")
+            text = f"{self.place(key)}: {folder} is text, not tokens: {self.command(group, folder)}"
+            raise UserError("E110", f"{text}, then {key}: [data/{group}]")
+        if os.path.exists(os.path.join(folder, mixture.FILE)):
+            text = f"{folder} holds several datasets; name each of them, or drop all of these keys"
+            self.refuse(key, f"{text} and write data_dir: {folder}")
         file = os.path.join(folder, "manifest.json")
         if not os.path.exists(file):
             return sum(Shard(shard).tokens for shard in bare_shards(folder))
@@ -214,7 +217,18 @@ class Expansion:
             text = f"{file} is damaged: {type(error).__name__} {error}"
             raise UserError("E111", text) from None
 
+    def command(self, group: str, folder: str) -> str:
+        """What prepares text, or conversations in rows of the model's length."""
+        made = f"python prepare_data.py {folder} --out data/{group} --tokenizer"
+        if group == "base":
+            return f"{made} bpe:8192"
+        base = inside(self.given.get("base_paths") or "data/base", [str], self.place, "base_paths")
+        tokenizer = os.path.join("data/base" if is_raw(base[0]) else base[0], "tokenizer.json")
+        T = self.tree["model"].get("max_seq_len", ModelConfig.max_seq_len)
+        return f"{made} {tokenizer} (conversations: --seq_len {T})"
+
 
 def is_raw(path: str) -> bool:
-    """Whether there is text, and no prepared folder."""
-    return not os.path.exists(os.path.join(path, "manifest.json")) and holds_text(path)
+    """Whether there is text, and no prepared folder, finished or not."""
+    ours = ("manifest.json", "progress.json", mixture.FILE)
+    return not any(os.path.exists(os.path.join(path, name)) for name in ours) and holds_text(path)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen import buckets, forecast, mixture
+from lumen import buckets, forecast, lines, mixture
 from lumen.cli import read_config
 from lumen.config import RANGES, Config, build_config
 from lumen.data import Data, choose_val_rows, facts_of, open_data, what_changed
@@ -40,12 +40,15 @@ def fails(code, f, *args, **kwargs) -> str:
 def prepared(folder, lengths, seed=0, **more) -> str:
     """A prepared folder with documents of these lengths, as prepare_data.py leaves it."""
     os.makedirs(folder)
+    np.save(folder / "train_00000.mask.npy", np.ones(sum(lengths), np.uint8))
     tokens = np.random.default_rng(seed).integers(0, 60, sum(lengths)).astype(np.uint16)
     np.save(folder / "train_00000.npy", tokens)
     begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
     np.save(folder / "train_00000.docs.npy", begins)
     shard = {"file": "train_00000.npy", "tokens": len(tokens), "max_id": 63, "sha256": f"{seed}"}
     shard["docs_file"] = "train_00000.docs.npy"
+    if more.get("kind") == "chat":
+        shard["mask_file"] = "train_00000.mask.npy"
     manifest = {
         "dtype": "uint16",
         "fingerprint": f"{seed}{more}",
@@ -156,14 +159,25 @@ def test_what_a_mode_cannot_honour_is_refused_with_its_place(folders, keys, said
     assert said in text and "at " in text
 
 
-def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders):
+def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders, tmp_path):
     raw = folders["raw"]
     cfg = configured(base_paths=[raw], base_eval_paths=raw)
     assert cfg.prepare == {"out": "data/raw", "sources": [raw], "val_sources": [raw]}
     text = fails("E110", data_of, folders, finetuning_paths=["raw"])
     assert text.startswith(f"at finetuning_paths: {raw} is text, not tokens: python prepare_data.")
+    assert "--tokenizer data/base/tokenizer.json (conversations: --seq_len 8)" in text
+    both = {"training_mode": "hybrid", "base_paths": ["web"], "finetuning_paths": ["raw"]}
+    assert f"--tokenizer {folders['web']}/tokenizer.json" in fails("E110", data_of, folders, **both)
     fails("E110", data_of, folders, base_paths=["raw", "web"])
     fails("E110", configured, base_paths=["/nowhere/x"])
+    # nor are what prepare_data.py has begun, or made of several, text by what they also hold
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "rejected.jsonl").touch()
+    (part / "progress.json").touch()
+    assert "is not finished" in fails("E110", configured, base_paths=str(part))
+    (part / "progress.json").rename(part / "mixture.yaml")
+    assert f"data_dir: {part}" in fails("E002", configured, base_paths=str(part))
 
 
 def test_what_is_typed_beats_the_mode_of_the_file(folders, tmp_path):
@@ -216,6 +230,8 @@ A, B, AB = ({"weights": dict.fromkeys(names, 1)} for names in ("a", "b", "ab"))
         ([A | {"epochs": 0.001}, B | {"until": 30}], None, [1, 30]),  # a step at least
         ([A | {"until": 0.5}, B], 40, [20, 40]),
         ([A | {"epochs": 1}, B], 40, [10, 40]),
+        ([A | {"until": 0.5}, B | {"epochs": 1}], 40, [20, 25]),
+        ([{"epochs": 1, "weights": {"a": 1, "b": 0}}], None, [10]),
         ([A | {"until": 0.25}, B | {"epochs": 1}, AB], 40, [10, 15, 40]),
     ],
 )
@@ -314,19 +330,24 @@ def test_no_forecast_ends_a_run_whose_next_phase_is_to_come(step, ends, monkeypa
 # ---------------------------------------------------------------- weights that change on the way
 
 
+WEIGHTS = st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1)
+STARTS = st.lists(st.tuples(st.integers(1, 3000), WEIGHTS), min_size=1, max_size=4)
+
+
 @few
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 3000),
-            st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(0, 99),
-)
+@given(STARTS, st.integers(0, 99))
 def test_weights_that_change_from_resume_to_resume_repeat_and_skip_nothing(starts, seed):
+    check_every_epoch(starts, seed)
+
+
+@pytest.mark.nightly
+@settings(max_examples=500, deadline=None)
+@given(STARTS, st.integers(0, 2**40))
+def test_weights_that_change_many_times(starts, seed):
+    check_every_epoch(starts, seed)
+
+
+def check_every_epoch(starts, seed):
     """A source may also come or go. What was read stays read, and each epoch of each source is a
     permutation of its windows."""
     held = {"a": 701, "b": 97, "c": 5}
@@ -401,8 +422,7 @@ def test_buckets_share_the_windows_out_from_easy_to_hard(tmp_path, n):
 
 
 def test_windows_of_packed_rows_begin_where_rows_do(tmp_path):
-    source = opened(prepared(tmp_path / "a", [90], rows={"length": 9}))
-    source.windows = 10
+    source = opened(prepared(tmp_path / "a", [90], kind="chat", rows={"length": 9}))
     assert buckets.window_starts(source).tolist() == list(range(0, 90, 9))
 
 
@@ -423,7 +443,7 @@ def test_numbers_that_cannot_be_a_difficulty_are_refused(tmp_path):
     text = fails("E110", buckets.cut, source, 2, "loss")
     assert f"python -m lumen.difficulty RUN {source.path} --max_seq_len 8" in text
     fails("E114", buckets.cut, source, source.windows + 1)
-    np.save(tmp_path / "a" / "train_00000.docs.npy", np.array([0, 7], np.uint64))
+    np.save(tmp_path / "a" / "train_00000.docs.npy", np.array([0, 7, 99], np.uint64))
     fails("E111", buckets.cut, source, 2)
     os.remove(tmp_path / "a" / "train_00000.docs.npy")
     assert "difficulty: loss needs none" in fails("E110", buckets.cut, source, 2)
@@ -502,6 +522,11 @@ def test_open_data_makes_a_source_of_each_bucket_and_one_to_evaluate(tmp_path):
     assert list(data.sources) == ["t.1", "t.2", "u"]
     assert data.weights == {"t.1": 2.0, "t.2": 2.0, "u": 1.0}
     assert set(data.val_sources) == {"u"} and data.tokenizer_sum == "t"
+    # the start block speaks of whole sources: what is held out is not cut
+    said = lines.data_lines(data.sources, data.val_sources)
+    assert [line.split()[1] for line in said] == ["t:", "u:"] and "1,200 train tokens" in said[0]
+    advice = lines.validation_advice(Config(data_dir="x"), data.sources, data.val_sources)
+    assert advice[0] == "no validation in t: val_loss is of the others alone"
     assert data.windows == opened(folder).windows + data.sources["u"].windows
 
 

@@ -168,7 +168,7 @@ def test_a_curriculum_by_the_loss_of_a_model(tiny, prepared, capsys):
     assert "val_loss" in last and not any(key.startswith("val_loss/") for key in last)  # one source
     # another order of difficulty is other data
     sources["t"]["difficulty"] = "length"
-    with pytest.raises(UserError, match="E118.*t.1 "):
+    with pytest.raises(UserError, match="E118.*t.1 has changed: which windows are how"):
         Trainer(keys | {"max_steps": 30, "data": data})
 
 
