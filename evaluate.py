@@ -191,6 +191,8 @@ class Loop:
         ranks = self.parallel.gather((sums.tolist(), self.depth.tolist(), means))
         sums = torch.tensor([rank[0] for rank in ranks], dtype=torch.float64).sum(0)
         ce, targets, right, as_trained, n_bytes = sums.sum(0).tolist()
+        if not targets:
+            raise UserError("E114", "masks leave no target in the rows that an evaluation reads")
         by_source = {}
         if len(self.sources) > 1:
             by_source = {n: (s[0] / s[1]).item() for n, s in zip(self.sources, sums) if s[1]}

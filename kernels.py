@@ -441,10 +441,14 @@ def documents(given, backend: str, dtype: torch.dtype) -> Documents:
     first = torch.arange(given.most, device=of.device).expand(len(of), -1).contiguous()
     starts = torch.searchsorted(of, first)
     if backend == "sdpa" and of.device.type != "cpu":
-        same = (of[:, :, None] == of[:, None]).tril()
-        bias = torch.zeros(same.shape, dtype=dtype, device=of.device)
-        bias = bias.masked_fill_(~same, -torch.inf)[:, None]
+        bias = bias_of(of, dtype)
     return Documents(of, given.most, given.real, starts, bias)
+
+
+def bias_of(of: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 for what a position may look at, -inf elsewhere: of (B, T) -> (B, 1, T, T)."""
+    same = (of[:, None, :, None] == of[:, None, None]).tril()
+    return torch.zeros(same.shape, dtype=dtype, device=of.device).masked_fill_(~same, -torch.inf)
 
 
 WITHIN = (
@@ -454,10 +458,9 @@ WITHIN = (
 
 
 def attend_within(q, k, v, backend: str, docs: Documents) -> torch.Tensor:
-    """Causal attention within documents; shapes as of attention(). On a CPU document by document,
-    elsewhere by a kernel of WITHIN (none of which any GPU has run here), or for sdpa with a bias,
-    which computes whole rows."""
-    if q.device.type == "cpu":
+    """Causal attention within documents; shapes as of attention(). sdpa: on a CPU document by
+    document, elsewhere whole rows with a bias; or a kernel of WITHIN. No GPU has run any of it."""
+    if backend == "sdpa" and docs.bias is None:
         flat = (t.flatten(0, 1) for t in (q, k, v))  # (B T, H or G, D)
         return torch.ops.lumen.attend(*flat, docs.bounds())[0].view(q.shape)
     if backend == "sdpa":

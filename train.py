@@ -107,14 +107,14 @@ class Orchestrator(Parts):
         """What the schedule is multiplied by: exactly 1.0 in a run nobody touched."""
         return self.control.knobs.get("lr_scale", 1.0) * self.escalation.lr_factor(self.iteration)
 
-    def guard(self, ce, norm, unusable) -> tuple[torch.Tensor, torch.Tensor]:
+    def guard(self, loss, norm, unusable) -> tuple[torch.Tensor, torch.Tensor]:
         """(drop this step?, did its gradient explode?): 0-d bools on the device; nobody waits.
 
-        ce: the summed loss; norm: of the true gradient; unusable: ranks that have no gradient to
-        give (their data, their memory). All 0-d.
+        loss: the mean, NaN where masks left no target; norm: of the true gradient; unusable: ranks
+        that have no gradient to give (their data, their memory). All 0-d.
         """
         began = time.perf_counter()
-        bad = ~(torch.isfinite(ce) & torch.isfinite(norm)) | (unusable > 0) | self.halted
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (unusable > 0) | self.halted
         # on CUDA the host learns of it an iteration late: that iteration is void too
         self.halted = self.halted | (unusable > 0)
         # log G above what accepted steps make likely (course.NormLimit); None while they are few
@@ -444,14 +444,15 @@ class Trainer(ByHand):
             sums = unflatten(par.reduce(model, vector), shapes)
             # Each loss was divided by the targets of a step in which all are valid. The true count,
             # fp16's scale and clipping make one factor: exactly 1.0 when there is nothing to mend.
-            factor = (self.targets_per_step / sums["count"]).float()  # 0-d, as all below
+            factor = (self.targets_per_step / sums["count"].clamp(min=1)).float()  # 0-d, as below
             if self.loss_scale is not None:
                 factor = factor / self.loss_scale.value
             norm = par.grad_norm(model) * factor  # of the true gradient
             watch.lap("communication")
 
             # guard: decided on the device, and nobody waits for it; a bad step changes nothing
-            bad, exploded = orch.guard(sums["ce"], norm, sums["unread"] + sums["oom"])
+            loss, unusable = sums["ce"] / sums["count"], sums["unread"] + sums["oom"]
+            bad, exploded = orch.guard(loss, norm, unusable)
 
             # step
             factor = clip_factor(norm, cfg.grad_clip) * factor
@@ -562,8 +563,7 @@ class Trainer(ByHand):
         with par.microstep(self.model, micro == self.run.accumulation - 1):
             x, y, docs = par.feed.batch(*batch)  # (rows, T) each
             total, counted = self.model(x, targets=y, docs=docs)
-            # a constant, not this micro-batch's own count of targets: so the gradient of a step is
-            # the same however it is cut into micro-batches and ranks
+            # a constant, not this micro-batch's own count: the gradient of a step is any cut's
             loss = total / self.targets_per_step
             if self.loss_scale is not None:
                 loss = loss * self.loss_scale.value

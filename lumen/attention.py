@@ -31,9 +31,10 @@ class Shape(NamedTuple):
     kv_heads: int
     head_dim: int
     varies: bool = False  # MoD's evaluation: no two batches have the same lengths
+    documents: bool = False  # rows hold several that do not see each other
 
 
-def shape_of(model: Transformer, rows: int) -> Shape:
+def shape_of(model: Transformer, rows: int, documents: bool = False) -> Shape:
     """Of a micro-batch of so many rows; a MoD layer has as many positions as it lets through."""
     cfg = model.cfg
     lengths: collections.Counter = collections.Counter()
@@ -42,24 +43,31 @@ def shape_of(model: Transformer, rows: int) -> Shape:
         short = block.mod is not None and not block.ffn_only
         lengths[block.mod.tokens if short else cfg.max_seq_len] += 1
         varies |= short
-    return Shape(rows, dict(lengths), cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, varies)
+    heads = (cfg.n_heads, cfg.n_kv_heads, cfg.head_dim)
+    return Shape(rows, dict(lengths), *heads, varies, documents)
 
 
 def pick_attention(
     choice: str, shape: Shape, device, dtype=torch.float32, deterministic: bool = False
 ) -> tuple[str, str]:
-    """The attention backend and why: sdpa (torch decides) or one of kernels.ATTENTION.
+    """The attention backend and why: sdpa (torch decides) or one of kernels.ATTENTION; where
+    documents do not see each other, of kernels.WITHIN.
 
     auto takes the fastest on CUDA. What is asked for is tried too: sdpa takes its place where it
     raises or is wrong, and the reason says so. ValueError on an unknown choice.
     """
-    known = ("auto", "sdpa", *kernels.ATTENTION)
+    known = ("auto", "sdpa", *dict.fromkeys(kernels.ATTENTION + kernels.WITHIN))
     if choice not in known:
         raise ValueError(f"attention: {choice!r} is not one of {', '.join(known)}")
     auto = choice == "auto"
+    able = kernels.WITHIN if shape.documents else kernels.ATTENTION
     if choice == "sdpa" or (auto and torch.device(device).type != "cuda"):
-        return "sdpa", "torch picks its fastest kernel for this device"
-    names = list(kernels.ATTENTION) if auto else [choice]
+        return "sdpa", f"torch picks its fastest kernel for this device{how_within(shape, device)}"
+    if not auto and choice not in able:
+        asked = "document_mask: true" if shape.documents else "document_mask: false"
+        others = ", ".join(able)
+        return "sdpa", f"{choice} does not go with {asked} (that has {others})"
+    names = list(able) if auto else [choice]
     refused = {}
     if auto and shape.varies:  # by reading: its cache of plans has the length in its key
         names.remove("cudnn")
@@ -76,19 +84,31 @@ def pick_attention(
     return min(seconds, key=seconds.get, default="sdpa"), "; ".join(reasons)
 
 
+def how_within(shape: Shape, device) -> str:
+    """What sdpa does about documents that do not see each other."""
+    if not shape.documents:
+        return ""
+    if torch.device(device).type == "cpu":
+        return ", document by document"
+    return ", on whole rows with a mask"
+
+
 def compare(names, shape: Shape, device, dtype, deterministic, refused: dict) -> dict[str, float]:
     """{backend: seconds of all layers, forward and backward} of those that are right at every
     length; why the others are not goes to `refused`."""
     seconds = dict.fromkeys(names, 0.0)
     for T, layers in shape.lengths.items():
         inputs, dout = sample(shape, T, device, dtype)
-        want = softmax_attention(*inputs, dout)
+        docs = None
+        if shape.documents:
+            docs = some_documents(len(dout), T, dout.device)
+        want = softmax_attention(*inputs, dout, None if docs is None else docs.of[0])
         with as_in_the_run(deterministic), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for name in list(seconds):
                 said.clear()
                 try:
-                    seconds[name] += layers * trial(name, inputs, dout, want)
+                    seconds[name] += layers * trial(name, inputs, dout, want, docs)
                 except Exception as error:  # a kernel can fail in any way, and must stop no run
                     refused[name] = reason(error, [str(warning.message) for warning in said])
                     del seconds[name]
@@ -113,9 +133,18 @@ def sample(shape: Shape, T: int, device, dtype):
     return [t.detach().requires_grad_() for t in (q, k, v)], dout
 
 
-def softmax_attention(q, k, v, dout) -> list:
+def some_documents(rows: int, T: int, device) -> kernels.Documents:
+    """The same in each row: one of a single position, and others, each twice as long as the one
+    before; some places for more stay empty, as in most batches."""
+    at = torch.arange(T, device=device)
+    of = (at + 1).float().log2().long()  # 0, 1 1, 2 2 2 2, ...
+    most = 2 * T.bit_length()
+    return kernels.documents(kernels.Documents(of.expand(rows, T), most), "varlen", torch.float32)
+
+
+def softmax_attention(q, k, v, dout, of=None) -> list:
     """[y, dq, dk, dv] of the first row, each (T, H or G, D), in fp32 (fp64 stays fp64); the scores
-    of some queries at a time."""
+    of some queries at a time. of (T,): the document of each position, if they do not see others."""
     q, k, v, dout = (t[0].detach().transpose(0, 1) for t in (q, k, v, dout))  # (H or G, T, D)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v, dout = (t.to(wide).requires_grad_() for t in (q, k, v, dout))
@@ -126,7 +155,10 @@ def softmax_attention(q, k, v, dout) -> list:
     for own, part, dy in zip(at.split(step), q.split(step, 1), dout.split(step, 1)):
         keys, values = (t.repeat_interleave(H // t.shape[0], 0) for t in (k, v))
         scores = part @ keys.transpose(1, 2) * D**-0.5
-        y = scores.masked_fill(at > own[:, None], -torch.inf).softmax(-1) @ values
+        hidden = at > own[:, None]
+        if of is not None:
+            hidden = hidden | (of != of[own][:, None])
+        y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
         ys.append(y.detach())
         dq, more_dk, more_dv = torch.autograd.grad(y, (part, k, v), dy)
         dqs.append(dq)
@@ -135,9 +167,9 @@ def softmax_attention(q, k, v, dout) -> list:
     return [t.transpose(0, 1) for t in (torch.cat(ys, 1), torch.cat(dqs, 1), dk, dv)]
 
 
-def trial(name: str, inputs, dout, want) -> float:
+def trial(name: str, inputs, dout, want, docs=None) -> float:
     """Seconds of forward and backward. ArithmeticError where output or gradients are wrong."""
-    step = functools.partial(kernels.attention, backend=name, alone=True)
+    step = functools.partial(kernels.attention, backend=name, docs=docs, alone=True)
     got = fwd_bwd(step, inputs, dout)
     error = max_error(got, want)
     if not error <= TOLERANCE[dout.dtype]:  # so written that a NaN fails too

@@ -45,6 +45,7 @@ class Config:
     data: dict | None = None  # {sources: {NAME: {dir, weight}}, phases: [{until, weights}]} ...
     # ... of a source: buckets, difficulty; of a phase: name, epochs, tokens, lr_scale, warmup_steps
     prepare: dict | None = None  # makes data_dir: {sources: [...], tokenizer, out, and options}
+    document_mask: bool | None = None  # no document sees another; null: in conversations only
     val_fraction: float = 0.005  # held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what was trained on
     allow_tokenizer_change: bool = False  # take weights that were trained with another tokenizer
@@ -152,7 +153,7 @@ RANGES = {
     "precision": "auto | fp32 | mixed_bf16 | mixed_fp16 | bf16 | fp16",
     "compile_model": "auto | true | false",
     "deterministic": "auto | true | false",
-    "attention": "auto | sdpa | cudnn | flash_sdpa | efficient | flash",
+    "attention": "auto | sdpa | cudnn | flash_sdpa | efficient | flash | varlen",
     "expert_backend": "auto | slices | grouped_mm | triton",
     "activation_checkpointing": "none | selective | block",
     "comm_timeout": "[1, 1e8]",

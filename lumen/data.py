@@ -42,6 +42,12 @@ class Data:
         return {name: source.fingerprint for name, source in self.sources.items()}
 
     @property
+    def document_mask(self) -> bool | None:
+        """Whether all sources have one; None: some do."""
+        masked = {source.document_mask for source in self.sources.values()}
+        return masked.pop() if len(masked) == 1 else None
+
+    @property
     def windows(self) -> int:
         """Rows of max_seq_len tokens in one pass."""
         return sum(source.windows for source in self.sources.values())
@@ -74,7 +80,7 @@ def open_data(cfg: Config) -> Data:
     block = cfg.data or {"sources": {"data": {"dir": cfg.data_dir}}}
     specs = block["sources"]
     data = Data(mixture.weights_of(block), cfg.model.vocab_size, specs=specs)
-    where = (cfg.model.max_seq_len, cfg.val_fraction)
+    where = (cfg.model.max_seq_len, cfg.val_fraction, cfg.document_mask)
     for name, spec in specs.items():
         whole = Source(str(spec["dir"]), "train", *where)
         parts = [whole]
@@ -262,5 +268,9 @@ def val_sum(val_sources: dict, val_set: list[tuple[str, int]], max_seq_len: int)
     for name, source in val_sources.items():
         shards = source.manifest["splits"]["val"]["shards"] if source.manifest else []
         texts[name] = [s.get("sha256", s["file"]) for s in shards] or source.fingerprint
+        # which of its targets count
+        masks = [s["mask_sha256"] for s in shards if "mask_sha256" in s]
+        if masks or source.document_mask:
+            texts[name] = [texts[name], masks, source.document_mask]
     rows = [[name, int(i)] for name, i in val_set]
     return hashlib.sha256(json.dumps([texts, rows, max_seq_len]).encode()).hexdigest()

@@ -149,15 +149,18 @@ class NonFinite(Detector):
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        overflow = self.scaled and numbers.loss_finite
-        if overflow:
+        overflow = self.scaled and numbers.loss_finite and not numbers.empty
+        if numbers.empty:
+            self.cause = "the masks of its rows leave no target that counts"
+        elif overflow:
             self.cause = "fp16 overflow, the loss scale halves"
         elif self.in_a_row == 1:
             self.cause = self.diagnose(numbers.cursor)
         stat = {"loss": numbers.loss, "grad_norm": numbers.grad_norm, "in_a_row": self.in_a_row}
-        said = f"loss or gradient not finite; {self.cause}"
+        what = "no loss" if numbers.empty else "loss or gradient not finite"
+        said = f"{what}; {self.cause}"
         yield Alarm("nonfinite", "drop", 1, said, numbers.iteration, stat=stat, always=True)
-        if self.watching and not overflow:
+        if self.watching and not overflow and not numbers.empty:
             alarm = self.too_many(numbers.iteration)
             if alarm is not None:
                 yield alarm

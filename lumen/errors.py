@@ -65,6 +65,8 @@ ERRORS = {  # code: (meaning, remedy)
              "copy it anew; --max_bad 1 takes what was read before the damage"),
     "E122": ("a compressed file unpacks to more than the limit",
              "unpack it, and look at what is in it"),
+    "E123": ("the data was packed for rows of another length",
+             "set model.max_seq_len to it, or prepare the data anew with --seq_len"),
     "E124": ("data of a kind that this command does not train on",
              "train.py takes text and conversations; see the message"),
     "E200": ("the run does not fit into memory",

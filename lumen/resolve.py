@@ -81,6 +81,7 @@ class Facts:
     held: dict[str, int] = field(default_factory=dict)  # `windows` of each source
     hint: int | None = None  # micro-batch that an earlier start's lack of memory asks for ...
     hint_file: Path | None = None  # ... in this file
+    documents: bool = False  # rows hold several, some of which do not see each other
     dry_run: bool = False  # what does not fit is said, not refused
 
 
@@ -132,6 +133,7 @@ def gather_facts(cfg: Config, written: dict, data, parallel, hints: Path | None)
         model=meta_model(cfg.model),
         machine=machine,
         memory=machines.own_memory(machine.device),
+        documents=any(source.document_mask for source in data.sources.values()),
         hint=hint,
         hint_file=hints / HINT if hints else None,
     )
@@ -351,7 +353,7 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     if deterministic == "auto":
         deterministic = machine.device.type == "cpu"
     where = (machine.device, machine.compute_dtype)
-    shape = shape_of(facts.model, run["micro_batch"])
+    shape = shape_of(facts.model, run["micro_batch"], facts.documents)
     attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic))
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
     experts, experts_why = cfg.expert_backend, ""

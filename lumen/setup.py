@@ -16,12 +16,13 @@ from lumen.resume import take_weights
 
 
 def take_vocabulary(trainer) -> None:
-    """The data say what the model's vocabulary is. E114: early_stopping_patience without
-    validation data."""
+    """The data say what the model's vocabulary is, and whether documents see each other. E114:
+    early_stopping_patience without validation data."""
     cfg, data = trainer.cfg, trainer.data
     trainer.token_bytes = data.token_bytes()
     model = dataclasses.replace(cfg.model, vocab_size=data.vocab_size)
-    trainer.cfg = dataclasses.replace(cfg, model=model)
+    masked = cfg.document_mask if data.document_mask is None else data.document_mask
+    trainer.cfg = dataclasses.replace(cfg, model=model, document_mask=masked)
     if cfg.early_stopping_patience and not data.val_sources:
         text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
         raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")

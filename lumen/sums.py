@@ -39,6 +39,7 @@ class StepNumbers:
     bad: bool = False  # the step was dropped
     exploded: bool = False  # its gradient norm was above what was to be expected
     loss_finite: bool = True
+    empty: bool = False  # masks left it no target: it was dropped, and has no loss
     oom: bool = False  # a rank ran out of memory: the step is void, and none of the numbers holds
     stop: bool = False  # a rank was asked to stop
     save: bool = False  # a rank was asked for a checkpoint
@@ -131,7 +132,8 @@ def step_numbers(pending: Pending, sums: dict[str, torch.Tensor], world: int) ->
     if numbers.oom:
         return numbers
     count = max(got["count"], 1)
-    numbers.loss = got["ce"] / count
+    numbers.empty = not got["count"]
+    numbers.loss = math.nan if numbers.empty else got["ce"] / count
     numbers.z_loss = got["z"] / count
     numbers.loss_finite = math.isfinite(got["ce"])
     numbers.grad_norm = got["norm"]

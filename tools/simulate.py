@@ -637,6 +637,7 @@ class DryRun:
             model=self.model,
             machine=machine,
             memory=machines.own_memory(machine.device),
+            documents=any(source.document_mask for source in self.data.sources.values()),
             dry_run=True,
         )
         if not self.elsewhere:

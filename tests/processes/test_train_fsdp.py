@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,6 +43,7 @@ KINDS = {
     "moe": MOE,
     "hybrid": MOE | {"mod_capacity": 0.5, "mod_layers": [1]},
 }
+KINDS["documents"] = KINDS["hybrid"]  # on rows whose documents do not see each other
 KINDS["few"] = MOE | {
     "n_experts_max": 6
 }  # neither 6 nor 3 experts divide evenly: cut along the next dimension
@@ -65,10 +67,19 @@ LAYOUTS = {  # ranks, kind of model, keys
     "ep 2 x fsdp 2": (4, "moe", {"expert_parallel": 2}),
     "compiled": (2, "moe", {"expert_parallel": 2, "compile_model": True}),
     "hsdp, zero 1": (4, "dense", {"hsdp_shard_size": 2, "zero_stage": 1}),
+    "documents": (2, "documents", {}),
+    "documents, ep 2": (
+        2,
+        "documents",
+        {"expert_parallel": 2, "activation_checkpointing": "selective"},
+    ),
+    "documents, zero 0": (2, "documents", {"zero_stage": 0}),
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
 }
 NIGHTLY = {
+    "documents, ep 2",
+    "documents, zero 0",
     "ep 4",  # what it reads, writes and goes on from is seen below
     "zero 2",
     "compiled",
@@ -87,6 +98,13 @@ STEPS = 7
 def keys(shards, tmp_path_factory):
     """keys(name, kind, **changes): of a run of 16 rows a step, which 1, 2 and 4 ranks can share."""
     top = tmp_path_factory.mktemp("fsdp")
+    documents, rng = str(tmp_path_factory.mktemp("documents")), np.random.default_rng(0)
+    for file in sorted(Path(shards).glob("*.npy")):
+        shutil.copy(file, documents)
+        starts = np.cumsum(np.append(0, rng.integers(1, 60, 100))).astype(np.uint64)
+        tokens = len(np.load(file))
+        starts = np.append(starts[starts < tokens], np.uint64(tokens))
+        np.save(Path(documents) / f"{file.stem}.docs.npy", starts)
 
     def make(name, kind="moe", **changes) -> dict:
         shape = {
@@ -119,6 +137,8 @@ def keys(shards, tmp_path_factory):
             "compile_model": False,
         }
         run |= {"save_total_limit": 0, "expert_backend": "slices", "val_fraction": 0.05}
+        if kind == "documents":
+            run |= {"data_dir": documents, "document_mask": True}
         return run | {"model": shape | {"max_seq_len": 32} | KINDS[kind]} | changes
 
     return make

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from test_resolve import CPU, T, configured, facts_of, state_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -143,7 +144,7 @@ def test_the_sample_looks_as_what_the_model_gives(monkeypatch):
     """Shapes, strides and dtypes of q, k, v: a kernel may refuse a stride or be slow on it."""
     seen = []
 
-    def look(q, k, v, backend, alone=False):
+    def look(q, k, v, backend, docs=None, alone=False):
         seen.append([(t.shape, t.stride(), t.dtype) for t in (q, k, v)])
         return by_math(q, k, v)
 
@@ -243,7 +244,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def stand_in(**functions):
-        def stands(q, k, v, backend, alone=False):
+        def stands(q, k, v, backend, docs=None, alone=False):
             assert alone, "math must not stand in for it here"
             return functions.get(backend, misbuilt)(q, k, v)
 
@@ -440,3 +441,76 @@ def test_a_kept_choice_that_does_not_work_here_is_made_anew():
     saved["run"]["attention"] = "fast"
     with pytest.raises(UserError, match="E002.*'fast' is not one of"):
         resolved_run(saved)
+
+
+# ---------------------------------------------------------------- documents
+
+PACKED = SHAPE._replace(documents=True)
+
+
+def each_alone(q, k, v, ends):
+    """By documents, q, k, v (N, H, D); ends: where they begin, and the end."""
+    out = torch.empty_like(q)
+    for a, b in zip(ends.tolist(), ends[1:].tolist()):
+        if a < b:
+            out[a:b] = by_math(*(t[None, a:b] for t in (q, k, v)))[0]
+    return out
+
+
+def test_kernels_that_know_documents_are_given_them_and_held_against_the_formula(monkeypatch):
+    asked = []
+
+    def varlen(q, k, v, ends, *more, window_size):
+        same, *most = more
+        asked.append((q.shape[1], k.shape[1], *most, window_size, ends.dtype))
+        assert ends is same and ends[0] == 0 and ends[-1] == len(q)
+        return each_alone(q, k, v, ends)
+
+    def flash(q, k, v, ends, *more, **options):
+        asked.append((q.shape[1], k.shape[1], more[1], *options.values()))
+        return each_alone(q, k, v, ends)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    fake_flash(monkeypatch, None)
+    sys.modules["flash_attn"].flash_attn_varlen_func = flash
+    for name in kernels.WITHIN:
+        assert pick_attention(name, PACKED, "cpu") == (name, "as asked; agrees with fp32 math")
+    assert set(asked) == {(4, 4, 40, 40, (-1, 0), torch.int32), (4, 2, 40, True, False)}
+    # one that looks across, and one that sees half of the row
+    wrong = (lambda ends: ends[[0, -1]], lambda ends: ends[[0, *range(2, len(ends))]])
+    for change in wrong:
+        monkeypatch.setattr(
+            torch.nn.attention.varlen,
+            "varlen_attn",
+            lambda q, k, v, ends, *_, change=change, **more: each_alone(q, k, v, change(ends)),
+        )
+        name, why = pick_attention("varlen", PACKED, "cpu")
+        assert name == "sdpa" and why.startswith("varlen does not work here (ArithmeticError")
+
+
+def test_with_documents_only_those_that_know_them_are_tried(on_cuda):
+    on_cuda(cudnn=by_math)
+    name, why = pick_attention("auto", PACKED, CUDA)
+    assert name == "sdpa" and "no varlen" in why and "no flash" in why and "cudnn" not in why
+    why = "torch picks its fastest kernel for this device, document by document"
+    assert pick_attention("auto", PACKED, "cpu") == ("sdpa", why)
+    assert pick_attention("sdpa", PACKED, CUDA)[1].endswith("on whole rows with a mask")
+    why = "cudnn does not go with document_mask: true (that has varlen, flash)"
+    assert pick_attention("cudnn", PACKED, CUDA) == ("sdpa", why)
+    assert pick_attention("varlen", SHAPE, CUDA)[1].startswith("varlen does not go with")
+
+
+def test_a_model_on_varlen_equals_the_cpus_way(monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.attention.varlen,
+        "varlen_attn",
+        lambda q, k, v, ends, *_, **more: each_alone(q, k, v, ends),
+    )
+    for changes in ({}, dict(mod_capacity=0.5)):
+        model = Transformer(ModelConfig(**SMALL, n_kv_heads=2, **changes))
+        model.init_weights(0)
+        x = torch.arange(64).view(2, 32)
+        of = torch.tensor([[0] * 5 + [1] * 27, [0] + [1] * 20 + [2] * 11])
+        want = model(x, docs=of)
+        model.backend = "varlen"
+        assert torch.allclose(model(x, docs=of), want, atol=1e-5)

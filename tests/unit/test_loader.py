@@ -78,8 +78,8 @@ def fails(code, f, *args, **kwargs):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(loader, "RETRY_WAITS_SECONDS", (0.01, 0.02))
-    monkeypatch.setattr(loader, "DISK_RETRY_WAITS_SECONDS", (0.03, 0.04))
+    monkeypatch.setattr(windows, "RETRY_WAITS_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(windows, "DISK_RETRY_WAITS_SECONDS", (0.03, 0.04))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -650,7 +650,7 @@ def test_a_disk_that_fails_is_given_more_time_than_a_file_that_changed(
 
 
 def test_shard_comes_back_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "RETRY_WAITS_SECONDS", (0.05, 0.8))
+    monkeypatch.setattr(windows, "RETRY_WAITS_SECONDS", (0.05, 0.8))
     path = write(tmp_path / "d", [50])
     file, source = os.path.join(path, "train_00000.npy"), Source(path, "train", 10)
     os.rename(file, file + ".away")
