@@ -85,8 +85,8 @@ class Contaminated:
         self.hashes = {n: np.unique(np.concatenate(hashes[n])) for n in sorted(hashes)}
 
     def hashed(self, words: list[bytes], lengths) -> dict[int, np.ndarray]:
-        """{n: a hash of each n words in a row}, for those n of `lengths` for which there are n known
-        words in a row."""
+        """{n: a hash of each n words in a row}, for the n of `lengths` for which n known words
+        are in a row somewhere."""
         get = self.numbers.get
         ids = np.array([get(word, 0) for word in words], np.uint64)
         places = np.arange(len(ids))
