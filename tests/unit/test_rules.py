@@ -15,7 +15,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen import measures
+from lumen import measures, rules
 from lumen.clean import clean, plain_words, written_words
 from lumen.decontaminate import Contaminated
 from lumen.errors import UserError
@@ -303,6 +303,7 @@ def test_a_missing_package_is_named(monkeypatch, wanted, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.langid", None)
     measures.identifier.cache_clear()
+    rules.fixer.cache_clear()
     with pytest.raises(UserError, match=f"E003.*pip install '?{package}"):
         Rules(wanted)
     Rules({"preset": "web", "ftfy": False, "rules": ["-two_stop_words"]})
@@ -337,6 +338,8 @@ def test_wrong_decodings_are_mended_and_nothing_else():
     assert mending.look("It doesnâ€™t matter, cafÃ©.").text == "It doesn’t matter, café."
     for text in ("“quotes” ‘stay’", "ｗｉｄｅ，ｔｏｏ", "ﬁsh and ﬂour", PROSE["zh"], PROSE["hi"]):
         assert mending.look(text).text == text
+    assert mending.look("AT&amp;T\n&lt;3 it&#39;s").text == "AT&T\n<3 it's"
+    assert mending.look("AT&amp;T is &lt;b> in\n<b>").text == "AT&amp;T is &lt;b> in\n<b>"
 
 
 def test_quality_is_the_mean_of_named_parts():
