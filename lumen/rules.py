@@ -17,8 +17,9 @@ for English web pages; what they do to other text, such as code, the dry run sho
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ DEFAULTS = {  # name: (default, default with preset web, what it may be)
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 ELLIPSES = ("...", "…")
 BULLETS = set("•‣▶►◦■□▪▫●-*")
+MAY_BE_WRONG = re.compile(r"[^\x00-\x7e]|&")
 VERSION = 1  # of the rules: part of the settings, and so of a dataset's fingerprint
 ANY = "any of them"
 
@@ -370,7 +372,7 @@ class Rules:
                     known = ", ".join(sorted(known))
                     raise UserError("E002", f"clean.language: no {short(code)}; there are {known}")
         if self.settings["ftfy"]:
-            mend("")
+            fixer()
         self.active = bool(self.rules or self.settings["ftfy"] or self.settings["pii"])
 
     def measures(self, text: str) -> Measures:
@@ -427,14 +429,30 @@ class Rules:
 
 def mend(text: str) -> str:
     """Undoes wrong decodings (ftfy: mojibake, entities, lost bytes). Not its taste: quotes,
-    ligatures and wide letters stay. E003."""
+    ligatures and wide letters stay. Entities stay in a text that has a <: it is HTML, or about it.
+    E003."""
+    fix_text, config = fixer()
+    if not MAY_BE_WRONG.search(text):
+        return text
+    if "<" in text:
+        config = config._replace(unescape_html=False)
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if MAY_BE_WRONG.search(line):  # ftfy takes 100 times as long to see that nothing is wrong
+            lines[i] = fix_text(line, config)
+    mended = "\n".join(lines)
+    return text if mended == text else clean(mended)
+
+
+@cache
+def fixer():
+    """(ftfy.fix_text, its configuration). E003."""
     try:
         import ftfy
     except ImportError as error:
         text = "mending wrongly decoded text needs ftfy: pip install ftfy; without: ftfy: false"
         raise UserError("E003", text) from error
-    mended = ftfy.fix_text(
-        text,
+    config = ftfy.TextFixerConfig(
         uncurl_quotes=False,
         fix_latin_ligatures=False,
         fix_character_width=False,
@@ -442,7 +460,7 @@ def mend(text: str) -> str:
         remove_terminal_escapes=False,
         explain=False,
     )
-    return text if mended == text else clean(mended)
+    return ftfy.fix_text, config
 
 
 # ---------------------------------------------------------------- a dry run
