@@ -34,7 +34,6 @@ class Foreign(Vocabulary):
         whole = whole or json.loads(text)
         self.reason = reason
         self._text = text
-        self._args = (name, text, eot, reason)
         try:
             specials, words, pieces = self._start(whole, eot)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -66,9 +65,6 @@ class Foreign(Vocabulary):
         words = {name: ids[name] for name in words if name != unknown}
         own = [name for name in ids if name == unknown or name not in renamed]
         return specials, words, {ids[name]: self._spelling.bytes_of(name) for name in own}
-
-    def __reduce__(self):
-        return Foreign, self._args
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids, 1-D, never one of `controls`. Lone surrogates are encoded as U+FFFD."""
@@ -159,9 +155,8 @@ def start_engine(whole: dict, reason: str):
         raise UserError("E003", f"{reason}: pip install --upgrade 'tokenizers>=0.20'")
     with refusing("the tokenizers library cannot run it", reason):
         engine = Engine.from_str(json.dumps(whole))
-        engine.encode_special_tokens = True
         # has it a token for characters that it does not know?
-        engine.encode("a\U0010fffd", add_special_tokens=False)
+        engine.encode("a \u0b83\u2603\u4e02\U0010fffd", add_special_tokens=False)
     return engine
 
 
