@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lumen.encode import Cleaned, Cleaner, all_text
 from lumen.files import read_json
-from lumen.near import Near, bands_of
+from lumen.near import Keys, Near, bands_of
 from lumen.pool import in_order
 from lumen.recipe import Job
 from lumen.rules import Examples
@@ -110,7 +110,7 @@ def find_near_duplicates(passes: list[Pass], out: str) -> str:
     return path
 
 
-def sign_all(passes: list[Pass], folder: str) -> set[bytes]:
+def sign_all(passes: list[Pass], folder: str) -> Keys:
     """Goes on where a killed search was: near.json says where, and how many were signed by
     then."""
     journal = os.path.join(folder, "near.json")
@@ -135,13 +135,13 @@ def sign_all(passes: list[Pass], folder: str) -> set[bytes]:
             for key, bands in signed:
                 near.add(key, bands)
     near.flush()
-    drop = {bytes(key) for key in near.decide()}
+    drop = near.decide()
     shutil.rmtree(folder)
     return drop
 
 
-def read_keys(path: str) -> set[bytes]:
-    return {key.tobytes() for key in np.load(path, allow_pickle=False)}
+def read_keys(path: str) -> Keys:
+    return Keys(np.load(path, allow_pickle=False).tobytes())
 
 
 # ---------------------------------------------------------------- what would be dropped
