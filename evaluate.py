@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ class Evaluation:
         row = {"val_loss": self.loss, "val_accuracy": self.accuracy}
         row |= {"val_bpb": self.bits_per_byte} | self.mod
         return row | {f"val_loss/{name}": loss for name, loss in self.by_source.items()}
+
+    def beside(self, other: Evaluation | None) -> Evaluation | None:
+        """This one with the losses of other sources too; None where that evaluation was left."""
+        if other is None:
+            return None
+        return dataclasses.replace(self, by_source=self.by_source | other.by_source)
 
 
 def never() -> int:
@@ -78,9 +85,12 @@ def evaluate_run(trainer) -> bool:
     progress.evaluated_at = t.step
     if not t.val_set:  # val_fraction: 0; the last checkpoint counts as the best then
         return False
-    what = (t.model, t.val_set, t.data.val_sources, t.parallel, t.run.micro_batch)
+    rest = (t.data.val_sources, t.parallel, t.run.micro_batch)
     try:
-        found = evaluate_loss(*what, t.token_bytes, stop=lambda: t.signals.stop)
+        found = evaluate_loss(t.model, t.val_set, *rest, t.token_bytes, lambda: t.signals.stop)
+        if found and t.val_aside:  # sources of earlier phases: said, but no part of val_loss
+            aside = evaluate_loss(t.model, t.val_aside, *rest, stop=lambda: t.signals.stop)
+            found = found.beside(aside)
     except UserError:
         progress.evaluated_at = None
         t.save()

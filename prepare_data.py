@@ -299,7 +299,7 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     if "minhash" in settings:
         output.near = read_keys(job.near or find_near_duplicates([over], job.out))
     for folder in job.taken:
-        output.elsewhere |= read_keys(os.path.join(folder, "keys.npy"))
+        output.elsewhere.append(read_keys(os.path.join(folder, "keys.npy")))
     if job.options["export_clean"]:
         output.exported = Growing(expand(job.options["export_clean"]))
     if "state" in progress:

@@ -3,16 +3,16 @@
     python train.py configs/quickstart.yaml
     torchrun --nproc_per_node=N train.py CONFIG [--key value ...]
 
-In this order: the schedule; `Orchestrator`, which looks at every step and acts on failures;
-`Trainer`, whose `iterations` is the training loop; main. `Trainer("configs/x.yaml").fit()` works in
-a notebook. `--help` prints every key. All that changes with the number of processes stands in
-lumen/parallel.py, what auto and null become in lumen/resolve.py, what a run says in lumen/lines.py.
+In this order: `Orchestrator`, which looks at every step and acts on failures; `Trainer`, whose
+`iterations` is the training loop; main. `Trainer("configs/x.yaml").fit()` works in a notebook.
+`--help` prints every key. The learning rate of a step is lumen/schedule.py's. All that changes with
+the number of processes stands in lumen/parallel.py, what auto and null become in lumen/resolve.py,
+what a run says in lumen/lines.py.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from evaluate import evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
-from lumen.config import Config, help_text, printed
+from lumen.config import help_text, printed
 from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
@@ -40,9 +40,10 @@ from lumen.parallel import Parallel
 from lumen.progress import Progress
 from lumen.replay import read_decisions
 from lumen.report import Report
-from lumen.resolve import Run, check_states, with_micro_batch, without_effect
+from lumen.resolve import check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
+from lumen.schedule import lr_at
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.state import State
@@ -51,34 +52,6 @@ from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, ste
 from lumen.tell import Teller
 from lumen.windows import Sums, dummy_batch
 from model import Transformer
-
-# ---------------------------------------------------------------- schedule
-
-
-def lr_at(cfg: Config, run: Run, step: int) -> float:
-    """The learning rate of a step (from 0) of run.max_steps, before the orchestrator's factor."""
-    # A function of the step and nothing else: no state to save, and a resumed run needs no
-    # scheduler that is wound forward. Note that a rollback takes the schedule back with it.
-    peak, low, n = cfg.learning_rate, run.min_lr, run.max_steps
-    if cfg.lr_schedule == "onecycle":  # Smith 2018: cosine up over 30 %, cosine down over the rest
-        up = run.peak_step
-        if step < up:
-            return peak / 25 + (peak - peak / 25) * (1 - math.cos(math.pi * step / up)) / 2
-        return low + (peak - low) * (1 + math.cos(math.pi * (step - up) / max(1, n - up))) / 2
-    # linear warm-up; step + 1, or the first step would change nothing
-    if step < run.warmup_steps:
-        return peak * (step + 1) / run.warmup_steps
-    if cfg.lr_schedule == "constant":
-        return peak
-    if cfg.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, MiniCPM)
-        # the one that can be made longer afterwards: until the decay it does not know the end
-        decay = max(1, round(cfg.decay_frac * n))
-        return low + (peak - low) * min(1.0, (n - step) / decay)
-    # what is left: a cosine, or a straight line, from the peak to min_lr
-    done = (step - run.warmup_steps) / max(1, n - run.warmup_steps)
-    cosine = cfg.lr_schedule == "cosine"
-    share = (1 + math.cos(math.pi * done)) / 2 if cosine else 1 - done
-    return low + (peak - low) * share
 
 
 def every(interval: int, step: int) -> bool:
@@ -359,7 +332,7 @@ class Trainer(ByHand):
         self.model_written = self.start.model  # the model's keys, before anything was changed
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
         # what auto and null become; a resumed run keeps what it had
-        setup.resolve(self, saved, lr_at)
+        setup.resolve(self, saved)
         weights = self.start.find_weights() if saved is None and cfg.init_from else None
         self.tell.start(notes)
         # read before out_dir is emptied, it may lie there
@@ -394,7 +367,7 @@ class Trainer(ByHand):
             self.loss_scale = LossScale(par.device)
         self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
         # the same validation rows in every evaluation, or losses could not be compared
-        self.val_set = choose_val_rows(data.val_sources, cfg, run.segments[-1][1])
+        self.val_set, self.val_aside = choose_val_rows(data, cfg, run.segments)
         measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
         self.progress.measured_on = measured_on
         setup.fill(self, saved, weights)

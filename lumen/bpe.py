@@ -83,13 +83,14 @@ class Words:
 
     def merge(self, pair: str, new: str) -> set[str]:
         """Both tokens become `new` wherever they stand side by side; the pairs that came up."""
+        counts, words = self.counts, self.words
         pair_count, where = self.pair_count, self.where
         first, second = pair
         touched = set()
         for i in where.pop(pair):
-            count = self.counts[i]
-            between = self.words[i].split(pair)  # from left to right, without overlap, as BPE
-            self.words[i] = new.join(between)
+            count = counts[i]
+            between = words[i].split(pair)  # from left to right, without overlap, as BPE
+            words[i] = new.join(between)
             come = []
             # pairs change beside an occurrence only
             for n, (left, right) in enumerate(zip(between, between[1:])):

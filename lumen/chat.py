@@ -203,7 +203,7 @@ def joined(pieces: Iterable[Segment]) -> list[Segment]:
         last = whole[-1] if whole else None
         if piece.control is None and not piece.text:
             continue
-        if last and not piece.control and not last.control and piece[2] == last.supervised:
+        if last and not piece.control and not last.control and piece.supervised == last.supervised:
             whole[-1] = Segment(last.text + piece.text, None, piece.supervised)
         else:
             whole.append(piece)

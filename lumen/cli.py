@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from lumen import aliases
+from lumen import aliases, modes
 from lumen.config import BLOCKS, FLAGS, SIMULATED, Config, build_config, open_blocks, own_keys
 from lumen.errors import UserError, expand, nearest
 from lumen.values import convert, short
@@ -31,9 +31,10 @@ INSTEAD = {
     "tokens_per_parameter": ("max_steps", "num_epochs"),
     "batch_tokens": ("gradient_accumulation_steps",),
     "gradient_accumulation_steps": ("batch_tokens",),  # batch_size alone goes with batch_tokens
-    "data_dir": ("data", "prepare"),
-    "data": ("data_dir", "prepare"),
-    "prepare": ("data_dir", "data"),
+    "data_dir": ("data", "prepare", *modes.PATHS),
+    "data": ("data_dir", "prepare", *modes.PATHS),
+    "prepare": ("data_dir", "data", *modes.PATHS),
+    "training_mode": ("data_dir", "data", "prepare"),
     "model.ffn_hidden_multiplier": ("model.d_ff",),
     "model.moe_layers": ("model.moe_every", "model.n_dense_layers"),
     "model.moe_every": ("model.moe_layers",),
@@ -283,7 +284,8 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
     if path and CONFIGS in path.resolve().parents:
         leave_out_prompt(tree, line.typed, notes)
     typed_wins(tree, line.typed, notes)
-    if path is None and not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+    data_keys = ("data_dir", "data", "prepare", *modes.PATHS)
+    if path is None and not any(tree.get(key) for key in data_keys):
         usage = "python train.py CONFIG [--key value ...]; CONFIG is your YAML file or a preset"
         raise UserError("E001", f"which configuration? {usage}: {', '.join(presets())}")
     cfg = build_config(tree, place, notes, wrong)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from lumen import aliases
+from lumen import aliases, mixture, modes
 from lumen.aliases import rename
 from lumen.errors import UserError, expand, nearest
 from lumen.model_keys import model_from_keys
@@ -42,8 +42,9 @@ class OrchestratorConfig:
 class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
-    data: dict | None = None  # {sources: {NAME: {dir, weight}}, phases: [{until, weights}]}
-    prepare: dict | None = None  # makes data_dir: {sources: [...], val_sources, tokenizer, out}
+    data: dict | None = None  # {sources: {NAME: {dir, weight}}, phases: [{until, weights}]} ...
+    # ... of a source: buckets, difficulty; of a phase: name, epochs, tokens, lr_scale, warmup_steps
+    prepare: dict | None = None  # makes data_dir: {sources: [...], tokenizer, out, and options}
     document_mask: bool | None = None  # no document sees another; null: in conversations only
     val_fraction: float = 0.005  # held out where bare shards have no val_*; 0: no evaluation
     allow_data_change: bool = False  # resume although the data is not what was trained on
@@ -167,11 +168,31 @@ RANGES = {
 }
 # What stands inside a value: a type, [what each item is], {key: what it is}; "*" is any name.
 INSIDE = {
-    "data": {
-        "sources": {"*": {"dir": str, "weight": float}},
-        "phases": [{"until": float, "weights": {"*": float}}],
+    "data": mixture.KEYS,
+    "prepare": {
+        "sources": [str],
+        "val_sources": [str],
+        "tokenizer": str,
+        "out": str,
+        # options of prepare_data.py; --help there
+        "val_fraction": float,
+        "max_bad": float,
+        "field": str,
+        "preset": str,
+        "rules": [str],
+        "language": [str],
+        "ftfy": bool,
+        "pii": str,
+        "min_chars": int,
+        "max_chars": int,
+        "quality_threshold": float,
+        "minhash": bool,
+        "decontaminate": [str],
+        "seq_len": int,
+        "template": str,
+        "loss_on": str,
+        "too_long": str,
     },
-    "prepare": {"sources": [str], "val_sources": [str], "tokenizer": str, "out": str},
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],
@@ -241,6 +262,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     renamed = rename(tree, own_keys(), where)
     notes += renamed.notes
     refuse_unknown(tree, where, [*(wrong or []), *renamed.wrong])
+    modes.expand_modes(tree, where, notes)
 
     def place(key: str) -> str:
         top = re.match(r"(model\.|orchestrator\.)?\w*", key)[0]
@@ -251,7 +273,13 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     experts = tree["model"]
     if experts.get("n_experts") and "n_experts_per_token" not in experts:
         notes.append("model.n_experts_per_token is not given: 2 here (Lunaris Codex: 1)")
+    if tree.get("data"):
+        tree["data"] = mixture.with_curriculum(tree["data"], place, notes)
     values = expand_paths(with_prepare(tree, place), place)
+    if values.get("data_dir") and not values.get("prepare"):
+        several = mixture.of_folder(values["data_dir"], notes)
+        if several and values.get("data") is None:
+            values |= {"data": several, "data_dir": None}
     orchestrator = OrchestratorConfig(**values.pop("orchestrator"))
     model = build_model(values.pop("model"), place)
     cfg = Config(**values, model=model, orchestrator=orchestrator)
@@ -262,7 +290,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
 
 def refuse_unknown(tree: dict, where, wrong: list[str]) -> None:
     """E002 with all keys that nobody knows, and `wrong`, in one message."""
-    known = {*own_keys(), *BLOCKS}
+    known = {*own_keys(), *BLOCKS, *modes.KEYS}
     names = [*tree, *(f"{block}.{name}" for block in BLOCKS for name in tree[block])]
     unknown = [str(name) for name in names if name not in known]
     told = [f"{where(key)}: unknown key {short(key)[1:-1]}; {meant(key)}" for key in unknown]
@@ -411,39 +439,11 @@ def check_together(cfg: Config, place) -> None:
     if not cfg.data_dir and cfg.data is None:
         raise UserError("E002", "no data: set data_dir (a folder of shards), data, or prepare")
     if cfg.data is not None:
-        check_data(cfg.data, place)
+        mixture.check_data(cfg.data, place)
     wandb_mode = os.environ.get("WANDB_MODE", "online")
     if cfg.wandb_project and wandb_mode not in WANDB_MODES:
         text = f"WANDB_MODE={wandb_mode!r} in the environment is not one of "
         refuse(place, "wandb_project", f"{text}{', '.join(WANDB_MODES)}; unset it")
-
-
-def check_data(data: dict, place) -> None:
-    """The `data` key: sources that say where they are, and phases that weigh them."""
-    sources = data.get("sources")
-    if not sources:
-        refuse(place, "data", "{sources: {NAME: {dir: FOLDER, weight: 1.0}}} is expected")
-    for name, source in sources.items():
-        if not source.get("dir") or source.get("weight", 1.0) < 0:
-            text = "{dir: FOLDER, weight: 1.0} is expected, the weight not below 0"
-            refuse(place, f"data.sources.{name}", text)
-    if not data.get("phases"):
-        weights = {name: source.get("weight", 1.0) for name, source in sources.items()}
-        check_weights(weights, place, "data.sources")
-    for i, phase in enumerate(data.get("phases") or []):
-        key, weights = f"data.phases[{i}]", phase.get("weights") or {}
-        if not weights or set(weights) - set(sources):
-            text = f"{{until: STEP, weights: {{NAME: ...}}}} with names of {', '.join(sources)}"
-            refuse(place, key, f"{text} is expected")
-        check_weights(weights, place, key)
-        if phase.get("until", 1) < 0:
-            text = f"{phase['until']} is neither a step nor a fraction of max_steps"
-            refuse(place, f"{key}.until", text)
-
-
-def check_weights(weights: dict[str, float], place, key: str) -> None:
-    if min(weights.values()) < 0 or max(weights.values()) == 0:
-        refuse(place, key, f"weights {weights}: none below 0, not all 0")
 
 
 # ---------------------------------------------------------------- printing

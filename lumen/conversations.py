@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from lumen.chat import Message
 
-ROLES = {"system": "system"}
+ROLES = dict.fromkeys(("system", "developer"), "system")
 ROLES |= dict.fromkeys(("user", "human", "prompter", "instruction"), "user")
 ROLES |= dict.fromkeys(("assistant", "ai", "bot", "gpt", "model", "chatgpt"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")

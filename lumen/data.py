@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lumen import files
+from lumen import aliases, files, mixture
 from lumen import tokenizer as tokenizers
+from lumen.buckets import Bucket, cut
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import clock, environment
@@ -29,6 +30,7 @@ class Data:
 
     weights: dict[str, float]  # of each source, where `data` has no phases
     vocab_size: int  # the model's
+    specs: dict[str, dict] = field(default_factory=dict)  # data.sources, as written
     sources: dict[str, Source] = field(default_factory=dict)  # training splits
     val_sources: dict[str, Source] = field(default_factory=dict)  # those that hold something out
     tokenizer_dir: Path | None = None  # holds tokenizer.json; None: bare shards name no tokenizer
@@ -50,6 +52,16 @@ class Data:
         """Rows of max_seq_len tokens in one pass."""
         return sum(source.windows for source in self.sources.values())
 
+    def facts(self) -> dict[str, dict[str, str]]:
+        """Of each prepared source, what its fingerprint is made of: {name: {block: sum}}, so that a
+        later start can say what has changed."""
+        found = {}
+        for name, source in self.sources.items():
+            found[name] = facts_of(source.manifest)
+            if isinstance(source, Bucket):
+                found[name]["buckets"] = source.fingerprint
+        return found
+
     def token_bytes(self) -> np.ndarray | None:
         """(vocab,): how many bytes of text each token stands for; None for bare shards."""
         if self.tokenizer_dir is None:
@@ -64,14 +76,18 @@ class Data:
 
 def open_data(cfg: Config) -> Data:
     """The data that `cfg` names. E113 where sources, tokenizer and vocabulary do not go together,
-    E110 to E112 for what is not there or no shard of ours."""
-    folders = {"data": {"dir": cfg.data_dir}} if cfg.data_dir else cfg.data["sources"]
-    weights = {name: float(spec.get("weight", 1.0)) for name, spec in folders.items()}
-    data = Data(weights, cfg.model.vocab_size)
-    for name, spec in folders.items():
-        where = (cfg.model.max_seq_len, cfg.val_fraction, cfg.document_mask)
-        data.sources[name] = Source(str(spec["dir"]), "train", *where)
-    for name, spec in folders.items():
+    E124 for preference pairs, E110 to E112 for what is not there or no shard of ours."""
+    block = cfg.data or {"sources": {"data": {"dir": cfg.data_dir}}}
+    specs = block["sources"]
+    data = Data(mixture.weights_of(block), cfg.model.vocab_size, specs=specs)
+    where = (cfg.model.max_seq_len, cfg.val_fraction, cfg.document_mask)
+    for name, spec in specs.items():
+        whole = Source(str(spec["dir"]), "train", *where)
+        parts = [whole]
+        if spec.get("buckets", 1) > 1:
+            parts = cut(whole, spec["buckets"], spec.get("difficulty", "length"))
+        data.sources |= zip(mixture.leaves(name, spec), parts)
+    for name, spec in specs.items():
         held_out = Source(str(spec["dir"]), "val", *where)
         if held_out.windows and cfg.val_fraction > 0:
             data.val_sources[name] = held_out
@@ -148,8 +164,10 @@ def make_data(cfg: Config, out: Path, failure: Path) -> None:
 
     with contextlib.suppress(OSError):  # the data may lie finished where nobody can write
         failure.unlink()
-    spec = {"tokenizer": cfg.prepare.get("tokenizer") or "bpe:8192"}
-    spec["val_sources"] = cfg.prepare.get("val_sources")
+    spec = {name: value for name, value in cfg.prepare.items() if name not in ("sources", "out")}
+    spec["tokenizer"] = spec.get("tokenizer") or "bpe:8192"
+    # rows of conversations are as long as those of the model
+    spec.setdefault("seq_len", cfg.model.max_seq_len)
     try:
         prepare_data.prepare([str(s) for s in cfg.prepare["sources"]], str(out), **spec)
     except UserError as error:
@@ -178,18 +196,70 @@ def wait_for_data(out: Path, failure: Path, began: float) -> None:
         time.sleep(0.2)
 
 
+# ---------------------------------------------------------------- has it changed?
+
+# blocks of a manifest, in the order in which they are told, and what a user calls them
+BLOCKS = {
+    "tokenizer": "the tokenizer",
+    "template": "the chat template",
+    "rows": "the length of rows",
+    "loss_on": "what of a conversation is learned (loss_on)",
+    "settings": "the settings of prepare_data.py",
+    "splits.train": "the training shards",
+    "splits.val": "the val split",
+    "buckets": "which windows are how difficult",
+}
+
+
+def facts_of(manifest: dict | None) -> dict[str, str]:
+    """A sum of each of BLOCKS that a manifest has; {} for bare shards."""
+    found = {}
+    for block in BLOCKS:
+        value = aliases.get(manifest or {}, block)
+        if value is not None:
+            text = json.dumps(value, sort_keys=True)
+            found[block] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
+
+
+def what_changed(then: dict | None, now: dict | None) -> str:
+    """In words, from the facts of one source at both times; None where it is not there."""
+    if now is None or then is None:
+        return "is gone" if now is None else "is new"
+    differ = [words for block, words in BLOCKS.items() if then.get(block) != now.get(block)]
+    if not then or not now:  # bare shards, or a checkpoint from before there were facts
+        return "holds other shards, or another part of them is held out"
+    return f"has changed: {', '.join(differ) or 'its sources'}"
+
+
 # ---------------------------------------------------------------- what an evaluation reads
 
 
-def choose_val_rows(val_sources: dict, cfg: Config, weights: dict) -> list[tuple[str, int]]:
-    """(source, window) of the fixed validation set, by the `weights` that the run ends with."""
-    if not val_sources:
-        return []
-    shares = {name: float(weights.get(name, 0)) for name in val_sources}
+def choose_val_rows(data: Data, cfg: Config, segments: list) -> tuple[list, list]:
+    """(source, window) of the fixed validation set, by the weights that the run ends with; and of
+    sources that only earlier phases weigh, whose loss is told but counts for nothing."""
+    if not data.val_sources:
+        return [], []
+    shares = shares_of(data, segments[-1:])
     if not any(shares.values()):
         shares = dict.fromkeys(shares, 1.0)
     count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
-    return val_rows(val_sources, shares, count)
+    rows = val_rows(data.val_sources, shares, count)
+    earlier = shares_of(data, segments)
+    earlier = {name: weight for name, weight in earlier.items() if not shares[name]}
+    if not any(earlier.values()):
+        return rows, []
+    return rows, val_rows(data.val_sources, earlier, max(1, count // 4))
+
+
+def shares_of(data: Data, segments: list) -> dict[str, float]:
+    """The weight of each source that holds something out, summed over segments."""
+    found = dict.fromkeys(data.val_sources, 0.0)
+    for _, weights in segments:
+        for name, weight in mixture.whole(data.specs, weights).items():
+            if name in found:
+                found[name] += float(weight)
+    return found
 
 
 def val_sum(val_sources: dict, val_set: list[tuple[str, int]], max_seq_len: int) -> str:

@@ -85,21 +85,20 @@ class Contaminated:
         self.hashes = {n: np.unique(np.concatenate(hashes[n])) for n in sorted(hashes)}
 
     def hashed(self, words: list[bytes], lengths) -> dict[int, np.ndarray]:
-        """{n: a hash of each n words in a row, 0 where one of them is in no file}, for the n of
-        `lengths` that the words have known words in a row for."""
+        """{n: a hash of each n words in a row}, for the n of `lengths` for which n known words
+        are in a row somewhere."""
         get = self.numbers.get
         ids = np.array([get(word, 0) for word in words], np.uint64)
         places = np.arange(len(ids))
-        # known words in a row that end here
-        run = places - np.maximum.accumulate(np.where(ids == 0, places, -1))
-        longest = int(run.max(initial=0))
+        known = places - np.maximum.accumulate(np.where(ids == 0, places, -1))  # in a row, up to it
+        longest = int(known.max(initial=0))
         made = {}
         hashes = ids
         for n in range(1, min(longest, max(lengths)) + 1):
             if n > 1:
                 hashes = hashes[:-1] * MIX + ids[n - 1 :]
             if n in lengths:
-                made[n] = np.where(run[n - 1 :] >= n, hashes, 0)
+                made[n] = hashes
         return made
 
     def hits(self, text: str) -> str:
@@ -113,7 +112,7 @@ class Contaminated:
             known = self.hashes[n]
             places = np.searchsorted(known, hashes)
             places[places == len(known)] = 0
-            at = np.flatnonzero((known[places] == hashes) & (hashes != 0))
+            at = np.flatnonzero(known[places] == hashes)
             if len(at) and at[0] < first:
                 first = int(at[0])
                 found = b" ".join(words[first : first + n]).decode()

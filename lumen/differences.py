@@ -8,7 +8,8 @@ import torch
 
 from lumen.config import Config
 from lumen.machine import Machine
-from lumen.resolve import Run, resolved, rise
+from lumen.resolve import Run, resolved
+from lumen.schedule import lr_at
 
 # what the learning rate of a step depends on
 SCHEDULE_KEYS = ("learning_rate", "min_lr", "lr_schedule")
@@ -54,12 +55,12 @@ def other_bits(run: Run, now: dict, saved: dict) -> list[str]:
     return [f"equal bits to the run so far cannot be promised: {', '.join(differ)}"]
 
 
-def leap(lr_at, before: dict, cfg: Config, run: Run, step: int) -> list[str]:
-    """A line where a resumed run's learning rate would leap: by the configuration `before`, as the
-    checkpoint has it resolved, against today's; and what makes the difference."""
+def leap(saved: dict, cfg: Config, run: Run, step: int) -> list[str]:
+    """A line where a resumed run's learning rate would leap: by the checkpoint's configuration, as
+    resolved, against today's; and what makes the difference."""
     now = resolved(cfg, run)
-    then = types.SimpleNamespace(**now | before)
-    then.peak_step = rise(then.lr_schedule, then.max_steps, then.warmup_steps)
+    then = types.SimpleNamespace(**now | saved["config"])
+    then.phases = saved["run"].get("phases", [])
     was = lr_at(then, then, max(0, min(step, then.max_steps - 1)))
     becomes = lr_at(cfg, run, step)
     if step >= run.max_steps or (becomes <= 1.5 * was and was <= 1.5 * becomes):
@@ -68,12 +69,14 @@ def leap(lr_at, before: dict, cfg: Config, run: Run, step: int) -> list[str]:
     for key in SCHEDULE_KEYS:
         if getattr(then, key) != now[key]:
             changed.append(f"{key} {getattr(then, key)} -> {now[key]}")
+    if then.phases != run.phases:
+        changed.append("data.phases")
     text = f"the learning rate leaps from {was:.2e} to {becomes:.2e} at step {step}"
     text += f" ({', '.join(changed)}); lr_schedule: wsd can be made longer without that,"
     return [f"{text} init_from starts a new schedule"]
 
 
-def differences(lr_at, cfg: Config, run: Run, now: dict, saved: dict, step: int) -> list[str]:
-    """All of the above. lr_at: train.lr_at; now: versions() of this start."""
-    lines = leap(lr_at, saved["config"], cfg, run, step)
+def differences(cfg: Config, run: Run, now: dict, saved: dict, step: int) -> list[str]:
+    """All of the above. now: versions() of this start."""
+    lines = leap(saved, cfg, run, step)
     return lines + other_bits(run, now, saved) + compare(cfg, run, saved)

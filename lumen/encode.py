@@ -97,9 +97,8 @@ class Cleaner:
         if isinstance(row.value, dict):
             return self.look_at_messages(row)
         text = clean(row.value)
-        if item.kind in ("piece", "last"):  # the key of those is the whole file's, see document_key
-            value = Cleaned(b"", text, byte_size(text), text != row.value, {})
-            return row._replace(value=value)
+        if item.kind in ("piece", "last"):
+            return row._replace(value=self.piece(text, row.value))
         facts = {}
         if self.rules and text.strip():
             verdict = self.rules.look(text)
@@ -115,18 +114,33 @@ class Cleaner:
         cleaned = Cleaned(key_of(stripped), text, byte_size(text), text != row.value, facts)
         return row._replace(value=cleaned)
 
+    def piece(self, text: str, given: str) -> Cleaned:
+        """Of a long file: rules look at whole documents, so it is not judged. Its key is that of
+        the file, see document_key."""
+        masked = 0
+        if self.rules:
+            text, masked = self.rules.rewrite(text)
+        facts = {"masked": masked} if masked else {}
+        return Cleaned(b"", text, byte_size(text), text != given, facts)
+
+    def parse(self, value: dict, counts: Counter) -> tuple[list[Message], ...]:
+        """A row's conversation, or the two of a pair. RowError."""
+        rows = self.settings["rows"]
+        tools = "tool" in rows["template"]["formats"]
+        if rows["kind"] == "pairs":
+            return to_pair(value, tools=tools, counts=counts)
+        return (to_messages(value, tools=tools, counts=counts),)
+
     def look_at_messages(self, row: Row) -> Row:
-        """A row of a conversation, or of a pair: its contents are cleaned one by one."""
+        """A row of a conversation, or of a pair: judged by all its text, cleaned content by
+        content."""
         counts = Counter()
-        pair = self.settings["rows"]["kind"] == "pairs"
-        parse = to_pair if pair else to_messages
         try:
-            made = parse(row.value, counts=counts)
+            parts = self.parse(row.value, counts)
         except RowError as error:
             excerpt = json.dumps(row.value, ensure_ascii=False)[:200]
             return row._replace(code=error.code, value=Reject(error.reason, excerpt))
-        parts = made if pair else (made,)
-        said = "\n".join(message.content for part in parts for message in part)
+        said = all_text(parts)
         facts = Counter(f"row {name}" for name in counts.elements())
         if self.rules:
             verdict = self.rules.look(clean(said))
@@ -134,28 +148,41 @@ class Cleaner:
                 return dropped(row, verdict.dropped, verdict.why, said)
             facts.update(facts_of(verdict))
         parts = tuple([self.cleaned(message) for message in part] for part in parts)
-        text = "\n".join(message.content for part in parts for message in part)
+        for message in (message for part in parts for message in part):
+            if not message.content.strip():
+                return row._replace(code="E104", value=Reject(f"{message.role} says nothing"))
+            facts[f"role {message.role}"] += 1
+        text = all_text(parts)
         if self.evaluation and (hit := self.evaluation.hits(text)):
             return dropped(row, FREE_OF_EVALUATION, f"it has {hit!r}", text)
-        facts.update(f"role {message.role}" for part in parts for message in part)
-        key = key_of(json.dumps(parts))
-        value = parts if pair else parts[0]
-        return row._replace(value=Cleaned(key, value, byte_size(text), text != said, dict(facts)))
+        value = parts if len(parts) > 1 else parts[0]
+        changed = text != said
+        made = Cleaned(key_of(json.dumps(parts)), value, byte_size(text), changed, dict(facts))
+        return row._replace(value=made)
 
     def cleaned(self, message: Message) -> Message:
         content = clean(message.content)
         if self.rules:
-            content = self.rules.look(content).text
+            content, _ = self.rules.rewrite(content)
         return message._replace(content=content)
 
-    def would_drop(self, item: Item, row: Row) -> tuple[str, dict[str, str]]:
+    def would_drop(self, row: Row) -> tuple[str, dict[str, str]]:
         """Of a row that has a value: its text, and what each rule says of it, looked at alone."""
-        text = row.value if isinstance(row.value, str) else json.dumps(row.value)
+        text = row.value
+        if isinstance(text, dict):
+            try:
+                text = all_text(self.parse(text, Counter()))
+            except RowError as error:
+                return "", {error.code: error.reason}
         text = clean(text)
         failed = self.rules.look_all(text) if self.rules else {}
         if self.evaluation and (hit := self.evaluation.hits(text)):
             failed = failed | {FREE_OF_EVALUATION: f"it has {hit!r}"}
         return text, failed
+
+
+def all_text(parts: tuple[list[Message], ...]) -> str:
+    return "\n".join(message.content for part in parts for message in part)
 
 
 def byte_size(text: str) -> int:

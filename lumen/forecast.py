@@ -273,6 +273,8 @@ def advise(trainer) -> None:
     """Say where a run stands and where it will end; tell the orchestrator if there is a reason to
     cut it short."""
     advice = reason_to_end(trainer)
+    if any(phase["step"] > trainer.step for phase in trainer.run.phases):
+        advice = None  # other data are to come
     if trainer.cfg.enable_early_stopping:  # unlike machines may have computed unlike last digits
         advice = trainer.parallel.broadcast(advice)
     if advice:

@@ -23,7 +23,6 @@ from lumen.vocabulary import EOT_NAMES, Vocabulary, is_control, mend_surrogates
 OFF = ("truncation", "padding", "post_processor")  # what a file adds to a text, or takes from it
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 NO_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text has
-FAITHFUL = {"Replace", "Prepend"}  # normalizers that a decoder takes back
 
 
 class Foreign(Vocabulary):
@@ -35,7 +34,6 @@ class Foreign(Vocabulary):
         whole = whole or json.loads(text)
         self.reason = reason
         self._text = text
-        self._args = (name, text, eot, reason)
         try:
             specials, words, pieces = self._start(whole, eot)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -67,9 +65,6 @@ class Foreign(Vocabulary):
         words = {name: ids[name] for name in words if name != unknown}
         own = [name for name in ids if name == unknown or name not in renamed]
         return specials, words, {ids[name]: self._spelling.bytes_of(name) for name in own}
-
-    def __reduce__(self):
-        return Foreign, self._args
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids, 1-D, never one of `controls`. Lone surrogates are encoded as U+FFFD."""
@@ -160,9 +155,8 @@ def start_engine(whole: dict, reason: str):
         raise UserError("E003", f"{reason}: pip install --upgrade 'tokenizers>=0.20'")
     with refusing("the tokenizers library cannot run it", reason):
         engine = Engine.from_str(json.dumps(whole))
-        engine.encode_special_tokens = True
         # has it a token for characters that it does not know?
-        engine.encode("a\U0010fffd", add_special_tokens=False)
+        engine.encode("a \u0b83\u2603\u4e02\U0010fffd", add_special_tokens=False)
     return engine
 
 
@@ -255,7 +249,7 @@ def caveats(whole: dict, ids: dict, unknown: str | None) -> list[str]:
     found = []
     normalizers = inside(whole.get("normalizer"), "normalizers")
     before = inside(whole.get("pre_tokenizer"), "pretokenizers")
-    changing = [kind(step) for step in normalizers if kind(step) not in FAITHFUL]
+    changing = [kind(step) for step in normalizers if not is_taken_back(step)]
     if changing:
         found.append(f"its normalizer ({', '.join(changing)}) changes text")
     prepends = any(kind(step) == "Prepend" for step in normalizers)
@@ -267,6 +261,12 @@ def caveats(whole: dict, ids: dict, unknown: str | None) -> list[str]:
         fate = f"become {unknown}" if unknown in ids else "are dropped"
         found.append(f"{lost} {fate}")
     return found
+
+
+def is_taken_back(step: dict) -> bool:
+    """Whether decoders undo this step of a normalizer."""
+    plain = kind(step) == "Replace" and "String" in step["pattern"]
+    return plain or kind(step) == "Prepend"
 
 
 def unspelled(model: dict, before: list[dict], ids: dict) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from lumen import machine as machines
 from lumen import model_keys, plan
+from lumen.buckets import undivided
 from lumen.config import Config
 from lumen.course import above_chance
 from lumen.forecast import BAND
@@ -21,6 +22,7 @@ from lumen.hf import refusals
 from lumen.launch import clock
 from lumen.machine import resident_bytes
 from lumen.resolve import Run, resolved
+from lumen.schedule import mixture_lines
 from lumen.stopwatch import Interval
 from lumen.sums import StepNumbers
 from model import ModelConfig, Transformer
@@ -39,7 +41,7 @@ class Start:
     machine: machines.Machine
     layout: plan.Layout
     readers: int  # ranks that read rows of their own
-    sources: dict  # lumen.loader.Source by name: the training splits, and those held out
+    sources: dict  # lumen.windows.Source by name: the training splits, and those held out
     val_sources: dict
     n_working: int  # parameters that work on a token: plan's and Chinchilla's N
     flops_per_token: float
@@ -70,6 +72,7 @@ def start_lines(start: Start) -> list[str]:
     lines += sparse_lines(cfg.model, run.expert_backend, run.experts_why, run.max_steps)
     lines += data_lines(start.sources, start.val_sources)
     lines += length_lines(start)
+    lines += mixture_lines(run, start.sources)
     lines += [schedule_line(cfg, run.min_lr, run.peak_step)]
     advice = rate_advice(cfg, run.max_steps, run.peak_step, start.lr_at_peak, start.last_lr)
     advice += validation_advice(cfg, start.sources, start.val_sources)
@@ -143,7 +146,7 @@ def data_lines(sources: dict, val_sources: dict) -> list[str]:
         text = "not prepared yet: its size, and a length that follows from it, are unknown"
         return [f"data       {text}"]
     lines = []
-    for name, source in sources.items():
+    for name, source in undivided(sources).items():
         held_out = val_sources[name].tokens if name in val_sources else 0
         text = f"{name}: {source.tokens:,} train tokens, {held_out:,} val"
         if source.bare and held_out:
@@ -242,7 +245,7 @@ def validation_advice(cfg: Config, sources: dict, val_sources: dict) -> list[str
     if not val_sources:
         return [no_validation(cfg)]
     lines, T = [], cfg.model.max_seq_len
-    missing = [name for name in sources if name not in val_sources]
+    missing = [name for name in undivided(sources) if name not in val_sources]
     if missing:
         lines.append(f"no validation in {', '.join(missing)}: val_loss is of the others alone")
     windows = sum(source.windows for source in val_sources.values())
@@ -361,11 +364,13 @@ def health_row(health: str | None, causes: list[str]) -> dict:
     return row
 
 
-def epoch_row(epochs: dict[str, float]) -> dict:
-    """epochs: how often each source was read."""
+def epoch_row(epochs: dict[str, float], rows: dict[str, int], T: int) -> dict:
+    """Of each source: how often it was read, and where there are several how many tokens of it;
+    those of dropped steps and of steps that were taken back are among them."""
     if len(epochs) == 1:
         return {"epoch": next(iter(epochs.values()))}
-    return {f"epoch/{name}": count for name, count in epochs.items()}
+    row = {f"epoch/{name}": count for name, count in epochs.items()}
+    return row | {f"tokens/{name}": count * T for name, count in rows.items()}
 
 
 def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
@@ -376,11 +381,20 @@ def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
     text += f"  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}"
     text += f"  {machines.human_number(row['tokens_per_second'])} tok/s"
     text += "  mfu -" if row["mfu"] is None else f"  mfu {100 * row['mfu']:.0f} %"
-    epochs = [count for key, count in row.items() if key.startswith("epoch")]
-    text += f", data {100 * row['data_wait']:.1f} %, epoch {max(epochs):.2f}"
+    text += f", data {100 * row['data_wait']:.1f} %, epoch {epoch_text(row)}"
     if row["mem_reserved"] is not None:
         text += f"  {row['mem_reserved'] / 2**30:.1f} GiB"
     return f"{text}  {clock(gone)} gone, {clock(left)} left"
+
+
+def epoch_text(row: dict, most: int = 4) -> str:
+    """How often the data were read, source by source; of more than `most` only the extremes."""
+    if "epoch" in row:
+        return f"{row['epoch']:.2f}"
+    epochs = {key[6:]: count for key, count in row.items() if key.startswith("epoch/")}
+    if len(epochs) > most:
+        return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f}"
+    return ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
 
 
 # ---------------------------------------------------------------- sparse layers
@@ -466,6 +480,12 @@ def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig)
     if above_chance(row["val_loss"], model.vocab_size):
         text += f", worse than guessing ({math.log(model.vocab_size):.2f})"
     lines = [f"eval       {text}, {took:.1f} s"]
+    by_source = {key[9:]: loss for key, loss in row.items() if key.startswith("val_loss/")}
+    if by_source:
+        parts = []
+        for name, loss in by_source.items():
+            parts.append(f"{name} {loss:.4f} (ppl {math.exp(min(loss, 50.0)):.4g})")
+        lines.append(f"           {', '.join(parts)}")
     if "mod_gap" in row:
         text = f"as trained {row['val_loss_as_trained']:.4f}, gap {row['mod_gap']:+.4f}"
         text += f", the rules agree on {100 * row['mod_agreement']:.1f} %"

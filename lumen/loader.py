@@ -68,7 +68,10 @@ class Loader:
     ):
         self.sources = sources
         self.seed = seed
-        self.names = sorted(sources)
+        # A segment that is over may name a source that is gone: its rows stay counted, or those of
+        # the others would be, and windows of theirs would never be read.
+        over = [name for _, weights in segments[:-1] for name in weights]
+        self.names = sorted({*sources, *over})
         if vocab_size:
             for source in sources.values():
                 source.check_vocab(vocab_size)
@@ -98,9 +101,8 @@ class Loader:
         for k in by_remainder[: BLOCK - sum(quota)]:
             quota[k] += 1
         for name, rows, x in zip(self.names, quota, w):
-            if x and not (
-                rows and self.sources[name].windows
-            ):  # else it would be left out in silence
+            empty = name in self.sources and not self.sources[name].windows
+            if x and (empty or not rows):  # else it would be left out in silence
                 text = f"source {name!r} has no rows to give, or less than 1/{BLOCK} of the weights"
                 raise UserError("E002", text)
         return quota
@@ -115,8 +117,10 @@ class Loader:
         """Source, window and epoch of each row of a block of segment s: int (1024,) each."""
         order = np.repeat(np.arange(len(self.names)), self.quotas[s])
         order = order[feistel(np.arange(BLOCK), BLOCK, self.seed, "block", self.starts[s], block)]
-        window, epoch = np.empty((2, BLOCK), np.int64)
+        window, epoch = np.zeros((2, BLOCK), np.int64)
         for k, (name, quota) in enumerate(zip(self.names, self.quotas[s])):
+            if name not in self.sources:
+                continue
             rows = np.flatnonzero(order == k)
             n = self.sources[name].windows
             # how many rows of this source come before
@@ -134,14 +138,19 @@ class Loader:
         order, window, epoch = self._plan(s, block)
         return self.names[order[i]], int(window[i]), int(epoch[i])
 
+    def rows(self, cursor: int) -> dict[str, int]:
+        """How many of the first `cursor` rows are of each source."""
+        rows = self._count(bisect_right(self.starts, cursor) - 1, cursor)
+        return {name: n for name, n in zip(self.names, rows) if name in self.sources}
+
     def epochs(self, cursor: int) -> dict[str, float]:
         """How often each source has been read through after `cursor` rows."""
-        rows = self._count(bisect_right(self.starts, cursor) - 1, cursor)
-        return {name: n / max(self.sources[name].windows, 1) for name, n in zip(self.names, rows)}
+        rows = self.rows(cursor)
+        return {name: n / max(self.sources[name].windows, 1) for name, n in rows.items()}
 
     def batch(self, first_row: int, count: int) -> Batch:
         """Rows [first_row, first_row + count). Any thread may call it."""
-        x, y = np.empty((2, count, self.sources[self.names[0]].seq_len), np.int64)
+        x, y = np.empty((2, count, next(iter(self.sources.values())).seq_len), np.int64)
         docs = None
         if any(source.document_mask for source in self.sources.values()):
             docs = np.zeros(x.shape, np.int32)  # a row of a source without one is one document

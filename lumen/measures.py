@@ -46,7 +46,7 @@ class Measures:
     @cached_property
     def n_alone(self) -> int:
         """Letters that stand for themselves in `words`."""
-        if self.text.isascii():
+        if self.text.isascii() or not HAS_NO_BLANKS.search(self.text):
             return 0
         return len(HAS_NO_BLANKS.findall("".join([word[0] for word in self.words])))
 
@@ -72,12 +72,13 @@ class Measures:
     @cached_property
     def mean_word_length(self) -> float | None:
         """Characters, of the words between blanks; None where they are few."""
-        if self.text.isascii():
-            return self.characters / self.n_words
         if self.without_blanks:
             return None
-        words = [word for word in self.words if not HAS_NO_BLANKS.match(word)]
-        length = len("".join(words)) / max(1, len(words))
+        words = self.words
+        length = self.characters / self.n_words
+        if self.n_alone:
+            words = [word for word in self.words if not HAS_NO_BLANKS.match(word)]
+            length = len("".join(words)) / max(1, len(words))
         if length > 10:  # Tamil words are not too long, their letters bear many marks
             length = len(mark().sub("", "".join(words))) / len(words)
         return length
@@ -85,10 +86,13 @@ class Measures:
     @cached_property
     def words_with_letters(self) -> float:
         if self.text.isascii():
-            with_letters = self.text.encode().translate(None, NO_LETTERS).split()
+            letters = (self.text + " ").encode().translate(None, NO_LETTERS)
+            blank = np.frombuffer(letters, np.uint8) <= ord(" ")
+            # a blank behind a letter: a word is over
+            with_letters = int(np.count_nonzero(blank[1:] > blank[:-1]))
         else:
-            with_letters = written_words(NO_LETTER.sub("", self.text))
-        return len(with_letters) / max(1, len(self.words))
+            with_letters = len(written_words(NO_LETTER.sub("", self.text)))
+        return with_letters / max(1, len(self.words))
 
     @cached_property
     def ended_lines(self) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_left
+from contextlib import suppress
 
 import numpy as np
 
@@ -210,12 +211,15 @@ class Near:
             append(path, count * width, b"", synced=True)
 
     def remove(self) -> None:
+        """Removes the files, and the folder if nothing else is in it."""
         for path in self.paths:
             if os.path.exists(path):
                 os.remove(path)
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(self.paths[0]))
 
     def decide(self) -> Keys:
-        """The keys to drop: of each cluster all but the smallest. Memory: about 70 bytes a
+        """The keys to drop: of each cluster all but the smallest. Memory: about 80 bytes a
         document."""
         self.flush()
         n = self.written

@@ -20,6 +20,7 @@ import numpy as np
 from lumen.clean import cut_place
 from lumen.encode import Document, encode_parts, share_of
 from lumen.errors import UserError
+from lumen.near import Keys
 from lumen.shards import Growing, Shards, append_at, new_file, write_dataset_json
 from lumen.sources import Input, Reject, Row
 from lumen.tokenizer import Tokenizer
@@ -59,8 +60,8 @@ class Output:
         self.tail = self.find_tail()
         self.seen: set[bytes] = set()  # keys of all documents
         self.new_keys: list[bytes] = []  # of those, what is not in seen.bin
-        self.elsewhere: set[bytes] = set()  # keys of documents that other folders have
-        self.near: set[bytes] = set()  # keys of documents that are too much like another
+        self.elsewhere: list[Keys] = []  # of the documents that other folders have
+        self.near = Keys(b"")  # of documents that are too much like another
         self.rejected = Growing(os.path.join(out, "rejected.jsonl"))
         self.exported: Growing | None = None  # of --export_clean: the rows that were kept
         self.journals = 0
@@ -112,9 +113,12 @@ class Output:
         self.counts["rows"] += 1
         self.rows[str(given.source)] += 1
 
+    def is_known(self, key: bytes) -> bool:
+        return key in self.seen or any(key in keys for keys in self.elsewhere)
+
     def look_for_its_like(self, row: Row) -> Row:
         key = row.value.key
-        if key in self.seen or key in self.elsewhere:
+        if self.is_known(key):
             return row._replace(code="E107", value=DUPLICATE)
         if key in self.near:
             return row._replace(code=NEAR, value=Reject("too much like another document"))
@@ -156,6 +160,7 @@ class Output:
                 self.kept[source] += 1
             newly_cleaned = int(piece.cleaned and not cleaned)
             parts = len(piece.ends)
+            self.facts.update(piece.facts)
             self.counts.update(kept=int(first), cleaned=newly_cleaned, cut=int(first), parts=parts)
         elif first:
             self.reject(given, Row(0, line, "E107", DUPLICATE))
@@ -164,7 +169,7 @@ class Output:
         self.open = [] if piece.last else [split, cleaned or piece.cleaned]
 
     def split_of_long_file(self, index: int, key: bytes) -> str:
-        if key in self.seen or key in self.elsewhere:
+        if self.is_known(key):
             return "dropped"
         if self.inputs[index].split != "hash":
             return self.inputs[index].split

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lumen.encode import Cleaned, Cleaner
+from lumen.encode import Cleaned, Cleaner, all_text
 from lumen.files import read_json
-from lumen.near import Near, bands_of
+from lumen.near import Keys, Near, bands_of
 from lumen.pool import in_order
 from lumen.recipe import Job
 from lumen.rules import Examples
@@ -47,9 +47,7 @@ def text_of(value: str | list | tuple) -> str:
     """All text of a Cleaned.value."""
     if isinstance(value, str):
         return value
-    if isinstance(value, tuple):
-        return "\n".join(text_of(part) for part in value)
-    return "\n".join(message.content for message in value)
+    return all_text(value if isinstance(value, tuple) else (value,))
 
 
 class Pass(NamedTuple):
@@ -112,7 +110,7 @@ def find_near_duplicates(passes: list[Pass], out: str) -> str:
     return path
 
 
-def sign_all(passes: list[Pass], folder: str) -> set[bytes]:
+def sign_all(passes: list[Pass], folder: str) -> Keys:
     """Goes on where a killed search was: near.json says where, and how many were signed by
     then."""
     journal = os.path.join(folder, "near.json")
@@ -137,13 +135,13 @@ def sign_all(passes: list[Pass], folder: str) -> set[bytes]:
             for key, bands in signed:
                 near.add(key, bands)
     near.flush()
-    drop = {bytes(key) for key in near.decide()}
+    drop = near.decide()
     shutil.rmtree(folder)
     return drop
 
 
-def read_keys(path: str) -> set[bytes]:
-    return {key.tobytes() for key in np.load(path, allow_pickle=False)}
+def read_keys(path: str) -> Keys:
+    return Keys(np.load(path, allow_pickle=False).tobytes())
 
 
 # ---------------------------------------------------------------- what would be dropped
@@ -161,17 +159,17 @@ class Judge:
         for item in batch:
             for row in item_rows(item):
                 where = f"{self.inputs[item.index].path}:{row.line}"
-                self.judge(item, row, where, examples, counts)
+                self.judge(row, where, examples, counts)
         return examples, counts
 
-    def judge(self, item: Item, row, where: str, examples: Examples, counts: Counter) -> None:
+    def judge(self, row, where: str, examples: Examples, counts: Counter) -> None:
         if row.code == "blank":
             return
         counts["rows"] += 1
         if row.code:
             counts[row.code] += 1
             return
-        text, why = self.cleaner.would_drop(item, row)
+        text, why = self.cleaner.would_drop(row)
         examples.add(where, text, why)
 
 

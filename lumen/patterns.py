@@ -19,8 +19,14 @@ O200K_PATTERN = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# of Llama 3, OLMo 2 and, with single digits, Qwen
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
 # with these every character of every text is in some match
-COMPLETE_PATTERNS = (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN)
+COMPLETE_PATTERNS = (GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN)
 
 # What of a foreign pattern means the same in both engines. Not among it: ^ $ \b \w \h {1,3}+
 # [a&&b] (?<=...).

@@ -55,7 +55,7 @@ CLEANING = {
 CONVERSATIONS = {
     "seq_len": (1024, "conversations: tokens of a row, the max_seq_len of the run"),
     "template": ("chatml", "conversations: chatml, instruct, chat or raw"),
-    "loss_on": ("assistant", "conversations: assistant, last_turn, completion or all"),
+    "loss_on": ("", "what is a target: assistant (of pairs last_turn), completion or all"),
     "too_long": ("truncate", "conversations longer than a row: truncate, turns or drop"),
 }
 OPTIONS = COMMON | CLEANING | CONVERSATIONS
@@ -170,8 +170,10 @@ def rows_of(shape: str, options: dict, template: dict) -> dict:
     """The setting `rows` of conversations and pairs. `template`: chat.describe."""
     if shape == "text":
         return {}
+    # of a pair only the last replies differ, and only they are compared
+    loss_on = options["loss_on"] or ("last_turn" if shape == "pairs" else "assistant")
     rows = {"kind": shape, "length": options["seq_len"] + 1, "long": options["too_long"]}
-    return {"rows": rows | {"loss_on": options["loss_on"], "template": template}}
+    return {"rows": rows | {"loss_on": loss_on, "template": template}}
 
 
 # ---------------------------------------------------------------- several sources: data.yaml
@@ -233,7 +235,7 @@ def refuse_unknown(file: str, place: str, tree: dict, known) -> None:
 CHOICES = {
     "preset": ("none", "web"),
     "pii": ("", "mask"),
-    "loss_on": ("assistant", "last_turn", "completion", "all"),
+    "loss_on": ("", "assistant", "last_turn", "completion", "all"),
     "too_long": ("truncate", "turns", "drop"),
 }
 

@@ -1,6 +1,7 @@
 """What `auto` and null become at the start of a run: `Config`, as written -> `Run`, as resolved.
 
-`resolve` decides in the order of its four steps: batch, length, machine, order of the data. What a
+`resolve` decides in the order of its four steps: batch, length, machine, order of the data (which
+is lumen/schedule.py's). What a
 checkpoint decided is kept as long as the keys that it follows from still say the same. Nothing here
 knows a Trainer: `Facts` is all that is asked of the world outside.
 """
@@ -13,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lumen import files, plan
+from lumen import files, mixture, plan
 from lumen import machine as machines
 from lumen.attention import pick_attention, shape_of
 from lumen.config import SHARDING, Config
@@ -21,12 +22,16 @@ from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
 from lumen.optim import state_bytes
+from lumen.schedule import phase_ends, resolve_order, resolve_phases, rise, stretch
 from lumen.tryout import as_in_the_run, pick_backend, pick_loss
 from model import ModelConfig, Transformer
 
 GIB = 2**30
 # a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
 CERTAIN = 1.1
+# what the rows of a step follow from, and the length of a run
+BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
+LENGTH_KEYS = ("max_steps", "num_epochs", "tokens_per_parameter")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Run:
     deterministic: bool
     # the order of data
     segments: list  # [[row from which on, {source: weight}], ...], the rows ascending
+    phases: list = field(default_factory=list)  # of schedule.resolve_phases, the steps ascending
 
 
 @dataclass
@@ -72,6 +78,7 @@ class Facts:
     model: Transformer  # on the meta device: shapes, no weights
     machine: Machine  # as detected for the written configuration
     memory: float  # bytes that this rank may have
+    held: dict[str, int] = field(default_factory=dict)  # `windows` of each source
     hint: int | None = None  # micro-batch that an earlier start's lack of memory asks for ...
     hint_file: Path | None = None  # ... in this file
     dry_run: bool = False  # what does not fit is said, not refused
@@ -121,6 +128,7 @@ def gather_facts(cfg: Config, written: dict, data, parallel, hints: Path | None)
         layout=dataclasses.replace(parallel.layout, documents=data.document_mask is not False),
         windows=data.windows,
         weights=data.weights,
+        held={name: source.windows for name, source in data.sources.items()},
         model=meta_model(cfg.model),
         machine=machine,
         memory=machines.own_memory(machine.device),
@@ -155,7 +163,7 @@ def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> R
     batch = resolve_batch(cfg, facts, kept, found)
     length = resolve_length(cfg, facts, kept, batch["rows_per_step"], found)
     machine = resolve_machine(cfg, facts, kept, batch | length, found)
-    segments = resolve_order(cfg, facts, saved, batch["rows_per_step"], length["max_steps"])
+    segments = resolve_order(cfg, facts.weights, saved, batch | length)
     return Run(**batch, **length, **machine, segments=segments)
 
 
@@ -165,8 +173,7 @@ def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> R
 def resolve_batch(cfg: Config, facts: Facts, kept: Kept, found: Findings) -> dict:
     """rows_per_step, micro_batch, accumulation. Rows per step stay what they were on any number of
     ranks: accumulation gives way."""
-    keys = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
-    rows = kept.get("rows_per_step", *keys) or rows_of_a_step(cfg, facts)
+    rows = kept.get("rows_per_step", *BATCH_KEYS) or rows_of_a_step(cfg, facts)
     asked = rows_that_fit(cfg, facts, kept, rows // facts.readers, found)
     sizes = [n for n in range(1, min(asked, rows) + 1) if rows % (n * facts.readers) == 0]
     if not sizes:
@@ -234,8 +241,9 @@ def rows_that_fit(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findi
 
 
 def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findings) -> dict:
-    """max_steps, min_lr, warmup_steps, peak_step. E114 where the data are less than one step."""
-    steps = kept.get("max_steps", "max_steps", "num_epochs", "tokens_per_parameter")
+    """max_steps, min_lr, warmup_steps, peak_step, phases. E114 where the data are less than one
+    step."""
+    steps = kept_length(cfg, kept)
     if steps is None:
         steps = cfg.max_steps
     T = cfg.model.max_seq_len
@@ -245,6 +253,8 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
         working = (n_working(facts.model), *tokens, cfg.tokens_per_parameter)
         steps, why = plan.auto_steps(*working, max_epochs=most)
         found.changes.append(why)
+    if steps is None and cfg.num_epochs is None and mixture.sets_length(cfg.data):
+        steps = phase_ends(cfg, facts.held, rows, None)[-1]
     if steps is None:
         epochs = 1.0 if cfg.num_epochs is None else cfg.num_epochs
         steps = int((facts.windows or 0) * epochs) // rows
@@ -252,25 +262,36 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
     if steps < 1 and facts.windows is not None and not asked:
         text = f"{facts.windows} rows of {T} tokens are less than one step of {rows}"
         raise UserError("E114", f"{text}; lower the batch")
-    warmup = min(2000, steps // 20) if cfg.warmup_steps is None else cfg.warmup_steps
+    # kept: a run that was cut short on its way must not move the phases that have been
+    phases = kept.get("phases", "data", *LENGTH_KEYS, *BATCH_KEYS)
+    if phases is None:
+        phases = resolve_phases(cfg, facts.held, rows, steps)
+    anew = [phase["step"] for phase in phases if phase["warmup_steps"] is not None]
+    first = min([steps, *anew])  # steps of the schedule that the run begins with
+    warmup = min(2000, first // 20) if cfg.warmup_steps is None else cfg.warmup_steps
     if 0 < warmup < 1:
-        warmup = round(warmup * steps)
+        warmup = round(warmup * first)
     return {
         "max_steps": steps,
         "min_lr": cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr,
         "warmup_steps": int(warmup),
-        "peak_step": rise(cfg.lr_schedule, steps, int(warmup)),
+        "peak_step": rise(cfg.lr_schedule, first, int(warmup)),
+        "phases": phases,
     }
 
 
-def rise(schedule: str, max_steps: int, warmup_steps: int) -> int:
-    """Steps until the learning rate is at its peak."""
-    return max(1, int(0.3 * max_steps)) if schedule == "onecycle" else warmup_steps
+def kept_length(cfg: Config, kept: Kept) -> int | None:
+    """The checkpoint's max_steps, where what it follows from still says the same."""
+    now, then = [(keys.get("data") or {}).get("phases") for keys in (kept.written, kept.then)]
+    if now != then and mixture.sets_length(cfg.data):
+        return None
+    return kept.get("max_steps", *LENGTH_KEYS)
 
 
 def with_length(cfg: Config, run: Run, max_steps: int) -> Run:
     """`run` with another end, and what depends on that."""
-    peak = rise(cfg.lr_schedule, max_steps, run.warmup_steps)
+    _, end, warmup, _ = stretch(dataclasses.replace(run, max_steps=max_steps), 0)
+    peak = rise(cfg.lr_schedule, end, warmup)
     return dataclasses.replace(run, max_steps=max_steps, peak_step=peak)
 
 
@@ -484,32 +505,6 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
     why, sure = misfit(model, layout, 1, layout.world, (machine.precision, "block"), *limits)
     if sure:
         raise UserError("E200", why)
-
-
-# ---------------------------------------------------------------- the order of data
-
-
-def resolve_order(cfg: Config, facts: Facts, saved: dict | None, rows: int, max_steps: int) -> list:
-    """Segments of source weights over the cursor. On resume what lies in the past stays as it was:
-    which row came where is a matter of record."""
-    segments, start = [], 0
-    for phase in (cfg.data or {}).get("phases") or [{"weights": facts.weights}]:
-        segments.append([start * rows, phase["weights"]])
-        until = phase.get("until", max_steps)
-        start = round(until * max_steps) if until <= 1 else int(until)
-    if saved is None or saved["run"]["segments"] == segments:
-        return segments
-    cursor, past = saved["cursor"], []
-    for start, weights in saved["run"]["segments"]:
-        if start < cursor and set(weights) <= set(facts.weights):
-            past.append([start, weights])
-    future = [segment for segment in segments if segment[0] > cursor]
-    current = [weights for start, weights in segments if start <= cursor][-1]
-    if not past:
-        past = [[0, current]]
-    elif past[-1][1] != current:
-        past.append([cursor, current])
-    return past + future
 
 
 # ---------------------------------------------------------------- as it is written down

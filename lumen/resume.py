@@ -20,7 +20,7 @@ from lumen import checkpoint, files, owner
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint, refuse_nonfinite
 from lumen.config import Config
-from lumen.data import Data
+from lumen.data import Data, what_changed
 from lumen.errors import UserError
 from model import ModelConfig
 
@@ -203,10 +203,20 @@ class StartingPoint:
             text = f"{saved.path}: {'; '.join(differ)}. {self.out} holds a run of another model"
             raise UserError("E305", f"{text}: give another --out_dir, or write model: as it was")
         if other_data and not self.cfg.allow_data_change:
-            then, now = state["fingerprints"], self.fingerprints
-            names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-            text = f"{saved.path} was trained on other data than {', '.join(names)} holds now"
-            raise UserError("E118", f"{text}; data_dir was {state['config'].get('data_dir')}")
+            raise UserError("E118", self.other_data(saved))
+
+    def other_data(self, saved: Checkpoint) -> str:
+        """What of the data is not as it was, and how to go on all the same."""
+        then, now = saved.state["fingerprints"], self.fingerprints
+        facts, facts_now = saved.state.get("data_facts", {}), self.data.facts()
+        told = []
+        for name in {**then, **now}:
+            if then.get(name) != now.get(name):
+                before = facts.get(name, {}) if name in then else None
+                told.append(f"{name} {what_changed(before, facts_now.get(name))}")
+        text = f"{saved.path} was trained on other data: {'; '.join(told)}"
+        text += f" (data_dir was {saved.state['config'].get('data_dir')})"
+        return f"{text}. If that is meant: --allow_data_change true"
 
     def check_tokenizer(self, what: str, file: Path | None, sha256: str | None) -> None:
         """E113 where `what`, weights, were made with another tokenizer than the data. `file`:

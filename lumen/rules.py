@@ -17,8 +17,9 @@ for English web pages; what they do to other text, such as code, the dry run sho
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ DEFAULTS = {  # name: (default, default with preset web, what it may be)
     "language": (None, None, "null, or a list of the codes to keep, as [en, de]"),
     "language_threshold": (0.8, 0.8, "0 to 1: a less probable language is undecided, and kept"),
     "ftfy": (False, True, "true or false: whether wrongly decoded text is mended"),
-    "pii": (None, None, "null or mask: e-mail and public IP addresses"),
+    "pii": (None, None, "null or mask"),
     "min_chars": (None, 50, "null or characters"),
     "max_chars": (None, None, "null or characters"),
     "quality_threshold": (None, None, "null, or 0 to 1"),
@@ -42,13 +43,14 @@ DEFAULTS = {  # name: (default, default with preset web, what it may be)
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 ELLIPSES = ("...", "…")
 BULLETS = set("•‣▶►◦■□▪▫●-*")
+MAY_BE_WRONG = re.compile(r"[^\x00-\x7e]|&")
 VERSION = 1  # of the rules: part of the settings, and so of a dataset's fingerprint
 ANY = "any of them"
 
 
 class Rule(NamedTuple):
     name: str
-    keeps: str  # one sentence: what it keeps
+    keeps: str  # behind "keeps"
     check: Callable[[Measures], str]  # "": kept; else the measured value and the limit
 
 
@@ -65,11 +67,15 @@ class Verdict(NamedTuple):
 
 
 def at_most(value: float, limit: float) -> str:
-    return f"{value:.4g} > {limit:g}" if value > limit else ""
+    return f"{said(value)} > {said(limit)}" if value > limit else ""
 
 
 def at_least(value: float, limit: float) -> str:
-    return f"{value:.4g} < {limit:g}" if value < limit else ""
+    return f"{said(value)} < {said(limit)}" if value < limit else ""
+
+
+def said(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def number_of_words(m: Measures) -> str:
@@ -152,62 +158,87 @@ def language(m: Measures, codes: tuple) -> str:
 def repetition_rules() -> list[Rule]:
     rules = []
     for what in ("line", "paragraph"):
-        name = f"duplicate_{what}s"
-        keeps = f"at most 30 % of the {what}s came before"
-        check = partial(repeated_items, name=name, of=0, limit=0.3)
-        rules.append(Rule(f"duplicate_{what}s_below_30_percent", keeps, check))
-        keeps = f"at most 20 % of the characters are in {what}s that came before"
-        check = partial(repeated_items, name=name, of=1, limit=0.2)
-        rules.append(Rule(f"duplicate_{what}_characters_below_20_percent", keeps, check))
-    for n, limit in ((2, 0.2), (3, 0.18), (4, 0.16)):
-        keeps = f"the most frequent {n} words in a row have at most {limit:.0%} of the characters"
-        check = partial(top_ngram, n=n, limit=limit)
-        rules.append(Rule(f"top_{n}_gram_below_{limit:.0%}".replace("%", "_percent"), keeps, check))
-    for n, limit in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
-        keeps = f"at most {limit:.0%} of the characters are in {n} words in a row that came before"
-        check = partial(repeated_ngrams, n=n, limit=limit)
-        name = f"repeated_{n}_grams_below_{limit:.0%}".replace("%", "_percent")
-        rules.append(Rule(name, keeps, check))
+        measure = f"duplicate_{what}s"
+        keeps = f"texts where at most 30 % of the {what}s came before"
+        check = partial(repeated_items, name=measure, of=0, limit=0.3)
+        rules.append(Rule(f"duplicate_{what}s_at_most_30_percent", keeps, check))
+        keeps = f"texts with at most 20 % of their characters in {what}s that came before"
+        check = partial(repeated_items, name=measure, of=1, limit=0.2)
+        rules.append(Rule(f"duplicate_{what}_characters_at_most_20_percent", keeps, check))
+    for n, percent in ((2, 20), (3, 18), (4, 16)):
+        keeps = f"texts whose most frequent {n} words in a row have at most {percent} % of them"
+        check = partial(top_ngram, n=n, limit=percent / 100)
+        rules.append(Rule(f"top_{n}_gram_at_most_{percent}_percent", keeps, check))
+    for n, percent in ((5, 15), (6, 14), (7, 13), (8, 12), (9, 11), (10, 10)):
+        keeps = f"texts with at most {percent} % in {n} words in a row that came before"
+        check = partial(repeated_ngrams, n=n, limit=percent / 100)
+        rules.append(Rule(f"repeated_{n}_grams_at_most_{percent}_percent", keeps, check))
     return rules
 
 
 GOPHER_QUALITY = [
-    Rule("words_50_to_100000", "it has 50 to 100,000 words", number_of_words),
-    Rule("mean_word_length_3_to_10", "words have 3 to 10 characters on average", mean_word_length),
-    Rule("hashes_below_10_percent", "at most one # to ten words", partial(symbols, of=("#",))),
+    Rule("words_50_to_100000", "texts of 50 to 100,000 words", number_of_words),
     Rule(
-        "ellipses_below_10_percent", "at most one ... to ten words", partial(symbols, of=ELLIPSES)
+        "mean_word_length_3_to_10",
+        "texts whose words have 3 to 10 characters on average",
+        mean_word_length,
     ),
-    Rule("bullets_below_90_percent", "at most 90 % of the lines begin with a bullet", bullets),
-    Rule("trailing_off_below_30_percent", "at most 30 % of the lines end with ...", trailing_off),
+    Rule(
+        "hashes_at_most_10_percent",
+        "texts with at most one # to ten words",
+        partial(symbols, of=("#",)),
+    ),
+    Rule(
+        "ellipses_at_most_10_percent",
+        "texts with at most one ... to ten words",
+        partial(symbols, of=ELLIPSES),
+    ),
+    Rule(
+        "bullets_at_most_90_percent",
+        "texts where at most 90 % of the lines begin with a bullet",
+        bullets,
+    ),
+    Rule(
+        "trailing_off_at_most_30_percent",
+        "texts where at most 30 % of the lines end with ...",
+        trailing_off,
+    ),
     Rule(
         "letters_in_80_percent_of_words",
-        "at least 80 % of the words have a letter, of any script",
+        "texts where at least 80 % of the words have a letter, of any script",
         partial(measured, name="words_with_letters", limit=at_least, at=0.8),
     ),
-    Rule("two_stop_words", "English has two of the, be, to, of, and, ...", stop_words),
+    Rule(
+        "two_stop_words",
+        f"texts with two of {', '.join(sorted(STOP_WORDS))}, and what is not English",
+        stop_words,
+    ),
 ]
 FINEWEB_QUALITY = [
     Rule(
         "punctuation_ends_12_percent_of_lines",
-        "at least 12 % of the lines end with a full stop, a quotation mark or their like",
+        "texts where at least 12 % of the lines end with a full stop, a quotation mark or so",
         partial(measured, name="ended_lines", limit=at_least, at=0.12),
     ),
     Rule(
-        "short_lines_below_67_percent",
-        "at most 67 % of the lines have 30 characters or fewer (10 in scripts without blanks)",
+        "short_lines_at_most_67_percent",
+        "texts where at most 67 % of the lines have 30 characters or less (10 without blanks)",
         partial(measured, name="short_lines", limit=at_most, at=0.67),
     ),
     Rule(
-        "duplicate_line_characters_below_1_percent",
-        "at most 1 % of the characters are in lines that came before",
+        "duplicate_line_characters_at_most_1_percent",
+        "texts with at most 1 % of their characters in lines that came before",
         partial(repeated_items, name="duplicate_lines", of=1, limit=0.01),
     ),
-    Rule("line_ends_below_30_percent", "at most three line ends to ten words", lines_per_word),
+    Rule(
+        "line_ends_at_most_30_percent",
+        "texts with at most three line ends to ten words",
+        lines_per_word,
+    ),
 ]
 C4_RULES = [
-    Rule("no_lorem_ipsum", "it has no lorem ipsum", partial(without, phrase="lorem ipsum")),
-    Rule("no_curly_bracket", "it has no {", partial(without, phrase="{")),
+    Rule("no_lorem_ipsum", "texts without lorem ipsum", partial(without, phrase="lorem ipsum")),
+    Rule("no_curly_bracket", "texts without {", partial(without, phrase="{")),
 ]
 RULES = {
     rule.name: rule for rule in [*GOPHER_QUALITY, *FINEWEB_QUALITY, *C4_RULES, *repetition_rules()]
@@ -246,7 +277,9 @@ def quality(m: Measures, limit: float) -> str:
 
 
 def complete(settings: dict) -> dict:
-    """Every setting, as plain JSON; where one is absent, what its preset says. E002."""
+    """Every setting, as plain JSON; where one is absent, what its preset says. What is complete
+    stays as it is. E002."""
+    settings = {key: value for key, value in settings.items() if key != "version"}
     for key in settings:
         if key not in DEFAULTS:
             near = nearest(key, DEFAULTS)
@@ -304,19 +337,19 @@ def chosen_rules(full: dict) -> list[Rule]:
             names.add(name)
     rules = []
     if at := full["min_chars"]:
-        keeps = f"it has at least {at:,} characters"
+        keeps = f"texts of at least {at:,} characters"
         rules.append(Rule(f"characters_{at}_or_more", keeps, partial(size, limit=at_least, at=at)))
     if at := full["max_chars"]:
-        keeps = f"it has at most {at:,} characters"
+        keeps = f"texts of at most {at:,} characters"
         rules.append(Rule(f"characters_{at}_or_less", keeps, partial(size, limit=at_most, at=at)))
     rules += [rule for name, rule in RULES.items() if name in names]
     if codes := full["language"]:
         threshold = full["language_threshold"]
-        keeps = f"it is {' or '.join(codes)}, or no language has probability {threshold:g}"
+        keeps = f"texts in {' or '.join(codes)}, and where no language is {threshold:g} probable"
         name = f"language_{'_or_'.join(codes)}"
         rules.append(Rule(name, keeps, partial(language, codes=tuple(codes))))
     if (limit := full["quality_threshold"]) is not None:
-        keeps = f"its quality is {limit:g} or more: the mean of {', '.join(SCORE_PARTS)}"
+        keeps = f"texts of quality {limit:g} or more, the mean of {', '.join(SCORE_PARTS)}"
         rules.append(Rule(f"quality_{limit:g}_or_more", keeps, partial(quality, limit=limit)))
     return rules
 
@@ -339,7 +372,7 @@ class Rules:
                     known = ", ".join(sorted(known))
                     raise UserError("E002", f"clean.language: no {short(code)}; there are {known}")
         if self.settings["ftfy"]:
-            mend("")
+            fixer()
         self.active = bool(self.rules or self.settings["ftfy"] or self.settings["pii"])
 
     def measures(self, text: str) -> Measures:
@@ -373,29 +406,53 @@ class Rules:
                 failed[rule.name] = why
         return failed
 
+    def rewrite(self, text: str) -> tuple[str, int]:
+        """(mended and masked, addresses masked): what `look` does to a text that it keeps."""
+        if self.settings["ftfy"]:
+            text = mend(text)
+        return mask(text) if self.settings["pii"] else (text, 0)
+
     def explain(self) -> list[str]:
         """The active rules, with what each keeps; empty: there are none."""
         lines = []
         if self.settings["ftfy"]:
-            lines.append("ftfy: wrongly decoded text is mended")
+            lines.append("ftfy: wrongly decoded text is mended first")
         width = max([len(rule.name) for rule in self.rules], default=0)
         for rule in self.rules:
-            lines.append(f"{rule.name:<{width}}  kept if {rule.keeps}")
+            lines.append(f"{rule.name:<{width}}  keeps {rule.keeps}")
         if self.settings["pii"]:
-            lines.append("pii: e-mail and public IP addresses are replaced")
+            lines.append(
+                "pii: e-mail, public IP and telephone numbers with their country are replaced"
+            )
         return lines
 
 
 def mend(text: str) -> str:
     """Undoes wrong decodings (ftfy: mojibake, entities, lost bytes). Not its taste: quotes,
-    ligatures and wide letters stay. E003."""
+    ligatures and wide letters stay. Entities stay in a text that has a <: it is HTML, or about it.
+    E003."""
+    fix_text, config = fixer()
+    if not MAY_BE_WRONG.search(text):
+        return text
+    if "<" in text:
+        config = config._replace(unescape_html=False)
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if MAY_BE_WRONG.search(line):  # ftfy takes 100 times as long to see that nothing is wrong
+            lines[i] = fix_text(line, config)
+    mended = "\n".join(lines)
+    return text if mended == text else clean(mended)
+
+
+@cache
+def fixer():
+    """(ftfy.fix_text, its configuration). E003."""
     try:
         import ftfy
     except ImportError as error:
         text = "mending wrongly decoded text needs ftfy: pip install ftfy; without: ftfy: false"
         raise UserError("E003", text) from error
-    mended = ftfy.fix_text(
-        text,
+    config = ftfy.TextFixerConfig(
         uncurl_quotes=False,
         fix_latin_ligatures=False,
         fix_character_width=False,
@@ -403,7 +460,7 @@ def mend(text: str) -> str:
         remove_terminal_escapes=False,
         explain=False,
     )
-    return text if mended == text else clean(mended)
+    return ftfy.fix_text, config
 
 
 # ---------------------------------------------------------------- a dry run

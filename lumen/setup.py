@@ -28,10 +28,10 @@ def take_vocabulary(trainer) -> None:
         raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
 
 
-def resolve(trainer, saved, lr_at) -> None:
+def resolve(trainer, saved) -> None:
     """run: what auto and null become, as rank 0 finds it; and what else comes to light.
 
-    saved: the checkpoint that it goes on from, or None; lr_at: the schedule.
+    saved: the checkpoint that it goes on from, or None.
     """
     t, cfg, par = trainer, trainer.cfg, trainer.parallel
     state = saved.state if saved else None
@@ -45,7 +45,7 @@ def resolve(trainer, saved, lr_at) -> None:
     t.machine = found.machine
     t.versions = versions(t.machine, par.world)
     if saved:
-        found.changes += differences(lr_at, cfg, t.run, t.versions, state, saved.step)
+        found.changes += differences(cfg, t.run, t.versions, state, saved.step)
 
 
 def use_deterministic(wanted: bool) -> None:

@@ -79,7 +79,7 @@ def write_dataset_json(path: str, value) -> None:
         file.write(to_utf8(text))
 
 
-def write_keys(path: str, keys: set[bytes]) -> None:
+def write_keys(path: str, keys) -> None:
     """(n, 16) uint8, sorted."""
     with new_file(path) as file:
         np.save(file, np.frombuffer(b"".join(sorted(keys)), np.uint8).reshape(-1, 16))

@@ -41,6 +41,7 @@ class State:
             "written": t.written,
             "model_written": t.model_written,
             "fingerprints": t.data.fingerprints,
+            "data_facts": t.data.facts(),
             "versions": t.versions,
             "scaler": t.loss_scale.state() if t.loss_scale else None,
             "orchestrator": t.orchestrator.state(),

@@ -76,7 +76,9 @@ class Teller:
             row |= lines.experts_row(numbers.experts, t.targets_per_step, weight, z_weight)
         if numbers.depth is not None:
             row |= lines.depth_row(numbers.depth)
-        row |= lines.epoch_row(t.loader.epochs(numbers.cursor + t.run.rows_per_step))
+        cursor = numbers.cursor + t.run.rows_per_step
+        read = (t.loader.epochs(cursor), t.loader.rows(cursor))
+        row |= lines.epoch_row(*read, cfg.model.max_seq_len)
         t.report.record(row)
         for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
             t.report.record_bars(name, values, done)

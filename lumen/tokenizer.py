@@ -20,7 +20,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from lumen import tokenizer_json
+from lumen import spm, tokenizer_json
 from lumen.bpe import learn
 from lumen.errors import UserError
 from lumen.foreign import Foreign
@@ -130,8 +130,8 @@ def locate(spec: str) -> str | None:
 
 
 def load(spec: str) -> Vocabulary:
-    """A tokenizer by name (bytes, or one of NAMED), from a tokenizer.json, from a folder that has
-    one, or from Hugging Face (hf:ORG/NAME).
+    """A tokenizer by name (bytes, or one of NAMED), from a tokenizer.json or SentencePiece .model,
+    from a folder that has one, or from Hugging Face (hf:ORG/NAME).
 
     E003: a package is missing; E115: the file is not there; E116: it is of a kind that we would
     read wrongly, or has no end of document."""
@@ -146,6 +146,10 @@ def load(spec: str) -> Vocabulary:
     name = os.path.basename(os.path.dirname(os.path.abspath(path)))
     if spec.startswith(HUB):
         name = spec.removeprefix(HUB).partition("@")[0]
+    if path.endswith(".model"):
+        tokenizer = from_json(spm.read(path), path, name)
+        spm.check(tokenizer, path)
+        return tokenizer
     try:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()

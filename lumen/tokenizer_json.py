@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from lumen.bpe import parts
 from lumen.errors import UserError
-from lumen.patterns import GPT2_PATTERN, means_the_same
+from lumen.patterns import COMPLETE_PATTERNS, GPT2_PATTERN, means_the_same
 from lumen.vocabulary import EOT_NAMES, TURN_ENDS, is_control
 
 # tokenizer.json writes a byte as a printable character: itself where it is one, else the next free
@@ -90,9 +90,9 @@ def as_ranks(whole: dict) -> dict:
     check_frame(whole, model)
     specials, words = added_tokens(whole)
     check_words(whole)
+    pattern = split_pattern(whole.get("pre_tokenizer"))
     ranks = byte_ranks(model["vocab"], specials, words)
     check_merges(model, ranks)
-    pattern = split_pattern(whole.get("pre_tokenizer"))
     nfc = bool(whole.get("normalizer"))
     return {"ranks": ranks, "specials": specials, "pattern": pattern, "words": words, "nfc": nfc}
 
@@ -124,8 +124,11 @@ def split_pattern(pre: dict | None) -> str:
         return GPT2_PATTERN
     pattern = steps[0]["pattern"].get("Regex")
     behavior = (steps[0].get("behavior"), steps[0].get("invert"))
-    need(behavior == ("Isolated", False), f"pre_tokenizer Split has behavior and invert {behavior}")
     need(isinstance(pattern, str), "pre_tokenizer Split has no Regex")
+    # what no match covers is taken away: where there is nothing such, both mean the same
+    removed = behavior == ("Removed", True) and pattern in COMPLETE_PATTERNS
+    good = behavior == ("Isolated", False) or removed
+    need(good, f"pre_tokenizer Split has behavior and invert {behavior}")
     odd = f"pre_tokenizer Split: the regex {pattern} may mean something else to us"
     need(means_the_same(pattern), odd)
     return pattern

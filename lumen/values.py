@@ -13,7 +13,7 @@ import typing
 from lumen.errors import UserError, nearest, no_path
 
 PATHS = re.compile(
-    r"data_dir|out_dir|resume|init_from|orchestrator\.replay|data\.sources\..*\.dir"
+    r"data_dir|out_dir|resume|init_from|orchestrator\.replay|data\.sources\..*\.(dir|difficulty)"
     r"|prepare\.(sources|val_sources|tokenizer|out)"
 )
 MAY_BE_EMPTY = ("sample_prompt",)

@@ -108,6 +108,18 @@ def llama3():
     return whole
 
 
+def olmo2():
+    """The matches are kept and the rest is removed, of which there is nothing."""
+    made, trainer = bpe([], pre_tokenizers.ByteLevel.alphabet())
+    cut = pre_tokenizers.Split(hf.Regex(LLAMA3), "removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level(False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(corpus(), trainer)
+    made.add_special_tokens(["<|endoftext|>", "<|pad|>"])
+    made.add_tokens([hf.AddedToken("|||IP_ADDRESS|||", normalized=False)])
+    return json.loads(made.to_str())
+
+
 def qwen2():
     made, trainer = bpe([], pre_tokenizers.ByteLevel.alphabet())
     made.normalizer = normalizers.NFC()
@@ -228,7 +240,7 @@ def bert():
 KINDS = {
     made.__name__: made
     for made in (
-        smollm2, llama3, qwen2, neox, deepseek, gemma, llama2, metaspace, unigram, bert,
+        smollm2, llama3, olmo2, qwen2, neox, deepseek, gemma, llama2, metaspace, unigram, bert,
     )
 }  # fmt: skip
-FAST = ("llama3", "qwen2")  # run by tiktoken
+FAST = ("llama3", "olmo2", "qwen2")  # run by tiktoken

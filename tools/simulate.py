@@ -67,8 +67,8 @@ from lumen.resolve import (
     resolve_length,
     without_effect,
 )
+from lumen.schedule import lr_at, resolve_order
 from model import ModelConfig, Transformer, role
-from train import lr_at
 from train_fsdp import meshes, parallelize
 
 GB = 1e9
@@ -635,6 +635,7 @@ class DryRun:
             layout=self.layout,
             windows=self.data.windows if self.data.sources else None,
             weights=self.data.weights,
+            held={name: source.windows for name, source in self.data.sources.items()},
             model=self.model,
             machine=machine,
             memory=machines.own_memory(machine.device),
@@ -666,7 +667,7 @@ class DryRun:
             expert_backend=experts,
             experts_why=why,
             deterministic=cfg.deterministic,
-            segments=[],
+            segments=resolve_order(cfg, facts.weights, None, batch | length),
         )
 
     def hardware(self) -> Hardware:

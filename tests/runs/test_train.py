@@ -26,9 +26,9 @@ from lumen.cli import read_config
 from lumen.config import RANGES, Config
 from lumen.errors import UserError
 from lumen.optim import build_optimizer
-from lumen.resolve import rise
+from lumen.schedule import lr_at, rise
 from model import ModelConfig, Transformer
-from train import Parallel, Trainer, lr_at
+from train import Parallel, Trainer
 
 
 def same_run(a, b, step=12) -> bool:
@@ -43,7 +43,7 @@ def test_schedules(name):
     cfg = Config(data_dir="x", lr_schedule=name, learning_rate=1.0)
     peak = 30 if name == "onecycle" else 10
     assert rise(name, 100, 10) == peak
-    run = SimpleNamespace(max_steps=100, min_lr=0.1, warmup_steps=10, peak_step=peak)
+    run = SimpleNamespace(max_steps=100, min_lr=0.1, warmup_steps=10, phases=[])
     lr = [lr_at(cfg, run, s) for s in range(101)]
     assert all(a < b for a, b in zip(lr[:peak], lr[1:peak])), "rises"
     assert abs(lr[peak] - 1.0) < 1e-9 and max(lr) <= 1.0 + 1e-9

@@ -32,6 +32,7 @@ def source(tokens=10_000, **changes):
 def start(cfg, **changes):
     run = types.SimpleNamespace(rows_per_step=8, micro_batch=2, accumulation=4, max_steps=100)
     run.min_lr, run.peak_step, run.precision = 1e-4, 5, "fp32"
+    run.segments, run.phases = [[0, {"a": 1.0}]], []
     run.compile_model, run.deterministic, run.attention = False, True, "sdpa"
     run.attention_why, run.expert_backend, run.experts_why = "it is there", "slices", "fastest"
     machine = Machine(torch.device("cpu"), "a CPU", "fp32", False, [])
@@ -100,6 +101,10 @@ def interval():
     return Interval(steps=10, seconds=5.0, spent=spent)
 
 
+def two_sources() -> dict:
+    return lines.epoch_row({"a": 0.5, "b": 1.25}, {"a": 10, "b": 5}, 32)
+
+
 def test_a_log_step():
     numbers = StepNumbers(step=9, cursor=80, iteration=10, lr=1e-3, loss=2.0, grad_norm=1.5)
     row = {"step": 10} | lines.step_row(numbers)
@@ -107,15 +112,18 @@ def test_a_log_step():
     assert row["ppl"] == pytest.approx(math.exp(2)) and row["tokens_per_second"] == 200
     assert row["mfu"] == pytest.approx(0.2) and row["data_wait"] == 0.2
     assert row["time/compute"] == 0.75
-    row |= lines.memory_row(torch.device("cpu")) | lines.epoch_row({"a": 0.5, "b": 1.25})
-    assert row["mem_reserved"] is None and row["epoch/b"] == 1.25
+    row |= lines.memory_row(torch.device("cpu")) | two_sources()
+    assert row["mem_reserved"] is None and row["epoch/b"] == 1.25 and row["tokens/a"] == 320
     said = lines.step_line(row | {"aux_loss": 0.0123}, 100, gone=61.0, left=3600.0)
     assert said.startswith("step     10/100  loss 2.0000  ppl 7.389  aux 0.0123  lr 1.00e-03")
-    assert "mfu 20 %, data 20.0 %, epoch 1.25  1m01s gone, 1h00m left" in said
+    assert "mfu 20 %, data 20.0 %, epoch a 0.50, b 1.25  1m01s gone, 1h00m left" in said
     slow = lines.speed_row(interval(), tokens=100, flops=1e9, peak=1e9)
     assert slow["mfu"] is None, "the peak was measured too low"
     assert lines.health_row("warning", ["why"])["health_level"] == 1
-    assert lines.epoch_row({"data": 2.0}) == {"epoch": 2.0}
+    assert lines.epoch_row({"data": 2.0}, {"data": 7}, 32) == {"epoch": 2.0}
+    assert lines.epoch_text({"epoch": 2.0}) == "2.00"
+    many = {f"epoch/{k}": k / 4 for k in range(9)}
+    assert lines.epoch_text(many | {"tokens/1": 7}) == "0.00 to 2.00"
 
 
 def expert_layer(balance, tokens, violation):
@@ -156,6 +164,9 @@ def test_an_evaluation():
     first, second = lines.evaluation_lines(row, True, 1.0, m)
     assert "1.5000 bits per byte" in first and "(best), worse than guessing (4.61)" in first
     assert "gap +1.0000" in second and "3.50 of 4 layers" in second
+    row |= {"val_loss/a": 2.0, "val_loss/b": 90.0}
+    each = lines.evaluation_lines(row, True, 1.0, m)[1].strip()
+    assert each == "a 2.0000 (ppl 7.389), b 90.0000 (ppl 5.185e+21)"
 
 
 def test_config_and_suggestion_are_yaml():

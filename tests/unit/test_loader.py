@@ -182,6 +182,42 @@ def test_mixture_ratio_is_exact():
     assert 60 < early["a"] < 115 and early["b"] > 8 and early["c"] > 2  # shuffled within the block
 
 
+@few
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), weights), max_size=3), weights, st.integers(0, 2**31)
+)
+def test_the_ratio_is_exact_in_every_block_of_every_segment(later, first, seed):
+    """To one row in 1,024, counted from where a segment begins. A span that cuts a block at each
+    end is off by no more than a block can be: q (1 - q / 1024) rows of q in it, at each end."""
+    segments = [[0, first], *([row, w] for row, w in sorted(later, key=lambda x: x[0]))]
+    load = Loader(fakes(a=10**6, b=10**6, c=10**6), seed, segments)
+    ends = [start for start, _ in segments[1:]] + [segments[-1][0] + 3 * BLOCK]
+    for (start, share), end in zip(segments, ends):
+        rows = [load.locate(row)[0] for row in range(start, end)]
+        wanted = {name: BLOCK * w / sum(share.values()) for name, w in share.items()}
+        for at in range(0, len(rows) - BLOCK + 1, BLOCK):
+            found = collections.Counter(rows[at : at + BLOCK])
+            assert all(abs(found[name] - q) < 1 for name, q in wanted.items())
+        middle = rows[len(rows) // 3 : 2 * len(rows) // 3 + 1]
+        for name, q in wanted.items():
+            off = abs(middle.count(name) - len(middle) * q / BLOCK)
+            assert off <= 2 * q * (1 - q / BLOCK) + 1 + len(middle) / BLOCK
+
+
+def test_a_segment_that_is_over_may_name_a_source_that_is_gone():
+    """Its rows are counted as they were, so the others go on where they stood."""
+    both = [[0, {"a": 1, "gone": 3}], [700, {"a": 1, "b": 1}]]
+    then = Loader(fakes(a=501, b=9, gone=77), 3, both)
+    now = Loader(fakes(a=501, b=9), 3, both)
+    assert [then.locate(row) for row in range(700, 2500)] == [
+        now.locate(row) for row in range(700, 2500)
+    ]
+    assert now.rows(700) == {"a": then.rows(700)["a"], "b": 0}
+    assert set(now.epochs(800)) == {"a", "b"}
+    text = fails("E002", Loader, fakes(a=5), 3, [[0, {"a": 1}], [7, {"a": 1, "gone": 1}]])
+    assert "'gone'" in text
+
+
 def test_orders_differ():
     """Between blocks, sources, epochs and seeds."""
     load = Loader(fakes(a=500, b=500), 1, [[0, {"a": 1, "b": 1}]])

@@ -179,7 +179,7 @@ def test_what_did_not_survive_is_not_repeated():
 def test_a_replay_cuts_the_run_by_the_same_method(resumed):
     """Else one that is stopped after the cut goes on to the old length."""
     make = dataclasses.make_dataclass
-    run = make("Run", ["max_steps", "warmup_steps", "peak_step"])(100, 5, 5)
+    run = make("Run", ["max_steps", "warmup_steps", "peak_step", "phases"])(100, 5, 5, [])
     progress = types.SimpleNamespace(stopped_early=False)
     cfg = types.SimpleNamespace(lr_schedule="wsd")
     trainer = types.SimpleNamespace(cfg=cfg, run=run, progress=progress)

@@ -13,8 +13,10 @@ from conftest import ROOT
 import prepare_data as P
 from lumen import chat, datacard, passes
 from lumen import tokenizer as T
+from lumen.config import INSIDE
 from lumen.conversations import to_messages, to_pair
 from lumen.errors import UserError
+from lumen.recipe import OPTIONS, SWITCHES
 from lumen.synthetic import synthetic_document
 
 QUIET = {"quiet": True, "val_fraction": 0.1}
@@ -346,6 +348,21 @@ def test_presets_of_the_card_are_those_of_the_docs():
     for name, parameters in datacard.PRESETS.items():
         row = next(line for line in table.splitlines() if line.startswith(f"| `{name}`"))
         assert row.split("|")[3].strip().replace(",", "") == str(parameters)
+
+
+def test_the_prepare_key_of_a_run_has_the_options():
+    """Types too; a run has no use for those that are about the command."""
+    known = {"sources": [str], "val_sources": [str], "tokenizer": str, "out": str}
+    for name, kind in INSIDE["prepare"].items():
+        if name not in known:
+            default = OPTIONS[name][0]
+            own = type(default) if isinstance(default, (str, bool)) else P.kind_of(name)
+            assert kind in (own, [str], bool if name in SWITCHES else own), name
+    left = set(OPTIONS) - set(INSIDE["prepare"])
+    assert left == {
+        "seed", "shard_tokens", "max_doc_chars", "workers", "batch_bytes", "strict", "quiet",
+        "export_clean",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["file", "docs_file", "mask_file"])

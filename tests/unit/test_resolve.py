@@ -19,11 +19,11 @@ from lumen.resolve import (
     resolve,
     resolve_batch,
     resolve_length,
-    resolve_order,
     resolved,
     with_length,
     write_hint,
 )
+from lumen.schedule import resolve_order, resolve_phases
 
 T = 32
 MODEL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": T}
@@ -277,7 +277,8 @@ def order(phases, saved=None, names="ab", **more) -> list:
     cfg, written = configured(data_dir=None, data=data)
     facts = facts_of(cfg, written, weights=dict.fromkeys(names, 1.0))
     state = {"run": {"segments": saved}, **more} if saved else None
-    return resolve_order(cfg, facts, state, 10, 10)
+    run = {"rows_per_step": 10, "phases": resolve_phases(cfg, {}, 10, 10)}
+    return resolve_order(cfg, facts.weights, state, run)
 
 
 def test_phases_become_segments_of_rows():
@@ -301,9 +302,64 @@ def test_on_resume_the_past_stays_as_it_was(cursor, phases, expected):
     assert order(phases, SEGMENTS, cursor=cursor) == expected
 
 
-def test_a_source_that_is_gone_is_in_no_segment():
+def test_a_source_that_is_gone_keeps_its_rows_in_the_past_and_gets_none_to_come():
     saved = [[0, {"a": 1.0, "c": 1.0}], [30, {"a": 1.0}]]
-    assert order(None, saved, "a", cursor=60) == [[30, {"a": 1.0}]]
+    assert order(None, saved, "a", cursor=60) == saved
+    assert order(None, saved, "a", cursor=20) == [saved[0], [20, {"a": 1.0}]]
+
+
+def phased(*phases, **more):
+    """-> (Config, written, facts) of a run over a and b, 100 and 50 rows."""
+    data = {"sources": {name: {"dir": name} for name in "ab"}, "phases": list(phases)}
+    cfg, written = configured(data_dir=None, data=data, batch_size=10, **more)
+    held = {"a": 100, "b": 50}
+    return (
+        cfg,
+        written,
+        facts_of(cfg, written, windows=150, weights={"a": 1.0, "b": 1.0}, held=held),
+    )
+
+
+TWICE = {"epochs": 2, "weights": {"a": 1}}
+ONCE = {"epochs": 1, "weights": {"b": 1}, "lr_scale": 0.5, "warmup_steps": 0.4}
+
+
+def test_phases_that_all_have_a_length_make_that_of_the_run():
+    run = resolve(*phased(TWICE, ONCE)[::2], None, Findings())
+    assert (run.max_steps, run.warmup_steps) == (25, 1)  # a twentieth of the first schedule
+    assert run.segments == [[0, {"a": 1.0}], [200, {"b": 1.0}]]
+    assert run.phases == [
+        {"step": 0, "name": None, "lr_scale": 1.0, "warmup_steps": None},
+        {"step": 20, "name": None, "lr_scale": 0.5, "warmup_steps": 2},
+    ]
+    for keys, steps in (({"max_steps": 22}, 22), ({"num_epochs": 4}, 60)):  # what is written wins
+        cut = resolve(*phased(TWICE, ONCE, **keys)[::2], None, Findings())
+        assert cut.max_steps == steps and cut.phases[1]["step"] == 20
+    # a warm-up in parts is a part of the schedule that the run begins with
+    assert resolve(*phased(TWICE, ONCE, warmup_steps=0.5)[::2], None, Findings()).warmup_steps == 10
+
+
+def test_other_phases_make_another_length_on_resume():
+    cfg, written, facts = phased(TWICE, ONCE)
+    run = resolve(cfg, facts, None, Findings())
+    saved = state_of(run, cfg, written, cursor=100)
+    assert resolve(cfg, facts, saved, Findings()) == run
+    cfg, _, facts = phased(TWICE, ONCE | {"epochs": 3})
+    longer = resolve(cfg, facts, saved, Findings())
+    assert longer.max_steps == 35 and longer.segments == run.segments
+
+
+def test_a_run_that_was_cut_short_keeps_the_phases_that_have_been():
+    """Borders that are fractions of max_steps would move, and the rate of each step with them."""
+    halves = ({"until": 0.5, "weights": {"a": 1}}, {"weights": {"b": 1}, "warmup_steps": 2})
+    cfg, written, facts = phased(*halves, max_steps=40)
+    run = resolve(cfg, facts, None, Findings())
+    short = with_length(cfg, run, 30)
+    saved = state_of(short, cfg, written, cursor=250)
+    again = resolve(cfg, facts, saved, Findings())
+    assert again == short and again.phases[1]["step"] == 20
+    cfg, _, facts = phased(*halves, max_steps=60)  # asked for: then they do
+    assert resolve(cfg, facts, saved, Findings()).phases[1]["step"] == 30
 
 
 # ---------------------------------------------------------------- beside a checkpoint's run

@@ -560,5 +560,5 @@ def test_a_conversation_in_the_terminal(monkeypatch, capsys):
 
     questions = iter(["x" * 30, "hi"])
     options = {"max_new_tokens": 9, "template": "chat"}
-    S.talk(Scripted([97, 98, T.eot_id], context=60), T, options, None, said.append)
+    S.talk(Scripted([32, 97, 98, T.eot_id], context=60), T, options, None, said.append)
     assert capsys.readouterr().out == "ab\nab\n" and len(said) == 2

@@ -57,6 +57,7 @@ UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("train.py", "tools.simulate"): "the dry run",
     ("model.py", "lumen.lunaris"): "attention of foreign checkpoints, where somebody asks for it",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",
+    ("lumen/difficulty.py", "sample"): "how a run becomes a model that can be asked",
     ("lumen/resume.py", "export"): "init_from may be a Hugging Face folder",
 }
 

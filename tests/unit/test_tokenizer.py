@@ -357,6 +357,7 @@ BREAKS = {
         }
     ),
     "behavior": lambda w: with_split(w, "x+", behavior="Removed"),
+    "'Removed', True": lambda w: with_split(w, r"\p{L}+", behavior="Removed", invert=True),
     "no Regex": lambda w: with_split(w, None, pattern={"String": " "}),
     r"the regex \\s\+\$": lambda w: with_split(
         w, r"\s+$|\S+"
@@ -392,13 +393,13 @@ REFUSED = (
 )
 
 
-def with_split(whole, cut, behavior="Isolated", pattern=None):
+def with_split(whole, cut, behavior="Isolated", pattern=None, invert=False):
     whole["pre_tokenizer"] |= {"use_regex": False}
     step = {
         "type": "Split",
         "pattern": pattern or {"Regex": cut},
         "behavior": behavior,
-        "invert": False,
+        "invert": invert,
     }
     whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, whole["pre_tokenizer"]]}
 
