@@ -207,6 +207,21 @@ def test_mod_lets_no_more_through_than_documents_need():
     assert rows == [8, 9, 15, T]
 
 
+def test_what_fills_a_row_up_visits_no_expert():
+    """It costs no arithmetic there, and takes no place where capacity is limited."""
+    model = make(**KINDS["hybrid"])
+    seen = []
+    experts = model.blocks[0].ffn.experts
+    experts.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
+    model(ids(B, T), docs=Documents(numbers([set(), {5}]), 8))
+    (chosen,) = seen  # (B n, K)
+    n = 16 + 8 - 1
+    chosen = chosen.view(B, n, -1)
+    slots = len(experts.w2)
+    assert (chosen[0, :16] < slots).all() and (chosen[0, 16:] >= slots).all()
+    assert (chosen[1, :17] < slots).all() and (chosen[1, 17:] >= slots).all()
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -433,28 +448,40 @@ def test_the_host_says_how_many_documents_there_are():
     assert feed.batch(x, x)[2] is None
 
 
-def test_an_evaluation_counts_what_the_masks_leave(tmp_path):
+@pytest.mark.parametrize("kind", ("dense", "hybrid"))
+def test_an_evaluation_counts_what_the_masks_leave(tmp_path, kind):
+    """Against the documents one by one; of MoD by both rules."""
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(0, 97, 33 * 3), rng.integers(0, 2, 33 * 3)
     mask[66:] = 0  # a row without a target
     shards = [(tokens, [0, 10, 33, 66, 70], mask)]
     path = dataset(tmp_path / "d", shards, kind="chat", rows={"length": 33})
     source = Source(path, "train", 32, document_mask=None)
-    model = make().eval()
+    model = make(**KINDS[kind]).eval()
     loop = Loop(model, {"d": source}, Parallel(Config(data_dir="x")), 2, np.ones(97, np.int64))
+    want = {True: 0.0, False: 0.0}
     with torch.no_grad():
         loop.add([("d", 0), ("d", 1)])
         loop.add([("d", 2)])
-        want, count = 0.0, 0
-        for first, end in ((0, 10), (10, 33), (33, 66)):
-            logits = model(torch.tensor(tokens[None, first : end - 1]))[0].double()
-            y = torch.tensor(np.where(mask, tokens, -100)[first + 1 : end])
-            want += F.cross_entropy(logits, y, reduction="sum").item()
-            count += int((y >= 0).sum())
+        for first, end in ((0, 10), (10, 32), (33, 65)):
+            x = torch.tensor(tokens[None, first:end])
+            y = torch.tensor(np.where(mask, tokens, -1)[None, first + 1 : end + 1])
+            if end == 10:
+                y[0, -1] = -1  # its last token is an input, and would foretell another document
+            for model.causal in want:
+                want[model.causal] += model(x, targets=y)[1]["ce"].item()
+    model.causal = True
+    count = int(mask[1:10].sum() + mask[11:33].sum() + mask[34:66].sum())
     found = loop.result()
-    assert found.loss == pytest.approx(want / count, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(want / count / np.log(2), rel=1e-5)
+    assert found.loss == pytest.approx(want[True] / count, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(found.loss / np.log(2), rel=1e-5)
+    if kind == "hybrid":
+        assert found.mod["val_loss_as_trained"] == pytest.approx(want[False] / count, rel=1e-5)
     assert len(found.batch_losses) == 1, "a batch without a target has no mean"
+    empty = Loop(model, {"d": source}, Parallel(Config(data_dir="x")), 2, None)
+    with torch.no_grad():
+        empty.add([("d", 2)])
+    assert "masks leave no target" in fails("E114", empty.result)
 
 
 def test_the_plan_counts_a_mask_where_there_is_one():

@@ -45,6 +45,12 @@ class Windows:
             raise UserError("E111", "damaged")
         return np.random.default_rng([self.seed, i]).integers(0, V, T + 1)
 
+    document_mask = False
+
+    def row(self, i):
+        window = self.window(i)
+        return window[:-1], window[1:], None
+
 
 SOURCES = {"a": Windows(1), "b": Windows(2)}
 ROWS = [("a", i) for i in range(5)] + [("b", i) for i in range(2)]

@@ -34,6 +34,18 @@ def metrics(trainer, key) -> list:
     return [r[key] for r in read_lines(trainer.out / "metrics.jsonl") if key in r]
 
 
+def documents_alone(trainer) -> float:
+    """The mean loss of the first step's rows, each document in a forward pass of its own."""
+    batch, ce, count = trainer.loader.batch(0, 4), 0.0, 0
+    for x, y, docs in zip(batch.x, batch.y, batch.docs):
+        for number in range(docs.max() + 1):
+            own = docs == number
+            of = (torch.from_numpy(t[own])[None] for t in (x, y))
+            _, sums = trainer.model.train()(*of)
+            ce, count = ce + sums["ce"].item(), count + sums["count"].item()
+    return ce / count
+
+
 @pytest.mark.parametrize(
     "kind", ("dense", pytest.param("moe", marks=pytest.mark.nightly), "hybrid")
 )
@@ -44,7 +56,9 @@ def test_any_cut_of_a_step_gives_the_same_gradient(tiny, documents, kind):
         keys |= {"data_dir": documents, "document_mask": True, "activation_checkpointing": how}
         keys |= {"batch_size": micro, "gradient_accumulation_steps": 4 // micro}
         trainer = Trainer(keys)
+        alone = documents_alone(trainer)
         assert trainer.fit() == 0
+        assert metrics(trainer, "loss")[0] == pytest.approx(alone, rel=1e-5)
         found[micro] = [metrics(trainer, key) for key in ("loss", "grad_norm", "val_loss")]
         assert yaml.safe_load((trainer.out / "config.yaml").read_text())["document_mask"] is True
     counts = trainer.tokens
@@ -117,6 +131,9 @@ def test_a_run_whose_masks_leave_nothing_is_stopped(tiny, documents, tmp_path):
         np.save(tmp_path / file, tokens)
         np.save(tmp_path / f"{file[:-4]}.mask.npy", np.zeros(len(tokens), np.uint8))
     keys = tiny(max_steps=100, val_fraction=0) | {"data_dir": str(tmp_path)}
+    trainer = Trainer(keys)
     with pytest.raises(UserError, match="leave no target that counts") as caught:
-        Trainer(keys).fit()
+        trainer.fit()
     assert caught.value.code == "E301"
+    rows = read_lines(trainer.out / "decisions.jsonl")
+    assert {row["action"] for row in rows} == {"drop"}, "no snapshot would have more targets"
