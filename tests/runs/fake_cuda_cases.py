@@ -3,12 +3,16 @@ own."""
 
 import itertools
 import math
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_cuda
+import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from conftest import read_lines
 from fake_cuda import READS, Event
@@ -294,6 +298,50 @@ def test_flash_attention_gets_what_it_takes(keys, monkeypatch):
     how = {"attention": "flash", "precision": "mixed_bf16", "max_steps": 20}
     trainer = Trainer(keys(model=MODELS["mod"], **how))
     assert trainer.model.backend == "flash"
+    steady(trainer)
+    READS.are()
+
+
+# ---------------------------------------------------------------- documents
+
+
+@pytest.fixture
+def documents(shards, tmp_path) -> dict:
+    """Keys of a run on bare shards whose documents do not see each other."""
+    for file in sorted(Path(shards).glob("part_?.npy")):
+        shutil.copy(file, tmp_path)
+        starts = np.cumsum(np.random.default_rng(0).integers(1, 40, 600))
+        starts = np.concatenate([[0], starts[starts < 7000], [7000]]).astype("<u8")
+        np.save(tmp_path / f"{file.stem}.docs.npy", starts)
+    return {"data_dir": str(tmp_path), "document_mask": True, "max_steps": 20}
+
+
+@pytest.mark.parametrize("kind", ["hybrid", *(pytest.param(k, marks=nightly) for k in MODELS)])
+def test_no_step_on_documents_waits_for_the_device(keys, documents, kind):
+    """Nor does it by a bias on whole rows, which serves where no kernel knows documents."""
+    steady(Trainer(keys(model=MODELS[kind], **documents)))
+    READS.are()
+
+
+def test_a_run_on_documents_is_that_of_a_cpu(keys, documents):
+    how = documents | {"max_steps": 4, "save_interval": 2, "log_interval": 1}
+    alike(*both(keys, model=MODELS["hybrid"] | {"dropout": 0.0}, **how))
+
+
+def test_varlen_gets_what_it_takes(keys, documents, monkeypatch):
+    def varlen(q, k, v, ends, *more, window_size):
+        assert ends.is_cuda and ends.dtype == torch.int32 and q.dtype == torch.bfloat16
+        assert q.shape[1:] == k.shape[1:] == v.shape[1:] and window_size == (-1, 0)
+        at = torch.arange(len(q), device="cuda")
+        of = torch.searchsorted(ends, at, right=True)
+        own = (of[:, None] == of) & (at[:, None] >= at)
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=own).transpose(0, 1)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
+    how = documents | {"attention": "varlen", "precision": "mixed_bf16"}
+    trainer = Trainer(keys(model=MODELS["mod"], **how))
+    assert trainer.model.backend == "varlen"
     steady(trainer)
     READS.are()
 
