@@ -88,7 +88,7 @@ from lumen.sources import (
     settle_shapes,
     stored_input,
 )
-from lumen.tokenizer import NAMED, Tokenizer, load, train_bpe
+from lumen.tokenizer import NAMED, Tokenizer, load, locate, train_bpe
 
 # In provenance. 2: a document has one end of text; before, each of its parts had one.
 RULES = 2
@@ -210,8 +210,8 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         if not os.path.exists(os.path.join(job.out, "manifest.json")):
             raise
         return None
-    if job.tokenizer_is_file:
-        file = Input(-1, "val", "tokenizer", label(job.tokenizer), job.tokenizer)
+    if not job.trains_tokenizer and (path := locate(job.tokenizer)):
+        file = Input(-1, "val", "tokenizer", job.settings["tokenizer"], path)
         inputs.append(file.measured())
     for path in evaluation_files(job.options):
         if not os.path.isfile(path):
@@ -343,6 +343,8 @@ def settle_tokenizer(over: Pass, tokenizer: Tokenizer | None) -> Tokenizer:
         return load(path)
     if tokenizer is None:
         return train_tokenizer(over.job, [over], path)
+    for line in filter(None, [getattr(tokenizer, "reason", ""), *tokenizer.caveats()]):
+        over.job.say(f"tokenizer: {line}")
     with new_file(path) as file:
         file.write(tokenizer.to_json().encode())
     return tokenizer

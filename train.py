@@ -366,7 +366,8 @@ class Trainer(ByHand):
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
         self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid
-        # the same validation rows in every evaluation, or losses could not be compared
+        # the same validation rows in every evaluation, or losses could not be compared; aside: of
+        # sources that only earlier phases weigh, whose loss is told and counts for nothing
         self.val_set, self.val_aside = choose_val_rows(data, cfg, run.segments)
         measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
         self.progress.measured_on = measured_on
@@ -417,7 +418,8 @@ class Trainer(ByHand):
             yield self.step
             began_at = self.step
 
-            # schedule
+            # schedule: a function of the step and nothing else, so there is no state to save, and a
+            # rollback takes it back with it; phases of the data may begin it anew
             lr = lr_at(cfg, self.run, self.step) * orch.lr_factor()
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_factor"]

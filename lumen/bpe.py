@@ -72,14 +72,14 @@ class Words:
     """
 
     def __init__(self, pieces: Counter):
-        self.counts = list(pieces.values())
-        self.words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]
-        self.pair_count = Counter()
-        self.where = defaultdict(set)
-        for i, word in enumerate(self.words):
+        pair_count, where = Counter(), defaultdict(set)
+        words = [piece.encode("utf-8", "replace").decode("latin-1") for piece in pieces]
+        for i, (word, count) in enumerate(zip(words, pieces.values())):
             for pair in map(add, word, word[1:]):
-                self.pair_count[pair] += self.counts[i]
-                self.where[pair].add(i)
+                pair_count[pair] += count
+                where[pair].add(i)
+        self.counts, self.words = list(pieces.values()), words
+        self.pair_count, self.where = pair_count, where
 
     def merge(self, pair: str, new: str) -> set[str]:
         """Both tokens become `new` wherever they stand side by side; the pairs that came up."""

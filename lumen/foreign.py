@@ -17,12 +17,11 @@ import secrets
 import numpy as np
 
 from lumen.errors import UserError
-from lumen.tokenizer_json import BYTE, added_tokens, kind
+from lumen.tokenizer_json import BYTE, added_tokens, kind, lacks
 from lumen.vocabulary import EOT_NAMES, Vocabulary, is_control, mend_surrogates
 
 OFF = ("truncation", "padding", "post_processor")  # what a file adds to a text, or takes from it
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-NO_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text has
 
 
 class Foreign(Vocabulary):
@@ -272,15 +271,10 @@ def is_taken_back(step: dict) -> bool:
 def unspelled(model: dict, before: list[dict], ids: dict) -> str:
     """Which characters the vocabulary cannot spell; none: ""."""
     if any(kind(step) == "ByteLevel" for step in before):
-        missing = {byte for char, byte in BYTE.items() if char not in ids} - NO_UTF8
-    elif model.get("byte_fallback"):
-        missing = {byte for byte in range(256) if f"<0x{byte:02X}>" not in ids} - NO_UTF8
-    else:
-        return "characters that it does not know"
-    if not missing:
-        return ""
-    some = ", ".join(f"0x{byte:02x}" for byte in sorted(missing)[:5])
-    return f"it lacks {len(missing)} bytes ({some}): characters with them"
+        return lacks({byte for char, byte in BYTE.items() if char not in ids})
+    if model.get("byte_fallback"):
+        return lacks({byte for byte in range(256) if f"<0x{byte:02X}>" not in ids})
+    return "characters that it does not know"
 
 
 def meaning(text: str) -> dict:

@@ -252,7 +252,10 @@ class Output:
     def hold_out(self, document: Document, share: float, begins=True) -> None:
         """Gives about `share` of a document to val, its end, and the rest to train: two documents
         from now on."""
-        text = self.tokenizer.decode(document.ids[:-1])
+        # part by part: some tokenizers put a blank before each text, and take it away again
+        parts = zip([0, *document.ends], document.ends)
+        whole = [self.tokenizer.decode(document.ids[a:b]) for a, b in parts]
+        text = "".join(whole).removesuffix(self.tokenizer.decode(document.ids[-1:]))
         tail = min(len(text), max(1, round(share * len(text))))
         cut = cut_place(text, max(0, len(text) - 2 * tail), len(text) - tail)
         if begins and not cut:  # a letter or two: nothing would be left to train on

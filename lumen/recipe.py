@@ -95,10 +95,6 @@ class Job(NamedTuple):
     def trains_tokenizer(self) -> bool:
         return self.tokenizer.startswith("bpe:")
 
-    @property
-    def tokenizer_is_file(self) -> bool:
-        return is_tokenizer_file(self.tokenizer)
-
 
 def is_tokenizer_file(spec: str) -> bool:
     return not spec.startswith(("bpe:", "hf:")) and spec != "bytes" and spec not in NAMED

@@ -26,12 +26,14 @@ from lumen.errors import UserError
 from lumen.foreign import Foreign
 from lumen.patterns import CL100K_PATTERN, engine_pattern
 from lumen.tokenizer_files import FILES, HUB, NAMED, eos_beside, file_in, hub_folder, tiktoken_file
+from lumen.tokenizer_json import NO_UTF8
 from lumen.vocabulary import SPECIALS, Vocabulary, mend_surrogates
 
 
 class Tokenizer(Vocabulary):
     """The fast kind, which tiktoken runs. ranks: bytes of a token -> its id, which is also the
-    priority of its merge. nfc: text is brought into Unicode's NFC first."""
+    priority of its merge. nfc: text is brought into Unicode's NFC first. A byte without a rank
+    (SmolLM2 lacks some) is dropped from its piece, as the `tokenizers` library does."""
 
     def __init__(
         self,
@@ -47,10 +49,14 @@ class Tokenizer(Vocabulary):
         self.ranks = ranks
         self.pattern = pattern
         self.nfc = nfc
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        self._missing = bytes(byte for byte in missing if byte not in NO_UTF8)
+        # tiktoken wants all bytes; those never come to it
+        filled = ranks | {bytes([byte]): self.n_vocab + byte for byte in missing}
         self._encoding = tiktoken.Encoding(
             name,
             pat_str=engine_pattern(pattern),
-            mergeable_ranks=ranks,
+            mergeable_ranks=filled,
             special_tokens={**specials, **self.words},
         )
         self._words = set(self.words) - set(self.controls)
@@ -60,6 +66,8 @@ class Tokenizer(Vocabulary):
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         try:
+            if self._missing and self._spoken(data := text.encode()) != data:
+                return self._encode_by_pieces(text)
             ids = self._encoding.encode_to_numpy(
                 text, allowed_special=self._words, disallowed_special=()
             )
@@ -69,23 +77,29 @@ class Tokenizer(Vocabulary):
             return self._encode_by_pieces(text)
         return ids.copy()  # tiktoken's array is read-only
 
+    def _spoken(self, data: bytes) -> bytes:
+        return data.translate(None, self._missing)
+
     def _encode_by_pieces(self, text: str) -> np.ndarray:
-        """The same ids, slower: cut by Python's regex engine, which knows no such limit."""
-        whole = tiktoken.Encoding(
-            "piece", pat_str="(?s:.+)", mergeable_ranks=self.ranks, special_tokens={}
-        )
+        """The same ids, slower: cut by Python's regex engine, which has no limit, and without the
+        bytes that the vocabulary lacks."""
         find = regex.compile(f"{self.pattern}|(?:(?!{self.pattern})(?s:.))+").finditer
         ids, words = [], [regex.escape(word) for word in self._words]
         for part in regex.split(f"({'|'.join(words)})", text) if words else [text]:
             if part in self._words:
                 ids.append(self.words[part])
-            else:
-                ids += [i for piece in find(part) for i in whole.encode_ordinary(piece.group())]
+                continue
+            for piece in find(part):
+                if data := self._spoken(piece.group().encode()):
+                    ids += self._encoding._encode_single_piece(data)
         return np.array(ids, np.uint32)
 
     def caveats(self) -> list[str]:
-        """What is not exact: only that NFC changes bytes."""
-        return ["text is brought into Unicode's NFC"] if self.nfc else []
+        """What is not exact: NFC changes bytes, and some bytes may be lacking."""
+        found = ["its normalizer (NFC) changes text"] if self.nfc else []
+        if lost := tokenizer_json.lacks(set(self._missing)):
+            found.append(f"{lost} are dropped")
+        return found
 
     def to_json(self) -> str:
         """tokenizer.json, the same text for the same tokenizer."""

@@ -1,10 +1,10 @@
 """tokenizer.json, the only form of a tokenizer on disk: what every kind of it says, and which of
 them tiktoken's engine runs with the same ids.
 
-Those have: a BPE model over all 256 bytes, its merges in the order of the ids; pre-tokenizer
-ByteLevel with its GPT-2 regex, or Sequence[Split(Regex, Isolated), ByteLevel(use_regex=false)];
-normalizer null or NFC; decoder ByteLevel. Post-processors are ignored: they frame a text, and we
-encode ordinary text only.
+Those have: a BPE model over bytes, its merges in the order of the ids; pre-tokenizer ByteLevel
+with its GPT-2 regex, Sequence[Digits(individual), the same], or Sequence[Split(Regex, Isolated),
+ByteLevel(use_regex=false)]; normalizer null or NFC; decoder ByteLevel. Post-processors are ignored:
+they frame a text, and we encode ordinary text only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from lumen.bpe import parts
 from lumen.errors import UserError
-from lumen.patterns import COMPLETE_PATTERNS, GPT2_PATTERN, means_the_same
+from lumen.patterns import COMPLETE_PATTERNS, DIGITS_PATTERN, GPT2_PATTERN, means_the_same
 from lumen.vocabulary import EOT_NAMES, TURN_ENDS, is_control
 
 # tokenizer.json writes a byte as a printable character: itself where it is one, else the next free
@@ -23,6 +23,7 @@ _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 CHAR = {byte: chr(byte) for byte in _PLAIN}
 CHAR |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in CHAR)}
 BYTE = {char: byte for byte, char in CHAR.items()}
+NO_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no text has
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -93,6 +94,9 @@ def as_ranks(whole: dict) -> dict:
     pattern = split_pattern(whole.get("pre_tokenizer"))
     ranks = byte_ranks(model["vocab"], specials, words)
     check_merges(model, ranks)
+    missing = {byte for byte in range(256) if bytes([byte]) not in ranks}
+    if lost := lacks(missing):
+        need(model.get("unk_token") is None, f"{lost} become {model.get('unk_token')}")
     nfc = bool(whole.get("normalizer"))
     return {"ranks": ranks, "specials": specials, "pattern": pattern, "words": words, "nfc": nfc}
 
@@ -113,15 +117,19 @@ def check_frame(whole: dict, model: dict) -> None:
 def split_pattern(pre: dict | None) -> str:
     steps = pre["pretokenizers"] if kind(pre) == "Sequence" else [pre]
     kinds = [kind(step) for step in steps]
-    good = kinds in (["ByteLevel"], ["Split", "ByteLevel"])
-    need(good, f"pre_tokenizer is {kinds}, not ByteLevel or Split, ByteLevel")
+    good = kinds in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"])
+    need(good, f"pre_tokenizer is {kinds}, not ByteLevel, or Split or Digits before it")
     byte_level = steps[-1]
     prefix = byte_level.get("add_prefix_space", True)
     need(not prefix, "pre_tokenizer ByteLevel has add_prefix_space")
     use_regex = byte_level.get("use_regex", True)
-    need(use_regex == (len(steps) == 1), f"pre_tokenizer ByteLevel has use_regex {use_regex}")
+    good = use_regex == (kinds[0] != "Split")
+    need(good, f"pre_tokenizer ByteLevel has use_regex {use_regex}")
     if len(steps) == 1:
         return GPT2_PATTERN
+    if kinds[0] == "Digits":
+        need(steps[0]["individual_digits"] is True, "pre_tokenizer Digits keeps numbers whole")
+        return DIGITS_PATTERN
     pattern = steps[0]["pattern"].get("Regex")
     behavior = (steps[0].get("behavior"), steps[0].get("invert"))
     need(isinstance(pattern, str), "pre_tokenizer Split has no Regex")
@@ -132,6 +140,13 @@ def split_pattern(pre: dict | None) -> str:
     odd = f"pre_tokenizer Split: the regex {pattern} may mean something else to us"
     need(means_the_same(pattern), odd)
     return pattern
+
+
+def lacks(missing: set[int]) -> str:
+    """What is wrong with a vocabulary without these bytes; nothing: ""."""
+    missing = sorted(missing - NO_UTF8)
+    some = ", ".join(f"0x{byte:02x}" for byte in missing[:5])
+    return f"it lacks {len(missing)} bytes ({some}): characters with them" if missing else ""
 
 
 def check_words(whole: dict) -> None:
@@ -153,8 +168,6 @@ def byte_ranks(vocab: dict, specials: dict, words: dict) -> dict:
     strange = [text for text in own if not all(char in BYTE for char in text)]
     need(not strange, f"vocabulary entry {strange[:1]} is not byte-level")
     ranks = {bytes(BYTE[char] for char in text): i for text, i in own.items()}
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    need(not missing, f"the vocabulary lacks the bytes {missing[:5]}")
     ids = [*ranks.values(), *specials.values(), *words.values()]
     good = len(set(ids)) == len(ids) and 0 <= min(ids) <= max(ids) < 1 << 24
     need(good, "two tokens have one id, or it is absurd")

@@ -243,4 +243,4 @@ KINDS = {
         smollm2, llama3, olmo2, qwen2, neox, deepseek, gemma, llama2, metaspace, unigram, bert,
     )
 }  # fmt: skip
-FAST = ("llama3", "olmo2", "qwen2")  # run by tiktoken
+FAST = ("smollm2", "llama3", "olmo2", "qwen2")  # run by tiktoken

@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -86,6 +87,21 @@ def test_ids_equal_transformers(made, folders):
 @pytest.mark.nightly
 def test_ids_equal_transformers_on_many_texts(made, folders):
     compare_with_transformers(made, folders, 5000)
+
+
+@pytest.mark.nightly
+def test_every_character_on_tiktoken_as_in_the_library(made, folders):
+    """Each has its own tables of Unicode: every character that is assigned in Python's."""
+    for kind in K.FAST:
+        theirs = hf.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+        for code in range(0, 0x110000, 64):
+            chars = map(chr, range(code, code + 64))
+            chars = [c for c in chars if unicodedata.category(c) not in ("Cn", "Cs")]
+            text = "".join(f"a{c}b {c}1{c} {c}\n {c}  {c}" for c in chars)
+            assert (
+                made[kind].encode(text).tolist()
+                == theirs.encode(text, add_special_tokens=False).ids
+            )
 
 
 def injected(made):

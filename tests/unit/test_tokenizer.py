@@ -316,6 +316,13 @@ def test_whole_pieces_that_no_merge_makes(tmp_path):
     assert T.load(str(path)).to_json() == made.to_json()
 
 
+def without_a_byte(whole):
+    model = whole["model"]
+    model["unk_token"] = "!"
+    model["vocab"].pop("~")
+    model["merges"] = [pair for pair in model["merges"] if "~" not in "".join(pair)]
+
+
 def word(text, i, **flags):
     false = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     return {"id": i, "content": text, **false, **flags}
@@ -350,10 +357,10 @@ BREAKS = {
     "add_prefix_space": lambda w: w["pre_tokenizer"].update(add_prefix_space=True),
     "use_regex False": lambda w: w["pre_tokenizer"].update(use_regex=False),
     r"pre_tokenizer is \[None\]": lambda w: w.update(pre_tokenizer=None),
-    "'Digits', 'ByteLevel'": lambda w: w.update(
+    "'Punctuation', 'ByteLevel'": lambda w: w.update(
         pre_tokenizer={
             "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, w["pre_tokenizer"]],
+            "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, w["pre_tokenizer"]],
         }
     ),
     "behavior": lambda w: with_split(w, "x+", behavior="Removed"),
@@ -371,7 +378,13 @@ BREAKS = {
     "contain one another": lambda w: w["added_tokens"].extend(
         word(text, 900 + i) for i, text in enumerate(("<x>", "<x>y"))
     ),
-    "lacks the bytes": lambda w: w["model"]["vocab"].pop("!"),
+    "Digits keeps numbers": lambda w: w.update(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": False}, w["pre_tokenizer"]],
+        }
+    ),
+    r"lacks 1 bytes \(0x7e\).*become !": without_a_byte,
     "not byte-level": lambda w: w["model"]["vocab"].update({"▁the": 900}),
     "two tokens have one id": lambda w: w["model"]["vocab"].update({"!": 300}),
     "is not in the vocabulary": lambda w: w["model"]["merges"].append(["q", "!q"]),
