@@ -784,7 +784,7 @@ def test_evaluation_beside_the_thread(two, monkeypatch):
     """Two threads read many shards through a few descriptors: none may be closed under the
     other."""
     small = windows.functools.lru_cache(maxsize=2)(windows.opened.__wrapped__)
-    monkeypatch.setattr(loader, "opened", small)
+    monkeypatch.setattr(windows, "opened", small)
     load = Loader(two, 3, [[0, {"a": 1, "b": 8}]])
     _, x, y, _ = load.batch(0, 1200)
     load.start(0, 0, 1, 4, 1)
