@@ -295,7 +295,7 @@ class Control:
     def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
         """Close the reader and open another at the same row: what it read ahead is read again.
 
-        dataset: a dict of loader.Source by name, takes the place of the sources it had.
+        dataset: a dict of windows.Source by name, takes the place of the sources it had.
         """
         t = self.trainer
 
