@@ -210,9 +210,10 @@ def arrow_batches(reading: Reading):
         columns = wanted_columns(reading.given, schema)
         fields = [i for i, field in enumerate(schema) if field.name in columns]
         options = ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-        batches = make(file, options=options)
+        reader = make(file, options=options)
+        batches = reader
         if is_file:
-            batches = (batches.get_batch(i) for i in range(batches.num_record_batches))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         at = 0
         for batch in batches:
             check_offsets(batch)
