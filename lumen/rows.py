@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -153,6 +152,12 @@ def json_rows(item: Item) -> Iterator[Row]:
     yield json_row(item, item.data, item.offset, item.line)
 
 
+def long_rows(item: Item) -> Iterator[Row]:
+    code = "E101" if item.kind == "long" else "E122"
+    reason = f"a line of more than {LONGEST >> 20} MiB"
+    yield Row(item.offset, item.line, code, Reject(reason, excerpt(item.data)))
+
+
 def jsonl_rows(item: Item) -> Iterator[Row]:
     blank = 0
     offset, line = item.offset, item.line
@@ -212,20 +217,25 @@ def excerpt(raw: bytes) -> str:
 # ---------------------------------------------------------------- .csv
 
 
-def csv_delimiter(header: str) -> str:
+def csv_delimiter(data: bytes) -> str:
     """What stands between the cells: a comma where the first line has one, else a tab, a semicolon
     or a bar."""
+    header = data.partition(b"\n")[0]
     for mark in (",", "\t", ";", "|"):
-        if mark in header:
+        if mark.encode() in header:
             return mark
     return ","
 
 
-def csv_records(text: str, delimiter: str) -> Iterator[tuple[int, int, list[str], str]]:
+def csv_records(
+    data: bytes, delimiter: str, encoding: str = "utf-8"
+) -> Iterator[tuple[int, int, list[str], str]]:
     """(first line, line behind it, both from 0; cells; "" or what is wrong) of every record. A
-    record ends at a line end outside of quotes (RFC 4180)."""
+    record ends at a line end outside of quotes (RFC 4180). Bytes that are not UTF-8 become lone
+    surrogates."""
     csv.field_size_limit(2 * LONGEST)  # of the module; by itself 128 KiB
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding, "surrogateescape", newline="\n")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num
         try:
@@ -238,38 +248,44 @@ def csv_records(text: str, delimiter: str) -> Iterator[tuple[int, int, list[str]
         yield first, reader.line_num, cells, ""
 
 
+def behind_lines(data: bytes, at: int, count: int) -> int:
+    """The place behind so many lines from `at` on."""
+    for _ in range(count):
+        at = data.find(b"\n", at) + 1 or len(data)
+    return at
+
+
 def csv_rows(item: Item) -> Iterator[Row]:
     """The item begins with the header, which is no row of it."""
-    lines = item.data.split(b"\n")
-    begins = [0, *itertools.accumulate(len(raw) + 1 for raw in lines)]
-    try:
-        text, whole = item.data.decode(), True
-    except UnicodeDecodeError:
-        text, whole = item.data.decode("utf-8", "surrogateescape"), False
-    delimiter = csv_delimiter(text.partition("\n")[0])
-    records = csv_records(text, delimiter)
+    data = item.data
+    whole = is_utf8(data)
+    records = csv_records(data, csv_delimiter(data))
     _, behind, names, _ = next(records)
-    skipped = begins[behind]
+    begin = end = behind_lines(data, 0, behind)
+    row = Row(item.offset, item.line, None, "")
     blank = 0
-    for first, end, cells, wrong in records:
-        offset = item.offset + begins[first] - skipped
-        line = item.line + first - behind
-        raw = item.data[begins[first] : begins[end]]
+    for first, after, cells, wrong in records:
+        row = Row(item.offset + end - begin, item.line + first - behind, None, "")
+        start, end = end, behind_lines(data, end, after - first)
         if not cells and not wrong:
             blank += 1
             continue
         if blank:
-            yield Row(offset, line, "blank", blank)
+            yield row._replace(code="blank", value=blank)
             blank = 0
-        if not whole:
-            _, bad = decoded(raw, offset, line)
-            if bad:
-                yield bad
-                continue
-        yield csv_row(item, Row(offset, line, wrong or None, ""), dict_of(names, cells), raw)
+        raw = data[start:end]
+        bad = None if whole else decoded(raw, row.offset, row.line)[1]
+        yield bad or csv_row(item, row._replace(code=wrong or None), dict_of(names, cells), raw)
     if blank:
-        end = item.offset + len(item.data) - skipped
-        yield Row(end - 1, item.line + len(lines) - behind - 2, "blank", blank)
+        yield row._replace(code="blank", value=blank)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def dict_of(names: list[str], cells: list[str]) -> dict | str:
@@ -335,6 +351,8 @@ ROWS: dict[str, Callable] = {
     "text": text_rows,
     "piece": text_rows,
     "last": text_rows,
+    "long": long_rows,
+    "long packed": long_rows,
     "row": json_rows,
     "jsonl": jsonl_rows,
     "csv": csv_rows,
