@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 
+from lumen.conversations import LISTS, row_kind
 from lumen.inputs import LONGEST, Item, Reject, Row
 from lumen.streams import needs
 
@@ -19,22 +20,24 @@ from lumen.streams import needs
 
 # Where no field is given, the first of these that holds text is the text.
 TEXT_FIELDS = ("text", "content", "raw_content", "document", "article", "story", "body", "code")
-MESSAGE_FIELDS = ("messages", "conversation", "conversations")
-CHAT_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
 PAIR_FIELDS = ("chosen", "rejected")  # with a prompt or without
+# where a table may keep messages as JSON text
+MESSAGE_FIELDS = (*LISTS, *PAIR_FIELDS, "prompt", "history")
 
 
 def is_pair(row: dict) -> bool:
-    return all(row.get(key) is not None for key in PAIR_FIELDS)
+    return row_kind(present(row)) == "pairs"
 
 
 def is_chat(row: dict) -> bool:
-    if any(row.get(key) is not None for key in MESSAGE_FIELDS):
-        return True
-    for keys in CHAT_FIELDS:
-        if all(row.get(key) is not None for key in keys):
-            return True
-    return False
+    """Whether there is a conversation in it; chosen and rejected may stand beside."""
+    row = {key: value for key, value in present(row).items() if key not in PAIR_FIELDS}
+    return row_kind(row) == "chat"
+
+
+def present(row: dict) -> dict:
+    """A null is no field: tables have all columns in all rows."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def text_field(row: dict) -> str:
@@ -46,13 +49,11 @@ def text_field(row: dict) -> str:
 
 
 def row_shape(row: dict) -> str | None:
-    """ "text", "chat", "pairs", or None: nothing that is known."""
-    if isinstance(row.get("text"), str):
-        return "text"
-    if is_pair(row):
-        return "pairs"
-    if is_chat(row):
-        return "chat"
+    """ "text", "chat", "pairs", or None: nothing that is known. A text beside a conversation is
+    mostly the same, rendered by somebody."""
+    kind = row_kind(present(row))
+    if kind in ("chat", "pairs"):
+        return kind
     return "text" if text_field(row) else None
 
 
@@ -118,8 +119,7 @@ def of_table(row: dict) -> dict:
     may hold messages as JSON text."""
     kept = {}
     for key, value in without_nulls(row).items():
-        holds_messages = key in MESSAGE_FIELDS or key in PAIR_FIELDS or key == "prompt"
-        kept[key] = unpacked(value) if holds_messages else value
+        kept[key] = unpacked(value) if key in MESSAGE_FIELDS else value
     return kept
 
 

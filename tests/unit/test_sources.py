@@ -434,7 +434,8 @@ def test_shapes_and_fields_are_found(tmp_path):
         "messages": (CHAT, "chat", "", "conversations"),
         "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "chat", "", "conversations"),
         "pairs": (PAIR, "pairs", "", "pairs of replies (chosen, rejected)"),
-        "text and more": ({"text": "a"} | PAIR, "text", "text", 'text in "text"'),
+        "rendered": ({"text": "a"} | CHAT, "chat", "", "conversations"),
+        "nulls": ({"text": "a", "messages": None}, "text", "text", 'text in "text"'),
     }
     for name, (row, shape, field, said) in cases.items():
         path = write_jsonl(tmp_path / f"{name}.jsonl", row, row)
@@ -500,6 +501,10 @@ def test_one_file_of_mixed_rows(tmp_path):
     assert [row.line for row in made] == [1, 2, 3, 4, 5, 6]
     made = read(path, shape="chat")
     assert [row.code for row in made] == ["E120", None, "E120", "E120", "E102", "E101"]
+    write_jsonl(tmp_path / "b.jsonl", CHAT | PAIR)  # whoever asks for one of both gets it
+    for shape in ("chat", "pairs"):
+        assert codes(read(tmp_path / "b.jsonl", shape=shape)) == []
+    assert settle(tmp_path / "b.jsonl")[1] == "pairs"
     table = pyarrow.table({"text": ["a", None, "c"]})
     parquet.write_table(table, tmp_path / "a.parquet")
     made = read(tmp_path / "a.parquet")
@@ -730,6 +735,25 @@ def test_hf_that_cannot_be(saved, monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(UserError, match="E108.*huggingface.co cannot be reached"):
         find_inputs("hf:owner/name", 0, "train")
+
+
+def test_the_hub_is_lost_on_the_way(monkeypatch):
+    """Half of the rows are no whole: the same command goes on, nothing is taken for an end."""
+
+    class Lost:
+        def iter(self, batch_size):
+            yield pyarrow.table({"text": ["a", "b"]})
+            raise RuntimeError("503 of the Hub")
+
+    monkeypatch.setattr(columns, "open_hf", lambda given: Lost())
+    here = Input(0, "train", "hf", "hf:x/y", "hf:x/y")
+    with pytest.raises(UserError, match="E003.*row 2: 503 of the Hub"):
+        list(sources.read_items(Reading(0, here)))
+
+
+def test_kinds_by_name():
+    kinds = {"a.JSONL.GZ": "jsonl", "a.parquet.gz": "", "a.gz": "", "a.txt.zst": "text", "a": ""}
+    assert {name: sources.kind_of(name) for name in kinds} == kinds
 
 
 def test_hf_names():
