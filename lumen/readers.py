@@ -170,7 +170,7 @@ def read_jsonl(reading: Reading) -> Iterator[Item]:
         begin = text_begin(head)
         stream.skip(begin)
         if begins_spread(head):
-            yield from json_items(reading, stream)
+            yield from json_items(reading, stream, begin)
             return
         offset = max(reading.offset, begin)
         stream.skip(offset - begin)
@@ -303,21 +303,22 @@ def csv_end(data: bytes, delimiter: str) -> int:
 
 def read_json(reading: Reading) -> Iterator[Item]:
     with opened(reading.given) as stream:
-        stream.skip(text_begin(stream.peek(3)))
-        yield from json_items(reading, stream)
+        begin = text_begin(stream.peek(3))
+        stream.skip(begin)
+        yield from json_items(reading, stream, begin)
 
 
 class JsonText:
     """The text of a .json, of which little more than one value is held."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream, begin: int):
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text = ""
         self.at = 0  # in the text
         self.line = 1  # there
         self.lines = 1  # at the end of what was read
-        self.read = 0  # bytes
+        self.read = begin  # bytes of the file
         self.bad: Unreadable | None = None  # why there is no more
 
     def fill(self) -> bool:
@@ -375,10 +376,11 @@ SPACE = re.compile(r"[ \t\r\n]*").match
 DECODE = json.JSONDecoder().raw_decode
 
 
-def json_items(reading: Reading, stream: Stream) -> Iterator[Item]:
-    """The rows of a .json, a list of objects or objects one after the other, without the first
-    `reading.offset`. What is wrong between two rows ends the file."""
-    text = JsonText(stream)
+def json_items(reading: Reading, stream: Stream, begin: int) -> Iterator[Item]:
+    """The rows of a .json, a list of objects or objects one after the other, from byte `begin` on,
+    where the stream is, without the first `reading.offset`. What is wrong between two rows ends the
+    file."""
+    text = JsonText(stream, begin)
     n = 0  # rows so far
     line = 1
     try:
@@ -402,6 +404,7 @@ def json_items(reading: Reading, stream: Stream) -> Iterator[Item]:
                 raise ValueError("no ] after the last row")
             text.move(text.at + 1)
         if text.next():
+            line = text.line
             raise ValueError("no ] or { where the next row would begin")
     except (ValueError, RecursionError) as error:
         reason = f"{getattr(error, 'msg', error)}; nothing from here on is read"

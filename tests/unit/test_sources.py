@@ -229,6 +229,28 @@ def test_other_delimiters_and_names_in_quotes(tmp_path):
     assert texts_of(read(tmp_path / "c.csv.gz")) == ["a b"]
 
 
+def test_a_json_in_parts(tmp_path, monkeypatch):
+    """Whatever of a .json is held: letters, numbers and what is wrong are at their places."""
+    data = b'\xef\xbb\xbf[{"text": "\xc3\xa9"},\n 12345,\n\n {"text": "\\u00e9"}'
+    for tail, code in (
+        (b",\n\n\n\xff]", "E103"),
+        (b',\n\n\n{"text" ]', "E101"),
+        (b"\n]\n\nx", "E101"),
+    ):
+        (tmp_path / "a.json").write_bytes(data + tail)
+        made = []
+        for part in (1, 2, 3, 7, 1000):
+            monkeypatch.setattr(readers, "PART", part)
+            made.append(read(tmp_path / "a.json"))
+        assert all(one == made[0] for one in made)
+        places = [(row.offset, row.line, row.code) for row in made[0]]
+        assert places[:3] == [(0, 1, None), (1, 2, "E101"), (2, 4, None)]
+        assert places[3:] == [(3, 7, code)] and texts_of(made[0]) == ["\xe9", "\xe9"]
+        if code == "E103":
+            at = (data + tail).index(b"\xff")
+            assert made[0][3].value.reason == f"no UTF-8 at byte {at}"
+
+
 def test_a_text_may_be_packed(tmp_path):
     for name, data in (("a.txt.gz", gz(b"\xef\xbb\xbfbook")), ("b.md.zst", zst(b"book"))):
         (tmp_path / name).write_bytes(data)
@@ -354,6 +376,8 @@ def test_a_row_longer_than_all_may_be(name, tmp_path, monkeypatch):
         assert bad.code == (code if name != "a.json" else "E101") and bad.value.reason
         if name == "a.jsonl":
             assert texts_of(made[0]) == [*good, "v"] and not bad.value.whole_file
+            plain = jsonl([*good, "w" * 9000, "v"])
+            assert plain[made[0][4].offset :] == b'{"text": "v"}' and made[0][4].line == 7
             assert read(path, bad.offset, bad.line, 9) == made[0][3:]
             path.write_bytes(FILES[path.name][1]([*good, "w" * 9000]))
             assert codes(read(path)) == [code]
