@@ -439,9 +439,9 @@ def read_topics(reading: Reading) -> Iterator[Item]:
 
 
 def read_docstrings(reading: Reading) -> Iterator[Item]:
-    """Name: docstrings or docstrings:pairs, and the split."""
-    source, _, split = reading.given.name.partition("/")
-    kind = source.partition(":")[2] or "chat"
+    """Path: docstrings or docstrings:pairs; the split is the last part of the name."""
+    kind = reading.given.path.partition(":")[2] or "chat"
+    split = reading.given.name.rpartition("/")[2]
     rows = docstring_rows(kind, split)
     for n, row in enumerate(itertools.islice(rows, reading.offset, None), reading.offset):
         yield Item(reading.index, "row", n, n + 1, json.dumps(row).encode())

@@ -578,6 +578,8 @@ def test_specs_of_a_yaml():
     )
     assert specs[0] == sources.SourceSpec(("a", "b"), "web", 3.0, "x", "chat")
     assert specs[1] == sources.SourceSpec(("d",), "c", 1.0, "", "")
+    (spec,) = read_specs([{"path": "a", "field": "automatic", "kind": "auto"}])
+    assert (spec.field, spec.shape) == ("automatic", "")
     assert (
         read_specs("stdlib")
         == read_specs(["stdlib"])
@@ -629,7 +631,11 @@ def test_inputs_have_one_order(tmp_path, monkeypatch):
         [{"paths": [str(tmp_path / "in/a"), str(tmp_path / "in/b/../a")], "name": "x"}]
     )
     names = [one.name for one in find_inputs(spec, 0, "train")]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 4 and names[0] == "x/0/a/10.txt"
+    write_jsonl(tmp_path / "chat.jsonl", CHAT)
+    (spec,) = read_specs([{"paths": [str(tmp_path / "chat.jsonl"), "docstrings"], "name": "talk"}])
+    _, shape, lines = settle(spec)
+    assert shape == "chat" and lines == ["talk: conversations"]
 
 
 def test_globs(tmp_path, monkeypatch):
