@@ -210,9 +210,10 @@ def arrow_batches(reading: Reading):
         columns = wanted_columns(reading.given, schema)
         fields = [i for i, field in enumerate(schema) if field.name in columns]
         options = ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-        batches = make(file, options=options)
+        reader = make(file, options=options)
+        batches = reader
         if is_file:
-            batches = (batches.get_batch(i) for i in range(batches.num_record_batches))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         at = 0
         for batch in batches:
             check_offsets(batch)
@@ -358,11 +359,23 @@ def read_hf(reading: Reading) -> Iterator[Item]:
 
 
 def hf_batches(reading: Reading):
+    """(number of its first row, record batch). UserError E003 where the Hub is lost on the way: the
+    same command goes on there; what is wrong with a folder is a ValueError."""
     columns = None
     at = 0
-    for table in open_hf(reading.given).iter(batch_size=ROWS):
-        if columns is None:
-            columns = wanted_columns(reading.given, table.schema)
-        for batch in table.select(columns).combine_chunks().to_batches():
-            yield at, as_strings(batch)
-            at += batch.num_rows
+    try:
+        for table in open_hf(reading.given).iter(batch_size=ROWS):
+            if columns is None:
+                columns = wanted_columns(reading.given, table.schema)
+            for batch in table.select(columns).combine_chunks().to_batches():
+                yield at, as_strings(batch)
+                at += batch.num_rows
+    except (UserError, Unreadable, KeyError):
+        raise
+    except Exception as error:  # of any library that `datasets` reads with
+        path = reading.given.path
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        if os.path.isdir(split_name(path)[0]):
+            raise ValueError(reason) from None
+        again = "the same command goes on there"
+        raise UserError("E003", f"source {path}: row {at:,}: {reason}; {again}") from None

@@ -33,8 +33,7 @@ COMPRESSED_KINDS = ("text", "jsonl", "json", "csv")  # the others compress by th
 # longer.
 PIECE = 8 << 20
 # Bytes, unpacked, that are held at once: a line of a .jsonl, a record of a .csv, a value of a
-# .json, a whole document in .gz or .zst. More is E101, or E122 where it comes out of a compressed
-# file. A plain text file has no limit.
+# .json. More is E101, or E122 where it comes out of a compressed file. A document has no limit.
 LONGEST = 64 << 20
 # A compressed file may unpack to LONGEST, and beyond that to so many times its size: text makes 3
 # to 20, and 1,032 is the most that deflate can do.
@@ -62,8 +61,10 @@ class Input(NamedTuple):
 
     @property
     def long(self) -> bool:
-        plain = self.kind == "text" and not codec_of(self.path)
-        return plain and self.size > 2 * PIECE
+        """Whether it is one document that is read in pieces; of a packed file only a guess can be
+        made."""
+        most = PIECE // 4 if codec_of(self.path) else 2 * PIECE
+        return self.kind == "text" and self.size > most
 
     def measured(self) -> Input:
         """With size and time as they are; as it was where there is no file: reading it will
@@ -98,9 +99,9 @@ class Item(NamedTuple):
     """What is sent to a worker."""
 
     index: int  # of its input
-    # text: a file; piece, last: of a long one; jsonl: whole lines; csv: the header line and whole
-    # records; table: rows as Arrow's IPC stream; row: a JSON value; else an error code: the rest of
-    # the file is rejected
+    # text: a file; piece, last: of a long one; jsonl: whole lines; long, long packed: the beginning
+    # of a line that is too long; csv: the header line and whole records; table: rows as Arrow's IPC
+    # stream; row: a JSON value; else an error code: the rest of the file is rejected
     kind: str
     # of its first byte, unpacked; for row and table their number. A resumed run starts from there
     offset: int

@@ -20,7 +20,7 @@ from lumen.clean import clean
 from lumen.columns import read_arrow, read_hf, read_parquet
 from lumen.docstrings import docstring_rows
 from lumen.inputs import LONGEST, Input, Item, Reading, Unreadable
-from lumen.rows import TEXT_FIELDS, csv_delimiter, csv_records
+from lumen.rows import TEXT_FIELDS, behind_lines, csv_delimiter, csv_records
 from lumen.streams import PART, Stream, magic_of
 from lumen.synthetic import synthetic_document
 
@@ -81,19 +81,19 @@ def text_begin(head: bytes) -> int:
 def read_text(reading: Reading) -> Iterator[Item]:
     with opened(reading.given) as stream:
         begin = text_begin(stream.peek(3))
-        if reading.given.long:
-            yield from read_long_text(reading, stream.file, begin)
-            return
         stream.skip(begin)
-        yield Item(reading.index, "text", begin, reading.line, stream.all())
+        if reading.given.long:
+            yield from read_long_text(reading, stream, begin)
+        else:
+            yield Item(reading.index, "text", begin, reading.line, stream.all())
 
 
-def read_long_text(reading: Reading, file, begin: int) -> Iterator[Item]:
+def read_long_text(reading: Reading, stream: Stream, begin: int) -> Iterator[Item]:
     """The pieces of a file that has a key; why it has none for another."""
     index, given = reading.index, reading.given
-    for at, line, data, last in text_pieces(
-        file, reading.offset or begin, reading.line, given.size
-    ):
+    offset = max(reading.offset, begin)
+    stream.skip(offset - begin)
+    for at, line, data, last in text_pieces(stream, offset, reading.line):
         if given.key:
             yield Item(index, "last" if last else "piece", at, line, data)
             continue
@@ -110,38 +110,43 @@ def read_long_text(reading: Reading, file, begin: int) -> Iterator[Item]:
         yield Item(index, "E104", 0, 1, b"the file is empty")
 
 
-def text_pieces(file, offset: int, line: int, size: int):
-    """(offset, line, data, whether it is the last) of the pieces of a text file of `size` bytes,
-    from `offset` on."""
-    while size - offset > 2 * inputs.PIECE:
-        length = inputs.PIECE
-        cut = 0
-        while not cut:
-            file.seek(offset)
-            data = file.read(length)
-            cut = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
-            if len(data) < length:  # no place to cut, or the file has shrunk
-                break
-            length *= 2
-        if not cut or len(data) == size - offset:
+def text_pieces(stream: Stream, offset: int, line: int):
+    """(offset, line, data, whether it is the last) of the pieces of a text, from `offset` on, where
+    the stream is. Unreadable: damaged, or packed and without a place to cut."""
+    length = inputs.PIECE  # the cut lies before; the last piece is longer
+    held = b""
+    while True:
+        enough = max(length, 2 * inputs.PIECE)
+        data = held + stream.read(enough + 1 - len(held))
+        if len(data) <= enough:
             break
-        yield offset, line, data[:cut], False
-        offset += cut
-        line += data.count(b"\n", 0, cut)
-    file.seek(offset)
-    yield offset, line, file.read(), True
+        cut = data.rfind(b"\n", 0, length) + 1 or data.rfind(b" ", 0, length) + 1
+        if cut:
+            yield offset, line, data[:cut], False
+            offset += cut
+            line += data.count(b"\n", 0, cut)
+            length = inputs.PIECE
+        elif stream.codec and length > LONGEST:
+            reason = f"{LONGEST >> 20} MiB without a line end or a space"
+            raise Unreadable("E122", reason, offset, line)
+        else:
+            length *= 2
+        held = data[cut:]
+    stream.check(offset, line)
+    yield offset, line, data, True
 
 
 def document_key(given: Input) -> str:
     """The key of a long text file, in hex: blake2b-16 of its cleaned, stripped text, without
     holding it in memory. The cuts are behind line ends and blanks, so the cleaned pieces are the
-    cleaned text. Empty: no UTF-8, or no text."""
+    cleaned text. Empty: no UTF-8, no text, or it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     held = ""  # blanks at the end of what was read: they count where more text comes
     begun = False
-    with suppress(OSError, UnicodeDecodeError), open(given.path, "rb") as file:
-        begin = text_begin(file.read(3))
-        for *_, data, last in text_pieces(file, begin, 1, given.size):
+    with suppress(OSError, UnicodeDecodeError, Unreadable), opened(given) as stream:
+        begin = text_begin(stream.peek(3))
+        stream.skip(begin)
+        for *_, data, last in text_pieces(stream, begin, 1):
             text = held + clean(data.decode())
             if not begun:
                 text = text.lstrip()
@@ -165,13 +170,16 @@ def read_jsonl(reading: Reading) -> Iterator[Item]:
         begin = text_begin(head)
         stream.skip(begin)
         if begins_spread(head):
-            yield from json_items(reading, stream)
+            yield from json_items(reading, stream, begin)
             return
         offset = max(reading.offset, begin)
         stream.skip(offset - begin)
-        what = "a line"
-        for at, line, data in blocks(stream, (offset, reading.line), reading.block, line_end, what):
-            yield Item(reading.index, "jsonl", at, line, data)
+        for at, line, data in blocks(stream, (offset, reading.line), reading.block, line_end):
+            kind = "jsonl"
+            if len(data) > LONGEST and not line_end(data):
+                kind = "long packed" if stream.codec else "long"
+                data = data[:800]
+            yield Item(reading.index, kind, at, line, data)
 
 
 def line_end(data: bytes) -> int:
@@ -179,15 +187,16 @@ def line_end(data: bytes) -> int:
     return data.rfind(b"\n") + 1
 
 
-def blocks(stream: Stream, place: tuple[int, int], size: int, cut: Callable, what: str):
-    """(offset, line, data) from `place` on, about `size` bytes each, cut where `cut` says.
-    Unreadable: damaged; `what` is longer than LONGEST."""
+def blocks(stream: Stream, place: tuple[int, int], size: int, cut: Callable):
+    """(offset, line, data) from `place` on, about `size` bytes each, cut where `cut` says. Of a row
+    of more than LONGEST bytes the first LONGEST + 1; the next block begins behind its line.
+    Unreadable: damaged."""
     offset, line = place
     held = b""
     size = min(size, LONGEST + 1)
     want = size
     while True:
-        data = held + stream.read(want - len(held))
+        data = held + stream.read(max(0, want - len(held)))
         ended = len(data) < want
         if ended and not stream.failed:
             if data or place == (offset, line):  # an empty file is an item, too
@@ -196,18 +205,32 @@ def blocks(stream: Stream, place: tuple[int, int], size: int, cut: Callable, wha
         end = cut(data)
         if end:
             yield offset, line, data[:end]
-            offset += end
-            line += data.count(b"\n", 0, end)
+            held = data[end:]
             want = size
-        held = data[end:]
+        elif want > LONGEST and not ended:  # whatever the size of the blocks
+            yield offset, line, data
+            length, held = rest_of_line(stream)
+            end = want + length
+            data = b"\n"
+            want = size
+        else:
+            held = data
+            want = min(2 * want, LONGEST + 1)
+        offset += end
+        line += data.count(b"\n", 0, end)
         if ended:
             stream.check(offset, line)
-        if not end and want > LONGEST:  # whatever the size of the blocks
-            code = "E122" if stream.codec else "E101"
-            reason = f"{what} of more than {LONGEST >> 20} MiB; nothing from here on is read"
-            raise Unreadable(code, reason, offset, line)
-        if not end:
-            want = min(2 * want, LONGEST + 1)
+
+
+def rest_of_line(stream: Stream) -> tuple[int, bytes]:
+    """(bytes that are passed over, what was read behind them)."""
+    length = 0
+    while data := stream.read(PART):
+        end = data.find(b"\n") + 1
+        if end:
+            return length + end, data[end:]
+        length += len(data)
+    return length, b""
 
 
 def begins_spread(head: bytes) -> bool:
@@ -234,8 +257,11 @@ def read_csv(reading: Reading) -> Iterator[Item]:
         def record_end(data: bytes) -> int:
             return csv_end(data, delimiter)
 
-        what = "a record, perhaps a quote without its end,"
-        for at, line, data in blocks(stream, place, reading.block, record_end, what):
+        for at, line, data in blocks(stream, place, reading.block, record_end):
+            if len(data) > LONGEST and not record_end(data):
+                code = "E122" if stream.codec else "E101"
+                reason = f"a record of more than {LONGEST >> 20} MiB: a quote that has no end?"
+                raise Unreadable(code, f"{reason} Nothing from here on is read", at, line)
             yield Item(reading.index, "csv", at, line, header + data)
 
 
@@ -243,18 +269,15 @@ def csv_header(given: Input, stream: Stream) -> tuple[bytes, str]:
     """(the first record, its delimiter). Unreadable E101: there is none; E102: no column that can
     be the text."""
     head = stream.peek(HEAD)
-    text = head.decode("latin-1")
-    delimiter = csv_delimiter(text.partition("\n")[0])
-    _, end, names, wrong = next(csv_records(text, delimiter), (0, 0, [], "the file is empty"))
+    delimiter = csv_delimiter(head)
+    _, end, names, wrong = next(csv_records(head, delimiter), (0, 0, [], "the file is empty"))
     if not names or wrong:
         stream.check(0, 1)
         raise Unreadable("E101", f"no header in the first line: {wrong or 'it is blank'}", 0, 1)
     wanted = [given.field] if given.field else TEXT_FIELDS
     if given.shape == "text" and not set(names) & set(wanted):
         raise Unreadable("E102", no_column(given.field, names), 0, 1)
-    parts = head.split(b"\n")
-    header = b"\n".join(parts[:end])
-    return (header if end == len(parts) else header + b"\n"), delimiter
+    return head[: behind_lines(head, 0, end)], delimiter
 
 
 def no_column(field: str, names) -> str:
@@ -269,13 +292,10 @@ def csv_end(data: bytes, delimiter: str) -> int:
     if b'"' not in data:
         return end
     lines = 0
-    for _, behind, _, wrong in csv_records(data[:end].decode("latin-1"), delimiter):
+    for _, behind, _, wrong in csv_records(data[:end], delimiter, "latin-1"):
         if wrong != "unexpected end of data":
             lines = behind
-    cut = 0
-    for _ in range(lines):
-        cut = data.index(b"\n", cut) + 1
-    return cut
+    return behind_lines(data, 0, lines)
 
 
 # ---------------------------------------------------------------- .json
@@ -283,21 +303,22 @@ def csv_end(data: bytes, delimiter: str) -> int:
 
 def read_json(reading: Reading) -> Iterator[Item]:
     with opened(reading.given) as stream:
-        stream.skip(text_begin(stream.peek(3)))
-        yield from json_items(reading, stream)
+        begin = text_begin(stream.peek(3))
+        stream.skip(begin)
+        yield from json_items(reading, stream, begin)
 
 
 class JsonText:
     """The text of a .json, of which little more than one value is held."""
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Stream, begin: int):
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.text = ""
         self.at = 0  # in the text
         self.line = 1  # there
         self.lines = 1  # at the end of what was read
-        self.read = 0  # bytes
+        self.read = begin  # bytes of the file
         self.bad: Unreadable | None = None  # why there is no more
 
     def fill(self) -> bool:
@@ -339,8 +360,9 @@ class JsonText:
             try:
                 end = DECODE(self.text, self.at)[1]
             except ValueError:
-                held = len(self.text) - self.at
-                if held > LONGEST or not self.fill():
+                if len(self.text) - self.at > LONGEST:
+                    raise ValueError(f"no JSON value of at most {LONGEST >> 20} MiB") from None
+                if not self.fill():
                     raise
                 continue
             if end < len(self.text) or not self.fill():
@@ -354,10 +376,11 @@ SPACE = re.compile(r"[ \t\r\n]*").match
 DECODE = json.JSONDecoder().raw_decode
 
 
-def json_items(reading: Reading, stream: Stream) -> Iterator[Item]:
-    """The rows of a .json, a list of objects or objects one after the other, without the first
-    `reading.offset`. What is wrong between two rows ends the file."""
-    text = JsonText(stream)
+def json_items(reading: Reading, stream: Stream, begin: int) -> Iterator[Item]:
+    """The rows of a .json, a list of objects or objects one after the other, from byte `begin` on,
+    where the stream is, without the first `reading.offset`. What is wrong between two rows ends the
+    file."""
+    text = JsonText(stream, begin)
     n = 0  # rows so far
     line = 1
     try:
@@ -381,6 +404,7 @@ def json_items(reading: Reading, stream: Stream) -> Iterator[Item]:
                 raise ValueError("no ] after the last row")
             text.move(text.at + 1)
         if text.next():
+            line = text.line
             raise ValueError("no ] or { where the next row would begin")
     except (ValueError, RecursionError) as error:
         reason = f"{getattr(error, 'msg', error)}; nothing from here on is read"
@@ -415,9 +439,9 @@ def read_topics(reading: Reading) -> Iterator[Item]:
 
 
 def read_docstrings(reading: Reading) -> Iterator[Item]:
-    """Name: docstrings or docstrings:pairs, and the split."""
-    source, _, split = reading.given.name.partition("/")
-    kind = source.partition(":")[2] or "chat"
+    """Path: docstrings or docstrings:pairs; the split is the last part of the name."""
+    kind = reading.given.path.partition(":")[2] or "chat"
+    split = reading.given.name.rpartition("/")[2]
     rows = docstring_rows(kind, split)
     for n, row in enumerate(itertools.islice(rows, reading.offset, None), reading.offset):
         yield Item(reading.index, "row", n, n + 1, json.dumps(row).encode())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
 
+from lumen.conversations import LISTS, row_kind
 from lumen.inputs import LONGEST, Item, Reject, Row
 from lumen.streams import needs
 
@@ -20,22 +20,24 @@ from lumen.streams import needs
 
 # Where no field is given, the first of these that holds text is the text.
 TEXT_FIELDS = ("text", "content", "raw_content", "document", "article", "story", "body", "code")
-MESSAGE_FIELDS = ("messages", "conversation", "conversations")
-CHAT_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
 PAIR_FIELDS = ("chosen", "rejected")  # with a prompt or without
+# where a table may keep messages as JSON text
+MESSAGE_FIELDS = (*LISTS, *PAIR_FIELDS, "prompt", "history")
 
 
 def is_pair(row: dict) -> bool:
-    return all(row.get(key) is not None for key in PAIR_FIELDS)
+    return row_kind(present(row)) == "pairs"
 
 
 def is_chat(row: dict) -> bool:
-    if any(row.get(key) is not None for key in MESSAGE_FIELDS):
-        return True
-    for keys in CHAT_FIELDS:
-        if all(row.get(key) is not None for key in keys):
-            return True
-    return False
+    """Whether there is a conversation in it; chosen and rejected may stand beside."""
+    row = {key: value for key, value in present(row).items() if key not in PAIR_FIELDS}
+    return row_kind(row) == "chat"
+
+
+def present(row: dict) -> dict:
+    """A null is no field: tables have all columns in all rows."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def text_field(row: dict) -> str:
@@ -47,13 +49,11 @@ def text_field(row: dict) -> str:
 
 
 def row_shape(row: dict) -> str | None:
-    """ "text", "chat", "pairs", or None: nothing that is known."""
-    if isinstance(row.get("text"), str):
-        return "text"
-    if is_pair(row):
-        return "pairs"
-    if is_chat(row):
-        return "chat"
+    """ "text", "chat", "pairs", or None: nothing that is known. A text beside a conversation is
+    mostly the same, rendered by somebody."""
+    kind = row_kind(present(row))
+    if kind in ("chat", "pairs"):
+        return kind
     return "text" if text_field(row) else None
 
 
@@ -119,8 +119,7 @@ def of_table(row: dict) -> dict:
     may hold messages as JSON text."""
     kept = {}
     for key, value in without_nulls(row).items():
-        holds_messages = key in MESSAGE_FIELDS or key in PAIR_FIELDS or key == "prompt"
-        kept[key] = unpacked(value) if holds_messages else value
+        kept[key] = unpacked(value) if key in MESSAGE_FIELDS else value
     return kept
 
 
@@ -151,6 +150,12 @@ def text_rows(item: Item) -> Iterator[Row]:
 
 def json_rows(item: Item) -> Iterator[Row]:
     yield json_row(item, item.data, item.offset, item.line)
+
+
+def long_rows(item: Item) -> Iterator[Row]:
+    code = "E101" if item.kind == "long" else "E122"
+    reason = f"a line of more than {LONGEST >> 20} MiB"
+    yield Row(item.offset, item.line, code, Reject(reason, excerpt(item.data)))
 
 
 def jsonl_rows(item: Item) -> Iterator[Row]:
@@ -212,20 +217,25 @@ def excerpt(raw: bytes) -> str:
 # ---------------------------------------------------------------- .csv
 
 
-def csv_delimiter(header: str) -> str:
+def csv_delimiter(data: bytes) -> str:
     """What stands between the cells: a comma where the first line has one, else a tab, a semicolon
     or a bar."""
+    header = data.partition(b"\n")[0]
     for mark in (",", "\t", ";", "|"):
-        if mark in header:
+        if mark.encode() in header:
             return mark
     return ","
 
 
-def csv_records(text: str, delimiter: str) -> Iterator[tuple[int, int, list[str], str]]:
+def csv_records(
+    data: bytes, delimiter: str, encoding: str = "utf-8"
+) -> Iterator[tuple[int, int, list[str], str]]:
     """(first line, line behind it, both from 0; cells; "" or what is wrong) of every record. A
-    record ends at a line end outside of quotes (RFC 4180)."""
+    record ends at a line end outside of quotes (RFC 4180). Bytes that are not UTF-8 become lone
+    surrogates."""
     csv.field_size_limit(2 * LONGEST)  # of the module; by itself 128 KiB
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding, "surrogateescape", newline="\n")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         first = reader.line_num
         try:
@@ -238,38 +248,44 @@ def csv_records(text: str, delimiter: str) -> Iterator[tuple[int, int, list[str]
         yield first, reader.line_num, cells, ""
 
 
+def behind_lines(data: bytes, at: int, count: int) -> int:
+    """The place behind so many lines from `at` on."""
+    for _ in range(count):
+        at = data.find(b"\n", at) + 1 or len(data)
+    return at
+
+
 def csv_rows(item: Item) -> Iterator[Row]:
     """The item begins with the header, which is no row of it."""
-    lines = item.data.split(b"\n")
-    begins = [0, *itertools.accumulate(len(raw) + 1 for raw in lines)]
-    try:
-        text, whole = item.data.decode(), True
-    except UnicodeDecodeError:
-        text, whole = item.data.decode("utf-8", "surrogateescape"), False
-    delimiter = csv_delimiter(text.partition("\n")[0])
-    records = csv_records(text, delimiter)
+    data = item.data
+    whole = is_utf8(data)
+    records = csv_records(data, csv_delimiter(data))
     _, behind, names, _ = next(records)
-    skipped = begins[behind]
+    begin = end = behind_lines(data, 0, behind)
+    row = Row(item.offset, item.line, None, "")
     blank = 0
-    for first, end, cells, wrong in records:
-        offset = item.offset + begins[first] - skipped
-        line = item.line + first - behind
-        raw = item.data[begins[first] : begins[end]]
+    for first, after, cells, wrong in records:
+        row = Row(item.offset + end - begin, item.line + first - behind, None, "")
+        start, end = end, behind_lines(data, end, after - first)
         if not cells and not wrong:
             blank += 1
             continue
         if blank:
-            yield Row(offset, line, "blank", blank)
+            yield row._replace(code="blank", value=blank)
             blank = 0
-        if not whole:
-            _, bad = decoded(raw, offset, line)
-            if bad:
-                yield bad
-                continue
-        yield csv_row(item, Row(offset, line, wrong or None, ""), dict_of(names, cells), raw)
+        raw = data[start:end]
+        bad = None if whole else decoded(raw, row.offset, row.line)[1]
+        yield bad or csv_row(item, row._replace(code=wrong or None), dict_of(names, cells), raw)
     if blank:
-        end = item.offset + len(item.data) - skipped
-        yield Row(end - 1, item.line + len(lines) - behind - 2, "blank", blank)
+        yield row._replace(code="blank", value=blank)
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def dict_of(names: list[str], cells: list[str]) -> dict | str:
@@ -335,6 +351,8 @@ ROWS: dict[str, Callable] = {
     "text": text_rows,
     "piece": text_rows,
     "last": text_rows,
+    "long": long_rows,
+    "long packed": long_rows,
     "row": json_rows,
     "jsonl": jsonl_rows,
     "csv": csv_rows,

@@ -140,7 +140,8 @@ def read_spec(value, where: str, name: str = "") -> SourceSpec:
     shape = a_word(value.get("kind", "auto"), f"{where}.kind")
     if shape not in ("auto", *SHAPES):
         raise UserError("E002", f"{where}.kind: {shape} is not auto, {', '.join(SHAPES)}")
-    field = a_word(value.get("field", "auto"), f"{where}.field").replace("auto", "")
+    field = a_word(value.get("field", "auto"), f"{where}.field")
+    field = "" if field == "auto" else field
     if field and shape == "pairs":
         raise UserError("E002", f"{where}.field: pairs are found by chosen and rejected")
     paths = tuple(expand(path, where) for path in paths)
@@ -215,7 +216,7 @@ def find_inputs(
     for n, path in enumerate(spec.paths):
         for given in find_path(path, source, split, out, unread):
             if len(spec.paths) > 1:  # two of them may have the same last part
-                given = given._replace(name=f"{n}/{given.name}")
+                given = given._replace(name=f"{label(spec)}/{n}/{given.name}")
             inputs.append(given._replace(field=spec.field, shape=spec.shape))
     return inputs
 

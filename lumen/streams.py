@@ -147,8 +147,7 @@ class Stream:
         data = self.read(LONGEST + 1)
         self.check(0, 1)
         if len(data) > LONGEST:
-            limit = f"a document of more than {LONGEST >> 20} MiB is read from a plain file only"
-            raise Unreadable("E122", f"{limit}: unpack it", 0, 1)
+            raise Unreadable("E122", f"it unpacks to more than {LONGEST >> 20} MiB", 0, 1)
         return data
 
     def check(self, offset: int, line: int) -> None:
