@@ -156,16 +156,17 @@ def bad_batches(trainer, at, kind, steps):
     """kind: targets (permuted), random (tokens), one (token)."""
 
     def batch(real, first_row, count):
-        x, y = real(first_row, count)
+        found = real(first_row, count)
         rng = np.random.default_rng(first_row)
         if not 0 <= first_row // trainer.run.rows_per_step - at + 1 < steps:
-            return x, y
+            return found
+        _, x, y, _ = found  # changed in place
         if kind == "targets":
             y[:] = rng.permuted(y, axis=1)
-            return x, y
+            return found
         x[:] = rng.integers(0, FAULT_MODEL["vocab_size"], x.shape) if kind == "random" else 7
         y[:] = np.roll(x, -1, axis=1)
-        return x, y
+        return found
 
     wrap(trainer.loader, "batch", batch)
 
