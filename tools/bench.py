@@ -17,6 +17,10 @@ learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]
 layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]
     What each key of train_fsdp.py costs and spares on the processes of this machine, and one
     process beside them: tokens/s, communication, bytes, memory.
+data [--rounds N]
+    Preparing text and conversations: MB/s of CPU time, stage by stage.
+documents [--rounds N] [--rows N]
+    A training step with document_mask against the same without, by the length of documents.
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
@@ -49,7 +53,7 @@ from lumen.errors import UserError, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, human_number
 from model import KVCache, ModelConfig, Transformer, role
-from tools import bench_step, faults, simulate, timing
+from tools import bench_data, bench_step, faults, simulate, timing
 from tools.bench_step import HALF
 from train import Trainer
 
@@ -635,6 +639,8 @@ COMMANDS = {
     "step": bench_step.time_steps,
     "learn": learn,
     "layouts": layouts,
+    "data": bench_data.preparing,
+    "documents": bench_data.documents,
     "faults": fault_table,
 }
 
