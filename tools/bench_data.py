@@ -18,6 +18,10 @@ from lumen.docstrings import docstring_rows
 from model import ModelConfig, Transformer
 from tools import timing
 
+SOURCE = "stdlib"
+MODEL = {"vocab_size": 4096, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff": 1024}
+LENGTHS = (1000, 300, 100)  # of documents, about
+
 # ---------------------------------------------------------------- preparing
 
 
@@ -27,18 +31,16 @@ def preparing(words: list[str]) -> int:
     print(timing.machine_line())
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "tokenizer"
-        first = prepare_data.prepare(["stdlib"], str(made), "bpe:8192", quiet=True)
+        first = prepare_data.prepare([SOURCE], str(made), "bpe:8192", quiet=True)
         file = str(made / "tokenizer.json")
         size = sum(source["bytes"] for source in first["sources"])
         for name, options in (("as it is", {}), ("minhash", {"minhash": True})):
             rates = []
             for n in range(asked.rounds):
                 out = str(Path(folder) / f"{name} {n}")
-                took = cpu_seconds(
-                    prepare_data.prepare, ["stdlib"], out, file, quiet=True, **options
-                )
+                took = cpu_seconds(prepare_data.prepare, [SOURCE], out, file, quiet=True, **options)
                 rates.append(size / took / 1e6)
-            print(f"stdlib, {name}: {timing.spread(rates)} MB/s")
+            print(f"{SOURCE}, {name}: {timing.spread(rates)} MB/s")
         measure_parts(tokenizer.load(file), asked.rounds)
     return 0
 
@@ -78,9 +80,7 @@ def documents(words: list[str]) -> int:
     asked = timing.options(words, rounds=5, rows=2)
     here = machine.detect(device="cpu")
     print(timing.machine_line(here))
-    cfg = ModelConfig(
-        vocab_size=4096, d_model=384, n_layers=6, n_heads=6, d_ff=1024, max_seq_len=1024
-    )
+    cfg = ModelConfig(**MODEL, max_seq_len=1024)
     model = Transformer(cfg)
     model.init_weights(1)
     model.compute_dtype = here.compute_dtype
@@ -94,7 +94,7 @@ def documents(words: list[str]) -> int:
         total.backward()
 
     runs = {"causal": lambda: step(None)}
-    for mean in (1000, 300, 100):
+    for mean in LENGTHS:
         docs = drawn(mean, *shape)
         runs[f"documents of about {mean}"] = lambda docs=docs: step(docs)
     times = timing.interleaved(runs, asked.rounds, here.device)

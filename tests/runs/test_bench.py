@@ -1,5 +1,6 @@
 """bench.py at toy sizes: the commands' logic, not their numbers."""
 
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from lumen.errors import UserError
 from lumen.report import main as report_main
 from lumen.sums import StepNumbers
 from model import ModelConfig
-from tools import bench, bench_step, faults, timing
+from tools import bench, bench_data, bench_step, faults, timing
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
@@ -63,6 +64,26 @@ def test_kept_bytes_counts_a_storage_once_and_not_what_is_left_out():
     x, w = torch.randn(10, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     assert bench_step.kept_bytes(lambda: (x @ w) * (x @ w).view(10, 4), [w]) == 3 * 160
     assert bench_step.kept_bytes(lambda: x[:5] @ w + x[5:] @ w, [w]) == 160
+
+
+def test_what_is_measured_of_data(monkeypatch, capsys):
+    """Each row of both commands, at a toy size."""
+    monkeypatch.setattr(bench_data, "SOURCE", "synthetic:40")
+    few = list(itertools.islice(bench_data.docstring_rows(), 20))
+    monkeypatch.setattr(bench_data, "docstring_rows", lambda: iter(few))
+    toy = {"vocab_size": 64, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    monkeypatch.setattr(bench_data, "MODEL", toy)
+    assert bench.main(["data", "--rounds", "1"]) == 0
+    assert bench.main(["documents", "--rounds", "1", "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("MB/s") == 5 and said.count("of the time of causal") == 3
+
+
+def test_drawn_documents_are_about_as_long_as_asked():
+    for mean in bench_data.LENGTHS[1:]:
+        numbers = bench_data.drawn(mean, 64, 1024)
+        found = numbers.numel() / float((numbers[:, -1] + 1).sum())
+        assert mean / 2 < found < 2 * mean and (numbers.diff() >= 0).all()
 
 
 @pytest.mark.parametrize("keys", [{}, MOE, bench.HALF])
