@@ -228,5 +228,6 @@ def identifier():
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         text = "telling languages needs py3langid: pip install 'py3langid>=0.4'"
-        raise UserError("E003", f"{text}; without: rules: [-two_stop_words]") from error
+        without = "without it: no language, and of preset web no two_stop_words (rules: -NAME)"
+        raise UserError("E003", f"{text}; {without}") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

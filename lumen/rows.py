@@ -211,7 +211,8 @@ def json_row(item: Item, raw: bytes, offset: int, line: int) -> Row:
 
 
 def excerpt(raw: bytes) -> str:
-    return raw[:800].decode("utf-8", "replace").strip()[:200]
+    """The beginning of a row, on one line: a whole file may be a row, and messages are lines."""
+    return " ".join(raw[:800].decode("utf-8", "replace").split())[:200]
 
 
 # ---------------------------------------------------------------- .csv

@@ -548,6 +548,17 @@ BAD_ROWS = [
 ]
 
 
+def test_a_bad_file_is_shown_on_one_line(tmp_path, capsys):
+    """A text file is one row: its excerpt is a line of the message, not the file's own lines."""
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 one\nsecond\r\n\tthird\n" * 3)
+    (tmp_path / "good.txt").write_text("good")
+    P.prepare([str(tmp_path)], str(tmp_path / "out"), "bytes", max_bad=1, val_fraction=0)
+    (row,) = rejected(tmp_path / "out")
+    assert row["excerpt"].startswith("caf\ufffd one second third caf\ufffd")
+    said = capsys.readouterr()
+    assert "\nsecond" not in said.out + said.err
+
+
 def test_every_bad_row_is_named_with_its_line(tmp_path, capsys):
     """Line numbers are an editor's: blank lines count, U+2028 and form feeds are no line ends, a
     BOM is nothing."""

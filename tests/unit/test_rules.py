@@ -546,3 +546,11 @@ def test_another_process_decides_the_same(tmp_path):
         )
         said.add(made.stdout)
     assert len(said) == 1 and "language_en" in said.pop()
+
+
+def test_without_py3langid_the_message_serves_language_and_preset(monkeypatch):
+    """It is asked for by --language too, which no rule taken out would do without."""
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    measures.identifier.cache_clear()
+    with pytest.raises(UserError, match=r"pip install 'py3langid.*no language, and of preset web"):
+        measures.identifier()
