@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lumen.encode import Cleaned, Cleaner, all_text
+from lumen.errors import UserError
 from lumen.files import read_json
 from lumen.near import Keys, Near, bands_of
 from lumen.pool import in_order
@@ -141,7 +142,12 @@ def sign_all(passes: list[Pass], folder: str) -> Keys:
 
 
 def read_keys(path: str) -> Keys:
-    return Keys(np.load(path, allow_pickle=False).tobytes())
+    """E111."""
+    try:
+        return Keys(np.load(path, allow_pickle=False).tobytes())
+    except (OSError, ValueError) as error:
+        text = f"{path} cannot be read: {error}"
+        raise UserError("E111", f"{text}; remove its folder, and it is made again") from None
 
 
 # ---------------------------------------------------------------- what would be dropped
@@ -157,6 +163,9 @@ class Judge:
     def __call__(self, batch: list[Item]) -> tuple[Examples, Counter]:
         examples, counts = Examples(), Counter()
         for item in batch:
+            if item.kind in ("piece", "last"):  # of a long file, which no rule drops
+                counts["rows"] += int(item.kind == "last")
+                continue
             for row in item_rows(item):
                 where = f"{self.inputs[item.index].path}:{row.line}"
                 self.judge(row, where, examples, counts)
