@@ -123,6 +123,8 @@ def prepare_job(job: Job) -> dict:
         unread = {}
         inputs = find_all_inputs(job, unread)
         manifest, progress = look_into(job.out, job.settings, inputs, partial(conversations, job))
+        if job.options["export_clean"]:
+            check_export(job, inputs or [], manifest, progress.get("state"))
         if manifest:
             say_finished(job, manifest)
             return manifest
@@ -162,10 +164,20 @@ def prepare_mixture(file: str, typed: dict) -> dict[str, dict]:
             manifests[name] = prepare_job(job)
             taken += (job.out,)
         block = {name: {"dir": name, "weight": w} for name, w in mixture.weights.items()}
-        with new_file(os.path.join(mixture.out, "mixture.yaml")) as file:
-            file.write(to_utf8(yaml.safe_dump({"data": {"sources": block}}, sort_keys=False)))
+        write_block(os.path.join(mixture.out, "mixture.yaml"), {"data": {"sources": block}})
     first.say(f"{mixture.out} is ready: data_dir: {mixture.out}")
     return manifests
+
+
+def write_block(path: str, block: dict) -> None:
+    """Where it is there already, the folder may be read-only."""
+    data = to_utf8(yaml.safe_dump(block, sort_keys=False))
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read() == data:
+                return
+    with new_file(path) as file:
+        file.write(data)
 
 
 class Shared(NamedTuple):
@@ -186,7 +198,8 @@ def share(mixture: Mixture, first: Job) -> Shared:
     tokenizer, settings = first.tokenizer, {"tokenizer": first.settings["tokenizer"]}
     if first.trains_tokenizer:
         tokenizer = path
-        if not os.path.exists(path):
+        # another one stays where a command was killed, and then given another vocabulary
+        if not os.path.exists(path) or load(path).name != first.tokenizer:
             train_tokenizer(first, passes, path)
     alike = [over for over in passes if "minhash" in over.settings]
     near = ""
@@ -218,6 +231,27 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
             raise UserError("E108", f"--decontaminate {path}: there is no such file")
         inputs.append(Input(-1, "val", "evaluation", label(path), path).measured())
     return inputs
+
+
+def check_export(job: Job, inputs: list[Input], manifest: dict, state: dict | None) -> None:
+    """E002: what --export_clean names is an input, or can not be what was kept: the data were made,
+    or begun, without it."""
+    path = expand(job.options["export_clean"])
+    where = os.path.realpath(path)
+    for given in inputs:
+        if os.path.realpath(given.path) == where:
+            raise UserError("E002", f"--export_clean {path} is a source; give it another name")
+    if manifest and not os.path.exists(path):
+        text = f"{job.out} is finished, and rows are written while it is made"
+        remedy = "--validate_only --export_clean FILE writes them alone"
+        raise UserError("E002", f"--export_clean {path}: {text}; {remedy}")
+    if state is None:
+        return
+    size = state.get("exported_bytes")
+    if size is None or size > (os.path.getsize(path) if os.path.exists(path) else 0):
+        text = f"it lacks what was kept before {job.out} was interrupted"
+        remedy = "without it the same command goes on; remove the folder to begin anew"
+        raise UserError("E002", f"--export_clean {path}: {text}; {remedy}")
 
 
 def say_finished(job: Job, manifest: dict) -> None:
@@ -332,6 +366,10 @@ def say_rules(over: Pass) -> None:
         lines += near.explain(over.settings["minhash"])
     if over.evaluation:
         lines += over.evaluation.explain()
+    unjudged = [given.path for given in over.inputs if given.long]
+    if lines and unjudged:
+        long = "in pieces: no rule, and no likeness to others, drops it"
+        lines.append(f"note: a text file above 16 MiB is read {long} ({', '.join(unjudged[:3])})")
     for line in lines:
         over.job.say(line)
 
@@ -453,7 +491,7 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
         return
     first = "no text at all"
     for code, lines in sorted(output.examples.items(), reverse=True):
-        if code != "E107":
+        if code not in ("E106", "E107"):  # as asked for: no mistake
             first = lines[0]
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
@@ -602,8 +640,8 @@ def main(argv: list[str]) -> None:
     sources, shown = options.pop("sources"), options.pop("show", 0)
     validate_only, dry = options.pop("validate_only", False), options.pop("dry_run", False)
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
-        if validate_only or dry or "val_sources" in options:
-            text = "--validate_only, --dry_run and --val are for sources, not for a YAML of them"
+        if validate_only or dry or shown or "val_sources" in options:
+            text = "--validate_only, --dry_run, --show and --val are for sources, not for a YAML"
             raise UserError("E002", text)
         prepare_mixture(sources[0], options)
     elif dry:
