@@ -188,16 +188,33 @@ class Shared(NamedTuple):
     settings: dict
 
 
+def is_finished(mixture: Mixture) -> bool:
+    """Whether a run can have it: then its texts may be gone."""
+    try:
+        with open(os.path.join(mixture.out, "mixture.yaml"), encoding="utf-8") as opened:
+            names = list(yaml.safe_load(opened)["data"]["sources"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+    folders = [job.out for job in mixture.jobs.values()]
+    whole = all(os.path.exists(os.path.join(folder, "manifest.json")) for folder in folders)
+    return whole and names == list(mixture.jobs)
+
+
 def share(mixture: Mixture, first: Job) -> Shared:
     """One tokenizer, trained on the text of all sources; one search for near-duplicates."""
     path = os.path.join(mixture.out, "tokenizer.json")
+    tokenizer = path if first.trains_tokenizer else first.tokenizer
+    settings = {"tokenizer": first.settings["tokenizer"]}
+    if is_finished(mixture):
+        if any("minhash" in job.settings for job in mixture.jobs.values()):
+            made = read_dataset_json(os.path.join(first.out, "manifest.json"))
+            settings["near"] = made["settings"].get("near")
+        return Shared(tokenizer, "", settings)
     passes = []
     for job in mixture.jobs.values():
         inputs = find_all_inputs(job, {}) or []
         passes.append(plan_pass(job, *survey(job, inputs)))
-    tokenizer, settings = first.tokenizer, {"tokenizer": first.settings["tokenizer"]}
     if first.trains_tokenizer:
-        tokenizer = path
         # another one stays where a command was killed, and then given another vocabulary
         if not os.path.exists(path) or load(path).name != first.tokenizer:
             train_tokenizer(first, passes, path)
