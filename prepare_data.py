@@ -64,6 +64,7 @@ from lumen.output import Output
 from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
 from lumen.pool import in_order
 from lumen.recipe import (
+    CONVERSATIONS,
     FLOATS,
     OPTIONS,
     SWITCHES,
@@ -221,7 +222,7 @@ def share(mixture: Mixture, first: Job) -> Shared:
     alike = [over for over in passes if "minhash" in over.settings]
     near = ""
     if alike:
-        near = find_near_duplicates(alike, mixture.out)
+        near = find_near_duplicates(alike, mixture.out, load(tokenizer))
         settings["near"] = sha256(near)
     return Shared(tokenizer, near, settings)
 
@@ -322,6 +323,7 @@ def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
 def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
     """The first progress.json: settings, and the inputs as they are now."""
     settings, read = survey(job, inputs)
+    say_idle(job, settings)
     hashed = []
     for given in [*read, *(given for given in inputs if given.source < 0)]:
         given = given._replace(sha256=file_sha256(given.path))
@@ -330,6 +332,16 @@ def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
     progress = {"settings": settings, "provenance": provenance}
     write_dataset_json(os.path.join(job.out, "progress.json"), progress)
     return progress
+
+
+def say_idle(job: Job, settings: dict) -> None:
+    """Which options do nothing here."""
+    shape, idle = "conversations", ("max_doc_chars",)
+    if "rows" not in settings:
+        shape, idle = "texts", CONVERSATIONS
+    asked = [f"--{name}" for name in idle if job.options[name] != OPTIONS[name][0]]
+    if asked:
+        job.say(f"note: these are {shape}: {', '.join(asked)} does nothing")
 
 
 def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
@@ -348,7 +360,8 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
         chat.check_tokenizer(settings["rows"]["template"], tokenizer)
     output = Output(job.out, progress, inputs, job.options["strict"], tokenizer)
     if "minhash" in settings:
-        output.near = read_keys(job.near or find_near_duplicates([over], job.out))
+        near_keys = job.near or find_near_duplicates([over], job.out, tokenizer)
+        output.near = read_keys(near_keys)
     for folder in job.taken:
         output.elsewhere.append(read_keys(os.path.join(folder, "keys.npy")))
     if job.options["export_clean"]:

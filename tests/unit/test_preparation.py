@@ -543,6 +543,36 @@ def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypa
     assert "2 rows looked at" in capsys.readouterr().out
 
 
+def test_what_is_not_kept_stands_for_nothing(tmp_path):
+    """Of two conversations that are nearly alike one is too long for a row: the other is kept,
+    whichever has the smaller key."""
+    rows = []
+    for n in range(12):
+        said = prose(n)
+        for more in ("", " " + "and so it ends" * 3):
+            turns = [{"role": "user", "content": f"tell me {n}"}]
+            turns.append({"role": "assistant", "content": said + more})
+            rows.append({"messages": turns})
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    longest = max(len(prose(n)) for n in range(12))
+    options = {"too_long": "drop", "seq_len": longest + 30, "minhash": True, "max_bad": 1.0}
+    manifest = P.prepare([path], str(tmp_path / "out"), "bytes", **options | QUIET)
+    tokenizer = T.load("bytes")
+    kept = set()
+    for n, row in enumerate(rows):
+        if len(chat.render(to_messages(row), "chatml", tokenizer)[0]) <= longest + 31:
+            kept.add(n // 2)
+    assert manifest["counts"]["dropped"]["E106"] > 3
+    assert manifest["counts"]["kept"] == len(kept) == 12
+
+
+def test_options_that_do_nothing_are_named(texts, chats, tmp_path, capsys):
+    P.prepare([str(texts / "a.jsonl")], str(tmp_path / "t"), "bytes", template="chat", seq_len=9)
+    assert "--seq_len, --template does nothing" in capsys.readouterr().out
+    P.prepare([chats], str(tmp_path / "c"), "bytes", max_doc_chars=99, max_bad=1.0)
+    assert "conversations: --max_doc_chars does nothing" in capsys.readouterr().out
+
+
 def cannot_begin(why):
     raise UserError("E003", why)
 
