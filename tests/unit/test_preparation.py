@@ -529,7 +529,8 @@ def test_rules_of_conversations(chats, tmp_path):
 def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypatch, capsys):
     """And that is said. Two that are equal are one; changed by cleaning is counted once."""
     monkeypatch.setattr(inputs, "PIECE", 5000)
-    text = "".join(f"line {n} someone@mail.org\n" for n in range(900))
+    line, plain = "line {} someone@mail.org\n", "line {} of another piece\n"
+    text = "".join((plain if 300 < n < 700 else line).format(n) for n in range(900))
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text)
     words = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
@@ -537,8 +538,13 @@ def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypa
     manifest = P.prepare(words, str(tmp_path / "out"), "bytes", **options)
     counts = manifest["counts"]
     assert counts["dropped"] == {"E107": 1} and counts["kept"] == counts["cleaned"] == 1
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["masked"] == 900
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["masked"] == 501
     assert "no rule" in capsys.readouterr().out and "someone" not in kept_texts(tmp_path / "out")[0]
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(text.encode() + b"\xff")
+    with pytest.raises(UserError, match="E109.*whole files lost: .*bad.txt"):
+        P.prepare([*words, str(bad)], str(tmp_path / "more"), "bytes", **options, max_bad=0.9)
+    capsys.readouterr()
     P.main([*words, "--dry_run", "--max_chars", "100"])
     assert "2 rows looked at" in capsys.readouterr().out
 
