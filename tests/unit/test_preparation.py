@@ -561,7 +561,7 @@ def test_what_is_not_kept_stands_for_nothing(tmp_path):
             rows.append({"messages": turns})
     path = write_jsonl(tmp_path / "c.jsonl", rows)
     longest = max(len(prose(n)) for n in range(12))
-    options = {"too_long": "drop", "seq_len": longest + 30, "minhash": True, "max_bad": 1.0}
+    options = {"too_long": "drop", "seq_len": longest + 30, "minhash": True}
     manifest = P.prepare([path], str(tmp_path / "out"), "bytes", **options | QUIET)
     tokenizer = T.load("bytes")
     kept = set()
