@@ -237,6 +237,9 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         split = "train" if job.settings["val_fraction"] == 0 else "hash"
         for i, spec in enumerate(job.sources):
             inputs += find_inputs(spec, i, split, job.out, unread)
+        for path in evaluation_files(job.options):
+            if not os.path.isfile(path):
+                raise UserError("E108", f"--decontaminate {path}: there is no such file")
     except UserError:
         if not os.path.exists(os.path.join(job.out, "manifest.json")):
             raise
@@ -245,8 +248,6 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         file = Input(-1, "val", "tokenizer", job.settings["tokenizer"], path)
         inputs.append(file.measured())
     for path in evaluation_files(job.options):
-        if not os.path.isfile(path):
-            raise UserError("E108", f"--decontaminate {path}: there is no such file")
         inputs.append(Input(-1, "val", "evaluation", label(path), path).measured())
     return inputs
 

@@ -151,6 +151,14 @@ def test_pairs_lie_one_after_the_other(tmp_path):
             assert mask[begin:end].tolist() == targets.tolist()
 
 
+def test_one_conversation_is_trained_on_and_not_cut(tmp_path):
+    row = conversation(1)
+    row["messages"][1]["content"] = "y " * 4000
+    path = write_jsonl(tmp_path / "c.jsonl", [row])
+    manifest = P.prepare([path], str(tmp_path / "out"), "bytes", seq_len=9000, **QUIET)
+    assert [split["docs"] for split in manifest["splits"].values()] == [1, 0]
+
+
 def test_sources_of_several_kinds_are_refused(chats, tmp_path):
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "words"}])
     with pytest.raises(UserError, match="E120"):
@@ -271,6 +279,10 @@ def test_evaluation_texts_are_left_out(texts, tmp_path):
     manifest = P.prepare([str(texts / "a.jsonl")], str(tmp_path / "out"), "bytes", **options)
     assert manifest["counts"]["dropped"] == {"rule:free_of_evaluation_text": 1}
     assert prose(3) not in kept_texts(tmp_path / "out")
+    os.remove(tmp_path / "eval.jsonl")  # finished data do without it
+    assert P.prepare([str(texts / "a.jsonl")], str(tmp_path / "out"), "bytes", **options)
+    with pytest.raises(UserError, match="E108.*eval.jsonl: there is no such file"):
+        P.prepare([str(texts / "a.jsonl")], str(tmp_path / "new"), "bytes", **options)
 
 
 # ---------------------------------------------------------------- several sources
