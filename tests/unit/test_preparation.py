@@ -141,6 +141,8 @@ def test_pairs_lie_one_after_the_other(tmp_path):
     out = tmp_path / "out"
     manifest = P.prepare([path], str(out), "bpe:400", seq_len=64, val_fraction=0.0, quiet=True)
     assert manifest["kind"] == "pairs" and manifest["splits"]["train"]["docs"] == 100
+    assert manifest["counts"]["kept"] == 50 and manifest["counts"]["cut"] == 0
+    assert manifest["loss_on"] == "last_turn"
     ids, mask, places = arrays(out)
     tokenizer = T.load(str(out))
     parts = list(zip(places[:-1].astype(int), places[1:].astype(int)))
