@@ -611,6 +611,14 @@ def test_a_file_that_lost_what_was_written_is_not_filled_with_zeros(tmp_path):
         shards.append_at(str(tmp_path / "f"), 4, b"6")
 
 
+def test_lines_that_wait_for_the_disk_are_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.Growing, "HELD", 50)
+    growing = shards.Growing(str(tmp_path / "f"))
+    for n in range(9):
+        growing.add({"number": n})
+    assert growing.held < 50 and growing.size == os.path.getsize(growing.path) > 50
+
+
 def test_validate_only_leaves_nothing(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
