@@ -270,7 +270,7 @@ def test_dry_run_makes_nothing(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     P.main([str(texts), "--dry_run", "--preset", "web", "--out", "out"])
     said = capsys.readouterr().out
-    assert "140 rows looked at" in said and "words_50_to_100000" in said
+    assert "\n140 rows looked at" in said and "words_50_to_100000" in said
     assert os.listdir(tmp_path) == []
 
 
@@ -560,7 +560,7 @@ def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypa
         P.prepare([*words, str(bad)], str(tmp_path / "more"), "bytes", **options, max_bad=0.9)
     capsys.readouterr()
     P.main([*words, "--dry_run", "--max_chars", "100"])
-    assert "2 rows looked at" in capsys.readouterr().out
+    assert "\n2 rows looked at" in capsys.readouterr().out
 
 
 def test_what_is_not_kept_stands_for_nothing(tmp_path):
@@ -617,6 +617,27 @@ def test_lines_that_wait_for_the_disk_are_few(tmp_path, monkeypatch):
     for n in range(9):
         growing.add({"number": n})
     assert growing.held < 50 and growing.size == os.path.getsize(growing.path) > 50
+
+
+@pytest.mark.parametrize("make", [conversation, pair])
+def test_exported_rows_are_read_back(make, tmp_path):
+    """The same shards come from them; a reply of control characters only is none; what was cut is
+    in the report."""
+    rows = [make(n) for n in range(40)]
+    empty = json.loads(json.dumps(rows[0]).replace("question", "another").replace("what", "how"))
+    if make is pair:
+        empty["chosen"] = "\x01\x02"
+    else:
+        empty["messages"][-1]["content"] = "\x01\x02"
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, empty])
+    out, clean = tmp_path / "out", tmp_path / "clean.jsonl"
+    options = QUIET | {"seq_len": 50, "max_bad": 0.1, "template": "raw", "loss_on": "all"}
+    first = P.prepare([path], str(out), "bytes", export_clean=str(clean), **options)
+    assert first["counts"]["dropped"] == {"E104": 1}
+    again = P.prepare([str(clean)], str(tmp_path / "again"), "bytes", **options)
+    assert again["splits"] == first["splits"]
+    done = json.loads((out / "report.json").read_text())["done_to_rows"]
+    assert (done.get("truncated", 0) > 5) == (make is conversation)
 
 
 def test_validate_only_leaves_nothing(texts, tmp_path, capsys, monkeypatch):
