@@ -312,6 +312,8 @@ def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
         if given.source >= 0:
             read.append(given._replace(field=given.field or job.options["field"]))
     read, shape, lines = settle_shapes(read)
+    # a long file without its key is read as one without text
+    read = [given._replace(key=document_key(given) if given.long else "") for given in read]
     for line in lines:
         job.say(line)
     settings = job.settings | conversations(job, shape)
@@ -327,8 +329,7 @@ def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
     say_idle(job, settings)
     hashed = []
     for given in [*read, *(given for given in inputs if given.source < 0)]:
-        given = given._replace(sha256=file_sha256(given.path))
-        hashed.append(given._replace(key=document_key(given) if given.long else ""))
+        hashed.append(given._replace(sha256=file_sha256(given.path)))
     provenance = {"inputs": hashed, "rules": RULES, "not_read": unread}
     progress = {"settings": settings, "provenance": provenance}
     write_dataset_json(os.path.join(job.out, "progress.json"), progress)

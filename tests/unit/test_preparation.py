@@ -560,7 +560,12 @@ def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypa
         P.prepare([*words, str(bad)], str(tmp_path / "more"), "bytes", **options, max_bad=0.9)
     capsys.readouterr()
     P.main([*words, "--dry_run", "--max_chars", "100"])
-    assert "\n2 rows looked at" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n2 rows looked at" in said and "not readable: none" in said
+    source = {"out": f"{tmp_path}/m", "tokenizer": "bpe:300", "sources": {"a": words[0]}}
+    (tmp_path / "d.yaml").write_text(json.dumps(source))
+    made = P.prepare_mixture(str(tmp_path / "d.yaml"), {"quiet": True, "val_fraction": 0.0})
+    assert made["a"]["tokenizer"]["n_vocab"] == 300  # the long file was looked at
 
 
 def test_what_is_not_kept_stands_for_nothing(tmp_path):
