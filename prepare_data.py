@@ -64,6 +64,7 @@ from lumen.output import Output
 from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
 from lumen.pool import in_order
 from lumen.recipe import (
+    CONVERSATIONS,
     FLOATS,
     OPTIONS,
     SWITCHES,
@@ -123,6 +124,8 @@ def prepare_job(job: Job) -> dict:
         unread = {}
         inputs = find_all_inputs(job, unread)
         manifest, progress = look_into(job.out, job.settings, inputs, partial(conversations, job))
+        if job.options["export_clean"]:
+            check_export(job, inputs or [], manifest, progress.get("state"))
         if manifest:
             say_finished(job, manifest)
             return manifest
@@ -162,10 +165,20 @@ def prepare_mixture(file: str, typed: dict) -> dict[str, dict]:
             manifests[name] = prepare_job(job)
             taken += (job.out,)
         block = {name: {"dir": name, "weight": w} for name, w in mixture.weights.items()}
-        with new_file(os.path.join(mixture.out, "mixture.yaml")) as file:
-            file.write(to_utf8(yaml.safe_dump({"data": {"sources": block}}, sort_keys=False)))
+        write_block(os.path.join(mixture.out, "mixture.yaml"), {"data": {"sources": block}})
     first.say(f"{mixture.out} is ready: data_dir: {mixture.out}")
     return manifests
+
+
+def write_block(path: str, block: dict) -> None:
+    """Where it is there already, the folder may be read-only."""
+    data = to_utf8(yaml.safe_dump(block, sort_keys=False))
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read() == data:
+                return
+    with new_file(path) as file:
+        file.write(data)
 
 
 class Shared(NamedTuple):
@@ -176,22 +189,40 @@ class Shared(NamedTuple):
     settings: dict
 
 
+def is_finished(mixture: Mixture) -> bool:
+    """Whether a run can have it: then its texts may be gone."""
+    try:
+        with open(os.path.join(mixture.out, "mixture.yaml"), encoding="utf-8") as opened:
+            names = list(yaml.safe_load(opened)["data"]["sources"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+    folders = [job.out for job in mixture.jobs.values()]
+    whole = all(os.path.exists(os.path.join(folder, "manifest.json")) for folder in folders)
+    return whole and names == list(mixture.jobs)
+
+
 def share(mixture: Mixture, first: Job) -> Shared:
     """One tokenizer, trained on the text of all sources; one search for near-duplicates."""
     path = os.path.join(mixture.out, "tokenizer.json")
+    tokenizer = path if first.trains_tokenizer else first.tokenizer
+    settings = {"tokenizer": first.settings["tokenizer"]}
+    if is_finished(mixture):
+        if any("minhash" in job.settings for job in mixture.jobs.values()):
+            made = read_dataset_json(os.path.join(first.out, "manifest.json"))
+            settings["near"] = made["settings"].get("near")
+        return Shared(tokenizer, "", settings)
     passes = []
     for job in mixture.jobs.values():
         inputs = find_all_inputs(job, {}) or []
         passes.append(plan_pass(job, *survey(job, inputs)))
-    tokenizer, settings = first.tokenizer, {"tokenizer": first.settings["tokenizer"]}
     if first.trains_tokenizer:
-        tokenizer = path
-        if not os.path.exists(path):
+        # another one stays where a command was killed, and then given another vocabulary
+        if not os.path.exists(path) or load(path).name != first.tokenizer:
             train_tokenizer(first, passes, path)
     alike = [over for over in passes if "minhash" in over.settings]
     near = ""
     if alike:
-        near = find_near_duplicates(alike, mixture.out)
+        near = find_near_duplicates(alike, mixture.out, load(tokenizer))
         settings["near"] = sha256(near)
     return Shared(tokenizer, near, settings)
 
@@ -206,6 +237,9 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         split = "train" if job.settings["val_fraction"] == 0 else "hash"
         for i, spec in enumerate(job.sources):
             inputs += find_inputs(spec, i, split, job.out, unread)
+        for path in evaluation_files(job.options):
+            if not os.path.isfile(path):
+                raise UserError("E108", f"--decontaminate {path}: there is no such file")
     except UserError:
         if not os.path.exists(os.path.join(job.out, "manifest.json")):
             raise
@@ -214,10 +248,29 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         file = Input(-1, "val", "tokenizer", job.settings["tokenizer"], path)
         inputs.append(file.measured())
     for path in evaluation_files(job.options):
-        if not os.path.isfile(path):
-            raise UserError("E108", f"--decontaminate {path}: there is no such file")
         inputs.append(Input(-1, "val", "evaluation", label(path), path).measured())
     return inputs
+
+
+def check_export(job: Job, inputs: list[Input], manifest: dict, state: dict | None) -> None:
+    """E002: what --export_clean names is an input, or can not be what was kept: the data were made,
+    or begun, without it."""
+    path = expand(job.options["export_clean"])
+    where = os.path.realpath(path)
+    for given in inputs:
+        if os.path.realpath(given.path) == where:
+            raise UserError("E002", f"--export_clean {path} is a source; give it another name")
+    if manifest and not os.path.exists(path):
+        text = f"{job.out} is finished, and rows are written while it is made"
+        remedy = "--validate_only --export_clean FILE writes them alone"
+        raise UserError("E002", f"--export_clean {path}: {text}; {remedy}")
+    if state is None:
+        return
+    size = state.get("exported_bytes")
+    if size is None or size > (os.path.getsize(path) if os.path.exists(path) else 0):
+        text = f"it lacks what was kept before {job.out} was interrupted"
+        remedy = "without it the same command goes on; remove the folder to begin anew"
+        raise UserError("E002", f"--export_clean {path}: {text}; {remedy}")
 
 
 def say_finished(job: Job, manifest: dict) -> None:
@@ -259,6 +312,8 @@ def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
         if given.source >= 0:
             read.append(given._replace(field=given.field or job.options["field"]))
     read, shape, lines = settle_shapes(read)
+    # a long file without its key is read as one without text
+    read = [given._replace(key=document_key(given) if given.long else "") for given in read]
     for line in lines:
         job.say(line)
     settings = job.settings | conversations(job, shape)
@@ -271,14 +326,24 @@ def survey(job: Job, inputs: list[Input]) -> tuple[dict, list[Input]]:
 def begin(job: Job, inputs: list[Input], unread: dict) -> dict:
     """The first progress.json: settings, and the inputs as they are now."""
     settings, read = survey(job, inputs)
+    say_idle(job, settings)
     hashed = []
     for given in [*read, *(given for given in inputs if given.source < 0)]:
-        given = given._replace(sha256=file_sha256(given.path))
-        hashed.append(given._replace(key=document_key(given) if given.long else ""))
+        hashed.append(given._replace(sha256=file_sha256(given.path)))
     provenance = {"inputs": hashed, "rules": RULES, "not_read": unread}
     progress = {"settings": settings, "provenance": provenance}
     write_dataset_json(os.path.join(job.out, "progress.json"), progress)
     return progress
+
+
+def say_idle(job: Job, settings: dict) -> None:
+    """Which options do nothing here."""
+    shape, idle = "conversations", ("max_doc_chars",)
+    if "rows" not in settings:
+        shape, idle = "texts", CONVERSATIONS
+    asked = [f"--{name}" for name in idle if job.options[name] != OPTIONS[name][0]]
+    if asked:
+        job.say(f"note: these are {shape}: {', '.join(asked)} does nothing")
 
 
 def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
@@ -297,7 +362,8 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
         chat.check_tokenizer(settings["rows"]["template"], tokenizer)
     output = Output(job.out, progress, inputs, job.options["strict"], tokenizer)
     if "minhash" in settings:
-        output.near = read_keys(job.near or find_near_duplicates([over], job.out))
+        near_keys = job.near or find_near_duplicates([over], job.out, tokenizer)
+        output.near = read_keys(near_keys)
     for folder in job.taken:
         output.elsewhere.append(read_keys(os.path.join(folder, "keys.npy")))
     if job.options["export_clean"]:
@@ -332,6 +398,10 @@ def say_rules(over: Pass) -> None:
         lines += near.explain(over.settings["minhash"])
     if over.evaluation:
         lines += over.evaluation.explain()
+    unjudged = [given.path for given in over.inputs if given.long]
+    if lines and unjudged:
+        long = "in pieces: no rule, and no likeness to others, drops it"
+        lines.append(f"note: a text file above 16 MiB is read {long} ({', '.join(unjudged[:3])})")
     for line in lines:
         over.job.say(line)
 
@@ -453,7 +523,7 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
         return
     first = "no text at all"
     for code, lines in sorted(output.examples.items(), reverse=True):
-        if code != "E107":
+        if code not in ("E106", "E107"):  # as asked for: no mistake
             first = lines[0]
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
@@ -602,8 +672,8 @@ def main(argv: list[str]) -> None:
     sources, shown = options.pop("sources"), options.pop("show", 0)
     validate_only, dry = options.pop("validate_only", False), options.pop("dry_run", False)
     if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
-        if validate_only or dry or "val_sources" in options:
-            text = "--validate_only, --dry_run and --val are for sources, not for a YAML of them"
+        if validate_only or dry or shown or "val_sources" in options:
+            text = "--validate_only, --dry_run, --show and --val are for sources, not for a YAML"
             raise UserError("E002", text)
         prepare_mixture(sources[0], options)
     elif dry:

@@ -20,7 +20,7 @@ DATASET_FILES = re.compile(
 )
 
 # settings that are not there where nothing was asked for
-LEFT_OUT = ("rules", "minhash", "decontaminate", "near", "after")
+LEFT_OUT = ("rules", "minhash", "decontaminate", "fields", "near", "after")
 
 
 def remove(out: str, pattern: re.Pattern) -> None:

@@ -313,7 +313,7 @@ class Output:
             "open": self.open,
             "seen": len(self.seen),
             "rejected_bytes": self.rejected.size,
-            "exported_bytes": self.exported.size if self.exported else 0,
+            "exported_bytes": self.exported.size if self.exported else None,
             "journals": self.journals,
             "counts": self.counts,
             "rows": self.rows,
@@ -346,7 +346,7 @@ class Output:
         self.open = state["open"]
         self.rejected.size = state["rejected_bytes"]
         if self.exported:
-            self.exported.size = state.get("exported_bytes", 0)
+            self.exported.size = state["exported_bytes"]
         self.journals = state["journals"]
         self.counts = Counter(state["counts"])
         self.rows = Counter(state["rows"])

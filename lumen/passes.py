@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lumen.encode import Cleaned, Cleaner, all_text
+from lumen.encode import Cleaned, Cleaner, Encoder, all_text
+from lumen.errors import UserError
 from lumen.files import read_json
 from lumen.near import Keys, Near, bands_of
 from lumen.pool import in_order
@@ -20,6 +21,7 @@ from lumen.recipe import Job
 from lumen.rules import Examples
 from lumen.shards import json_sha256, write_dataset_json, write_keys
 from lumen.sources import Input, Item, Reading, item_rows, read_items
+from lumen.tokenizer import Tokenizer
 
 JOURNAL_SECONDS = 20  # between two journals of the search for near-duplicates
 
@@ -77,9 +79,10 @@ class Pass(NamedTuple):
 class Signer:
     """A batch of items -> the keys of the texts that are kept, and their bands."""
 
-    def __init__(self, settings: dict, evaluation):
+    def __init__(self, settings: dict, evaluation, tokenizer: Tokenizer):
         self.settings = settings
-        self.cleaner = Cleaner(settings, evaluation)
+        self.encoder = Encoder(settings, tokenizer, "<u4", {"evaluation": evaluation})
+        self.cleaner = self.encoder.cleaner
 
     def __call__(self, batch: list[Item]) -> list[tuple[bytes, np.ndarray]]:
         signed = []
@@ -89,28 +92,32 @@ class Signer:
                     row = self.cleaner.look(item, row)
                 if row.code is None and row.value.key:  # a piece of a long file has none
                     cleaned: Cleaned = row.value
+                    # too long for a row: it is not kept, so it may not be the one of its group
+                    if "rows" in self.settings and self.encoder.encode(item, row).code:
+                        continue
                     bands = bands_of(text_of(cleaned.value), self.settings["minhash"])
                     signed.append((cleaned.key, bands))
         return signed
 
 
-def find_near_duplicates(passes: list[Pass], out: str) -> str:
+def find_near_duplicates(passes: list[Pass], out: str, tokenizer: Tokenizer) -> str:
     """The file of the keys of all texts but one of each group that are nearly alike.
 
     The same keys for any number of workers, any order of files, any place of a kill. The file's
     name stands for the texts as they are and the settings: others are looked at anew."""
     facts = [[over.settings, [given[:7] for given in over.inputs]] for over in passes]
+    facts.append(tokenizer.sha256)
     path = os.path.join(out, f"near_{json_sha256(facts)[:12]}.npy")
     if not os.path.exists(path):
         began = time.monotonic()
-        drop = sign_all(passes, path.replace(".npy", ".tmp"))
+        drop = sign_all(passes, path.replace(".npy", ".tmp"), tokenizer)
         write_keys(path, drop)
         text = f"near-duplicates: {len(drop):,}, in {time.monotonic() - began:.1f} s"
         passes[0].job.say(text)
     return path
 
 
-def sign_all(passes: list[Pass], folder: str) -> Keys:
+def sign_all(passes: list[Pass], folder: str, tokenizer: Tokenizer) -> Keys:
     """Goes on where a killed search was: near.json says where, and how many were signed by
     then."""
     journal = os.path.join(folder, "near.json")
@@ -124,7 +131,7 @@ def sign_all(passes: list[Pass], folder: str) -> Keys:
         over, position = passes[number], (0, 0, 1)
         if number == state["pass"]:
             position = tuple(state["position"])
-        given = (over.settings, over.evaluation)
+        given = (over.settings, over.evaluation, tokenizer)
         for batch, signed in over.batches("near-duplicates", Signer, given, position):
             if time.monotonic() - wrote > JOURNAL_SECONDS:
                 near.flush()
@@ -141,7 +148,12 @@ def sign_all(passes: list[Pass], folder: str) -> Keys:
 
 
 def read_keys(path: str) -> Keys:
-    return Keys(np.load(path, allow_pickle=False).tobytes())
+    """E111."""
+    try:
+        return Keys(np.load(path, allow_pickle=False).tobytes())
+    except (OSError, ValueError) as error:
+        text = f"{path} cannot be read: {error}"
+        raise UserError("E111", f"{text}; remove its folder, and it is made again") from None
 
 
 # ---------------------------------------------------------------- what would be dropped
@@ -157,6 +169,9 @@ class Judge:
     def __call__(self, batch: list[Item]) -> tuple[Examples, Counter]:
         examples, counts = Examples(), Counter()
         for item in batch:
+            if item.kind in ("piece", "last"):  # of a long file, which no rule drops
+                counts["rows"] += int(item.kind == "last")
+                continue
             for row in item_rows(item):
                 where = f"{self.inputs[item.index].path}:{row.line}"
                 self.judge(row, where, examples, counts)

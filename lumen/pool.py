@@ -16,6 +16,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache, partial
 
 from lumen.errors import UserError
 
@@ -24,12 +25,13 @@ BATCHES_AHEAD = 4  # of each worker: enough to keep it busy, little to hold in m
 
 def start_worker(make, given: tuple) -> None:
     """Once a process. A process of a pool ends with its parent, even if that is killed with -9."""
-    global _worker
+    global _make
     # Ctrl-C goes to all of a terminal: the parent answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    _worker = make(*given)
+    # not made here: what an initializer raises is lost, and the pool only says that it broke
+    _make = partial(make, *given)
 
 
 def end_with(parent) -> None:
@@ -37,8 +39,13 @@ def end_with(parent) -> None:
     os._exit(1)
 
 
+@cache
+def the_worker():
+    return _make()
+
+
 def work(batch):
-    return _worker(batch)
+    return the_worker()(batch)
 
 
 def in_order(batches, workers: int, make, given: tuple):

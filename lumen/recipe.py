@@ -16,8 +16,10 @@ import yaml
 from lumen.errors import UserError, expand
 from lumen.launch import speak
 from lumen.near import minhash_settings
+from lumen.rules import chosen_rules, complete
 from lumen.sources import SPEC_KEYS, SourceSpec, label, read_spec
 from lumen.tokenizer import NAMED
+from lumen.values import short
 
 # ---------------------------------------------------------------- options
 
@@ -35,7 +37,7 @@ COMMON = {
     "batch_bytes": (1 << 20, "what a worker gets at a time"),
     "max_bad": (0.01, "fail at the end when a larger share of the rows is bad"),
     "strict": (False, "stop at the first bad row"),
-    "quiet": (False, "no lines and no progress bar"),
+    "quiet": (False, "no lines, no progress bar, no lengths.png"),
     "export_clean": ("", "a .jsonl to write the cleaned rows to that were kept"),
 }
 # What decides whether a text is kept, and what is changed in it: lumen/rules.py, lumen/near.py.
@@ -61,6 +63,7 @@ CONVERSATIONS = {
 OPTIONS = COMMON | CLEANING | CONVERSATIONS
 FLOATS = ("val_fraction", "max_bad", "quality_threshold")
 SWITCHES = ("ftfy",)  # true or false
+NAMES = ("rules", "language", "decontaminate")  # with commas between, or a list
 # What of CLEANING Rules reads.
 RULES = (
     "preset",
@@ -105,9 +108,10 @@ def plan_job(sources, out: str, tokenizer: str, val_sources, options: dict) -> J
     if unknown := set(options) - set(OPTIONS):
         names = ", ".join(sorted(unknown))
         raise UserError("E002", f"prepare has no option {names}; it has {', '.join(OPTIONS)}")
+    options = {name: value for name, value in options.items() if value is not None}
     options = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
-    sources = expand_all(sources)
-    val_sources = expand_all(val_sources)
+    sources = expand_all(sources, "sources")
+    val_sources = expand_all(val_sources, "val")
     out = expand(out)
     tokenizer = expand(tokenizer)
     check_options(options, bool(val_sources))
@@ -126,13 +130,30 @@ def plan_job(sources, out: str, tokenizer: str, val_sources, options: dict) -> J
         "max_doc_chars": options["max_doc_chars"],
         "tokenizer": label(tokenizer) if is_tokenizer_file(tokenizer) else tokenizer,
     }
-    return Job(sources, val_sources, out, tokenizer, options, settings | cleaning_of(options))
+    settings |= cleaning_of(options) | fields_of([*sources, *val_sources], options["field"])
+    if "rules" in settings:
+        chosen_rules(complete(settings["rules"]))  # a wrong name is said now, not after hours
+    return Job(sources, val_sources, out, tokenizer, options, settings)
 
 
-def expand_all(specs) -> list[str | SourceSpec]:
+def fields_of(specs: list[str | SourceSpec], field: str) -> dict:
+    """The setting `fields`: (field, kind) of each source, where any was asked for."""
+    asked = []
+    for spec in specs:
+        own = spec if isinstance(spec, SourceSpec) else SourceSpec(())
+        asked.append([own.field or field, own.shape])
+    return {"fields": asked} if any(map(any, asked)) else {}
+
+
+def expand_all(specs, where: str) -> list[str | SourceSpec]:
     if isinstance(specs, str):
         specs = [specs]
-    return [spec if isinstance(spec, SourceSpec) else expand(spec) for spec in specs or []]
+    specs = specs or []
+    if not isinstance(specs, (list, tuple)) or not all(
+        isinstance(spec, (str, SourceSpec)) for spec in specs
+    ):
+        raise UserError("E002", f"{where}: {short(specs)} is no path and no list of paths")
+    return [spec if isinstance(spec, SourceSpec) else expand(spec) for spec in specs]
 
 
 def names_in(text) -> list[str]:
@@ -183,7 +204,7 @@ class Mixture(NamedTuple):
     weights: dict[str, float]
 
 
-OF_A_SOURCE = ("path", "paths", "weight", "field", "kind", "val", *CLEANING)
+OF_A_SOURCE = ("path", "paths", "weight", "field", "kind", "val", "export_clean", *CLEANING)
 
 
 def read_mixture(file: str, typed: dict) -> Mixture:
@@ -207,15 +228,36 @@ def read_mixture(file: str, typed: dict) -> Mixture:
             raise UserError("E002", f"{file}: {place}: a name is letters, digits, _ - and .")
         source = source if isinstance(source, dict) else {"path": source}
         refuse_unknown(file, place, source, OF_A_SOURCE)
-        asked = {key: value for key, value in source.items() if key in SPEC_KEYS}
+        own = tree | source | typed
+        asked = {key: value for key, value in own.items() if key in SPEC_KEYS}
         spec = read_spec(asked, f"{file}: {place}", str(name))
         weights[name] = spec.weight
-        options = {key: value for key, value in (tree | source).items() if key in OPTIONS}
+        options = {key: value for key, value in own.items() if key in OPTIONS}
         folder = os.path.join(out, name)
         tokenizer = str(tree.get("tokenizer") or "bpe:8192")
         options["field"] = ""  # it is in the spec
-        jobs[name] = plan_job([spec], folder, tokenizer, source.get("val"), options)
+        try:
+            jobs[name] = plan_job([spec], folder, tokenizer, source.get("val"), options)
+        except UserError as error:
+            raise UserError(error.code, f"{file}: {place}: {error.text}") from None
+    refuse_unlike(file, jobs)
     return Mixture(out, jobs, weights)
+
+
+def refuse_unlike(file: str, jobs: dict[str, Job]) -> None:
+    """E002: sources that would write to one file, or whose near-duplicates cannot be compared."""
+    written, alike = {}, {}
+    for name, job in jobs.items():
+        if path := job.options["export_clean"]:
+            other = written.setdefault(os.path.realpath(expand(path)), name)
+            if other != name:
+                text = f"{other} and {name} would both write to {path}; give each its own"
+                raise UserError("E002", f"{file}: export_clean: {text}")
+        if minhash := job.settings.get("minhash"):
+            other, first = alike.setdefault("minhash", (name, minhash))
+            if first != minhash:
+                text = f"that of {other} is not that of {name}: their texts cannot be compared"
+                raise UserError("E002", f"{file}: minhash: {text}")
 
 
 def refuse_unknown(file: str, place: str, tree: dict, known) -> None:
@@ -236,7 +278,31 @@ CHOICES = {
 }
 
 
+def what_it_is(name: str) -> tuple[str, tuple]:
+    """(in words, the types) of an option's value; YAML reads `no` as false, and 1e6 as a word."""
+    default = OPTIONS[name][0]
+    if name in NAMES:
+        return "a word or a list of words (in quotes, if YAML takes it for another thing)", (str,)
+    if name == "minhash":
+        return "true, false or a mapping", (bool, dict)
+    if isinstance(default, bool) or name in SWITCHES:
+        return "true or false", (bool,)
+    if isinstance(default, str):
+        return "a word", (str,)
+    return ("a number", (int, float)) if name in FLOATS else ("a whole number", (int,))
+
+
+def check_type(name: str, value) -> None:
+    words, kinds = what_it_is(name)
+    for one in value if name in NAMES and isinstance(value, (list, tuple)) else [value]:
+        if type(one) not in kinds:
+            raise UserError("E002", f"{name}: {short(value)} is not {words}")
+
+
 def check_options(options: dict, has_val_sources: bool) -> None:
+    for name, value in options.items():
+        if value is not None:
+            check_type(name, value)
     val_fraction = options["val_fraction"]
     if has_val_sources and val_fraction is not None:
         text = "val and val_fraction exclude each other: with val all sources are for training"
@@ -249,9 +315,10 @@ def check_options(options: dict, has_val_sources: bool) -> None:
     good = good and 0 <= (options["quality_threshold"] or 0) <= 1
     for name in ("shard_tokens", "max_doc_chars", "batch_bytes", "seq_len"):
         good = good and options[name] >= 1
+    good = good and -(2**63) <= options["seed"] < 2**63
     if options["workers"] is not None:
         good = good and 1 <= options["workers"] <= 1024
     if not good:
         text = "val_fraction is 0 to 0.5, max_bad and quality_threshold 0 to 1; shard_tokens, "
-        text += "max_doc_chars, batch_bytes, seq_len at least 1, workers 1 to 1024"
+        text += "max_doc_chars, batch_bytes, seq_len at least 1, workers 1 to 1024, seed 64 bits"
         raise UserError("E002", text)

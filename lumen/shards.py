@@ -33,9 +33,13 @@ def new_file(path: str):
 
 
 def append_at(path: str, length: int, data: bytes) -> None:
-    """Goes on after a file's first `length` bytes, whatever a killed run left behind them. E119."""
+    """Goes on after a file's first `length` bytes, whatever a killed run left behind them. E119;
+    E111: it has fewer."""
     try:
         with open(path, "ab") as file:
+            if file.tell() < length:  # truncate would fill it up with zeros
+                text = f"{path}: {file.tell():,} bytes, {length:,} were written"
+                raise UserError("E111", text)
             file.truncate(length)
             file.write(data)
             file.flush()

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import prepare_data as P
-from lumen import chat, datacard, passes
+from lumen import chat, datacard, inputs, passes, pool, shards
 from lumen import tokenizer as T
 from lumen.config import INSIDE
 from lumen.conversations import to_messages, to_pair
@@ -141,6 +141,8 @@ def test_pairs_lie_one_after_the_other(tmp_path):
     out = tmp_path / "out"
     manifest = P.prepare([path], str(out), "bpe:400", seq_len=64, val_fraction=0.0, quiet=True)
     assert manifest["kind"] == "pairs" and manifest["splits"]["train"]["docs"] == 100
+    assert manifest["counts"]["kept"] == 50 and manifest["counts"]["cut"] == 0
+    assert manifest["loss_on"] == "last_turn"
     ids, mask, places = arrays(out)
     tokenizer = T.load(str(out))
     parts = list(zip(places[:-1].astype(int), places[1:].astype(int)))
@@ -149,6 +151,14 @@ def test_pairs_lie_one_after_the_other(tmp_path):
             want, targets = chat.render(messages, "chatml", tokenizer)
             assert ids[begin:end].tolist() == want.tolist()
             assert mask[begin:end].tolist() == targets.tolist()
+
+
+def test_one_conversation_is_trained_on_and_not_cut(tmp_path):
+    row = conversation(1)
+    row["messages"][1]["content"] = "y " * 4000
+    path = write_jsonl(tmp_path / "c.jsonl", [row])
+    manifest = P.prepare([path], str(tmp_path / "out"), "bytes", seq_len=9000, **QUIET)
+    assert [split["docs"] for split in manifest["splits"].values()] == [1, 0]
 
 
 def test_sources_of_several_kinds_are_refused(chats, tmp_path):
@@ -260,7 +270,7 @@ def test_dry_run_makes_nothing(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     P.main([str(texts), "--dry_run", "--preset", "web", "--out", "out"])
     said = capsys.readouterr().out
-    assert "140 rows looked at" in said and "words_50_to_100000" in said
+    assert "\n140 rows looked at" in said and "words_50_to_100000" in said
     assert os.listdir(tmp_path) == []
 
 
@@ -271,6 +281,10 @@ def test_evaluation_texts_are_left_out(texts, tmp_path):
     manifest = P.prepare([str(texts / "a.jsonl")], str(tmp_path / "out"), "bytes", **options)
     assert manifest["counts"]["dropped"] == {"rule:free_of_evaluation_text": 1}
     assert prose(3) not in kept_texts(tmp_path / "out")
+    os.remove(tmp_path / "eval.jsonl")  # finished data do without it
+    assert P.prepare([str(texts / "a.jsonl")], str(tmp_path / "out"), "bytes", **options)
+    with pytest.raises(UserError, match="E108.*eval.jsonl: there is no such file"):
+        P.prepare([str(texts / "a.jsonl")], str(tmp_path / "new"), "bytes", **options)
 
 
 # ---------------------------------------------------------------- several sources
@@ -312,12 +326,126 @@ def test_several_sources(texts, tmp_path, capsys):
     ("sources: {../a: {path: x}}", "sources.../a: a name is"),
     ("sources: {a: x}\nsurces: 1", "unknown key surces"),
     ("a: [", "is no YAML"),
+    ("language: no\nsources: {a: x}", "sources.a: language: False is not a word"),
+    ("seed: 1e6\nsources: {a: x}", "sources.a: seed: '1e6' is not a whole number"),
+    ("strict: 1\nsources: {a: x}", "sources.a: strict: 1 is not true or false"),
+    ("seed: 99999999999999999999\nsources: {a: x}", "seed 64 bits"),
+    ("sources: {a: {path: x, val: 5}}", "sources.a: val: 5 is no path"),
+    ("sources: {a: {path: x, rules: wrods}}", "sources.a: clean.rules: no 'wrods'"),
+    ("export_clean: c.jsonl\nsources: {a: x, b: y}", "a and b would both write to c.jsonl"),
+    ("sources: {a: {path: x, minhash: {ngram: 3}}, b: {path: x, minhash: true}}", "minhash: that"),
 ])  # fmt: skip
 def test_a_wrong_yaml_of_sources(text, said, tmp_path):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(UserError, match="E002") as caught:
         P.main([str(tmp_path / "data.yaml")])
     assert said in str(caught.value) and "data.yaml" in str(caught.value)
+
+
+def test_what_is_typed_beats_the_file(texts, tmp_path):
+    """Also what a source says; a field at the top is that of every source."""
+    path = write_jsonl(
+        tmp_path / "f.jsonl", [{"text": f"n {n}", "title": "t" * n} for n in range(1, 30)]
+    )
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        f"out: {tmp_path}/out\nfield: title\nsources: {{a: {{path: {path}, max_chars: 9}}}}"
+    )
+    made = P.prepare_mixture(str(file), {"max_chars": 4, "tokenizer": "bytes", "quiet": True})
+    assert made["a"]["settings"]["rules"] == {"max_chars": 4}
+    assert set(kept_texts(tmp_path / "out" / "a")) <= {"t" * n for n in range(1, 5)}
+
+
+def test_a_finished_mixture_does_without_its_texts(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": prose(n)}] * 3) for n in range(2)]
+    file = tmp_path / "data.yaml"
+    file.write_text(f"out: {tmp_path}/out\nminhash: true\ntokenizer: bpe:300\nsources:\n")
+    with file.open("a") as opened:
+        opened.writelines(f"  s{n}: {{path: {path}}}\n" for n, path in enumerate(paths))
+    typed = {"quiet": True, "val_fraction": 0.0}
+    made = P.prepare_mixture(str(file), typed)
+    for path in paths:
+        os.remove(path)
+    assert P.prepare_mixture(str(file), typed) == made
+    os.remove(tmp_path / "out" / "s0" / "manifest.json")
+    with pytest.raises(UserError, match="E108"):
+        P.prepare_mixture(str(file), typed)
+
+
+def test_a_mixture_takes_no_vocabulary_that_another_command_left(tmp_path, monkeypatch):
+    """Killed after the tokenizer, before the first source, and then asked for another one."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": prose(n)} for n in range(20)])
+    file = tmp_path / "data.yaml"
+    file.write_text(f"out: {tmp_path}/out\nsources: {{a: {path}}}\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(P, "begin", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        P.prepare_mixture(str(file), {"tokenizer": "bpe:300", "quiet": True})
+    made = P.prepare_mixture(str(file), {"tokenizer": "bpe:290", "quiet": True})
+    assert made["a"]["tokenizer"]["n_vocab"] == 290
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.nightly)])
+def test_a_mixture_stopped_at_any_write(times, chats, texts, tmp_path, monkeypatch):
+    """Text, conversations and pairs, with near-duplicates among them and exports: the process ends
+    before or after a file is replaced, removed or synced, again and again; the bytes are those of
+    an undisturbed one."""
+    rows = [json.loads(line) for line in open(chats, encoding="utf-8")][:50]
+    for row in rows[:9]:
+        again = json.loads(json.dumps(row))
+        again["messages"][-1]["content"] += " indeed"
+        rows.append(again)
+    write_jsonl(tmp_path / "c.jsonl", rows + rows[20:25])
+    write_jsonl(tmp_path / "p.jsonl", [pair(n) for n in range(50)])
+    paths = {"a": texts / "a.jsonl", "b": texts / "b.jsonl"}
+    paths |= {name: tmp_path / f"{name}.jsonl" for name in "cp"}
+    options = {"tokenizer": "bpe:300", "shard_tokens": 1500, "seq_len": 120, "batch_bytes": 900}
+    options |= {"minhash": True, "max_bad": 0.9, "val_fraction": 0.1, "pii": "mask"}
+
+    def make(out):
+        sources = {}
+        for name, path in paths.items():
+            sources[name] = {"path": str(path), "export_clean": f"{tmp_path}/{out}_{name}.out"}
+        tree = options | {"quiet": True, "out": f"{tmp_path}/{out}", "sources": sources}
+        (tmp_path / "d.yaml").write_text(json.dumps(tree))
+        P.prepare_mixture(str(tmp_path / "d.yaml"), {})
+        found = [digests(tmp_path / out / name) for name in paths]
+        return found + [(tmp_path / f"{out}_{name}.out").read_bytes() for name in paths]
+
+    monkeypatch.setattr(passes, "JOURNAL_SECONDS", 0)
+    writes, left = 0, -1
+
+    def stopping(real):
+        def call(*given):
+            nonlocal writes, left
+            for step in (lambda: real(*given), lambda: None):
+                writes, left = writes + 1, left - 1
+                if left == 0:
+                    raise Stop
+                step()
+
+        return call
+
+    for name in ("replace", "remove", "fsync"):
+        monkeypatch.setattr(os, name, stopping(getattr(os, name)))
+    whole = make("whole")
+    dropped = [json.loads((tmp_path / f"whole/{n}/report.json").read_text()) for n in paths]
+    assert [d["duplicates"]["near"] > 0 for d in dropped] == [True, True, True, False]
+    rng, most = random.Random(times), writes // 3
+    for trial in range(times):
+        stops = 0
+        while True:
+            left = rng.randrange(99, most)
+            try:
+                made = make(f"cut{trial}")
+                break
+            except Stop:
+                stops += 1
+        left = -1
+        assert stops > 2 and made == whole
 
 
 # ---------------------------------------------------------------- what is said of it
@@ -330,6 +458,191 @@ def test_export_clean_is_what_was_kept(texts, tmp_path):
     assert exported == kept_texts(out)
     again = P.prepare([str(clean)], str(tmp_path / "again"), "bytes", **QUIET)
     assert again["counts"]["cleaned"] == 0 and kept_texts(tmp_path / "again") == kept_texts(out)
+
+
+def test_export_clean_spares_its_sources(tmp_path, monkeypatch):
+    """Nor does it make half a file: of data that are finished, or were begun without it."""
+    rows = [{"text": prose(n)} for n in range(60)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match="E002.*is a source"):
+        P.prepare([path], str(tmp_path / "no"), "bytes", export_clean=path, **QUIET)
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 60
+    journal = P.Output.journal
+
+    def stop(self):
+        journal(self)
+        raise KeyboardInterrupt
+
+    options = QUIET | {"shard_tokens": 3000}
+    out, clean = str(tmp_path / "out"), str(tmp_path / "clean.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(P.Output, "journal", stop)
+        P.prepare([path], out, "bytes", **options)
+    with pytest.raises(UserError, match="E002.*lacks what was kept"):
+        P.prepare([path], out, "bytes", export_clean=clean, **options)
+    P.prepare([path], out, "bytes", **options)
+    with pytest.raises(UserError, match="E002.*is finished"):
+        P.prepare([path], out, "bytes", export_clean=clean, **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(P.Output, "journal", stop)
+        P.prepare([path], f"{out}2", "bytes", export_clean=clean, **options)
+    os.remove(clean)
+    with pytest.raises(UserError, match="E002.*lacks what was kept"):
+        P.prepare([path], f"{out}2", "bytes", export_clean=clean, **options)
+
+
+def test_another_field_is_another_dataset(tmp_path):
+    rows = [{"text": prose(n), "title": f"title {n}"} for n in range(9)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    P.prepare([path], str(tmp_path / "out"), "bytes", field="title", **QUIET)
+    for field in ("text", ""):
+        with pytest.raises(UserError, match="E117.*fields"):
+            P.prepare([path], str(tmp_path / "out"), "bytes", field=field, **QUIET)
+
+
+def test_the_report_counts_what_is_in_the_shards(chats, tmp_path):
+    """Of several shards: targets, padding, the lengths of documents, padding counted to them."""
+    out = tmp_path / "out"
+    manifest = P.prepare([chats], str(out), "bpe:400", seq_len=500, shard_tokens=4000, **QUIET)
+    report = json.loads((out / "report.json").read_text())["splits"]["train"]
+    shards = manifest["splits"]["train"]["shards"]
+    assert len(shards) > 3
+    masks = [np.load(out / shard["mask_file"], allow_pickle=False) for shard in shards]
+    assert report["targets"] == sum(int(mask.sum()) for mask in masks)
+    places = [np.load(out / shard["docs_file"], allow_pickle=False) for shard in shards]
+    lengths = np.concatenate([np.diff(place.astype(int)) for place in places])
+    assert report["documents"] == len(lengths)
+    assert report["tokens_per_document"]["max"] == lengths.max()
+    tokenizer, whole = T.load(str(out)), 0
+    for split in manifest["splits"].values():
+        whole += split["tokens"] - sum(shard["padding"] for shard in split["shards"])
+    wanted = [chat.render(to_messages(conversation(n)), "chatml", tokenizer) for n in range(300)]
+    assert whole == sum(len(ids) for ids, _ in wanted)
+
+
+def test_rules_of_conversations(chats, tmp_path):
+    """They see all of a conversation; addresses are masked in what is trained on; evaluation texts
+    are found in it."""
+    rows = [conversation(n) for n in range(40)]
+    asked = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    for content in ("write to someone@mail.org soon", asked, "x" * 3000):
+        rows.append({"messages": [{"role": "user", "content": content}, rows[0]["messages"][1]]})
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    (tmp_path / "eval.txt").write_text(asked)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": asked}) + "\n")
+    options = QUIET | {"pii": "mask", "max_chars": 2500, "seq_len": 4000}
+    options |= {"decontaminate": str(tmp_path / "eval.jsonl"), "export_clean": str(tmp_path / "x")}
+    manifest = P.prepare([path], str(tmp_path / "out"), "bytes", **options)
+    names = {"rule:characters_2500_or_less": 1, "rule:free_of_evaluation_text": 1}
+    assert manifest["counts"]["dropped"] == names and manifest["counts"]["cleaned"] == 1
+    kept = (tmp_path / "x").read_text()
+    assert "write to" in kept and "someone@" not in kept
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["masked"] == 1
+
+
+def test_long_files_are_one_document_of_which_no_rule_decides(tmp_path, monkeypatch, capsys):
+    """And that is said. Two that are equal are one; changed by cleaning is counted once."""
+    monkeypatch.setattr(inputs, "PIECE", 5000)
+    line, plain = "line {} someone@mail.org\n", "line {} of another piece\n"
+    text = "".join((plain if 300 < n < 700 else line).format(n) for n in range(900))
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(text)
+    words = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    options = {"val_fraction": 0.0, "max_chars": 100, "pii": "mask"}
+    manifest = P.prepare(words, str(tmp_path / "out"), "bytes", **options)
+    counts = manifest["counts"]
+    assert counts["dropped"] == {"E107": 1} and counts["kept"] == counts["cleaned"] == 1
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["masked"] == 501
+    assert "no rule" in capsys.readouterr().out and "someone" not in kept_texts(tmp_path / "out")[0]
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(text.encode() + b"\xff")
+    with pytest.raises(UserError, match="E109.*whole files lost: .*bad.txt"):
+        P.prepare([*words, str(bad)], str(tmp_path / "more"), "bytes", **options, max_bad=0.9)
+    capsys.readouterr()
+    P.main([*words, "--dry_run", "--max_chars", "100"])
+    said = capsys.readouterr().out
+    assert "\n2 rows looked at" in said and "not readable: none" in said
+    source = {"out": f"{tmp_path}/m", "tokenizer": "bpe:300", "sources": {"a": words[0]}}
+    (tmp_path / "d.yaml").write_text(json.dumps(source))
+    made = P.prepare_mixture(str(tmp_path / "d.yaml"), {"quiet": True, "val_fraction": 0.0})
+    assert made["a"]["tokenizer"]["n_vocab"] == 300  # the long file was looked at
+
+
+def test_what_is_not_kept_stands_for_nothing(tmp_path):
+    """Of two conversations that are nearly alike one is too long for a row: the other is kept,
+    whichever has the smaller key."""
+    rows = []
+    for n in range(12):
+        said = prose(n)
+        for more in ("", " " + "and so it ends" * 3):
+            turns = [{"role": "user", "content": f"tell me {n}"}]
+            turns.append({"role": "assistant", "content": said + more})
+            rows.append({"messages": turns})
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    longest = max(len(prose(n)) for n in range(12))
+    options = {"too_long": "drop", "seq_len": longest + 30, "minhash": True}
+    manifest = P.prepare([path], str(tmp_path / "out"), "bytes", **options | QUIET)
+    tokenizer = T.load("bytes")
+    kept = set()
+    for n, row in enumerate(rows):
+        if len(chat.render(to_messages(row), "chatml", tokenizer)[0]) <= longest + 31:
+            kept.add(n // 2)
+    assert manifest["counts"]["dropped"]["E106"] > 3
+    assert manifest["counts"]["kept"] == len(kept) == 12
+
+
+def test_options_that_do_nothing_are_named(texts, chats, tmp_path, capsys):
+    P.prepare([str(texts / "a.jsonl")], str(tmp_path / "t"), "bytes", template="chat", seq_len=9)
+    assert "--seq_len, --template does nothing" in capsys.readouterr().out
+    P.prepare([chats], str(tmp_path / "c"), "bytes", max_doc_chars=99, max_bad=1.0)
+    assert "conversations: --max_doc_chars does nothing" in capsys.readouterr().out
+
+
+def cannot_begin(why):
+    raise UserError("E003", why)
+
+
+def test_a_worker_that_cannot_begin_says_why():
+    """What an initializer of a pool raises is lost; this is not."""
+    with pytest.raises(UserError, match="E003.*no such package"):
+        list(pool.in_order([1, 2], 2, cannot_begin, ("no such package",)))
+
+
+def test_a_file_that_lost_what_was_written_is_not_filled_with_zeros(tmp_path):
+    shards.append_at(str(tmp_path / "f"), 0, b"1234")
+    shards.append_at(str(tmp_path / "f"), 2, b"5")
+    assert (tmp_path / "f").read_bytes() == b"125"
+    with pytest.raises(UserError, match="E111.*3 bytes, 4 were"):
+        shards.append_at(str(tmp_path / "f"), 4, b"6")
+
+
+def test_lines_that_wait_for_the_disk_are_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.Growing, "HELD", 50)
+    growing = shards.Growing(str(tmp_path / "f"))
+    for n in range(9):
+        growing.add({"number": n})
+    assert growing.held < 50 and growing.size == os.path.getsize(growing.path) > 50
+
+
+@pytest.mark.parametrize("make", [conversation, pair])
+def test_exported_rows_are_read_back(make, tmp_path):
+    """The same shards come from them; a reply of control characters only is none; what was cut is
+    in the report."""
+    rows = [make(n) for n in range(40)]
+    empty = json.loads(json.dumps(rows[0]).replace("question", "another").replace("what", "how"))
+    if make is pair:
+        empty["chosen"] = "\x01\x02"
+    else:
+        empty["messages"][-1]["content"] = "\x01\x02"
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, empty])
+    out, clean = tmp_path / "out", tmp_path / "clean.jsonl"
+    options = QUIET | {"seq_len": 50, "max_bad": 0.1, "template": "raw", "loss_on": "all"}
+    first = P.prepare([path], str(out), "bytes", export_clean=str(clean), **options)
+    assert first["counts"]["dropped"] == {"E104": 1}
+    again = P.prepare([str(clean)], str(tmp_path / "again"), "bytes", **options)
+    assert again["splits"] == first["splits"]
+    done = json.loads((out / "report.json").read_text())["done_to_rows"]
+    assert (done.get("truncated", 0) > 5) == (make is conversation)
 
 
 def test_validate_only_leaves_nothing(texts, tmp_path, capsys, monkeypatch):
