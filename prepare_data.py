@@ -60,7 +60,7 @@ from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
 from lumen.launch import Words, command, speak
 from lumen.manifest import make_manifest, read_dataset_json, token_dtype, verify
-from lumen.output import Output
+from lumen.output import Output, is_bad
 from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
 from lumen.pool import in_order
 from lumen.recipe import (
@@ -278,6 +278,10 @@ def say_finished(job: Job, manifest: dict) -> None:
     verify = f"python prepare_data.py --verify {job.out}"
     job.say(f"{job.out} is already there: {tokens:,} train tokens")
     job.say(f"its files have the right sizes; {verify} looks at every byte")
+    dropped = manifest["counts"]["dropped"]
+    bad = sum(n for code, n in dropped.items() if is_bad(code))
+    if bad and job.options["strict"]:
+        job.say(f"note: --strict is for the making; {bad:,} rows were bad then: rejected.jsonl")
     if cut and manifest["provenance"].get("rules", 1) < RULES:
         documents = f"its {cut:,} longest documents hold an end-of-text at every cut"
         job.say(f"note: an older Lumen made it: {documents}")
@@ -370,7 +374,7 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
         output.exported = Growing(expand(job.options["export_clean"]))
     if "state" in progress:
         output.resume(progress["state"])
-    pace = encode(over, output, total)
+    pace = encode(over, output)
 
     say_rejected(job, output)
     refuse_bad_rows(job, output)
@@ -427,6 +431,7 @@ def train_tokenizer(job: Job, passes: list[Pass], path: str) -> Tokenizer:
     n_vocab = int(spec.partition(":")[2])
     total = sum(given.size for over in passes for given in over.inputs if given.split != "val")
     max_chars = TRAIN_CHARS if total > TRAIN_BYTES else None
+    job.say(f"tokenizer {spec}: reading {min(total, TRAIN_BYTES) / 1e6:,.1f} MB to train it")
     texts = (text for over in passes for text in training_texts(over.settings, over.inputs, total))
     tokenizer = train_bpe(texts, n_vocab, spec, max_chars)
     text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
@@ -479,7 +484,7 @@ class Pace(NamedTuple):
         )
 
 
-def encode(over: Pass, output: Output, total: int) -> Pace:
+def encode(over: Pass, output: Output) -> Pace:
     """All batches from the output's position on, into shards."""
     settings, options = output.settings, over.job.options
     batches = read_batches(output.inputs, output.position, options["batch_bytes"], settings["seed"])
@@ -489,7 +494,7 @@ def encode(over: Pass, output: Output, total: int) -> Pace:
     done = 0
     stages = Counter()
     hidden = True if options["quiet"] else None  # None: on a terminal only
-    with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+    with tqdm(total=over.total, unit="B", unit_scale=True, disable=hidden) as bar:
         for batch, (rows, seconds) in in_order(batches, over.workers, Encoder, given):
             for index, row in rows:
                 output.take(index, row)
@@ -521,9 +526,13 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
     max_bad, tokens = job.options["max_bad"], output.splits["train"].tokens
     if bad <= max_bad * rows and tokens and not (output.lost and max_bad < 1):
         return
+    if not bad and not tokens and output.examples:
+        most = max(output.examples, key=lambda code: output.counts[code])
+        why = f"{most} {meaning_of(most)}: {output.counts[most]:,}, as {output.examples[most][0]}"
+        raise UserError("E109", f"nothing is left to train on of {rows:,} rows; {why}")
     first = "no text at all"
     for code, lines in sorted(output.examples.items(), reverse=True):
-        if code not in ("E106", "E107"):  # as asked for: no mistake
+        if is_bad(code):
             first = lines[0]
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
@@ -683,7 +692,11 @@ def main(argv: list[str]) -> None:
     elif "out" not in options:
         raise UserError("E002", "--out is missing: the folder of the dataset")
     else:
-        prepare(sources, **options)
+        try:
+            prepare(sources, **options)
+        except KeyboardInterrupt:
+            speak("stopped; the same command goes on where it was")
+            raise
         if shown:
             show_rows(expand(options["out"]), shown)
 

@@ -75,6 +75,11 @@ class Input(NamedTuple):
         return self._replace(size=stat.st_size, mtime=stat.st_mtime_ns)
 
 
+def is_packed(given: Input) -> bool:
+    """Whether it holds more bytes of rows than its size says."""
+    return given.kind in ("parquet", "hf") or bool(codec_of(given.path))
+
+
 def stored_input(values: list) -> Input:
     """An Input from a manifest. Before `documents` had a place of its own, `mtime` held that
     number."""

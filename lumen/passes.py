@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lumen.encode import Cleaned, Cleaner, Encoder, all_text
 from lumen.errors import UserError
 from lumen.files import read_json
+from lumen.inputs import is_packed
 from lumen.near import Keys, Near, bands_of
 from lumen.pool import in_order
 from lumen.recipe import Job
@@ -61,13 +62,19 @@ class Pass(NamedTuple):
     workers: int
     evaluation: object = None  # a Contaminated
 
+    @property
+    def total(self) -> int | None:
+        """Bytes that there are to read, for the bar's ETA; None: some are packed, nobody knows."""
+        if any(is_packed(given) for given in self.inputs):
+            return None
+        return sum(given.size for given in self.inputs)
+
     def batches(self, what: str, make, given: tuple, position=(0, 0, 1)):
         """(batch, make(*given)(batch)) in order, with a bar."""
         size, seed = self.job.options["batch_bytes"], self.settings["seed"]
         batches = read_batches(self.inputs, position, size, seed)
-        total = sum(given.size for given in self.inputs)
         hidden = True if self.job.options["quiet"] else None  # None: on a terminal only
-        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=hidden) as bar:
+        with tqdm(total=self.total, unit="B", unit_scale=True, desc=what, disable=hidden) as bar:
             for batch, result in in_order(batches, self.workers, make, given):
                 yield batch, result
                 bar.update(sum(len(item.data) for item in batch))

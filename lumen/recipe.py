@@ -299,6 +299,19 @@ def check_type(name: str, value) -> None:
             raise UserError("E002", f"{name}: {short(value)} is not {words}")
 
 
+LIMITS = {
+    "val_fraction": (0, 0.5),
+    "max_bad": (0, 1),
+    "quality_threshold": (0, 1),
+    "shard_tokens": (1, 10**12),
+    "max_doc_chars": (1, 10**12),
+    "batch_bytes": (1, 10**9),
+    "seq_len": (1, 10**7),
+    "workers": (1, 1024),
+    "seed": (-(2**63), 2**63 - 1),
+}
+
+
 def check_options(options: dict, has_val_sources: bool) -> None:
     for name, value in options.items():
         if value is not None:
@@ -311,14 +324,7 @@ def check_options(options: dict, has_val_sources: bool) -> None:
         if (options[name] or known[0]) not in known:
             text = f"{name}: {options[name]!r} is not one of {', '.join(filter(None, known))}"
             raise UserError("E002", text)
-    good = 0 <= (val_fraction or 0) <= 0.5 and 0 <= options["max_bad"] <= 1
-    good = good and 0 <= (options["quality_threshold"] or 0) <= 1
-    for name in ("shard_tokens", "max_doc_chars", "batch_bytes", "seq_len"):
-        good = good and options[name] >= 1
-    good = good and -(2**63) <= options["seed"] < 2**63
-    if options["workers"] is not None:
-        good = good and 1 <= options["workers"] <= 1024
-    if not good:
-        text = "val_fraction is 0 to 0.5, max_bad and quality_threshold 0 to 1; shard_tokens, "
-        text += "max_doc_chars, batch_bytes, seq_len at least 1, workers 1 to 1024, seed 64 bits"
-        raise UserError("E002", text)
+    for name, (low, high) in LIMITS.items():
+        value = options[name]
+        if value is not None and not low <= value <= high:
+            raise UserError("E002", f"{name}: {value} is not from {low} to {high}")

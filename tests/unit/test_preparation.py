@@ -329,7 +329,7 @@ def test_several_sources(texts, tmp_path, capsys):
     ("language: no\nsources: {a: x}", "sources.a: language: False is not a word"),
     ("seed: 1e6\nsources: {a: x}", "sources.a: seed: '1e6' is not a whole number"),
     ("strict: 1\nsources: {a: x}", "sources.a: strict: 1 is not true or false"),
-    ("seed: 99999999999999999999\nsources: {a: x}", "seed 64 bits"),
+    ("seed: 99999999999999999999\nsources: {a: x}", "is not from -9223372036854775808"),
     ("sources: {a: {path: x, val: 5}}", "sources.a: val: 5 is no path"),
     ("sources: {a: {path: x, rules: wrods}}", "sources.a: clean.rules: no 'wrods'"),
     ("export_clean: c.jsonl\nsources: {a: x, b: y}", "a and b would both write to c.jsonl"),
