@@ -476,11 +476,14 @@ class Pace(NamedTuple):
         splits = output.splits.values()
         ratio = sum(s.bytes_text for s in splits) / sum(s.tokens for s in splits)
         megabytes = self.done / 1e6
-        stages = ", ".join(f"{name} {spent:.1f} s" for name, spent in self.stages.items())
+        stages = []
+        for name, spent in self.stages.items():
+            rate = megabytes / max(spent, 1e-6)
+            stages.append(f"{name} {spent:.1f} s, {rate:,.0f} MB/s")
         return (
             f"{ratio:.2f} bytes per token; {megabytes:.1f} MB in {self.seconds:.1f} s with "
             f"{self.workers} process(es): {megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
-            f"{megabytes / self.seconds:.1f} MB/s of wall time ({stages})"
+            f"{megabytes / self.seconds:.1f} MB/s of wall time ({'; '.join(stages)})"
         )
 
 
