@@ -17,6 +17,7 @@ from lumen.config import INSIDE
 from lumen.conversations import to_messages, to_pair
 from lumen.errors import UserError
 from lumen.recipe import OPTIONS, SWITCHES
+from lumen.shards import Shards
 from lumen.synthetic import synthetic_document
 
 QUIET = {"quiet": True, "val_fraction": 0.1}
@@ -654,6 +655,25 @@ def test_validate_only_leaves_nothing(texts, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.jsonl").write_text("no json\n")
     with pytest.raises(UserError, match="E109"):
         P.main([str(tmp_path / "bad.jsonl"), "--validate_only", "--tokenizer", "bytes", "--quiet"])
+
+
+def test_overlap_is_looked_for_in_the_shards(chats, texts, tmp_path):
+    """Nothing that is in both, and, once a shard of val holds a document of train, that one."""
+    options = QUIET | {"seq_len": 400}
+    for name, source in (("chat", chats), ("text", str(texts))):
+        out = tmp_path / name
+        P.prepare([source], str(out), "bpe:400", **options)
+        assert json.loads((out / "report.json").read_text())["train_val_overlap"] == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        splits = {}
+        for split in ("train", "val"):
+            splits[split] = Shards(str(out), split, 0, manifest["settings"].get("rows"))
+            splits[split].closed = manifest["splits"][split]["shards"]
+            splits[split].pad_id = manifest["tokenizer"]["pad_id"]
+        assert datacard.overlap(str(out), splits) == 0
+        splits["val"].closed = splits["train"].closed
+        documents = manifest["splits"]["train"]["docs"]
+        assert datacard.overlap(str(out), splits) == documents
 
 
 def test_presets_of_the_card_are_those_of_the_docs():
