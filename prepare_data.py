@@ -240,12 +240,13 @@ def find_all_inputs(job: Job, unread: dict) -> list[Input] | None:
         for path in evaluation_files(job.options):
             if not os.path.isfile(path):
                 raise UserError("E108", f"--decontaminate {path}: there is no such file")
+        tokenizer = None if job.trains_tokenizer else locate(job.tokenizer)
     except UserError:
         if not os.path.exists(os.path.join(job.out, "manifest.json")):
             raise
         return None
-    if not job.trains_tokenizer and (path := locate(job.tokenizer)):
-        file = Input(-1, "val", "tokenizer", job.settings["tokenizer"], path)
+    if tokenizer:
+        file = Input(-1, "val", "tokenizer", job.settings["tokenizer"], tokenizer)
         inputs.append(file.measured())
     for path in evaluation_files(job.options):
         inputs.append(Input(-1, "val", "evaluation", label(path), path).measured())
