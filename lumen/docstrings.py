@@ -23,22 +23,15 @@ from typing import NamedTuple
 
 from lumen.errors import UserError, a_path, expand
 from lumen.files import replacing
+from lumen.inputs import STDLIB_PASSED_OVER
 from lumen.launch import Words, command
 
 KINDS = ("chat", "choice", "pairs")
 SPLITS = ("train", "val")
 VAL_SHARE = 0.1  # of the top-level modules
 # no library of use (test, tkinter's games), or made by a program
-PASSED_OVER = {
-    "test",
-    "tests",
+PASSED_OVER = STDLIB_PASSED_OVER | {
     "idlelib",
-    "idle_test",
-    "lib2to3",
-    "encodings",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
     "turtledemo",
     "pydoc_data",
     "ensurepip",

@@ -39,6 +39,17 @@ LONGEST = 64 << 20
 # to 20, and 1,032 is the most that deflate can do.
 RATIO = 250
 SHAPES = ("text", "chat", "pairs")
+# folders of the running Python's library that are no text of its own: tests, tables, other people's
+STDLIB_PASSED_OVER = {
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 class Input(NamedTuple):

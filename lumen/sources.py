@@ -30,6 +30,7 @@ from lumen.inputs import (
     CODECS,
     ENDINGS,
     SHAPES,
+    STDLIB_PASSED_OVER,
     Input,
     Item,
     Reading,
@@ -47,16 +48,6 @@ __all__ = ["ENDINGS", "Input", "Item", "Reading", "Reject", "Row", "SourceSpec",
 __all__ += ["document_key", "file_sha256", "find_inputs", "is_prepared", "item_rows", "kind_of"]
 __all__ += ["label", "read_items", "read_specs", "settle_shapes", "stored_input", "what_changed"]
 
-STDLIB_PASSED_OVER = {
-    "test",
-    "tests",
-    "idle_test",
-    "lib2to3",
-    "encodings",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
 PACKAGES_PASSED_OVER = STDLIB_PASSED_OVER - {"lib2to3", "encodings"} | {
     "testing",
     "benchmarks",
