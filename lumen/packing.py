@@ -70,11 +70,6 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sorted(rows)  # in the order of their first conversations
 
 
-def fill(lengths: Sequence[int], rows: list[list[int]], room: int) -> float:
-    """The share of the rows' places that is no padding."""
-    return sum(int(lengths[i]) for row in rows for i in row) / max(1, len(rows) * room)
-
-
 def layout_rows(
     conversations: Sequence[tuple], rows: list[list[int]], length: int, pad_id: int, dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Where text comes from: a source (file, folder, glob, stdlib, packages, synthetic:N, hf:NAME) is a
 list of inputs, an input is read as items, an item is split into rows.
 
-    read_specs(yaml)       ->  SourceSpec(paths, name, weight, field, shape), ...
+    read_spec(yaml, ...)   ->  SourceSpec(paths, name, weight, field, shape)
     find_inputs("texts/")  ->  Input(kind "jsonl", path, size, ...), ...
     settle_shapes(inputs)  ->  the same with the field and the shape of their rows
     read_items(Reading)    ->  Item(kind "jsonl", offset, line, bytes), ...   readers.READERS
@@ -46,7 +46,7 @@ from lumen.values import as_number, short
 # the public names of reading, whichever file holds them
 __all__ = ["ENDINGS", "Input", "Item", "Reading", "Reject", "Row", "SourceSpec", "detect"]
 __all__ += ["document_key", "file_sha256", "find_inputs", "is_prepared", "item_rows", "kind_of"]
-__all__ += ["label", "read_items", "read_specs", "settle_shapes", "stored_input", "what_changed"]
+__all__ += ["label", "read_items", "read_spec", "settle_shapes", "stored_input", "what_changed"]
 
 PACKAGES_PASSED_OVER = STDLIB_PASSED_OVER - {"lib2to3", "encodings"} | {
     "testing",
@@ -84,31 +84,8 @@ class SourceSpec(NamedTuple):
 SPEC_KEYS = ("path", "paths", "name", "weight", "field", "kind")
 
 
-def read_specs(given, file: str = "") -> list[SourceSpec]:
-    """Sources as YAML has them: a word, a list of words and mappings, or {name: word or mapping}
-    with path | paths, name, weight, field, kind. E002 names the file and the key."""
-    where = f"{file}: sources" if file else "sources"
-    if isinstance(given, str):
-        given = [given]
-    specs = []
-    if isinstance(given, dict):
-        for name, value in given.items():
-            specs.append(read_spec(value, f"{where}.{name}", str(name)))
-    elif isinstance(given, list):
-        for n, value in enumerate(given):
-            specs.append(read_spec(value, f"{where}[{n}]"))
-    if not specs:
-        meaning = "a list of paths, or {name: {path: ..., weight: ...}}"
-        raise UserError("E002", f"{where}: {short(given)} is not {meaning}")
-    counts = Counter(spec.name for spec in specs)
-    for name, count in counts.items():
-        if count > 1:
-            text = f"{count} sources are called {name}; give them a name: each"
-            raise UserError("E002", f"{where}: {text}")
-    return specs
-
-
 def read_spec(value, where: str, name: str = "") -> SourceSpec:
+    """A source as YAML has it: a word, or a mapping with SPEC_KEYS. E002 begins with `where`."""
     if isinstance(value, str):
         value = {"path": value}
     if not isinstance(value, dict):

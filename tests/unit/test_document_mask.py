@@ -502,3 +502,30 @@ def test_the_plan_counts_a_mask_where_there_is_one():
         assert need("fp32", documents=True, cuda=False, **layout) == need(
             "fp32", cuda=False, **layout
         )
+
+
+def test_half_precision_short_and_long():
+    """A short document attends in fp32 on a CPU, a long one in bf16: both are right, and the
+    gradients have the dtype of what they are of."""
+    generator = torch.Generator().manual_seed(0)
+    T = kernels.SHORT + 100
+    of = numbers_of(100, T)
+    wide = [torch.randn(1, T, 2, 8, generator=generator).bfloat16().float() for _ in range(3)]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv = [t.clone().to(dtype).requires_grad_() for t in wide]
+        docs = kernels.documents(of, "sdpa", dtype)
+        y = kernels.attention(*qkv, "sdpa", docs)
+        y.float().square().sum().backward()
+        found[dtype] = [y, *(t.grad for t in qkv)]
+    for want, got in zip(*found.values()):
+        assert got.dtype == torch.bfloat16
+        assert torch.allclose(got.float(), want, atol=0.03, rtol=0.03)
+    # of the short one only the output is rounded
+    short, rounded = found[torch.bfloat16][0][:, :100], found[torch.float32][0][:, :100].bfloat16()
+    assert (short == rounded).float().mean() > 0.99
+
+
+def numbers_of(first: int, T: int) -> torch.Tensor:
+    """Two documents, the first of so many tokens: (1, T)."""
+    return (torch.arange(T)[None] >= first).long()

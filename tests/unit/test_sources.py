@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lumen import columns, inputs, readers, rows, sources, streams
 from lumen.errors import UserError
 from lumen.inputs import Input, Reading
-from lumen.sources import find_inputs, read_specs, settle_shapes
+from lumen.sources import find_inputs, read_spec, settle_shapes
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -475,7 +475,7 @@ def test_a_field_is_given(tmp_path):
         tmp_path / "a.jsonl", {"text": "no", "words": "yes", "turns": CHAT["messages"]}
     )
     for field, shape, value in (("words", "text", "yes"), ("turns", "chat", CHAT)):
-        (spec,) = read_specs([{"path": str(path), "field": field}])
+        spec = read_spec({"path": str(path), "field": field}, "here")
         (found,), one, _ = settle(spec)
         assert (found.field, one) == (field, shape)
         assert [r.value for r in read(path, field=field, shape=shape)] == [value]
@@ -561,7 +561,7 @@ def test_a_table_without_text(tmp_path):
             settle(tmp_path / name)
         (row,) = read(tmp_path / name)
         assert row.code == "E102" and row.value.whole_file and "words" in row.value.reason
-        (spec,) = read_specs([{"path": str(tmp_path / name), "field": "words"}])
+        spec = read_spec({"path": str(tmp_path / name), "field": "words"}, "here")
         (found,), *_ = settle(spec)
         assert texts_of(read(tmp_path / name, field=found.field)) == ["a"]
     (tmp_path / "c.csv").write_bytes(b"")
@@ -573,42 +573,34 @@ def test_a_table_without_text(tmp_path):
 
 
 def test_specs_of_a_yaml():
-    specs = read_specs(
-        {"web": {"paths": ["a", "b"], "weight": 3, "field": "x", "kind": "chat"}, "c": "d"}
-    )
-    assert specs[0] == sources.SourceSpec(("a", "b"), "web", 3.0, "x", "chat")
-    assert specs[1] == sources.SourceSpec(("d",), "c", 1.0, "", "")
-    (spec,) = read_specs([{"path": "a", "field": "automatic", "kind": "auto"}])
+    mapping = {"paths": ["a", "b"], "weight": 3, "field": "x", "kind": "chat"}
+    spec = read_spec(mapping, "here", "web")
+    assert spec == sources.SourceSpec(("a", "b"), "web", 3.0, "x", "chat")
+    assert read_spec("d", "here", "c") == sources.SourceSpec(("d",), "c", 1.0, "", "")
+    spec = read_spec({"path": "a", "field": "automatic", "kind": "auto"}, "here")
     assert (spec.field, spec.shape) == ("automatic", "")
-    assert (
-        read_specs("stdlib")
-        == read_specs(["stdlib"])
-        == [sources.SourceSpec(("stdlib",), "stdlib")]
-    )
+    assert read_spec("stdlib", "here") == sources.SourceSpec(("stdlib",), "stdlib")
 
 
 @pytest.mark.parametrize(
-    ("given_sources", "said"),
+    ("given", "said"),
     [
-        (None, "sources: None is not a list of paths"),
-        ([], "is not a list"),
-        ({"a": 3}, "sources.a: 3 is no path"),
-        ({"a": {}}, "sources.a: one of path and paths"),
-        ({"a": {"path": "x", "paths": ["y"]}}, "one of path and paths"),
-        ({"a": {"paths": "x"}}, "sources.a.paths: 'x' is not a list"),
-        ({"a": {"path": ["x"]}}, "sources.a.path: .* is not a word"),
-        ({"a": {"path": "x", "wieght": 1}}, "sources.a.wieght: there is no such key"),
-        ({"a": {"path": "x", "weight": 0}}, "sources.a.weight: 0 is not a number above 0"),
-        ({"a": {"path": "x", "weight": True}}, "sources.a.weight: True"),
-        ({"a": {"path": "x", "kind": "dpo"}}, "sources.a.kind: dpo is not auto, text"),
-        ({"a": {"path": "x", "kind": "pairs", "field": "y"}}, "sources.a.field: pairs"),
-        ({"a": {"path": "$NOT_SET_HERE/x"}}, "sources.a: .*NOT_SET_HERE is not set"),
-        (["x/a", "y/a"], "2 sources are called a"),
+        (3, "sources.a: 3 is no path"),
+        ({}, "sources.a: one of path and paths"),
+        ({"path": "x", "paths": ["y"]}, "one of path and paths"),
+        ({"paths": "x"}, "sources.a.paths: 'x' is not a list"),
+        ({"path": ["x"]}, "sources.a.path: .* is not a word"),
+        ({"path": "x", "wieght": 1}, "sources.a.wieght: there is no such key"),
+        ({"path": "x", "weight": 0}, "sources.a.weight: 0 is not a number above 0"),
+        ({"path": "x", "weight": True}, "sources.a.weight: True"),
+        ({"path": "x", "kind": "dpo"}, "sources.a.kind: dpo is not auto, text"),
+        ({"path": "x", "kind": "pairs", "field": "y"}, "sources.a.field: pairs"),
+        ({"path": "$NOT_SET_HERE/x"}, "sources.a: .*NOT_SET_HERE is not set"),
     ],
 )
-def test_specs_that_cannot_be(given_sources, said):
+def test_specs_that_cannot_be(given, said):
     with pytest.raises(UserError, match=f"E002.*data.yaml: .*{said}"):
-        read_specs(given_sources, "data.yaml")
+        read_spec(given, "data.yaml: sources.a", "a")
 
 
 def test_inputs_have_one_order(tmp_path, monkeypatch):
@@ -627,13 +619,15 @@ def test_inputs_have_one_order(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "walk", walk)
     assert [one.name for one in find_inputs(str(tmp_path / "in"), 0, "train")] == names
-    (spec,) = read_specs(
-        [{"paths": [str(tmp_path / "in/a"), str(tmp_path / "in/b/../a")], "name": "x"}]
+    spec = read_spec(
+        {"paths": [str(tmp_path / "in/a"), str(tmp_path / "in/b/../a")], "name": "x"}, "here"
     )
     names = [one.name for one in find_inputs(spec, 0, "train")]
     assert len(names) == len(set(names)) == 4 and names[0] == "x/0/a/10.txt"
     write_jsonl(tmp_path / "chat.jsonl", CHAT)
-    (spec,) = read_specs([{"paths": [str(tmp_path / "chat.jsonl"), "docstrings"], "name": "talk"}])
+    spec = read_spec(
+        {"paths": [str(tmp_path / "chat.jsonl"), "docstrings"], "name": "talk"}, "here"
+    )
     _, shape, lines = settle(spec)
     assert shape == "chat" and lines == ["talk: conversations"]
 
