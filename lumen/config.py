@@ -39,6 +39,15 @@ class OrchestratorConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    r: int = 0  # rank of the adapters; 0: none, all weights are trained
+    alpha: float = 32.0  # adapters add alpha / r times B A
+    rslora: bool = False  # alpha / sqrt(r) in place of alpha / r (Kalajdzievski 2023)
+    dropout: float = 0.0  # on what goes into an adapter; experts have none
+    targets: list | None = None  # parts of names (wqkv, w13 ...); null: all matrices and experts
+
+
+@dataclass(frozen=True)
 class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
@@ -88,6 +97,15 @@ class Config:
     wandb_run_name: str | None = None  # null: the name of out_dir
     tensorboard: bool = False  # write out_dir/tensorboard (pip install tensorboard)
     sample_prompt: str | None = None  # print a continuation of this at the end of the run
+    # fine-tuning, by finetune.py only
+    method: str = "sft"  # replies; or preferences between two: see docs/fine-tuning.md
+    beta: float | None = None  # of preferences, its pull to the reference; null: the method's own
+    gamma: float | None = None  # simpo: by how much the better reply should win; null: beta / 2
+    label_smoothing: float | None = None  # dpo, cdpo: share of pairs that are the wrong way round
+    sft_coef: float = 0.0  # of preferences: weight of the chosen reply's cross-entropy beside them
+    quantize_base: str | None = None  # how frozen matrices are held under lora; null: as they are
+    freeze: list | None = None  # roles not to train: router, embedding, head, norm, expert, matrix
+    init_optimizer: bool = False  # begin with the moments of init_from's optimizer, not with zeros
     # machine
     seed: int = 1337  # of weights, order of data, dropout
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -109,11 +127,13 @@ class Config:
     resume: str = "auto"  # auto: newest step in out_dir; none: anew; a run or step folder: from it
     init_from: str | None = None  # start from the weights of a run, a step or a Hugging Face folder
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
+    lora: LoraConfig = field(default_factory=LoraConfig)  # adapters, by finetune.py; keys: below
     orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys: below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys: below
 
 
-BLOCKS = {"model": ModelConfig, "orchestrator": OrchestratorConfig}  # keys that hold keys
+# keys that hold keys
+BLOCKS = {"model": ModelConfig, "lora": LoraConfig, "orchestrator": OrchestratorConfig}
 KINDS = {cls: typing.get_type_hints(cls) for cls in (Config, *BLOCKS.values())}
 
 # What a knob may be: an interval, a comparison, or one of some words, `cuda:N` with a number. null
@@ -148,6 +168,12 @@ RANGES = {
     "keep_every": ">= 0",
     "log_interval": ">= 1",
     "expert_log_interval": ">= 0",
+    "method": "sft | dpo | cdpo | ipo | hinge | simpo | orpo",
+    "beta": "> 0",
+    "gamma": ">= 0",
+    "label_smoothing": "[0, 0.5)",
+    "sft_coef": ">= 0",
+    "quantize_base": "int8 | nf4",
     "seed": ">= 0",
     "device": "auto | cuda | cuda:N | mps | cpu",
     "precision": "auto | fp32 | mixed_bf16 | mixed_fp16 | bf16 | fp16",
@@ -161,6 +187,9 @@ RANGES = {
     "hsdp_shard_size": ">= 0",
     "expert_parallel": ">= 1",
     "reduce_dtype": "fp32 | bf16",
+    "lora.r": ">= 0",
+    "lora.alpha": "> 0",
+    "lora.dropout": "[0, 1)",
     "orchestrator.mode": "act | shadow | off | replay",
     "orchestrator.intervention_threshold": "[0.5, 0.99]",
     "orchestrator.check_interval": ">= 1",
@@ -193,6 +222,8 @@ INSIDE = {
         "loss_on": str,
         "too_long": str,
     },
+    "freeze": [str],
+    "lora.targets": [str],
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],
@@ -265,7 +296,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     modes.expand_modes(tree, where, notes)
 
     def place(key: str) -> str:
-        top = re.match(r"(model\.|orchestrator\.)?\w*", key)[0]
+        top = re.match(r"(model\.|lora\.|orchestrator\.)?\w*", key)[0]
         return where(renamed.moved.get(top, key))
 
     convert_keys(tree, place)
@@ -280,9 +311,10 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
         several = mixture.of_folder(values["data_dir"], notes)
         if several and values.get("data") is None:
             values |= {"data": several, "data_dir": None}
-    orchestrator = OrchestratorConfig(**values.pop("orchestrator"))
     model = build_model(values.pop("model"), place)
-    cfg = Config(**values, model=model, orchestrator=orchestrator)
+    for block in ("lora", "orchestrator"):
+        values[block] = BLOCKS[block](**values[block])
+    cfg = Config(**values, model=model)
     check_ranges(cfg, place)
     check_together(cfg, place)
     return cfg
