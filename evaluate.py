@@ -85,12 +85,10 @@ def evaluate_run(trainer) -> bool:
     progress.evaluated_at = t.step
     if not t.val_set:  # val_fraction: 0; the last checkpoint counts as the best then
         return False
-    rest = (t.data.val_sources, t.parallel, t.run.micro_batch)
     try:
-        found = evaluate_loss(t.model, t.val_set, *rest, t.token_bytes, lambda: t.signals.stop)
+        found = t.measure(t.val_set, t.token_bytes)
         if found and t.val_aside:  # sources of earlier phases: said, but no part of val_loss
-            aside = evaluate_loss(t.model, t.val_aside, *rest, stop=lambda: t.signals.stop)
-            found = found.beside(aside)
+            found = found.beside(t.measure(t.val_aside))
     except UserError:
         progress.evaluated_at = None
         t.save()
