@@ -10,10 +10,8 @@ i), so in fp32 its text does not depend on what else is in the batch. A notebook
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import sys
-import time
 
 import torch
 
@@ -31,7 +29,7 @@ from lumen.prompts import (
     is_conversation,
     read_prompts,
 )
-from lumen.stream import Printer, Stream
+from lumen.stream import Printer, Stream, decode
 from model import Transformer, role
 
 RANGES = {  # option: (lowest, highest, in words)
@@ -81,7 +79,7 @@ def sample(
 
     An empty prompt starts from <|endoftext|>. A sequence ends at model.cfg.max_seq_len tokens at
     the latest (reason "context"). UserError E113: tokenizer and model do not fit, E500: an option
-    or a prompt that cannot work, E501: text without a tokenizer.
+    or a prompt that cannot work, or logits that are not finite; E501: text without a tokenizer.
     """
     choice = {
         "temperature": temperature,
@@ -121,7 +119,12 @@ def sample(
     all_ids = [stream.ids for stream in streams]
     choose = sampling.Sampling(all_ids, vocab_size, **choice)
     steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, choose=choose)
-    times = _decode(steps, streams, on_text)
+    try:
+        with torch.inference_mode():  # a tenth faster than no_grad on a CPU
+            times = decode(steps, streams, on_text)
+    except FloatingPointError as error:
+        text = f"{error}: the run has diverged, or --precision fp32 helps"
+        raise UserError("E500", text) from error
     if stats is not None:
         stats |= times
         stats["prompt_tokens"] = sum(len(stream.ids) for stream in streams)
@@ -131,29 +134,6 @@ def sample(
     for stream, talk in zip(streams, talks):
         texts.append(stream.text.strip() if talk or not stream.tokenizer else stream.text)
     return texts
-
-
-def _decode(steps, streams: list[Stream], on_text) -> dict[str, float]:
-    """Draw tokens until all streams have ended. Returns prefill_seconds and decode_seconds. E500:
-    the model's logits are not finite."""
-    start = time.perf_counter()
-    first = None
-    try:
-        # inference_mode is a tenth faster than no_grad on a CPU
-        with contextlib.closing(steps), torch.inference_mode():
-            for tokens in steps:
-                first = first or time.perf_counter()
-                for i, (stream, token) in enumerate(zip(streams, tokens)):
-                    if stream.reason is None:
-                        piece = stream.add(token)
-                        if on_text and (piece or stream.reason):
-                            on_text(i, piece, stream.reason)
-                if all(stream.reason for stream in streams):
-                    break
-    except FloatingPointError as error:
-        text = f"{error}: the run has diverged, or --precision fp32 helps"
-        raise UserError("E500", text) from error
-    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
 
 
 def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
