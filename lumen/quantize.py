@@ -47,8 +47,10 @@ class Packed:
     def to(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers: scale q in fp32, rounded once."""
         if self.kind == "nf4":
+            # as one row: on a CPU 0.50.2 takes rows of 32 or 96 for whole blocks, and is wrong
+            row = (1, math.prod(self.shape))
             dequantize = torch.ops.bitsandbytes.dequantize_4bit
-            return dequantize(self.q, self.scale, BLOCK, "nf4", self.shape, dtype)
+            return dequantize(self.q, self.scale, BLOCK, "nf4", row, dtype).view(self.shape)
         # fp16 alone cannot hold the scales
         exact = torch.float32 if dtype == torch.float16 else dtype
         return self.q.to(exact).mul_(self.scale.to(exact).unsqueeze(-1)).to(dtype)
