@@ -146,12 +146,14 @@ def forward_rows(x, p, w13, w2, order, inv, offs, backend):
     return combine(backend, y, inv, offs, len(x)), z
 
 
-def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend):
-    """-> dx, dp, dw13, dw2."""
+def backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend, frozen=False):
+    """-> dx, dp, dw13, dw2, the last two empty where they are `frozen`."""
     tok, s = order // p.shape[1], p.view(-1)[order].unsqueeze(1)
     a, dz, ds = gate_up_grad(backend, dout, w2.to(x.dtype), z, s, offs, tok)
-    dw2 = gmm_dw(backend, dout, a, offs, w2.dtype, dy_tok=tok)
-    dw13 = gmm_dw(backend, dz, x, offs, w13.dtype, x_tok=tok)
+    dw13, dw2 = dout.new_empty(0), dout.new_empty(0)
+    if not frozen:
+        dw2 = gmm_dw(backend, dout, a, offs, w2.dtype, dy_tok=tok)
+        dw13 = gmm_dw(backend, dz, x, offs, w13.dtype, x_tok=tok)
     rows = gmm(backend, dz, w13.to(x.dtype).transpose(1, 2), offs)
     dx = combine(backend, rows, inv, offs, len(x))
     return dx, ds[inv.view(p.shape)], dw13, dw2
@@ -206,14 +208,14 @@ def forward_slices(x, p, w13, w2, order, offs):
     return out.to(x.dtype), z
 
 
-def backward_slices(dout, x, p, w13, w2, order, inv, offs, z):
+def backward_slices(dout, x, p, w13, w2, order, inv, offs, z, frozen=False):
     I = w2.shape[2]
     ends = offs.tolist()
     dx = torch.zeros(x.shape, dtype=p.dtype, device=x.device)
     ds = p.new_zeros(p.numel())
     every = len({0, *ends}) > len(ends)  # every expert has rows; those without get zeros
     empty = torch.empty_like if every else torch.zeros_like
-    dw13, dw2 = empty(w13), empty(w2)
+    dw13, dw2 = (x.new_empty(0) if frozen else empty(w) for w in (w13, w2))
 
     def store(a, b, out):  # a^T b, straight into the gradient where no cast is needed
         if out.dtype == x.dtype:
@@ -229,11 +231,12 @@ def backward_slices(dout, x, p, w13, w2, order, inv, offs, z):
             torch.mm(rows[own], w2[e].to(x.dtype), out=da[own])
         ds[begin : begin + len(tok)] = swiglu_grad(zs, s, da, a, dz)
         begin += len(tok)
-        for e, own in experts:
-            store(rows[own], a[own], dw2[e])
-        torch.index_select(x, 0, tok, out=rows)
-        for e, own in experts:
-            store(dz[own], rows[own], dw13[e])
+        if not frozen:
+            for e, own in experts:
+                store(rows[own], a[own], dw2[e])
+            torch.index_select(x, 0, tok, out=rows)
+            for e, own in experts:
+                store(dz[own], rows[own], dw13[e])
         for e, own in experts:
             torch.mm(dz[own], w13[e].to(x.dtype), out=rows[own])
         dx.index_add_(0, tok, rows.to(dx.dtype))
@@ -249,7 +252,7 @@ def register():
     given = "Tensor x, Tensor p, Tensor w13, Tensor w2, Tensor order, Tensor inv, Tensor offs"
     schema = f"({given}, str backend) -> (Tensor, Tensor)"
     four = "(Tensor, Tensor, Tensor, Tensor)"
-    grad_schema = f"(Tensor dout, {given}, Tensor z, str backend) -> {four}"
+    grad_schema = f"(Tensor dout, {given}, Tensor z, str backend, bool frozen=False) -> {four}"
 
     @torch.library.custom_op("lumen::experts", mutates_args=(), schema=schema)
     def experts(x, p, w13, w2, order, inv, offs, backend):
@@ -262,14 +265,16 @@ def register():
         return x.new_empty(x.shape), x.new_empty(p.numel(), w13.shape[1])
 
     @torch.library.custom_op("lumen::experts_backward", mutates_args=(), schema=grad_schema)
-    def experts_backward(dout, x, p, w13, w2, order, inv, offs, z, backend):
+    def experts_backward(dout, x, p, w13, w2, order, inv, offs, z, backend, frozen=False):
+        rows = (dout, x, p, w13, w2, order, inv, offs, z)
         if backend == "slices":
-            return backward_slices(dout, x, p, w13, w2, order, inv, offs, z)
-        return backward_rows(dout, x, p, w13, w2, order, inv, offs, z, backend)
+            return backward_slices(*rows, frozen)
+        return backward_rows(*rows, backend, frozen)
 
     @experts_backward.register_fake
-    def _(dout, x, p, w13, w2, order, inv, offs, z, backend):
-        return tuple(t.new_empty(t.shape) for t in (x, p, w13, w2))
+    def _(dout, x, p, w13, w2, order, inv, offs, z, backend, frozen=False):
+        weights = [w.new_empty(0 if frozen else w.shape) for w in (w13, w2)]
+        return x.new_empty(x.shape), p.new_empty(p.shape), *weights
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.backend = inputs
@@ -279,8 +284,10 @@ def register():
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 8
-        grads = torch.ops.lumen.experts_backward(dout.contiguous(), *ctx.saved_tensors, ctx.backend)
-        return *grads, None, None, None, None
+        frozen = not any(ctx.needs_input_grad[2:4])
+        given = (dout.contiguous(), *ctx.saved_tensors, ctx.backend, frozen)
+        dx, dp, *dw = torch.ops.lumen.experts_backward(*given)
+        return dx, dp, *([None] * 2 if frozen else dw), None, None, None, None
 
     experts.register_autograd(backward, setup_context=setup_context)
 

@@ -486,7 +486,7 @@ class Block(nn.Module):
 
 
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk")
-MATMULS += ("lumen::experts", "lumen::attend", "torch_attn::_varlen_attn")
+MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
 
 
 def keep_matmuls(ctx, op, *args, **kwargs):
