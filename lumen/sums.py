@@ -5,7 +5,7 @@ them, plain numbers on the host a little later.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,6 +47,8 @@ class StepNumbers:
     desynced: bool = False  # the ranks' weights differ
     experts: dict | None = None  # experts.expert_statistics, where the sums were fetched
     depth: dict | None = None  # experts.mod_statistics, where the sums were fetched
+    # means over `count` of the sums that a run has beside the model's (Trainer.sum_names)
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:

@@ -44,6 +44,9 @@ class Batch(NamedTuple):
     y: np.ndarray  # targets, the same one token further; below 0: none
     # the document of each position, int32 (rows, T), numbered within its row from 0; None: no mask
     docs: np.ndarray | None = None
+    # of pairs (x, y, docs are (2 rows, T) then): the reference's log-probabilities of each row's
+    # pairs, float32 (rows, most, 2); NaN: no pair at this place
+    reference: np.ndarray | None = None
 
 
 def dummy_batch(row: int, rows: int, T: int) -> Batch:
