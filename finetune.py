@@ -15,7 +15,6 @@ follow from the base, FineTuner, main. --help prints every key.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from pathlib import Path
@@ -32,6 +31,7 @@ from lumen.config import help_text
 from lumen.errors import UserError
 from lumen.files import read_json
 from lumen.launch import command, environment
+from lumen.replies import replies
 from lumen.resume import take_weights
 from train import Trainer
 
@@ -83,6 +83,40 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         tree.setdefault(key, value)
     if tree.get("out_dir") is None and place.otherwise == TYPED:
         tree["out_dir"] = f"out/{name}-{method}"
+
+
+SETS = {  # keys that only some methods have
+    "beta": ("dpo", "cdpo", "ipo", "hinge", "simpo", "orpo"),
+    "sft_coef": ("dpo", "cdpo", "ipo", "hinge", "simpo"),
+    "label_smoothing": ("dpo", "cdpo"),
+    "gamma": ("simpo",),
+}
+
+
+def check_keys(cfg) -> None:
+    """E002: what would have no effect here, or does not go together. Nothing asked is left out."""
+    wrong = []
+    for key, methods in SETS.items():
+        if getattr(cfg, key) and cfg.method not in methods:
+            wrong.append(f"{key} is of method {', '.join(methods)}, not of {cfg.method}")
+    if cfg.lora.r:
+        if cfg.freeze:
+            wrong.append("freeze: under lora only adapters are trained")
+        if cfg.init_optimizer:
+            wrong.append("init_optimizer: the base's moments are of weights that lora freezes")
+        if cfg.orchestrator.enable_architecture_adaptation:
+            wrong.append("orchestrator.enable_architecture_adaptation would change a frozen base")
+    elif cfg.quantize_base:
+        wrong.append("quantize_base: only a base that lora freezes can be held in few bits")
+    if wrong:
+        raise UserError("E002", "; ".join(wrong))
+
+
+def read(argv: list[str]):
+    """As lumen.cli.read_config, for FineTuner. E002, E125."""
+    found = read_config(as_keys(argv), complete)
+    check_keys(found[0])
+    return found
 
 
 def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:
@@ -194,6 +228,8 @@ class FineTuner(Trainer):
 
     def build(self, saved, weights):
         super().build(saved, weights)
+        if self.cfg.init_optimizer and saved is None:
+            self.parallel.run_or_raise_on_all(self.take_moments, weights[1])
         if saved is None and self.fresh and not self.cfg.lora.r:
             self.begin_fresh_rows()
         self.beside = {"base": self.began_with}
@@ -230,7 +266,41 @@ class FineTuner(Trainer):
         frozen = {f"model.{name}" for name, p in parameters if not p.requires_grad}
         return {name: tensor for name, tensor in found.items() if name not in frozen}
 
+    @torch.no_grad()
+    def take_moments(self, step) -> None:
+        """init_optimizer: go on with the moments of the base's run. E125: it has none."""
+        if not isinstance(step, Checkpoint) or not any(
+            n.startswith("optim.") for n in step.tensors
+        ):
+            text = f"init_optimizer: {self.cfg.init_from} holds weights, and no optimizer's state"
+            raise UserError("E125", text)
+        for name, tensor in self.tensors().items():
+            if name.startswith("optim."):
+                for offset, _, local, _ in self.parallel.local_shards(name, tensor):
+                    local.copy_(step.read(name, offset, local.shape))
+
     # ---- what it says
+
+    def evaluate(self) -> bool:
+        """As a Trainer; and what the model answers to the first questions that are held out."""
+        new_best = super().evaluate()
+        asks = self.cfg.method == "sft" and self.template and self.tokenizer and self.val_set
+        # where a forward pass takes all ranks, all of them ask
+        if asks and not self.stopping and (self.main or not self.parallel.collective_free):
+            prompts = first_prompts(self.data.val_sources, self.val_set)
+            self.tell_replies(
+                prompts, replies(self.model, self.tokenizer, self.template, prompts, 64)
+            )
+        return new_best
+
+    def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
+        ended = sum(stopped for _, stopped in answers)
+        self.say(f"replies    step {self.step}: stops: {ended} of {len(answers)}")
+        for ids, (text, _) in zip(prompts, answers):
+            question = " ".join(self.tokenizer.decode(ids).split())[-100:]
+            self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
+        row = {"step": self.step, "attempt": self.report.attempt}
+        self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
 
     def tell_data(self) -> None:
         """One row, what of it is learned in green; and how much of all rows that is."""
@@ -264,6 +334,17 @@ def shares(source) -> str:
     return text
 
 
+def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
+    """The ids before the first reply of each of the first n validation rows."""
+    prompts = []
+    for name, number in rows[:n]:
+        x, y, _ = sources[name].row(number)
+        begins = np.flatnonzero(y >= 0)
+        if len(begins):
+            prompts.append(x[: begins[0] + 1].tolist())
+    return prompts
+
+
 def first_row(source, tokenizer) -> str:
     """The beginning of row 0 as it was tokenized, what is learned in green or [ ]."""
     ids = source.window(0)
@@ -282,14 +363,22 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{help_text()}")
         return 0
-    words = as_keys(argv)
-    read = functools.partial(read_config, complete=complete)
-    if environment("WORLD_SIZE", 1) > 1 and read(words)[1].get("zero_stage"):
-        import train_fsdp
+    if environment("WORLD_SIZE", 1) > 1:
+        cfg, written, *_ = read(argv)
+        if written.get("zero_stage"):
+            return sharded(argv, cfg)
+    return train.main(argv, make=FineTuner, read=read)
 
-        layout = (train_fsdp.make_parallel, train_fsdp.layout_of)
-        return train.main(words, *layout, make=FineTuner, read=read)
-    return train.main(words, make=FineTuner, read=read)
+
+def sharded(argv: list[str], cfg) -> int:
+    """Where zero_stage is written: all weights, as train_fsdp.py shards them. E002 for adapters."""
+    import train_fsdp
+
+    if cfg.lora.r:
+        text = "lora does not go with zero_stage: adapters are small, so every rank has them all"
+        raise UserError("E002", f"{text}; leave zero_stage out")
+    layout = (train_fsdp.make_parallel, train_fsdp.layout_of)
+    return train.main(argv, *layout, make=FineTuner, read=read)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ def replies(
     model: Transformer,
     tokenizer,
     template,
-    conversations: list[list],  # each (role, content) pairs, up to the question
+    prompts: list[list],  # each (role, content) pairs, up to the question; or ids, up to the reply
     max_new_tokens: int,
     n_vocab: int | None = None,  # ids from here on are padding; None: the tokenizer says it
 ) -> list[tuple[str, bool]]:
-    """The greedy reply to each conversation and whether a stop id ended it, as one ragged batch.
+    """The greedy reply to each prompt and whether a stop id ended it, as one ragged batch.
 
-    A text that ends a reply (chat.stop_texts) ends it too, but is no stop id. A conversation that
+    A text that ends a reply (chat.stop_texts) ends it too, but is no stop id. A prompt that
     fills the model's context gets ("", False); so do all that are open when logits are not finite,
     with the text that stands. Under FSDP all ranks ask the same. E105, E113, E501 of chat.render.
     """
@@ -32,10 +32,11 @@ def replies(
     stop_texts = chat.stop_texts(template)
     streams = []
     asked = []  # those that there is room for
-    for messages in conversations:
-        ids, _ = chat.render(messages, template, tokenizer, open_reply=True)
+    for ids in prompts:
+        if not isinstance(ids[0], int):
+            ids = chat.render(ids, template, tokenizer, open_reply=True)[0].tolist()
         room = model.cfg.max_seq_len - len(ids)
-        stream = Stream(tokenizer, ids.tolist(), stop_texts, stop_ids, max_new_tokens, room)
+        stream = Stream(tokenizer, ids, stop_texts, stop_ids, max_new_tokens, room)
         streams.append(stream)
         if room > 0:
             asked.append(stream)
