@@ -122,6 +122,9 @@ def read(argv: list[str]):
 def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:
     """How the data are prepared: with the base's tokenizer, its template, rows of its length."""
     prepare = tree.get("prepare")
+    if isinstance(prepare, dict) and tree.get("data_dir") and not prepare.get("sources"):
+        check_prepared(Path(str(tree["data_dir"])), tree.pop("prepare"))
+        prepare = None
     if isinstance(prepare, dict):
         if found.tokenizer is None and not prepare.get("tokenizer"):
             text = f"{found.path} has no tokenizer.json: name one by prepare: {{tokenizer: FILE}}"
@@ -145,6 +148,17 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
         rows = read_json(Path(str(folder)) / "manifest.json").get("rows")
         if rows and "max_seq_len" not in tree["model"]:
             tree["model"]["max_seq_len"] = rows["length"] - 1
+
+
+def check_prepared(folder: Path, wanted: dict) -> None:
+    """E002 where a prepared folder is not what prompt_template and loss_on ask for."""
+    manifest = read_json(folder / "manifest.json")
+    there = {"template": manifest.get("template", {}).get("name")}
+    there["loss_on"] = manifest.get("loss_on")
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            text = f"{key}: {value} is asked for, and {folder} was prepared with {there.get(key)}"
+            raise UserError("E002", f"{text}; give the conversations themselves as --data")
 
 
 # ---------------------------------------------------------------- the trainer
