@@ -62,7 +62,9 @@ class Feed:
         sent.record_stream(computing)
         return tuple(sent)
 
-    def batch(self, x, y, docs=None) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    def batch(
+        self, x, y, docs=None, reference=None
+    ) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
         """What lumen.windows.Batch holds, on the device; of docs the host says how many there are,
         in steps of powers of two, so that few shapes are compiled."""
         if docs is None:

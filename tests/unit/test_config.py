@@ -10,6 +10,7 @@ from conftest import ROOT, write_yaml
 from lumen import aliases, checkpoint, modes
 from lumen.cli import read_config
 from lumen.config import (
+    INSIDE,
     RANGES,
     Config,
     OrchestratorConfig,
