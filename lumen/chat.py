@@ -111,16 +111,20 @@ def default_template(tokenizer) -> Template:
     return find_template("instruct")
 
 
-def template_of_run(state: Mapping) -> Template | None:
-    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
-    was imported from; None: it was not trained on conversations."""
+def data_folders(state: Mapping) -> list[str]:
+    """Where the data of a checkpoint's run were."""
     config = state.get("config") or {}
     sources = (config.get("data") or {}).get("sources") or {}
     folders = [config.get("data_dir"), *(source.get("dir") for source in sources.values())]
+    return [folder for folder in folders if folder]
+
+
+def template_of_run(state: Mapping) -> Template | None:
+    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
+    was imported from; None: it was not trained on conversations."""
     specs = [state.get("template")]
-    for folder in folders:
-        if folder:
-            specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
+    for folder in data_folders(state):
+        specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
     specs.append((state.get("imported") or {}).get("template"))
     return next((find_template(spec) for spec in specs if spec), None)
 
@@ -404,7 +408,7 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
     for begin, end in zip(cuts, cuts[1:]):
         if begin == end:
             continue
-        text = _visible(tokenizer.decode(ids[begin:end]))
+        text = visible(tokenizer.decode(ids[begin:end]))
         if end - begin > 3 and (ids[begin:end] == ids[begin]).all() and control[begin]:
             text = f"{tokenizer.decode(ids[begin : begin + 1])} x {end - begin}"  # padding
         supervised, is_control = divmod(int(kinds[begin]), 2)
@@ -422,7 +426,7 @@ def _marked(text: str, supervised: bool, control: bool, colour: bool) -> str:
     return f"[{text}]" if supervised else text
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Nothing in it moves the cursor or sets colours."""
     shown = []
     for char in text:
