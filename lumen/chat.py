@@ -376,6 +376,23 @@ COMMON_CHATML = (
     "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# of SmolLM2, Qwen2 and others: what the model is told where the conversation has no system turn
+DEFAULT_SYSTEM = re.compile(
+    r"\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}"
+    r"\{\{ ?'<\|im_start\|>system\\n((?:[^'\\]|\\.)*)<\|im_end\|>\\n' ?\}\}\{% endif %\}"
+)
+
+
+def without_system(text: str) -> tuple[str, str]:
+    """(a Jinja template without its system turn for conversations that have none, that turn)."""
+    # GGUF keeps the newlines of Jinja's texts as they are
+    text = re.sub(r"\n(?=[^{}]*\}\})", r"\\n", text)
+    found = DEFAULT_SYSTEM.search(text)
+    if not found:
+        return text, ""
+    said = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
+    return text.replace(found[0], ""), said
+
 
 def template_of(tokenizer_config: Mapping) -> str | None:
     """The name of our template that a tokenizer_config.json holds; None: none, or another one."""
@@ -385,7 +402,8 @@ def template_of(tokenizer_config: Mapping) -> str | None:
         found = named.get("default")
     if not isinstance(found, str):
         return None
-    if "".join(found.split()) == "".join(COMMON_CHATML.split()):
+    plain, _ = without_system(found)
+    if "".join(plain.split()) == "".join(COMMON_CHATML.split()):
         return "chatml"
     return next((name for name in FORMATS if jinja(name).strip() == found.strip()), None)
 
