@@ -7,12 +7,11 @@ import math
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from lumen.decisions import Decision
 from lumen.errors import UserError
-from lumen.windows import Batch, dummy_batch
+from lumen.windows import Batch, dummy_batch, fill_row
 
 
 @dataclass
@@ -147,13 +146,9 @@ class Loop:
 
     def read(self, source, numbers: list[int]) -> Batch:
         """Rows of a source; a short batch is filled up with rows without a target."""
-        batch = dummy_batch(0, self.batch_size, self.model.cfg.max_seq_len)
-        if source.document_mask:
-            batch = batch._replace(docs=np.zeros(batch.x.shape, np.int32))
+        batch = dummy_batch(0, self.batch_size, self.model.cfg.max_seq_len, [source])
         for r, number in enumerate(numbers):
-            batch.x[r], batch.y[r], docs = source.row(number)
-            if docs is not None:
-                batch.docs[r] = docs
+            fill_row(batch, r, source, number)
         return batch
 
     def add_batch(self, k: int, batch: Batch) -> None:
