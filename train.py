@@ -297,11 +297,10 @@ class Trainer(ByHand):
         self.stopping = False
         self.save_asked = False
 
-        self.beside: dict = {}  # what else state.json says of this run
-
         # made in build()
         self.model: Transformer | None = None
         self.loss_scale: LossScale | None = None  # of mixed_fp16
+        self.beside: dict = {}  # what else state.json says of this run
 
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
@@ -389,6 +388,7 @@ class Trainer(ByHand):
     # ---- where fine-tuning differs: finetune.py overrides these
 
     fine_tunes = False
+    sum_names: tuple[str, ...] = ()  # what `loss` adds up beside the model's own sums
 
     def find_weights(self, saved: checkpoint.Checkpoint | None) -> tuple | None:
         """StartingPoint.find_weights, where this start has need of what init_from names."""
@@ -396,8 +396,7 @@ class Trainer(ByHand):
         return self.start.find_weights(self.cfg.init_from) if anew else None
 
     def adapt(self, weights: tuple | None) -> tuple | None:
-        """The model is built and has no optimizer yet. Returns those `weights` of find_weights that
-        are still to be filled in."""
+        """The model has no optimizer yet. Returns the `weights` that are still to be filled in."""
         return weights
 
     def loss(self, x, y, docs, *more) -> tuple[torch.Tensor, dict]:
@@ -550,7 +549,7 @@ class Trainer(ByHand):
         if layers and layers[0].router.expert_dropout:
             draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
         self.watch.take_marks()  # those of an iteration that was void
-        sums = empty_sums(self.model, par.device)
+        sums = empty_sums(self.model, par.device, self.sum_names)
         out_of_memory = False
         try:
             for micro in range(self.run.accumulation):
@@ -585,7 +584,7 @@ class Trainer(ByHand):
             if par.collective_free:  # else it has a part in the collectives of forward and backward
                 return False
             shape = (self.run.micro_batch, self.model.cfg.max_seq_len)
-            row, *batch = dummy_batch(self.cursor, *shape)
+            row, *batch = dummy_batch(self.cursor, *shape, self.data.sources.values())
         self.watch.lap("data")
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
