@@ -45,7 +45,7 @@ def as_keys(argv: list[str]) -> list[str]:
     """`BASE --data FILE ...` in the keys of a run; anything else stays."""
     words, sources = [], []
     rest = list(argv)
-    if rest and not rest[0].startswith("-") and os.path.isdir(rest[0]):
+    if rest and not rest[0].startswith("-") and not os.path.isfile(rest[0]):
         words += ["--init_from", rest.pop(0)]
     while rest:
         word = rest.pop(0)
@@ -66,6 +66,9 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     path = tree.get("init_from")
     if not path:
         text = "which model? python finetune.py BASE --data FILE, or init_from: BASE in the YAML"
+        raise UserError("E125", text)
+    if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+        text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
     found = base.read_base(str(path))
     name = Path(path).resolve().name

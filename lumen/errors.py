@@ -69,6 +69,8 @@ ERRORS = {  # code: (meaning, remedy)
              "set model.max_seq_len to it, or prepare the data anew with --seq_len"),
     "E124": ("data of a kind that this command does not train on",
              "train.py takes text and conversations; see the message"),
+    "E125": ("there is nothing to fine-tune, or nothing to do it with",
+             "python finetune.py BASE --data FILE; BASE is a run, a step or a Hugging Face folder"),
     "E126": ("preference data: no pairs, no difference, or none that fits a row",
              "see the message; prepare the pairs anew, or raise model.max_seq_len"),
     "E200": ("the run does not fit into memory",
