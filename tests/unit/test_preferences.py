@@ -1,6 +1,7 @@
 """Preferences: pairs as rows, their losses against trl's, log-probabilities by chunks, the
 reference, the evaluation. No Trainer."""
 
+import copy
 import json
 import threading
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_data_of_a_run(tmp_path):
         manifest["tokenizer"] = {"sha256": "t", "n_vocab": V}
         (Path(source["dir"]) / "manifest.json").write_text(json.dumps(manifest))
     tree = {"data": {"sources": sources}, "method": "dpo", "model": model, "out_dir": "x"}
-    data = open_data(build_config(tree, lambda key: key, []))
+    data = open_data(build_config(copy.deepcopy(tree), lambda key: key, []))
     a, b = data.sources["a"], data.sources["b"]
     assert a.most > b.most and data.document_mask is True
     loader = Loader(data.sources, 1, [[0, {"a": 1, "b": 1}]], V)
@@ -318,7 +319,8 @@ def test_packed_equals_separate_and_the_formula(tmp_path, kind):
         logp = []
         for ids, mask in source.pair(p):
             ids, mask = torch.from_numpy(ids), torch.from_numpy(mask[1:].astype(np.float32))
-            logits = model(ids[None, :-1])[0].log_softmax(-1)
+            # MoD chooses among all of a document's tokens, its last one too
+            logits = model(ids[None])[0, :-1].log_softmax(-1)
             logp.append((logits.gather(1, ids[1:, None])[:, 0] * mask).sum())
             want["tokens"] += mask.sum()
         logp = torch.stack(logp)
@@ -367,20 +369,21 @@ def test_the_models_own_loss_comes_back(tmp_path):
 
 
 class Ranks:
-    """So many ranks in threads; what a reference and an evaluation ask of Parallel."""
+    """So many ranks in threads, each with a model of its own; what a reference and an evaluation
+    ask of Parallel."""
 
     def __init__(self, world=1):
         self.world = world
         self.barrier = threading.Barrier(world)
         self.said = [None] * world
 
-    def run(self, do) -> list:
-        """do(parallel) on every rank -> what they return."""
+    def run(self, do, model, *args) -> list:
+        """do(model, *args, parallel) on every rank -> what they return."""
         results = [None] * self.world
 
         def one(rank):
             try:
-                results[rank] = do(Rank(self, rank))
+                results[rank] = do(copy.deepcopy(model), *args, Rank(self, rank))
             except BaseException as error:
                 results[rank] = error
                 self.barrier.abort()
@@ -470,7 +473,8 @@ def test_the_reference_is_the_model_as_it_began(data, kind):
         fresh = opened(data.sources["p"].path)
         reference = reference_of(fresh)
         reference.write = lambda *_: None
-        Ranks(world).run(lambda par: reference.load_or_compute(model, par, 2))
+        compute = reference.load_or_compute
+        Ranks(world).run(lambda *args, compute=compute: compute(*args, 2), model)
         found.append((fresh.sources["p"].reference, fresh.val_sources["p"].reference))
     for one, two in zip(*found):
         np.testing.assert_allclose(one, two, rtol=1e-5)
@@ -580,10 +584,10 @@ def test_an_evaluation_is_the_mean_over_pairs(data, kind):
     found = []
     for world, size in ((1, 1), (1, 3), (2, 2)):
         args = (model, cfg, rows, data.val_sources)
-        found += Ranks(world).run(lambda par: evaluate(*args, par, size))
+        found += Ranks(world).run(lambda *a, size=size: evaluate(*a, size), *args)
     for one in found[1:]:
         assert one.loss == pytest.approx(found[0].loss, rel=1e-5)
-        assert one.row() == pytest.approx(found[0].row(), rel=1e-4)
+        assert one.more == pytest.approx(found[0].more, rel=1e-4)
     row = found[0].row()
     assert row["val_margin"] == pytest.approx(row["val_reward_chosen"] - row["val_reward_rejected"])
     assert 0 < row["val_accuracy"] < 1 and found[0].loss != pytest.approx(0.6931, abs=1e-3)
@@ -607,10 +611,10 @@ def test_a_row_that_cannot_be_read_is_everyones_error(data):
     model, cfg = make(), how(method="simpo")
     failed = []
 
-    def run(par):
-        failed.append(fails("E111", evaluate, model, cfg, rows, data.val_sources, par, 1))
+    def run(*args):
+        failed.append(fails("E111", evaluate, *args, 1))
 
-    Ranks(2).run(run)
+    Ranks(2).run(run, model, cfg, rows, data.val_sources)
     assert failed == ["gone", "gone"]
 
 
