@@ -99,6 +99,8 @@ ERRORS = {  # code: (meaning, remedy)
              "see the message; nothing was changed, the run goes on"),
     "E310": ("decisions.jsonl cannot be replayed",
              "take the file of a run with this seed, model, data and batch"),
+    "E311": ("adapters and their base do not go together",
+             "bring back the base they were made for; the message names both"),
     "E312": ("the reference log-probabilities are of other data, another base or precision",
              "go on with what the run began with, or a new out_dir computes them anew"),
     "E400": ("this model has no Hugging Face architecture",
