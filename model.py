@@ -564,9 +564,9 @@ class HeadLoss(torch.autograd.Function):
         W = weight.to(x.dtype)  # (V, C)
         # at 50,000 ids the full logits would be 200 kB a token
         rows = head_rows(*weight.shape, x.dtype.itemsize, x.is_cuda)
-        dx = dW = None
-        if need_grad:
-            dx = torch.empty_like(x)  # (N, C)
+        dx = torch.empty_like(x) if need_grad else None  # (N, C)
+        dW = None  # under LoRA the weight is frozen
+        if need_grad and ctx.needs_input_grad[1]:
             dW = torch.zeros_like(weight)  # (V, C), fp32 as the weight: many chunks add up in it
         sums = torch.zeros(3, device=x.device)
         starts = list(range(0, len(x), rows))
@@ -578,10 +578,11 @@ class HeadLoss(torch.autograd.Function):
             xs = x[a:b]
             found, p = of_chunk(F.linear(xs, W), targets[a:b], z_loss, need_grad)
             sums += found
-            if not need_grad:
+            if need_grad:
+                p = p.to(x.dtype)  # (n, V)
+                dx[a:b] = p @ W
+            if dW is None:
                 continue
-            p = p.to(x.dtype)  # (n, V)
-            dx[a:b] = p @ W
             if x.dtype == weight.dtype:
                 dW.addmm_(p.t(), xs)
             elif x.is_cuda:  # cuBLAS adds bf16 matmuls up in fp32: there is no second copy
@@ -596,13 +597,12 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        """`grad` holds 1 / (targets in a step): rounded to bf16 it would be off by up to 0.4 %
-        below the head, and for the head itself not. So it multiplies in fp32, and in place, for
-        both are large (torch refuses a second backward then)."""
+        """`grad` holds 1 / (targets in a step), which bf16 would put off by up to 0.4 %: so it
+        multiplies in fp32, and in place, for both are large (torch refuses a second backward)."""
         dx, dW = ctx.saved_tensors
         for part in dx.split(4096):  # rows: of 32 MB in fp32 at a width of 2,048
             part.copy_(part.float() * grad)
-        return dx, dW.mul_(grad), None, None, None, None
+        return dx, None if dW is None else dW.mul_(grad), None, None, None, None
 
 
 # ---------------------------------------------------------------- the next token
