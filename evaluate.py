@@ -7,12 +7,11 @@ import math
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from lumen.decisions import Decision
 from lumen.errors import UserError
-from lumen.windows import Batch, dummy_batch
+from lumen.windows import Batch, dummy_batch, fill_row
 
 
 @dataclass
@@ -85,12 +84,10 @@ def evaluate_run(trainer) -> bool:
     progress.evaluated_at = t.step
     if not t.val_set:  # val_fraction: 0; the last checkpoint counts as the best then
         return False
-    rest = (t.data.val_sources, t.parallel, t.run.micro_batch)
     try:
-        found = evaluate_loss(t.model, t.val_set, *rest, t.token_bytes, lambda: t.signals.stop)
+        found = t.measure(t.val_set, t.token_bytes)
         if found and t.val_aside:  # sources of earlier phases: said, but no part of val_loss
-            aside = evaluate_loss(t.model, t.val_aside, *rest, stop=lambda: t.signals.stop)
-            found = found.beside(aside)
+            found = found.beside(t.measure(t.val_aside))
     except UserError:
         progress.evaluated_at = None
         t.save()
@@ -149,13 +146,9 @@ class Loop:
 
     def read(self, source, numbers: list[int]) -> Batch:
         """Rows of a source; a short batch is filled up with rows without a target."""
-        batch = dummy_batch(0, self.batch_size, self.model.cfg.max_seq_len)
-        if source.document_mask:
-            batch = batch._replace(docs=np.zeros(batch.x.shape, np.int32))
+        batch = dummy_batch(0, self.batch_size, self.model.cfg.max_seq_len, [source])
         for r, number in enumerate(numbers):
-            batch.x[r], batch.y[r], docs = source.row(number)
-            if docs is not None:
-                batch.docs[r] = docs
+            fill_row(batch, r, source, number)
         return batch
 
     def add_batch(self, k: int, batch: Batch) -> None:

@@ -544,14 +544,13 @@ def from_hf(folder, out_dir, say=print) -> None:
     config = read_json(Path(folder) / "config.json", "E401")
     imported = {"from": str(Path(folder).resolve()), "dtype": dtype}
     imported |= {key: config.get(key) for key in TOKEN_IDS}
-    if template := read_template(Path(folder), say):
-        imported["template"] = template
+    imported |= read_template(Path(folder), say)
     write_run(out_dir, cfg, state, imported, tokenizer_file, say)
 
 
-def read_template(folder: Path, say) -> str | None:
-    """The name of the folder's chat template, where it is one of ours; newer versions of
-    transformers keep it in a file of its own."""
+def read_template(folder: Path, say) -> dict:
+    """{template: its name, where the folder's is one of ours; system: the turn with which it begins
+    a conversation that has none}; newer versions of transformers keep it in a file of its own."""
     config = read_json(folder / "tokenizer_config.json")
     with contextlib.suppress(OSError, UnicodeDecodeError):
         config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -559,7 +558,14 @@ def read_template(folder: Path, say) -> str | None:
     if config.get("chat_template") and name is None:
         known = ", ".join(chat.FORMATS)
         say(f"note: its chat template is none of {known}: conversations need --template")
-    return name
+    if name is None:
+        return {}
+    found = {"template": name}
+    text = config["chat_template"]
+    if isinstance(text, str) and (system := chat.without_system(text)[1]):
+        found["system"] = system
+        say(f"note: its chat template begins with a system turn where there is none: {system!r}")
+    return found
 
 
 def write_run(

@@ -10,52 +10,24 @@ i), so in fp32 its text does not depend on what else is in the batch. A notebook
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import sys
-import time
 
 import torch
 
-from lumen import chat, checkpoint, sampling
+from lumen import chat, checkpoint
 from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.experts import anneal_depth
 from lumen.launch import Words, command
 from lumen.machine import detect
-from lumen.prompts import (
-    ReplyPrinter,
-    choose_template,
-    converse,
-    heads_of,
-    is_conversation,
-    read_prompts,
-)
-from lumen.stream import Printer, Stream
+from lumen.prompts import ReplyPrinter, choose_template, heads_of, is_conversation, read_prompts
+from lumen.sampling import RANGES, Sampling, check
+from lumen.stream import Printer, Stream, decode
+from lumen.talk import Talk
 from model import Transformer, role
 
-RANGES = {  # option: (lowest, highest, in words)
-    "max_new_tokens": (1, 2**31, "at least 1"),
-    "temperature": (0, 100, "between 0 (the most likely token) and 100"),
-    "top_k": (0, 2**31, "0 (off) or more"),
-    "top_p": (1e-6, 1, "above 0, at most 1 (off)"),
-    "min_p": (0, 1, "between 0 (off) and 1"),
-    "repetition_penalty": (0.01, 100, "between 0.01 and 100; 1 is off, above 1 discourages"),
-    "seed": (0, 2**62, "0 or more, below 2^62"),
-    "num_samples": (1, 65536, "between 1 and 65536"),
-}
-
 # ---------------------------------------------------------------- generation
-
-
-def check(stop=(), **numbers) -> None:
-    """UserError E500 for an option out of range."""
-    for name, value in numbers.items():
-        low, high, words = RANGES[name]
-        if not low <= value <= high:
-            raise UserError("E500", f"{name}: {value} is out of range; it must be {words}")
-    if not all(stop):
-        raise UserError("E500", "stop: an empty string would stop everything; leave it out")
 
 
 def sample(
@@ -81,7 +53,7 @@ def sample(
 
     An empty prompt starts from <|endoftext|>. A sequence ends at model.cfg.max_seq_len tokens at
     the latest (reason "context"). UserError E113: tokenizer and model do not fit, E500: an option
-    or a prompt that cannot work, E501: text without a tokenizer.
+    or a prompt that cannot work, or logits that are not finite; E501: text without a tokenizer.
     """
     choice = {
         "temperature": temperature,
@@ -119,9 +91,14 @@ def sample(
         return []
     longest = max(stream.limit for stream in streams)
     all_ids = [stream.ids for stream in streams]
-    choose = sampling.Sampling(all_ids, vocab_size, **choice)
+    choose = Sampling(all_ids, vocab_size, **choice)
     steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, choose=choose)
-    times = _decode(steps, streams, on_text)
+    try:
+        with torch.inference_mode():  # a tenth faster than no_grad on a CPU
+            times = decode(steps, streams, on_text)
+    except FloatingPointError as error:
+        text = f"{error}: the run has diverged, or --precision fp32 helps"
+        raise UserError("E500", text) from error
     if stats is not None:
         stats |= times
         stats["prompt_tokens"] = sum(len(stream.ids) for stream in streams)
@@ -131,29 +108,6 @@ def sample(
     for stream, talk in zip(streams, talks):
         texts.append(stream.text.strip() if talk or not stream.tokenizer else stream.text)
     return texts
-
-
-def _decode(steps, streams: list[Stream], on_text) -> dict[str, float]:
-    """Draw tokens until all streams have ended. Returns prefill_seconds and decode_seconds. E500:
-    the model's logits are not finite."""
-    start = time.perf_counter()
-    first = None
-    try:
-        # inference_mode is a tenth faster than no_grad on a CPU
-        with contextlib.closing(steps), torch.inference_mode():
-            for tokens in steps:
-                first = first or time.perf_counter()
-                for i, (stream, token) in enumerate(zip(streams, tokens)):
-                    if stream.reason is None:
-                        piece = stream.add(token)
-                        if on_text and (piece or stream.reason):
-                            on_text(i, piece, stream.reason)
-                if all(stream.reason for stream in streams):
-                    break
-    except FloatingPointError as error:
-        text = f"{error}: the run has diverged, or --precision fp32 helps"
-        raise UserError("E500", text) from error
-    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
 
 
 def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
@@ -281,6 +235,7 @@ def main(argv: list[str]) -> int:
         printer = ReplyPrinter
         options["template"] = choose_template(args.run, step, args.template, tokenizer, say)
     if talking:
+        sys.stdin.reconfigure(errors="replace")
         talk(model, tokenizer, options, args.system, say)
         return 0
     heads = heads_of(prompts, args.num_samples)
@@ -300,14 +255,19 @@ def talk(model: Transformer, tokenizer, options: dict, system: str | None, say) 
     """A conversation in the terminal, one reply at a time."""
     options = options | {"num_samples": 1}
 
-    def answer(messages: list) -> str:
-        return sample(model, tokenizer, [messages], **options, on_text=ReplyPrinter([""]))[0]
+    def answer(messages: list, temperature: float, on_text) -> str:
+        stats = {}
+        now = options | {"temperature": temperature, "on_text": on_text, "stats": stats}
+        sample(model, tokenizer, [messages], **now)
+        return stats["reasons"][0]
 
-    def fits(messages: list) -> bool:
-        ids, _ = chat.render(messages, options["template"], tokenizer, open_reply=True)
-        return len(ids) + min(options["max_new_tokens"], 64) <= model.cfg.max_seq_len
+    def count(messages: list) -> int:
+        return len(chat.render(messages, options["template"], tokenizer, open_reply=True)[0])
 
-    converse(answer, fits, system, say)
+    most_new = options["max_new_tokens"]
+    made = Talk(answer, count, model.cfg.max_seq_len, most_new, say, options["temperature"])
+    made.set_system(system or "")
+    made.run(input)
 
 
 def say_speed(say, what: str, tokens: int, seconds: float) -> None:

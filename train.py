@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_run
+from evaluate import evaluate_loss, evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
-from lumen.config import help_text, printed
+from lumen.config import check_command, help_text, printed
 from lumen.control import ByHand, Control
 from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
@@ -297,12 +297,15 @@ class Trainer(ByHand):
         self.stopping = False
         self.save_asked = False
 
+        self.beside: dict = {}  # what else state.json says of this run
+
         # made in build()
         self.model: Transformer | None = None
         self.loss_scale: LossScale | None = None  # of mixed_fp16
 
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
+        check_command(cfg, self.fine_tunes)
         prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
@@ -333,7 +336,7 @@ class Trainer(ByHand):
         saved = par.run_or_raise_on_all(self.start.find_checkpoint)
         # what auto and null become; a resumed run keeps what it had
         setup.resolve(self, saved)
-        weights = self.start.find_weights() if saved is None and cfg.init_from else None
+        weights = self.find_weights(saved)
         self.tell.start(notes)
         # read before out_dir is emptied, it may lie there
         replay = par.run_or_raise_on_all(read_decisions, cfg.orchestrator.replay)
@@ -357,6 +360,7 @@ class Trainer(ByHand):
         setup.use_deterministic(run.deterministic)
         # model; a checkpoint will overwrite every weight, so it needs no initial ones
         self.model = par.build(cfg, run.precision, fill=saved is None)
+        weights = self.adapt(weights)
         setup.prepare_model(self.model, cfg, run, self.machine.compute_dtype)
         self.routing = Routing(self.model)
         self.moe, self.mod = self.routing.moe, self.routing.mod  # the sparse layers, by number
@@ -381,6 +385,29 @@ class Trainer(ByHand):
         if self.main:
             every_source = [*data.sources.values(), *data.val_sources.values()]
             self.loader.sums = Sums(every_source, str(self.out / "verified.jsonl"))
+
+    # ---- where fine-tuning differs: finetune.py overrides these
+
+    fine_tunes = False
+
+    def find_weights(self, saved: checkpoint.Checkpoint | None) -> tuple | None:
+        """StartingPoint.find_weights, where this start has need of what init_from names."""
+        anew = saved is None and self.cfg.init_from
+        return self.start.find_weights(self.cfg.init_from) if anew else None
+
+    def adapt(self, weights: tuple | None) -> tuple | None:
+        """The model is built and has no optimizer yet. Returns those `weights` of find_weights that
+        are still to be filled in."""
+        return weights
+
+    def loss(self, x, y, docs, *more) -> tuple[torch.Tensor, dict]:
+        """(what is differentiated, sums by name) of a micro-batch, as the feed gives it."""
+        return self.model(x, targets=y, docs=docs)
+
+    def measure(self, rows: list, token_bytes=None):
+        """An evaluate.Evaluation of these validation rows; None where a signal left it."""
+        rest = (self.data.val_sources, self.parallel, self.run.micro_batch, token_bytes)
+        return evaluate_loss(self.model, rows, *rest, lambda: self.signals.stop)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name; see saver.live_tensors."""
@@ -563,8 +590,7 @@ class Trainer(ByHand):
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
         with par.microstep(self.model, micro == self.run.accumulation - 1):
-            x, y, docs = par.feed.batch(*batch)  # (rows, T) each
-            total, counted = self.model(x, targets=y, docs=docs)
+            total, counted = self.loss(*par.feed.batch(*batch))  # x, y, docs: (rows, T) each
             # a constant, not this micro-batch's own count: the gradient of a step is any cut's
             loss = total / self.targets_per_step
             if self.loss_scale is not None:
@@ -724,18 +750,19 @@ class Trainer(ByHand):
 # ---------------------------------------------------------------- main
 
 
-def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
+def main(argv: list[str], parallel=Parallel, layout_of=None, make=Trainer, read=read_config) -> int:
     """Train as the command line says; returns the exit code.
 
     layout_of(cfg, world) -> plan.Layout: refuses keys that cannot lay the model on so many ranks,
-    and `parallel` takes what it returns; None: every rank holds a replica.
+    and `parallel` takes what it returns; None: every rank holds a replica. make: Trainer or a class
+    of it; read(argv): see read_config.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return 0
     check_launch()  # torchrun, srun, mpirun, or none of them
-    read = read_config(argv)
-    cfg, written, notes, flags = read
+    found = read(argv)
+    cfg, written, notes, flags = found
     if flags.get("print_config"):
         if environment("RANK", 0) == 0:
             print(printed(cfg, layout_of is not None, notes), end="")
@@ -756,7 +783,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None) -> int:
             layout = layout_of(cfg, world)
             parallel = functools.partial(parallel, layout=layout)
         check_states(cfg, layout)  # before data are prepared
-        trainer = Trainer(read, parallel)  # all that may refuse this start
+        trainer = make(found, parallel)  # all that may refuse this start
     except UserError as error:
         owner.refused(error)
         raise

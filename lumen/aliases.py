@@ -141,7 +141,9 @@ def row_of(name: str, value, own: dict) -> dict | None:
     row = table().get(bare, {})
     if row.keys() & {"to", "ignore", "refuse"}:
         return row
-    homes = [f"{block}.{bare}" for block in blocks_of(own) if f"{block}.{bare}" in own]
+    # of lora's keys (r, alpha, dropout) no bare name says whose it is
+    blocks = [block for block in blocks_of(own) if block != "lora"]
+    homes = [f"{block}.{bare}" for block in blocks if f"{block}.{bare}" in own]
     return {"to": homes[0], "values": {}} if name == bare and len(homes) == 1 else None
 
 

@@ -111,16 +111,20 @@ def default_template(tokenizer) -> Template:
     return find_template("instruct")
 
 
-def template_of_run(state: Mapping) -> Template | None:
-    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
-    was imported from; None: it was not trained on conversations."""
+def data_folders(state: Mapping) -> list[str]:
+    """Where the data of a checkpoint's run were."""
     config = state.get("config") or {}
     sources = (config.get("data") or {}).get("sources") or {}
     folders = [config.get("data_dir"), *(source.get("dir") for source in sources.values())]
+    return [folder for folder in folders if folder]
+
+
+def template_of_run(state: Mapping) -> Template | None:
+    """The template that a checkpoint's state names, or its data's manifests, or the folder that it
+    was imported from; None: it was not trained on conversations."""
     specs = [state.get("template")]
-    for folder in folders:
-        if folder:
-            specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
+    for folder in data_folders(state):
+        specs.append(read_json(os.path.join(folder, "manifest.json")).get("template"))
     specs.append((state.get("imported") or {}).get("template"))
     return next((find_template(spec) for spec in specs if spec), None)
 
@@ -372,6 +376,23 @@ COMMON_CHATML = (
     "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# of SmolLM2, Qwen2 and others: what the model is told where the conversation has no system turn
+DEFAULT_SYSTEM = re.compile(
+    r"\{% if loop\.first and messages\[0\]\['role'\] != 'system' %\}"
+    r"\{\{ ?'<\|im_start\|>system\\n((?:[^'\\]|\\.)*)<\|im_end\|>\\n' ?\}\}\{% endif %\}"
+)
+
+
+def without_system(text: str) -> tuple[str, str]:
+    """(a Jinja template without its system turn for conversations that have none, that turn)."""
+    # GGUF keeps the newlines of Jinja's texts as they are
+    text = re.sub(r"\n(?=[^{}]*\}\})", r"\\n", text)
+    found = DEFAULT_SYSTEM.search(text)
+    if not found:
+        return text, ""
+    said = re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[1])
+    return text.replace(found[0], ""), said
+
 
 def template_of(tokenizer_config: Mapping) -> str | None:
     """The name of our template that a tokenizer_config.json holds; None: none, or another one."""
@@ -381,7 +402,8 @@ def template_of(tokenizer_config: Mapping) -> str | None:
         found = named.get("default")
     if not isinstance(found, str):
         return None
-    if "".join(found.split()) == "".join(COMMON_CHATML.split()):
+    plain, _ = without_system(found)
+    if "".join(plain.split()) == "".join(COMMON_CHATML.split()):
         return "chatml"
     return next((name for name in FORMATS if jinja(name).strip() == found.strip()), None)
 
@@ -404,7 +426,7 @@ def show(ids, mask, tokenizer, colour: bool | None = None) -> str:
     for begin, end in zip(cuts, cuts[1:]):
         if begin == end:
             continue
-        text = _visible(tokenizer.decode(ids[begin:end]))
+        text = visible(tokenizer.decode(ids[begin:end]))
         if end - begin > 3 and (ids[begin:end] == ids[begin]).all() and control[begin]:
             text = f"{tokenizer.decode(ids[begin : begin + 1])} x {end - begin}"  # padding
         supervised, is_control = divmod(int(kinds[begin]), 2)
@@ -422,7 +444,7 @@ def _marked(text: str, supervised: bool, control: bool, colour: bool) -> str:
     return f"[{text}]" if supervised else text
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Nothing in it moves the cursor or sets colours."""
     shown = []
     for char in text:

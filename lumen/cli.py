@@ -267,8 +267,11 @@ def read_any(config) -> tuple[Config, dict, list[str]]:
     return cfg, written, notes
 
 
-def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
-    """YAML file and command line -> (Config, keys as written, notes for the user, flags)."""
+def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str], dict]:
+    """YAML file and command line -> (Config, keys as written, notes for the user, flags).
+
+    complete(tree, place, notes) may add keys, under our names, before they are checked.
+    """
     line, notes = read_words(argv), []
     path = find_yaml(line.config) if line.config is not None else None
     tree, lines = load_yaml(path) if path else ({}, {})
@@ -284,6 +287,8 @@ def read_config(argv: list[str]) -> tuple[Config, dict, list[str], dict]:
     if path and CONFIGS in path.resolve().parents:
         leave_out_prompt(tree, line.typed, notes)
     typed_wins(tree, line.typed, notes)
+    if complete:
+        complete(tree, place, notes)
     data_keys = ("data_dir", "data", "prepare", *modes.PATHS)
     if path is None and not any(tree.get(key) for key in data_keys):
         usage = "python train.py CONFIG [--key value ...]; CONFIG is your YAML file or a preset"

@@ -243,6 +243,8 @@ INSIDE = {
         "truncate": bool,
     },
 }
+FINE_TUNING = ("method", "beta", "gamma", "label_smoothing", "sft_coef", "quantize_base", "freeze")
+FINE_TUNING += ("init_optimizer", "lora")  # of finetune.py
 FLAGS = ("dry_run", "print_config", "help")  # of the command line only
 SIMULATED = {  # with --dry_run, what it simulates: (type, meaning)
     "world_size": (int, "processes, one a GPU; default: 1"),
@@ -476,6 +478,17 @@ def check_together(cfg: Config, place) -> None:
     if cfg.wandb_project and wandb_mode not in WANDB_MODES:
         text = f"WANDB_MODE={wandb_mode!r} in the environment is not one of "
         refuse(place, "wandb_project", f"{text}{', '.join(WANDB_MODES)}; unset it")
+
+
+def check_command(cfg: Config, fine_tunes: bool) -> None:
+    """E002 where train.py is asked for what finetune.py does: it would train something else."""
+    plain = {field.name: field.default for field in dataclasses.fields(cfg)} | {
+        "lora": LoraConfig()
+    }
+    asked = [key for key in FINE_TUNING if getattr(cfg, key) != plain[key]]
+    if asked and not fine_tunes:
+        text = "train.py trains all weights on the next token"
+        raise UserError("E002", f"{', '.join(asked)}: for finetune.py; {text}")
 
 
 # ---------------------------------------------------------------- printing

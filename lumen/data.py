@@ -21,6 +21,8 @@ from lumen.config import Config
 from lumen.errors import UserError
 from lumen.launch import clock, environment
 from lumen.loader import val_rows
+from lumen.pairs import PairSource
+from lumen.preferences import check_method
 from lumen.windows import Source
 
 
@@ -76,19 +78,27 @@ class Data:
 
 def open_data(cfg: Config) -> Data:
     """The data that `cfg` names. E113 where sources, tokenizer and vocabulary do not go together,
-    E124 for preference pairs, E110 to E112 for what is not there or no shard of ours."""
+    E124 for pairs where conversations are trained on and the other way round, E126 for pairs that
+    cannot be, E110 to E112 for what is not there or no shard of ours."""
     block = cfg.data or {"sources": {"data": {"dir": cfg.data_dir}}}
     specs = block["sources"]
     data = Data(mixture.weights_of(block), cfg.model.vocab_size, specs=specs)
     where = (cfg.model.max_seq_len, cfg.val_fraction, cfg.document_mask)
+    opened = Source
+    if cfg.method != "sft":
+        opened = PairSource
+        check_method(cfg)
     for name, spec in specs.items():
-        whole = Source(str(spec["dir"]), "train", *where)
+        whole = opened(str(spec["dir"]), "train", *where)
         parts = [whole]
         if spec.get("buckets", 1) > 1:
+            if whole.sides == 2:
+                text = "difficulty is of text and conversations; preference pairs have no buckets"
+                raise UserError("E002", f"data.sources.{name}.buckets: {text}")
             parts = cut(whole, spec["buckets"], spec.get("difficulty", "length"))
         data.sources |= zip(mixture.leaves(name, spec), parts)
     for name, spec in specs.items():
-        held_out = Source(str(spec["dir"]), "val", *where)
+        held_out = opened(str(spec["dir"]), "val", *where)
         if held_out.windows and cfg.val_fraction > 0:
             data.val_sources[name] = held_out
     take_tokenizer(data)
@@ -243,7 +253,8 @@ def choose_val_rows(data: Data, cfg: Config, segments: list) -> tuple[list, list
     shares = shares_of(data, segments[-1:])
     if not any(shares.values()):
         shares = dict.fromkeys(shares, 1.0)
-    count = max(1, cfg.eval_tokens // cfg.model.max_seq_len)
+    sides = max(source.sides for source in data.val_sources.values())
+    count = max(1, cfg.eval_tokens // (cfg.model.max_seq_len * sides))
     rows = val_rows(data.val_sources, shares, count)
     earlier = shares_of(data, segments)
     earlier = {name: weight for name, weight in earlier.items() if not shares[name]}

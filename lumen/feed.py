@@ -62,13 +62,24 @@ class Feed:
         sent.record_stream(computing)
         return tuple(sent)
 
-    def batch(self, x, y, docs=None) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
-        """What lumen.windows.Batch holds, on the device; of docs the host says how many there are,
-        in steps of powers of two, so that few shapes are compiled."""
+    def batch(self, x, y, docs=None, reference=None) -> tuple:
+        """What lumen.windows.Batch holds, on the device: ids, targets, kernels.Documents or None;
+        and of pairs the reference, fp32. Of docs the host says how many there are, in steps of
+        powers of two, so that few shapes are compiled."""
         if docs is None:
             return *self.send(x, y), None
         x, y, of = self.send(x, y, docs.astype(np.int64))
-        return x, y, Documents(of, 1 << int(docs.max()).bit_length())
+        docs = Documents(of, 1 << int(docs.max()).bit_length())
+        if reference is None:
+            return x, y, docs
+        return x, y, docs, self.send_floats(reference)
+
+    def send_floats(self, array: np.ndarray) -> torch.Tensor:
+        """fp32 -> fp32; the buffers hold int64, so their bits travel."""
+        if self.stream is None:
+            return self.without_stream(array)
+        (bits,) = self.send(array.astype(np.float64).view(np.int64))
+        return bits.view(torch.float64).float()
 
     def without_stream(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -271,7 +271,9 @@ def look_ahead(forecast: Forecast, planned: float, unique: float, lr_of) -> tupl
 
 def advise(trainer) -> None:
     """Say where a run stands and where it will end; tell the orchestrator if there is a reason to
-    cut it short."""
+    cut it short. Its laws are of training from scratch."""
+    if trainer.fine_tunes:
+        return
     advice = reason_to_end(trainer)
     if any(phase["step"] > trainer.step for phase in trainer.run.phases):
         advice = None  # other data are to come

@@ -51,6 +51,7 @@ class Start:
     last_lr: float = 0.0
     misfit: str = ""  # why it may not fit into memory
     notes: list[str] = field(default_factory=list)
+    fine_tunes: bool = False  # a base has been trained: laws of training from scratch say nothing
     elsewhere: bool = False  # a dry run for other hardware: this machine computes nothing
 
     @property
@@ -169,6 +170,8 @@ def length_lines(start: Start) -> list[str]:
         return [*lines, length]
     epochs = run.rows_per_step * run.max_steps / start.windows
     lines.append(f"{length}, {epochs:.2f} epochs")
+    if start.fine_tunes:
+        return lines
     counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
     moe = bool(cfg.model.n_experts)
     ratio = cfg.tokens_per_parameter or 20.0
@@ -318,7 +321,8 @@ def machine_advice(start: Start) -> list[str]:
     if cfg.model.vocab_size % 64:
         lines.append(f"vocab_size {cfg.model.vocab_size} is not a multiple of 64: slower on GPUs")
     unique = start.windows * cfg.model.max_seq_len
-    if start.model.n_params()["total"] > tokens > unique > 0:
+    few = start.model.n_params()["total"] > tokens > unique > 0
+    if few and not start.fine_tunes:
         text = "fewer tokens than parameters, read more than once"
         lines.append(f"{text}: such a model mostly memorises")
     if start.machine.device.type == "cuda" and start.run.deterministic:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lumen.errors import UserError
-from lumen.windows import Batch, Source, Sums
+from lumen.windows import Batch, Source, Sums, dummy_batch, fill_row
 
 BLOCK = 1024  # rows: a mixture gives every source a whole number of rows in each block
 MICRO_BATCHES_AHEAD = 4
@@ -150,16 +150,12 @@ class Loader:
 
     def batch(self, first_row: int, count: int) -> Batch:
         """Rows [first_row, first_row + count). Any thread may call it."""
-        x, y = np.empty((2, count, next(iter(self.sources.values())).seq_len), np.int64)
-        docs = None
-        if any(source.document_mask for source in self.sources.values()):
-            docs = np.zeros(x.shape, np.int32)  # a row of a source without one is one document
+        sources = self.sources.values()
+        batch = dummy_batch(first_row, count, next(iter(sources)).seq_len, sources)
         for r in range(count):
             name, i, _ = self.locate(first_row + r)
-            x[r], y[r], of_row = self.sources[name].row(i)
-            if of_row is not None:
-                docs[r] = of_row
-        return Batch(first_row, x, y, docs)
+            fill_row(batch, r, self.sources[name], i)
+        return batch
 
     def start(self, cursor: int, index: int, count: int, micro: int, accum: int) -> None:
         """Read from `cursor` on as reader `index` of `count`, dropping what was read ahead: this is

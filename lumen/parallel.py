@@ -24,6 +24,11 @@ from lumen.optim import state_bytes
 from model import Transformer
 
 
+def trained(model) -> list[torch.Tensor]:
+    """The parameters that are not frozen: all of them, but in fine-tuning."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 class Parallel:
     """All that changes with the number of processes; this one replicates the model.
 
@@ -94,7 +99,7 @@ class Parallel:
 
     def weights(self, model) -> dict[str, torch.Tensor]:
         """What the optimizer updates, by name: plain tensors, whose .grad reduce() sets."""
-        return dict(model.named_parameters())
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def microstep(self, model, last: bool):
         """Context of one forward and backward pass; `last`: the last of its step."""
@@ -102,14 +107,14 @@ class Parallel:
 
     def reduce(self, model, sums: torch.Tensor) -> torch.Tensor:
         """Sum the gradients in place, and `sums` (a vector), over all ranks; returns the sums."""
-        for p in model.parameters():
+        for p in trained(model):
             if p.grad is None:  # a rank that could not read its rows takes part all the same
                 p.grad = torch.zeros_like(p)
         if self.world == 1:
             return sums
         # in a collective of its own: in a gradient's chunk it would shift the order of adding
         dist.all_reduce(sums)
-        for chunk in self.chunks([p.grad for p in model.parameters()]):
+        for chunk in self.chunks([p.grad for p in trained(model)]):
             for start, part in chunk:
                 self.buffer[start : start + len(part)] = part
             end = chunk[-1][0] + len(chunk[-1][1])
@@ -142,14 +147,14 @@ class Parallel:
 
     def grad_norm(self, model) -> torch.Tensor:
         """2-norm of the reduced gradient, a 0-d tensor."""
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        return torch.nn.utils.get_total_norm([p.grad for p in trained(model)])
 
     def checksum(self, model) -> torch.Tensor:
         """Of the bits of the weights, which every rank should hold alike.
 
         0-d, a whole number below 2^20, so that its square is exact; no sync.
         """
-        words = torch.stack([p.detach().view(torch.int32).sum() for p in model.parameters()])
+        words = torch.stack([p.detach().view(torch.int32).sum() for p in trained(model)])
         return words.sum() % 1048573  # a prime: modulo a power of two the upper bits would be lost
 
     # ---- what the ranks tell one another

@@ -1,10 +1,9 @@
 """What sample.py is asked, and how an answer is shown: prompts from options, files and stdin; one
-question each with --chat, or a conversation in the terminal."""
+question each with --chat; lumen/talk.py is a conversation in the terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from lumen import chat, checkpoint
@@ -79,20 +78,32 @@ def system_turn(text: str | None) -> list[Message]:
 
 
 def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Template:
-    """The template asked for, or else the one that the run was trained with; where it names none,
-    one that its tokenizer can write, and that is said. E002, E113, E501."""
+    """The template asked for, or else the one that the run was trained with. Where it names none it
+    is a base model: that is said, and one taken that its tokenizer can write. E002, E113, E501."""
     folder = Path(expand(str(run)))
     if not (folder / "state.json").exists():
         folder = checkpoint.step_dir(folder, step)
-    found = chat.template_of_run(checkpoint.Checkpoint(folder).state)
-    template = chat.find_template(asked) if asked else found
-    if template is None:
-        template = chat.default_template(tokenizer)
-        say(f"note: the run names no chat template; taken: {template.name} (--template NAME)")
-    elif found and template != found:
+    state = checkpoint.Checkpoint(folder).state
+    found = chat.template_of_run(state)
+    template = chat.find_template(asked) if asked else found or chat.default_template(tokenizer)
+    if found is None:
+        say(f"note: {why_base(state)}: it was not taught to answer, and goes on with any text")
+        say(f"note: to teach it: python finetune.py {run} --data chats.jsonl")
+        if not asked:
+            say(f"note: taken: template {template.name} (--template NAME takes another)")
+    elif template != found:
         say(f"note: the run was trained with chat template {found.name}, not {template.name}")
     chat.check_tokenizer(template, tokenizer)
     return template
+
+
+def why_base(state: dict) -> str:
+    """Where a chat template was looked for, and what was not there to look into."""
+    text = "a base model: its checkpoint, data and import name no chat template"
+    gone = [folder for folder in chat.data_folders(state) if not Path(folder).exists()]
+    if gone:
+        text += f" ({', '.join(gone)}: not here, and may have named one)"
+    return text
 
 
 class ReplyPrinter(Printer):
@@ -108,25 +119,3 @@ class ReplyPrinter(Printer):
         if piece:
             self.begun.add(i)
         super().__call__(i, piece, reason)
-
-
-def converse(answer: Callable, fits: Callable, system: str | None, say) -> None:
-    """A conversation in the terminal, until the end of input. answer(messages) -> the reply, shown
-    as it comes; fits(messages) -> whether there is room for one: else the oldest turns go."""
-    begin = system_turn(system)
-    messages = []
-    while True:
-        try:
-            question = input("> ")
-        except EOFError:
-            return
-        if not question.strip():
-            continue
-        messages.append(Message("user", question))
-        forgotten = 0
-        while len(messages) > 1 and not fits(begin + messages):
-            messages = messages[2:]
-            forgotten += 2
-        if forgotten:
-            say(f"note: the context is full; the {forgotten} oldest turns are forgotten")
-        messages.append(Message("assistant", answer(begin + messages)))

@@ -246,11 +246,11 @@ class StartingPoint:
 
     # ---- weights of another run
 
-    def find_weights(self) -> tuple[ModelConfig, Checkpoint | dict]:
+    def find_weights(self, path: str) -> tuple[ModelConfig, Checkpoint | dict]:
         """init_from, a run of ours or a Hugging Face folder: its model, and its weights as
         take_weights reads them. Refused before anything is changed: E303, E304, E113, and E305
         where the models do not go together."""
-        path, par = self.cfg.init_from, self.parallel
+        par = self.parallel
         if par.broadcast((Path(path) / "config.json").is_file()):
             from export import read_hf  # upward: the one place that knows foreign names
 

@@ -10,7 +10,29 @@ from dataclasses import dataclass
 
 import torch
 
+from lumen.errors import UserError
 from model import draw
+
+RANGES = {  # option: (lowest, highest, in words)
+    "max_new_tokens": (1, 2**31, "at least 1"),
+    "temperature": (0, 100, "between 0 (the most likely token) and 100"),
+    "top_k": (0, 2**31, "0 (off) or more"),
+    "top_p": (1e-6, 1, "above 0, at most 1 (off)"),
+    "min_p": (0, 1, "between 0 (off) and 1"),
+    "repetition_penalty": (0.01, 100, "between 0.01 and 100; 1 is off, above 1 discourages"),
+    "seed": (0, 2**62, "0 or more, below 2^62"),
+    "num_samples": (1, 65536, "between 1 and 65536"),
+}
+
+
+def check(stop=(), **numbers) -> None:
+    """UserError E500 for an option out of range."""
+    for name, value in numbers.items():
+        low, high, words = RANGES[name]
+        if not low <= value <= high:
+            raise UserError("E500", f"{name}: {value} is out of range; it must be {words}")
+    if not all(stop):
+        raise UserError("E500", "stop: an empty string would stop everything; leave it out")
 
 
 @dataclass

@@ -143,7 +143,7 @@ def finish(trainer, state: str, code: int) -> None:
                 how = (trainer.cfg.sample_prompt, trainer.cfg.seed)
                 trainer.report.print_sample(trainer.model, trainer.parallel, *how)
     reason = trainer.tell.end(state, code)
-    if state == "finished" and trainer.main:
+    if state == "finished" and trainer.main and not trainer.fine_tunes:
         with trainer.report.optional("suggested.yaml"):
             trainer.tell.suggest()
     trainer.write_status(state, code, reason)

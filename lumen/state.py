@@ -49,6 +49,7 @@ class State:
             "forecast": t.forecast.state_dict(),
             "tokenizer": t.data.tokenizer_sum or t.start.tokenizer,
             "wandb_id": t.report.wandb_id,
+            **t.beside,
         }
 
     # ---- and back

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import sys
+import time
 
 
 class Stream:
@@ -68,6 +70,25 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+def decode(steps, streams: list[Stream], on_text=None) -> dict[str, float]:
+    """Draw tokens, of Transformer.generate, until all streams have ended; on_text(stream's number,
+    piece of text, None or why it ended). Returns prefill_seconds and decode_seconds.
+    FloatingPointError: the model's logits are not finite."""
+    start = time.perf_counter()
+    first = None
+    with contextlib.closing(steps):
+        for tokens in steps:
+            first = first or time.perf_counter()
+            for i, (stream, token) in enumerate(zip(streams, tokens)):
+                if stream.reason is None:
+                    piece = stream.add(token)
+                    if on_text and (piece or stream.reason):
+                        on_text(i, piece, stream.reason)
+            if all(stream.reason for stream in streams):
+                break
+    return {"prefill_seconds": first - start, "decode_seconds": time.perf_counter() - first}
 
 
 class Printer:

@@ -5,7 +5,7 @@ them, plain numbers on the host a little later.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,9 @@ FLAGS = (
     "checksum_square",
     "writing",  # ... is still writing a checkpoint
 )
+
+# all that step_numbers has a place for
+KNOWN = {"ce", "z", "count", "norm", "bad", "exploded", *FLAGS}
 
 
 @dataclass
@@ -47,6 +50,8 @@ class StepNumbers:
     desynced: bool = False  # the ranks' weights differ
     experts: dict | None = None  # experts.expert_statistics, where the sums were fetched
     depth: dict | None = None  # experts.mod_statistics, where the sums were fetched
+    # means over `count` of the sums that a run has beside the model's (Trainer.sum_names)
+    more: dict[str, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -111,12 +116,12 @@ def sum_shapes(model) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def empty_sums(model, device: torch.device) -> dict[str, torch.Tensor]:
-    """Zeros for all that the collective carries: the model's sums, our flags, the sparse layers'
-    sums. Made and filled on the device, for a copy would be a sync."""
+def empty_sums(model, device: torch.device, extra=()) -> dict[str, torch.Tensor]:
+    """Zeros for all that the collective carries: the model's sums, `extra` of the loss, our flags,
+    the sparse layers' sums. Made and filled on the device, for a copy would be a sync."""
     shapes = sum_shapes(model)
     order = [name for name in shapes if not of_layers(name)]
-    order += [*FLAGS, *(name for name in shapes if of_layers(name))]
+    order += [*extra, *FLAGS, *(name for name in shapes if of_layers(name))]
     dtype = sum_dtype(device)
     return {name: torch.zeros(shapes.get(name, ()), dtype=dtype, device=device) for name in order}
 
@@ -139,7 +144,9 @@ def step_numbers(pending: Pending, sums: dict[str, torch.Tensor], world: int) ->
     numbers.grad_norm = got["norm"]
     numbers.bad = bool(got["bad"])
     numbers.exploded = bool(got["exploded"])
-    numbers.tokens = 0 if numbers.bad else int(got["count"])
+    # of pairs there are fewer than tokens, and then those are counted too
+    numbers.tokens = 0 if numbers.bad else int(got.get("tokens", got["count"]))
+    numbers.more = {name: got[name] / count for name in got if name not in KNOWN}
     # equal numbers x on all ranks: world * sum of squares = square of the sum
     square = got["checksum"] * got["checksum"]
     numbers.desynced = world * got["checksum_square"] != square

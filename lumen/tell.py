@@ -44,6 +44,7 @@ class Teller:
             lr_at_peak=t.scheduled_lr(t.run.peak_step),
             last_lr=t.scheduled_lr(t.run.max_steps - 1),
             misfit=t.found.misfit,
+            fine_tunes=t.fine_tunes,
             notes=[*(notes or []), *t.machine.notes, *hint, *t.found.changes],
         )
 

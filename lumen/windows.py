@@ -44,12 +44,34 @@ class Batch(NamedTuple):
     y: np.ndarray  # targets, the same one token further; below 0: none
     # the document of each position, int32 (rows, T), numbered within its row from 0; None: no mask
     docs: np.ndarray | None = None
+    # of pairs (x, y, docs are (2 rows, T) then): the reference's log-probabilities of each row's
+    # pairs, float32 (rows, most, 2); NaN: no pair at this place
+    reference: np.ndarray | None = None
 
 
-def dummy_batch(row: int, rows: int, T: int) -> Batch:
-    """One without a valid target: for a rank that cannot read its rows."""
-    shape = (rows, T)
-    return Batch(row, np.zeros(shape, np.int64), np.full(shape, -1, np.int64))
+def dummy_batch(row: int, rows: int, T: int, sources=()) -> Batch:
+    """One without a valid target, to be filled with rows of these sources; also for a rank that
+    cannot read its own."""
+    sides = max((source.sides for source in sources), default=1)
+    shape = (rows * sides, T)
+    docs = reference = None
+    if any(source.document_mask for source in sources):
+        docs = np.zeros(shape, np.int32)  # a row of a source without one is one document
+    if sides == 2:
+        most = max(source.most for source in sources)
+        reference = np.full((rows, most, 2), np.nan, np.float32)
+    return Batch(row, np.zeros(shape, np.int64), np.full(shape, -1, np.int64), docs, reference)
+
+
+def fill_row(batch: Batch, r: int, source: Source, number: int) -> None:
+    """Row `number` of a source becomes data row r of a batch. Errors as of Source.row."""
+    x, y, docs, *reference = source.row(number)
+    at = slice(r * source.sides, (r + 1) * source.sides)
+    batch.x[at], batch.y[at] = x, y
+    if docs is not None:
+        batch.docs[at] = docs
+    for pairs in reference:
+        batch.reference[r, : len(pairs)] = pairs
 
 
 # Thousands of shards would meet the limit of open files; whoever uses one last closes it. Size and
@@ -289,6 +311,8 @@ class Source:
     of another length or kind, E002 for a document mask where nobody knows the documents.
     """
 
+    sides = 1  # rows of the model that a row is; lumen.pairs.PairSource has 2
+
     def __init__(
         self,
         path: str,
@@ -341,15 +365,20 @@ class Source:
         if held_out:
             self.first, end = self.split_windows(end, val_fraction)
         self.tokens = end - self.first
+        self.lay_rows()
+        if split == "train" and not self.windows:
+            need = f"a row of max_seq_len {seq_len} needs {seq_len + 1}"
+            raise UserError("E114", f"{path}: {self.tokens} tokens, {need}")
+
+    def lay_rows(self) -> None:
+        """What is which row."""
+        seq_len = self.seq_len
         # from one row to the next
         self.stride = seq_len + 1 if self.kind == "chat" else seq_len
         self.windows = max(0, (self.tokens - (seq_len + 1)) // self.stride + 1)
         self.unused = self.tokens - self.windows * self.stride
         if self.windows and self.kind != "chat":
             self.unused -= 1  # the last target is no input
-        if split == "train" and not self.windows:
-            need = f"a row of max_seq_len {seq_len} needs {seq_len + 1}"
-            raise UserError("E114", f"{path}: {self.tokens} tokens, {need}")
 
     def open_bare(self, document_mask: bool) -> bool:
         """Shards of a folder without manifest.json. True where both splits are parts of the same
@@ -382,14 +411,18 @@ class Source:
         self.fingerprint = self.manifest["fingerprint"]
         self.dtype = np.dtype(self.manifest["dtype"])
         self.kind = self.manifest.get("kind", "text")
-        if self.kind == "pairs":
-            text = f"{self.path} holds preference pairs, which are no rows to train on like text"
-            raise UserError("E124", text)
+        self.check_kind()
         shards = self.manifest["splits"].get(self.split, {}).get("shards", [])
         self.max_id = max((shard["max_id"] for shard in shards), default=None)
         if self.kind == "chat":
             self.check_rows(self.manifest["rows"]["length"], shards)
         return shards
+
+    def check_kind(self) -> None:
+        """E124."""
+        if self.kind == "pairs":
+            text = f"{self.path} holds preference pairs, which are no rows to train on like text"
+            raise UserError("E124", f"{text}: python finetune.py with method: dpo, or another")
 
     def check_rows(self, length: int, shards: list[dict]) -> None:
         if length != self.seq_len + 1:
@@ -411,7 +444,7 @@ class Source:
             self.shards.append(shard)
             self.files.append((shard, entry.get("sha256")))
             others = []
-            if self.kind == "chat" or "mask_file" in entry:
+            if self.kind != "text" or "mask_file" in entry:
                 others.append(("mask", shard.tokens, self.masks))
             if document_mask:
                 others.append(("docs", None, self.docs))
@@ -444,7 +477,10 @@ class Source:
         """(shard, its first token, how many) of the parts of window i."""
         assert 0 <= i < self.windows, (i, self.windows)
         at = self.first + i * self.stride
-        end = at + self.seq_len + 1
+        return self.spans_of(at, at + self.seq_len + 1)
+
+    def spans_of(self, at: int, end: int) -> list[tuple[int, int, int]]:
+        """The same of tokens [at, end) of the array of all shards."""
         k = bisect_right(self.starts, at) - 1
         parts = []
         while at < end:
@@ -460,14 +496,18 @@ class Source:
         spans = self.spans(i)
         parts = [self.shards[k].read(first, n) for k, first, n in spans]
         window = np.concatenate(parts, dtype=np.int64)
-        largest = int(window.max())
+        self.check_ids(window, spans)
+        return window
+
+    def check_ids(self, ids: np.ndarray, spans: list[tuple[int, int, int]]) -> None:
+        """Of these spans; an embedding has no row for a larger one. Errors as of window."""
+        largest = int(ids.max())
         if self.max_id is None and self.vocab_size:
             self.check_vocab(self.vocab_size, largest)
-        elif self.max_id is not None and largest > self.max_id:  # an embedding has no row for it
+        elif self.max_id is not None and largest > self.max_id:
             names = " or ".join(self.shards[k].path for k, _, _ in spans)
             text = f"token id {largest}, in manifest.json {self.max_id} is the largest"
             raise UserError("E111", f"shard {names} is damaged: it holds {text}; copy it anew")
-        return window
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Row i: inputs and targets, int64 (T,) each, -1 where a target does not count; and with a

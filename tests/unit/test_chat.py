@@ -364,6 +364,29 @@ def test_templates_are_found_described_and_recognised():
     assert chat.stop_texts("chatml") == chat.stop_texts("raw") == ()
 
 
+DEFAULT_SYSTEM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou\\'re SmolLM.\\nBe brief<|im_end|>\\n' }}{% endif %}"
+)
+
+
+def test_a_system_turn_that_a_template_adds_is_told_apart():
+    """SmolLM2's template is ChatML with one; GGUF keeps newlines as they are."""
+    begin = "{% for message in messages %}"
+    text = chat.COMMON_CHATML.replace(begin, DEFAULT_SYSTEM)
+    for one in (text, text.replace("\\n", "\n")):
+        assert chat.template_of({"chat_template": one}) == "chatml"
+        assert chat.without_system(one) == (chat.COMMON_CHATML, "You're SmolLM.\nBe brief")
+    assert chat.without_system(chat.COMMON_CHATML) == (chat.COMMON_CHATML, "")
+    other = text.replace("loop.first", "not loop.last")
+    assert chat.template_of({"chat_template": other}) is None
+    jinja2 = pytest.importorskip("jinja2")
+    said = jinja2.Template(text).render(messages=[{"role": "user", "content": "Hi"}])
+    assert said.startswith(
+        "<|im_start|>system\nYou're SmolLM.\nBe brief<|im_end|>\n<|im_start|>user"
+    )
+
+
 USER, REPLY = "U {content}\n", "A {content}{end}"
 
 

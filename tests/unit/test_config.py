@@ -10,6 +10,7 @@ from conftest import ROOT, write_yaml
 from lumen import aliases, checkpoint, modes
 from lumen.cli import read_config
 from lumen.config import (
+    INSIDE,
     RANGES,
     Config,
     OrchestratorConfig,
@@ -215,7 +216,7 @@ def test_every_row_of_the_table_does_what_it_says(name, value):
 
 
 def test_every_name_leads_to_a_key_that_exists_and_hides_none():
-    own = {*own_keys(), "prepare.sources", "prepare.val_sources", *modes.KEYS}
+    own = {*own_keys(), *(f"prepare.{key}" for key in INSIDE["prepare"]), *modes.KEYS}
     no_key = {"ignore", "refuse", "section", "expands"}
     for name, row in aliases.table().items():
         assert row.get("to", name) in own or row.keys() & no_key, name

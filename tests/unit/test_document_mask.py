@@ -363,7 +363,7 @@ def test_a_batch_of_both_kinds(tmp_path):
         for name, path in (("t", text), ("c", chat))
     }
     load = Loader(sources, 1, [[0, {"t": 1, "c": 1}]])
-    row, x, y, docs = load.batch(3, 20)
+    row, x, y, docs, _ = load.batch(3, 20)
     assert row == 3 and x.shape == y.shape == docs.shape == (20, 5)
     names = [load.locate(3 + r)[0] for r in range(20)]
     assert {"t", "c"} == set(names)

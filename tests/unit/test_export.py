@@ -373,10 +373,10 @@ def test_a_chat_template_travels_both_ways(name, tmp_path, transformers, monkeyp
     state = checkpoint.find(tmp_path / "again").state
     assert chat.template_of_run(state) == chat.find_template(name)
     theirs.save_pretrained(tmp_path / "hf")  # as transformers 5 writes it: in a file of its own
-    assert export.read_template(tmp_path / "hf", say=lines.append) == name
+    assert export.read_template(tmp_path / "hf", say=lines.append) == {"template": name}
     assert not [line for line in lines if "chat template" in line]
     (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
-    assert export.read_template(tmp_path / "hf", say=lines.append) is None
+    assert export.read_template(tmp_path / "hf", say=lines.append) == {}
     assert "none of chatml, instruct" in lines[-1]
 
     # the check is held to account

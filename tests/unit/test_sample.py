@@ -504,9 +504,9 @@ def test_chat_command(run, capsys, tmp_path):
     want = S.sample(model, tokenizer, [talk], 6, temperature=0, ignore_eot=True, template="chat")[0]
     words = ("--chat", "--system", "s", "--prompt", "hi", *options)
     out, err = command(capsys, run, *words, "--template", "chat")
-    assert out.strip() == want and "template" not in err
+    assert out.strip() == want and "a base model" in err and "taken" not in err
     out, err = command(capsys, run, *words)
-    assert "names no chat template; taken: chatml" in err
+    assert "a base model" in err and "taken: template chatml" in err and "finetune.py" in err
     out, _ = command(capsys, run, *words, "--prompt", "ho")
     assert "--- prompt 2, sample 1 ---\nho\n\n" in out
     assert "E500" in code(S.main, [run, "--chat", "--ids", "1"])
@@ -529,36 +529,9 @@ def test_the_template_is_the_runs(tmp_path):
         == "instruct"
     )
     assert choose(0, "chat").name == "chat" and "trained with chat template instruct" in said[0]
-    assert choose(1, None).name == "chatml" and "names no chat template" in said[1]
+    assert choose(1, None).name == "chatml" and len(said) == 4
+    assert "a base model" in said[1] and f"({tmp_path}/data: not here" in said[1]
+    assert choose(1, "raw").name == "raw" and "a base model" in said[4] and len(said) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"template": chat.describe("raw")}))
-    assert choose(1, None).name == "raw" and len(said) == 2
-
-
-def test_a_conversation_in_the_terminal(monkeypatch, capsys):
-    """Each question sees the turns before it; when the context is full the oldest go."""
-    questions, said, seen = iter(["one", "  ", "two", "three"]), [], []
-
-    def answer(messages):
-        seen.append([message.content for message in messages])
-        return f"re {messages[-1].content}"
-
-    def ask(prompt):
-        try:
-            return next(questions)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", ask)
-    prompts.converse(answer, lambda messages: len(messages) <= 4, "sys", said.append)
-    assert seen == [
-        ["sys", "one"],
-        ["sys", "one", "re one", "two"],
-        ["sys", "two", "re two", "three"],
-    ]
-    assert said == ["note: the context is full; the 2 oldest turns are forgotten"]
-
-    questions = iter(["x" * 30, "hi"])
-    options = {"max_new_tokens": 9, "template": "chat"}
-    S.talk(Scripted([32, 97, 98, T.eot_id], context=60), T, options, None, said.append)
-    assert capsys.readouterr().out == "ab\nab\n" and len(said) == 2
+    assert choose(1, None).name == "raw" and len(said) == 6

@@ -1,0 +1,399 @@
+"""Fine-tune a model: on conversations (SFT) or on preferences between two replies, all of its
+weights or low-rank adapters (LoRA).
+
+    python finetune.py BASE --data chats.jsonl          BASE: a run, a step, a Hugging Face folder
+    python finetune.py BASE --data chats.jsonl --lora.r 16 [--quantize_base int8]
+    python finetune.py BASE --data pairs.jsonl --method dpo
+    torchrun --nproc_per_node=N finetune.py CONFIG      a YAML file with init_from: BASE
+    python finetune.py merge RUN OUT [--check]          adapters and base become a model
+
+`FineTuner` is train.py's Trainer with another loss and other weights to train; the loop, the
+loader, checkpoints, the orchestrator and exact resume are the same. In this order: the keys that
+follow from the base, FineTuner, main. --help prints every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from lumen import base, chat, lora
+from lumen import tokenizer as tokenizers
+from lumen.checkpoint import Checkpoint
+from lumen.cli import TYPED, read_config
+from lumen.config import help_text
+from lumen.errors import UserError
+from lumen.files import read_json
+from lumen.launch import command, environment
+from lumen.replies import replies
+from lumen.resume import take_weights
+from train import Trainer
+
+# ---------------------------------------------------------------- keys
+
+COMMANDS = ("merge", "to_peft", "from_peft")  # of lumen/adapters.py
+
+
+def as_keys(argv: list[str]) -> list[str]:
+    """`BASE --data FILE ...` in the keys of a run; anything else stays."""
+    words, sources = [], []
+    rest = list(argv)
+    if rest and not rest[0].startswith("-") and os.path.isdir(rest[0]):
+        words += ["--init_from", rest.pop(0)]
+    while rest:
+        word = rest.pop(0)
+        name, has_value, value = word.partition("=")
+        if name != "--data" or (value or (rest or ["{"])[0]).startswith("{"):
+            words.append(word)
+            continue
+        sources.append(value if has_value else rest.pop(0))
+    if len(sources) == 1 and (Path(sources[0]) / "manifest.json").exists():
+        words += ["--data_dir", sources[0]]
+    elif sources:
+        words += ["--prepare", json.dumps({"sources": sources})]
+    return words
+
+
+def complete(tree: dict, place, notes: list[str]) -> None:
+    """The keys that follow from the base, where nothing else was written. E125."""
+    path = tree.get("init_from")
+    if not path:
+        text = "which model? python finetune.py BASE --data FILE, or init_from: BASE in the YAML"
+        raise UserError("E125", text)
+    found = base.read_base(str(path))
+    name = Path(path).resolve().name
+    complete_data(tree, found, name, notes)
+    tree["model"] = base.model_keys(found, tree["model"])
+    method = tree.get("method") or "sft"
+    with_lora = bool(tree["lora"].get("r"))
+    if tree["lora"] and not with_lora:
+        raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
+    if "learning_rate" not in tree:
+        tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)
+        notes.append(f"learning_rate {tree['learning_rate']:g}: {why}")
+    if not any(tree.get(key) for key in ("max_steps", "num_epochs", "tokens_per_parameter")):
+        tree["num_epochs"] = 3 if method == "sft" else 1
+    for key, value in {"weight_decay": 0.0, "eval_interval": 50}.items():
+        tree.setdefault(key, value)
+    if tree.get("out_dir") is None and place.otherwise == TYPED:
+        tree["out_dir"] = f"out/{name}-{method}"
+
+
+SETS = {  # keys that only some methods have
+    "beta": ("dpo", "cdpo", "ipo", "hinge", "simpo", "orpo"),
+    "sft_coef": ("dpo", "cdpo", "ipo", "hinge", "simpo"),
+    "label_smoothing": ("dpo", "cdpo"),
+    "gamma": ("simpo",),
+}
+
+
+def check_keys(cfg) -> None:
+    """E002: what would have no effect here, or does not go together. Nothing asked is left out."""
+    wrong = []
+    for key, methods in SETS.items():
+        if getattr(cfg, key) and cfg.method not in methods:
+            wrong.append(f"{key} is of method {', '.join(methods)}, not of {cfg.method}")
+    if cfg.lora.r:
+        if cfg.freeze:
+            wrong.append("freeze: under lora only adapters are trained")
+        if cfg.init_optimizer:
+            wrong.append("init_optimizer: the base's moments are of weights that lora freezes")
+        if cfg.orchestrator.enable_architecture_adaptation:
+            wrong.append("orchestrator.enable_architecture_adaptation would change a frozen base")
+    elif cfg.quantize_base:
+        wrong.append("quantize_base: only a base that lora freezes can be held in few bits")
+    if wrong:
+        raise UserError("E002", "; ".join(wrong))
+
+
+def read(argv: list[str]):
+    """As lumen.cli.read_config, for FineTuner. E002, E125."""
+    found = read_config(as_keys(argv), complete)
+    check_keys(found[0])
+    return found
+
+
+def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:
+    """How the data are prepared: with the base's tokenizer, its template, rows of its length."""
+    prepare = tree.get("prepare")
+    if isinstance(prepare, dict) and tree.get("data_dir") and not prepare.get("sources"):
+        check_prepared(Path(str(tree["data_dir"])), tree.pop("prepare"))
+        prepare = None
+    if isinstance(prepare, dict):
+        if found.tokenizer is None and not prepare.get("tokenizer"):
+            text = f"{found.path} has no tokenizer.json: name one by prepare: {{tokenizer: FILE}}"
+            raise UserError("E125", text)
+        prepare.setdefault("tokenizer", str(found.tokenizer))
+        if not prepare.get("template"):
+            spoken = found.template
+            if spoken is None:
+                spoken = chat.default_template(tokenizers.load(prepare["tokenizer"]))
+                notes.append(f"template {spoken.name}: {found.path} speaks none of ours")
+            if spoken.name not in chat.FORMATS:
+                text = f"{found.path} speaks a template of its own, {spoken.name}: prepare the data"
+                raise UserError(
+                    "E125", f"{text} with prepare_data.py and give the folder as --data"
+                )
+            prepare["template"] = spoken.name
+        stem = Path(str(prepare["sources"][0])).stem if prepare.get("sources") else "data"
+        prepare.setdefault("out", f"data/{stem}-{name}")
+    elif folder := tree.get("data_dir"):
+        # rows of conversations have the length for which they were packed
+        rows = read_json(Path(str(folder)) / "manifest.json").get("rows")
+        if rows and "max_seq_len" not in tree["model"]:
+            tree["model"]["max_seq_len"] = rows["length"] - 1
+
+
+def check_prepared(folder: Path, wanted: dict) -> None:
+    """E002 where a prepared folder is not what prompt_template and loss_on ask for."""
+    manifest = read_json(folder / "manifest.json")
+    there = {"template": manifest.get("template", {}).get("name")}
+    there["loss_on"] = manifest.get("loss_on")
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            text = f"{key}: {value} is asked for, and {folder} was prepared with {there.get(key)}"
+            raise UserError("E002", f"{text}; give the conversations themselves as --data")
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+class FineTuner(Trainer):
+    """A Trainer that begins with a base, and trains all of it or adapters around it."""
+
+    fine_tunes = True
+
+    def begin(self, notes):
+        self.began_with: dict = {}  # the base: path, sha256
+        self.template: chat.Template | None = None  # of the conversations
+        self.tokenizer = None
+        self.fresh: list[int] = []  # control tokens that the base does not know
+        super().begin(notes)
+        if self.started_at == 0 and self.main:
+            self.tell_data()
+
+    # ---- the base
+
+    def find_weights(self, saved):
+        """The base's; a run of all weights that goes on has them in its checkpoint. E311: adapters
+        go on with another base."""
+        self.template = self.template_of_data()
+        if self.data.tokenizer_dir is not None:
+            self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
+        then = saved.state["base"] if saved else {}
+        if saved:
+            self.began_with, self.fresh = then, then["fresh"]
+        if saved and not self.cfg.lora.r:
+            return None
+        path = then.get("path", "")
+        weights = self.start.find_weights(path if os.path.exists(path) else self.cfg.init_from)
+        step = weights[1]
+        path = str(step.path if isinstance(step, Checkpoint) else self.cfg.init_from)
+        found = self.parallel.broadcast(base.base_sha256(path) if self.main else None)
+        if then and then["sha256"] != found:
+            text = f"{saved.path} holds adapters for {then['path']} (sha256 {then['sha256']})"
+            raise UserError("E311", f"{text}; {path} is another model ({found})")
+        if not saved:
+            self.fresh = self.fresh_ids()
+            self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
+        return weights
+
+    def template_of_data(self) -> chat.Template | None:
+        """The one that the data were prepared with; None: they are no conversations."""
+        for source in self.data.sources.values():
+            spec = (source.manifest or {}).get("template")
+            if spec:
+                return chat.find_template(spec)
+        return None
+
+    def fresh_ids(self) -> list[int]:
+        found = base.read_base(self.cfg.init_from)
+        if self.template is None or self.tokenizer is None:
+            return []
+        if found.template not in (None, self.template):
+            text = f"{found.path} speaks {found.template.name}, the data {self.template.name}"
+            self.say(f"note       template: {text}: it will have to learn another one")
+        return base.fresh_ids(found, self.template, self.tokenizer)
+
+    # ---- what is trained
+
+    def adapt(self, weights):
+        cfg, model = self.cfg, self.model
+        if not cfg.lora.r:
+            base.freeze(model, cfg.freeze)
+            return weights
+        # a base that is frozen: as it is computed with, and under the adapters
+        mine = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        take = (cfg.init_from, weights[1], weights[0], 0, mine, self.parallel)
+        self.parallel.run_or_raise_on_all(take_weights, *take)
+        if cfg.quantize_base:
+            from lumen.quantize import quantize
+
+            quantize(model, cfg.quantize_base)
+        base.cast(model, self.machine.compute_dtype)
+        lora.add(model, cfg.lora, cfg.seed, self.fresh)
+        return None
+
+    def build(self, saved, weights):
+        super().build(saved, weights)
+        if self.cfg.init_optimizer and saved is None:
+            self.parallel.run_or_raise_on_all(self.take_moments, weights[1])
+        if saved is None and self.fresh and not self.cfg.lora.r:
+            self.begin_fresh_rows()
+        self.beside = {"base": self.began_with}
+        if self.template:
+            self.beside["template"] = chat.describe(self.template)
+        if self.cfg.lora.r:
+            self.beside["adapter"] = self.adapter()
+
+    @torch.no_grad()
+    def begin_fresh_rows(self) -> None:
+        """All weights are trained: rows of new control tokens begin at the mean of the others."""
+        par = self.parallel
+        for name, p in self.model.named_parameters():
+            if base.role(name) in ("embedding", "head"):
+                table = torch.stack([par.row(p, par.local(p), i) for i in range(p.shape[0])])
+                mean = base.mean_row(table, self.fresh)
+                for i in self.fresh:
+                    par.set_row(p, par.local(p), i, mean)
+
+    def adapter(self) -> dict:
+        """What a checkpoint says of its adapters."""
+        found = dataclasses.asdict(self.cfg.lora)
+        wrapped = lora.wrappers(self.model).items()
+        found["targets"] = [name for name, m in wrapped if not isinstance(m, lora.FreshRows)]
+        found |= {"fresh_ids": self.fresh, "quantize_base": self.cfg.quantize_base}
+        return found | {"base": self.began_with["path"], "base_sha256": self.began_with["sha256"]}
+
+    def tensors(self):
+        """Under adapters: what is trained, and the routers' buffers."""
+        found = super().tensors()
+        if not self.cfg.lora.r:
+            return found
+        parameters = self.model.named_parameters()
+        frozen = {f"model.{name}" for name, p in parameters if not p.requires_grad}
+        return {name: tensor for name, tensor in found.items() if name not in frozen}
+
+    @torch.no_grad()
+    def take_moments(self, step) -> None:
+        """init_optimizer: go on with the moments of the base's run. E125: it has none."""
+        if not isinstance(step, Checkpoint) or not any(
+            n.startswith("optim.") for n in step.tensors
+        ):
+            text = f"init_optimizer: {self.cfg.init_from} holds weights, and no optimizer's state"
+            raise UserError("E125", text)
+        for name, tensor in self.tensors().items():
+            if name.startswith("optim."):
+                for offset, _, local, _ in self.parallel.local_shards(name, tensor):
+                    local.copy_(step.read(name, offset, local.shape))
+
+    # ---- what it says
+
+    def evaluate(self) -> bool:
+        """As a Trainer; and what the model answers to the first questions that are held out."""
+        new_best = super().evaluate()
+        asks = self.cfg.method == "sft" and self.template and self.tokenizer and self.val_set
+        # where a forward pass takes all ranks, all of them ask
+        if asks and not self.stopping and (self.main or not self.parallel.collective_free):
+            prompts = first_prompts(self.data.val_sources, self.val_set)
+            self.tell_replies(
+                prompts, replies(self.model, self.tokenizer, self.template, prompts, 64)
+            )
+        return new_best
+
+    def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
+        ended = sum(stopped for _, stopped in answers)
+        self.say(f"replies    step {self.step}: stops: {ended} of {len(answers)}")
+        for ids, (text, _) in zip(prompts, answers):
+            question = " ".join(self.tokenizer.decode(ids).split())[-100:]
+            self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
+        row = {"step": self.step, "attempt": self.report.attempt}
+        self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
+
+    def tell_data(self) -> None:
+        """One row, what of it is learned in green; and how much of all rows that is."""
+        if self.fresh:
+            names = f"{len(self.fresh)} control tokens are new to the base"
+            self.say(f"template   {self.template.name}: {names}: their rows begin at the mean")
+        if self.cfg.lora.r:
+            for line in lora.describe(self.model):
+                self.say(f"adapters   {line}")
+        for name, source in self.data.sources.items():
+            self.say(f"learned    {name}: {shares(source)}")
+        if self.tokenizer:
+            first = next(iter(self.data.sources.values()))
+            self.say(f"row 0      {first_row(first, self.tokenizer)}")
+
+
+LOOKED_AT = 256  # rows, of which the share that is learned is told
+SHOWN = 192  # tokens of the row that is shown
+
+
+def shares(source) -> str:
+    """How much of a source's places has a target, and what its preparation left out."""
+    n = min(source.windows, LOOKED_AT)
+    learned = sum(float((source.row(i)[1] >= 0).mean()) for i in range(n)) / n
+    text = f"{100 * learned:.1f} % of the places have a target (the first {n} rows)"
+    counts = (source.manifest or {}).get("counts", {})
+    dropped = [f"{n} {code}" for code, n in counts.get("dropped", {}).items() if n]
+    if counts:
+        text += f"; of {counts['rows']} conversations {counts['cut']} were truncated"
+        text += f", dropped: {', '.join(dropped) or 'none'}"
+    return text
+
+
+def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
+    """The ids before the first reply of each of the first n validation rows."""
+    prompts = []
+    for name, number in rows[:n]:
+        x, y, _ = sources[name].row(number)
+        begins = np.flatnonzero(y >= 0)
+        if len(begins):
+            prompts.append(x[: begins[0] + 1].tolist())
+    return prompts
+
+
+def first_row(source, tokenizer) -> str:
+    """The beginning of row 0 as it was tokenized, what is learned in green or [ ]."""
+    ids = source.window(0)
+    mask = np.concatenate([[0], source.row(0)[1] >= 0])
+    return chat.show(ids[:SHOWN], mask[:SHOWN], tokenizer)
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        from lumen import adapters
+
+        return adapters.main(argv)
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return 0
+    if environment("WORLD_SIZE", 1) > 1:
+        cfg, written, *_ = read(argv)
+        if written.get("zero_stage"):
+            return sharded(argv, cfg)
+    return train.main(argv, make=FineTuner, read=read)
+
+
+def sharded(argv: list[str], cfg) -> int:
+    """Where zero_stage is written: all weights, as train_fsdp.py shards them. E002 for adapters."""
+    import train_fsdp
+
+    if cfg.lora.r:
+        text = "lora does not go with zero_stage: adapters are small, so every rank has them all"
+        raise UserError("E002", f"{text}; leave zero_stage out")
+    layout = (train_fsdp.make_parallel, train_fsdp.layout_of)
+    return train.main(argv, *layout, make=FineTuner, read=read)
+
+
+if __name__ == "__main__":
+    command(main, lasting=True)
