@@ -20,9 +20,9 @@ def diagnose(model, parallel, loss, sizes: tuple[int, ...], batches: Callable[[i
     """The first module whose output is not finite, else the parameter nearest to the loss whose
     gradient is not, on this rank. None: all is finite now.
 
-    loss(x, y, docs, ...): as Trainer.loss. It is eager, so it may need more memory than the step did: `batches(rows)` is tried with each of
-    `sizes`. To know more is not worth a run, so errors are told, not raised; except where forward
-    and backward hold collectives: there all ranks raise or none.
+    loss: Trainer.loss. It is eager, so it may need more memory than the step did: `batches(rows)`
+    is tried with each of `sizes`. To know more is not worth a run, so errors are told, not raised;
+    except where forward and backward hold collectives: there all ranks raise or none.
     """
     why = ""
     for rows in sizes:
