@@ -40,7 +40,7 @@ def first_row(source, tokenizer) -> str:
     x, y, *_ = source.row(0)
     parts = []
     for ids, targets in zip(np.atleast_2d(x), np.atleast_2d(y)):
-        mask = np.concatenate([[0], targets >= 0])
+        mask = np.concatenate([[0], targets[:-1] >= 0])  # x is a token behind its targets
         n = SHOWN // source.sides
         parts.append(chat.show(ids[:n], mask[:n], tokenizer))
     return "\n--- rejected ---\n".join(parts)
