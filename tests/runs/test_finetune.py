@@ -5,29 +5,12 @@ import random
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from conftest import fingerprint, losses, read_lines
-from forks import run_forked
-from rig import (
-    MOE,
-    actions,
-    at_each_step,
-    at_iteration,
-    bytes_data,
-    decisions,
-    equal,
-    faulty,
-    finish,
-    stop_at,
-    tensors,
-)
+from rig import MOE, at_iteration, bytes_data, finish, stop_at
 
 import finetune
 from finetune import FineTuner
-from lumen import base, checkpoint, lora
-from lumen.errors import UserError
 from train import Parallel
 
 T = 128
