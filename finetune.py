@@ -26,7 +26,7 @@ import train
 from lumen import base, chat, lora, preferences, shown
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint
-from lumen.cli import TYPED, presets, read_config
+from lumen.cli import TYPED, read_config
 from lumen.config import help_text
 from lumen.errors import UserError
 from lumen.files import read_json
@@ -41,18 +41,11 @@ from train import Trainer
 COMMANDS = ("merge", "to_peft", "from_peft")  # of lumen/adapters.py
 
 
-def is_base(word: str) -> bool:
-    """Whether the first word is BASE, which may have gone, and no CONFIG."""
-    if word.startswith("-") or os.path.isfile(word) or word in presets():
-        return False
-    return os.path.isdir(word) or not word.endswith((".yaml", ".yml"))
-
-
 def as_keys(argv: list[str]) -> list[str]:
     """`BASE --data FILE ...` in the keys of a run; anything else stays."""
     words, sources = [], []
     rest = list(argv)
-    if rest and is_base(rest[0]):
+    if rest and not rest[0].startswith("-") and not os.path.isfile(rest[0]):
         words += ["--init_from", rest.pop(0)]
     while rest:
         word = rest.pop(0)
@@ -73,6 +66,9 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     path = tree.get("init_from")
     if not path:
         text = "which model? python finetune.py BASE --data FILE, or init_from: BASE in the YAML"
+        raise UserError("E125", text)
+    if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+        text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
     found = base.read_base(str(path))
     name = Path(path).resolve().name

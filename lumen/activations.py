@@ -7,6 +7,7 @@ for what selective recomputation keeps: what matmuls, attention and topk gave.
 
 from __future__ import annotations
 
+from lumen.tuning import PRETRAINING, Tuning, kept_less
 from model import ModelConfig
 
 
@@ -43,10 +44,16 @@ def moe(cfg: ModelConfig, b: int, selective: bool, arrive: float = 0.0) -> float
 
 
 def block(
-    cfg: ModelConfig, layer: int, b: int, selective: bool, arrive: float
+    cfg: ModelConfig,
+    layer: int,
+    b: int,
+    selective: bool,
+    arrive: float,
+    tuning: Tuning = PRETRAINING,
 ) -> tuple[float, float]:
     """A token of the batch: (attention's half, the FFN's half). arrive: see moe."""
     C = cfg.d_model
+    less_attn, less_ffn = kept_less(cfg, layer, b, selective, tuning)
     attn = attention(cfg, b, selective)
     if cfg.is_moe(layer):
         ffn = moe(cfg, b, selective, arrive)
@@ -57,6 +64,7 @@ def block(
     # a capacity that is annealed begins with all tokens
     share = 1.0 if cfg.mod_anneal_steps else cfg.capacity(layer)
     deep = 1.0 if cfg.mod_ffn_only else share
+    attn, ffn = attn - less_attn, ffn - less_ffn
     if selective:
         return deep * attn, share * ffn
     norm = C * (4 + 2 * b)  # its input in fp32; normalised; times the weight

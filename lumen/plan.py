@@ -20,6 +20,7 @@ from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
 from lumen.optim import AdamW
+from lumen.tuning import PRETRAINING, Tuning, parts_of
 from model import ModelConfig, Transformer, head_rows, role
 
 GIB = 2**30
@@ -35,7 +36,13 @@ def number_bytes(precision: str) -> int:
 
 
 def kept_bytes(
-    cfg: ModelConfig, rows: int, precision: str, recompute="none", arrive: float = 0.0, cuda=True
+    cfg: ModelConfig,
+    rows: int,
+    precision: str,
+    recompute="none",
+    arrive: float = 0.0,
+    cuda=True,
+    tuning: Tuning = PRETRAINING,
 ) -> dict:
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes
     and goes.
@@ -51,12 +58,12 @@ def kept_bytes(
     # all of it; what recomputation keeps; attention's share of all
     layers, kept, attention = [], [], []
     for i in range(cfg.n_layers):
-        first, second = activations.block(cfg, i, b, False, arrive)
+        first, second = activations.block(cfg, i, b, False, arrive, tuning)
         layers.append(round(N * (first + second)))
         attention.append(round(N * first))
         held = b * C  # the block's input
         if recompute == "selective":
-            held += sum(activations.block(cfg, i, b, True, arrive))
+            held += sum(activations.block(cfg, i, b, True, arrive, tuning))
         kept.append(round(N * held))
     again = layers  # what is there while a block is in backward, beside what all blocks keep
     if recompute == "none":
@@ -159,6 +166,7 @@ class Layout:
     cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
     state_bytes: int = AdamW.STATE_BYTES  # of the optimizer, for a parameter: optim.state_bytes
     documents: bool = False  # rows hold several that do not see each other
+    tuning: Tuning = PRETRAINING  # what is trained, and how the rest is held
 
     def check(self, slots: int) -> Layout:
         """Itself; E002 for a mesh that does not divide the world, or experts that do not divide."""
@@ -284,32 +292,29 @@ def rank_memory(
     holds most, of the loss, the backward pass of each block and of the root, the optimizer. Not in
     it: what the driver, the communication library and the allocator's gaps take.
     """
-    step = StepShape(rows, steps, precision, recompute)
+    step = StepShape(rows * layout.tuning.sides, steps, precision, recompute)
     if layout.shard == 1:
         held = replica_memory(model, layout, step)
     else:
         held = ShardedStep(model, layout, step, imbalance).peak()
     if layout.documents and layout.cuda and precision == "fp32":
         # no kernel that knows documents takes fp32, so there is a mask; by reading
-        mask = 4 * rows * model.cfg.max_seq_len**2
+        mask = 4 * step.rows * model.cfg.max_seq_len**2
         held["activations"] += mask
         held["total"] += mask
     return held
 
 
 def replica_memory(model, layout: Layout, step: StepShape) -> dict:
-    """rank_memory of train.py, where each rank holds all."""
-    n = count_parameters(model)
-    how = (step.precision, step.recompute, layout.cuda, layout.state_bytes)
-    parts = memory(model.cfg, n, step.rows, *how)
-    chunk = min(n, 1 << 22)  # lumen.parallel.Parallel.CHUNK
-    states = {"weights": 4 * n, "moments": layout.state_bytes * n, "gradients": 4 * n}
-    held = states | {
-        "gathered": parts["states"] - sum(states.values()),
-        "reducing": 4 * chunk if layout.world > 1 else 0,
-        "activations": parts["activations"],
-        "work": parts["work"],
-    }
+    """rank_memory of train.py and finetune.py, where each rank holds all: see tuning.parts_of."""
+    root, blocks = parameter_shapes(model)
+    named = [one for part in (root, *blocks) for one in part]
+    how = (step.rows, step.precision, step.recompute, 0.0, layout.cuda, layout.tuning)
+    kept = kept_bytes(model.cfg, *how)
+    how = (number_bytes(step.precision), step.recompute, layout.cuda, layout.state_bytes)
+    held = parts_of(model.cfg, layout.tuning, named, kept, how)
+    chunk = min(held["gradients"], 4 << 22)  # lumen.parallel.Parallel.CHUNK
+    held["reducing"] = chunk if layout.world > 1 else 0
     return held | {"total": sum(held.values()), "peak": "backward"}
 
 

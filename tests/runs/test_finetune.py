@@ -5,7 +5,6 @@ import random
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import fingerprint, losses, read_lines
@@ -159,9 +158,7 @@ def test_resume_is_exact(words, kind, how, end):
     assert losses(cut) == losses(whole.out) and again.beside == whole.beside
 
 
-@pytest.mark.parametrize(
-    "kind, how", [("moe", "lora"), pytest.param("dense", "full", marks=SLOW)]
-)
+@pytest.mark.parametrize("kind, how", [("moe", "lora"), pytest.param("dense", "full", marks=SLOW)])
 def test_two_ranks_resume_as_one_run(words, tmp_path, kind, how):
     """Both ranks end with the same bytes, those of two that were never stopped; and near one
     process's losses."""
