@@ -95,7 +95,7 @@ class Talk:
                 self.heard(line)
 
     def heard(self, line: str) -> None:
-        """A command or a question. Nothing that it raises ends the conversation."""
+        """A command or a question; neither a UserError nor Ctrl-C ends the conversation."""
         line = mend_surrogates(line)
         try:
             if line.startswith("/"):

@@ -185,6 +185,15 @@ def test_commands_never_reach_the_model(capsys):
     assert [t for _, t in here.seen] == [0.2, 0] and here.contents[0] == " /etc/passwd?"
 
 
+def test_a_system_turn_that_the_template_does_not_have(capsys):
+    own = {"user": "{content}\n", "assistant": "{content}{end}"}
+    here = Terminal(template=own)
+    assert here.run("/system s", "hi")[0].startswith("E105") and here.contents == ["hi", "re hi"]
+    options = {"max_new_tokens": 9, "template": own, "temperature": 0}
+    with pytest.raises(UserError, match="E105"):
+        S.talk(Scripted([97]), T, options, "s", here.said.append)
+
+
 def test_ctrl_c_ends_a_reply_and_two_at_the_prompt_end_it(capsys):
     here = Terminal()
     before = signal.getsignal(signal.SIGINT)
