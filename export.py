@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import chat, checkpoint
+from lumen import adapters, chat, checkpoint
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
 from lumen.hf import (
@@ -154,7 +154,7 @@ def to_hf(
     reason when the model has no Hugging Face architecture, E402 when `check` finds a difference
     (the folder then keeps the suffix .tmp).
     """
-    source = checkpoint.find(run, best, say)
+    source = adapters.merged(checkpoint.find(run, best, say))
     cfg = source.model_config()
     imported = source.state.get("imported") or {}
     dtype = dtype or imported.get("dtype", "float32")
@@ -587,16 +587,24 @@ def write_run(
             broken.append(f"{name} holds {value}")
     if broken:
         raise UserError("E401", f"{imported['from']}: {'; '.join(broken[:8])}")
+    write_step(out_dir, cfg, state, {"imported": imported}, tokenizer_file, say)
+    say(f"{model.n_params()['total']:,} parameters, {imported['dtype']} made fp32: {out_dir}")
+
+
+def write_step(
+    out_dir, cfg: ModelConfig, state: dict, about: dict, tokenizer_file: Path | None, say
+) -> None:
+    """A run's folder with step 0 of these tensors, of which `about` is what state.json says more;
+    about["imported"]["from"]: where they come from. E300, E403."""
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
     config = {"model": dataclasses.asdict(cfg)}
-    about = {
+    about = about | {
         "step": 0,
         "cursor": 0,
         "tokens": 0,
         "segments": [],
         "clean": True,
         "config": config,
-        "imported": imported,
         "versions": versions(),
     }
     pieces = {f"model.{name}": [(list(t.shape), [0] * t.dim(), t)] for name, t in state.items()}
@@ -605,14 +613,14 @@ def write_run(
         if trouble := checkpoint.write(Path(f"{step}.tmp"), 0, pieces):
             raise OSError(trouble)
         checkpoint.commit(Path(f"{step}.tmp"), step, 1, about)
-        text = f"# imported from {imported['from']}\n" + yaml.safe_dump(config, sort_keys=False)
+        text = f"# imported from {about['imported']['from']}\n"
+        text += yaml.safe_dump(config, sort_keys=False)
         (tmp / "config.yaml").write_text(text, encoding="utf-8")
         if tokenizer:
             shutil.copy(tokenizer_file, tmp / "tokenizer.json")
             np.save(tmp / "token_bytes.npy", tokenizer.token_bytes())
     if not tokenizer:
         say(f"imported without a tokenizer: {why_not}")
-    say(f"{model.n_params()['total']:,} parameters, {imported['dtype']} made fp32: {out_dir}")
 
 
 # ---------------------------------------------------------------- command

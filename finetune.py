@@ -15,15 +15,16 @@ follow from the base, FineTuner, main. --help prints every key.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train
-from lumen import base, chat, lora
+from lumen import base, chat, lora, preferences, shown
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint
 from lumen.cli import TYPED, read_config
@@ -31,6 +32,7 @@ from lumen.config import help_text
 from lumen.errors import UserError
 from lumen.files import read_json
 from lumen.launch import command, environment
+from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
 from train import Trainer
@@ -44,7 +46,7 @@ def as_keys(argv: list[str]) -> list[str]:
     """`BASE --data FILE ...` in the keys of a run; anything else stays."""
     words, sources = [], []
     rest = list(argv)
-    if rest and not rest[0].startswith("-") and os.path.isdir(rest[0]):
+    if rest and not rest[0].startswith("-") and not os.path.isfile(rest[0]):
         words += ["--init_from", rest.pop(0)]
     while rest:
         word = rest.pop(0)
@@ -66,6 +68,9 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not path:
         text = "which model? python finetune.py BASE --data FILE, or init_from: BASE in the YAML"
         raise UserError("E125", text)
+    if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+        text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
+        raise UserError("E125", text)
     found = base.read_base(str(path))
     name = Path(path).resolve().name
     complete_data(tree, found, name, notes)
@@ -85,20 +90,16 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         tree["out_dir"] = f"out/{name}-{method}"
 
 
-SETS = {  # keys that only some methods have
-    "beta": ("dpo", "cdpo", "ipo", "hinge", "simpo", "orpo"),
-    "sft_coef": ("dpo", "cdpo", "ipo", "hinge", "simpo"),
-    "label_smoothing": ("dpo", "cdpo"),
-    "gamma": ("simpo",),
-}
-
-
 def check_keys(cfg) -> None:
     """E002: what would have no effect here, or does not go together. Nothing asked is left out."""
     wrong = []
-    for key, methods in SETS.items():
-        if getattr(cfg, key) and cfg.method not in methods:
-            wrong.append(f"{key} is of method {', '.join(methods)}, not of {cfg.method}")
+    if cfg.method == "sft":
+        asked = [
+            key for key in ("beta", "gamma", "label_smoothing", "sft_coef") if getattr(cfg, key)
+        ]
+        wrong += [f"{key} is of preferences, not of method sft" for key in asked]
+    else:
+        preferences.check_method(cfg)
     if cfg.lora.r:
         if cfg.freeze:
             wrong.append("freeze: under lora only adapters are trained")
@@ -142,7 +143,7 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
                 )
             prepare["template"] = spoken.name
         stem = Path(str(prepare["sources"][0])).stem if prepare.get("sources") else "data"
-        prepare.setdefault("out", f"data/{stem}-{name}")
+        prepare.setdefault("out", f"data/{re.sub('[^A-Za-z0-9._-]+', '-', stem)}-{name}")
     elif folder := tree.get("data_dir"):
         # rows of conversations have the length for which they were packed
         rows = read_json(Path(str(folder)) / "manifest.json").get("rows")
@@ -221,6 +222,19 @@ class FineTuner(Trainer):
             self.say(f"note       template: {text}: it will have to learn another one")
         return base.fresh_ids(found, self.template, self.tokenizer)
 
+    # ---- the loss
+
+    def loss(self, x, y, docs, *more):
+        if self.cfg.method == "sft":
+            return super().loss(x, y, docs)
+        return preferences.loss(self.model, self.cfg, x, y, docs, *more, self.pairs_per_row)
+
+    def measure(self, rows, token_bytes=None):
+        if self.cfg.method == "sft":
+            return super().measure(rows, token_bytes)
+        rest = (self.data.val_sources, self.parallel, self.run.micro_batch)
+        return evaluate(self.model, self.cfg, rows, *rest, lambda: self.signals.stop)
+
     # ---- what is trained
 
     def adapt(self, weights):
@@ -247,10 +261,31 @@ class FineTuner(Trainer):
         if saved is None and self.fresh and not self.cfg.lora.r:
             self.begin_fresh_rows()
         self.beside = {"base": self.began_with}
+        if self.cfg.method != "sft":
+            self.compare_with_base(saved)
         if self.template:
             self.beside["template"] = chat.describe(self.template)
         if self.cfg.lora.r:
             self.beside["adapter"] = self.adapter()
+
+    def compare_with_base(self, saved) -> None:
+        """Preferences: the data have two rows of the model each, and the base's log-probabilities
+        of every pair are there before the first step."""
+        cfg, sources = self.cfg, self.data.sources.values()
+        self.sum_names = preferences.SUM_NAMES
+        self.targets_per_step *= 2
+        self.pairs_per_row = sum(s.pairs for s in sources) / sum(s.windows for s in sources)
+        if not preferences.needs_reference(cfg.method):
+            return
+        facts = {"base_sha256": self.began_with["sha256"], "quantize_base": cfg.quantize_base}
+        facts |= {"compute_dtype": str(self.machine.compute_dtype), "template": self.template}
+        found = Reference(self.data, facts, self.out, self.say)
+        known = saved.state["reference"] if saved else None
+        off = functools.partial(lora.off, self.model) if cfg.lora.r else None
+        where = (self.parallel, self.run.micro_batch)
+        self.beside["reference"] = found.load_or_compute(self.model, *where, known, off)
+        if not saved:
+            self.say(f"reference  {found.check_start(self.model, cfg, *where)}")
 
     @torch.no_grad()
     def begin_fresh_rows(self) -> None:
@@ -301,7 +336,7 @@ class FineTuner(Trainer):
         asks = self.cfg.method == "sft" and self.template and self.tokenizer and self.val_set
         # where a forward pass takes all ranks, all of them ask
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
-            prompts = first_prompts(self.data.val_sources, self.val_set)
+            prompts = shown.first_prompts(self.data.val_sources, self.val_set)
             self.tell_replies(
                 prompts, replies(self.model, self.tokenizer, self.template, prompts, 64)
             )
@@ -325,45 +360,10 @@ class FineTuner(Trainer):
             for line in lora.describe(self.model):
                 self.say(f"adapters   {line}")
         for name, source in self.data.sources.items():
-            self.say(f"learned    {name}: {shares(source)}")
+            self.say(f"learned    {name}: {shown.shares(source)}")
         if self.tokenizer:
             first = next(iter(self.data.sources.values()))
-            self.say(f"row 0      {first_row(first, self.tokenizer)}")
-
-
-LOOKED_AT = 256  # rows, of which the share that is learned is told
-SHOWN = 192  # tokens of the row that is shown
-
-
-def shares(source) -> str:
-    """How much of a source's places has a target, and what its preparation left out."""
-    n = min(source.windows, LOOKED_AT)
-    learned = sum(float((source.row(i)[1] >= 0).mean()) for i in range(n)) / n
-    text = f"{100 * learned:.1f} % of the places have a target (the first {n} rows)"
-    counts = (source.manifest or {}).get("counts", {})
-    dropped = [f"{n} {code}" for code, n in counts.get("dropped", {}).items() if n]
-    if counts:
-        text += f"; of {counts['rows']} conversations {counts['cut']} were truncated"
-        text += f", dropped: {', '.join(dropped) or 'none'}"
-    return text
-
-
-def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
-    """The ids before the first reply of each of the first n validation rows."""
-    prompts = []
-    for name, number in rows[:n]:
-        x, y, _ = sources[name].row(number)
-        begins = np.flatnonzero(y >= 0)
-        if len(begins):
-            prompts.append(x[: begins[0] + 1].tolist())
-    return prompts
-
-
-def first_row(source, tokenizer) -> str:
-    """The beginning of row 0 as it was tokenized, what is learned in green or [ ]."""
-    ids = source.window(0)
-    mask = np.concatenate([[0], source.row(0)[1] >= 0])
-    return chat.show(ids[:SHOWN], mask[:SHOWN], tokenizer)
+            self.say(f"row 0      {shown.first_row(first, self.tokenizer)}")
 
 
 # ---------------------------------------------------------------- main

@@ -662,7 +662,6 @@ class Transformer(nn.Module):
         self.recompute = "none"
         self.causal = True
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter; each has a generator of its own, so any sharding starts alike.
 
@@ -763,15 +762,8 @@ class Transformer(nn.Module):
         if not grad:
             sums["correct"] = correct
         if self.training:
-            # balance and router losses: sums over tokens too, with their weights already on them
-            losses = [s["loss"] for s in found if "loss" in s]
-            if losses:
-                total = total + torch.stack(losses).sum()
-            # what has a dot in its name is a sum of a sparse layer: here one row a layer
-            names = dict.fromkeys(name for s in found for name in s if "." in name)
-            for name in names:
-                sums[name] = torch.stack([s[name] for s in found if name in s])
-            return total, sums
+            aux, of_layers = layer_sums(found)  # sums over tokens, too
+            return total if aux is None else total + aux, sums | of_layers
         kept = [s for s in found if "kept" in s]  # kept, agree: (B, T) bool
         if kept:
             depth = [[(s[key] & valid).sum() for key in ("kept", "agree")] for s in kept]
@@ -875,6 +867,14 @@ class Transformer(nn.Module):
             scores = 12 * cfg.n_heads * cfg.head_dim * T
             flops += 6 * (deep * attn + c * ffn + mod) + scores * deep**2
         return round(flops)
+
+
+def layer_sums(found: list[dict]) -> tuple[torch.Tensor | None, dict]:
+    """Of the blocks' statistics: (the routers' losses, weighted, or None; sums, a row a layer)."""
+    losses = [s["loss"] for s in found if "loss" in s]
+    names = dict.fromkeys(name for s in found for name in s if "." in name)  # moe.NAME, mod.NAME
+    sums = {name: torch.stack([s[name] for s in found if name in s]) for name in names}
+    return torch.stack(losses).sum() if losses else None, sums
 
 
 def matrices(module: nn.Module | None) -> int:

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from lumen import chat, checkpoint
+from lumen import adapters, chat, checkpoint
 from lumen import tokenizer as tok
 from lumen.errors import UserError, a_path, expand
 from lumen.experts import anneal_depth
@@ -142,7 +142,8 @@ def load(
 ) -> tuple:
     """A run's (model ready to generate, tokenizer or None, step). The newest checkpoint, or the
     `best`, or that of `step`; `tokenizer`: a file, the run's own by default. UserError E305: its
-    tensors do not fit its configuration; and those of checkpoint.find."""
+    tensors do not fit its configuration, E311: its adapters' base is gone or another; and those of
+    checkpoint.find."""
     if best and step is not None:
         raise UserError("E500", "--best and --step name two checkpoints; give one of them")
     path = expand(str(path))
@@ -153,13 +154,7 @@ def load(
     if tokenizer:
         spec = expand(tokenizer)
     here = detect(device, precision, False)
-    cfg = found.model_config()
-    try:
-        with torch.device("meta"):  # no memory, no initialisation
-            model = Transformer(cfg)
-        model.load_state_dict(found.model_state(), assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError("E305", f"{found.path}: {error}") from error
+    model = adapters.load_model(found)
     anneal_depth(model, found.step)  # where MoD's capacity was
     # A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it is
     # done once. But routers choose in fp32.

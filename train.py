@@ -48,7 +48,16 @@ from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.state import State
 from lumen.stopwatch import Stopwatch
-from lumen.sums import Pending, StepNumbers, empty_sums, flatten, of_layers, step_numbers, unflatten
+from lumen.sums import (
+    Pending,
+    StepNumbers,
+    empty_sums,
+    flatten,
+    of_layers,
+    raise_flags,
+    step_numbers,
+    unflatten,
+)
 from lumen.tell import Teller
 from lumen.windows import Sums, dummy_batch
 from model import Transformer
@@ -297,11 +306,10 @@ class Trainer(ByHand):
         self.stopping = False
         self.save_asked = False
 
-        self.beside: dict = {}  # what else state.json says of this run
-
         # made in build()
         self.model: Transformer | None = None
         self.loss_scale: LossScale | None = None  # of mixed_fp16
+        self.beside: dict = {}  # what else state.json says of this run
 
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
@@ -360,7 +368,7 @@ class Trainer(ByHand):
         setup.use_deterministic(run.deterministic)
         # model; a checkpoint will overwrite every weight, so it needs no initial ones
         self.model = par.build(cfg, run.precision, fill=saved is None)
-        weights = self.adapt(weights)
+        weights = self.adapt(weights)  # here a base is frozen and gets its adapters
         setup.prepare_model(self.model, cfg, run, self.machine.compute_dtype)
         self.routing = Routing(self.model)
         self.moe, self.mod = self.routing.moe, self.routing.mod  # the sparse layers, by number
@@ -388,21 +396,21 @@ class Trainer(ByHand):
 
     # ---- where fine-tuning differs: finetune.py overrides these
 
-    fine_tunes = False
+    fine_tunes = False  # train.py refuses keys that only finetune.py obeys
+    sum_names: tuple[str, ...] = ()  # what `loss` adds up beside the model's own sums
 
     def find_weights(self, saved: checkpoint.Checkpoint | None) -> tuple | None:
         """StartingPoint.find_weights, where this start has need of what init_from names."""
-        anew = saved is None and self.cfg.init_from
+        anew = saved is None and self.cfg.init_from  # a checkpoint has all of its own
         return self.start.find_weights(self.cfg.init_from) if anew else None
 
     def adapt(self, weights: tuple | None) -> tuple | None:
-        """The model is built and has no optimizer yet. Returns those `weights` of find_weights that
-        are still to be filled in."""
-        return weights
+        """The model has no optimizer yet. Returns the `weights` that are still to be filled in."""
+        return weights  # all of them: nothing is frozen
 
     def loss(self, x, y, docs, *more) -> tuple[torch.Tensor, dict]:
         """(what is differentiated, sums by name) of a micro-batch, as the feed gives it."""
-        return self.model(x, targets=y, docs=docs)
+        return self.model(x, targets=y, docs=docs)  # `more` is of preference pairs
 
     def measure(self, rows: list, token_bytes=None):
         """An evaluate.Evaluation of these validation rows; None where a signal left it."""
@@ -550,7 +558,7 @@ class Trainer(ByHand):
         if layers and layers[0].router.expert_dropout:
             draw_dropout(layers, mix(self.cfg.seed, -1 - self.cursor) >> 8)
         self.watch.take_marks()  # those of an iteration that was void
-        sums = empty_sums(self.model, par.device)
+        sums = empty_sums(self.model, par.device, self.sum_names)
         out_of_memory = False
         try:
             for micro in range(self.run.accumulation):
@@ -571,7 +579,7 @@ class Trainer(ByHand):
             free_memory(par.device)
         self.watch.lap("compute")
         self.watch.mark("compute")
-        self.raise_flags(sums)
+        raise_flags(self, sums)  # what the others have to know of this rank
         return sums
 
     def microstep(self, micro: int, sums: dict[str, torch.Tensor]) -> bool:
@@ -585,7 +593,7 @@ class Trainer(ByHand):
             if par.collective_free:  # else it has a part in the collectives of forward and backward
                 return False
             shape = (self.run.micro_batch, self.model.cfg.max_seq_len)
-            row, *batch = dummy_batch(self.cursor, *shape)
+            row, *batch = dummy_batch(self.cursor, *shape, self.data.sources.values())
         self.watch.lap("data")
         self.watch.mark("data")
         torch.manual_seed(mix(self.cfg.seed, row))  # dropout is a function of the row
@@ -599,25 +607,6 @@ class Trainer(ByHand):
         for name, value in counted.items():
             sums[name] += value  # on the device, without a sync
         return True
-
-    def raise_flags(self, sums: dict[str, torch.Tensor]) -> None:
-        """What this rank has to tell the others beside its sums."""
-        par, orch = self.parallel, self.orchestrator
-        flags = {
-            "stop": self.signals.stop,
-            "save": self.signals.save,
-            "control": orch.new_commands(),
-            "writing": self.saver.busy,
-        }
-        for name, flag in flags.items():
-            if flag:
-                sums[name].fill_(1)
-        look = par.world > 1 and orch.watching
-        if look and self.step % self.cfg.orchestrator.check_interval == 0:
-            # do all ranks hold the same weights? If so, world * sum of squares = square of the sum
-            check = par.checksum(self.model).to(sums["checksum"].dtype)
-            sums["checksum"] += check
-            sums["checksum_square"] += check * check
 
     def send_to_host(self, lr: float, sums: dict, norm, bad, exploded) -> Pending:
         """The numbers of this step, on their way to the host."""
@@ -739,12 +728,12 @@ class Trainer(ByHand):
     def close(self) -> None:
         """Threads, writers and the process group, in this order."""
         if self.model is not None:
-            self.loader.close()
+            self.loader.close()  # its thread reads ahead
             if self.loader.sums:
                 self.loader.sums.end()
         self.report.close()
-        self.parallel.close()
-        self.owner.release()
+        self.parallel.close()  # waits for all ranks
+        self.owner.release()  # from here on another run may have out_dir
 
 
 # ---------------------------------------------------------------- main
@@ -754,8 +743,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None, make=Trainer, read=
     """Train as the command line says; returns the exit code.
 
     layout_of(cfg, world) -> plan.Layout: refuses keys that cannot lay the model on so many ranks,
-    and `parallel` takes what it returns; None: every rank holds a replica. make: Trainer or a class
-    of it; read(argv): see read_config.
+    and `parallel` takes what it returns; None: every rank holds a replica. read: see read_config.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text())

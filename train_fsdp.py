@@ -234,7 +234,7 @@ class Sharded(Parallel):
             local.copy_(full[where])
 
     def weights(self, model) -> dict[str, torch.Tensor]:
-        return {name: local for name, (_, local) in self.shards.items()}
+        return {name: local for name, (p, local) in self.shards.items() if p.requires_grad}
 
     @contextlib.contextmanager
     def microstep(self, model, last: bool):
@@ -251,13 +251,14 @@ class Sharded(Parallel):
     def reduce(self, model, stats: torch.Tensor) -> torch.Tensor:
         """Gradients were summed in backward; here they reach the optimizer's tensors."""
         for p, local in self.shards.values():
-            local.grad = torch.zeros_like(local) if p.grad is None else p.grad.to_local()
-            p.grad = None
+            if p.requires_grad:
+                local.grad = torch.zeros_like(local) if p.grad is None else p.grad.to_local()
+                p.grad = None
         dist.all_reduce(stats)
         return stats
 
     def grad_norm(self, model) -> torch.Tensor:
-        norms = torch._foreach_norm([local.grad for _, local in self.shards.values()])
+        norms = torch._foreach_norm([local.grad for local in self.weights(model).values()])
         square = torch.stack(norms).double().square().sum() / self.replicas
         dist.all_reduce(square)
         return square.sqrt().float()
@@ -297,6 +298,8 @@ class Sharded(Parallel):
         if owner not in self.regions or not (tensor.dim() or kind == "model"):
             return super().local_shards(name, tensor)
         offset, shape = self.regions[owner]
+        if kind == "model":  # of what is frozen the model may show the whole
+            tensor = self.shards[owner][1]
         return [(offset, shape, tensor, self.writes)] if tensor.numel() else []
 
 

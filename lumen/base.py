@@ -147,11 +147,12 @@ def freeze(model, roles) -> None:
 
 
 def still_routers(model) -> None:
-    """A router that is not trained is not pushed either: its bias stays, and no balance loss, which
-    could only move what comes before it."""
+    """A router that is not trained is not pushed either: its bias stays, and it has no losses,
+    which could only move what comes before it."""
     for moe in model.sparse_layers("moe").values():
         moe.router.bias_rate = 0.0
         moe.router.aux_weight = 0.0
+        moe.router.cfg = dataclasses.replace(moe.router.cfg, router_z_loss_weight=0.0)
 
 
 def cast(model, dtype: torch.dtype) -> None:

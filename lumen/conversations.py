@@ -30,7 +30,7 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 class RowError(Exception):
     """A row that is no conversation. code: E102 a field is missing or of another type, E104 a
-    content is empty, E105 the roles."""
+    content is empty, E105 the roles, E126 a pair without a difference."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(code, reason)
@@ -95,7 +95,7 @@ class Reader:
             sides.append(turns)
         chosen, rejected = sides
         if chosen == rejected:
-            raise RowError("E105", "chosen and rejected are the same")
+            raise RowError("E126", "chosen and rejected are the same")
         if chosen[:-1] != rejected[:-1]:
             raise RowError("E105", "chosen and rejected differ before the last reply")
         return chosen, rejected

@@ -46,6 +46,10 @@ LEARNED_WITHIN = 32  # steps after the warm-up in which a run must have become b
 # ModGap
 MAX_MOD_GAP = 0.02  # nats between the causal rule and the rule of training, twice in a row
 
+# Collapse
+MAX_LOST = 0.5  # nats a token, by which chosen replies may become less likely
+LOST_OVER = 20  # steps, a mean over which counts
+
 
 # ---------------------------------------------------------------- what is known, what is said
 
@@ -504,6 +508,44 @@ class ModGap(Detector):
             said += f" (agreement {100 * row['mod_agreement']:.1f} %):"
             said += " anneal more slowly (mod_anneal_steps), or raise mod_capacity"
             yield Alarm("mod_gap", "advise", 0, said, basis="rule", stat={"gap": gap})
+
+
+@dataclass
+class Collapse(Detector):
+    """Preferences: the chosen replies become unlikely as well, only less so than the rejected; the
+    margin still rises (likelihood displacement: Pal et al. 2024, Razin et al. 2024)."""
+
+    by_reference: bool = setting()  # the method has one; else: by what the run began with
+    end: Callable[[], None] | None = setting(default=None)  # ends the run, where that is asked for
+    gains: deque = recent(LOST_OVER)  # of steps: preferences.SUM_NAMES' chosen_gain, ...
+    margins: deque = recent(LOST_OVER)  # ... margin
+    first: list = field(default_factory=list)  # both at the beginning
+    said: bool = False
+
+    def look(self, numbers):
+        if numbers.bad or "chosen_gain" not in numbers.more:
+            return
+        self.gains.append(numbers.more["chosen_gain"])
+        self.margins.append(numbers.more["margin"])
+        if len(self.gains) < LOST_OVER or self.said:
+            return
+        gain, margin = statistics.fmean(self.gains), statistics.fmean(self.margins)
+        # the reference is where it began
+        self.first = self.first or [0.0 if self.by_reference else gain, margin]
+        lost = self.first[0] - gain
+        if lost > MAX_LOST and margin >= self.first[1]:
+            self.said = True
+            said = f"chosen replies lost {lost:.2f} nats a token while margins rise: raise beta or"
+            said += " sft_coef, lower learning_rate, or stop here"
+            stat = {"lost": lost, "margin": margin}
+            action = "stop" if self.end else "warn"
+            yield Alarm("collapse", action, 0, said, basis="rule", stat=stat)
+            if self.end:
+                self.end()
+
+    def rolled_back(self, to, onset):
+        self.gains.clear()
+        self.margins.clear()
 
 
 @dataclass

@@ -12,23 +12,23 @@ from lumen.loader import mix
 from lumen.machine import free_memory
 from lumen.windows import dummy_batch
 
-# (x, y, docs, None) of a micro-batch, with its seed set; or with why its rows cannot be read
+# (x, y, docs, ..., None) of a micro-batch, with its seed set; or with why its rows cannot be read
 Batches = Iterable[tuple]
 
 
-def diagnose(model, parallel, sizes: tuple[int, ...], batches: Callable[[int], Batches]):
+def diagnose(model, parallel, loss, sizes: tuple[int, ...], batches: Callable[[int], Batches]):
     """The first module whose output is not finite, else the parameter nearest to the loss whose
     gradient is not, on this rank. None: all is finite now.
 
-    It is eager, so it may need more memory than the step did: `batches(rows)` is tried with each of
-    `sizes`. To know more is not worth a run, so errors are told, not raised; except where forward
-    and backward hold collectives: there all ranks raise or none.
+    loss: Trainer.loss. It is eager, so it may need more memory than the step did: `batches(rows)`
+    is tried with each of `sizes`. To know more is not worth a run, so errors are told, not raised;
+    except where forward and backward hold collectives: there all ranks raise or none.
     """
     why = ""
     for rows in sizes:
         out_of_memory = False
         try:
-            return repeat(model, parallel, batches(rows))
+            return repeat(model, parallel, loss, batches(rows))
         except Exception as error:
             if not parallel.collective_free:
                 raise
@@ -42,7 +42,7 @@ def diagnose(model, parallel, sizes: tuple[int, ...], batches: Callable[[int], B
     return f"not repeated on rank {parallel.rank}: {why}"
 
 
-def repeat(model, parallel, batches: Batches) -> str | None:
+def repeat(model, parallel, loss, batches: Batches) -> str | None:
     """One pass over the micro-batches; gradients are left."""
     found: list[str] = []
 
@@ -57,13 +57,13 @@ def repeat(model, parallel, batches: Batches) -> str | None:
     hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
     try:
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            for x, y, docs, unreadable in batches:
+            for *batch, unreadable in batches:
                 if unreadable and parallel.collective_free:
                     return unreadable
                 if unreadable:
                     found.append(unreadable)
                 with parallel.microstep(model, True):
-                    model(x, targets=y, docs=docs)[0].backward()
+                    loss(*batch)[0].backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,7 +81,7 @@ def diagnose_step(trainer, cursor: int) -> str | None:
     # where forward and backward hold collectives a second try would have to be agreed upon
     sizes = (trainer.run.micro_batch, 1) if par.collective_free else (1,)
     again = functools.partial(micro_batches_again, trainer, cursor)
-    return diagnose(trainer.model, par, sizes, again)
+    return diagnose(trainer.model, par, trainer.loss, sizes, again)
 
 
 def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
@@ -96,6 +96,7 @@ def micro_batches_again(trainer, cursor: int, rows: int) -> Batches:
             batch = trainer.loader.batch(row, rows)
         except UserError as error:
             unreadable = error.text
-            batch = dummy_batch(row, size, trainer.cfg.model.max_seq_len)
+            shape = (size, trainer.cfg.model.max_seq_len)
+            batch = dummy_batch(row, *shape, trainer.data.sources.values())
         torch.manual_seed(mix(trainer.cfg.seed, row))
         yield *trainer.parallel.feed.batch(*batch[1:]), unreadable

@@ -259,22 +259,30 @@ class Encoder:
         """A conversation, or a pair's two, rendered and cut to the length of a row."""
         rows = self.settings["rows"]
         pair = rows["kind"] == "pairs"
-        ids, masks, ends = [], [], []
+        # of a pair the last reply is what matters: going back to an earlier one would lose it
+        long = "drop" if pair and rows["long"] == "turns" else rows["long"]
+        ids, masks, ends, cut = [], [], [], False
         facts = Counter(cleaned.facts)
         for messages in cleaned.value if pair else [cleaned.value]:
             try:
                 rendered = render(messages, self.template, self.tokenizer, rows["loss_on"])
             except UserError as error:  # a role that the template lacks
                 return row._replace(code=error.code, value=Reject(error.text))
-            fitted, what = fit(*rendered, rows["length"], rows["long"])
+            fitted, what = fit(*rendered, rows["length"], long)
             if fitted is None:
                 reason = f"{len(rendered[0]):,} tokens, a row has {rows['length']:,}: {what}"
                 return row._replace(code="E106", value=Reject(reason))
             if what:
                 facts[f"row {what}"] += 1
+                cut = True
             ids.append(fitted[0].astype(self.dtype))
             masks.append(fitted[1])
             ends.append(len(fitted[0]) + (ends[-1] if ends else 0))
+        if pair and np.array_equal(*ids):
+            reason = "chosen and rejected are the same"
+            if cut:
+                reason += f" in the {rows['length']:,} tokens of a row"
+            return row._replace(code="E106" if cut else "E126", value=Reject(reason))
         made = Document(
             cleaned.key, share, np.concatenate(ids), ends, cleaned.size, cleaned.changed
         )

@@ -335,7 +335,7 @@ def machine_advice(start: Start) -> list[str]:
 
 def step_row(numbers: StepNumbers) -> dict:
     """What metrics.jsonl says of the step itself."""
-    row = {"loss": numbers.loss, "ppl": math.exp(min(numbers.loss, 50.0))}
+    row = {"loss": numbers.loss, "ppl": math.exp(min(numbers.loss, 50.0))} | numbers.more
     return row | {"lr": numbers.lr, "grad_norm": numbers.grad_norm}
 
 
@@ -379,7 +379,11 @@ def epoch_row(epochs: dict[str, float], rows: dict[str, int], T: int) -> dict:
 
 def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
     """A row of metrics.jsonl for the console; seconds since the start, and to the end."""
-    text = f"step {row['step']:>6}/{max_steps}  loss {row['loss']:.4f}  ppl {row['ppl']:.4g}"
+    text = f"step {row['step']:>6}/{max_steps}  loss {row['loss']:.4f}"
+    if "margin" in row:
+        text += f"  margin {row['margin']:+.3f}  {100 * row['accuracy']:.0f} % right"
+    else:
+        text += f"  ppl {row['ppl']:.4g}"
     if "aux_loss" in row:
         text += f"  aux {row['aux_loss']:.4f}"
     text += f"  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}"

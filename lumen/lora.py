@@ -9,7 +9,6 @@ Names: r the rank, C = d_model, E experts (slots), I an expert's hidden width, V
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lumen.base import mean_row, still_routers
 from lumen.config import LoraConfig
 from lumen.errors import UserError, nearest
 from model import Linear, Transformer, role
@@ -112,8 +112,7 @@ class FreshRows(nn.Module):
     """A frozen table (the embedding or an untied head) of which the rows `ids` are trained, (n, C)
     fp32.
 
-    They begin as the mean of the others: new tokens mean nothing yet, and so they are neither
-    likely nor impossible (Hewitt 2021).
+    They begin as the mean of the others.
     """
 
     def __init__(self, base: nn.Module, ids):
@@ -121,12 +120,9 @@ class FreshRows(nn.Module):
         self.base = base
         self.on = True
         table = base.weight.detach().float()
-        self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
-        others = torch.ones(len(table), dtype=torch.bool)
-        others[self.ids] = False
-        self.ids = self.ids.to(table.device)
-        mean = table[others.to(table.device)].mean(0)
-        self.rows = nn.Parameter(mean.expand(len(self.ids), -1).clone())
+        where = torch.tensor(sorted(ids), device=table.device)
+        self.register_buffer("ids", where, persistent=False)
+        self.rows = nn.Parameter(mean_row(table, list(ids)).expand(len(ids), -1).clone())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -184,6 +180,8 @@ def choose(names: list[str], targets: list[str] | None) -> list[str]:
     """Which of `names` the targets name, in their order. E002: one that names none."""
     if targets is None or ALL in targets:
         return names
+    if not targets:
+        raise UserError("E002", "lora.targets: [] names nothing; null stands for all")
     wanted = []
     for target in targets:
         part = FUSED.get(target, target)
@@ -214,7 +212,7 @@ def add(model: Transformer, cfg: LoraConfig, seed: int, fresh_ids=()) -> None:
     places = adaptable(model)
     chosen = choose(list(places), cfg.targets)
     model.requires_grad_(False)
-    freeze_routers(model)
+    still_routers(model)
     for name in chosen:
         module = places[name]
         if role(f"{name}.weight") == "expert":
@@ -237,16 +235,6 @@ def add(model: Transformer, cfg: LoraConfig, seed: int, fresh_ids=()) -> None:
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def freeze_routers(model: Transformer) -> None:
-    """Routers that learn nothing: their bias stays, and their losses, which could only pull the
-    stream, are gone."""
-    for moe in model.sparse_layers("moe").values():
-        router = moe.router
-        router.weight.requires_grad_(False)
-        router.bias_rate = router.aux_weight = 0.0
-        router.cfg = dataclasses.replace(router.cfg, router_z_loss_weight=0.0)
 
 
 @torch.no_grad()

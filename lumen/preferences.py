@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lumen.errors import UserError
 from lumen.sums import sum_dtype
-from model import head_rows
+from model import head_rows, layer_sums
 
 METHODS = ("dpo", "cdpo", "ipo", "hinge", "simpo", "orpo")
 BETA = dict.fromkeys(METHODS, 0.1) | {"simpo": 2.0}
@@ -251,9 +251,10 @@ def loss_of_stream(model, how: Preference, batch: PairBatch, x, y, found) -> tup
     sums |= {"ce": ce.detach(), "z": z.detach(), "count": there.sum().float()}
     total = ce + z
     if model.training:
-        aux, more = routing_sums(found)
-        total = total + aux * batch.aux_weight
-        sums |= more
+        aux, of_layers = layer_sums(found)
+        if aux is not None:
+            total = total + aux * batch.aux_weight
+        sums |= of_layers
     return total, sums
 
 
@@ -264,14 +265,3 @@ def log_probabilities(model, x, y, of, most: int) -> tuple[torch.Tensor, ...]:
     logp, lse = (values.view(y.shape) for values in TokenLogProbs.apply(*rows))
     sums = [pair_sums(values, of, most) for values in (logp, y >= 0, lse.square())]
     return tuple(sums)
-
-
-def routing_sums(found: list[dict]) -> tuple:
-    """As Transformer.loss has it: the sparse layers' losses with their weights, added up, and what
-    they count, a row a layer."""
-    losses = [stats["loss"] for stats in found if "loss" in stats]
-    names = dict.fromkeys(name for stats in found for name in stats if "." in name)
-    sums = {}
-    for name in names:
-        sums[name] = torch.stack([stats[name] for stats in found if name in stats])
-    return sum(losses, 0.0), sums

@@ -18,6 +18,9 @@ def run_id(trainer) -> str:
     cfg = trainer.cfg
     words = [cfg.seed, trainer.model_written, trainer.data.fingerprints, trainer.run.rows_per_step]
     words += [cfg.learning_rate, cfg.lr_schedule, cfg.optimizer, cfg.grad_clip, cfg.z_loss]
+    if trainer.fine_tunes:
+        words += [cfg.method, cfg.freeze, vars(cfg.lora), cfg.quantize_base]
+        words += [trainer.beside["base"]["sha256"]]
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:12]
 
 

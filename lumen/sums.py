@@ -126,6 +126,26 @@ def empty_sums(model, device: torch.device, extra=()) -> dict[str, torch.Tensor]
     return {name: torch.zeros(shapes.get(name, ()), dtype=dtype, device=device) for name in order}
 
 
+def raise_flags(trainer, sums: dict[str, torch.Tensor]) -> None:
+    """What this rank has to tell the others beside its sums."""
+    t, par, orch = trainer, trainer.parallel, trainer.orchestrator
+    flags = {
+        "stop": t.signals.stop,
+        "save": t.signals.save,
+        "control": orch.new_commands(),
+        "writing": t.saver.busy,
+    }
+    for name, flag in flags.items():
+        if flag:
+            sums[name].fill_(1)
+    look = par.world > 1 and orch.watching
+    if look and t.step % t.cfg.orchestrator.check_interval == 0:
+        # do all ranks hold the same weights? If so, world * sum of squares = square of the sum
+        check = par.checksum(t.model).to(sums["checksum"].dtype)
+        sums["checksum"] += check
+        sums["checksum_square"] += check * check
+
+
 def step_numbers(pending: Pending, sums: dict[str, torch.Tensor], world: int) -> StepNumbers:
     """What the reduced sums of a step say, as plain numbers; without those of the sparse layers."""
     got = {name: value.item() for name, value in sums.items() if not of_layers(name)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ class Talk:
 
     def do_help(self, _: str) -> None:
         for name, (argument, meaning) in COMMANDS.items():
-            self.say(f"{name:8}{argument:6}{meaning}")
+            self.say(f"{f'{name} {argument}':14}{meaning}")
         self.say(LEAVE)
 
     def do_reset(self, _: str) -> None:
@@ -180,11 +181,12 @@ class Talk:
         path = file_named("/save", name)
         if not self.messages:
             raise UserError("E500", f"/save {name}: nothing was said yet")
-        if path.exists() and path not in self.written:
+        if os.path.exists(path) and path not in self.written:
             raise UserError("E500", f"/save {name}: the file exists; take another name")
-        write_conversation(path, self.system + self.messages)
+        whole = self.system + self.messages
+        write_conversation(path, whole)
         self.written.add(path)
-        self.say(f"{path}: {len(self.messages)} messages")
+        self.say(f"{path}: {len(whole)} messages written")
 
     def do_load(self, name: str) -> None:
         path = file_named("/load", name)
@@ -195,7 +197,7 @@ class Talk:
         self.messages = messages[begin:]
         for note in notes:
             self.say(f"note: {note}")
-        self.say(f"{path}: {len(self.messages)} messages")
+        self.say(f"{path}: {len(messages)} messages read")
 
 
 class Heard(ReplyPrinter):
@@ -243,7 +245,7 @@ def file_named(command: str, name: str) -> Path:
         raise UserError("E500", f"{command} {name}: the file's name must end with .json or .jsonl")
     if reason := no_path(path):
         raise UserError("E500", f"{command} {visible(name)[:40]}: {reason}")
-    return Path(path).resolve()
+    return Path(os.path.realpath(path))
 
 
 def write_conversation(path: Path, messages: list[Message]) -> None:

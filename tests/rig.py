@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import read_lines
 
 import prepare_data
+from lumen.parallel import trained
 from train import Parallel, Trainer
 
 LONG = {  # a run in which the detectors have seen enough to speak
@@ -142,7 +143,7 @@ class Faulty(Parallel):
         sums = super().reduce(model, sums)
         self.iteration += 1
         if self.iteration in self.at:
-            for p in model.parameters():
+            for p in trained(model):
                 p.grad.mul_(self.times)
             if self.value is not None:
                 model.blocks[-1].attn.wo.weight.grad[0, 0] = self.value

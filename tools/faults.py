@@ -160,7 +160,7 @@ def bad_batches(trainer, at, kind, steps):
         rng = np.random.default_rng(first_row)
         if not 0 <= first_row // trainer.run.rows_per_step - at + 1 < steps:
             return found
-        _, x, y, _ = found  # changed in place
+        _, x, y, *_ = found  # changed in place
         if kind == "targets":
             y[:] = rng.permuted(y, axis=1)
             return found

@@ -1,6 +1,7 @@
 """Started by torchrun: several runs one after the other in the same processes, to save their start.
 
-argv[1] is a JSON list of runs: {"config": keys, and of these what is wanted:
+argv[1] is a JSON list of runs: {"config": keys of a Trainer (or "tune": words of a FineTuner), and
+of these what is wanted:
     "stop_at": step at which the last rank alone hears a signal,
     "unreadable_at": [rank, step] of a shard that cannot be read,
     "do": {step: [[method, argument ...], ...]}, called on all ranks,
@@ -20,6 +21,8 @@ import rig
 import torch
 import torch.distributed as dist
 
+import finetune
+import train_fsdp
 from lumen.errors import UserError
 from train import Trainer
 
@@ -105,8 +108,18 @@ def report(trainer) -> None:
         print("RANKS", json.dumps(row), flush=True)
 
 
+def begin(job: dict) -> Trainer:
+    if "tune" not in job:
+        return Trainer(job["config"], rig.Kept)
+    found = finetune.read(job["tune"])
+    kind = rig.Kept
+    if "zero_stage" in found[1]:
+        kind = type("KeptShards", (rig.Kept, train_fsdp.Sharded), {})
+    return finetune.FineTuner(found, kind)
+
+
 for job in json.loads(sys.argv[1]):
-    trainer = Trainer(job["config"], rig.Kept)
+    trainer = begin(job)
     arrange(trainer, job)
     try:
         assert trainer.fit() == 0

@@ -113,7 +113,7 @@ def train_theirs(model, trainer: Trainer, balance: float) -> tuple[list[float], 
     for step in range(trainer.run.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, trainer.run, step)
-        _, x, y, _ = trainer.loader.batch(step * rows, rows)
+        _, x, y, *_ = trainer.loader.batch(step * rows, rows)
         out = model(input_ids=torch.from_numpy(x))
         loss = F.cross_entropy(out.logits.flatten(0, 1), torch.from_numpy(y).flatten())
         losses.append(loss.item())

@@ -560,7 +560,7 @@ def test_preference_pairs(row):
 @pytest.mark.parametrize(
     "row, code, words",
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "E105", "the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "E126", "the same"),
         (
             {"chosen": ASKED + ANSWERED, "rejected": [{"role": "user", "content": "r"}, *BAD]},
             "E105",

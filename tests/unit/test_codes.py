@@ -66,17 +66,19 @@ def chats(folder: Path, seq_len=16) -> Path:
     return folder / "out"
 
 
+PAIR = {"prompt": "a?", "chosen": "good", "rejected": "bad"}
+
+
 def pairs(folder: Path) -> Path:
-    row = {"prompt": "a?", "chosen": "good", "rejected": "bad"}
     (folder / "p.jsonl").write_text(
-        "".join(json.dumps(row | {"prompt": str(n)}) + "\n" for n in range(30))
+        "".join(json.dumps(PAIR | {"prompt": str(n)}) + "\n" for n in range(30))
     )
     P.prepare([str(folder / "p.jsonl")], str(folder / "out"), "bytes", quiet=True, seq_len=64)
     return folder / "out"
 
 
-def config(folder: Path, **more):
-    tree = {"data_dir": str(folder), "out_dir": str(folder / "run")}
+def config(folder: Path, method="sft", **more):
+    tree = {"data_dir": str(folder), "out_dir": str(folder / "run"), "method": method}
     tree["model"] = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 16, **more}
     return build_config(tree, lambda key: key, [])
 
@@ -140,6 +142,9 @@ CASES = {
     "E122": row_file("a.jsonl.gz", gzip.compress(b" " * (80 << 20)), strict=True),
     "E123": lambda folder: Source(str(chats(folder, seq_len=40)), "train", 16),
     "E124": lambda folder: open_data(config(pairs(folder))),
+    "E124 text": lambda folder: open_data(config(prepared(folder), method="dpo")),
+    "E126": lambda folder: open_data(config(pairs(folder), method="dpo")),
+    "E126 row": row_file("p.jsonl", lines(PAIR, b"\n", {**PAIR, "rejected": "good "}), strict=True),
 }  # fmt: skip
 
 
@@ -177,5 +182,5 @@ def test_what_is_said_of_a_bad_input(case, tmp_path):
 
 def test_every_code_of_data_has_a_case():
     """Duplicates (E107) are no error; E118 is said by a run: tests/runs/test_mixture.py."""
-    codes = {code for code in ERRORS if "E101" <= code <= "E124"}
+    codes = {code for code in ERRORS if "E101" <= code <= "E126"} - {"E125"}
     assert codes == {case.split()[0] for case in CASES} | {"E107", "E118"}

@@ -369,7 +369,7 @@ def test_a_batch_of_both_kinds(tmp_path):
     assert {"t", "c"} == set(names)
     for r, name in enumerate(names):
         assert docs[r].any() == (name == "c" and 2 in x[r])
-    _, _, y, docs = Loader({"t": sources["t"]}, 1, [[0, {"t": 1}]]).batch(0, 4)
+    _, _, y, docs, _ = Loader({"t": sources["t"]}, 1, [[0, {"t": 1}]]).batch(0, 4)
     assert docs is None and (y >= 0).all()
 
 

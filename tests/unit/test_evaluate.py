@@ -45,6 +45,7 @@ class Windows:
             raise UserError("E111", "damaged")
         return np.random.default_rng([self.seed, i]).integers(0, V, T + 1)
 
+    sides = 1
     document_mask = False
 
     def row(self, i):

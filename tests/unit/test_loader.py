@@ -290,7 +290,7 @@ def test_the_same_rows_for_any_readers_micro_batches_and_resumes(two, data):
         for index in range(count):
             load.start(cursor, index, count, micro, accum)
             for turn in range(steps * accum):
-                row, x, y, _ = load.next()
+                row, x, y, *_ = load.next()
                 step, a = divmod(turn, accum)
                 assert row == cursor + step * count * micro * accum + (a * count + index) * micro
                 for r in range(micro):
@@ -298,21 +298,21 @@ def test_the_same_rows_for_any_readers_micro_batches_and_resumes(two, data):
                     seen[row + r] = x[r].tolist(), y[r].tolist()
         cursor += count * micro * accum * steps
     load.close()
-    _, x, y, _ = Loader(two, 3, segments).batch(0, cursor)
+    _, x, y, *_ = Loader(two, 3, segments).batch(0, cursor)
     assert [seen[r] for r in range(cursor)] == list(zip(x.tolist(), y.tolist()))
     assert sorted(seen) == list(range(cursor))
 
 
 def test_batches(two):
     load = Loader(two, 3, [[0, {"a": 1, "b": 1}]])
-    _, x, y, _ = load.batch(1000, 64)
+    _, x, y, *_ = load.batch(1000, 64)
     assert x.shape == y.shape == (64, 8) and x.dtype == y.dtype == np.int64
     assert x.flags.c_contiguous and y.flags.c_contiguous and x.flags.writeable
     assert np.array_equal(x[:, 1:], y[:, :-1]) and np.array_equal(x + 1, y)
     for r in range(64):
         name, window, _ = load.locate(1000 + r)
         assert np.array_equal(two[name].window(window), [*x[r], y[r, -1]])
-    _, a, b, _ = load.batch(1003, 2)
+    _, a, b, *_ = load.batch(1003, 2)
     assert np.array_equal(a, x[3:5]) and np.array_equal(b, y[3:5])
     assert not np.array_equal(
         x, Loader(two, 4, [[0, {"a": 1, "b": 1}]]).batch(1000, 64).x
@@ -359,7 +359,7 @@ def test_lunaris_defects(tmp_path):
     write(path, [16], prefix="val", first=50)
     source = Source(path, "train", 4)  # 16 tokens
     load = Loader({"d": source}, 1, [[0, {"d": 1}]], vocab_size=16)
-    _, x, y, _ = load.batch(0, source.windows)
+    _, x, y, *_ = load.batch(0, source.windows)
     assert (
         source.windows == 3 and y.max() <= 15 and sorted(y.ravel().tolist()) == list(range(1, 13))
     )
@@ -718,7 +718,7 @@ def test_stream_seek_and_close(two, started):
     assert [load.next()[0] for _ in range(6)] == [0, 2, 4, 6, 8, 10] and len(started()) == 1
     load.start(1000, 1, 2, 4, 2)  # a seek: nothing of the old stream comes through
     for row in (1004, 1012):
-        first, x, y, _ = load.next()
+        first, x, y, *_ = load.next()
         assert (
             first == row
             and np.array_equal(x, load.batch(row, 4).x)
@@ -786,11 +786,11 @@ def test_evaluation_beside_the_thread(two, monkeypatch):
     small = windows.functools.lru_cache(maxsize=2)(windows.opened.__wrapped__)
     monkeypatch.setattr(windows, "opened", small)
     load = Loader(two, 3, [[0, {"a": 1, "b": 8}]])
-    _, x, y, _ = load.batch(0, 1200)
+    _, x, y, *_ = load.batch(0, 1200)
     load.start(0, 0, 1, 4, 1)
     for _ in range(300):
-        row, a, b, _ = load.next()
-        _, c, d, _ = load.batch(1196 - row, 4)
+        row, a, b, *_ = load.next()
+        _, c, d, *_ = load.batch(1196 - row, 4)
         assert np.array_equal(a, x[row : row + 4]) and np.array_equal(b, y[row : row + 4])
         assert np.array_equal(c, x[1196 - row : 1200 - row]) and np.array_equal(
             d, y[1196 - row : 1200 - row]

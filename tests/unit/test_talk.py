@@ -433,7 +433,7 @@ def test_ctrl_c_in_a_real_terminal(tmp_path):
         here.until("^C")
         here.until("> ")
         here.type(f"/save {tmp_path}/talk.jsonl\n")
-        assert "2 messages" in here.until("> ")
+        assert "2 messages written" in here.until("> ")
         here.type("\x03")
         assert "leaves" in here.until("> ")
         here.type("\x03")

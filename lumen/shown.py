@@ -1,0 +1,46 @@
+"""What fine-tuning shows of its data: a row, what of it is learned, and questions to ask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lumen import chat
+
+LOOKED_AT = 256  # rows, of which the share that is learned is told
+SHOWN = 192  # tokens of the row that is shown
+
+
+def shares(source) -> str:
+    """How much of a source's places has a target, and what its preparation left out."""
+    n = min(source.windows, LOOKED_AT)
+    learned = sum(float((source.row(i)[1] >= 0).mean()) for i in range(n)) / n
+    text = f"{100 * learned:.1f} % of the places have a target (the first {n} rows)"
+    counts = (source.manifest or {}).get("counts", {})
+    dropped = [f"{n} {code}" for code, n in counts.get("dropped", {}).items() if n]
+    if counts:
+        text += f"; of {counts['rows']} conversations {counts['cut']} were truncated"
+        text += f", dropped: {', '.join(dropped) or 'none'}"
+    return text
+
+
+def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
+    """The ids before the first reply of each of the first n validation rows."""
+    prompts = []
+    for name, number in rows[:n]:
+        x, y, *_ = sources[name].row(number)
+        begins = np.flatnonzero(y >= 0)
+        if len(begins):
+            prompts.append(x[: begins[0] + 1].tolist())
+    return prompts
+
+
+def first_row(source, tokenizer) -> str:
+    """The beginning of row 0 as it was tokenized, what is learned in green or [ ]; of a row of
+    pairs that of the chosen replies, and below that of the rejected."""
+    x, y, *_ = source.row(0)
+    parts = []
+    for ids, targets in zip(np.atleast_2d(x), np.atleast_2d(y)):
+        mask = np.concatenate([[0], targets[:-1] >= 0])  # x is a token behind its targets
+        n = SHOWN // source.sides
+        parts.append(chat.show(ids[:n], mask[:n], tokenizer))
+    return "\n--- rejected ---\n".join(parts)
