@@ -300,7 +300,7 @@ def memory_line(start: Start) -> str:
     """The estimate for a process, and what it has."""
     cfg, run, layout = start.cfg, start.run, start.layout
     how = (run.precision, cfg.activation_checkpointing)
-    if layout.shard == 1:
+    if layout.shard == 1 and layout.tuning == plan.PRETRAINING:
         total = start.model.n_params()["total"]
         where = (layout.cuda, layout.state_bytes)
         need = plan.memory(cfg.model, total, run.micro_batch, *how, *where)
