@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
                 )
             prepare["template"] = spoken.name
         stem = Path(str(prepare["sources"][0])).stem if prepare.get("sources") else "data"
-        prepare.setdefault("out", f"data/{stem}-{name}")
+        prepare.setdefault("out", f"data/{re.sub('[^A-Za-z0-9._-]+', '-', stem)}-{name}")
     elif folder := tree.get("data_dir"):
         # rows of conversations have the length for which they were packed
         rows = read_json(Path(str(folder)) / "manifest.json").get("rows")

@@ -27,7 +27,6 @@ from lumen.errors import UserError
 from lumen.exchange import exchange
 from lumen.launch import command, environment
 from lumen.machine import DTYPES, local_region, set_collective_timeout
-from lumen.optim import state_bytes
 from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
@@ -166,7 +165,8 @@ class Sharded(Parallel):
         super().__init__(cfg)
         kind = self.device.type
         self.stage = cfg.zero_stage
-        known = {"cuda": kind == "cuda", "state_bytes": state_bytes(cfg)}
+        own = self.layout  # what the model and the machine say, however it is cut
+        known = {"cuda": own.cuda, "state_bytes": own.state_bytes, "tuning": own.tuning}
         self.layout = dataclasses.replace(layout, **known)
         self.dense, self.sparse = meshes(kind, layout)
         # their groups begin with torch's own half an hour

@@ -201,11 +201,9 @@ def to_peft(run, folder, base=None, best=False, say=print) -> None:
     found = find_adapter(run, best, say)
     about = found.state["adapter"]
     where = find_base(found)
-    if base is None and not (where / "config.json").is_file():
-        say(
-            f"note: python export.py to_hf {where} DIR makes the base for them: --base DIR names it"
-        )
     config, tensors = peft_files.write(found, str(base or where))
+    if base is None and not (where / "config.json").is_file():
+        say("note: PEFT needs that base as python export.py to_hf writes it: --base DIR names it")
     if about["quantize_base"]:
         kind = about["quantize_base"]
         say(f"note: they were trained with a base in {kind}: with another precision logits differ")

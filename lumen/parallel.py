@@ -21,6 +21,7 @@ from lumen.failure import lost_peer
 from lumen.feed import Feed, synchronize
 from lumen.launch import environment
 from lumen.optim import state_bytes
+from lumen.tuning import tuning_of
 from model import Transformer
 
 
@@ -56,7 +57,8 @@ class Parallel:
         if self.world > 1 and not dist.is_initialized():
             self.init_process_group(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
         cuda = self.device.type == "cuda"
-        self.layout = plan.Layout(self.world, cuda=cuda, state_bytes=state_bytes(cfg))
+        known = {"cuda": cuda, "state_bytes": state_bytes(cfg), "tuning": tuning_of(cfg)}
+        self.layout = plan.Layout(self.world, **known)
         self.feed = Feed(self.device)  # batches to the device
         self.buffer = None  # what reduce() sums gradients in
 

@@ -20,7 +20,7 @@ from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
 from lumen.optim import AdamW
-from lumen.tuning import PRETRAINING, Tuning, parts_of
+from lumen.tuning import PRETRAINING, Tuning, parts_of, states
 from model import ModelConfig, Transformer, head_rows, role
 
 GIB = 2**30
@@ -36,13 +36,7 @@ def number_bytes(precision: str) -> int:
 
 
 def kept_bytes(
-    cfg: ModelConfig,
-    rows: int,
-    precision: str,
-    recompute="none",
-    arrive: float = 0.0,
-    cuda=True,
-    tuning: Tuning = PRETRAINING,
+    cfg: ModelConfig, rows, precision, recompute="none", arrive=0.0, cuda=True, tuning=PRETRAINING
 ) -> dict:
     """Bytes beside the weights of a step on `rows` rows of T tokens: activations, and what comes
     and goes.
@@ -144,10 +138,19 @@ def parameter_shapes(model: Transformer) -> tuple[tuple, list[tuple]]:
     return named_shapes(root), blocks
 
 
+def all_shapes(model: Transformer) -> list[tuple]:
+    root, blocks = parameter_shapes(model)
+    return [one for part in (root, *blocks) for one in part]
+
+
 def count_parameters(model: Transformer) -> int:
     """All of them, expert slots not in use included."""
-    root, blocks = parameter_shapes(model)
-    return sum(math.prod(shape) for part in (root, *blocks) for _, shape in part)
+    return sum(math.prod(shape) for _, shape in all_shapes(model))
+
+
+def trained_parameters(model: Transformer, tuning: Tuning) -> int:
+    """Those that have gradients, adapters among them."""
+    return states(tuning, all_shapes(model), 4, 0)["gradients"] // 4
 
 
 # ---------------------------------------------------------------- a model on many ranks
@@ -307,12 +310,10 @@ def rank_memory(
 
 def replica_memory(model, layout: Layout, step: StepShape) -> dict:
     """rank_memory of train.py and finetune.py, where each rank holds all: see tuning.parts_of."""
-    root, blocks = parameter_shapes(model)
-    named = [one for part in (root, *blocks) for one in part]
     how = (step.rows, step.precision, step.recompute, 0.0, layout.cuda, layout.tuning)
     kept = kept_bytes(model.cfg, *how)
     how = (number_bytes(step.precision), step.recompute, layout.cuda, layout.state_bytes)
-    held = parts_of(model.cfg, layout.tuning, named, kept, how)
+    held = parts_of(model.cfg, layout.tuning, all_shapes(model), kept, how)
     chunk = min(held["gradients"], 4 << 22)  # lumen.parallel.Parallel.CHUNK
     held["reducing"] = chunk if layout.world > 1 else 0
     return held | {"total": sum(held.values()), "peak": "backward"}
@@ -450,14 +451,16 @@ def fewest_gpus(
     rows_per_step: int,
     precision: str,
     room: float,
-    state_bytes: int = AdamW.STATE_BYTES,
+    known: tuple = (AdamW.STATE_BYTES, PRETRAINING),
 ) -> int | None:
     """The least power of two of GPUs, up to 4096, on which some configuration fits into `room`
-    bytes each. `state_bytes`: see Layout."""
+    bytes each. known: state_bytes and tuning of Layout."""
+    state_bytes, tuning = known
     for world in (1 << k for k in range(13)):
         if rows_per_step % world:
             return None
-        base = Layout(world, stage if world > 1 else 0, state_bytes=state_bytes)
+        shards = stage if world > 1 else 0
+        base = Layout(world, shards, state_bytes=state_bytes, tuning=tuning)
         steps = rows_per_step // world
         for layout in layouts(base, expert_slots(model.cfg)):
             how = (1, steps, precision, "block", IMBALANCE)  # which needs least
@@ -467,13 +470,14 @@ def fewest_gpus(
 
 
 def fewest_gpus_text(
-    model, stage: int, rows_per_step: int, precision: str, share: float, state_bytes: int
+    model, stage: int, rows_per_step: int, precision: str, share: float, known: tuple
 ) -> tuple[list[str], bool]:
-    """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do."""
+    """The fewest GPUs of 80 and of 141 GB that hold it, as text; whether both sizes do. known: see
+    fewest_gpus."""
     texts, every = [], True
     for gb in (80, 141):
         room = share * gb * 1e9
-        n = fewest_gpus(model, stage, rows_per_step, precision, room, state_bytes)
+        n = fewest_gpus(model, stage, rows_per_step, precision, room, known)
         texts.append(f"{n or 'none'} x {gb} GB")
         every = every and n is not None
     return texts, every

@@ -87,7 +87,7 @@ def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Templa
     found = chat.template_of_run(state)
     template = chat.find_template(asked) if asked else found or chat.default_template(tokenizer)
     if found is None:
-        say(f"note: {why_base(state)}: it was not taught to answer, and goes on with any text")
+        say(f"note: a base model, which was not taught to answer: {why_base(state)}")
         say(f"note: to teach it: python finetune.py {run} --data chats.jsonl")
         if not asked:
             say(f"note: taken: template {template.name} (--template NAME takes another)")
@@ -99,10 +99,10 @@ def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Templa
 
 def why_base(state: dict) -> str:
     """Where a chat template was looked for, and what was not there to look into."""
-    text = "a base model: its checkpoint, data and import name no chat template"
+    text = "no chat template that Lumen knows in its checkpoint, data or import"
     gone = [folder for folder in chat.data_folders(state) if not Path(folder).exists()]
     if gone:
-        text += f" ({', '.join(gone)}: not here, and may have named one)"
+        text += f"; not here, and may have named one: {', '.join(gone)}"
     return text
 
 

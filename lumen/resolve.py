@@ -24,6 +24,7 @@ from lumen.machine import Machine
 from lumen.optim import state_bytes
 from lumen.schedule import phase_ends, resolve_order, resolve_phases, rise, stretch
 from lumen.tryout import as_in_the_run, pick_backend, pick_loss
+from lumen.tuning import tuning_of
 from model import ModelConfig, Transformer
 
 GIB = 2**30
@@ -450,7 +451,9 @@ def misfit(
         return plan.rank_memory(model, layout, *args)
 
     now = need(rows, recompute)
-    states = 2 * now["weights"] + now["moments"]  # a gradient is as large as its weight
+    # the gradients of shards come one by one: in the end there is one for each weight
+    gradients = now["gradients"] if layout.shard == 1 else now["weights"]
+    states = now["weights"] + gradients + now["moments"]
     total = now["total"]
     if max(states, total) <= have:
         return "", False
@@ -482,15 +485,17 @@ def misfit(
 def who_holds(model: Transformer, layout: plan.Layout, share: float) -> str:
     """The smallest GPU for a replica and the fewest for shards, whatever the batch; one row in
     mixed_bf16."""
-    replica = plan.Layout(state_bytes=layout.state_bytes)
+    replica = plan.Layout(state_bytes=layout.state_bytes, tuning=layout.tuning)
     need = plan.rank_memory(model, replica, 1, 2, "mixed_bf16", "block")["total"]
     fitting = [gb for gb in plan.SIZES if need <= share * gb * 1e9]
     holder = f"a GPU of {fitting[0]} GB" if fitting else "more than any GPU has"
+    text = f"Replicated it needs about {need / GIB:.1f} GiB: {holder}"
+    if layout.tuning.r:  # train_fsdp.py takes no adapters
+        return text
     stage = layout.zero_stage or 3
-    how = ("mixed_bf16", share, layout.state_bytes)
+    how = ("mixed_bf16", share, (layout.state_bytes, layout.tuning))
     shards, _ = plan.fewest_gpus_text(model, stage, 1 << 13, *how)
-    text = f"Replicated it needs about {need / GIB:.1f} GiB: {holder}; train_fsdp.py needs"
-    return f"{text} {' or '.join(shards)}"
+    return f"{text}; train_fsdp.py needs {' or '.join(shards)}"
 
 
 def check_states(cfg: Config, layout: plan.Layout) -> None:
@@ -498,7 +503,8 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
     is built."""
     machine = machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))
     cuda = machine.device.type == "cuda"
-    layout = dataclasses.replace(layout, cuda=cuda, state_bytes=state_bytes(cfg))
+    known = {"cuda": cuda, "state_bytes": state_bytes(cfg), "tuning": tuning_of(cfg)}
+    layout = dataclasses.replace(layout, **known)
     # a vocabulary that the data will name can only make it larger
     model = meta_model(dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or 1))
     limits = (machines.own_memory(machine.device), cfg.target_memory)

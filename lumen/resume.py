@@ -262,6 +262,9 @@ class StartingPoint:
             if found is None:
                 raise UserError("E303", f"init_from {path} holds no whole checkpoint")
             weights = Checkpoint(found)
+            if "adapter" in weights.state:
+                fix = f"make a model of both first: python finetune.py merge {path} OUT"
+                raise UserError("E311", f"init_from {found} holds adapters without a base; {fix}")
             model, then = weights.model_config(), weights.state.get("tokenizer")
             file = tokenizers.of_run(weights.path.parent, then)
         par.run_or_raise_on_all(self.check_tokenizer, f"init_from {path}", file, then)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,7 +69,8 @@ class Talk:
         self.written: set[Path] = set()  # by /save, which may write them again
 
     def run(self, read: Callable) -> None:
-        """Until the end of input, or a second Ctrl-C at the prompt. read: input, or like it."""
+        """Until the end of input, or a second Ctrl-C at an empty prompt. read: input, or like
+        it."""
         with contextlib.suppress(ImportError):  # input() then edits lines, and takes long ones
             importlib.import_module("readline")
         self.say(f"/help lists the commands; {LEAVE}")
@@ -80,17 +83,19 @@ class Talk:
                 return
             except KeyboardInterrupt:
                 print()
-                if interrupted:
+                empty = not typed()
+                if interrupted and empty:
                     return
-                interrupted = True
-                self.say("Ctrl-C again, or Ctrl-D, leaves")
+                interrupted = empty
+                if empty:
+                    self.say("Ctrl-C again, or Ctrl-D, leaves")
                 continue
             interrupted = False
             with one_interrupt():
                 self.heard(line)
 
     def heard(self, line: str) -> None:
-        """A command or a question. Nothing that it raises ends the conversation."""
+        """A command or a question; neither a UserError nor Ctrl-C ends the conversation."""
         line = mend_surrogates(line)
         try:
             if line.startswith("/"):
@@ -149,7 +154,7 @@ class Talk:
 
     def do_help(self, _: str) -> None:
         for name, (argument, meaning) in COMMANDS.items():
-            self.say(f"{name:8}{argument:6}{meaning}")
+            self.say(f"{f'{name} {argument}':14}{meaning}")
         self.say(LEAVE)
 
     def do_reset(self, _: str) -> None:
@@ -180,11 +185,12 @@ class Talk:
         path = file_named("/save", name)
         if not self.messages:
             raise UserError("E500", f"/save {name}: nothing was said yet")
-        if path.exists() and path not in self.written:
+        if os.path.exists(path) and path not in self.written:
             raise UserError("E500", f"/save {name}: the file exists; take another name")
-        write_conversation(path, self.system + self.messages)
+        whole = self.system + self.messages
+        write_conversation(path, whole)
         self.written.add(path)
-        self.say(f"{path}: {len(self.messages)} messages")
+        self.say(f"{path}: {len(whole)} messages written")
 
     def do_load(self, name: str) -> None:
         path = file_named("/load", name)
@@ -195,7 +201,7 @@ class Talk:
         self.messages = messages[begin:]
         for note in notes:
             self.say(f"note: {note}")
-        self.say(f"{path}: {len(self.messages)} messages")
+        self.say(f"{path}: {len(messages)} messages read")
 
 
 class Heard(ReplyPrinter):
@@ -216,6 +222,12 @@ def without_oldest(turns: list[Message]) -> list[Message]:
         if message.role == "user":
             return turns[i:]
     return []
+
+
+def typed() -> str:
+    """What stands behind the prompt, where readline can tell: Ctrl-C clears it."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
 
 
 @contextlib.contextmanager
@@ -243,7 +255,7 @@ def file_named(command: str, name: str) -> Path:
         raise UserError("E500", f"{command} {name}: the file's name must end with .json or .jsonl")
     if reason := no_path(path):
         raise UserError("E500", f"{command} {visible(name)[:40]}: {reason}")
-    return Path(path).resolve()
+    return Path(os.path.realpath(path))
 
 
 def write_conversation(path: Path, messages: list[Message]) -> None:

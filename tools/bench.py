@@ -21,6 +21,9 @@ data [--rounds N]
     Preparing text and conversations: MB/s of CPU time, stage by stage.
 documents [--rounds N] [--rows N]
     A training step with document_mask against the same without, by the length of documents.
+finetune [--rounds N] [--turns N] [--no_peer] [--peer PYTHON] [--litgpt PYTHON]
+    Steps of fine-tuning in turns with pre-training's, of LoRA with those of all weights; then
+    launches beside trl's SFTTrainer and litgpt, where these Pythons have them.
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
@@ -53,7 +56,7 @@ from lumen.errors import UserError, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, human_number
 from model import KVCache, ModelConfig, Transformer, role
-from tools import bench_data, bench_step, faults, simulate, timing
+from tools import bench_data, bench_finetune, bench_step, faults, simulate, timing
 from tools.bench_step import HALF
 from train import Trainer
 
@@ -641,6 +644,7 @@ COMMANDS = {
     "layouts": layouts,
     "data": bench_data.preparing,
     "documents": bench_data.documents,
+    "finetune": bench_finetune.finetuning,
     "faults": fault_table,
 }
 

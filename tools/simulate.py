@@ -50,6 +50,7 @@ from lumen.plan import (
     on_meta,
     parameter_shapes,
     rank_memory,
+    trained_parameters,
 )
 from lumen.report import Report
 from lumen.resolve import (
@@ -68,6 +69,7 @@ from lumen.resolve import (
     without_effect,
 )
 from lumen.schedule import lr_at, resolve_order
+from lumen.tuning import tuning_of
 from model import ModelConfig, Transformer, role
 from train_fsdp import meshes, parallelize
 
@@ -125,7 +127,8 @@ def traffic(
     """What a rank receives in an optimizer step: name -> [(bytes, ranks of the group, stride)]."""
     messages = {"all-gather": [], "reduce-scatter": [], "all-reduce": [], "all-to-all": []}
     if layout.shard == 1:  # replicas: a ring sums and hands back every gradient
-        messages["all-reduce"].append((2 * 4 * count_parameters(model), layout.world, 1))
+        size = 2 * 4 * trained_parameters(model, layout.tuning)
+        messages["all-reduce"].append((size, layout.world, 1))
         return messages
     recomputed = recompute != "none"
     root, blocks = fsdp_units(model, layout, precision)
@@ -196,8 +199,9 @@ def simulate_step(
     for kind, sizes in messages.items():
         each = kind == "all-to-all"
         seconds[kind] = sum(ring_seconds(hw, *size, each) for size in sizes)
-    # weights, gradients and the optimizer's state are read and written
-    touched = 2 * (2 * memory["weights"] + memory["moments"])
+    # trained weights, gradients and the optimizer's state are read and written
+    own = memory["gradients"] if layout.shard == 1 else memory["weights"]
+    touched = 2 * (2 * own + memory["moments"])
     seconds["optimizer"] = touched / hw.bandwidth
     reductions = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
     every_micro_step = 0.0
@@ -365,18 +369,22 @@ class Simulation:
         text += f" (here: {step.recompute}), {step.rows} rows of {self.model.cfg.max_seq_len}"
         text += f" tokens; fits {share:.0%} of so many GB"
         names = ["weights", "gradients", "moments", "gathered", "reducing", "activations", "work"]
+        if any("loading" in found.memory for found in self.by_recompute.values()):
+            names.append("loading")
         names.append("total")
         rows = []
         for mode, found in self.by_recompute.items():
             total = found.memory["total"]
             fits = [str(gb) if total <= share * gb * GB else "-" for gb in SIZES]
-            sizes = [f"{found.memory[name] / GIB:.2f}" for name in names]
+            sizes = [f"{found.memory.get(name, 0) / GIB:.2f}" for name in names]
             rows.append([mode, *sizes, " ".join(fits)])
         return [f"memory     {text}", *table_lines(["keep", *names, "fits GB"], rows)]
 
     def checkpoint_line(self) -> str:
-        # weights in fp32 and the optimizer's state
-        size = (4 + self.layout.state_bytes) * count_parameters(self.model)
+        # weights in fp32 and the optimizer's state; with adapters only theirs
+        trained = trained_parameters(self.model, self.layout.tuning)
+        saved = trained if self.layout.tuning.r else count_parameters(self.model)
+        size = 4 * saved + self.layout.state_bytes * trained
         nodes = -(-self.layout.shard // self.hw.per_node)
         speed = self.assumed.disk_gb_s
         seconds = size / nodes / speed / GB
@@ -428,10 +436,11 @@ class Simulation:
 
     def smallest_line(self) -> str:
         stage = self.layout.zero_stage
-        how = (self.rows_per_step, self.step.precision, self.assumed.share, self.layout.state_bytes)
+        known = (self.layout.state_bytes, self.layout.tuning)
+        how = (self.rows_per_step, self.step.precision, self.assumed.share, known)
         fewest, every = fewest_gpus_text(self.model, stage, *how)
         text = f"{', '.join(fewest)} hold it"
-        if not stage and not every:
+        if not stage and not every and not self.layout.tuning.r:
             shards, _ = fewest_gpus_text(self.model, 3, *how)
             text = f"{', '.join(fewest)} hold replicas of it"
             text += f"; train_fsdp.py needs {' or '.join(shards)}"
@@ -747,7 +756,8 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     if kind == "measured":
         device = machines.detect(cfg.device, "fp32", False).device.type
     cuda = device not in ("cpu", "mps")
-    layout = replace(layout, cuda=cuda, state_bytes=state_bytes(cfg))
+    known = {"cuda": cuda, "state_bytes": state_bytes(cfg), "tuning": tuning_of(cfg)}
+    layout = replace(layout, **known)
     run = DryRun(cfg, written, flags, layout)
     if layout.shard == 1:  # zero_stage: 0 is what this is
         notes = [*notes, *without_effect(cfg, written)]

@@ -530,7 +530,7 @@ def test_the_template_is_the_runs(tmp_path):
     )
     assert choose(0, "chat").name == "chat" and "trained with chat template instruct" in said[0]
     assert choose(1, None).name == "chatml" and len(said) == 4
-    assert "a base model" in said[1] and f"({tmp_path}/data: not here" in said[1]
+    assert "a base model" in said[1] and said[1].endswith(f"named one: {tmp_path}/data")
     assert choose(1, "raw").name == "raw" and "a base model" in said[4] and len(said) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"template": chat.describe("raw")}))
