@@ -142,6 +142,7 @@ def learn_chat(words: list[str]) -> int:
         most=240,
         factors="1",
         precision="auto",
+        measured="fp32",
     )
     only = o.only.split(";") if o.only else list(VARIANTS)
     if unknown := [name for name in only if name not in VARIANTS]:
@@ -185,16 +186,14 @@ def learn_once(name: str, seed: int, factor: float, held: Held, out: Path, o, wh
         return
     row = {"variant": name, "seed": seed, "factor": factor}
     if VARIANTS[name] is None:
-        model = sample.load(o.base, precision="fp32", say=str)[0]
-        row |= held.measure(model)
+        run = o.base
     else:
         base = expand(o.base)
         if name.startswith(AFTER):
             base = str(path_of(out, "SFT", seed).with_suffix(""))
-        trained = train_once(name, seed, factor, base, path.with_suffix(""), out, o)
-        row |= trained
-        model = sample.load(path.with_suffix(""), precision="fp32", say=str)[0]
-        row |= held.measure(model)
+        run = path.with_suffix("")
+        row |= train_once(name, seed, factor, base, run, out, o)
+    row |= held.measure(sample.load(run, precision=o.measured, say=str)[0])
     files.write_json(path, row | where | {"base": o.base})
     said = ", ".join(f"{key} {row[key]:.4f}" for key in ("reply_loss", *SHARES))
     print(f"{time.strftime('%T')} {path.stem}: {said}", flush=True)
