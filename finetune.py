@@ -183,7 +183,8 @@ class FineTuner(Trainer):
     def find_weights(self, saved):
         """The base's; a run of all weights that goes on has them in its checkpoint. E311: adapters
         go on with another base."""
-        self.template = self.template_of_data()
+        if self.data.template:
+            self.template = chat.find_template(self.data.template)
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
         then = saved.state["base"] if saved else {}
@@ -203,14 +204,6 @@ class FineTuner(Trainer):
             self.fresh = self.fresh_ids()
             self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
         return weights
-
-    def template_of_data(self) -> chat.Template | None:
-        """The one that the data were prepared with; None: they are no conversations."""
-        for source in self.data.sources.values():
-            spec = (source.manifest or {}).get("template")
-            if spec:
-                return chat.find_template(spec)
-        return None
 
     def fresh_ids(self) -> list[int]:
         found = base.read_base(self.cfg.init_from)
@@ -262,8 +255,6 @@ class FineTuner(Trainer):
         self.beside = {"base": self.began_with}
         if self.cfg.method != "sft":
             self.compare_with_base(saved)
-        if self.template:
-            self.beside["template"] = chat.describe(self.template)
         if self.cfg.lora.r:
             self.beside["adapter"] = self.adapter()
 
