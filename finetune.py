@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -187,9 +188,13 @@ class FineTuner(Trainer):
             self.template = chat.find_template(self.data.template)
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
-        then = saved.state["base"] if saved else {}
+        then = {}
         if saved:
-            self.began_with, self.fresh = then, then["fresh"]
+            then = self.began_with = saved.state.get("base")
+            if then is None:
+                text = f"{saved.path} is of a run that train.py made: give another out_dir"
+                raise UserError("E300", text)
+            self.fresh = then["fresh"]
         if saved and not self.cfg.lora.r:
             return None
         path = then.get("path", "")
@@ -251,7 +256,7 @@ class FineTuner(Trainer):
         if self.cfg.init_optimizer and saved is None:
             self.parallel.run_or_raise_on_all(self.take_moments, weights[1])
         if saved is None and self.fresh and not self.cfg.lora.r:
-            self.begin_fresh_rows()
+            self.parallel.run_or_raise_on_all(self.begin_fresh_rows, weights[1])
         self.beside = {"base": self.began_with}
         if self.cfg.method != "sft":
             self.compare_with_base(saved)
@@ -278,13 +283,16 @@ class FineTuner(Trainer):
             self.say(f"reference  {found.check_start(self.model, cfg, *where)}")
 
     @torch.no_grad()
-    def begin_fresh_rows(self) -> None:
-        """All weights are trained: rows of new control tokens begin at the mean of the others."""
+    def begin_fresh_rows(self, weights) -> None:
+        """All weights are trained: rows of new control tokens begin at the mean of the others.
+        weights: the base's, a state dict or a checkpoint."""
         par = self.parallel
         for name, p in self.model.named_parameters():
             if base.role(name) in ("embedding", "head"):
-                table = torch.stack([par.row(p, par.local(p), i) for i in range(p.shape[0])])
-                mean = base.mean_row(table, self.fresh)
+                found = (
+                    weights[name] if isinstance(weights, dict) else weights.read(f"model.{name}")
+                )
+                mean = base.mean_row(found, self.fresh).to(par.device)
                 for i in self.fresh:
                     par.set_row(p, par.local(p), i, mean)
 
@@ -325,9 +333,13 @@ class FineTuner(Trainer):
         asks = self.cfg.method == "sft" and self.template and self.tokenizer and self.val_set
         # where a forward pass takes all ranks, all of them ask
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
+            began = time.perf_counter()
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
-            how = (self.model, self.tokenizer, self.template, prompts, REPLY)
-            self.tell_replies(prompts, replies(*how))
+            with self.report.optional("replies"):
+                how = (self.model, self.tokenizer, self.template, prompts, REPLY)
+                self.tell_replies(prompts, replies(*how))
+            self.watch.leave_out(time.perf_counter() - began)  # as the evaluation itself
+            self.watch.lap("evaluation")
         return new_best
 
     def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
