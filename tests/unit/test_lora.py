@@ -198,6 +198,7 @@ def test_a_starts_by_seed_and_name_alone():
     assert not any(torch.equal(one.get_parameter(n), other.get_parameter(n)) for n in names)
     first, second = one.blocks[0].ffn.experts.lora_a13[:2]
     assert not torch.equal(first, second)
+    assert not torch.equal(one.blocks[0].attn.wo.lora_a, one.blocks[1].attn.wo.lora_a)
 
 
 # ---------------------------------------------------------------- fresh rows, dropout, the head
