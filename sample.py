@@ -3,7 +3,8 @@
 
 Several prompts (--prompt is repeatable) times --num_samples form one ragged batch that shares
 every forward pass. Each sequence draws from a generator of its own (sample i of any prompt: seed +
-i), so in fp32 its text does not depend on what else is in the batch. A notebook needs two lines:
+i), so in fp32 its text does not depend on what else is in the batch. `--chat` without a prompt is a
+conversation in the terminal (lumen/talk.py). A notebook needs two lines:
 `model, tokenizer, step = load("out/run")`, then `sample(...)`.
 """
 
@@ -199,7 +200,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("num_samples", "of each prompt", int, 1)
     p.texts("stop", "TEXT", "ends a sequence; repeatable; --stop=TEXT if it has a -")
     p.flag("ignore_eot", "go on after <|endoftext|>")
-    p.flag("chat", "prompts are questions; without any, a conversation in the terminal")
+    p.flag("chat", "prompts are questions; without any, a conversation in the terminal, /help")
     p.option("template", f"of --chat: {', '.join(chat.FORMATS)}; default: the run's")
     p.option("system", "what --chat begins with", metavar="TEXT")
     p.option("tokenizer", "default: the run's tokenizer.json", metavar="FILE")

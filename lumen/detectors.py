@@ -516,7 +516,7 @@ class Collapse(Detector):
     margin still rises (likelihood displacement: Pal et al. 2024, Razin et al. 2024)."""
 
     by_reference: bool = setting()  # the method has one; else: by what the run began with
-    end: Callable[[], None] | None = setting(default=None)  # ends the run, where that is asked for
+    end: Callable[[str], None] | None = setting(default=None)  # the run, where that is asked for
     gains: deque = recent(LOST_OVER)  # of steps: preferences.SUM_NAMES' chosen_gain, ...
     margins: deque = recent(LOST_OVER)  # ... margin
     first: list = field(default_factory=list)  # both at the beginning
@@ -536,12 +536,11 @@ class Collapse(Detector):
         if lost > MAX_LOST and margin >= self.first[1]:
             self.said = True
             said = f"chosen replies lost {lost:.2f} nats a token while margins rise: raise beta or"
-            said += " sft_coef, lower learning_rate, or stop here"
+            said += " sft_coef, or lower learning_rate"
             stat = {"lost": lost, "margin": margin}
-            action = "stop" if self.end else "warn"
-            yield Alarm("collapse", action, 0, said, basis="rule", stat=stat)
+            yield Alarm("collapse", "warn", 0, said, basis="rule", stat=stat)
             if self.end:
-                self.end()
+                self.end(f"stop: {said}")
 
     def rolled_back(self, to, onset):
         self.gains.clear()

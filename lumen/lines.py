@@ -485,7 +485,9 @@ def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig)
     else:
         best = row["best_val_loss"] or math.nan
         text += f" (best {best:.4f} at step {row['best_step']})"
-    if above_chance(row["val_loss"], model.vocab_size):
+    if "val_margin" in row:
+        text += f", margin {row['val_margin']:+.3f}"
+    elif above_chance(row["val_loss"], model.vocab_size):
         text += f", worse than guessing ({math.log(model.vocab_size):.2f})"
     lines = [f"eval       {text}, {took:.1f} s"]
     by_source = {key[9:]: loss for key, loss in row.items() if key.startswith("val_loss/")}

@@ -24,6 +24,7 @@ from lumen.detectors import (
     LEARNED_WITHIN,
     WATCHING,
     Alarm,
+    Collapse,
     Desync,
     Detector,
     Divergence,
@@ -35,6 +36,7 @@ from lumen.detectors import (
 )
 from lumen.diagnose import diagnose_step
 from lumen.health import Checkup, Health, counters
+from lumen.preferences import needs_reference
 from lumen.replay import Replay, run_id
 from lumen.resolve import with_length
 from lumen.snapshots import Snapshot, Snapshots, find_source
@@ -229,6 +231,9 @@ class Parts:
             "mod_gap": ModGap(),
             "guessing": self.guessing,
         }
+        if t.cfg.method != "sft":
+            end = self.end_early if t.cfg.enable_early_stopping else None
+            self.detectors["collapse"] = Collapse(needs_reference(t.cfg.method), end)
         # what is not finite is dropped in every mode
         self.looking = list(self.detectors.values()) if self.watching else [self.nonfinite]
 
@@ -331,8 +336,10 @@ class Parts:
             self.snapshots.take(snapshot, certified=first)
 
     def worse_than_guessing(self) -> tuple[str, str] | None:
-        """See Guessing.verdict."""
+        """See Guessing.verdict; a loss of pairs is none of a vocabulary."""
         t = self.trainer
+        if t.cfg.method != "sft":
+            return None
         return self.guessing.verdict(t.step, self.iteration - self.went_back, t.progress.val_loss)
 
     def note_guessing(self) -> tuple[str, str] | None:

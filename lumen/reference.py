@@ -251,7 +251,7 @@ class Reference:
         text += f"; log-probabilities within {gap:.1e} of the reference's"
         if gap > limit:
             raise UserError("E312", f"{text}, rounding explains {limit:.1e}")
-        return f"reference  {text}"
+        return text
 
 
 def files_key(facts: dict) -> str:

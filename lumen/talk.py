@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,7 +69,8 @@ class Talk:
         self.written: set[Path] = set()  # by /save, which may write them again
 
     def run(self, read: Callable) -> None:
-        """Until the end of input, or a second Ctrl-C at the prompt. read: input, or like it."""
+        """Until the end of input, or a second Ctrl-C at an empty prompt. read: input, or like
+        it."""
         with contextlib.suppress(ImportError):  # input() then edits lines, and takes long ones
             importlib.import_module("readline")
         self.say(f"/help lists the commands; {LEAVE}")
@@ -81,17 +83,19 @@ class Talk:
                 return
             except KeyboardInterrupt:
                 print()
-                if interrupted:
+                empty = not typed()
+                if interrupted and empty:
                     return
-                interrupted = True
-                self.say("Ctrl-C again, or Ctrl-D, leaves")
+                interrupted = empty
+                if empty:
+                    self.say("Ctrl-C again, or Ctrl-D, leaves")
                 continue
             interrupted = False
             with one_interrupt():
                 self.heard(line)
 
     def heard(self, line: str) -> None:
-        """A command or a question. Nothing that it raises ends the conversation."""
+        """A command or a question; neither a UserError nor Ctrl-C ends the conversation."""
         line = mend_surrogates(line)
         try:
             if line.startswith("/"):
@@ -218,6 +222,12 @@ def without_oldest(turns: list[Message]) -> list[Message]:
         if message.role == "user":
             return turns[i:]
     return []
+
+
+def typed() -> str:
+    """What stands behind the prompt, where readline can tell: Ctrl-C clears it."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline else ""
 
 
 @contextlib.contextmanager
