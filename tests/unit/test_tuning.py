@@ -22,7 +22,8 @@ MODELS = {
 TUNINGS = {
     "lora": Tuning(r=4),
     "attention": Tuning(r=4, targets=("q_proj", "wo")),
-    "down": Tuning(r=4, targets=("down_proj",), dropout=True),
+    "dropout": Tuning(r=4, dropout=True),
+    "down": Tuning(r=4, targets=("down_proj",)),
     "int8": Tuning(r=4, quantize="int8"),
     "nf4": Tuning(r=4, quantize="nf4"),
     "freeze": Tuning(freeze=("matrix", "router")),
