@@ -242,10 +242,12 @@ class Reference:
 
     @torch.no_grad()
     def check_start(self, model, cfg, parallel, batch_size: int = 1) -> str:
-        """A line on the first row of each source, whose model should still be the reference: loss
+        """A line on the first rows of each source; the model should still be the reference: loss
         (ln 2; of ipo 1 / (2 beta)^2, of hinge 1) and margins. E312 where the log-probabilities are
         further from the reference than rounding takes them."""
-        rows = [(name, 0) for name in self.sources]
+        rows = []
+        for name, source in self.sources.items():
+            rows += [(name, i) for i in range(min(batch_size, source.windows))]
         ce, margin, gap, pairs = 0.0, 0.0, 0.0, 0
         cfg = dataclasses.replace(cfg, sft_coef=0.0)
         with as_trained(model):
