@@ -116,7 +116,7 @@ class Reference:
         return found | {"seq_len": source.seq_len} | self.base
 
     def load_or_compute(self, model, parallel, batch_size: int, known=None, off=None) -> dict:
-        """Sets `reference` of every source; returns {source: facts}, for state.json.
+        """Sets `reference` of every source; returns {source: facts and means}, for state.json.
 
         known: what the resumed checkpoint says of it (None: a run that begins; its model, as it is
         now, is the reference); off: makes a context in which a model that has been trained is what
@@ -125,24 +125,38 @@ class Reference:
         """
         found = {}
         for name in self.sources:
-            facts = found[name] = json.loads(json.dumps(self.facts(name)))
+            facts = json.loads(json.dumps(self.facts(name)))
             key = files_key(facts)
             if known is not None:
                 self.check_known(name, known.get(name), facts)
             # other ranks may be on machines that do not see the file
             values = self.read(name, key, facts) if parallel.rank == 0 else None
             values = parallel.broadcast(values)
-            if values is None:
+            missing = values is None
+            if missing:
                 if known is not None and off is None:
                     text = f"{self.place(name, key)[0]} is gone or damaged, and the model has been"
                     raise UserError("E312", f"{text} trained since: restore it, or begin anew")
                 base = contextlib.nullcontext if known is None else off
                 with base():
                     values = self.compute(model, name, parallel, batch_size)
-                if parallel.rank == 0:
-                    self.write(name, key, facts, values)
+            means = values.mean(0, dtype=np.float64).tolist()
+            if known is not None:
+                self.check_means(name, known[name]["means"], means, rounding(model))
+            if missing and parallel.rank == 0:
+                self.write(name, key, facts, values)
             self.hand_out(name, values)
+            found[name] = facts | {"means": means}
         return found
+
+    def check_means(self, name: str, then: list, now: list, limit: float) -> None:
+        """E312 where the numbers are not those that the run began with, though all that they are
+        known to depend on is: a base that was changed by hand, or rows of new control tokens."""
+        if not np.allclose(then, now, rtol=limit):
+            text = f"{name}: chosen and rejected replies have mean log-probabilities {now}, the run"
+            raise UserError(
+                "E312", f"{text} began with {then}: restore the file it had, or begin anew"
+            )
 
     def check_known(self, name: str, then: dict | None, now: dict) -> None:
         """E312 where the run that is resumed began with something else."""
@@ -174,7 +188,7 @@ class Reference:
             if values is not None and values.shape == (pairs, 2):
                 self.say(f"reference  {name}: {pairs:,} pairs, read from {path}")
                 return values
-            self.say(f"reference  {path} is damaged, it is computed anew")
+            self.say(f"reference  {path} is damaged")
         return None
 
     def write(self, name: str, key: str, facts: dict, values: np.ndarray) -> None:
@@ -228,10 +242,12 @@ class Reference:
 
     @torch.no_grad()
     def check_start(self, model, cfg, parallel, batch_size: int = 1) -> str:
-        """A line on the first row of each source, whose model should still be the reference: loss
+        """A line on the first rows of each source; the model should still be the reference: loss
         (ln 2; of ipo 1 / (2 beta)^2, of hinge 1) and margins. E312 where the log-probabilities are
         further from the reference than rounding takes them."""
-        rows = [(name, 0) for name in self.sources]
+        rows = []
+        for name, source in self.sources.items():
+            rows += [(name, i) for i in range(min(batch_size, source.windows))]
         ce, margin, gap, pairs = 0.0, 0.0, 0.0, 0
         cfg = dataclasses.replace(cfg, sft_coef=0.0)
         with as_trained(model):
@@ -246,12 +262,18 @@ class Reference:
         ranks = parallel.gather((ce, margin, gap, pairs))
         ce, margin, _, pairs = (sum(values) for values in zip(*ranks))
         gap = max(rank[2] for rank in ranks)
-        limit = min(64 * torch.finfo(model.compute_dtype).eps, 0.02)
+        limit = rounding(model)
         text = f"step 0: loss {ce / pairs:.6f}, margin {margin / pairs:+.2e} over {pairs} pairs"
         text += f"; log-probabilities within {gap:.1e} of the reference's"
         if gap > limit:
             raise UserError("E312", f"{text}, rounding explains {limit:.1e}")
         return text
+
+
+def rounding(model) -> float:
+    """How far log-probabilities of the same weights may be apart, relatively: by other batches,
+    another machine."""
+    return min(64 * torch.finfo(model.compute_dtype).eps, 0.02)
 
 
 def files_key(facts: dict) -> str:

@@ -24,7 +24,7 @@ FLAGS = (
 )
 
 # all that step_numbers has a place for
-KNOWN = {"ce", "z", "count", "norm", "bad", "exploded", *FLAGS}
+KNOWN = {"ce", "z", "count", "tokens", "norm", "bad", "exploded", *FLAGS}
 
 
 @dataclass

@@ -284,7 +284,7 @@ def rows_of(batch, first: int, last: int):
     return x[sides], y[sides], docs, reference[first:last]
 
 
-@pytest.mark.parametrize("kind", ("dense", "mixtral", "hybrid"))
+@pytest.mark.parametrize("kind", ("dense", "hybrid"))
 @pytest.mark.parametrize("method", ("dpo", "orpo"))
 def test_any_cut_of_a_batch_gives_the_same_gradient(tmp_path, kind, method):
     source = PairSource(dataset(tmp_path / "d", {"train": some_pairs(30)}), "train", T)
@@ -307,7 +307,7 @@ def test_any_cut_of_a_batch_gives_the_same_gradient(tmp_path, kind, method):
         assert (grad - added[name]).norm() <= 2e-5 * added[name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("kind", ("dense", "mixtral", "hybrid"))
+@pytest.mark.parametrize("kind", ("dense", "hybrid"))
 def test_packed_equals_separate_and_the_formula(tmp_path, kind):
     """Each pair alone, without a row, its full logits put into the formula."""
     source = PairSource(dataset(tmp_path / "d", {"train": some_pairs(12)}), "train", T)
@@ -492,6 +492,9 @@ def test_the_reference_is_the_model_as_it_began(data, kind):
     line = reading.check_start(model, how(method="dpo", sft_coef=0.3), ONE)
     assert "loss 0.693147, margin" in line
     assert abs(float(line.partition("margin ")[2].split()[0])) < 1e-5
+    rows = [("p", i) for i in range(again.val_sources["p"].windows)]
+    said = evaluate(model, how(method="dpo"), rows, again.val_sources, ONE, 2)
+    assert said.loss == pytest.approx(np.log(2), abs=1e-6), "the val pairs have theirs, too"
     with torch.no_grad():
         model.norm.weight.mul_(1.01)
     assert "rounding explains" in fails("E312", reading.check_start, model, how(method="dpo"), ONE)
@@ -522,6 +525,12 @@ def test_when_the_reference_is_computed_anew(data, tmp_path):
 
     reference_of(data).load_or_compute(*args, known=kept, off=Off)
     assert entered and file.read_bytes() == whole
+    # what comes out is not what the run began with
+    file.unlink()
+    other = {"p": kept["p"] | {"means": [mean - 0.1 for mean in kept["p"]["means"]]}}
+    text = fails("E312", reference_of(data).load_or_compute, *args, known=other, off=Off)
+    assert "began with" in text and not file.exists()
+    reference_of(data).load_or_compute(*args)
     # of something else: another file, and a run that began with this one is refused
     changes = {"base_sha256": "c", "quantize_base": "int8", "compute_dtype": "bf16", "template": {}}
     for key, value in changes.items():
@@ -633,7 +642,7 @@ def test_numbers_of_a_step_of_pairs():
     pending = SimpleNamespace(step=3, cursor=9, iteration=4, lr=0.1)
     numbers = step_numbers(pending, sums, 1)
     assert (numbers.loss, numbers.tokens, numbers.more["margin"]) == (0.5, 100, 0.25)
-    assert set(numbers.more) == set(preferences.SUM_NAMES)
+    assert set(numbers.more) == set(preferences.SUM_NAMES) - {"tokens"}
     for name in preferences.SUM_NAMES:
         del sums[name]
     numbers = step_numbers(pending, sums, 1)
@@ -657,6 +666,10 @@ def test_chosen_replies_that_collapse_are_told_of_once(by_reference):
     for gains, margins in ((falling, -rising), (falling / 10 + 0.9 * start, rising)):
         detector = Collapse(by_reference)
         assert not [a for numbers in steps_of(gains, margins) for a in detector.look(numbers)]
+    dropped = Collapse(by_reference)
+    for numbers in steps_of(falling, rising):
+        numbers.bad = True
+        assert not list(dropped.look(numbers))
     stopping = Collapse(by_reference, ended.append)
     stopping.load(json.loads(json.dumps(stopping.state())))
     for numbers in steps_of(falling, rising):
@@ -682,6 +695,8 @@ def test_a_cut_pair_keeps_a_difference_and_both_replies(tmp_path, too_long):
         {"prompt": [*turns, {"role": "user", "content": "x" * 99}], "chosen": "a", "rejected": "b"}
     )
     rows.append({"prompt": "q", "chosen": "same", "rejected": " same"})
+    asked = [*turns, {"role": "user", "content": "q"}]
+    rows.append({"prompt": asked, "chosen": "yes " * 30, "rejected": "no"})
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"seq_len": 70, "too_long": too_long, "loss_on": "assistant", "max_bad": 0.1}
@@ -694,7 +709,7 @@ def test_a_cut_pair_keeps_a_difference_and_both_replies(tmp_path, too_long):
     assert source.pairs == len(rows) - len(found)
     for p in range(source.pairs):
         chosen, rejected = ((ids, ids[mask > 0]) for ids, mask in source.pair(p))
-        assert tokenizer.decode(chosen[1].tolist()).startswith("yes")
-        assert tokenizer.decode(rejected[1].tolist()).startswith("no")
+        assert "yes" in tokenizer.decode(chosen[1].tolist())
+        assert "no" in tokenizer.decode(rejected[1].tolist())
     if too_long == "truncate":
         assert set(codes) == {31, 32, 33}, "the others are cut, and learned from"
