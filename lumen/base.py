@@ -87,6 +87,12 @@ def base_sha256(path) -> str:
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
+def holds(named: str, step: str) -> bool:
+    """Whether `step`, with which a run began, is there, and is `named` or a step of it."""
+    home = Path(step).resolve()
+    return home.exists() and Path(named).resolve() in (home, home.parent)
+
+
 def usual_rate(d_model: int, method: str, lora: bool) -> tuple[float, str]:
     """(learning rate, where it is from) for who names none.
 
@@ -133,12 +139,30 @@ def mean_row(table: torch.Tensor, fresh: list[int]) -> torch.Tensor:
 ROLES = ("embedding", "head", "norm", "router", "expert", "matrix")
 
 
-def freeze(model, roles) -> None:
-    """Parameters of these roles are not trained. E002: a role that there is not."""
-    wanted = [name.removesuffix("s") for name in roles or ()]
+def check_frozen(model, roles) -> None:
+    """E002: a role that there is not, one that this model has no weights of, or nothing is left."""
+    wanted = frozen_roles(roles)
     unknown = [name for name in wanted if name not in ROLES]
     if unknown:
         raise UserError("E002", f"freeze: {', '.join(unknown)} is none of {', '.join(ROLES)}")
+    there = {role(name) for name, _ in model.named_parameters()}
+    absent = [name for name in wanted if name not in there]
+    if absent:
+        text = f"freeze: this model has no {', '.join(absent)}; it has {', '.join(sorted(there))}"
+        if "head" in absent:
+            text += " (a tied head is the embedding)"
+        raise UserError("E002", text)
+    if there <= set(wanted):
+        raise UserError("E002", "freeze: nothing is left to be trained")
+
+
+def frozen_roles(roles) -> list[str]:
+    return [name.removesuffix("s") for name in roles or ()]
+
+
+def freeze(model, roles) -> None:
+    """Parameters of these roles are not trained."""
+    wanted = frozen_roles(roles)
     for name, p in model.named_parameters():
         if role(name) in wanted:
             p.requires_grad_(False)
