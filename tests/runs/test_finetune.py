@@ -37,6 +37,7 @@ SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48
 SHAPES = {"dense": {}, "moe": MOE, "untied": {"tie_embeddings": False}}
 LORA = ("--lora.r", "4", "--lora.dropout", "0.1")
 HOWS = {"full": (), "lora": LORA, "int8": (*LORA, "--quantize_base", "int8")}
+HOWS["dpo"] = (*LORA, "--method", "dpo")
 
 
 def sentence(rng) -> str:
@@ -98,7 +99,8 @@ def words(school, tmp_path):
     finetune.py: a row a micro-step, two a step, a dozen rows in all."""
 
     def make(name, kind="dense", how="full", *more, data=None) -> list[str]:
-        line = [school.of(kind), "--data", data or school.chats, "--out_dir", str(tmp_path / name)]
+        data = data or (school.pairs if how == "dpo" else school.chats)
+        line = [school.of(kind), "--data", data, "--out_dir", str(tmp_path / name)]
         line += ["--device", "cpu", "--precision", "fp32", "--compile_model", "false"]
         line += ["--batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "8"]
         line += ["--learning_rate", "3e-3", "--save_interval", "4", "--log_interval", "1"]
@@ -135,6 +137,8 @@ RESUMES = [  # kind, how, what ends the first run; pairwise, the rest at night
     pytest.param("moe", "int8", "signal", marks=SLOW),
     pytest.param("untied", "lora", "killed", marks=SLOW),
     pytest.param("moe", "lora", "killed", marks=SLOW),
+    pytest.param("dense", "dpo", "signal", marks=SLOW),
+    pytest.param("moe", "dpo", "killed", marks=SLOW),
 ]
 
 
@@ -143,7 +147,8 @@ def test_resume_is_exact(words, kind, how, end):
     """Packed rows, dropout in the adapters, into the second pass over the data: weights, moments,
     losses, evaluations and the orchestrator's state, byte for byte."""
     whole = tuned(words("whole", kind, how))
-    assert 5 * 2 < whole.data.windows < 8 * 2, "the first pass ends between the stop and the end"
+    if how != "dpo":
+        assert 5 * 2 < whole.data.windows < 8 * 2, "the first pass ends behind the stop"
     if end == "signal":
         first = stop_at(tuner(words("cut", kind, how)), 4)
         assert first.fit() == 0 and first.step == 5
