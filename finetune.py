@@ -75,7 +75,7 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
         text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
-    found = base.read_base(str(path))
+    found = base.read_base_or_run(str(path), tree.get("out_dir"))
     name = Path(path).resolve().name
     complete_data(tree, found, name, notes)
     tree["model"] = base.model_keys(found, tree["model"])

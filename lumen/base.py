@@ -48,6 +48,9 @@ def is_base(path) -> bool:
 def read_base(path: str) -> Base:
     """E125: nothing to begin with; E303, E304, E401 as those who load it raise them."""
     folder = Path(path)
+    if not folder.exists():
+        text = f"the base {path} does not exist; BASE, or init_from, says where it is now"
+        raise UserError("E304", text)
     if (folder / "config.json").is_file():
         return read_hf_base(folder)
     found = checkpoint.find(folder, say=print)
@@ -56,6 +59,15 @@ def read_base(path: str) -> Base:
         raise UserError("E125", f"{text}: python finetune.py merge {path} OUT")
     file = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
     return Base(path, found.model_config(), file, chat.template_of_run(found.state))
+
+
+def read_base_or_run(path: str, out_dir: str | None) -> Base:
+    """As read_base; where the base has gone, a run of all its weights goes on without it."""
+    if out_dir and not Path(path).exists() and checkpoint.list_steps(out_dir):
+        state = checkpoint.find(out_dir, say=print).state
+        if "base" in state and "adapter" not in state:
+            return dataclasses.replace(read_base(out_dir), path=path)
+    return read_base(path)
 
 
 def read_hf_base(folder: Path) -> Base:

@@ -448,12 +448,16 @@ def test_adapters_go_on_with_their_own_base_only(school, words, tmp_path):
     line = words("run", "dense", "lora", "--max_steps", 4)
     line[0] = str(home)
     tuned(line)
+    full = words("full", "dense", "full", "--max_steps", 4)
+    full[0] = str(home)
+    tuned(full)
     further = [*line, "--max_steps", "6"]
     moved = tmp_path / "moved"
     home.rename(moved)
     with pytest.raises(UserError, match="E304") as gone:
         tuner(further)
-    assert str(home) in gone.value.text
+    assert f"{home} does not exist; BASE" in gone.value.text
+    assert tuned([*full, "--max_steps", "5"]).step == 5, "all weights are its own"
     further[0] = str(moved)
     assert tuned(further).step == 6
     other = checkpoint.find(moved).path
@@ -534,7 +538,7 @@ def test_a_base_that_is_none(school, words, tmp_path):
     run = tuned([*words("lora", "dense", "lora"), "--max_steps", "1"]).out
     for path, said in (
         (school.top / "text", "E304"),
-        (tmp_path / "nowhere", "E304.*nowhere does not exist"),
+        (tmp_path / "nowhere", "E304.*nowhere does not exist; BASE"),
         (run, "E125.*holds adapters.*finetune.py merge"),
     ):
         line[0] = str(path)
