@@ -38,7 +38,7 @@ from train import Trainer
 
 # ---------------------------------------------------------------- keys
 
-ANSWER = 64  # tokens at most of a reply that an evaluation shows
+REPLY = 64  # tokens of a reply that an evaluation shows
 COMMANDS = ("merge", "to_peft", "from_peft")  # of lumen/adapters.py
 
 
@@ -369,8 +369,8 @@ class FineTuner(Trainer):
         # where a forward pass takes all ranks, all of them ask
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
-            answers = replies(self.model, self.tokenizer, self.template, prompts, ANSWER)
-            self.tell_replies(prompts, answers)
+            how = (self.model, self.tokenizer, self.template, prompts, REPLY)
+            self.tell_replies(prompts, replies(*how))
         return new_best
 
     def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
@@ -382,7 +382,7 @@ class FineTuner(Trainer):
             question = " ".join(self.tokenizer.decode(words).split())[-100:]
             self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
         if answers and not ended and self.step >= self.run.max_steps:
-            text = f"no reply stopped within {ANSWER} tokens: where replies are shorter than that,"
+            text = f"no reply stopped within {REPLY} tokens: where replies are shorter than that,"
             self.say(f"advice     {text} their end was not learned (template, loss_on)")
         row = {"step": self.step, "attempt": self.report.attempt}
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
