@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import train
-from lumen import base, chat, lora, preferences, shown
+from lumen import base, chat, lora, preferences, quantize, shown
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint
 from lumen.cli import TYPED, read_config
@@ -59,6 +59,10 @@ def as_keys(argv: list[str]) -> list[str]:
     if len(sources) == 1 and (Path(sources[0]) / "manifest.json").exists():
         words += ["--data_dir", sources[0]]
     elif sources:
+        for folder in sources:
+            if (Path(folder) / "manifest.json").exists():
+                text = f"--data {folder} is prepared, and goes alone"
+                raise UserError("E002", f"{text}; or several by data: {{sources}} in a YAML")
         words += ["--prepare", json.dumps({"sources": sources})]
     return words
 
@@ -72,7 +76,7 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
         text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
-    found = base.read_base(str(path))
+    found = base.read_base_or_run(str(path), tree.get("out_dir"))
     name = Path(path).resolve().name
     complete_data(tree, found, name, notes)
     tree["model"] = base.model_keys(found, tree["model"])
@@ -148,7 +152,11 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
         # rows of conversations have the length for which they were packed
         rows = read_json(Path(str(folder)) / "manifest.json").get("rows")
         if rows and "max_seq_len" not in tree["model"]:
-            tree["model"]["max_seq_len"] = rows["length"] - 1
+            T, then = rows["length"] - 1, found.model.max_seq_len
+            tree["model"]["max_seq_len"] = T
+            if T > then:
+                text = f"model.max_seq_len {T}: rows of {folder}; {found.path} has seen {then} at"
+                notes.append(f"{text} most, and places beyond that are new to it (rope_scaling)")
 
 
 def check_prepared(folder: Path, wanted: dict) -> None:
@@ -182,33 +190,57 @@ class FineTuner(Trainer):
     # ---- the base
 
     def find_weights(self, saved):
-        """The base's; a run of all weights that goes on has them in its checkpoint. E311: adapters
-        go on with another base."""
+        """The base's; a run of all weights that goes on has them in its checkpoint. E311: it goes
+        on with another base. All that can refuse, and out_dir is as it was."""
+        self.parallel.run_or_raise_on_all(self.check_trained)
         if self.data.template:
             self.template = chat.find_template(self.data.template)
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
-        then = {}
+        named, then = self.cfg.init_from, {}
         if saved:
-            then = self.began_with = saved.state.get("base")
-            if then is None:
-                text = f"{saved.path} is of a run that train.py made: give another out_dir"
-                raise UserError("E300", text)
+            self.check_goes_on(saved)
+            self.began_with = then = saved.state["base"]
             self.fresh = then["fresh"]
-        if saved and not self.cfg.lora.r:
+        there = bool(then) and base.holds(named, then["path"])
+        if saved and not self.cfg.lora.r and (there or not os.path.exists(named)):
             return None
-        path = then.get("path", "")
-        weights = self.start.find_weights(path if os.path.exists(path) else self.cfg.init_from)
+        weights = self.start.find_weights(then["path"] if there else named)
         step = weights[1]
-        path = str(step.path if isinstance(step, Checkpoint) else self.cfg.init_from)
+        path = str(step.path if isinstance(step, Checkpoint) else named)
         found = self.parallel.broadcast(base.base_sha256(path) if self.main else None)
         if then and then["sha256"] != found:
-            text = f"{saved.path} holds adapters for {then['path']} (sha256 {then['sha256']})"
+            text = f"{saved.path} began with {then['path']} (sha256 {then['sha256']})"
             raise UserError("E311", f"{text}; {path} is another model ({found})")
         if not saved:
             self.fresh = self.fresh_ids()
             self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
-        return weights
+        return weights if self.cfg.lora.r or not saved else None
+
+    def check_trained(self) -> None:
+        """E002: lora.targets or freeze that this model has not; E003."""
+        if self.cfg.lora.r:
+            self.targets = lora.choose(list(lora.adaptable(self.counted)), self.cfg.lora.targets)
+        base.check_frozen(self.counted, self.cfg.freeze)
+        if self.cfg.quantize_base == "nf4":
+            quantize.load_bitsandbytes()
+
+    def check_goes_on(self, saved) -> None:
+        """E300: a run of train.py; E305: what is trained is not what was trained."""
+        state, now = saved.state, {"r": self.cfg.lora.r}
+        if "base" not in state:
+            text = f"{saved.path} is of train.py: fine-tuning begins with it as BASE"
+            raise UserError("E300", f"{text}, in an out_dir of its own")
+        then = state.get("adapter", {"r": 0})
+        if now["r"] and then["r"]:
+            now |= {"alpha": self.cfg.lora.alpha, "rslora": self.cfg.lora.rslora}
+            now |= {"quantize_base": self.cfg.quantize_base}
+        if now["r"] and then["r"] and set(then["targets"]) != set(self.targets):
+            then, now["targets"] = then | {"targets": len(then["targets"])}, len(self.targets)
+        differ = [f"{k}: {then[k]} there, {v} here" for k, v in now.items() if then[k] != v]
+        if differ:
+            text = f"{saved.path} holds other adapters: {'; '.join(differ)} (r 0: all weights)"
+            raise UserError("E305", f"{text}; go on as it began, or in another out_dir")
 
     def fresh_ids(self) -> list[int]:
         found = base.read_base(self.cfg.init_from)
@@ -244,9 +276,7 @@ class FineTuner(Trainer):
         take = (cfg.init_from, weights[1], weights[0], 0, mine, self.parallel)
         self.parallel.run_or_raise_on_all(take_weights, *take)
         if cfg.quantize_base:
-            from lumen.quantize import quantize
-
-            quantize(model, cfg.quantize_base)
+            quantize.quantize(model, cfg.quantize_base)
         base.cast(model, self.machine.compute_dtype)
         lora.add(model, cfg.lora, cfg.seed, self.fresh)
         return None

@@ -401,6 +401,8 @@ class Trainer(ByHand):
 
     def find_weights(self, saved: checkpoint.Checkpoint | None) -> tuple | None:
         """StartingPoint.find_weights, where this start has need of what init_from names."""
+        if saved is not None and "base" in saved.state:
+            raise UserError("E300", f"{saved.path} is of finetune.py, which goes on with it")
         anew = saved is None and self.cfg.init_from  # a checkpoint has all of its own
         return self.start.find_weights(self.cfg.init_from) if anew else None
 

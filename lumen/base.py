@@ -48,6 +48,9 @@ def is_base(path) -> bool:
 def read_base(path: str) -> Base:
     """E125: nothing to begin with; E303, E304, E401 as those who load it raise them."""
     folder = Path(path)
+    if not folder.exists():
+        text = f"the base {path} does not exist; BASE, or init_from, says where it is now"
+        raise UserError("E304", text)
     if (folder / "config.json").is_file():
         return read_hf_base(folder)
     found = checkpoint.find(folder, say=print)
@@ -56,6 +59,15 @@ def read_base(path: str) -> Base:
         raise UserError("E125", f"{text}: python finetune.py merge {path} OUT")
     file = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
     return Base(path, found.model_config(), file, chat.template_of_run(found.state))
+
+
+def read_base_or_run(path: str, out_dir: str | None) -> Base:
+    """As read_base; where the base has gone, a run of all its weights goes on without it."""
+    if out_dir and not Path(path).exists() and checkpoint.list_steps(out_dir):
+        state = checkpoint.find(out_dir, say=print).state
+        if "base" in state and "adapter" not in state:
+            return dataclasses.replace(read_base(out_dir), path=path)
+    return read_base(path)
 
 
 def read_hf_base(folder: Path) -> Base:
@@ -88,6 +100,12 @@ def base_sha256(path) -> str:
     files = sorted([path / "config.json", *path.glob("*.safetensors")])
     sums = [f"{file.name} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def holds(named: str, step: str) -> bool:
+    """Whether `step`, with which a run began, is there, and is `named` or a step of it."""
+    home = Path(step).resolve()
+    return home.exists() and Path(named).resolve() in (home, home.parent)
 
 
 def usual_rate(d_model: int, method: str, lora: bool) -> tuple[float, str]:
@@ -151,12 +169,30 @@ def mean_row(table: torch.Tensor, fresh: list[int]) -> torch.Tensor:
 ROLES = ("embedding", "head", "norm", "router", "expert", "matrix")
 
 
-def freeze(model, roles) -> None:
-    """Parameters of these roles are not trained. E002: a role that there is not."""
-    wanted = [name.removesuffix("s") for name in roles or ()]
+def check_frozen(model, roles) -> None:
+    """E002: a role that there is not, one that this model has no weights of, or nothing is left."""
+    wanted = frozen_roles(roles)
     unknown = [name for name in wanted if name not in ROLES]
     if unknown:
         raise UserError("E002", f"freeze: {', '.join(unknown)} is none of {', '.join(ROLES)}")
+    there = {role(name) for name, _ in model.named_parameters()}
+    absent = [name for name in wanted if name not in there]
+    if absent:
+        text = f"freeze: this model has no {', '.join(absent)}; it has {', '.join(sorted(there))}"
+        if "head" in absent:
+            text += " (a tied head is the embedding)"
+        raise UserError("E002", text)
+    if there <= set(wanted):
+        raise UserError("E002", "freeze: nothing is left to be trained")
+
+
+def frozen_roles(roles) -> list[str]:
+    return [name.removesuffix("s") for name in roles or ()]
+
+
+def freeze(model, roles) -> None:
+    """Parameters of these roles are not trained."""
+    wanted = frozen_roles(roles)
     for name, p in model.named_parameters():
         if role(name) in wanted:
             p.requires_grad_(False)

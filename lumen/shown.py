@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from lumen import chat
+from lumen.files import read_json
 
 LOOKED_AT = 256  # rows, of which the share that is learned is told
 SHOWN = 192  # tokens of the row that is shown
@@ -18,7 +21,9 @@ def shares(source) -> str:
     counts = (source.manifest or {}).get("counts", {})
     dropped = [f"{n} {code}" for code, n in counts.get("dropped", {}).items() if n]
     if counts:
-        text += f"; of {counts['rows']} conversations {counts['cut']} were truncated"
+        done = read_json(Path(source.path) / "report.json").get("done_to_rows", {})
+        changed = [f"{n} {what}" for what, n in {"truncated": 0, **done}.items()]
+        text += f"; of {counts['rows']} conversations {', '.join(changed)}"
         text += f", dropped: {', '.join(dropped) or 'none'}"
     return text
 

@@ -50,8 +50,10 @@ HEALTHY, LEFT_OUT = "F0", "F0b"  # rows
 
 # ---------------------------------------------------------------- what there is to learn
 
-WORDS = "red blue green round flat old new tall deep thin".split()
-SAID = "ruby sky leaf ball plain past fresh tower sea paper".split()
+WORDS = ["red", "blue", "green", "round", "flat"]
+WORDS += ["old", "new", "tall", "deep", "thin"]
+SAID = ["ruby", "sky", "leaf", "ball", "plain"]
+SAID += ["past", "fresh", "tower", "sea", "paper"]
 
 
 def conversation(rng: random.Random) -> dict:

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +29,7 @@ import finetune
 from finetune import FineTuner
 from lumen import base, checkpoint, lora
 from lumen.errors import UserError
-from train import Parallel
+from train import Parallel, Trainer
 
 T = 128
 WORDS = "red blue green round flat old new tall".split()
@@ -35,6 +37,7 @@ SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48
 SHAPES = {"dense": {}, "moe": MOE, "untied": {"tie_embeddings": False}}
 LORA = ("--lora.r", "4", "--lora.dropout", "0.1")
 HOWS = {"full": (), "lora": LORA, "int8": (*LORA, "--quantize_base", "int8")}
+HOWS["dpo"] = (*LORA, "--method", "dpo")
 
 
 def sentence(rng) -> str:
@@ -96,7 +99,8 @@ def words(school, tmp_path):
     finetune.py: a row a micro-step, two a step, a dozen rows in all."""
 
     def make(name, kind="dense", how="full", *more, data=None) -> list[str]:
-        line = [school.of(kind), "--data", data or school.chats, "--out_dir", str(tmp_path / name)]
+        data = data or (school.pairs if how == "dpo" else school.chats)
+        line = [school.of(kind), "--data", data, "--out_dir", str(tmp_path / name)]
         line += ["--device", "cpu", "--precision", "fp32", "--compile_model", "false"]
         line += ["--batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "8"]
         line += ["--learning_rate", "3e-3", "--save_interval", "4", "--log_interval", "1"]
@@ -133,6 +137,8 @@ RESUMES = [  # kind, how, what ends the first run; pairwise, the rest at night
     pytest.param("moe", "int8", "signal", marks=SLOW),
     pytest.param("untied", "lora", "killed", marks=SLOW),
     pytest.param("moe", "lora", "killed", marks=SLOW),
+    pytest.param("dense", "dpo", "signal", marks=SLOW),
+    pytest.param("moe", "dpo", "killed", marks=SLOW),
 ]
 
 
@@ -141,7 +147,8 @@ def test_resume_is_exact(words, kind, how, end):
     """Packed rows, dropout in the adapters, into the second pass over the data: weights, moments,
     losses, evaluations and the orchestrator's state, byte for byte."""
     whole = tuned(words("whole", kind, how))
-    assert 5 * 2 < whole.data.windows < 8 * 2, "the first pass ends between the stop and the end"
+    if how != "dpo":
+        assert 5 * 2 < whole.data.windows < 8 * 2, "the first pass ends behind the stop"
     if end == "signal":
         first = stop_at(tuner(words("cut", kind, how)), 4)
         assert first.fit() == 0 and first.step == 5
@@ -441,12 +448,16 @@ def test_adapters_go_on_with_their_own_base_only(school, words, tmp_path):
     line = words("run", "dense", "lora", "--max_steps", 4)
     line[0] = str(home)
     tuned(line)
+    full = words("full", "dense", "full", "--max_steps", 4)
+    full[0] = str(home)
+    tuned(full)
     further = [*line, "--max_steps", "6"]
     moved = tmp_path / "moved"
     home.rename(moved)
     with pytest.raises(UserError, match="E304") as gone:
         tuner(further)
-    assert str(home) in gone.value.text
+    assert f"{home} does not exist; BASE" in gone.value.text
+    assert tuned([*full, "--max_steps", "5"]).step == 5, "all weights are its own"
     further[0] = str(moved)
     assert tuned(further).step == 6
     other = checkpoint.find(moved).path
@@ -459,3 +470,125 @@ def test_adapters_go_on_with_their_own_base_only(school, words, tmp_path):
     with pytest.raises(UserError, match="E311.*another model"):
         tuner([*further, "--max_steps", "8"])
     assert fingerprint(tmp_path / "run", 6) == before
+
+
+# ---------------------------------------------------------------- what is refused
+
+MESSAGES = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "RED"}]
+BAD = {  # words behind those of a run of full fine-tuning on chats: code, what is said
+    "no such target": (["--lora.r", 4, "--lora.targets", "[wqv]"], "E002.*wqv.*wqkv"),
+    "lora without r": (["--lora.alpha", 4], "E002.*lora needs r"),
+    "few bits without lora": (["--quantize_base", "int8"], "E002.*quantize_base"),
+    "no bitsandbytes": (["--lora.r", 4, "--quantize_base", "nf4"], "E003.*bitsandbytes"),
+    "no such role": (["--freeze", "[rooter]"], "E002.*rooter is none of"),
+    "no weights of it": (["--freeze", "[experts]"], "E002.*has no expert"),
+    "nothing left": (["--freeze", "[embeddings,norms,matrix]"], "E002.*nothing is left"),
+    "frozen twice": (["--lora.r", 4, "--freeze", "[norms]"], "E002.*freeze"),
+    "moments of what is frozen": (["--lora.r", 4, "--init_optimizer", "true"], "E002.*moments"),
+    "beta": (["--beta", 0.2], "E002.*beta is of preferences"),
+    "chats for dpo": (["--method", "dpo"], "E124.*conversations"),
+    "pairs for sft": ("pairs", "E124.*preference pairs"),
+    "rows of another length": (["--model.max_seq_len", 64], "E123.*128"),
+    "no such file": ("nothing.jsonl", "E108.*nothing.jsonl"),
+    "another template": (["--prompt_template", "instruct"], "E002.*prepared with chatml"),
+    "prepared folders together": (["--data", "more.jsonl"], "E002.*is prepared"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_refused_before_anything_is_written(school, words, monkeypatch, name):
+    more, said = BAD[name]
+    if name == "no bitsandbytes":
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    data = {"pairs": school.pairs, "nothing.jsonl": "nothing.jsonl"}.get(str(more))
+    with pytest.raises(UserError, match=f"(?s)^{said}"):
+        tuner(words("run", "dense", "full", *([] if data else more), data=data))
+    out = Path(words("run")[4])
+    assert not out.exists() and not list(out.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": [*MESSAGES[:1], MESSAGES[1] | {"content": " "}]}, "message 2 is empty"),
+        ({"messages": [MESSAGES[0] | {"role": "boss"}, MESSAGES[1]]}, "role 'boss' is none of"),
+        ({"messages": MESSAGES[:1]}, "there is no reply"),
+    ],
+)
+def test_a_bad_row_is_named(words, tmp_path, row, said):
+    """By file and line; nothing of the run is there, of the data only what was rejected."""
+    write_rows(tmp_path / "bad.jsonl", lambda rng: {"messages": MESSAGES}, 1)
+    with open(tmp_path / "bad.jsonl", "a") as file:
+        file.write("\n" + json.dumps(row))
+    line = prepared_here(words("run"), tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match=f"E109.*bad.jsonl:2: .*{said}"):
+        tuner(line)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "data"]
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["rejected.jsonl"]
+
+
+def prepared_here(line, file) -> list[str]:
+    """Its data are these, and prepared beside them."""
+    spec = {"sources": [str(file)], "out": str(file.parent / "data")}
+    return [line[0], "--prepare", json.dumps(spec), *line[3:]]
+
+
+def test_a_base_that_is_none(school, words, tmp_path):
+    line = words("run")
+    run = tuned([*words("lora", "dense", "lora"), "--max_steps", "1"]).out
+    for path, said in (
+        (school.top / "text", "E304"),
+        (tmp_path / "nowhere", "E304.*nowhere does not exist; BASE"),
+        (run, "E125.*holds adapters.*finetune.py merge"),
+    ):
+        line[0] = str(path)
+        with pytest.raises(UserError, match=said):
+            tuner(line)
+    with pytest.raises(UserError, match="E125.*which model"):
+        tuner(line[1:])
+    with pytest.raises(UserError, match="E125.*which data"):
+        tuner([school.of("dense"), *words("run")[3:]])
+
+
+def test_an_out_dir_that_holds_another_run(school, words, tmp_path):
+    """Other adapters, all weights, train.py's run; train.py does not go on with ours."""
+    more = ["--max_steps", 1]
+    trainer = tuned(words("run", "dense", "lora", *more))
+    before = fingerprint(trainer.out, 1)
+    for how, other, said in (
+        ("full", [], "E305.*r: 4 there, 0 here"),
+        ("lora", ["--lora.alpha", 7], "E305.*alpha"),
+        ("lora", ["--lora.targets", "[wo]"], "E305.*targets: 8 there, 2 here"),
+        ("int8", [], "E305.*quantize_base"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tuner(words("run", "dense", how, *more, *other))
+    assert fingerprint(trainer.out, 1) == before
+    shutil.copytree(school.of("dense"), tmp_path / "pre")
+    with pytest.raises(UserError, match="E300.*of train.py"):
+        tuner(words("pre", "dense", "full", *more, "--allow_data_change", "true"))
+    full = tuned(words("full", "dense", "full", *more))
+    keys = {"data_dir": school.chats, "out_dir": str(full.out), "max_steps": 2}
+    with pytest.raises(UserError, match="E300.*of finetune.py"):
+        Trainer(keys | {"batch_size": 2, "device": "cpu", "model": SHAPE})
+    line = words("full", "dense", "full", "--max_steps", 2)
+    line[0] = school.of("untied")
+    with pytest.raises(UserError, match="E305|E311"):
+        tuner(line)
+
+
+def test_longer_conversations_are_cut_and_counted(words, tmp_path):
+    """And rows longer than the base has seen are told of."""
+    long = {"messages": [MESSAGES[0], MESSAGES[1] | {"content": "RED " * 200}]}
+    write_rows(tmp_path / "chats.jsonl", conversation, 12)
+    with open(tmp_path / "chats.jsonl", "a") as file:
+        file.write("\n" + json.dumps(long))
+    line = words("run", "dense", "full", "--max_steps", 1)
+    trainer = tuned(prepared_here(line, tmp_path / "chats.jsonl"))
+    log = (trainer.out / "train.log").read_text()
+    assert "of 13 conversations 1 truncated" in log
+    how = {"template": "chatml", "seq_len": 2 * T}
+    bytes_data(tmp_path / "long", tmp_path / "chats.jsonl", **how)
+    found = finetune.read(words("longer", data=str(tmp_path / "long")))
+    assert found[0].model.max_seq_len == 2 * T
+    assert any("has seen 128 at most" in note for note in found[2])
