@@ -52,7 +52,9 @@ def read_base(path: str) -> Base:
         text = f"init_from {path} holds adapters; make a model of them and their base first"
         raise UserError("E125", f"{text}: python finetune.py merge {path} OUT")
     file = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
-    return Base(path, found.model_config(), file, chat.template_of_run(found.state))
+    # MoD's capacity has come down in the base's run, and does not begin at 1.0 again
+    model = dataclasses.replace(found.model_config(), mod_anneal_steps=0)
+    return Base(path, model, file, chat.template_of_run(found.state))
 
 
 def read_hf_base(folder: Path) -> Base:

@@ -24,8 +24,10 @@ from rig import (
 )
 
 import finetune
+import sample
 from finetune import FineTuner
-from lumen import base, checkpoint, lora
+from lumen import adapters, base, checkpoint, lora, probe, setup
+from lumen import machine as machines
 from lumen.errors import UserError
 from train import Parallel
 
@@ -33,6 +35,7 @@ T = 128
 WORDS = "red blue green round flat old new tall".split()
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_seq_len": T}
 SHAPES = {"dense": {}, "moe": MOE, "untied": {"tie_embeddings": False}}
+SHAPES |= {"mod": {"mod_capacity": 0.5, "mod_anneal_steps": 3}}
 LORA = ("--lora.r", "4", "--lora.dropout", "0.1")
 HOWS = {"full": (), "lora": LORA, "int8": (*LORA, "--quantize_base", "int8")}
 
@@ -459,3 +462,36 @@ def test_adapters_go_on_with_their_own_base_only(school, words, tmp_path):
     with pytest.raises(UserError, match="E311.*another model"):
         tuner([*further, "--max_steps", "8"])
     assert fingerprint(tmp_path / "run", 6) == before
+
+
+# ---------------------------------------------------------------- what else a base brings
+
+
+def test_depth_that_was_annealed_is_not_annealed_again(school, words, tmp_path):
+    """MoD: a base at its capacity went up to 1.0, and merged adapters stayed there."""
+    line = words("run", "mod", "lora", "--max_steps", 2)
+    trainer = tuned(line)
+    assert [mod.capacity for mod in trainer.mod.values()] == [0.5, 0.5]
+    adapters.merge(trainer.out, tmp_path / "whole", say=print)
+    model, *_ = sample.load(tmp_path / "whole", device="cpu", precision="fp32")
+    assert [mod.capacity for mod in model.sparse_layers("mod").values()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("how, pairs", [("full", True), ("lora", False)])
+def test_the_probe_measures_what_will_be_trained(monkeypatch, school, words, how, pairs):
+    """A row of pairs is two of the model's, and what is frozen gets no gradient."""
+    asked = []
+
+    def peak(model, rows, device):
+        asked.append(rows)
+        held = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert held in (set(), set(trainer.weights))
+        return rows
+
+    data, method = (school.pairs, "dpo") if pairs else (school.chats, "sft")
+    trainer = tuner(words("run", "dense", how, "--method", method, data=data))
+    monkeypatch.setattr(probe, "peak_bytes", peak)
+    monkeypatch.setattr(machines, "total_memory", lambda device: 100)
+    setup.probe(trainer)
+    assert max(asked) == (4 if pairs else 2) and trainer.run.micro_batch == 2
+    trainer.close()
