@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from train import Trainer
 
 # ---------------------------------------------------------------- keys
 
+ANSWER = 64  # tokens at most of a reply that an evaluation shows
 COMMANDS = ("merge", "to_peft", "from_peft")  # of lumen/adapters.py
 
 
@@ -137,13 +137,12 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
                 spoken = chat.default_template(tokenizers.load(prepare["tokenizer"]))
                 notes.append(f"template {spoken.name}: {found.path} speaks none of ours")
             if spoken.name not in chat.FORMATS:
-                text = f"{found.path} speaks a template of its own, {spoken.name}: prepare the data"
-                raise UserError(
-                    "E125", f"{text} with prepare_data.py and give the folder as --data"
-                )
+                text = f"{found.path} speaks a template of its own, {spoken.name}"
+                fix = "prepare the data with prepare_data.py and give the folder as --data"
+                raise UserError("E125", f"{text}: {fix}")
             prepare["template"] = spoken.name
-        stem = Path(str(prepare["sources"][0])).stem if prepare.get("sources") else "data"
-        prepare.setdefault("out", f"data/{re.sub('[^A-Za-z0-9._-]+', '-', stem)}-{name}")
+        T = tree["model"].get("max_seq_len", found.model.max_seq_len)
+        prepare.setdefault("out", base.folder_for(prepare, name, T))
     elif folder := tree.get("data_dir"):
         # rows of conversations have the length for which they were packed
         rows = read_json(Path(str(folder)) / "manifest.json").get("rows")
@@ -318,9 +317,8 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def take_moments(self, step) -> None:
         """init_optimizer: go on with the moments of the base's run. E125: it has none."""
-        if not isinstance(step, Checkpoint) or not any(
-            n.startswith("optim.") for n in step.tensors
-        ):
+        ours = isinstance(step, Checkpoint)
+        if not ours or not any(name.startswith("optim.") for name in step.tensors):
             text = f"init_optimizer: {self.cfg.init_from} holds weights, and no optimizer's state"
             raise UserError("E125", text)
         for name, tensor in self.tensors().items():
@@ -337,16 +335,17 @@ class FineTuner(Trainer):
         # where a forward pass takes all ranks, all of them ask
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
-            self.tell_replies(
-                prompts, replies(self.model, self.tokenizer, self.template, prompts, 64)
-            )
+            answers = replies(self.model, self.tokenizer, self.template, prompts, ANSWER)
+            self.tell_replies(prompts, answers)
         return new_best
 
     def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
         ended = sum(stopped for _, stopped in answers)
         self.say(f"replies    step {self.step}: stops: {ended} of {len(answers)}")
         for ids, (text, _) in zip(prompts, answers):
-            question = " ".join(self.tokenizer.decode(ids).split())[-100:]
+            # the last part of the question, without its control tokens
+            words = [i for i in ids if i not in self.tokenizer.controls.values()]
+            question = " ".join(self.tokenizer.decode(words).split())[-100:]
             self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
         row = {"step": self.step, "attempt": self.report.attempt}
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})

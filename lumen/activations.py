@@ -73,5 +73,6 @@ def block(
     ffn += dropout + norm
     if share < 1 and cfg.mod_routing == "learned":
         # every token's fp32 input of the router and that normalised; the change before its gate
-        return deep * attn, share * (ffn + b * C) + 8 * C
+        trains = tuning.trains(f"blocks.{layer}.mod.router.weight")
+        return deep * attn, share * (ffn + b * C) + (8 if trains else 4) * C
     return deep * attn, share * ffn

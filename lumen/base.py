@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +106,21 @@ def usual_rate(d_model: int, method: str, lora: bool) -> tuple[float, str]:
     if method != "sft":
         rate, why = rate / 20, f"{why} / 20 for preferences"
     return float(f"{rate:.2g}"), why
+
+
+def folder_for(prepare: dict, name: str, seq_len: int) -> str:
+    """Where conversations are prepared for the base `name`: a folder of its own for other files, a
+    file that has changed, other options or rows of another length, so that none is in the way."""
+    files = []
+    for source in prepare.get("sources") or ["data"]:
+        stamp = None
+        with contextlib.suppress(OSError):
+            stat = os.stat(source)
+            stamp = [stat.st_size, stat.st_mtime_ns]
+        files.append([os.path.abspath(source), stamp])
+    facts = json.dumps([files, seq_len, prepare], sort_keys=True, default=str)
+    stem = re.sub("[^A-Za-z0-9._-]+", "-", Path(files[0][0]).stem)
+    return f"data/{stem}-{name}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}"
 
 
 # ---------------------------------------------------------------- control tokens

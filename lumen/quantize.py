@@ -239,7 +239,9 @@ def quantize(model: Transformer, kind: str) -> str:
     if kind == "nf4":
         load_bitsandbytes()
     count = before = after = 0
-    for path, module in list(model.blocks.named_modules(prefix="blocks")):
+    # names alone: a list of modules would hold all of their weights until its end
+    for path in [path for path, _ in model.blocks.named_modules(prefix="blocks")]:
+        module = model.get_submodule(path)
         if isinstance(module, Experts):
             made = QuantExperts(module, kind)
         elif isinstance(module, Linear) and role(f"{path}.weight") == "matrix":

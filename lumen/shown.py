@@ -24,14 +24,19 @@ def shares(source) -> str:
 
 
 def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
-    """The ids before the first reply of each of the first n validation rows."""
-    prompts = []
-    for name, number in rows[:n]:
-        x, y, *_ = sources[name].row(number)
-        begins = np.flatnonzero(y >= 0)
-        if len(begins):
-            prompts.append(x[: begins[0] + 1].tolist())
-    return prompts
+    """The ids before the first reply of n conversations that are held out: the first of each row,
+    and where there are few rows those behind them."""
+    found = []  # (its place in its row, number of the row, ids)
+    for r, (name, number) in enumerate(rows[:n]):
+        x, y, docs = sources[name].row(number)
+        if docs is None:
+            docs = np.zeros(len(x), np.int32)
+        for place in range(min(n, int(docs.max()) + 1)):
+            own = docs == place
+            begins = np.flatnonzero(y[own] >= 0)
+            if len(begins):
+                found.append((place, r, x[own][: begins[0] + 1].tolist()))
+    return [ids for _, _, ids in sorted(found)[:n]]
 
 
 def first_row(source, tokenizer) -> str:

@@ -128,7 +128,8 @@ def kept_less(
         if not tuning.adapts(f"{block}.{name}"):
             return 0.0
         made = tuning.r + n_out if selective else tuning.r
-        return -b * made - (n_in if tuning.dropout else 0)
+        # dropout's mask, on a CPU in the compute dtype
+        return -b * made - (b * n_in if tuning.dropout else 0)
 
     def norm(name: str) -> float:  # its input before the weight
         return 0.0 if tuning.trains(f"{block}.{name}.weight") else 1.0
@@ -137,6 +138,8 @@ def kept_less(
         return 0.0 if tuning.needs_input(f"{block}.{name}") else 1.0
 
     attention = of("attn.wqkv", C, q + 2 * kv) + of("attn.wo", q, C)
+    if tuning.dropout and tuning.adapts(f"{block}.attn.wo"):
+        attention -= b * q  # what is left of attention's output, which itself is kept too
     ffn = 0.0
     if cfg.is_moe(layer):
         parts = [("ffn.shared.w13", "ffn.shared.w2", cfg.n_shared_experts * cfg.d_expert)]

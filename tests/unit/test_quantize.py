@@ -2,6 +2,7 @@
 stand for; nothing is kept, nothing is trained, nothing is saved of them."""
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -237,6 +238,24 @@ def test_a_layer_of_sliced_experts_is_never_all_there(kind, monkeypatch):
     ids = torch.arange(48).view(2, 24) % 97
     model(ids, targets=ids)[0].backward()
     assert made and {len(shape) for shape in made} == {2}
+
+
+def test_a_matrix_is_gone_before_the_next_is_packed(monkeypatch):
+    """So a base never needs more than itself in fp32 and a matrix."""
+    model = make(SHAPE | SPARSE)
+    names = ("matrix", "expert")
+    weights = [weakref.ref(p) for name, p in model.named_parameters() if role(name) in names]
+    alive = []
+
+    def packing(weight, kind, pack=quantize.pack):
+        if weight.dim() == 2:
+            alive.append(sum(ref() is not None for ref in weights))
+        return pack(weight, kind)
+
+    monkeypatch.setattr(quantize, "pack", packing)
+    quantize.quantize(model, "int8")
+    assert alive[0] == len(weights) and alive[-1] <= 2
+    assert sum(ref() is not None for ref in weights) == 0
 
 
 def test_nf4_without_bitsandbytes_is_refused_and_nothing_has_changed(monkeypatch):
