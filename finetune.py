@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -71,11 +72,16 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
         text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
-    found = base.read_base(str(path))
     name = Path(path).resolve().name
-    complete_data(tree, found, name, notes)
-    tree["model"] = base.model_keys(found, tree["model"])
     method = tree.get("method") or "sft"
+    if tree.get("out_dir") is None and place.otherwise == TYPED:
+        tree["out_dir"] = f"out/{name}-{method}"
+    found = base.read_base_of_run(str(path), tree.get("out_dir"))
+    complete_data(tree, found, name, notes)
+    if method != "sft" and found.model.dropout and "dropout" not in tree["model"]:
+        tree["model"]["dropout"] = 0.0
+        notes.append("model.dropout 0: it would be noise between two replies, and the reference")
+    tree["model"] = base.model_keys(found, tree["model"])
     with_lora = bool(tree["lora"].get("r"))
     if tree["lora"] and not with_lora:
         raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
@@ -86,8 +92,6 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         tree["num_epochs"] = 3 if method == "sft" else 1
     for key, value in {"weight_decay": 0.0, "eval_interval": 50}.items():
         tree.setdefault(key, value)
-    if tree.get("out_dir") is None and place.otherwise == TYPED:
-        tree["out_dir"] = f"out/{name}-{method}"
 
 
 def check_keys(cfg) -> None:
@@ -175,8 +179,8 @@ class FineTuner(Trainer):
         self.tokenizer = None
         self.fresh: list[int] = []  # control tokens that the base does not know
         super().begin(notes)
-        if self.started_at == 0 and self.main:
-            self.tell_data()
+        if self.started_at == 0:
+            self.parallel.run_or_raise_on_all(self.tell_data)
 
     # ---- the base
 
@@ -186,14 +190,19 @@ class FineTuner(Trainer):
         self.template = self.template_of_data()
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
-        then = saved.state["base"] if saved else {}
+        then = {}
         if saved:
-            self.began_with, self.fresh = then, then["fresh"]
+            self.check_resumable(saved)
+            then = self.began_with = saved.state["base"]
+            self.fresh = then["fresh"]
         if saved and not self.cfg.lora.r:
             return None
         path = then.get("path", "")
         weights = self.start.find_weights(path if os.path.exists(path) else self.cfg.init_from)
-        step = weights[1]
+        model, step = weights
+        if model.n_experts_max != self.cfg.model.n_experts_max:
+            text = f"model.n_experts_max: under lora it stays the base's, {model.n_experts_max}"
+            raise UserError("E002", text)
         path = str(step.path if isinstance(step, Checkpoint) else self.cfg.init_from)
         found = self.parallel.broadcast(base.base_sha256(path) if self.main else None)
         if then and then["sha256"] != found:
@@ -203,6 +212,17 @@ class FineTuner(Trainer):
             self.fresh = self.fresh_ids()
             self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
         return weights
+
+    def check_resumable(self, saved) -> None:
+        """E300 for a run of train.py, E312 for one that began without the reference it needs now:
+        to both this would be a new stage."""
+        fix = f"give another out_dir, and begin with it: init_from {saved.path.parent}"
+        if "base" not in saved.state:
+            raise UserError("E300", f"{saved.path} is no step of fine-tuning; {fix}")
+        if preferences.needs_reference(self.cfg.method) and "reference" not in saved.state:
+            then = saved.state["config"]["method"]
+            text = f"{saved.path}: method was {then}, and {self.cfg.method} needs a reference"
+            raise UserError("E312", f"{text} from before its first step; {fix}")
 
     def template_of_data(self) -> chat.Template | None:
         """The one that the data were prepared with; None: they are no conversations."""
@@ -278,9 +298,15 @@ class FineTuner(Trainer):
             return
         facts = {"base_sha256": self.began_with["sha256"], "quantize_base": cfg.quantize_base}
         facts |= {"compute_dtype": str(self.machine.compute_dtype), "template": self.template}
+        facts["rope"] = [
+            cfg.model.rope_theta,
+            cfg.model.rope_scaling,
+        ]  # may be other than the base's
         found = Reference(self.data, facts, self.out, self.say)
         known = saved.state["reference"] if saved else None
-        off = functools.partial(lora.off, self.model) if cfg.lora.r else None
+        # new rows were trained from the mean on, not from what the base has there
+        can = cfg.lora.r and not self.fresh
+        off = functools.partial(lora.off, self.model) if can else None
         where = (self.parallel, self.run.micro_batch)
         self.beside["reference"] = found.load_or_compute(self.model, *where, known, off)
         if not saved:
@@ -317,14 +343,15 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def take_moments(self, step) -> None:
         """init_optimizer: go on with the moments of the base's run. E125: it has none."""
-        ours = isinstance(step, Checkpoint)
-        if not ours or not any(name.startswith("optim.") for name in step.tensors):
-            text = f"init_optimizer: {self.cfg.init_from} holds weights, and no optimizer's state"
-            raise UserError("E125", text)
-        for name, tensor in self.tensors().items():
-            if name.startswith("optim."):
-                for offset, _, local, _ in self.parallel.local_shards(name, tensor):
-                    local.copy_(step.read(name, offset, local.shape))
+        there = step.tensors if isinstance(step, Checkpoint) else ()
+        mine = {n: tensor for n, tensor in self.tensors().items() if n.startswith("optim.")}
+        lacking = [name for name in mine if name not in there]
+        if lacking:
+            text = f"init_optimizer: {self.cfg.init_from} has no optimizer's state {lacking[0]}"
+            raise UserError("E125", f"{text}: it holds weights, or that was frozen in its run")
+        for name, tensor in mine.items():
+            for offset, _, local, _ in self.parallel.local_shards(name, tensor):
+                local.copy_(step.read(name, offset, local.shape))
 
     # ---- what it says
 
@@ -334,9 +361,12 @@ class FineTuner(Trainer):
         asks = self.cfg.method == "sft" and self.template and self.tokenizer and self.val_set
         # where a forward pass takes all ranks, all of them ask
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
+            began = time.perf_counter()
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
             answers = replies(self.model, self.tokenizer, self.template, prompts, ANSWER)
             self.tell_replies(prompts, answers)
+            self.watch.leave_out(time.perf_counter() - began)  # as of an evaluation
+            self.watch.lap("evaluation")
         return new_best
 
     def tell_replies(self, prompts: list[list[int]], answers: list[tuple[str, bool]]) -> None:
@@ -351,7 +381,9 @@ class FineTuner(Trainer):
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
 
     def tell_data(self) -> None:
-        """One row, what of it is learned in green; and how much of all rows that is."""
+        """One row, what of it is learned in green; and how much of all rows that is. By rank 0."""
+        if not self.main:
+            return
         if self.fresh:
             names = f"{len(self.fresh)} control tokens are new to the base"
             self.say(f"template   {self.template.name}: {names}: their rows begin at the mean")

@@ -60,6 +60,18 @@ def read_base(path: str) -> Base:
     return Base(path, model, file, chat.template_of_run(found.state))
 
 
+def read_base_of_run(path: str, out_dir: str | None) -> Base:
+    """As read_base. A run of all weights goes on without its base: then what it says in out_dir."""
+    try:
+        return read_base(path)
+    except UserError:
+        steps = checkpoint.list_steps(Path(out_dir)) if out_dir and not Path(path).exists() else []
+        found = checkpoint.find(Path(out_dir)) if steps else None
+        if found is None or "base" not in found.state or "adapter" in found.state:
+            raise
+    return read_base(out_dir)
+
+
 def read_hf_base(folder: Path) -> Base:
     config = read_json(folder / "config.json", "E401")
     try:
@@ -154,11 +166,16 @@ ROLES = ("embedding", "head", "norm", "router", "expert", "matrix")
 
 
 def freeze(model, roles) -> None:
-    """Parameters of these roles are not trained. E002: a role that there is not."""
+    """Parameters of these roles are not trained. E002: a role that this model does not have, or
+    nothing is left to train."""
     wanted = [name.removesuffix("s") for name in roles or ()]
-    unknown = [name for name in wanted if name not in ROLES]
-    if unknown:
-        raise UserError("E002", f"freeze: {', '.join(unknown)} is none of {', '.join(ROLES)}")
+    there = {role(name) for name, _ in model.named_parameters()}
+    unknown = [name for name in wanted if name not in there]
+    if unknown or not there - set(wanted):
+        what = f"{', '.join(unknown)} is none of" if unknown else "nothing would be trained of"
+        text = f"freeze: {what} {', '.join(name for name in ROLES if name in there)}"
+        tied = "; a tied head is the embedding" if "head" in unknown else ""
+        raise UserError("E002", f"{text}, which this model has{tied}")
     for name, p in model.named_parameters():
         if role(name) in wanted:
             p.requires_grad_(False)

@@ -35,7 +35,7 @@ T = 128
 WORDS = "red blue green round flat old new tall".split()
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_seq_len": T}
 SHAPES = {"dense": {}, "moe": MOE, "untied": {"tie_embeddings": False}}
-SHAPES |= {"mod": {"mod_capacity": 0.5, "mod_anneal_steps": 3}}
+SHAPES |= {"mod": {"mod_capacity": 0.5, "mod_anneal_steps": 3}, "dropout": {"dropout": 0.2}}
 LORA = ("--lora.r", "4", "--lora.dropout", "0.1")
 HOWS = {"full": (), "lora": LORA, "int8": (*LORA, "--quantize_base", "int8")}
 
@@ -495,3 +495,82 @@ def test_the_probe_measures_what_will_be_trained(monkeypatch, school, words, how
     setup.probe(trainer)
     assert max(asked) == (4 if pairs else 2) and trainer.run.micro_batch == 2
     trainer.close()
+
+
+# ---------------------------------------------------------------- what cannot go on, or has no effect
+
+
+def anew(line, *more):
+    """To step 4, then the same command with these words, which is not carried out."""
+    tuned([*line, "--max_steps", "4"])
+    return tuner([*line, "--max_steps", "6", *more])
+
+
+def test_a_run_of_all_weights_goes_on_without_its_base(school, words, tmp_path):
+    home = tmp_path / "base"
+    shutil.copytree(school.of("dense"), home)
+    line = words("run", "dense", "full", "--max_steps", 4)
+    line[0] = str(home)
+    tuned(line)
+    shutil.rmtree(home)
+    assert tuned([*line, "--max_steps", "6"]).step == 6
+    line[-4:] = ["--out_dir", str(tmp_path / "other"), "--max_steps", "6"]
+    with pytest.raises(UserError, match=f"E304.*{home}"):
+        tuner(line)
+
+
+def test_a_step_that_this_is_no_continuation_of_is_refused(school, words, tmp_path):
+    """A run of train.py, and one that began without a reference: both ended in a KeyError."""
+    pairs = words("pairs", data=school.pairs)
+    simpo = [*pairs, "--method", "simpo"]
+    with pytest.raises(UserError, match="E312.*method was simpo.*init_from"):
+        anew(simpo, "--method", "dpo")
+    keys = {"data_dir": school.chats, "out_dir": str(tmp_path / "run"), "max_steps": 2}
+    keys |= {"batch_size": 2, "device": "cpu", "precision": "fp32", "model": SHAPE}
+    finish(keys | {"eval_tokens": T})
+    for how in ("full", "lora"):
+        with pytest.raises(UserError, match="E300.*no step of fine-tuning.*init_from"):
+            tuner(words("run", "dense", how))
+
+
+@pytest.mark.parametrize(
+    "words_more, said",
+    [
+        ("--freeze [head]", "head is none of embedding, norm, matrix.*a tied head is"),
+        ("--freeze [experts]", "expert is none of"),
+        ("--freeze [embedding,norms,matrix]", "nothing would be trained"),
+    ],
+)
+def test_what_freeze_names_is_there_and_something_is_left(words, words_more, said):
+    with pytest.raises(UserError, match=f"E002.*freeze: {said}"):
+        tuner(words("run", "dense", "full", *words_more.split()))
+
+
+def test_adapters_keep_the_slots_of_their_base(words):
+    """More of them would have been trained, and then not been read."""
+    with pytest.raises(UserError, match="E002.*n_experts_max.*stays the base's, 5"):
+        tuner(words("run", "moe", "lora", "--model.n_experts_max", 8))
+    trainer = tuner(words("run", "moe", "lora"))
+    before = tensors(trainer)
+    assert trainer.prune_expert(0, 1, force=True)["refused"] == "E308"
+    assert equal(tensors(trainer), before)
+    trainer.close()
+
+
+def test_a_reference_knows_the_positions_it_was_made_with(school, words, tmp_path):
+    """rope_theta may be other than the base's: the file of a run without that was read."""
+    data = tmp_path / "pairs"
+    shutil.copytree(school.pairs, data)
+    seen = set()
+    for theta in (10000.0, 500.0):
+        more = ("--method", "dpo", "--model.rope_theta", theta)
+        tuner(words(f"run-{theta}", "dense", "full", *more, data=str(data))).close()
+        seen.add(len(list(data.glob("reference-*.npy"))))
+    assert seen == {1, 2}
+
+
+def test_dropout_of_the_base_is_off_between_two_replies(school, words):
+    for method, data, p in (("sft", school.chats, 0.2), ("dpo", school.pairs, 0.0)):
+        trainer = tuner(words(method, "dropout", "full", "--method", method, data=data))
+        assert trainer.cfg.model.dropout == p
+        trainer.close()
