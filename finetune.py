@@ -225,12 +225,17 @@ class FineTuner(Trainer):
             raise UserError("E312", f"{text} from before its first step; {fix}")
 
     def template_of_data(self) -> chat.Template | None:
-        """The one that the data were prepared with; None: they are no conversations."""
-        for source in self.data.sources.values():
-            spec = (source.manifest or {}).get("template")
-            if spec:
-                return chat.find_template(spec)
-        return None
+        """The one that the data were prepared with; None: they are no conversations. E113: they
+        have several, of which a model could end its replies by one."""
+        found = {}
+        for name, source in self.data.sources.items():
+            if spec := (source.manifest or {}).get("template"):
+                found[name] = chat.find_template(spec)
+        first = next(iter(found.values()), None)
+        if any(template != first for template in found.values()):
+            text = ", ".join(f"{name} {template.name}" for name, template in found.items())
+            raise UserError("E113", f"templates of the sources differ: {text}; prepare all alike")
+        return first
 
     def fresh_ids(self) -> list[int]:
         found = base.read_base(self.cfg.init_from)
@@ -298,10 +303,8 @@ class FineTuner(Trainer):
             return
         facts = {"base_sha256": self.began_with["sha256"], "quantize_base": cfg.quantize_base}
         facts |= {"compute_dtype": str(self.machine.compute_dtype), "template": self.template}
-        facts["rope"] = [
-            cfg.model.rope_theta,
-            cfg.model.rope_scaling,
-        ]  # may be other than the base's
+        # the weights fit others than the base's
+        facts["rope"] = [cfg.model.rope_theta, cfg.model.rope_scaling]
         found = Reference(self.data, facts, self.out, self.say)
         known = saved.state["reference"] if saved else None
         # new rows were trained from the mean on, not from what the base has there
@@ -315,12 +318,18 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def begin_fresh_rows(self) -> None:
         """All weights are trained: rows of new control tokens begin at the mean of the others."""
-        par = self.parallel
+        par, fresh = self.parallel, self.fresh
         for name, p in self.model.named_parameters():
             if base.role(name) in ("embedding", "head"):
-                table = torch.stack([par.row(p, par.local(p), i) for i in range(p.shape[0])])
-                mean = base.mean_row(table, self.fresh)
-                for i in self.fresh:
+                # each rank adds up what it holds, in fp64: the table may be whole nowhere, and is
+                # to give the same bits
+                shards = par.local_shards(f"model.{name}", p)
+                held = [(at[1], t.cpu().double().sum(0)) for at, _, t, writes in shards if writes]
+                total = -sum(par.row(p, par.local(p), i).cpu().double() for i in fresh)
+                for first, row in (part for rank in par.gather(held) for part in rank):
+                    total[first : first + len(row)] += row
+                mean = (total / (p.shape[0] - len(fresh))).float().to(par.device)
+                for i in fresh:
                     par.set_row(p, par.local(p), i, mean)
 
     def adapter(self) -> dict:
@@ -363,6 +372,8 @@ class FineTuner(Trainer):
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
             began = time.perf_counter()
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
+            if not prompts:
+                return new_best
             answers = replies(self.model, self.tokenizer, self.template, prompts, ANSWER)
             self.tell_replies(prompts, answers)
             self.watch.leave_out(time.perf_counter() - began)  # as of an evaluation

@@ -574,3 +574,21 @@ def test_dropout_of_the_base_is_off_between_two_replies(school, words):
         trainer = tuner(words(method, "dropout", "full", "--method", method, data=data))
         assert trainer.cfg.model.dropout == p
         trainer.close()
+
+
+def test_sources_of_two_templates_are_refused(school, words, tmp_path):
+    """The run would have spoken the first, and learned to end its replies in two ways."""
+    sources = {"a": {"dir": school.chats}, "b": {"dir": str(tmp_path / "b")}}
+    bytes_data(tmp_path / "b", school.top / "chats.jsonl", template="instruct", seq_len=T)
+    line = words("run")
+    line[1:3] = ["--data", json.dumps({"sources": sources})]
+    with pytest.raises(UserError, match="E113.*a chatml, b instruct"):
+        tuner(line)
+
+
+def test_no_question_is_shown_where_all_is_learned(school, words, tmp_path):
+    held_out = [str(school.top / "chats-val.jsonl")]
+    how = {"val_sources": held_out, "template": "chatml", "seq_len": T, "loss_on": "all"}
+    bytes_data(tmp_path / "all", school.top / "chats.jsonl", **how)
+    trainer = tuned(words("run", "dense", "full", "--max_steps", 1, data=str(tmp_path / "all")))
+    assert not rows(trainer, "replies") and rows(trainer, "val_loss")
