@@ -39,7 +39,7 @@ from train import Trainer
 
 # ---------------------------------------------------------------- keys
 
-ANSWER = 64  # tokens at most of a reply that an evaluation shows
+REPLY = 64  # tokens of a reply that an evaluation shows
 COMMANDS = ("merge", "to_peft", "from_peft")  # of lumen/adapters.py
 
 
@@ -187,7 +187,9 @@ class FineTuner(Trainer):
     def find_weights(self, saved):
         """The base's; a run of all weights that goes on has them in its checkpoint. E311: adapters
         go on with another base."""
-        self.template = self.template_of_data()
+        self.check_templates()
+        if self.data.template:
+            self.template = chat.find_template(self.data.template)
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
         then = {}
@@ -200,7 +202,7 @@ class FineTuner(Trainer):
         path = then.get("path", "")
         weights = self.start.find_weights(path if os.path.exists(path) else self.cfg.init_from)
         model, step = weights
-        if model.n_experts_max != self.cfg.model.n_experts_max:
+        if self.cfg.lora.r and model.n_experts_max != self.cfg.model.n_experts_max:
             text = f"model.n_experts_max: under lora it stays the base's, {model.n_experts_max}"
             raise UserError("E002", text)
         path = str(step.path if isinstance(step, Checkpoint) else self.cfg.init_from)
@@ -213,6 +215,16 @@ class FineTuner(Trainer):
             self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
         return weights
 
+    def check_templates(self) -> None:
+        """E113 where sources have several: a model would end its replies by one or the other."""
+        found = {}
+        for name, source in self.data.sources.items():
+            if template := (source.manifest or {}).get("template"):
+                found[name] = template
+        if any(template != self.data.template for template in found.values()):
+            text = ", ".join(f"{name} {template['name']}" for name, template in found.items())
+            raise UserError("E113", f"templates of the sources differ: {text}; prepare all alike")
+
     def check_resumable(self, saved) -> None:
         """E300 for a run of train.py, E312 for one that began without the reference it needs now:
         to both this would be a new stage."""
@@ -223,19 +235,6 @@ class FineTuner(Trainer):
             then = saved.state["config"]["method"]
             text = f"{saved.path}: method was {then}, and {self.cfg.method} needs a reference"
             raise UserError("E312", f"{text} from before its first step; {fix}")
-
-    def template_of_data(self) -> chat.Template | None:
-        """The one that the data were prepared with; None: they are no conversations. E113: they
-        have several, of which a model could end its replies by one."""
-        found = {}
-        for name, source in self.data.sources.items():
-            if spec := (source.manifest or {}).get("template"):
-                found[name] = chat.find_template(spec)
-        first = next(iter(found.values()), None)
-        if any(template != first for template in found.values()):
-            text = ", ".join(f"{name} {template.name}" for name, template in found.items())
-            raise UserError("E113", f"templates of the sources differ: {text}; prepare all alike")
-        return first
 
     def fresh_ids(self) -> list[int]:
         found = base.read_base(self.cfg.init_from)
@@ -287,8 +286,6 @@ class FineTuner(Trainer):
         self.beside = {"base": self.began_with}
         if self.cfg.method != "sft":
             self.compare_with_base(saved)
-        if self.template:
-            self.beside["template"] = chat.describe(self.template)
         if self.cfg.lora.r:
             self.beside["adapter"] = self.adapter()
 
@@ -374,8 +371,8 @@ class FineTuner(Trainer):
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
             if not prompts:
                 return new_best
-            answers = replies(self.model, self.tokenizer, self.template, prompts, ANSWER)
-            self.tell_replies(prompts, answers)
+            how = (self.model, self.tokenizer, self.template, prompts, REPLY)
+            self.tell_replies(prompts, replies(*how))
             self.watch.leave_out(time.perf_counter() - began)  # as of an evaluation
             self.watch.lap("evaluation")
         return new_best
@@ -388,6 +385,9 @@ class FineTuner(Trainer):
             words = [i for i in ids if i not in self.tokenizer.controls.values()]
             question = " ".join(self.tokenizer.decode(words).split())[-100:]
             self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
+        if answers and not ended and self.step >= self.run.max_steps:
+            text = f"no reply stopped within {REPLY} tokens: where replies are shorter than that,"
+            self.say(f"advice     {text} their end was not learned (template, loss_on)")
         row = {"step": self.step, "attempt": self.report.attempt}
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
 

@@ -64,6 +64,13 @@ class Data:
                 found[name]["buckets"] = source.fingerprint
         return found
 
+    @property
+    def template(self) -> dict | None:
+        """The chat template that conversations among them were prepared with, as chat.describe has
+        it; None: there are none."""
+        found = [(source.manifest or {}).get("template") for source in self.sources.values()]
+        return next((template for template in found if template), None)
+
     def token_bytes(self) -> np.ndarray | None:
         """(vocab,): how many bytes of text each token stands for; None for bare shards."""
         if self.tokenizer_dir is None:

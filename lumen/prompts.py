@@ -87,7 +87,7 @@ def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Templa
     found = chat.template_of_run(state)
     template = chat.find_template(asked) if asked else found or chat.default_template(tokenizer)
     if found is None:
-        say(f"note: a base model, which was not taught to answer: {why_base(state)}")
+        say(f"note: {why_base(state)}")
         say(f"note: to teach it: python finetune.py {run} --data chats.jsonl")
         if not asked:
             say(f"note: taken: template {template.name} (--template NAME takes another)")
@@ -99,11 +99,11 @@ def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Templa
 
 def why_base(state: dict) -> str:
     """Where a chat template was looked for, and what was not there to look into."""
-    text = "no chat template that Lumen knows in its checkpoint, data or import"
+    text = "a base model, which was not taught to answer: no chat template that Lumen knows in its"
     gone = [folder for folder in chat.data_folders(state) if not Path(folder).exists()]
     if gone:
-        text += f"; not here, and may have named one: {', '.join(gone)}"
-    return text
+        return f"perhaps {text} checkpoint or import, and its data are not here: {', '.join(gone)}"
+    return f"{text} checkpoint, data or import"
 
 
 class ReplyPrinter(Printer):

@@ -48,6 +48,7 @@ class State:
             "clean": t.orchestrator.clean,
             "forecast": t.forecast.state_dict(),
             "tokenizer": t.data.tokenizer_sum or t.start.tokenizer,
+            "template": t.data.template,
             "wandb_id": t.report.wandb_id,
             **t.beside,
         }

@@ -24,6 +24,8 @@ documents [--rounds N] [--rows N]
 finetune [--rounds N] [--turns N] [--no_peer] [--peer PYTHON] [--litgpt PYTHON]
     Steps of fine-tuning in turns with pre-training's, of LoRA with those of all weights; then
     launches beside trl's SFTTrainer and litgpt, where these Pythons have them.
+learn_chat --base RUN [--seeds N] [--only "A;B"] [--steps N] [--factors F,F] [--out DIR]
+    Held-out replies, multiple choice and preferences after SFT, LoRA, DPO and SimPO.
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
@@ -56,7 +58,7 @@ from lumen.errors import UserError, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, human_number
 from model import KVCache, ModelConfig, Transformer, role
-from tools import bench_data, bench_finetune, bench_step, faults, simulate, timing
+from tools import bench_chat, bench_data, bench_finetune, bench_step, faults, simulate, timing
 from tools.bench_step import HALF
 from train import Trainer
 
@@ -645,6 +647,7 @@ COMMANDS = {
     "data": bench_data.preparing,
     "documents": bench_data.documents,
     "finetune": bench_finetune.finetuning,
+    "learn_chat": bench_chat.learn_chat,
     "faults": fault_table,
 }
 

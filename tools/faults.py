@@ -356,15 +356,15 @@ class ReferenceRules:
             self.knobs.set_knob("lr_scale", rate)
 
 
-def train(keys: dict, inject=None, at: int = 0, by_reference_rules: bool = False) -> dict:
+def train(keys, inject=None, at: int = 0, by_reference_rules: bool = False, make=Trainer) -> dict:
     """Train with a fault: how it ended, what was decided, and a digest of all tensors.
 
     inject(trainer, at): see Fault; what it returns, if anything, is called at the top of each
-    iteration. UserErrors of the run become its exit code, as in train.main.
+    iteration. UserErrors of the run become its exit code, as in train.main. make(keys) -> Trainer.
     """
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        trainer = Trainer(keys)
+        trainer = make(keys)
         rules = ReferenceRules(trainer, by_reference_rules)
         act = inject(trainer, at) if inject else None
         try:

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_yaml
@@ -18,8 +19,8 @@ from lumen import machine as machines
 from lumen.errors import UserError
 from lumen.report import main as report_main
 from lumen.sums import StepNumbers
-from model import ModelConfig
-from tools import bench, bench_data, bench_step, faults, timing
+from model import ModelConfig, Transformer
+from tools import bench, bench_chat, bench_data, bench_finetune, bench_step, faults, timing
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
@@ -517,3 +518,57 @@ def test_picture(tmp_path, capsys):
     assert (
         folder / "training.png"
     ).stat().st_size > 10_000 and "training.png" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def test_log_probabilities_are_those_of_each_row_alone():
+    cfg = ModelConfig(vocab_size=61, d_model=16, n_layers=1, n_heads=2, d_ff=24, max_seq_len=32)
+    model = Transformer(cfg)
+    model.init_weights(1)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in (9, 30, 2, 17, 9):
+        mask = rng.integers(0, 2, n).astype(np.uint8)
+        mask[-1] = 1
+        rows.append((rng.integers(0, 61, n).astype(np.uint32), mask))
+    sums, counts = bench_chat.log_probabilities(model, rows, batch=3)
+    for (ids, mask), total, count in zip(rows, sums, counts):
+        x = torch.from_numpy(ids.astype(np.int64))[None]
+        y = x[:, 1:].masked_fill(torch.from_numpy(mask)[None, 1:] == 0, -1)
+        _, want = model(x[:, :-1], targets=y)
+        assert count == want["count"].item() == mask[1:].sum()
+        assert total == pytest.approx(-want["ce"].item(), rel=1e-5)
+
+
+def test_the_table_of_learn_chat_has_means_and_ranges():
+    row = {"variant": "SFT", "factor": 1.0, "learning_rate": 2.5e-4, "reply_loss": 4.0}
+    row |= {"choice": 0.25, "preference": 0.5, "preference_sum": 0.5, "chosen": -4, "rejected": -5}
+    rows = [row, row | {"reply_loss": 3.0}, row | {"factor": 3.0}, row | {"variant": "base"}]
+    lines = bench_chat.table(rows)
+    assert len(lines) == 5 and lines[2].startswith("| base | 1 |")
+    assert lines[3].startswith("| SFT | 2 | 0.00025 | 3.500 (3.000 to 4.000) | 0.250 (0.250 to")
+    assert lines[4].startswith("| SFT | 1 |")
+
+
+@pytest.mark.nightly
+def test_finetune_and_learn_chat_at_toy_sizes(tmp_path, capsys, monkeypatch):
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 32, "max_seq_len": 512}
+    monkeypatch.setattr(bench_finetune, "MODEL", shape | {"qk_norm": False})
+    monkeypatch.setattr(bench_finetune, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(bench_finetune, "installed", lambda python, package: "")
+    assert bench.main(["finetune", "--rounds", "1", "--turns", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"rows of 513: padding 0\.\d\d%", said)
+    assert "tokens/s of LoRA r 16 against SFT: CPU median" in said
+    assert "no peer: trl" in said and "no peer: litgpt" in said
+    assert "fp32, lumen: supervised tokens/s" in said
+    bench_finetune.make_all(tmp_path)
+    words = ["learn_chat", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    words += ["--seeds", "1", "--steps", "2", "--pair_steps", "1", "--most", "4"]
+    assert bench.main([*words, "--only", "base;SFT;SFT + DPO"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| base", "| SFT", "| SFT + DPO"]
+    assert bench.main([*words, "--only", "SFT"]) == 0  # nothing is done again
+    assert capsys.readouterr().out.splitlines() == lines[-5:]

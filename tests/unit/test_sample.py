@@ -504,7 +504,7 @@ def test_chat_command(run, capsys, tmp_path):
     want = S.sample(model, tokenizer, [talk], 6, temperature=0, ignore_eot=True, template="chat")[0]
     words = ("--chat", "--system", "s", "--prompt", "hi", *options)
     out, err = command(capsys, run, *words, "--template", "chat")
-    assert out.strip() == want and "a base model" in err and "taken" not in err
+    assert out.strip() == want and "note: a base model" in err and "taken" not in err
     out, err = command(capsys, run, *words)
     assert "a base model" in err and "taken: template chatml" in err and "finetune.py" in err
     out, _ = command(capsys, run, *words, "--prompt", "ho")
@@ -530,7 +530,7 @@ def test_the_template_is_the_runs(tmp_path):
     )
     assert choose(0, "chat").name == "chat" and "trained with chat template instruct" in said[0]
     assert choose(1, None).name == "chatml" and len(said) == 4
-    assert "a base model" in said[1] and said[1].endswith(f"named one: {tmp_path}/data")
+    assert "perhaps a base model" in said[1] and said[1].endswith(f"not here: {tmp_path}/data")
     assert choose(1, "raw").name == "raw" and "a base model" in said[4] and len(said) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"template": chat.describe("raw")}))

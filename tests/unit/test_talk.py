@@ -124,8 +124,7 @@ class Terminal:
         for letter in text:
             on_text(0, letter, None)
         if interrupted:
-            os.kill(os.getpid(), signal.SIGINT)  # the signal itself, twice
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # the signal itself
         on_text(0, "", "eot")
         return "eot"
 
@@ -208,6 +207,15 @@ def test_ctrl_c_ends_a_reply_and_two_at_the_prompt_end_it(capsys):
     here.talk.do_reset = lambda _: os.kill(os.getpid(), signal.SIGINT)
     assert here.run("/reset") == ["interrupted; the conversation is as it was"]
     assert len(here.contents) == 6
+
+    def say(text):
+        if "no reply" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        here.said.append(text)
+
+    here.talk.say = say
+    here.answers = ["^C"]  # one ends the reply, another comes while that is said
+    assert "there was no reply" in here.run("five")[0] and len(here.contents) == 6
     assert signal.getsignal(signal.SIGINT) is before  # outside of it Ctrl-C is what it was
 
 
@@ -264,7 +272,7 @@ def test_a_saved_conversation_is_data_and_comes_back(tmp_path, capsys, ending):
     assert json.loads((out / "manifest.json").read_text())["template"]["name"] == "chatml"
 
 
-def test_save_refuses_what_it_cannot_write_and_leaves_no_half_file(tmp_path, capsys):
+def test_save_refuses_what_it_cannot_write_and_leaves_no_half_file(tmp_path, capsys, monkeypatch):
     data = tmp_path / "chats.jsonl"
     data.write_text("somebody's data")
     here = Terminal()
@@ -281,6 +289,15 @@ def test_save_refuses_what_it_cannot_write_and_leaves_no_half_file(tmp_path, cap
     assert [line[:4] for line in said] == ["E500", "E500", "E500", "E119", "E500", "E500", "E002"]
     assert "the file exists" in said[0]
     assert data.read_text() == "somebody's data" and os.listdir(tmp_path) == ["chats.jsonl"]
+    here.run(f"/save {tmp_path}/own.json")
+    before = (tmp_path / "own.json").read_text()
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert here.run("two", f"/save {tmp_path}/own.json")[0].endswith("No space left on device")
+    assert (tmp_path / "own.json").read_text() == before and len(os.listdir(tmp_path)) == 2
 
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -333,6 +350,11 @@ def test_what_load_changes_is_said(tmp_path, capsys):
     assert here.contents == ["q", "a\n\na"] and here.talk.system == []
     assert said[0] == "note: turns joined to the one before, of the same role: 2"
     assert said[1] == "note: turns left out after the last reply: 1" and len(said) == 3
+    half = json.dumps(GOOD).replace('"q"', '"\\ud83d"')  # of a pair: no text that can be written
+    (tmp_path / "half.json").write_text(half)
+    here.run(f"/load {tmp_path}/half.json")
+    here.talk.set_system("\udcff")  # as Python reads a command line
+    assert here.contents[0] == "\ufffd" == here.talk.system[0].content
 
 
 @pytest.mark.parametrize("template", chat.FORMATS)
