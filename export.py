@@ -597,7 +597,8 @@ def write_step(
     """A run's folder with step 0 of these tensors, of which `about` is what state.json says more;
     about["imported"]["from"]: where they come from. E300, E403."""
     tokenizer, why_not = load_tokenizer(tokenizer_file, cfg.vocab_size)
-    config = {"model": dataclasses.asdict(cfg)}
+    # step 0 of a model whose MoD has been annealed
+    config = {"model": dataclasses.asdict(cfg) | {"mod_anneal_steps": 0}}
     about = about | {
         "step": 0,
         "cursor": 0,

@@ -76,11 +76,16 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
         text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
-    found = base.read_base_or_run(str(path), tree.get("out_dir"))
     name = Path(path).resolve().name
-    complete_data(tree, found, name, notes)
-    tree["model"] = base.model_keys(found, tree["model"])
     method = tree.get("method") or "sft"
+    if tree.get("out_dir") is None and place.otherwise == TYPED:
+        tree["out_dir"] = f"out/{name}-{method}"
+    found = base.read_base_or_run(str(path), tree.get("out_dir"))
+    complete_data(tree, found, name, notes)
+    if method != "sft" and found.model.dropout and "dropout" not in tree["model"]:
+        tree["model"]["dropout"] = 0.0
+        notes.append("model.dropout 0: it would be noise between two replies, and the reference")
+    tree["model"] = base.model_keys(found, tree["model"])
     with_lora = bool(tree["lora"].get("r"))
     if tree["lora"] and not with_lora:
         raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
@@ -91,8 +96,6 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         tree["num_epochs"] = 3 if method == "sft" else 1
     for key, value in {"weight_decay": 0.0, "eval_interval": 50}.items():
         tree.setdefault(key, value)
-    if tree.get("out_dir") is None and place.otherwise == TYPED:
-        tree["out_dir"] = f"out/{name}-{method}"
 
 
 def check_keys(cfg) -> None:
@@ -183,9 +186,10 @@ class FineTuner(Trainer):
         self.template: chat.Template | None = None  # of the conversations
         self.tokenizer = None
         self.fresh: list[int] = []  # control tokens that the base does not know
+        self.targets: list[str] = []  # matrices that get adapters
         super().begin(notes)
-        if self.started_at == 0 and self.main:
-            self.tell_data()
+        if self.started_at == 0:
+            self.parallel.run_or_raise_on_all(self.tell_data)
 
     # ---- the base
 
@@ -193,20 +197,24 @@ class FineTuner(Trainer):
         """The base's; a run of all weights that goes on has them in its checkpoint. E311: it goes
         on with another base. All that can refuse, and out_dir is as it was."""
         self.parallel.run_or_raise_on_all(self.check_trained)
+        base.check_templates(self.data)
         if self.data.template:
             self.template = chat.find_template(self.data.template)
         if self.data.tokenizer_dir is not None:
             self.tokenizer = tokenizers.load(str(self.data.tokenizer_dir))
         named, then = self.cfg.init_from, {}
         if saved:
-            self.check_goes_on(saved)
+            base.check_goes_on(self.cfg, saved, self.targets)
             self.began_with = then = saved.state["base"]
             self.fresh = then["fresh"]
         there = bool(then) and base.holds(named, then["path"])
         if saved and not self.cfg.lora.r and (there or not os.path.exists(named)):
             return None
         weights = self.start.find_weights(then["path"] if there else named)
-        step = weights[1]
+        model, step = weights
+        if self.cfg.lora.r and model.n_experts_max != self.cfg.model.n_experts_max:
+            text = f"model.n_experts_max: under lora it stays the base's, {model.n_experts_max}"
+            raise UserError("E002", text)
         path = str(step.path if isinstance(step, Checkpoint) else named)
         found = self.parallel.broadcast(base.base_sha256(path) if self.main else None)
         if then and then["sha256"] != found:
@@ -224,23 +232,6 @@ class FineTuner(Trainer):
         base.check_frozen(self.counted, self.cfg.freeze)
         if self.cfg.quantize_base == "nf4":
             quantize.load_bitsandbytes()
-
-    def check_goes_on(self, saved) -> None:
-        """E300: a run of train.py; E305: what is trained is not what was trained."""
-        state, now = saved.state, {"r": self.cfg.lora.r}
-        if "base" not in state:
-            text = f"{saved.path} is of train.py: fine-tuning begins with it as BASE"
-            raise UserError("E300", f"{text}, in an out_dir of its own")
-        then = state.get("adapter", {"r": 0})
-        if now["r"] and then["r"]:
-            now |= {"alpha": self.cfg.lora.alpha, "rslora": self.cfg.lora.rslora}
-            now |= {"quantize_base": self.cfg.quantize_base}
-        if now["r"] and then["r"] and set(then["targets"]) != set(self.targets):
-            then, now["targets"] = then | {"targets": len(then["targets"])}, len(self.targets)
-        differ = [f"{k}: {then[k]} there, {v} here" for k, v in now.items() if then[k] != v]
-        if differ:
-            text = f"{saved.path} holds other adapters: {'; '.join(differ)} (r 0: all weights)"
-            raise UserError("E305", f"{text}; go on as it began, or in another out_dir")
 
     def fresh_ids(self) -> list[int]:
         found = base.read_base(self.cfg.init_from)
@@ -304,9 +295,13 @@ class FineTuner(Trainer):
             return
         facts = {"base_sha256": self.began_with["sha256"], "quantize_base": cfg.quantize_base}
         facts |= {"compute_dtype": str(self.machine.compute_dtype), "template": self.template}
+        # the weights fit others than the base's
+        facts["rope"] = [cfg.model.rope_theta, cfg.model.rope_scaling]
         found = Reference(self.data, facts, self.out, self.say)
         known = saved.state["reference"] if saved else None
-        off = functools.partial(lora.off, self.model) if cfg.lora.r else None
+        # new rows were trained from the mean on, not from what the base has there
+        can = cfg.lora.r and not self.fresh
+        off = functools.partial(lora.off, self.model) if can else None
         where = (self.parallel, self.run.micro_batch)
         self.beside["reference"] = found.load_or_compute(self.model, *where, known, off)
         if not saved:
@@ -319,10 +314,9 @@ class FineTuner(Trainer):
         par = self.parallel
         for name, p in self.model.named_parameters():
             if base.role(name) in ("embedding", "head"):
-                found = (
-                    weights[name] if isinstance(weights, dict) else weights.read(f"model.{name}")
-                )
-                mean = base.mean_row(found, self.fresh).to(par.device)
+                ours = isinstance(weights, Checkpoint)
+                table = weights.read(f"model.{name}") if ours else weights[name]
+                mean = base.mean_row(table, self.fresh).to(par.device)
                 for i in self.fresh:
                     par.set_row(p, par.local(p), i, mean)
 
@@ -346,14 +340,15 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def take_moments(self, step) -> None:
         """init_optimizer: go on with the moments of the base's run. E125: it has none."""
-        ours = isinstance(step, Checkpoint)
-        if not ours or not any(name.startswith("optim.") for name in step.tensors):
-            text = f"init_optimizer: {self.cfg.init_from} holds weights, and no optimizer's state"
-            raise UserError("E125", text)
-        for name, tensor in self.tensors().items():
-            if name.startswith("optim."):
-                for offset, _, local, _ in self.parallel.local_shards(name, tensor):
-                    local.copy_(step.read(name, offset, local.shape))
+        there = step.tensors if isinstance(step, Checkpoint) else ()
+        mine = {n: tensor for n, tensor in self.tensors().items() if n.startswith("optim.")}
+        lacking = [name for name in mine if name not in there]
+        if lacking:
+            text = f"init_optimizer: {self.cfg.init_from} has no optimizer's state {lacking[0]}"
+            raise UserError("E125", f"{text}: it holds weights, or that was frozen in its run")
+        for name, tensor in mine.items():
+            for offset, _, local, _ in self.parallel.local_shards(name, tensor):
+                local.copy_(step.read(name, offset, local.shape))
 
     # ---- what it says
 
@@ -365,6 +360,8 @@ class FineTuner(Trainer):
         if asks and not self.stopping and (self.main or not self.parallel.collective_free):
             began = time.perf_counter()
             prompts = shown.first_prompts(self.data.val_sources, self.val_set)
+            if not prompts:
+                return new_best
             with self.report.optional("replies"):
                 how = (self.model, self.tokenizer, self.template, prompts, REPLY)
                 self.tell_replies(prompts, replies(*how))
@@ -387,7 +384,9 @@ class FineTuner(Trainer):
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
 
     def tell_data(self) -> None:
-        """One row, what of it is learned in green; and how much of all rows that is."""
+        """One row, what of it is learned in green; and how much of all rows that is. By rank 0."""
+        if not self.main:
+            return
         if self.fresh:
             names = f"{len(self.fresh)} control tokens are new to the base"
             self.say(f"template   {self.template.name}: {names}: their rows begin at the mean")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import chat, checkpoint, hf
+from lumen import chat, checkpoint, hf, preferences
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError
 from lumen.files import read_json, sha256
@@ -58,7 +58,9 @@ def read_base(path: str) -> Base:
         text = f"init_from {path} holds adapters; make a model of them and their base first"
         raise UserError("E125", f"{text}: python finetune.py merge {path} OUT")
     file = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
-    return Base(path, found.model_config(), file, chat.template_of_run(found.state))
+    # MoD's capacity has come down in the base's run, and does not begin at 1.0 again
+    model = dataclasses.replace(found.model_config(), mod_anneal_steps=0)
+    return Base(path, model, file, chat.template_of_run(found.state))
 
 
 def read_base_or_run(path: str, out_dir: str | None) -> Base:
@@ -137,6 +139,43 @@ def folder_for(prepare: dict, name: str, seq_len: int) -> str:
     facts = json.dumps([files, seq_len, prepare], sort_keys=True, default=str)
     stem = re.sub("[^A-Za-z0-9._-]+", "-", Path(files[0][0]).stem)
     return f"data/{stem}-{name}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}"
+
+
+# ---------------------------------------------------------------- may a run go on
+
+
+def check_goes_on(cfg, saved, targets: list[str]) -> None:
+    """E300: a run of train.py; E305: what is trained is not what was trained."""
+    state, now = saved.state, {"r": cfg.lora.r}
+    if "base" not in state:
+        text = f"{saved.path} is of train.py: fine-tuning begins with it as BASE"
+        raise UserError("E300", f"{text}, in an out_dir of its own")
+    if preferences.needs_reference(cfg.method) and "reference" not in state:
+        text = f"{saved.path}: method was {state['config']['method']}, and {cfg.method}"
+        fix = f"give another out_dir, and begin with it: init_from {saved.path.parent}"
+        text += f" needs a reference from before its first step; {fix}"
+        raise UserError("E312", text)
+    then = state.get("adapter", {"r": 0})
+    if now["r"] and then["r"]:
+        now |= {"alpha": cfg.lora.alpha, "rslora": cfg.lora.rslora}
+        now |= {"quantize_base": cfg.quantize_base}
+    if now["r"] and then["r"] and set(then["targets"]) != set(targets):
+        then, now["targets"] = then | {"targets": len(then["targets"])}, len(targets)
+    differ = [f"{k}: {then[k]} there, {v} here" for k, v in now.items() if then[k] != v]
+    if differ:
+        text = f"{saved.path} holds other adapters: {'; '.join(differ)} (r 0: all weights)"
+        raise UserError("E305", f"{text}; go on as it began, or in another out_dir")
+
+
+def check_templates(data) -> None:
+    """E113 where sources have several: a model would end its replies by one or the other."""
+    found = {}
+    for name, source in data.sources.items():
+        if template := (source.manifest or {}).get("template"):
+            found[name] = template
+    if any(template != data.template for template in found.values()):
+        text = ", ".join(f"{name} {template['name']}" for name, template in found.items())
+        raise UserError("E113", f"templates of the sources differ: {text}; prepare all alike")
 
 
 # ---------------------------------------------------------------- control tokens

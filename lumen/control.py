@@ -176,6 +176,8 @@ class Control:
                 has = list(t.moe) or "none"
                 text = f"layer {layer_idx} has no experts; layers that have: {has}"
                 raise UserError("E308", text)
+            if t.cfg.lora.r:
+                raise UserError("E308", "under lora experts stay as the base has them")
             try:  # the same bits on every rank, so the same choice, and the same refusal
                 return do(t.moe[layer_idx])
             except BAD_ARGUMENT as error:

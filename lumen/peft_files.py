@@ -35,6 +35,8 @@ KNOWN |= {"megatron_core", "qalora_group_size", "ensure_weight_tying", "peft_ver
 KNOWN |= {"eva_config", "runtime_config"}
 # of init_lora_weights: these change the base's weights too
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# what files of another kind raise while they are read
+BAD = (OSError, SafetensorError, ValueError, TypeError, AttributeError, LookupError, re.error)
 
 
 def parts_of(cfg: ModelConfig, name: str) -> list[Part]:
@@ -117,9 +119,18 @@ def read(folder: Path, cfg: ModelConfig) -> tuple[dict, dict, dict]:
     file = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(file)
-        fresh = take_rows(config, tensors)
+        fresh = take_rows(config, tensors, cfg.vocab_size)
         pairs, wrong = take_pairs(config, tensors)
-    except (OSError, SafetensorError, ValueError, TypeError, LookupError) as error:
+        wrong += [f"{key} holds NaN or inf" for key, t in tensors.items() if not finite(t)]
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        re.error,
+    ) as error:
         raise UserError("E401", f"{file}: {type(error).__name__}: {error}") from error
     fused = {}
     for name in dict.fromkeys(part.ours for part in layout(cfg) if role(part.ours) == "matrix"):
@@ -159,13 +170,20 @@ def scale_of(config: dict, module: str, r: int) -> float:
     """By PEFT's rule: a pattern is a module's whole name or its end, as a regular expression."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
+        # a stranger's pattern may take for ever: nested quantifiers do
+        if len(re.findall(r"[*+{]", pattern)) > 1:
+            raise ValueError(f"alpha_pattern {pattern!r} is no simple one")
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
     return alpha / (r**0.5 if config.get("use_rslora") else r)
 
 
-def take_rows(config: dict, tensors: dict) -> dict[str, dict[int, torch.Tensor]]:
+def finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def take_rows(config: dict, tensors: dict, V: int) -> dict[str, dict[int, torch.Tensor]]:
     """{our table: {id: its trained row}}, out of `tensors`."""
     indices = config.get("trainable_token_indices") or {}
     if isinstance(indices, list):
@@ -176,8 +194,10 @@ def take_rows(config: dict, tensors: dict) -> dict[str, dict[int, torch.Tensor]]
         if rows is None:
             continue
         ids = indices.get(theirs.rpartition(".")[2], [])
-        if len(ids) != len(rows):
-            raise ValueError(f"{theirs} has {len(rows)} trained rows for the ids {ids}")
+        if len(ids) != len(rows) or not set(ids) <= set(range(V)) or len(set(ids)) < len(ids):
+            raise ValueError(f"{theirs} has {len(rows)} trained rows of {V} for the ids {ids}")
+        if not finite(rows):
+            raise ValueError(f"{theirs} has trained rows of NaN or inf")
         fresh[table] = dict(zip(ids, rows.float()))
     return fresh
 

@@ -9,11 +9,15 @@ import torch
 from lumen import machine as machines
 from lumen.errors import UserError
 from lumen.machine import free_memory
+from lumen.parallel import trained
 
 
-def largest_batch(model, parallel, rows: int, target_memory: float) -> tuple[int, str]:
+def largest_batch(
+    model, parallel, rows: int, target_memory: float, sides: int = 1
+) -> tuple[int, str]:
     """(micro-batch, what was found): the most rows, of those that divide a step's `rows` on this
-    rank, whose forward and backward pass stays within target_memory; by bisection.
+    rank, whose forward and backward pass stays within target_memory; by bisection. sides: rows of
+    the model that a row is, 2 of pairs.
 
     All ranks take the least of what each has found. Weights, moments and seeds stay as they are, no
     gradient is left. E200 where one row does not fit. Never run on a GPU yet: the search and what
@@ -26,7 +30,7 @@ def largest_batch(model, parallel, rows: int, target_memory: float) -> tuple[int
     while low < high:
         middle = (low + high) // 2
         n = sizes[middle]
-        peaks[n] = peak_of(model, n, parallel.device, accumulates=n < rows)
+        peaks[n] = peak_of(model, n * sides, parallel.device, accumulates=n < rows)
         if peaks[n] <= room:
             low = middle + 1
         else:
@@ -49,7 +53,7 @@ def peak_of(model, rows: int, device, accumulates: bool) -> float:
     peak = math.inf
     try:
         if accumulates:
-            for p in model.parameters():
+            for p in trained(model):
                 p.grad = torch.zeros_like(p)
         peak = peak_bytes(model, rows, device)
     except torch.OutOfMemoryError:

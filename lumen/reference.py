@@ -33,6 +33,7 @@ DIFFERENCES = {  # of a key's facts, what they are called
     "quantize_base": "quantize_base",
     "compute_dtype": "the precision",
     "template": "the chat template",
+    "rope": "model.rope_theta or rope_scaling",
 }
 
 # ---------------------------------------------------------------- rows through a model

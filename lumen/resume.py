@@ -30,7 +30,7 @@ OURS += ("best.json", "status.json", "train.log", "tokenizer.json", "token_bytes
 OURS += ("resumed.json", "verified.jsonl", "training.png")
 # keys of a model that its weights do not depend on
 FREE = ("dropout", "max_seq_len", "init_std", "rope_scaling", "rope_theta")
-FREE += ("ffn_hidden_multiplier", "multiple_of")
+FREE += ("ffn_hidden_multiplier", "multiple_of", "mod_anneal_steps")
 
 
 def check_paths(cfg: Config) -> None:

@@ -30,7 +30,8 @@ def shares(source) -> str:
 
 def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> list[list[int]]:
     """The ids before the first reply of n conversations that are held out: the first of each row,
-    and where there are few rows those behind them."""
+    and where there are few rows those behind them. None where all is learned: no mask says then
+    where a question ends."""
     found = []  # (its place in its row, number of the row, ids)
     for r, (name, number) in enumerate(rows[:n]):
         x, y, docs = sources[name].row(number)
@@ -39,7 +40,7 @@ def first_prompts(sources: dict, rows: list[tuple[str, int]], n: int = 3) -> lis
         for place in range(min(n, int(docs.max()) + 1)):
             own = docs == place
             begins = np.flatnonzero(y[own] >= 0)
-            if len(begins):
+            if len(begins) and begins[0] > 0:
                 found.append((place, r, x[own][: begins[0] + 1].tolist()))
     return [ids for _, _, ids in sorted(found)[:n]]
 

@@ -26,8 +26,10 @@ from rig import (
 )
 
 import finetune
+import sample
 from finetune import FineTuner
-from lumen import base, checkpoint, lora
+from lumen import adapters, base, checkpoint, lora, probe, setup
+from lumen import machine as machines
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -35,6 +37,7 @@ T = 128
 WORDS = "red blue green round flat old new tall".split()
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "max_seq_len": T}
 SHAPES = {"dense": {}, "moe": MOE, "untied": {"tie_embeddings": False}}
+SHAPES |= {"mod": {"mod_capacity": 0.5, "mod_anneal_steps": 3}, "dropout": {"dropout": 0.2}}
 LORA = ("--lora.r", "4", "--lora.dropout", "0.1")
 HOWS = {"full": (), "lora": LORA, "int8": (*LORA, "--quantize_base", "int8")}
 HOWS["dpo"] = (*LORA, "--method", "dpo")
@@ -592,3 +595,120 @@ def test_longer_conversations_are_cut_and_counted(words, tmp_path):
     found = finetune.read(words("longer", data=str(tmp_path / "long")))
     assert found[0].model.max_seq_len == 2 * T
     assert any("has seen 128 at most" in note for note in found[2])
+
+
+# ---------------------------------------------------------------- what else a base brings
+
+
+def test_depth_that_was_annealed_is_not_annealed_again(school, words, tmp_path):
+    """MoD: a base at its capacity went up to 1.0, and merged adapters stayed there."""
+    line = words("run", "mod", "lora", "--max_steps", 2)
+    trainer = tuned(line)
+    assert [mod.capacity for mod in trainer.mod.values()] == [0.5, 0.5]
+    adapters.merge(trainer.out, tmp_path / "whole", say=print)
+    model, *_ = sample.load(tmp_path / "whole", device="cpu", precision="fp32")
+    assert [mod.capacity for mod in model.sparse_layers("mod").values()] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("how, pairs", [("full", True), ("lora", False)])
+def test_the_probe_measures_what_will_be_trained(monkeypatch, school, words, how, pairs):
+    """A row of pairs is two of the model's, and what is frozen gets no gradient."""
+    asked = []
+
+    def peak(model, rows, device):
+        asked.append(rows)
+        held = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert held in (set(), set(trainer.weights))
+        return rows
+
+    data, method = (school.pairs, "dpo") if pairs else (school.chats, "sft")
+    trainer = tuner(words("run", "dense", how, "--method", method, data=data))
+    monkeypatch.setattr(probe, "peak_bytes", peak)
+    monkeypatch.setattr(machines, "total_memory", lambda device: 100)
+    setup.probe(trainer)
+    assert max(asked) == (4 if pairs else 2) and trainer.run.micro_batch == 2
+    trainer.close()
+
+
+# ---------------------------------------------------------------- what cannot go on, or has no effect
+
+
+def anew(line, *more):
+    """To step 4, then the same command with these words, which is not carried out."""
+    tuned([*line, "--max_steps", "4"])
+    return tuner([*line, "--max_steps", "6", *more])
+
+
+def test_a_run_of_all_weights_goes_on_without_its_base(school, words, tmp_path):
+    home = tmp_path / "base"
+    shutil.copytree(school.of("dense"), home)
+    line = words("run", "dense", "full", "--max_steps", 4)
+    line[0] = str(home)
+    tuned(line)
+    shutil.rmtree(home)
+    assert tuned([*line, "--max_steps", "6"]).step == 6
+    line[-4:] = ["--out_dir", str(tmp_path / "other"), "--max_steps", "6"]
+    with pytest.raises(UserError, match=f"E304.*{home}"):
+        tuner(line)
+
+
+def test_a_step_that_this_is_no_continuation_of_is_refused(school, words, tmp_path):
+    """A run of train.py, and one that began without a reference: both ended in a KeyError."""
+    pairs = words("pairs", data=school.pairs)
+    simpo = [*pairs, "--method", "simpo"]
+    with pytest.raises(UserError, match="E312.*method was simpo.*init_from"):
+        anew(simpo, "--method", "dpo")
+    keys = {"data_dir": school.chats, "out_dir": str(tmp_path / "run"), "max_steps": 2}
+    keys |= {"batch_size": 2, "device": "cpu", "precision": "fp32", "model": SHAPE}
+    finish(keys | {"eval_tokens": T})
+    for how in ("full", "lora"):
+        with pytest.raises(UserError, match="E300.*is of train.py"):
+            tuner(words("run", "dense", how))
+
+
+def test_adapters_keep_the_slots_of_their_base(words):
+    """More of them would have been trained, and then not been read."""
+    with pytest.raises(UserError, match="E002.*n_experts_max.*stays the base's, 5"):
+        tuner(words("run", "moe", "lora", "--model.n_experts_max", 8))
+    trainer = tuner(words("run", "moe", "lora"))
+    before = tensors(trainer)
+    assert trainer.prune_expert(0, 1, force=True)["refused"] == "E308"
+    assert equal(tensors(trainer), before)
+    trainer.close()
+
+
+def test_a_reference_knows_the_positions_it_was_made_with(school, words, tmp_path):
+    """rope_theta may be other than the base's: the file of a run without that was read."""
+    data = tmp_path / "pairs"
+    shutil.copytree(school.pairs, data)
+    seen = set()
+    for theta in (10000.0, 500.0):
+        more = ("--method", "dpo", "--model.rope_theta", theta)
+        tuner(words(f"run-{theta}", "dense", "full", *more, data=str(data))).close()
+        seen.add(len(list(data.glob("reference-*.npy"))))
+    assert seen == {1, 2}
+
+
+def test_dropout_of_the_base_is_off_between_two_replies(school, words):
+    for method, data, p in (("sft", school.chats, 0.2), ("dpo", school.pairs, 0.0)):
+        trainer = tuner(words(method, "dropout", "full", "--method", method, data=data))
+        assert trainer.cfg.model.dropout == p
+        trainer.close()
+
+
+def test_sources_of_two_templates_are_refused(school, words, tmp_path):
+    """The run would have spoken the first, and learned to end its replies in two ways."""
+    sources = {"a": {"dir": school.chats}, "b": {"dir": str(tmp_path / "b")}}
+    bytes_data(tmp_path / "b", school.top / "chats.jsonl", template="instruct", seq_len=T)
+    line = words("run")
+    line[1:3] = ["--data", json.dumps({"sources": sources})]
+    with pytest.raises(UserError, match="E113.*a chatml, b instruct"):
+        tuner(line)
+
+
+def test_no_question_is_shown_where_all_is_learned(school, words, tmp_path):
+    held_out = [str(school.top / "chats-val.jsonl")]
+    how = {"val_sources": held_out, "template": "chatml", "seq_len": T, "loss_on": "all"}
+    bytes_data(tmp_path / "all", school.top / "chats.jsonl", **how)
+    trainer = tuned(words("run", "dense", "full", "--max_steps", 1, data=str(tmp_path / "all")))
+    assert not rows(trainer, "replies") and rows(trainer, "val_loss")

@@ -333,3 +333,34 @@ def test_the_commands_words(tmp_path, capsys):
         adapters.main(["to_peft", run, str(tmp_path / "p")])
     with pytest.raises(UserError, match="E300"):
         adapters.main(["merge", run, whole])
+
+
+BROKEN = [  # of adapter_config.json, what E401 says of it
+    ({"alpha_pattern": {"(": 3}}, "unterminated"),
+    ({"alpha_pattern": {"(a+)+b": 3}}, "no simple one"),
+    ({"alpha_pattern": [3]}, "AttributeError"),
+    ({"trainable_token_indices": {"embed_tokens": [3, 999]}}, "trained rows of"),
+    ({"trainable_token_indices": {"embed_tokens": [3, -1]}}, "trained rows of"),
+    ({"trainable_token_indices": {"embed_tokens": [3, 3]}}, "trained rows of"),
+    ({"trainable_token_indices": {"embed_tokens": ["a", "b"]}}, "trained rows of"),
+]
+
+
+def test_a_strangers_peft_folder_is_refused_not_half_read(tmp_path):
+    """Tracebacks, and ids that no embedding has, in a run that was then written."""
+    make_runs(tmp_path)
+    adapters.to_peft(tmp_path / "lora", tmp_path / "peft", say=quiet)
+    file = tmp_path / "peft" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    args = (tmp_path / "peft", tmp_path / "again", tmp_path / "base", quiet)
+    for change, said in BROKEN:
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=f"E401.*{said}"):
+            adapters.from_peft(*args)
+    file.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"E401.*holds NaN"):
+        adapters.from_peft(*args)
+    assert not (tmp_path / "again").exists()
