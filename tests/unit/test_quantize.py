@@ -138,16 +138,24 @@ def test_experts_compute_as_the_matrices_they_stand_for(kind, backend):
 
 
 @pytest.mark.parametrize("backend", ["slices", "grouped_mm"])
-def test_frozen_experts_make_no_gradient_of_weights(backend):
+def test_frozen_experts_make_no_gradient_of_weights(backend, monkeypatch):
     """dx and dp are those of trained ones; what backward makes beside them is gone."""
     (x, p, ids, w13, w2), dout = tryout.sample("cpu", torch.float32, 33, 16, 24, 4, 2)
     sort = kernels.sort_by_expert(ids, 4)
-    found = []
+    found, frozen = [], []
+    for name in ("backward_slices", "backward_rows"):
+
+        def spy(*given, run=getattr(kernels, name)):
+            frozen.append(given[-1])
+            return run(*given)
+
+        monkeypatch.setattr(kernels, name, spy)
     for trained in (True, False):
         rows = [t.detach().clone().requires_grad_() for t in (x, p)]
         weights = [w.detach().clone().requires_grad_(trained) for w in (w13, w2)]
         y, z = torch.ops.lumen.experts(*rows, *weights, *sort, backend)
         y.backward(dout)
+        assert frozen.pop() is not trained
         assert all((w.grad is not None) == trained for w in weights)
         found.append([t.grad for t in rows])
         rest = (dout, *rows, *weights, *sort, z)
