@@ -180,6 +180,7 @@ class FineTuner(Trainer):
     """A Trainer that begins with a base, and trains all of it or adapters around it."""
 
     fine_tunes = True
+    pairs_per_row = 1.0  # of the data; until they have been counted
 
     def begin(self, notes):
         self.began_with: dict = {}  # the base: path, sha256

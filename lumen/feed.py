@@ -4,11 +4,19 @@ to wait."""
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kernels import Documents
+
+
+class Pairs(NamedTuple):
+    """What a batch of preference pairs has beside ids, targets and documents."""
+
+    reference: torch.Tensor  # (R, most, 2) fp32, NaN where there is no pair
+    places: torch.Tensor  # (n,) int64: where y.flatten() has a target; asking y would be a sync
 
 
 class Buffer:
@@ -64,25 +72,31 @@ class Feed:
 
     def batch(self, x, y, docs=None, reference=None) -> tuple:
         """What lumen.windows.Batch holds, on the device: ids, targets, kernels.Documents or None;
-        and of pairs the reference, fp32. Of docs the host says how many there are, in steps of
-        powers of two, so that few shapes are compiled."""
+        and of preferences Pairs. Of docs the host says how many there are, in steps of powers of
+        two, so that few shapes are compiled."""
         if docs is None:
             return *self.send(x, y), None
-        x, y, of = self.send(x, y, docs.astype(np.int64))
-        docs = Documents(of, 1 << int(docs.max()).bit_length())
+        more = []
+        if reference is not None:  # all in one copy, so the buffers' turns stay those of batches
+            places = np.flatnonzero(y >= 0)
+            more = [padded(reference.view(np.int32), x.shape), padded(places, x.shape)]
+        sent_x, sent_y, of, *more = self.send(x, y, docs.astype(np.int64), *more)
+        batch = sent_x, sent_y, Documents(of, 1 << int(docs.max()).bit_length())
         if reference is None:
-            return x, y, docs
-        return x, y, docs, self.send_floats(reference)
-
-    def send_floats(self, array: np.ndarray) -> torch.Tensor:
-        """fp32 -> fp32; the buffers hold int64, so their bits travel."""
-        if self.stream is None:
-            return self.without_stream(array)
-        (bits,) = self.send(array.astype(np.float64).view(np.int64))
-        return bits.view(torch.float64).float()
+            return batch
+        bits, where = (part.flatten() for part in more)
+        reference = bits[: reference.size].view(reference.shape).int().view(torch.float32)
+        return *batch, Pairs(reference, where[: places.size])
 
     def without_stream(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def padded(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """int64 of this shape, whose first numbers are these."""
+    found = np.zeros(shape, np.int64)
+    found.reshape(-1)[: values.size] = values.reshape(-1)
+    return found
 
 
 # ---------------------------------------------------------------- the way back, and waiting

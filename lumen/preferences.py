@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lumen.errors import UserError
+from lumen.feed import Pairs
 from lumen.sums import sum_dtype
 from model import head_rows, layer_sums
 
@@ -76,18 +77,18 @@ class TokenLogProbs(torch.autograd.Function):
     """(log-probability, logsumexp of the logits) of each target under x W^T: fp32 (N,) each, 0
     where there is none.
 
-    x (N, C), weight (V, C), targets (N,), negative = none: no logits are made for those. Logits are
-    there for a chunk of tokens at a time, in backward made anew, so memory does not grow with V.
-    How many targets there are the host has to know: on CUDA it waits for them once.
+    x (N, C), weight (V, C), targets (N,), negative = none, places (n,): where there is one. No
+    logits are made elsewhere; they are there for a chunk of tokens at a time, in backward made
+    anew, so memory does not grow with V.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, places):
         W = weight.to(x.dtype)
         ids = targets.clamp(min=0)[:, None]  # (N, 1)
         logp = torch.zeros(len(x), device=x.device)
         lse = torch.zeros_like(logp)
-        parts = chunks((targets >= 0).nonzero()[:, 0], weight, x)
+        parts = chunks(places, weight, x)
         for at in parts:
             logits = F.linear(x[at], W).float()  # (n, V)
             lse[at] = logits.logsumexp(-1)
@@ -118,7 +119,7 @@ class TokenLogProbs(torch.autograd.Function):
                 dW.addmm_(p.t(), x[at])
             elif dW is not None:
                 dW += p.t() @ x[at]
-        return dx, None if dW is None else dW.to(weight.dtype), None
+        return dx, None if dW is None else dW.to(weight.dtype), None, None
 
 
 def chunks(places: torch.Tensor, weight, x) -> tuple[torch.Tensor, ...]:
@@ -193,20 +194,20 @@ def log1mexp(a: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the loss of a batch
 
 
-def loss(model, cfg, x, y, docs, reference, pairs_per_row: float = 1.0) -> tuple:
+def loss(model, cfg, x, y, docs, pairs: Pairs, pairs_per_row: float = 1.0) -> tuple:
     """(total, sums) of pairs, as model(x, targets=y, docs=docs) of tokens.
 
-    x, y, docs: (2 R, T) as lumen.pairs.PairSource has them; reference (R, most, 2) fp32, NaN where
-    there is no pair. total, which is differentiated, is a sum over pairs: divide it by their
-    number. sums: ce (the pairs' losses), z, count (pairs), those of SUM_NAMES, and in training the
-    sparse layers'. z-loss is a mean over the tokens of a pair. Balance and router losses and MoD's
-    are sums over all positions, so they count pairs_per_row / (2 T) times, where pairs_per_row is a
-    mean over all the data: beside a mean over pairs that is a mean over tokens, as strong as
-    beside pre-training's loss, and no matter how the batch is cut.
+    x, y, docs: (2 R, T) as lumen.pairs.PairSource has them. total, which is differentiated, is a
+    sum over pairs: divide it by their number. sums: ce (the pairs' losses), z, count (pairs),
+    those of SUM_NAMES, and in training the sparse layers'. z-loss is a mean over the tokens of a
+    pair. Balance and router losses and MoD's are sums over all positions, so they count
+    pairs_per_row / (2 T) times, where pairs_per_row is a mean over all the data: beside a mean over
+    pairs that is a mean over tokens, as strong as beside pre-training's loss, and no matter how the
+    batch is cut.
     """
     of = docs.of if hasattr(docs, "of") else docs
     aux_weight = pairs_per_row / (2 * y.shape[1])
-    batch = PairBatch(of, reference, aux_weight)
+    batch = PairBatch(of, pairs, aux_weight)
     measure = functools.partial(loss_of_stream, model, preference(cfg), batch)
     with measured_by(model, measure):
         return model(x, targets=y, docs=docs)
@@ -227,14 +228,14 @@ class PairBatch(NamedTuple):
     """What `loss` is told beside the stream and its targets."""
 
     of: torch.Tensor  # (2 R, T), documents
-    reference: torch.Tensor  # (R, most, 2)
+    pairs: Pairs
     aux_weight: float
 
 
 def loss_of_stream(model, how: Preference, batch: PairBatch, x, y, found) -> tuple:
     """See `loss`; x (2 R, T, C), y (2 R, T), found: the blocks' statistics."""
-    reference = batch.reference
-    logp, n, z = log_probabilities(model, x, y, batch.of, reference.shape[1])
+    reference = batch.pairs.reference
+    logp, n, z = log_probabilities(model, x, y, batch.of, batch.pairs)
     there = ~reference.isnan().any(-1)  # (R, most)
     here = there[..., None]
     # what stands where there is no pair must be finite, and its gradient too
@@ -258,10 +259,11 @@ def loss_of_stream(model, how: Preference, batch: PairBatch, x, y, found) -> tup
     return total, sums
 
 
-def log_probabilities(model, x, y, of, most: int) -> tuple[torch.Tensor, ...]:
+def log_probabilities(model, x, y, of, pairs: Pairs) -> tuple[torch.Tensor, ...]:
     """Of the stream x (2 R, T, C): (R, most, 2) each of log-probabilities, supervised tokens, and
     squares of the logits' logsumexp added up over these."""
-    rows = (x.flatten(0, 1), model.head_weight(), y.flatten())
+    rows = (x.flatten(0, 1), model.head_weight(), y.flatten(), pairs.places)
     logp, lse = (values.view(y.shape) for values in TokenLogProbs.apply(*rows))
+    most = pairs.reference.shape[1]
     sums = [pair_sums(values, of, most) for values in (logp, y >= 0, lse.square())]
     return tuple(sums)

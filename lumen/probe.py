@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from lumen import machine as machines
 from lumen.errors import UserError
 from lumen.machine import free_memory
 from lumen.parallel import trained
+from lumen.windows import dummy_batch
 
 
-def largest_batch(
-    model, parallel, rows: int, target_memory: float, sides: int = 1
-) -> tuple[int, str]:
-    """(micro-batch, what was found): the most rows, of those that divide a step's `rows` on this
-    rank, whose forward and backward pass stays within target_memory; by bisection. sides: rows of
-    the model that a row is, 2 of pairs.
+def largest_batch(trainer, rows: int) -> tuple[int, str]:
+    """(micro-batch, what was found): the most rows of data, of those that divide a step's `rows` on
+    this rank, whose forward and backward pass stays within target_memory; by bisection.
 
     All ranks take the least of what each has found. Weights, moments and seeds stay as they are, no
     gradient is left. E200 where one row does not fit. Never run on a GPU yet: the search and what
     it leaves behind are tested.
     """
-    room = target_memory * machines.total_memory(parallel.device)
+    parallel = trainer.parallel
+    room = trainer.cfg.target_memory * machines.total_memory(parallel.device)
     sizes = [n for n in range(1, rows + 1) if rows % n == 0]
     peaks: dict[int, float] = {}  # rows: bytes
     low, high = 0, len(sizes)  # the first `low` sizes fit, those from `high` on do not
     while low < high:
         middle = (low + high) // 2
         n = sizes[middle]
-        peaks[n] = peak_of(model, n * sides, parallel.device, accumulates=n < rows)
+        peaks[n] = peak_of(trainer, n, accumulates=n < rows)
         if peaks[n] <= room:
             low = middle + 1
         else:
@@ -45,7 +45,7 @@ def largest_batch(
     return best, f"{need / 2**30:.2f} of {room / 2**30:.2f} GiB"
 
 
-def peak_of(model, rows: int, device, accumulates: bool) -> float:
+def peak_of(trainer, rows: int, accumulates: bool) -> float:
     """Bytes at the peak of one micro-step; inf: it ran out of memory.
 
     `accumulates`: as the gradients of the micro-steps before it lie there too.
@@ -53,28 +53,32 @@ def peak_of(model, rows: int, device, accumulates: bool) -> float:
     peak = math.inf
     try:
         if accumulates:
-            for p in trained(model):
+            for p in trained(trainer.model):
                 p.grad = torch.zeros_like(p)
-        peak = peak_bytes(model, rows, device)
+        peak = peak_bytes(trainer, rows)
     except torch.OutOfMemoryError:
         pass
     finally:
-        model.zero_grad(set_to_none=True)
-    free_memory(device)  # out here no traceback holds on to tensors any more
+        trainer.model.zero_grad(set_to_none=True)
+    free_memory(trainer.parallel.device)  # out here no traceback holds on to tensors any more
     return peak
 
 
-def peak_bytes(model, rows: int, device) -> int:
-    """Bytes that a forward and backward pass of so many rows reserves at most; eager, which needs
-    no less.
+def peak_bytes(trainer, rows: int) -> int:
+    """Bytes that a forward and backward pass of so many rows of data reserves at most, with the
+    run's own loss (a pair's row is two of the model); eager, which needs no less.
 
     Gradients are added to those that are there, and stay.
     """
-    T, V = model.cfg.max_seq_len, model.cfg.vocab_size
-    # unlike tokens: they go to many experts
-    ids = (torch.arange(rows * T, device=device) * 7919 % V).view(rows, T)
+    t, device = trainer, trainer.parallel.device
+    cfg = t.model.cfg
+    batch = dummy_batch(0, rows, cfg.max_seq_len, t.data.sources.values())
+    # unlike tokens: they go to many experts; all are targets
+    ids = (np.arange(batch.x.size) * 7919 % cfg.vocab_size).reshape(batch.x.shape)
+    if batch.reference is not None:
+        batch.reference[:, 0] = 0.0  # one pair a row
     free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.compiler.set_stance("force_eager"):
-        model(ids, targets=ids)[0].backward()
+        t.loss(*t.parallel.feed.batch(ids, ids, *batch[3:]))[0].backward()
     return torch.cuda.max_memory_reserved(device)

@@ -21,6 +21,7 @@ import torch
 
 from lumen import files
 from lumen.errors import UserError, raise_if
+from lumen.feed import Pairs
 from lumen.preferences import SUM_NAMES, log_probabilities, loss, measured_by
 from lumen.windows import dummy_batch, fill_row
 
@@ -218,8 +219,8 @@ class Reference:
         rows = [(split, i) for split, source in splits.items() for i in range(source.windows)]
         own = []  # (split, pair, its two numbers)
         with as_trained(model):
-            for mine, (x, y, docs, reference) in batches(rows, splits, parallel, batch_size):
-                logp = model_log_probabilities(model, x, y, docs, reference.shape[1])
+            for mine, (x, y, docs, pairs) in batches(rows, splits, parallel, batch_size):
+                logp = model_log_probabilities(model, x, y, docs, pairs)
                 for (split, i), values in zip(mine, logp.tolist()):
                     own += [
                         (split, p, v) for p, v in zip(splits[split].numbers(i).tolist(), values)
@@ -249,22 +250,23 @@ class Reference:
         rows = []
         for name, source in self.sources.items():
             rows += [(name, i) for i in range(min(batch_size, source.windows))]
-        ce, margin, gap, pairs = 0.0, 0.0, 0.0, 0
+        ce, margin, gap, count = 0.0, 0.0, 0.0, 0
         cfg = dataclasses.replace(cfg, sft_coef=0.0)
         with as_trained(model):
-            for own, (x, y, docs, reference) in batches(rows, self.sources, parallel, batch_size):
-                logp = model_log_probabilities(model, x, y, docs, reference.shape[1])
+            for own, (x, y, docs, pairs) in batches(rows, self.sources, parallel, batch_size):
+                logp = model_log_probabilities(model, x, y, docs, pairs)
+                reference = pairs.reference
                 rise = ((logp - reference).abs() / (1 + reference.abs())).nan_to_num()
-                _, sums = loss(model, cfg, x, y, docs, reference)
+                _, sums = loss(model, cfg, x, y, docs, pairs)
                 if own:
                     gap = max(gap, rise.max().item())
-                    ce, pairs = ce + sums["ce"].item(), pairs + int(sums["count"])
+                    ce, count = ce + sums["ce"].item(), count + int(sums["count"])
                     margin += sums["margin"].item()
-        ranks = parallel.gather((ce, margin, gap, pairs))
-        ce, margin, _, pairs = (sum(values) for values in zip(*ranks))
+        ranks = parallel.gather((ce, margin, gap, count))
+        ce, margin, _, count = (sum(values) for values in zip(*ranks))
         gap = max(rank[2] for rank in ranks)
         limit = rounding(model)
-        text = f"step 0: loss {ce / pairs:.6f}, margin {margin / pairs:+.2e} over {pairs} pairs"
+        text = f"step 0: loss {ce / count:.6f}, margin {margin / count:+.2e} over {count} pairs"
         text += f"; log-probabilities within {gap:.1e} of the reference's"
         if gap > limit:
             raise UserError("E312", f"{text}, rounding explains {limit:.1e}")
@@ -281,11 +283,11 @@ def files_key(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def model_log_probabilities(model, x, y, docs, most: int) -> torch.Tensor:
+def model_log_probabilities(model, x, y, docs, pairs: Pairs) -> torch.Tensor:
     """(rows, most, 2), nats."""
 
     def measure(stream, targets, found):
-        return log_probabilities(model, stream, targets, docs.of, most)[0], {}
+        return log_probabilities(model, stream, targets, docs.of, pairs)[0], {}
 
     with measured_by(model, measure):
         return model(x, targets=y, docs=docs)[0]

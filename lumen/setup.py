@@ -97,8 +97,7 @@ def probe(trainer) -> None:
     """batch_size: auto on CUDA: what really fits takes the place of what was estimated."""
     t = trainer
     rows = t.run.rows_per_step // t.parallel.rows()[1]
-    sides = max(source.sides for source in t.data.sources.values())
-    best, found = largest_batch(t.model, t.parallel, rows, t.cfg.target_memory, sides)
+    best, found = largest_batch(t, rows)
     t.run = dataclasses.replace(t.run, micro_batch=best, accumulation=rows // best)
     t.say(f"batch_size {best} rows a micro-step, by a probe: {found}")
 

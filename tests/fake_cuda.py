@@ -101,6 +101,15 @@ class FakeCuda(torch.Tensor):
         READS.add("print")
         return f"FakeCuda({self.inner})"
 
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other):
+        torch.Tensor.data.__set__(self, other)  # shape, dtype, device
+        self.inner = other.inner
+
     def record_stream(self, stream):
         pass
 

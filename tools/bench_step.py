@@ -28,6 +28,7 @@ from lumen.errors import UserError
 from lumen.experts import update_balance
 from lumen.machine import human_number
 from lumen.optim import build_optimizer, step_optimizer
+from lumen.parallel import trained
 from model import ModelConfig, Transformer
 from tools import timing
 from train import Parallel
@@ -107,6 +108,7 @@ class Ours:
                 block.compile()
         self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
         self.x, self.y = batch(model, rows, machine.device)
+        self.docs = None
         self.model.train()
 
     def __call__(self) -> torch.Tensor:
@@ -114,7 +116,7 @@ class Ours:
         torch.use_deterministic_algorithms(self.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False
         model, parallel = self.model, self.parallel
-        total, sums = model(self.x, targets=self.y)
+        total, sums = model(self.x, targets=self.y, docs=self.docs)
         (total / self.tokens).backward()
         stats = torch.stack([sums["ce"], sums["z"], sums["count"]]).double()
         ce, _, count = parallel.reduce(model, stats)
@@ -122,7 +124,7 @@ class Ours:
         norm = parallel.grad_norm(model) * factor
         bad = ~(torch.isfinite(ce) & torch.isfinite(norm))
         clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        step_optimizer(self.optimizer, list(model.parameters()), clip * factor, bad)
+        step_optimizer(self.optimizer, trained(model), clip * factor, bad)
         if self.moe:
             update_balance(self.moe, sums["moe.counts"], bad)
         return ce / count

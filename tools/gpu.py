@@ -9,7 +9,8 @@
 Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context, not
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
-file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py.
+file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
+fine-tuning's in tools/gpu_finetune.py.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ CALL_SECONDS = 330  # that a call takes at most, START among them
 START = 10  # this process, and ending what must be ended
 # seconds that each part may take; it gets besides what the parts before it have left over
 CALLS = {
-    "A": {"kernels": 75, "trainer": 80, "step": 75, "sync": 35, "big": 55},
+    "A": {"kernels": 70, "trainer": 75, "step": 70, "sync": 35, "big": 55, "attention": 15},
     "B": {
-        "compile": 75,
+        "compile": 70,
+        "finetune": 40,
         "fsdp": 30,
-        "models": 75,
-        "experts": 75,
-        "attention": 15,
+        "models": 70,
+        "experts": 65,
         "generation": 20,
-        "tests": 30,
+        "tests": 25,
     },
 }
 PARTS = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
@@ -81,7 +82,7 @@ def said(error: BaseException) -> str:
     place, frame = "", error.__traceback__
     while frame is not None:
         file = Path(frame.tb_frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and file.name not in ("gpu.py", "gpu_parts.py"):
+        if file.is_relative_to(ROOT) and file.name not in OF_THE_LIST:
             place = f" ({file.name}:{frame.tb_lineno})"
         frame = frame.tb_next
     return text + place
@@ -97,6 +98,7 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py")
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -305,7 +307,15 @@ def inside(name: str, o) -> None:
 
         with gpu_parts.Here(rows, o.toy) as here:
             rows.header(here.about() | about_call(o))
-            getattr(gpu_parts, f"{name}_part")(here)
+            part_of(name)(here)
+
+
+def part_of(name: str):
+    """The function of a part."""
+    from tools import gpu_finetune, gpu_parts
+
+    place = gpu_finetune if name == "finetune" else gpu_parts
+    return getattr(place, f"{name}_part")
 
 
 def about_call(o) -> dict:

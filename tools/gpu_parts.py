@@ -463,9 +463,9 @@ def run_keys(here: Here, name: str, model: dict, keys: dict) -> dict:
     return made | {"model": shape | model} | keys
 
 
-def train(here: Here, config, act=None, parallel=None) -> Trainer:
+def train(here: Here, config, act=None, parallel=None, make=Trainer) -> Trainer:
     """A run to its end; act(trainer, step) at the top of each iteration."""
-    trainer = Trainer(config, parallel) if parallel else Trainer(config)
+    trainer = make(config, parallel) if parallel else make(config)
     try:
         for step in trainer.iterations():
             if act is not None:

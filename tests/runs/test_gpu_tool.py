@@ -246,7 +246,7 @@ def test_the_list_keeps_its_limits():
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert page.index(gpu.BEGIN) < page.index(gpu.END)
     for name, seconds in gpu.PARTS.items():
-        assert callable(getattr(gpu_parts, f"{name}_part"))
+        assert callable(gpu.part_of(name))
         assert f"| `{name}` | {seconds} |" in page
 
 

@@ -146,7 +146,8 @@ def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
     """The trainer's probe meets a GPU of so many bytes, of which r rows take need(r): what does not
     fit ends in the middle of backward. Made up: never run on a GPU."""
 
-    def peak(model, rows, device):
+    def peak(trainer, rows):
+        model = trainer.model
         held = sum(p.grad is not None for p in model.parameters())
         step = trainer.run.rows_per_step
         assert held == (len(list(model.parameters())) if rows < step else 0), (

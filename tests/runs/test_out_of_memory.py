@@ -134,8 +134,8 @@ def test_the_probe_on_a_gpu_leaves_no_trace(tiny, monkeypatch):
     keys = tiny(batch_size=4, gradient_accumulation_steps=4, max_steps=5)
     left, probed = Trainer(keys), Trainer(keys | {"out_dir": keys["out_dir"] + "-probed"})
 
-    def peak(model, rows, device):
-        ids = torch.zeros(rows, 32, dtype=torch.long)
+    def peak(trainer, rows):
+        model, ids = trainer.model, torch.zeros(rows, 32, dtype=torch.long)
         model(ids, targets=ids)[0].backward()
         model.zero_grad(set_to_none=True)
         return 1000 + 100 * rows

@@ -20,7 +20,7 @@ from lumen.config import Config, build_config
 from lumen.data import Data, open_data
 from lumen.detectors import LOST_OVER, MAX_LOST, Collapse
 from lumen.errors import UserError
-from lumen.feed import Feed
+from lumen.feed import Feed, Pairs
 from lumen.loader import Loader
 from lumen.pairs import PairSource
 from lumen.preferences import TokenLogProbs, pair_losses, preference
@@ -29,6 +29,10 @@ from lumen.sums import FLAGS, StepNumbers, empty_sums, step_numbers
 
 TRL = json.loads((Path(__file__).parents[1] / "fixtures" / "trl_losses.json").read_text())
 T, V = 32, 97  # of sparse_models
+
+
+def where(y) -> torch.Tensor:
+    return (y.flatten() >= 0).nonzero()[:, 0]
 
 
 def fails(code, f, *args, **kwargs) -> str:
@@ -147,7 +151,7 @@ def test_log_probabilities_by_chunks(monkeypatch, dtype, close):
     y[::3] = -1
     weight = torch.randn(2, 33, generator=gen)
     monkeypatch.setattr(preferences.F, "linear", seen)
-    logp, lse = TokenLogProbs.apply(x, W, y)
+    logp, lse = TokenLogProbs.apply(x, W, y, where(y))
     ((logp * weight[0]) + (lse * weight[1])).sum().backward()
     monkeypatch.undo()
     assert max(sizes) <= 4 and sum(sizes) == 2 * 22, "once in forward, once in backward"
@@ -161,7 +165,7 @@ def test_log_probabilities_by_chunks(monkeypatch, dtype, close):
     for mine, want in zip(found, (logp, lse, x.grad.float(), W.grad)):
         assert (mine - want).norm() <= close * want.norm()
     frozen = W.detach()
-    TokenLogProbs.apply(x, frozen, y)[0].sum().backward()
+    TokenLogProbs.apply(x, frozen, y, where(y))[0].sum().backward()
     assert frozen.grad is None
 
 
@@ -252,14 +256,18 @@ def test_data_of_a_run(tmp_path):
     assert "buckets" in fails("E002", open_data, build_config(tree, lambda key: key, []))
 
 
-def test_the_reference_travels_as_bits():
-    """What pinned memory of int64 makes of fp32, NaN too."""
-    feed = Feed(torch.device("cpu"))
-    values = np.array([[-1.5, np.nan], [-1e-30, -3.1e3]], np.float32)
-    assert np.array_equal(feed.send_floats(values).numpy(), values, equal_nan=True)
-    feed.stream = "some stream"
-    feed.send = lambda *arrays: tuple(torch.from_numpy(a) for a in arrays if a.dtype == np.int64)
-    assert np.array_equal(feed.send_floats(values).numpy(), values, equal_nan=True)
+def test_the_reference_travels_as_bits_and_the_host_says_where_targets_are():
+    """In one copy of int64; NaN too."""
+    values = np.array([[[-1.5, np.nan], [-1e-30, -3.1e3]]], np.float32)
+    x = np.arange(6).reshape(2, 3)
+    feed, y = Feed(torch.device("cpu")), np.where(x % 2, x, -1)
+    copies, send = [], feed.send
+    feed.send = lambda *arrays: copies.append(arrays) or send(*arrays)
+    *_, pairs = feed.batch(x, y, 0 * x, values)
+    assert len(copies) == 1 and {a.dtype for a in copies[0]} == {np.dtype(np.int64)}
+    assert {a.shape for a in copies[0]} == {(2, 3)}, "Buffer.fill takes one shape"
+    assert np.array_equal(pairs.reference.numpy(), values, equal_nan=True)
+    assert pairs.places.tolist() == [1, 3, 5]
 
 
 # ---------------------------------------------------------------- the loss of a batch
@@ -278,10 +286,11 @@ def gradients(model, cfg, batch, **more) -> tuple:
 
 
 def rows_of(batch, first: int, last: int):
-    x, y, docs, reference = batch
+    x, y, docs, pairs = batch
     sides = slice(2 * first, 2 * last)
     docs = docs._replace(of=docs.of[sides])
-    return x[sides], y[sides], docs, reference[first:last]
+    pairs = Pairs(pairs.reference[first:last], where(y[sides]))
+    return x[sides], y[sides], docs, pairs
 
 
 @pytest.mark.parametrize("kind", ("dense", "hybrid"))
@@ -359,9 +368,9 @@ def test_router_losses_are_as_strong_as_beside_pre_training(tmp_path):
 
 def test_the_models_own_loss_comes_back(tmp_path):
     source = PairSource(dataset(tmp_path / "d", {"train": some_pairs(3)}), "train", T)
-    model, (x, y, docs, reference) = make(), loaded(source, 1)
+    model, (x, y, docs, pairs) = make(), loaded(source, 1)
     with pytest.raises(IndexError):
-        preferences.loss(model, how(method="dpo"), x + V, y, docs, reference)
+        preferences.loss(model, how(method="dpo"), x + V, y, docs, pairs)
     assert (
         "loss" not in vars(model) and model(x, targets=y, docs=docs)[1]["count"] == (y >= 0).sum()
     )
