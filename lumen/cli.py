@@ -287,6 +287,8 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
     if path and CONFIGS in path.resolve().parents:
         leave_out_prompt(tree, line.typed, notes)
     typed_wins(tree, line.typed, notes)
+    if complete and wrong:
+        build_config(tree, place, notes, wrong)  # raises: what is refused is said first
     if complete:
         complete(tree, place, notes)
     data_keys = ("data_dir", "data", "prepare", *modes.PATHS)

@@ -192,7 +192,7 @@ def choose(names: list[str], targets: list[str] | None) -> list[str]:
         near = nearest(part, parts)
         hint = f"; did you mean {near}?" if near else ""
         text = f"lora.targets: {target} names no matrix of this model{hint}"
-        raise UserError("E002", f"{text} There are {', '.join(parts)}")
+        raise UserError("E002", f"{text}; there are {', '.join(parts)}")
     every = set().union(*wanted)
     return [name for name in names if name in every]
 
