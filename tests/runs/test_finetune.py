@@ -28,8 +28,7 @@ from rig import (
 import finetune
 import sample
 from finetune import FineTuner
-from lumen import adapters, base, checkpoint, lora, probe, setup
-from lumen import machine as machines
+from lumen import adapters, base, checkpoint, lora
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -608,25 +607,6 @@ def test_depth_that_was_annealed_is_not_annealed_again(school, words, tmp_path):
     adapters.merge(trainer.out, tmp_path / "whole", say=print)
     model, *_ = sample.load(tmp_path / "whole", device="cpu", precision="fp32")
     assert [mod.capacity for mod in model.sparse_layers("mod").values()] == [0.5, 0.5]
-
-
-def test_the_probe_measures_what_will_be_trained(monkeypatch, school, words):
-    """The run's own loss, pairs included; and what is frozen gets no gradient."""
-    seen = []
-
-    def peak(trainer, rows):
-        held = {name for name, p in trainer.model.named_parameters() if p.grad is not None}
-        seen.append(held)
-        x, *_ = trainer.loader.batch(0, rows)[1:]
-        assert len(x) == 2 * rows
-        return rows
-
-    trainer = tuner(words("run", "dense", "lora", "--method", "dpo", data=school.pairs))
-    monkeypatch.setattr(probe, "peak_bytes", peak)
-    monkeypatch.setattr(machines, "total_memory", lambda device: 100)
-    setup.probe(trainer)
-    assert set().union(*seen) == set(trainer.weights) and trainer.run.micro_batch == 2
-    trainer.close()
 
 
 # ---------------------------------------------------------------- what cannot go on, or has no effect
