@@ -346,7 +346,7 @@ def evaluate(
     [(name of the source, number)], stop() is asked before each batch, and what one rank cannot read
     all raise. Every batch is of one source."""
     names = ("ce", "count", *SUM_NAMES)
-    found = []  # of this rank: (source, sums of a batch)
+    of, found = [], []  # of this rank: each batch's source, its sums on the device
     try:
         with as_trained(model):
             for name, source in sources.items():
@@ -354,10 +354,12 @@ def evaluate(
                 for own, batch in batches(of_source, {name: source}, parallel, batch_size, stop):
                     _, sums = loss(model, cfg, *batch)
                     if own:
-                        found.append((name, [sums[key].item() for key in names]))
+                        of.append(name)
+                        found.append(torch.stack([sums[key].float() for key in names]))
     except Left:
         return None
-    ranks = parallel.gather(found)
+    numbers = torch.stack(found).tolist() if found else []  # read once
+    ranks = parallel.gather(list(zip(of, numbers)))
     every = [one for rank in ranks for one in rank]
     if not every:
         raise UserError("E126", "there is no pair in the rows that an evaluation reads")

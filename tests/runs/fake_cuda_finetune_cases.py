@@ -162,10 +162,17 @@ def test_a_resumed_run_has_the_bits_of_one_never_stopped(line, case):
 
 @nightly
 @pytest.mark.parametrize("case", ["int8", "dpo_lora"])
-def test_what_an_evaluation_waits_for(line, case):
-    trainer = tuner(line(case))
+def test_an_evaluation_waits_at_its_end(line, case):
+    """And its replies once a token."""
+    trainer = tuner(line(case, "run", "--eval_tokens", 2 * 128))
     with READS:
         trainer.evaluate()
     trainer.close()
-    print(READS.lines)
-    READS.are({})
+    if case == "dpo_lora":
+        READS.are({"lumen/reference.py evaluate tolist": 1})
+        return
+    tokens = READS.found["model.py generate copy to the host"]
+    assert 0 < tokens <= 64
+    reads = {"evaluate.py result tolist": 2, "evaluate.py result copy to the host": 1}
+    reads |= {f"model.py generate copy to the {place}": tokens for place in ("host", "device")}
+    READS.are(reads)

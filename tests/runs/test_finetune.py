@@ -1,5 +1,6 @@
 """finetune.py on runs: exact as pre-training is, and only what is to be trained is trained."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -28,7 +29,8 @@ from rig import (
 import finetune
 import sample
 from finetune import FineTuner
-from lumen import adapters, base, checkpoint, lora
+from lumen import adapters, base, checkpoint, lora, setup
+from lumen import machine as machines
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -282,6 +284,28 @@ def test_val_loss_is_of_replies_and_stops_are_counted(school, words, tmp_path):
 def one_reply(rng, reply: str = "OK") -> dict:
     asked = " ".join(rng.choices(WORDS, k=4))
     return {"prompt": asked, "response": reply}
+
+
+def test_the_probe_takes_the_runs_own_loss(school, words, monkeypatch):
+    """batch_size: auto on CUDA, its memory made up: a row of pairs is two of the model; beside what
+    a pass takes lie the gradients of what is trained, not of a frozen base."""
+    trainer = tuner(words("run", "dense", "lora", "--method", "dpo", data=school.pairs))
+    trainer.run = dataclasses.replace(trainer.run, rows_per_step=4)
+    model, seen, held = trainer.model, [], []
+
+    def look(module, inputs):
+        seen.append(len(inputs[0]))
+        held.append({name for name, p in model.named_parameters() if p.grad is not None})
+
+    model.blocks[0].register_forward_pre_hook(look)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000 * seen[-1])
+    monkeypatch.setattr(machines, "total_memory", lambda device: 2500)
+    setup.probe(trainer)
+    assert seen == [4, 2] and trainer.run.micro_batch == 1
+    assert held == [set(trainer.weights)] * 2 and set(trainer.weights) < set(model.state_dict())
+    assert all(p.grad is None for p in model.parameters())
+    trainer.close()
 
 
 # ---------------------------------------------------------------- only what is to be trained
