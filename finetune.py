@@ -240,7 +240,7 @@ class FineTuner(Trainer):
             return []
         if found.template not in (None, self.template):
             text = f"{found.path} speaks {found.template.name}, the data {self.template.name}"
-            self.say(f"note       template: {text}: it will have to learn another one")
+            self.found.changes.append(f"template: {text}: it will have to learn another one")
         return base.fresh_ids(found, self.template, self.tokenizer)
 
     # ---- the loss
