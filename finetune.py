@@ -396,6 +396,8 @@ class FineTuner(Trainer):
                 self.say(f"adapters   {line}")
         for name, source in self.data.sources.items():
             self.say(f"learned    {name}: {shown.shares(source)}")
+            if source.kind == "text":
+                self.say(f"note       {name} is text, no conversations: all of it is learned")
         if self.tokenizer:
             first = next(iter(self.data.sources.values()))
             self.say(f"row 0      {shown.first_row(first, self.tokenizer)}")

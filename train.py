@@ -764,7 +764,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None, make=Trainer, read=
     if flags.get("dry_run"):
         from tools.simulate import dry_run  # upward, and only a dry run calls it
 
-        return dry_run(cfg, written, notes, flags, layout_of)
+        return dry_run(cfg, written, notes, flags | {"fine_tunes": make.fine_tunes}, layout_of)
     try:
         check_tasks()
         world = environment("WORLD_SIZE", 1)

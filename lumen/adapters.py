@@ -170,7 +170,9 @@ def merge(run, out, check=False, best=False, say=print) -> dict:
     tokenizer = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
     export.write_step(out, model.cfg, model.state_dict(), about, tokenizer, say)
     if check:
-        report["exported"] = check_exported(out, model, say)
+        report["exported"] = found = check_exported(out, model, say)
+        if isinstance(found, str):
+            say(f"note: as a Hugging Face model {found}")
     write_json(Path(out) / "MERGE.json", report)
     done = f"{model.n_params()['total']:,} parameters, adapters of step {found.step} merged: {out}"
     say(f"{done}, logits within {report['max_diff']:.1e}" if check else done)

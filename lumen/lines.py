@@ -166,6 +166,8 @@ def length_lines(start: Start) -> list[str]:
     step = f"{run.rows_per_step * T:,} tokens a step: {run.micro_batch} rows x {T} tokens"
     lines = [f"batch      {step} x {run.accumulation} micro-steps x {start.readers} ranks"]
     length = f"length     {run.max_steps:,} steps, {start.tokens:,} tokens"
+    if not run.max_steps:
+        return [*lines, "length     unknown: it follows from data that are not prepared yet"]
     if not start.windows:
         return [*lines, length]
     epochs = run.rows_per_step * run.max_steps / start.windows

@@ -152,7 +152,8 @@ def finish(trainer, state: str, code: int) -> None:
 
 def nothing_left(trainer) -> int:
     """The run was finished before it began; the exit code."""
-    trainer.say(f"{trainer.out} is finished at step {trainer.step}; a larger max_steps goes on")
+    done = f"{trainer.out} is finished at step {trainer.step}"
+    trainer.say(f"{done}; a larger max_steps goes on, another out_dir begins anew")
     trainer.write_status("finished")
     trainer.close()
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lumen import chat
+from lumen.datacard import meaning_of
 from lumen.files import read_json
 
 LOOKED_AT = 256  # rows, of which the share that is learned is told
@@ -19,11 +20,13 @@ def shares(source) -> str:
     learned = sum(float((source.row(i)[1] >= 0).mean()) for i in range(n)) / n
     text = f"{100 * learned:.1f} % of the places have a target (the first {n} rows)"
     counts = (source.manifest or {}).get("counts", {})
-    dropped = [f"{n} {code}" for code, n in counts.get("dropped", {}).items() if n]
-    if counts:
+    dropped = counts.get("dropped", {}).items()
+    dropped = [f"{n} {code} ({meaning_of(code)})" for code, n in dropped if n]
+    if counts and source.kind != "text":
+        rows = "conversations" if source.kind == "chat" else "pairs"
         done = read_json(Path(source.path) / "report.json").get("done_to_rows", {})
         changed = [f"{n} {what}" for what, n in {"truncated": 0, **done}.items()]
-        text += f"; of {counts['rows']} conversations {', '.join(changed)}"
+        text += f"; of {counts['rows']} {rows} {', '.join(changed)}"
         text += f", dropped: {', '.join(dropped) or 'none'}"
     return text
 

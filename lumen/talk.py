@@ -32,7 +32,8 @@ COMMANDS = {  # name: (what stands behind it, what it does)
     "/temp": ("X", "the temperature from now on; without X: say it"),
     "/help": ("", "these lines"),
 }
-LEAVE = "Ctrl-C ends a reply, Ctrl-D leaves"
+LEAVE = "Ctrl-C ends a reply, Ctrl-D or /quit leaves"
+LEAVES = ("/quit", "/exit", "/bye")
 CUT = {
     "length": "the reply was cut at {} tokens (--max_new_tokens)",
     "context": "the reply was cut: the model's context of {} tokens is full",
@@ -90,6 +91,8 @@ class Talk:
                 if empty:
                     self.say("Ctrl-C again, or Ctrl-D, leaves")
                 continue
+            if line.strip() in LEAVES:
+                return
             interrupted = False
             with one_interrupt():
                 self.heard(line)
@@ -250,6 +253,8 @@ def one_interrupt() -> Iterator[None]:
 
 def file_named(command: str, name: str) -> Path:
     """E002, E500: no name that prepare_data.py would read as conversations."""
+    if not name:
+        raise UserError("E500", f"{command} wants a name: {command} FILE.jsonl")
     path = expand(name, command)
     if not path.endswith((".json", ".jsonl")):
         raise UserError("E500", f"{command} {name}: the file's name must end with .json or .jsonl")

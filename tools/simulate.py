@@ -699,10 +699,11 @@ class DryRun:
             flops_per_token=self.model.flops_per_token(),
             peak=found.peak,
             lr_at_peak=lr_at(cfg, run, run.peak_step),
-            last_lr=lr_at(cfg, run, run.max_steps - 1),
+            last_lr=lr_at(cfg, run, max(0, run.max_steps - 1)),
             misfit=found.misfit,
             notes=[*notes, *self.machine.notes, *hint, *found.changes],
             elsewhere=self.elsewhere,
+            fine_tunes=self.flags.get("fine_tunes", False),
         )
 
     def simulation(self) -> Simulation:

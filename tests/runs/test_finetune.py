@@ -553,6 +553,29 @@ def test_a_bad_row_is_named(words, tmp_path, row, said):
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["rejected.jsonl"]
 
 
+def test_as_many_bad_rows_as_the_refusal_names_are_gone_without(words, tmp_path):
+    """Its remedy, --max_bad, is a word of finetune.py."""
+    write_rows(tmp_path / "bad.jsonl", lambda rng: {"messages": MESSAGES}, 1)
+    with open(tmp_path / "bad.jsonl", "a") as file:
+        file.write('\n{"messages": []}')
+    line = prepared_here(words("run"), tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="(?s)E109.*--max_bad 0.5 does without"):
+        tuner(line)
+    spec = finetune.read([*line, "--max_bad", "0.5"])[0].prepare
+    assert spec["max_bad"] == 0.5 and spec["sources"] == [str(tmp_path / "bad.jsonl")]
+
+
+def test_a_dry_run_needs_no_data_and_keeps_the_laws_to_itself(school, words, tmp_path, capsys):
+    """Before conversations are prepared their length is unknown; Chinchilla is of other runs."""
+    write_rows(tmp_path / "chats.jsonl", conversation, 4)
+    line = [school.of("dense"), "--data", str(tmp_path / "chats.jsonl"), "--device", "cpu"]
+    assert finetune.main([*line, "--dry_run"]) == 0
+    assert "length     unknown" in capsys.readouterr().out
+    assert finetune.main([*words("run"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "8 steps" in said and "plan  " not in said
+
+
 def prepared_here(line, file) -> list[str]:
     """Its data are these, and prepared beside them."""
     spec = {"sources": [str(file)], "out": str(file.parent / "data")}
