@@ -694,6 +694,9 @@ def test_a_step_that_this_is_no_continuation_of_is_refused(school, words, tmp_pa
 
 def test_adapters_keep_the_slots_of_their_base(words):
     """More of them would have been trained, and then not been read."""
+    of_experts = words("run", "moe", "lora", "--lora.targets", "[experts]")
+    with pytest.raises(UserError, match="E002.*lora.dropout: 0.1: adapters of experts have none"):
+        tuner(of_experts)
     with pytest.raises(UserError, match="E002.*n_experts_max.*stays the base's, 5"):
         tuner(words("run", "moe", "lora", "--model.n_experts_max", 8))
     trainer = tuner(words("run", "moe", "lora"))
