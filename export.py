@@ -28,6 +28,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from lumen import adapters, chat, checkpoint
+from lumen.base import jinja_of
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
 from lumen.hf import (
@@ -550,18 +551,15 @@ def from_hf(folder, out_dir, say=print) -> None:
 
 def read_template(folder: Path, say) -> dict:
     """{template: its name, where the folder's is one of ours; system: the turn with which it begins
-    a conversation that has none}; newer versions of transformers keep it in a file of its own."""
-    config = read_json(folder / "tokenizer_config.json")
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    name = chat.template_of(config)
-    if config.get("chat_template") and name is None:
+    a conversation that has none}."""
+    text = jinja_of(folder)
+    name = chat.template_of({"chat_template": text})
+    if text and name is None:
         known = ", ".join(chat.FORMATS)
         say(f"note: its chat template is none of {known}: conversations need --template")
     if name is None:
         return {}
     found = {"template": name}
-    text = config["chat_template"]
     if isinstance(text, str) and (system := chat.without_system(text)[1]):
         found["system"] = system
         say(f"note: its chat template begins with a system turn where there is none: {system!r}")

@@ -230,6 +230,9 @@ class FineTuner(Trainer):
         """E002: lora.targets or freeze that this model has not; E003."""
         if self.cfg.lora.r:
             self.targets = lora.choose(list(lora.adaptable(self.counted)), self.cfg.lora.targets)
+            if self.cfg.lora.dropout and all(name.endswith(".experts") for name in self.targets):
+                text = f"lora.dropout: {self.cfg.lora.dropout}: adapters of experts have none"
+                raise UserError("E002", f"{text}, and there are no others")
         base.check_frozen(self.counted, self.cfg.freeze)
         if self.cfg.quantize_base == "nf4":
             quantize.load_bitsandbytes()
@@ -240,7 +243,7 @@ class FineTuner(Trainer):
             return []
         if found.template not in (None, self.template):
             text = f"{found.path} speaks {found.template.name}, the data {self.template.name}"
-            self.say(f"note       template: {text}: it will have to learn another one")
+            self.found.changes.append(f"template: {text}: it will have to learn another one")
         return base.fresh_ids(found, self.template, self.tokenizer)
 
     # ---- the loss

@@ -35,16 +35,6 @@ class Base:
     foreign_template: str = ""  # ... those of this Jinja text, which is none of ours
 
 
-def is_base(path) -> bool:
-    """Whether `path` may be one: it holds steps, or is one, or a config.json."""
-    path = Path(path)
-    inside = ("config.json", "state.json", "manifest.json", "config.yaml")
-    shards = (path / "manifest.json").exists() and not (path / "state.json").exists()
-    if shards and not (path / "config.json").exists():
-        return False
-    return any((path / name).exists() for name in inside) or bool(checkpoint.list_steps(path))
-
-
 def read_base(path: str) -> Base:
     """E125: nothing to begin with; E303, E304, E401 as those who load it raise them."""
     folder = Path(path)

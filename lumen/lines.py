@@ -229,6 +229,8 @@ def rate_advice(
     """What is odd about the learning rate, seen before a step is made."""
     lines, peak = [], cfg.learning_rate
     usual = 0.5 / cfg.model.d_model  # near GPT-3's, 768 to 12288 wide (Brown et al. 2020)
+    if cfg.lora.r:
+        usual *= 10  # adapters bear ten times the rate (lumen/base.py)
     if peak > min(1e-2, 10 * usual):
         text = f"learning_rate {peak:g} is far above what {cfg.optimizer} bears at this width"
         text += f", {min(1e-2, 2 * usual):.1g} is usual"

@@ -69,7 +69,7 @@ def pack(weight: torch.Tensor, kind: str) -> Packed:
         return Packed(kind, shape, q.flatten(), scale)
     scale = (weight.abs().amax(1) / 127).bfloat16().float()
     # a row of zeros has scale 0
-    q = (weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8)
+    q = (weight / scale.clamp(min=1e-38).unsqueeze(1)).round_().to(torch.int8)
     return Packed(kind, shape, q, scale)
 
 

@@ -1,8 +1,8 @@
 """What preferences are measured by: the log-probabilities of all pairs by the model as it began,
 computed once; and the evaluation on held-out pairs.
 
-They lie beside the data as reference-KEY.npy, float32 (pairs, 2), train's and then val's; the key
-is a sum of all that they depend on, which reference-KEY.json spells out.
+They lie beside the data, and in out_dir, as reference-KEY.npy, float32 (pairs, 2), train's and then
+val's; the key is a sum of all that they depend on, which reference-KEY.json spells out.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Reference:
             means = values.mean(0, dtype=np.float64).tolist()
             if known is not None:
                 self.check_means(name, known[name]["means"], means, rounding(model))
-            if missing and parallel.rank == 0:
+            if parallel.rank == 0:
                 self.write(name, key, facts, values)
             self.hand_out(name, values)
             found[name] = facts | {"means": means}
@@ -171,7 +171,8 @@ class Reference:
     # ------------------------------------------------------------ files
 
     def place(self, name: str, key: str) -> list[Path]:
-        """Where the file may be: beside the data, or in out_dir."""
+        """Where the file is: beside the data, for other runs, and in out_dir, which may be moved
+        without the data."""
         file = f"reference-{key[:12]}.npy"
         return [Path(self.sources[name].path) / file, self.out_dir / file]
 
@@ -179,23 +180,24 @@ class Reference:
         """(pairs, 2), or None where there is no file of this key that is whole."""
         pairs = sum(split.pairs for split in self.splits(name))
         for path in self.place(name, key):
-            note = files.read_json(path.with_suffix(".json"))
-            if note.get("key") != key or note.get("facts") != facts or not path.exists():
+            values = read_file(path, key, facts)
+            if values is None:
                 continue
-            try:
-                whole = files.sha256(path) == note.get("sha256")
-                values = np.load(path, allow_pickle=False) if whole else None
-            except (OSError, ValueError):
-                values = None
-            if values is not None and values.shape == (pairs, 2):
+            if values.shape == (pairs, 2):
                 self.say(f"reference  {name}: {pairs:,} pairs, read from {path}")
                 return values
             self.say(f"reference  {path} is damaged")
         return None
 
     def write(self, name: str, key: str, facts: dict, values: np.ndarray) -> None:
-        """By one rank; where neither folder takes it the run goes on without."""
+        """By one rank, wherever it is not yet; where neither folder takes it the run goes on
+        without."""
+        kept, there_already, failed = [], False, []
         for path in self.place(name, key):
+            there = read_file(path, key, facts)
+            if there is not None and np.array_equal(there, values):
+                there_already = True
+                continue
             note = {"key": key, "facts": facts, "pairs": len(values)}
             try:
                 os.makedirs(path.parent, exist_ok=True)
@@ -203,11 +205,14 @@ class Reference:
                     np.save(file, values, allow_pickle=False)
                 note["sha256"] = files.sha256(path)
                 files.write_json(path.with_suffix(".json"), note)
+                kept.append(path)
             except OSError as error:
-                self.say(f"reference  {path} cannot be written: {error.strerror or error}")
-                continue
-            self.say(f"reference  {name}: {len(values):,} pairs, kept in {path}")
-            return
+                failed.append(f"{path} cannot be written: {error.strerror or error}")
+        if kept:
+            places = " and ".join(map(str, kept))
+            self.say(f"reference  {name}: {len(values):,} pairs, kept in {places}")
+        elif not there_already:
+            self.say(f"reference  {'; '.join(failed)}")
 
     # ------------------------------------------------------------ numbers
 
@@ -279,6 +284,18 @@ def rounding(model) -> float:
     return min(64 * torch.finfo(model.compute_dtype).eps, 0.02)
 
 
+def read_file(path: Path, key: str, facts: dict) -> np.ndarray | None:
+    """What a reference file of these facts holds, nothing where it is damaged; None: there is
+    none."""
+    note = files.read_json(path.with_suffix(".json"))
+    if note.get("key") != key or note.get("facts") != facts or not path.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        if files.sha256(path) == note.get("sha256"):
+            return np.load(path, allow_pickle=False)
+    return np.zeros(0, np.float32)
+
+
 def files_key(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -329,7 +346,7 @@ def evaluate(
     [(name of the source, number)], stop() is asked before each batch, and what one rank cannot read
     all raise. Every batch is of one source."""
     names = ("ce", "count", *SUM_NAMES)
-    found = []  # of this rank: (source, sums of a batch)
+    of, found = [], []  # of this rank: each batch's source, its sums on the device
     try:
         with as_trained(model):
             for name, source in sources.items():
@@ -337,10 +354,12 @@ def evaluate(
                 for own, batch in batches(of_source, {name: source}, parallel, batch_size, stop):
                     _, sums = loss(model, cfg, *batch)
                     if own:
-                        found.append((name, [sums[key].item() for key in names]))
+                        of.append(name)
+                        found.append(torch.stack([sums[key].float() for key in names]))
     except Left:
         return None
-    ranks = parallel.gather(found)
+    numbers = torch.stack(found).tolist() if found else []  # read once
+    ranks = parallel.gather(list(zip(of, numbers)))
     every = [one for rank in ranks for one in rank]
     if not every:
         raise UserError("E126", "there is no pair in the rows that an evaluation reads")

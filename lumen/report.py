@@ -50,6 +50,7 @@ class Report:
         self.config = ""  # config.yaml
         self.tokenizer_dir: Path | None = None  # the data's
         self.log_file = None
+        self.early: list[str] = []  # lines that came before train.log was open
         self.bar = None  # tqdm's, on a terminal
         self.wandb = self.wandb_id = None
         self.board = None  # TensorBoard's writer
@@ -62,7 +63,9 @@ class Report:
         if not self.main:
             return
         speak(text, tqdm.write if self.bar else print_now)
-        if self.log_file:
+        if not self.log_file:
+            self.early.append(text)
+        else:
             with contextlib.suppress(OSError):  # a full disk must not end the run
                 self.log_file.write(text + "\n")
 
@@ -157,6 +160,8 @@ class Report:
         self.attempt = self.read_status().get("attempt", 0) + 1
         self.config, self.tokenizer_dir = config, tokenizer_dir
         self.log_file = open_log_file(self.out / "train.log")
+        early, self.early = self.early, []
+        self.log_file.writelines(f"{line}\n" for line in early)
         self.write_config()
 
     def open_charts(self, cfg: Config) -> None:

@@ -305,8 +305,9 @@ class StartingPoint:
             shutil.rmtree(folder)
         for name in OURS:
             (self.out / name).unlink(missing_ok=True)
-        for curve in self.out.glob("tensorboard/events.out.tfevents.*"):
-            curve.unlink()
+        for pattern in ("tensorboard/events.out.tfevents.*", "reference-*.npy", "reference-*.json"):
+            for file in self.out.glob(pattern):
+                file.unlink()
 
     def set_damaged_aside(self) -> None:
         """Rank 0, once it may change the run: what was found damaged counts nowhere any more."""

@@ -213,7 +213,8 @@ def train_once(name: str, seed: int, factor: float, base: str, run: Path, out: P
         usual = finetune.read(words)[0].learning_rate
         words.append(f"--learning_rate={usual * factor}")
     began, cpu = time.perf_counter(), time.process_time()
-    with open(run.with_suffix(".log"), "w", encoding="utf-8") as f, contextlib.redirect_stdout(f):
+    log = run.with_name(f"{run.name}.log")
+    with open(log, "w", encoding="utf-8") as f, contextlib.redirect_stdout(f):
         trainer = finetune.FineTuner(finetune.read(words))
         trainer.fit()
     seconds = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}

@@ -27,7 +27,7 @@ from tools import bench_step, timing
 from tools.gpu_parts import FEW_EXPERTS, GPT2, SMALL, Here, last_bytes, train
 from tools.gpu_parts import run_keys as keys_of_base
 
-WORDS = "red blue green round flat old new tall".split()
+WORDS = ("red", "blue", "green", "round", "flat", "old", "new", "tall")
 LORA = ("--lora.r", "8")
 WAYS = {  # kind of base, data, how it is trained
     "SFT, all weights": ("dense", "chats"),

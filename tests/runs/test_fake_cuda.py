@@ -13,25 +13,28 @@ pytestmark = [
     pytest.mark.skipif(bool(torch.version.cuda), reason="a CUDA build asks the real driver"),
 ]
 CASES = "tests/runs/fake_cuda_cases.py"
+TUNING = "tests/runs/fake_cuda_finetune_cases.py"
 # at night: all kinds in all precisions, in parts, since no test may take 15 minutes
 PARTS = {
-    "steps": "no_step or recomputed",
-    "runs": "run_is_that or snapshot or resumed",
-    "others": "not (no_step or recomputed or run_is_that or snapshot or resumed)",
+    "steps": (CASES, "no_step or recomputed"),
+    "runs": (CASES, "run_is_that or snapshot or resumed"),
+    "others": (CASES, "not (no_step or recomputed or run_is_that or snapshot or resumed)"),
+    "fine-tuning": (TUNING, "test"),
 }
 
 
 def run_cases(*words) -> None:
-    words = ["tests/with_fake_cuda.py", CASES, "-p", "no:hypothesispytest", *words]
+    words = ["tests/with_fake_cuda.py", "-p", "no:hypothesispytest", *words]
     done = run_python(*words, timeout=880)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
 def test_on_a_gpu_that_is_not_there():
-    run_cases("-m", "not nightly")
+    run_cases(CASES, TUNING, "-m", "not nightly")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("part", PARTS)
 def test_every_kind_on_a_gpu_that_is_not_there(part):
-    run_cases("-m", "nightly", "-k", PARTS[part])
+    file, names = PARTS[part]
+    run_cases(file, "-m", "nightly", "-k", names)

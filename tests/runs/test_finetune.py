@@ -1,5 +1,6 @@
 """finetune.py on runs: exact as pre-training is, and only what is to be trained is trained."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -28,7 +29,7 @@ from rig import (
 import finetune
 import sample
 from finetune import FineTuner
-from lumen import adapters, base, checkpoint, lora, probe, setup
+from lumen import adapters, base, checkpoint, lora, setup
 from lumen import machine as machines
 from lumen.errors import UserError
 from train import Parallel, Trainer
@@ -283,6 +284,28 @@ def test_val_loss_is_of_replies_and_stops_are_counted(school, words, tmp_path):
 def one_reply(rng, reply: str = "OK") -> dict:
     asked = " ".join(rng.choices(WORDS, k=4))
     return {"prompt": asked, "response": reply}
+
+
+def test_the_probe_takes_the_runs_own_loss(school, words, monkeypatch):
+    """batch_size: auto on CUDA, its memory made up: a row of pairs is two of the model; beside what
+    a pass takes lie the gradients of what is trained, not of a frozen base."""
+    trainer = tuner(words("run", "dense", "lora", "--method", "dpo", data=school.pairs))
+    trainer.run = dataclasses.replace(trainer.run, rows_per_step=4)
+    model, seen, held = trainer.model, [], []
+
+    def look(module, inputs):
+        seen.append(len(inputs[0]))
+        held.append({name for name, p in model.named_parameters() if p.grad is not None})
+
+    model.blocks[0].register_forward_pre_hook(look)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1000 * seen[-1])
+    monkeypatch.setattr(machines, "total_memory", lambda device: 2500)
+    setup.probe(trainer)
+    assert seen == [4, 2] and trainer.run.micro_batch == 1
+    assert held == [set(trainer.weights)] * 2 and set(trainer.weights) < set(model.state_dict())
+    assert all(p.grad is None for p in model.parameters())
+    trainer.close()
 
 
 # ---------------------------------------------------------------- only what is to be trained
@@ -633,26 +656,6 @@ def test_depth_that_was_annealed_is_not_annealed_again(school, words, tmp_path):
     assert [mod.capacity for mod in model.sparse_layers("mod").values()] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("how, pairs", [("full", True), ("lora", False)])
-def test_the_probe_measures_what_will_be_trained(monkeypatch, school, words, how, pairs):
-    """A row of pairs is two of the model's, and what is frozen gets no gradient."""
-    asked = []
-
-    def peak(model, rows, device):
-        asked.append(rows)
-        held = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert held in (set(), set(trainer.weights))
-        return rows
-
-    data, method = (school.pairs, "dpo") if pairs else (school.chats, "sft")
-    trainer = tuner(words("run", "dense", how, "--method", method, data=data))
-    monkeypatch.setattr(probe, "peak_bytes", peak)
-    monkeypatch.setattr(machines, "total_memory", lambda device: 100)
-    setup.probe(trainer)
-    assert max(asked) == (4 if pairs else 2) and trainer.run.micro_batch == 2
-    trainer.close()
-
-
 # ---------------------------------------------------------------- what cannot go on, or has no effect
 
 
@@ -691,6 +694,9 @@ def test_a_step_that_this_is_no_continuation_of_is_refused(school, words, tmp_pa
 
 def test_adapters_keep_the_slots_of_their_base(words):
     """More of them would have been trained, and then not been read."""
+    of_experts = words("run", "moe", "lora", "--lora.targets", "[experts]")
+    with pytest.raises(UserError, match="E002.*lora.dropout: 0.1: adapters of experts have none"):
+        tuner(of_experts)
     with pytest.raises(UserError, match="E002.*n_experts_max.*stays the base's, 5"):
         tuner(words("run", "moe", "lora", "--model.n_experts_max", 8))
     trainer = tuner(words("run", "moe", "lora"))

@@ -513,16 +513,24 @@ def test_when_the_reference_is_computed_anew(data, tmp_path):
     model, path, said = make(), Path(data.sources["p"].path), []
     kept = reference_of(data).load_or_compute(model, ONE, 4)
     (file,) = path.glob("reference-*.npy")
-    # damaged: anew where the model is still the base, else refused
+    own = path.parent / "out" / file.name
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1] + b"x")
     args = (model, ONE, 4)
+    # a run of all weights that was moved has its own, and mends what is beside the data
+    for harm in (file.unlink, lambda: file.write_bytes(whole[:-1])):
+        harm()
+        assert reference_of(data).load_or_compute(*args, known=kept) == kept
+        assert file.read_bytes() == own.read_bytes() == whole
+    # damaged: anew where the model is still the base, else refused
+    own.unlink()
+    file.write_bytes(whole[:-1] + b"x")
     text = fails("E312", reference_of(data).load_or_compute, *args, known=kept)
     assert str(file) in text and "restore" in text
     reference_of(data, said).load_or_compute(*args)
     assert "damaged" in said[0] and file.read_bytes() == whole
     # adapters off: the base is still there
     file.unlink()
+    own.unlink()
     entered = []
 
     class Off:
@@ -536,6 +544,7 @@ def test_when_the_reference_is_computed_anew(data, tmp_path):
     assert entered and file.read_bytes() == whole
     # what comes out is not what the run began with
     file.unlink()
+    own.unlink()
     other = {"p": kept["p"] | {"means": [mean - 0.1 for mean in kept["p"]["means"]]}}
     text = fails("E312", reference_of(data).load_or_compute, *args, known=other, off=Off)
     assert "began with" in text and not file.exists()
@@ -560,7 +569,8 @@ def preferences_words(key: str) -> str:
 
 
 def test_where_the_reference_goes(data, tmp_path, monkeypatch):
-    """Into out_dir where the data's folder takes no file; and it is found there."""
+    """Beside the data and into out_dir; into that alone where the data's folder takes no file; and
+    it is found there, where the data are somewhere else now."""
     from lumen import files
 
     model, path, replacing = make(), data.sources["p"].path, files.replacing
@@ -573,7 +583,8 @@ def test_where_the_reference_goes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "replacing", only_out)
     said = []
     reference_of(data, said, out="run").load_or_compute(model, ONE, 4)
-    assert "Permission denied" in said[0] and "run" in said[1]
+    assert len(said) == 1 and f"kept in {tmp_path}/run/" in said[0]
+    assert not list(Path(path).glob("reference-*"))
     assert len(list((tmp_path / "run").glob("reference-*"))) == 2
     again = reference_of(opened(path), out="run")
     again.compute = refuse
