@@ -56,6 +56,8 @@ def as_keys(argv: list[str]) -> list[str]:
             words.append(word)
             continue
         sources.append(value if has_value else rest.pop(0))
+        while rest and not rest[0].startswith("-"):  # --data *.jsonl
+            sources.append(rest.pop(0))
     if len(sources) == 1 and (Path(sources[0]) / "manifest.json").exists():
         words += ["--data_dir", sources[0]]
     elif sources:

@@ -12,6 +12,11 @@ from lumen.files import read_json
 
 LOOKED_AT = 256  # rows, of which the share that is learned is told
 SHOWN = 192  # tokens of the row that is shown
+DONE = {  # of report.json's done_to_rows
+    "merged": "with turns of one role merged",
+    "tail_dropped": "with turns left out after the last reply",
+    "system_dropped": "with an empty system turn left out",
+}
 
 
 def shares(source) -> str:
@@ -25,7 +30,7 @@ def shares(source) -> str:
     if counts and source.kind != "text":
         rows = "conversations" if source.kind == "chat" else "pairs"
         done = read_json(Path(source.path) / "report.json").get("done_to_rows", {})
-        changed = [f"{n} {what}" for what, n in {"truncated": 0, **done}.items()]
+        changed = [f"{n} {DONE.get(k, k)}" for k, n in {"truncated": 0, **done}.items()]
         text += f"; of {counts['rows']} {rows} {', '.join(changed)}"
         text += f", dropped: {', '.join(dropped) or 'none'}"
     return text
