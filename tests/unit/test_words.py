@@ -227,7 +227,7 @@ def test_all_unknown_keys_at_once(tmp_path):
         "dry_run": "unknown key dry_run; it belongs on the command line: --dry_run",
         "learnin_rate": "unknown key learnin_rate; did you mean learning_rate?",
         "hiden_size": "unknown key hiden_size; did you mean hidden_size, model.d_model here?",
-        "lora_alpha": "unknown key lora_alpha; python train.py --help lists all",
+        "ema_decay": "unknown key ema_decay; python train.py --help lists all",
         "cpu_offload": "cpu_offload: 1: not there, as its cost was never measured",
         "warmup_ratio": "warmup_ratio: 1: must be in [0, 1)",
     }
