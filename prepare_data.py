@@ -345,7 +345,7 @@ def say_idle(job: Job, settings: dict) -> None:
     """Which options do nothing here."""
     shape, idle = "conversations", ("max_doc_chars",)
     if "rows" not in settings:
-        shape, idle = "texts", CONVERSATIONS
+        shape, idle = "texts", [name for name in CONVERSATIONS if name != "seq_len"]  # a run's own
     asked = [f"--{name}" for name in idle if job.options[name] != OPTIONS[name][0]]
     if asked:
         job.say(f"note: these are {shape}: {', '.join(asked)} does nothing")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lumen.feed import Pairs
 from lumen.preferences import SUM_NAMES, log_probabilities, loss, measured_by
 from lumen.windows import dummy_batch, fill_row
 
+TOLD_EVERY = 20  # seconds, while it is computed
 DIFFERENCES = {  # of a key's facts, what they are called
     "data": "the data",
     "shards": "the shards",
@@ -223,8 +225,15 @@ class Reference:
         splits = {split.split: split for split in self.splits(name)}
         rows = [(split, i) for split, source in splits.items() for i in range(source.windows)]
         own = []  # (split, pair, its two numbers)
+        self.say(f"reference  {name}: {sum(s.pairs for s in splits.values()):,} pairs, once")
+        told = time.monotonic()
         with as_trained(model):
-            for mine, (x, y, docs, pairs) in batches(rows, splits, parallel, batch_size):
+            for n, batch in enumerate(batches(rows, splits, parallel, batch_size), 1):
+                mine, (x, y, docs, pairs) = batch
+                if time.monotonic() - told > TOLD_EVERY:
+                    told = time.monotonic()
+                    done = min(1.0, n * batch_size * parallel.rows()[1] / len(rows))
+                    self.say(f"reference  {100 * done:.0f} %")
                 logp = model_log_probabilities(model, x, y, docs, pairs)
                 for (split, i), values in zip(mine, logp.tolist()):
                     own += [
