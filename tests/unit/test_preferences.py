@@ -583,7 +583,7 @@ def test_where_the_reference_goes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "replacing", only_out)
     said = []
     reference_of(data, said, out="run").load_or_compute(model, ONE, 4)
-    assert len(said) == 1 and f"kept in {tmp_path}/run/" in said[0]
+    assert len(said) == 2 and f"kept in {tmp_path}/run/" in said[1]
     assert not list(Path(path).glob("reference-*"))
     assert len(list((tmp_path / "run").glob("reference-*"))) == 2
     again = reference_of(opened(path), out="run")
