@@ -143,7 +143,7 @@ def test_masked_targets_count_in_the_global_mean(tiny):
         rows = trainer.loader.next
 
         def following(rows=rows, mask=mask):
-            row, x, y, _ = rows()
+            row, x, y, *_ = rows()
             y = y.copy()
             y[:, 16:] = -1
             if not mask:  # the same valid targets, given as rows of half the length

@@ -321,7 +321,7 @@ def test_no_forecast_ends_a_run_whose_next_phase_is_to_come(step, ends, monkeypa
     monkeypatch.setattr(forecast, "reason_to_end", lambda trainer: "stop: for the test")
     heard = []
     trainer = SimpleNamespace(step=step, run=run_of(40, [phase(0), phase(20)]))
-    trainer.cfg = SimpleNamespace(enable_early_stopping=False)
+    trainer.cfg, trainer.fine_tunes = SimpleNamespace(enable_early_stopping=False), False
     trainer.orchestrator = SimpleNamespace(end_early=heard.append)
     forecast.advise(trainer)
     assert bool(heard) == ends
@@ -539,7 +539,7 @@ def test_preference_pairs_are_no_data_of_this_command(tmp_path):
 
 def test_validation_rows_follow_the_weights_that_the_run_ends_with():
     """Sources without val are left out; those of earlier phases are told, and count for nothing."""
-    val = {name: SimpleNamespace(windows=400) for name in ("a", "b", "t")}
+    val = {name: SimpleNamespace(windows=400, sides=1) for name in ("a", "b", "t")}
     specs = {"a": {}, "b": {}, "none": {}, "t": {"buckets": 2}}
     data = Data({}, 64, val_sources=val, specs=specs)
     cfg = configured(data_dir="x", eval_tokens=800)  # 100 rows
