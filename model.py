@@ -547,13 +547,11 @@ def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum over tokens of cross-entropy + z_loss * logsumexp^2 of the logits x W^T, which are never
-    all there at once.
+    """Sum over tokens of cross-entropy + z_loss logsumexp^2 of logits x W^T, never all there.
 
-    The gradient of x and W is computed chunk by chunk in the forward pass (the loss is the last
-    thing there is, so backward only scales it): three matmuls in all, as with full logits. x (N,
-    C), weight (V, C), targets (N,), negative = ignored. Returns (total, ce, z, correct), fp32; the
-    last, right guesses, without gradients only. fused: by Triton, see lumen/tryout.py.
+    The gradient of x and W is computed chunk by chunk in the forward pass (backward only scales
+    it): three matmuls in all, as with full logits. x (N, C), weight (V, C), targets (N,), negative
+    = ignored. Returns (total, ce, z, correct), fp32; the last without gradients only.
     """
 
     @staticmethod
@@ -754,10 +752,12 @@ class Transformer(nn.Module):
 
     def loss(self, x, targets, found: list[dict]) -> tuple[torch.Tensor, dict]:
         """(total, sums), see forward, from the stream x (B, T, C) and the blocks' statistics."""
-        grad = torch.is_grad_enabled()
-        valid = targets >= 0
-        rows = (x.flatten(0, 1), self.head_weight(), targets.flatten())
-        total, ce, z, correct = HeadLoss.apply(*rows, self.z_loss, grad, self.fused_loss)
+        grad, valid = torch.is_grad_enabled(), targets >= 0
+        x, asked, of = x.flatten(0, 1), valid.flatten(), targets.flatten()
+        if x.device.type == "cpu" and not asked.all():  # a GPU would have to wait to know
+            x, of = x[asked], of[asked]  # masked places need no logits
+        how = (self.z_loss, grad, self.fused_loss)
+        total, ce, z, correct = HeadLoss.apply(x, self.head_weight(), of, *how)
         sums = {"ce": ce, "z": z, "count": valid.sum().float()}
         if not grad:
             sums["correct"] = correct
