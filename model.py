@@ -638,8 +638,8 @@ def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
 class Transformer(nn.Module):
     """A decoder-only language model. Attributes outside the configuration, set by whoever runs it:
 
-    compute_dtype (fp32), z_loss (0), fused_loss (see HeadLoss), backend (sdpa), recompute in
-    backward (none; block: all; selective: all but the matmuls), causal (see AttentionInputs).
+    compute_dtype (fp32), z_loss (0), fused_loss (Triton's), backend (sdpa), recompute in backward
+    (none; block: all; selective: all but the matmuls), causal (see AttentionInputs), skip_masked.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -655,7 +655,7 @@ class Transformer(nn.Module):
             self.head = Linear(cfg.d_model, cfg.vocab_size)
         self.compute_dtype = torch.float32
         self.z_loss = 0.0
-        self.fused_loss = False
+        self.fused_loss = self.skip_masked = False  # a GPU would wait to know what is masked
         self.backend = "sdpa"
         self.recompute = "none"
         self.causal = True
@@ -754,7 +754,7 @@ class Transformer(nn.Module):
         """(total, sums), see forward, from the stream x (B, T, C) and the blocks' statistics."""
         grad, valid = torch.is_grad_enabled(), targets >= 0
         x, asked, of = x.flatten(0, 1), valid.flatten(), targets.flatten()
-        if x.device.type == "cpu" and not asked.all():  # a GPU would have to wait to know
+        if self.skip_masked and not asked.all():
             x, of = x[asked], of[asked]  # masked places need no logits
         how = (self.z_loss, grad, self.fused_loss)
         total, ce, z, correct = HeadLoss.apply(x, self.head_weight(), of, *how)

@@ -60,6 +60,7 @@ def prepare_model(model, cfg, run: Run, compute_dtype: torch.dtype) -> None:
     model.compute_dtype = compute_dtype
     model.z_loss = cfg.z_loss
     model.fused_loss = run.loss == "fused"
+    model.skip_masked = run.device == "cpu"
     model.backend = run.attention
     model.recompute = cfg.activation_checkpointing
     for moe in model.sparse_layers("moe").values():
