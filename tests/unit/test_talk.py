@@ -450,6 +450,7 @@ class Process:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.nightly  # by the clock: failed once in six on a busy machine
 def test_ctrl_c_in_a_real_terminal(tmp_path):
     """It ends a reply, which stays with what was said of it, and at the prompt, twice, the
     program."""
