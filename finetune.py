@@ -104,10 +104,9 @@ def check_keys(cfg) -> None:
     """E002: what would have no effect here, or does not go together. Nothing asked is left out."""
     wrong = []
     if cfg.method == "sft":
-        asked = [
-            key for key in ("beta", "gamma", "label_smoothing", "sft_coef") if getattr(cfg, key)
-        ]
-        wrong += [f"{key} is of preferences, not of method sft" for key in asked]
+        for key in ("beta", "gamma", "label_smoothing", "sft_coef"):
+            if getattr(cfg, key):
+                wrong.append(f"{key} is of preferences, not of method sft")
     else:
         preferences.check_method(cfg)
     if cfg.lora.r:
@@ -328,9 +327,7 @@ class FineTuner(Trainer):
 
     def adapter(self) -> dict:
         """What a checkpoint says of its adapters."""
-        found = dataclasses.asdict(self.cfg.lora)
-        wrapped = lora.wrappers(self.model).items()
-        found["targets"] = [name for name, m in wrapped if not isinstance(m, lora.FreshRows)]
+        found = dataclasses.asdict(self.cfg.lora) | {"targets": self.targets}
         found |= {"fresh_ids": self.fresh, "quantize_base": self.cfg.quantize_base}
         return found | {"base": self.began_with["path"], "base_sha256": self.began_with["sha256"]}
 

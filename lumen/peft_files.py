@@ -122,15 +122,7 @@ def read(folder: Path, cfg: ModelConfig) -> tuple[dict, dict, dict]:
         fresh = take_rows(config, tensors, cfg.vocab_size)
         pairs, wrong = take_pairs(config, tensors)
         wrong += [f"{key} holds NaN or inf" for key, t in tensors.items() if not finite(t)]
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        re.error,
-    ) as error:
+    except BAD as error:
         raise UserError("E401", f"{file}: {type(error).__name__}: {error}") from error
     fused = {}
     for name in dict.fromkeys(part.ours for part in layout(cfg) if role(part.ours) == "matrix"):
