@@ -408,8 +408,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(gate) * up), gate and up in one matrix, gate first (Shazeer 2020); (..., C) in and
-    out."""
+    """w2(silu(gate) * up), gate and up in one matrix, gate first (Shazeer 2020); (..., C)."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -547,7 +546,7 @@ def cross_entropy(logits, targets, z_loss: float, need_grad: bool):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum over tokens of cross-entropy + z_loss logsumexp^2 of logits x W^T, never all there.
+    """Sum over tokens of cross-entropy + z_loss logsumexp^2 of logits x W^T, never all at once.
 
     The gradient of x and W is computed chunk by chunk in the forward pass (backward only scales
     it): three matmuls in all, as with full logits. x (N, C), weight (V, C), targets (N,), negative
@@ -655,7 +654,8 @@ class Transformer(nn.Module):
             self.head = Linear(cfg.d_model, cfg.vocab_size)
         self.compute_dtype = torch.float32
         self.z_loss = 0.0
-        self.fused_loss = self.skip_masked = False  # a GPU would wait to know what is masked
+        self.fused_loss = False
+        self.skip_masked = False  # on a GPU the host would wait to know what is masked
         self.backend = "sdpa"
         self.recompute = "none"
         self.causal = True
@@ -752,7 +752,8 @@ class Transformer(nn.Module):
 
     def loss(self, x, targets, found: list[dict]) -> tuple[torch.Tensor, dict]:
         """(total, sums), see forward, from the stream x (B, T, C) and the blocks' statistics."""
-        grad, valid = torch.is_grad_enabled(), targets >= 0
+        grad = torch.is_grad_enabled()
+        valid = targets >= 0
         x, asked, of = x.flatten(0, 1), valid.flatten(), targets.flatten()
         if self.skip_masked and not asked.all():
             x, of = x[asked], of[asked]  # masked places need no logits
@@ -851,9 +852,8 @@ class Transformer(nn.Module):
         """Training FLOPs per token, forward and backward: 6 per weight that multiplies, and
         12 L H D T for attention.
 
-        PaLM's convention (Chowdhery et al. 2022, appendix B): causality is not discounted, so that
-        MFUs compare. Of the experts those that are used count; in a MoD layer of capacity c weights
-        count c times, attention c^2 times.
+        PaLM's convention (Chowdhery et al. 2022, appendix B): causality is not discounted. Of the
+        experts those used count; in a MoD layer of capacity c weights c times, attention c^2.
         """
         cfg, T = self.cfg, seq_len or self.cfg.max_seq_len
         flops = 6 * cfg.vocab_size * cfg.d_model  # the head; the embedding is a lookup

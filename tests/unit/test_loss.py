@@ -6,7 +6,7 @@ import torch
 import kernels
 import model
 from lumen import tryout
-from model import HeadLoss, cross_entropy, head_rows
+from model import HeadLoss, ModelConfig, Transformer, cross_entropy, head_rows
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="no triton")
 
@@ -146,3 +146,23 @@ def test_the_kernel_is_taken_where_it_works(kernel, name, why, monkeypatch):
 
 def test_on_a_cpu_the_loss_is_plain():
     assert tryout.pick_loss("cpu", torch.float32, 97)[0] == "plain"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_masked_places_need_no_logits(share):
+    """Sums and gradients are those of all places, also where none has a target."""
+    torch.manual_seed(0)
+    net = Transformer(ModelConfig(vocab_size=50, d_model=32, n_layers=1, n_heads=2))
+    net.init_weights(0)
+    x = torch.randint(50, (2, 40))
+    y = torch.where(torch.rand(2, 40) < share, x.roll(-1, 1), -1)
+    found = []
+    for skips in (False, True):
+        net.skip_masked = skips
+        net.zero_grad()
+        total, sums = net(x, targets=y)
+        total.backward()
+        grads = [p.grad.clone() for p in net.parameters()]
+        found.append([total.detach(), sums["ce"], sums["count"], *grads])
+    for all_places, asked in zip(*found):
+        assert torch.allclose(all_places, asked, rtol=1e-5, atol=1e-6)
