@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lumen import chat, scoreboard, scores
 from lumen.answers import Answers, key_of
 from lumen.config import Config
-from lumen.decisions import Decision
 from lumen.errors import UserError, a_path, expand, raise_if
 from lumen.launch import Words, check_launch, command
 from lumen.parallel import Parallel
 from lumen.questions import Asked, Options, Task
+from lumen.scorer import Scorer
 from lumen.windows import Batch, dummy_batch, fill_row
-
 
 ROUND = 8  # questions that each rank asks before the ranks hear of one another
 
@@ -91,46 +91,6 @@ def evaluate_loss(
     finally:
         model.train(was_training)
     return loop.result()
-
-
-def evaluate_run(trainer) -> bool:
-    """An evaluation of a run that trains, and what follows from it: patience, a row of
-    metrics.jsonl, the orchestrator's look at it. Returns whether it is a new best.
-
-    A signal leaves it; UserError, after a save, where a row cannot be read.
-    """
-    t, progress = trainer, trainer.progress
-    t.finish_pending_step()
-    t.watch.lap("other")
-    began = time.perf_counter()
-    progress.evaluated_at = t.step
-    if not t.val_set:  # val_fraction: 0; the last checkpoint counts as the best then
-        return False
-    try:
-        found = t.measure(t.val_set, t.token_bytes)
-        if found and t.val_aside:  # sources of earlier phases: said, but no part of val_loss
-            found = found.beside(t.measure(t.val_aside))
-    except UserError:
-        progress.evaluated_at = None
-        t.save()
-        raise
-    if found is None:
-        progress.evaluated_at = None
-        t.stopping = True
-        t.say("evaluation left: a signal came")
-        return False
-    new_best = progress.compare(t.step, found.loss, found.batch_losses)
-    why = progress.out_of_patience(t.cfg.early_stopping_patience)
-    if why:
-        t.say(why)
-        t.orchestrator.decide(Decision("patience", "stop", why, 2, basis="rule", always=True))
-        progress.stopped_early = True
-    took = time.perf_counter() - began
-    row = t.tell.evaluation(found, new_best, took)
-    t.orchestrator.evaluated(row)
-    t.watch.leave_out(took)  # tokens per second are those of training
-    t.watch.lap("evaluation")
-    return new_best
 
 
 # ---------------------------------------------------------------- questions
@@ -302,7 +262,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--core_dir", metavar="DIR", help="CORE's bundle: its 22 tasks")
     p.add_argument("--lm_eval", default="", help="tasks of lm-eval (pip install lm-eval)")
     p.add_argument("--lm_eval_path", metavar="DIR", help="tasks of lm-eval that you wrote")
-    p.add_argument("--overlap_tokens", type=int, metavar="N", help="training tokens to look through")
+    p.add_argument(
+        "--overlap_tokens", type=int, metavar="N", help="training tokens to look through"
+    )
     p.add_argument("--detailed", action="store_true", help="all replies, in OUT/replies.md")
     p.add_argument("--best", action="store_true", help="the step of the lowest validation loss")
     p.add_argument("--step", type=int, metavar="N")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_loss, evaluate_run
+from evaluate import evaluate_loss
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
@@ -37,7 +37,7 @@ from lumen.machine import free_memory
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
-from lumen.progress import Progress
+from lumen.progress import Progress, evaluate_run
 from lumen.replay import read_decisions
 from lumen.report import Report
 from lumen.resolve import check_states, with_micro_batch, without_effect

@@ -30,8 +30,8 @@ class OneRank:
     def gather(self, x):
         return [x]
 
-    def run_or_raise_on_all(self, do):
-        do()
+    def run_or_raise_on_all(self, do, *args):
+        return do(*args)
 
 
 class Windows:
