@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_loss
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
@@ -29,6 +28,7 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
+from lumen.evaluation import evaluate_loss, evaluate_run
 from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted, update_balance
 from lumen.feed import to_host
 from lumen.launch import check_launch, check_tasks, command, environment
@@ -37,7 +37,7 @@ from lumen.machine import free_memory
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
 from lumen.orchestrate import LR_CUT, MAX_CORRELATION, EndEarly, KnobBack, Parts
 from lumen.parallel import Parallel
-from lumen.progress import Progress, evaluate_run
+from lumen.progress import Progress
 from lumen.replay import read_decisions
 from lumen.report import Report
 from lumen.resolve import check_states, with_micro_batch, without_effect

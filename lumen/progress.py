@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lumen import checkpoint
-from lumen.decisions import Decision
-from lumen.errors import UserError
 from lumen.forecast import paired_rise
 
 
@@ -90,43 +87,3 @@ class Progress:
                 self.best_val_loss, self.best_step = found
         best = (self.best_val_loss, self.best_step)
         self.best_val_loss, self.best_step = parallel.broadcast(best)
-
-
-def evaluate_run(trainer) -> bool:
-    """An evaluation of a run that trains, and what follows from it: patience, a row of
-    metrics.jsonl, the orchestrator's look at it. Returns whether it is a new best.
-
-    A signal leaves it; UserError, after a save, where a row cannot be read.
-    """
-    t, progress = trainer, trainer.progress
-    t.finish_pending_step()
-    t.watch.lap("other")
-    began = time.perf_counter()
-    progress.evaluated_at = t.step
-    if not t.val_set:  # val_fraction: 0; the last checkpoint counts as the best then
-        return False
-    try:
-        found = t.measure(t.val_set, t.token_bytes)
-        if found and t.val_aside:  # sources of earlier phases: said, but no part of val_loss
-            found = found.beside(t.measure(t.val_aside))
-    except UserError:
-        progress.evaluated_at = None
-        t.save()
-        raise
-    if found is None:
-        progress.evaluated_at = None
-        t.stopping = True
-        t.say("evaluation left: a signal came")
-        return False
-    new_best = progress.compare(t.step, found.loss, found.batch_losses)
-    why = progress.out_of_patience(t.cfg.early_stopping_patience)
-    if why:
-        t.say(why)
-        t.orchestrator.decide(Decision("patience", "stop", why, 2, basis="rule", always=True))
-        progress.stopped_early = True
-    took = time.perf_counter() - began
-    row = t.tell.evaluation(found, new_best, took)
-    t.orchestrator.evaluated(row)
-    t.watch.leave_out(took)  # tokens per second are those of training
-    t.watch.lap("evaluation")
-    return new_best

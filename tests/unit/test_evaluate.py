@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluate import evaluate_loss
 from lumen.errors import UserError
+from lumen.evaluation import evaluate_loss
 from lumen.feed import Feed
 from model import ModelConfig, Transformer
 

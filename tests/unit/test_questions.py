@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from evaluate import ask
-from lumen.answers import Answers
+from lumen.answers import Answers, ask
 from lumen.errors import UserError
 from lumen.questions import Options, Task, chosen, partner
 from lumen.tasks import find_tasks
