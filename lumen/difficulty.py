@@ -106,7 +106,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError("E119", f"{file} cannot be written: {error.strerror}") from error
     low, middle, high = np.percentile(losses, (5, 50, 95))
-    text = f"{source.windows:,} windows of {T} tokens, {args.run}, {opened}: loss 5 % below"
+    judge = args.run if opened.step is None else f"step {opened.step} of {args.run}"
+    text = f"{source.windows:,} windows of {T} tokens, {judge}: loss 5 % below"
     print(f"{file}: {text} {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f} nats")
     return 0
 
