@@ -70,7 +70,7 @@ class Metric(NamedTuple):
     """What each question adds to both sums of a metric; arrays (n,), in the order of i."""
 
     name: str
-    unit: str  # share: 0 to 1; bits; ppl: e to the ratio
+    unit: str  # share: 0 to 1; bits; nats; ppl: e to the ratio
     top: np.ndarray
     bottom: np.ndarray
     chance: np.ndarray | None = None  # what would stand on top
@@ -233,7 +233,8 @@ def most_frequent(lines: list[dict], cloze: bool = False) -> np.ndarray | None:
 
 
 def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
-    """Bits per byte; perplexity per token, per word and per byte; how many tokens were greedy."""
+    """Bits per byte; loss in nats per token; perplexity per token, per word, per byte; how many
+    tokens were greedy. What the lines do not say (bytes of bare shards) is left out."""
     names = ("nats", "tokens", "right", "bytes", "words", "majority")
     nats, tokens, right, n_bytes, words, unigram = (
         floats(line.get(name) for line in lines) for name in names
@@ -242,17 +243,23 @@ def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
     blind = floats(found["nats"] for found in controls)
     blind = blind * tokens / np.maximum(1, floats(found["tokens"] for found in controls))
     chance = None if uniform is None else tokens * uniform
-    tops = nats, chance, unigram, blind
-    if np.isnan(unigram).all():  # nobody counted them
-        tops = nats, chance, None, blind
+    if np.isnan(unigram).all():
+        unigram = None
+    baselines = chance, unigram, blind
     metrics = []
-    for name, bottom in (("token_ppl", tokens), ("word_ppl", words), ("byte_ppl", n_bytes)):
-        top, *baselines = tops
-        metrics.append(Metric(name, "ppl", top, bottom, *baselines))
-    top, *baselines = [None if x is None else x / LN2 for x in tops]
-    bits = Metric("bits_per_byte", "bits", top, n_bytes, *baselines)
-    chance = None if uniform is None else tokens * math.exp(-uniform)
-    return [bits, *metrics, Metric("token_acc", "share", right, tokens, chance)]
+    for name, unit, bottom in (
+        ("bits_per_byte", "bits", n_bytes * LN2),
+        ("loss", "nats", tokens),
+        ("token_ppl", "ppl", tokens),
+        ("word_ppl", "ppl", words),
+        ("byte_ppl", "ppl", n_bytes),
+    ):
+        if not np.isnan(bottom).any():
+            metrics.append(Metric(name, unit, nats, bottom, *baselines))
+    if not np.isnan(right).all():
+        chance = None if uniform is None else tokens * math.exp(-uniform)
+        metrics.append(Metric("token_acc", "share", right, tokens, chance))
+    return metrics
 
 
 def reply_metrics(lines: list[dict]) -> list[Metric]:
@@ -340,39 +347,3 @@ def beside(better: str, low: float, high: float, base: float) -> int:
     near = ALMOST * abs(base)
     above = int(low > base + near) - int(high < base - near)
     return above if better == "higher" else -above
-
-
-# ---------------------------------------------------------------- two models
-
-
-class Difference(NamedTuple):
-    """How much more of a metric the second of two models has."""
-
-    value: float
-    low: float | None
-    high: float | None
-    wins: int  # questions on which the second is better
-    losses: int
-    ties: int
-
-
-def difference(a: Metric, b: Metric, paired: bool = True) -> Difference:
-    """b - a, whose questions are the same, one by one; not `paired`: each has its own, and there
-    are no wins."""
-    value = b.value(b.top) - a.value(a.top)
-    if paired:
-        first, second = resampled([a, b])
-    else:
-        (first,), (second,) = resampled([a]), resampled([b], SEED + 1)
-    draws = second - first
-    low = high = math.nan
-    if math.isfinite(value):
-        low, high = (float(end) for end in np.quantile(draws[~np.isnan(draws)], INTERVAL))
-    if not paired:
-        return Difference(value, low, high, 0, 0, 0)
-    each = [m.top / np.where(m.bottom > 0, m.bottom, 1) for m in (a, b)]
-    more = each[1] - each[0]
-    more[np.abs(more) <= TIE * np.maximum(*np.abs(each))] = 0
-    sign = 1 if a.better == "higher" else -1
-    wins, losses = int((sign * more > 0).sum()), int((sign * more < 0).sum())
-    return Difference(value, low, high, wins, losses, len(more) - wins - losses)
