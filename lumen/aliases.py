@@ -141,8 +141,8 @@ def row_of(name: str, value, own: dict) -> dict | None:
     row = table().get(bare, {})
     if row.keys() & {"to", "ignore", "refuse"}:
         return row
-    # of lora's keys (r, alpha, dropout) no bare name says whose it is
-    blocks = [block for block in blocks_of(own) if block != "lora"]
+    # of these keys (r, alpha, dropout; tasks, limit) no bare name says whose it is
+    blocks = [block for block in blocks_of(own) if block not in ("lora", "evaluate")]
     homes = [f"{block}.{bare}" for block in blocks if f"{block}.{bare}" in own]
     return {"to": homes[0], "values": {}} if name == bare and len(homes) == 1 else None
 
