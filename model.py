@@ -108,8 +108,7 @@ class ModelConfig:
         self.require("head_dim", self.head_dim % 2 == 0, "is odd; RoPE turns pairs, so be it even")
         self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, "does not divide n_heads")
         for key, names in NAMES.items():
-            known = getattr(self, key) in names
-            self.require(key, known, f"is not one of {', '.join(names)}")
+            self.require(key, getattr(self, key) in names, f"is not one of {', '.join(names)}")
         if self.rope_scaling is not None:
             kind = rope_kind(self.rope_scaling)
             text = f"has type {kind!r}, not one of {', '.join(ROPE_SCALINGS)}"
@@ -126,9 +125,8 @@ class ModelConfig:
             self.require_experts()
 
     def require_experts(self) -> None:
-        inside = 1 <= self.n_experts_per_token <= self.n_experts
         text = f"must be from 1 to n_experts, {self.n_experts}"
-        self.require("n_experts_per_token", inside, text)
+        self.require("n_experts_per_token", 1 <= self.n_experts_per_token <= self.n_experts, text)
         for key in ("d_model", "d_expert"):
             # grouped GEMMs need rows of 16 bytes, in every precision
             size = getattr(self, key)
@@ -309,15 +307,19 @@ class KVCache:
             if cfg.capacity(i) < 1 and not cfg.mod_ffn_only:
                 self.kept[i] = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
 
-    def place(self, idx: torch.Tensor) -> torch.Tensor:
-        """Positions (B, T) of new tokens idx (B, T), where -1 pads on the right; makes the mask."""
+    def place(self, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of new tokens idx (B, T), -1 pads on the right: (positions, slots), (B, T) each. Makes
+        the mask. In lumen/scorer.py's cache slots are no positions."""
         T = idx.shape[1]
         pos = self.filled[:, None] + torch.arange(T, device=idx.device)
         pos = pos.masked_fill(idx < 0, self.length)  # padding goes to the slot that nobody reads
+        real = (idx >= 0).sum(1)  # (B,), tokens that are no padding
+        self.filled += real
+        self.last = self.rows[:, 0], (real - 1).clamp(min=0)  # of each row
         # an upper bound that the host knows; the true lengths would be a sync a token
         self.used = min(self.used + T, self.length)
         self.mask = self.before(pos)
-        return pos
+        return pos, pos
 
     def before(self, pos: torch.Tensor) -> torch.Tensor:
         """Which of the used slots lie at or before pos (B, T): (B, 1, T, used)."""
@@ -343,12 +345,13 @@ class KVCache:
 
 class AttentionInputs(NamedTuple):
     """What one forward pass gives to every attention layer beside the stream. MoD replaces rope
-    and pos by those of the tokens that it lets through."""
+    and slots by those of the tokens that it lets through."""
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, 1, D/2) or (B, T, 1, D/2)
     backend: str = "sdpa"  # or one of kernels.ATTENTION
     cache: KVCache | None = None  # decoding
     pos: torch.Tensor | None = None  # (T,) or with a cache (B, T)
+    slots: torch.Tensor | None = None  # (B, T), where the cache stores them
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
     docs: tuple | None = None  # kernels.Documents, which do not see each other
 
@@ -396,8 +399,8 @@ class Attention(nn.Module):
             options = {"is_causal": True}
             k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
         else:
-            k, v = inputs.cache.write(self.layer, inputs.pos, k, v)  # (B, G, used, D)
-            options = {"attn_mask": inputs.cache.visible(self.layer, inputs.pos)}
+            k, v = inputs.cache.write(self.layer, inputs.slots, k, v)  # (B, G, used, D)
+            options = {"attn_mask": inputs.cache.visible(self.layer, inputs.slots)}
         # each key head serves H / G query heads, without a copy where a kernel can
         options["enable_gqa"] = k.shape[1] != q.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, **options)
@@ -716,17 +719,16 @@ class Transformer(nn.Module):
         run on: to RoPE only distances count.
         """
         if cache is None:
-            pos = torch.arange(idx.shape[1], device=idx.device)  # (T,)
+            pos, slots = torch.arange(idx.shape[1], device=idx.device), None  # (T,)
         else:
-            pos = cache.place(idx)  # (B, T)
-            real = (idx >= 0).sum(1)  # (B,), tokens that are no padding
+            pos, slots = cache.place(idx)  # (B, T) each
             idx = idx.clamp(min=0)
         rope = rope_tables(self.cfg, pos)
         if docs is not None:
             from kernels import documents  # optional, too
 
             docs = documents(docs, self.backend, self.compute_dtype)
-        inputs = AttentionInputs(rope, self.backend, cache, pos, self.causal, docs)
+        inputs = AttentionInputs(rope, self.backend, cache, pos, slots, self.causal, docs)
         x = F.embedding(idx, self.embed.weight).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.cfg.dropout, self.training)
         found = []  # statistics of the sparse layers, block by block
@@ -737,8 +739,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         # in decoding only the last real token of a row has a successor that anybody asks for
         if cache is not None:
-            x = x[cache.rows[:, 0], (real - 1).clamp(min=0)]  # (B, C)
-            cache.filled += real
+            x = x[cache.last]  # (B, C)
         if targets is None:
             return F.linear(x, self.head_weight().to(x.dtype))
         return self.loss(x, targets, found)
@@ -799,10 +800,9 @@ class Transformer(nn.Module):
         device = self.embed.weight.device
         # on the CPU, so that a seed gives the same text on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        longest = max(map(len, prompts))
-        length = longest + max_new_tokens
-        cache = KVCache(self.cfg, len(prompts), length, device, self.compute_dtype)
-        idx = torch.tensor([p + [-1] * (longest - len(p)) for p in prompts], device=device)
+        most = max(map(len, prompts))
+        cache = KVCache(self.cfg, len(prompts), most + max_new_tokens, device, self.compute_dtype)
+        idx = torch.tensor([p + [-1] * (most - len(p)) for p in prompts], device=device)
         alive = [True] * len(prompts)  # a row that has ended is padded from then on
         trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}
         for moe in trained:

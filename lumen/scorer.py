@@ -1,10 +1,21 @@
-"""How likely a model finds texts: the log-probability of continuations, each question by itself."""
+"""How likely a model finds texts: the log-probability of continuations, each question by itself.
+
+A question is a forward pass of its own, a batch of one: its choices hang, like branches, on what
+they begin with alike, which is computed once. So its bits depend on the model and the question, and
+on nothing else that is asked; and a question of long context costs little more than one choice.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
+import torch
+
 from lumen.questions import Question
+from lumen.replies import uncompiled
+
+ROWS = 256  # of logits in fp32 at a time: 50 MB at 50,000 ids
 
 
 class Scored(NamedTuple):
@@ -15,22 +26,203 @@ class Scored(NamedTuple):
     greedy: bool  # each of its tokens was the most likely
 
 
+class Branches:
+    """What one forward pass over a trunk and its branches needs in the place of a model.KVCache.
+
+    Slot s of the row holds a token of the trunk (its first `trunk` slots) or of a branch; a token
+    sees the trunk, up to itself, and what of its own branch came before. Positions are those that a
+    branch would have behind the trunk alone. `before`: the Branches of a trunk that was computed
+    earlier and is seen by all, which has kept its keys and values.
+    """
+
+    def __init__(self, trunk: int, branches: list[int], device, before: Branches | None = None):
+        self.before = before
+        self.length = trunk + sum(branches)  # tokens; the slot behind is padding, which sees none
+        first = before.length if before else 0
+        positions = [torch.arange(trunk)]
+        of = [torch.zeros(trunk, dtype=torch.long)]  # the branch of each slot; 0: the trunk
+        for number, n in enumerate(branches, 1):
+            positions.append(trunk + torch.arange(n))
+            of.append(torch.full((n,), number))
+        self.positions = first + torch.cat(positions)[None].to(device)  # (1, T)
+        of = torch.cat(of).to(device)
+        earlier = torch.arange(self.length, device=device)
+        # (T + 1, T + 1): whether the token of a slot (row) sees that of another (column)
+        self.sees = torch.zeros(self.length + 1, self.length + 1, dtype=torch.bool, device=device)
+        same = (of[:, None] == of) | (of == 0)
+        self.sees[:-1, :-1] = same & (earlier <= earlier[:, None])
+        self.last = None  # slots whose successor is asked for, as model.forward indexes with it
+        self.keys, self.values = {}, {}  # by layer, of the slots that it computed
+        self.at = None  # those slots, (1, n), of the layer at hand
+
+    def ask(self, slots: list[int]) -> None:
+        """Logits are wanted of these slots only."""
+        columns = torch.tensor(slots, device=self.sees.device)
+        self.last = torch.zeros_like(columns), columns
+
+    def place(self, idx):
+        slots = torch.arange(self.length, device=idx.device)[None]
+        return self.positions, slots
+
+    def write(self, layer: int, slots, k, v):
+        """k, v (1, n, G, D) of the tokens in `slots` (1, n), all that this layer computes (MoD may
+        pass tokens by): returns them behind those of the trunk before, (1, G, all, D) each."""
+        self.at = slots
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        self.keys[layer], self.values[layer] = k, v
+        if self.before and layer in self.before.keys:
+            k = torch.cat((self.before.keys[layer], k), dim=2)
+            v = torch.cat((self.before.values[layer], v), dim=2)
+        return k, v
+
+    def visible(self, layer: int, slots):
+        """Which of the keys that write has returned the tokens in `slots` may look at: bool
+        (1, 1, n, all)."""
+        mask = self.sees[slots[0][:, None], self.at[0]]
+        if self.before and layer in self.before.keys:
+            seen = self.before.keys[layer].shape[2]
+            mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
+        return mask[None, None]
+
+
 class Scorer:
-    """A model that is asked for log-probabilities. A question is a forward pass of its own: its
-    bits depend on the model and on the question, not on what else is asked."""
+    """A model that is asked for log-probabilities. It is left in the mode in which it was."""
 
     def __init__(self, model, tokenizer, n_vocab: int | None = None):
         self.model, self.tokenizer = model, tokenizer
+        self.n_vocab = n_vocab or tokenizer.n_vocab  # ids from here on are padding
+        self.room = model.cfg.max_seq_len
+        self.header: tuple[tuple, Branches] | None = None  # the last trunk that questions shared
+        self.encoded = {}  # of the last header: text -> ids
+
+    # ---- texts
 
     def question(self, question: Question) -> dict:
         """{logprobs, tokens, greedy}: lists, an entry a choice."""
-        raise NotImplementedError
+        found = self.pairs(question.pairs, question.header)
+        names = ("logprobs", "tokens", "greedy")
+        return {name: list(values) for name, values in zip(names, zip(*found))}
 
     def pairs(self, pairs, header: str = "") -> list[Scored]:
-        """Of (context, continuation) texts, asked together: what they begin with alike is computed
-        once. The border between the two is that of lm-eval."""
-        raise NotImplementedError
+        """Of (context, continuation) texts, asked together; `header` stands before each context and
+        is shared by many questions, so its keys and values are kept.
+
+        The border between context and continuation is lm-eval's: white space at the end of the
+        context goes to the continuation, and what of the ids of both together lies behind as many
+        as the context has alone is scored. An empty context is <|endoftext|>.
+        """
+        sequences = [self.encode_pair(header + context, text) for context, text in pairs]
+        return self.ids(sequences, self.shared_ids(header, sequences))
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """(ids of both, how many stand before the continuation)."""
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        if not bare:
+            return [self.tokenizer.eot_id, *self.encode(continuation)], 1
+        whole = self.encode(bare + continuation)
+        return whole, len(self.encode(bare))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).tolist()
+
+    def shared_ids(self, header: str, sequences: list) -> int:
+        """How many ids at the start the header makes alone, and all sequences begin with."""
+        if not header:
+            return 0
+        if header not in self.encoded:
+            self.encoded = {header: self.encode(header)}
+        ids = self.encoded[header]
+        return min(common(ids, whole[:n]) for whole, n in sequences)
+
+    # ---- ids
 
     def ids(self, sequences: list[tuple[list[int], int]], shared: int = 0) -> list[Scored]:
-        """The same of (ids, how many of them stand before the continuation)."""
-        raise NotImplementedError
+        """The same of (ids, how many of them stand before the continuation, at least one), which
+        are cut from the left to what the model's context holds. The first `shared` ids of all are
+        kept for later questions."""
+        if max(len(whole) for whole, _ in sequences) - 1 > self.room:
+            shared = 0  # what is cut from the left has another beginning
+            sequences = [self.cut(*sequence) for sequence in sequences]
+        # the last id of a sequence predicts nothing
+        inputs = [whole[:-1] for whole, _ in sequences]
+        shared = min(shared, *(n - 1 for _, n in sequences))
+        trunk = inputs[0]
+        for other in inputs[1:]:
+            trunk = trunk[: common(trunk, other)]
+        with self.at_rest():
+            before = self.trunk(tuple(trunk[:shared])) if shared else None
+            return self.branches(sequences, inputs, trunk[shared:], before)
+
+    def cut(self, whole: list[int], n: int) -> tuple[list[int], int]:
+        """To max_seq_len inputs and the target of the last: from the left."""
+        gone = max(0, len(whole) - 1 - self.room)
+        return whole[gone:], max(1, n - gone)
+
+    @contextlib.contextmanager
+    def at_rest(self):
+        """No gradients, no dropout, MoD by its causal rule, no graph compiled for each length."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), uncompiled(self.model):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def trunk(self, ids: tuple) -> Branches:
+        """What questions begin with alike, computed by itself: so it is the same for all of them,
+        whichever comes first."""
+        if self.header is None or self.header[0] != ids:
+            made = Branches(len(ids), [], self.device)
+            made.ask([len(ids) - 1])
+            self.model(torch.tensor([ids], device=self.device), cache=made)
+            self.header = (ids, made)
+        return self.header[1]
+
+    @property
+    def device(self):
+        return self.model.embed.weight.device
+
+    def branches(self, sequences, inputs, trunk, before) -> list[Scored]:
+        """One forward pass over the trunk and what each sequence has behind it."""
+        first = before.length if before else 0
+        behind = [ids[first + len(trunk) :] for ids in inputs]
+        row = Branches(len(trunk), [len(ids) for ids in behind], self.device, before)
+        wanted, targets = [], []  # slots, and the ids that should follow
+        start = len(trunk)
+        for (whole, n), ids in zip(sequences, behind):
+            for at in range(n - 1, len(whole) - 1):  # whole[at] predicts whole[at + 1]
+                in_trunk = at - first
+                slot = in_trunk if in_trunk < len(trunk) else start + in_trunk - len(trunk)
+                wanted.append(slot)
+                targets.append(whole[at + 1])
+            start += len(ids)
+        row.ask(wanted)
+        idx = [*trunk, *(i for ids in behind for i in ids)]
+        logits = self.model(torch.tensor([idx], device=self.device), cache=row)  # (n, V)
+        logprobs, greedy = self.likelihoods(logits, torch.tensor(targets, device=self.device))
+        found, at = [], 0
+        for whole, n in sequences:
+            part = slice(at, at + len(whole) - n)
+            total = logprobs[part].sum().item()
+            found.append(Scored(total, len(whole) - n, bool(greedy[part].all())))
+            at = part.stop
+        return found
+
+    def likelihoods(self, logits, targets):
+        """Of logits (n, V) and ids (n,): log-probabilities in fp64 and whether each id is the most
+        likely, (n,) each, on the CPU."""
+        logprobs, greedy = [], []
+        for rows, ids in zip(logits.split(ROWS), targets.split(ROWS)):
+            rows = rows[:, : self.n_vocab].float()
+            right = rows.gather(1, ids[:, None])[:, 0]
+            logprobs.append((right - rows.logsumexp(-1)).cpu().double())
+            greedy.append((rows.argmax(-1) == ids).cpu())
+        return torch.cat(logprobs), torch.cat(greedy)
+
+
+def common(a, b) -> int:
+    """How many elements two lists begin with alike."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)

@@ -1,0 +1,145 @@
+"""lumen/scorer.py: log-probabilities are those of a plain forward pass over each text, for every
+kind of layer; they do not depend on what else is asked."""
+
+import math
+
+import pytest
+import torch
+
+from lumen import tokenizer as tokenizers
+from lumen.questions import Choices, Options, Question, partner
+from lumen.scorer import Scorer
+from model import ModelConfig, Transformer
+
+TOKENIZER = tokenizers.load("bytes")
+EXPERTS = {"n_experts": 4, "d_expert": 32}
+KINDS = {
+    "dense": {},
+    "experts": EXPERTS,
+    "depths": {"mod_capacity": 0.5, "mod_every": 2},
+    "depths of the FFN": {"mod_capacity": 0.5, "mod_ffn_only": True},
+    "depths by position": {"mod_capacity": 0.5, "mod_routing": "static"},
+    "both": EXPERTS | {"mod_capacity": 0.5, "mod_every": 2},
+    "lunaris": {"norm_order": "lunaris"},
+}
+PAIRS = (
+    ("What is the word? ", "one"),
+    ("What is the word?", " one and two"),
+    ("What is the word?", " a"),
+    ("What is the", " word"),
+)
+HEADER = "Q: 1? A: 2\n\n"
+
+
+def make_model(**more) -> Transformer:
+    sizes = {"d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16}
+    cfg = ModelConfig(vocab_size=TOKENIZER.n_vocab, max_seq_len=64, **sizes, **more)
+    model = Transformer(cfg)
+    model.init_weights(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def by_hand(model, whole: list[int], n: int) -> tuple[float, bool]:
+    """One text, one plain forward pass."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([whole[:-1]]))[0, n - 1 :]
+    targets = torch.tensor(whole[n:])
+    logprobs = logits.log_softmax(-1).gather(1, targets[:, None])
+    return logprobs.sum().item(), bool((logits.argmax(-1) == targets).all())
+
+
+@pytest.mark.parametrize("header", ["", HEADER])
+@pytest.mark.parametrize("kind", KINDS)
+def test_choices_on_one_trunk_are_scored_as_texts_of_their_own(kind, header):
+    model = make_model(**KINDS[kind])
+    scorer = Scorer(model, TOKENIZER)
+    found = scorer.pairs(PAIRS, header)
+    for scored, (context, text) in zip(found, PAIRS):
+        whole, n = scorer.encode_pair(header + context, text)
+        logprob, greedy = by_hand(model, whole, n)
+        assert scored.logprob == pytest.approx(logprob, abs=2e-5)
+        assert (scored.tokens, scored.greedy) == (len(whole) - n, greedy)
+    assert (scorer.header is None) == (header == "")
+
+
+@pytest.mark.parametrize("kind", ["dense", "both"])
+def test_bits_depend_on_the_question_only(kind):
+    questions = [Question(PAIRS[:k], 0, header=h) for k in (1, 2, 4) for h in ("", HEADER, "x y")]
+    model = make_model(**KINDS[kind])
+    together = Scorer(model, TOKENIZER)
+    forth = [together.question(question) for question in questions]
+    back = [together.question(question) for question in reversed(questions)]
+    alone = [Scorer(model, TOKENIZER).question(question) for question in questions]
+    assert forth == back[::-1] == alone
+
+
+def test_a_model_is_left_as_it_was():
+    model = make_model(dropout=0.5)
+    model.train()
+    scorer = Scorer(model, TOKENIZER)
+    assert scorer.pairs(PAIRS) == scorer.pairs(PAIRS)  # no dropout
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_long_texts_are_cut_from_the_left():
+    model = make_model()
+    scorer = Scorer(model, TOKENIZER)
+    found = scorer.pairs([("word " * 30, "end"), ("word " * 30, "e" * 80)], HEADER)
+    ids = TOKENIZER.encode("word " * 30 + "end").tolist()[-65:]
+    assert found[0].logprob == pytest.approx(by_hand(model, ids, 61)[0], abs=2e-5)
+    ids = TOKENIZER.encode("e" * 65).tolist()
+    assert found[1].logprob == pytest.approx(by_hand(model, ids, 1)[0], abs=2e-5)
+    assert found[1].tokens == 64
+
+
+def test_the_border_is_that_of_lm_eval():
+    scorer = Scorer(make_model(), TOKENIZER)
+    whole, n = scorer.encode_pair("so is \n", "it")
+    assert (TOKENIZER.decode(whole[:n]), TOKENIZER.decode(whole[n:])) == ("so is", " \nit")
+    whole, n = scorer.encode_pair("", "it")
+    assert whole[:n] == [TOKENIZER.eot_id] and TOKENIZER.decode(whole[n:]) == "it"
+
+
+def test_a_uniform_model_and_padding_of_the_vocabulary():
+    model = make_model()
+    torch.nn.init.zeros_(model.embed.weight)
+    found = Scorer(model, TOKENIZER, n_vocab=200).pairs([("a", "bcd")])
+    assert found[0].logprob == pytest.approx(-3 * math.log(200))
+
+
+class Likes:
+    """A scorer that finds one text likely."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def question(self, question: Question) -> dict:
+        logprobs = [float(text == self.text) for _, text in question.pairs]
+        return {"logprobs": logprobs, "tokens": [1] * len(logprobs), "greedy": [False] * 2}
+
+
+def test_a_line_has_its_control():
+    rows = [{"question": str(i), "choices": ["no", "é"], "answer": i % 2} for i in range(4)]
+
+    def ask(row):
+        pairs = tuple((row["question"], choice) for choice in row["choices"])
+        return Question(pairs, row["answer"])
+
+    class Asked:
+        scorer = Likes("é")
+
+    task = Choices("t", Options(limit=3), records=rows, ask=ask, swap=("question",))
+    lines = [task.line(i, Asked) for i in range(len(task))]
+    assert [line["i"] for line in lines] == task.numbers and len(task) == 3
+    assert lines[0]["bytes"] == [2, 2] and lines[0]["logprobs"] == [0.0, 1.0]
+    assert set(lines[0]["control"]) == {"logprobs", "greedy"}
+    swapped = task.control(1)
+    assert swapped.pairs[0][0] == str(partner(1, 4)) and swapped.answer == 1
+    assert (
+        Choices("t", Options(control=False), records=rows, ask=ask, swap=("q",)).control(1) is None
+    )
