@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_loss, evaluate_run
+from evaluate import ask, evaluate_loss, evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
@@ -315,7 +315,7 @@ class Trainer(ByHand):
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
         check_command(cfg, self.fine_tunes)
-        self.in_training = InTraining(self)  # reads the tasks that it will ask on the way
+        self.in_training = InTraining(self, ask)  # reads the tasks that it will ask on the way
         prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes

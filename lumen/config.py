@@ -137,7 +137,7 @@ class Config:
     init_from: str | None = None  # start from the weights of a run, a step or a Hugging Face folder
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     lora: LoraConfig = field(default_factory=LoraConfig)  # adapters, by finetune.py; keys: below
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # tasks on the way; keys: below
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # tasks; its keys: below
     orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys: below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys: below
 

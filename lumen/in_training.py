@@ -1,50 +1,46 @@
 """What a run asks its model on the way: `evaluate: {every: N, tasks: [...]}` in a training YAML.
 
-Nothing here touches what is trained: a run has the same bits without it. The tasks are evaluate.py's
-(lumen/tasks.py), their numbers go where the run's other numbers go, under eval/TASK/. Each question
-is asked by itself, so that a number depends on the weights only, and on no number of processes.
+Nothing here touches what is trained: a run has the same bits without it. The tasks are those of
+evaluate.py (lumen/tasks.py); their numbers go where the run's others go, as eval/TASK/METRIC. Each
+question is asked by itself, so that a number depends on the weights and on no number of processes.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from lumen import chat
 from lumen import tokenizer as tokenizers
+from lumen.config import EvaluateConfig
 from lumen.errors import UserError
 from lumen.files import read_lines
 from lumen.questions import Asked, Options, Task
+from lumen.replies import uncompiled
 from lumen.scorer import Scorer
+from lumen.scores import Score, scores_of
 
 SAID = ("stderr", "chance", "majority")  # of a task's headline, beside its value
 
 
-def make_tasks(cfg) -> list[Task]:
-    """The tasks of an EvaluateConfig. E127.
+def make_tasks(cfg: EvaluateConfig) -> list[Task]:
+    """Without their controls, which evaluate.py asks too: here they would double the time. E127."""
+    from lumen.tasks import find_tasks  # many rooms, which only a run that asks has need of
 
-    Without their controls: evaluate.py asks those too, and here they would double the time.
-    """
+    if "val" in cfg.tasks:
+        text = "evaluate.tasks: val is what the run's own evaluations tell, see eval_interval"
+        raise UserError("E127", text)
     options = Options(shots=cfg.shots, limit=cfg.limit, control=False)
-    return find_tasks(cfg.tasks, cfg.data, options)
-
-
-def find_tasks(specs, data, options) -> list[Task]:
-    raise NotImplementedError
-
-
-def scores_of(kind, name, metric, lines, n_vocab, seconds) -> list:
-    from types import SimpleNamespace
-
-    right = [max(range(len(s["logprobs"])), key=s["logprobs"].__getitem__) == s["answer"] for s in lines]
-    return [SimpleNamespace(task=name, metric=metric, value=sum(right)/len(right), stderr=0.1, chance=0.25, majority=0.3, n=len(lines), headline=True)]
+    return find_tasks(cfg.tasks, Path(cfg.data) if cfg.data else None, options)
 
 
 class InTraining:
     """Of a Trainer, whose `iterations` calls `look` before each step."""
 
-    def __init__(self, trainer):
-        """Before anything is prepared or allocated. E127."""
-        self.trainer = trainer
+    def __init__(self, trainer, ask):
+        """Before anything is prepared or allocated. ask: evaluate.ask, the loop over questions.
+        E127."""
+        self.trainer, self.ask = trainer, ask
         self.every = trainer.cfg.evaluate.every
         self.tasks = make_tasks(trainer.cfg.evaluate) if self.every else []
         self.tokenizer = self.template = None
@@ -74,14 +70,13 @@ class InTraining:
         return (due.last or t.step % self.every == 0) and self.asked_at != t.step
 
     def was_asked(self) -> bool:
-        """Whether the process before this one has told all of the step from which this one goes on.
-        """
+        """Whether metrics.jsonl has all of the step from which this process goes on."""
         t, told = self.trainer, set()
-        if t.main:
+        with t.report.optional("metrics.jsonl"):
             for row in read_lines(t.out / "metrics.jsonl"):
                 if row.get("step") == t.step:
                     told |= set(row)
-        told = t.parallel.broadcast(told)
+        told = t.parallel.broadcast(told)  # of rank 0, whatever the others see there
         return all(any(key.startswith(prefix(task)) for key in told) for task in self.tasks)
 
     def look(self, due) -> None:
@@ -120,9 +115,9 @@ class InTraining:
         t.model.eval()  # no dropout, and MoD by its causal rule
         try:
             for task in self.tasks:
-                with t.report.optional(f"evaluate {task.name}"):
+                with t.report.optional(f"evaluate {task.name}"), uncompiled(t.model):
                     began = time.perf_counter()
-                    lines = ask(task, asked, t.parallel, lambda: t.signals.stop)
+                    lines = self.ask(task, asked, t.parallel, stop=lambda: t.signals.stop)
                     if lines is None:
                         return False
                     found |= self.tell(task, lines, time.perf_counter() - began)
@@ -149,7 +144,7 @@ def prefix(task: Task) -> str:
     return f"eval/{task.name}/"
 
 
-def in_words(score) -> str:
+def in_words(score: Score) -> str:
     """docstrings acc 0.310 ± 0.020 (chance 0.250, majority 0.260), 200 questions"""
     text = f"{score.task} {score.metric} {score.value:.3f}"
     if score.stderr is not None:
@@ -161,28 +156,3 @@ def in_words(score) -> str:
     if beside:
         text += f" ({', '.join(beside)})"
     return f"{text}, {score.n:,} questions"
-
-
-def ask(task: Task, asked: Asked, parallel, stop) -> list[dict] | None:
-    """The lines of a task in their order, on all ranks; None where a signal came on any of them.
-
-    Each rank asks its part, where a forward pass is its own. RuntimeError on all ranks where a
-    question fails on one.
-    """
-    rank, world = parallel.rank, parallel.world
-    if not parallel.collective_free:
-        rank, world = 0, 1
-    lines, failure = [], ""
-    for first in range(0, len(task), world):
-        if first + rank < len(task):
-            try:
-                lines.append(task.line(first + rank, asked))
-            except Exception as error:  # its text only: a traceback would hold on to tensors
-                failure = f"question {first + rank}: {type(error).__name__}: {error}"
-        stopped, failed = parallel.all_reduce_max([stop(), int(bool(failure))])
-        if failed:
-            raise RuntimeError(next(text for text in parallel.gather(failure) if text))
-        if stopped:
-            return None
-    parts = parallel.gather(lines)[:world]
-    return [parts[i % world][i // world] for i in range(len(task))]
