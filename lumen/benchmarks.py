@@ -294,7 +294,9 @@ def read_tables(name: str, form: Form, tables: list, n: int, options: Options) -
     beside = []
     if n:
         place = form.place(Path())
-        beside = [path for shards in tables for path in files.beside(shards[0], place, form.examples)]
+        beside = [
+            path for shards in tables for path in files.beside(shards[0], place, form.examples)
+        ]
     pool = read_records(form, beside) if beside else records
     for number, record in enumerate(records):
         record["number"] = number
