@@ -315,7 +315,7 @@ class Trainer(ByHand):
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
         check_command(cfg, self.fine_tunes)
-        self.in_training = InTraining(self, ask)  # reads the tasks that it will ask on the way
+        self.in_training = InTraining(self)  # reads the tasks that it will ask on the way
         prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lumen import chat
 from lumen import tokenizer as tokenizers
+from lumen.answers import ask
 from lumen.config import EvaluateConfig
 from lumen.errors import UserError
 from lumen.files import read_lines
@@ -37,10 +38,10 @@ def make_tasks(cfg: EvaluateConfig) -> list[Task]:
 class InTraining:
     """Of a Trainer, whose `iterations` calls `look` before each step."""
 
-    def __init__(self, trainer, ask):
-        """Before anything is prepared or allocated. ask: evaluate.ask, the loop over questions.
+    def __init__(self, trainer):
+        """Before anything is prepared or allocated.
         E127."""
-        self.trainer, self.ask = trainer, ask
+        self.trainer = trainer
         self.every = trainer.cfg.evaluate.every
         self.tasks = make_tasks(trainer.cfg.evaluate) if self.every else []
         self.tokenizer = self.template = None
@@ -117,7 +118,7 @@ class InTraining:
             for task in self.tasks:
                 with t.report.optional(f"evaluate {task.name}"), uncompiled(t.model):
                     began = time.perf_counter()
-                    lines = self.ask(task, asked, t.parallel, stop=lambda: t.signals.stop)
+                    lines = ask(task, asked, t.parallel, stop=lambda: t.signals.stop)
                     if lines is None:
                         return False
                     found |= self.tell(task, lines, time.perf_counter() - began)
