@@ -39,8 +39,7 @@ class InTraining:
     """Of a Trainer, whose `iterations` calls `look` before each step."""
 
     def __init__(self, trainer):
-        """Before anything is prepared or allocated.
-        E127."""
+        """Before anything is prepared or allocated. E127."""
         self.trainer = trainer
         self.every = trainer.cfg.evaluate.every
         self.tasks = make_tasks(trainer.cfg.evaluate) if self.every else []
