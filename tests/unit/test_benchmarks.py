@@ -363,7 +363,7 @@ def test_examples_are_those_beside_the_file(tmp_path):
     assert task.about["examples"] == str(train)
     assert task.ask(task.records[0]).header.count("Question: train\nAnswer: use") == 2
     sha256 = task.about["sha256"]
-    jsonl(train, other[::-1])
+    jsonl(train, other[:2])
     assert read("piqa", path, shots=2).about["sha256"] != sha256
 
 
@@ -375,7 +375,7 @@ BROKEN = [
     ("hellaswag", {"endings": "one"}, "endings is 'one'.*list"),
     ("hellaswag", {"label": "7"}, "label is '7'.*0, 1, 2, 3"),
     ("hellaswag", {"endings": ["a", ""]}, "empty"),
-    ("arc_easy", {"answerKey": "Z"}, "answerKey is 'Z'.*A, B, C"),
+    ("arc_easy", {"answerKey": "Z"}, "answerKey is 'Z'.*1, 2, 3"),
     ("arc_easy", {"choices": ["x", "y"]}, "choices is"),
     ("arc_easy", {"choices": {"text": ["x", "y"], "label": ["A", "B", "C"]}}, "2 texts"),
     ("piqa", {"sol2": ["a"]}, "sol2 is"),
