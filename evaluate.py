@@ -121,13 +121,16 @@ class Run:
         return key_of(facts | {"options": options, "name": task.name})
 
     def lines(self, task: Task) -> tuple[list[dict], float]:
-        """Of all questions, and how many seconds it took."""
+        """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
         began = time.perf_counter()
         with tqdm(total=len(task), desc=task.name, unit="q", disable=not self.shows_bar()) as bar:
             lines = ask(task, self.asked, self.parallel, kept, bar=bar.update)
+            new = bar.n
         seconds = time.perf_counter() - began
         kept.close()
+        speed = f"{new / seconds:.1f} a second" if new else "all answered before"
+        self.say(f"{task.name}: {len(task)} questions, {speed}")
         self.parallel.all_reduce_max([0])  # nobody writes any more
         if self.main:
             kept.finish(lines)
@@ -141,7 +144,6 @@ class Run:
         lines, seconds = self.lines(task)
         about = (task.kind, task.name, task.metric, lines, self.asked.n_vocab, seconds)
         found = scores.scores_of(*about)
-        self.say(f"{task.name}: {len(lines)} questions, {len(lines) / seconds:.1f} a second")
         how = {"kind": task.kind, "metric": task.metric, "about": task.about, "scores": found}
         if task.kind == "reply":
             how["samples"] = task.shown(lines)

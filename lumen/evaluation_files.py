@@ -4,8 +4,8 @@ is wrong with one: UserError E127 with file, line, field, value, remedy."""
 from __future__ import annotations
 
 import hashlib
-import reprlib
 import re
+import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
