@@ -31,7 +31,7 @@ def files(tmp_path_factory):
     (top / "text.txt").write_text("\n".join(lines))
     bytes_data(top / "data", top / "text.txt")
     rows = []
-    for i, line in enumerate(lines[:12]):
+    for line in lines[:12]:
         choices = [rng.choice(WORDS), "qqqq", "zz"]
         answer = rng.randrange(3)
         choices[0], choices[answer] = choices[answer], choices[0]
