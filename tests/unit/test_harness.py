@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 import export  # noqa: E402
 from lumen import harness, models  # noqa: E402
-from lumen.lm_eval_model import MARK, LumenLM, asked_of, prefix_of  # noqa: E402
+from lumen.lm_eval_model import MARK, LumenLM, asked_of  # noqa: E402
 
 CLOSE = 1e-4  # nats; the issue asks for 1e-3
 WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some good bread".split()
@@ -41,7 +41,7 @@ def pair(own, tmp_path_factory):
     export.to_hf(path / "run", path / "hf", say=str)
     opened = models.open_model(path / "run", device="cpu", precision="fp32", say=str)
     theirs = HFLM(str(path / "hf"), device="cpu", dtype="float32", batch_size=3)
-    return harness.language_model(asked_of(opened), prefix_of(opened)), theirs
+    return harness.language_model(asked_of(opened), opened), theirs
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def same(ours, theirs) -> None:
 def test_three_kinds_of_local_tasks_say_what_the_exported_folder_says(pair, folder):
     ours, theirs = pair
     tasks = ["own_choice", "own_rolling", "own_replies"]
-    found = harness.run(ours.asked, tasks, folder, ours.prefix)
+    found = harness.run(ours.asked, tasks, folder)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -131,14 +131,14 @@ def test_three_kinds_of_local_tasks_say_what_the_exported_folder_says(pair, fold
     replies = [sample["resps"][0][0] for sample in found["samples"]["own_replies"]]
     assert any(replies) and len(set(replies)) > 1
     rows = {(row.task, row.metric): row for row in harness.rows(found)}
-    row = rows["lm_eval:own_choice", "acc"]
-    assert row.headline and not rows["lm_eval:own_choice", "acc_norm"].headline
+    row = rows["lm-eval/own_choice", "acc"]
+    assert row.headline and not rows["lm-eval/own_choice", "acc_norm"].headline
     assert row.value == wanted["results"]["own_choice"]["acc,none"]
     assert row.n == len(TEXTS) and row.low <= row.value <= row.high and row.control is None
     assert row.chance == pytest.approx((4 * 1 / 2 + 4 * 1 / 3 + 4 * 1 / 4) / 12)
     answers = [i % (2 + i % 3) for i in range(12)]
     assert row.majority == max(map(answers.count, answers)) / 12
-    row = rows["lm_eval:own_rolling", "bits_per_byte"]
+    row = rows["lm-eval/own_rolling", "bits_per_byte"]
     assert row.better == "lower" and row.chance is None
 
 
