@@ -164,10 +164,10 @@ class Run:
 
         began = time.perf_counter()
         how = {"num_fewshot": self.args.shots, "limit": self.args.limit}
-        found = harness.run(self.asked, names, self.args.lm_eval_path, **how)
+        found = harness.run(self.asked, names, self.args.lm_eval_path, self.opened, **how)
         done = {}
         for score in harness.rows(found, time.perf_counter() - began):
-            task = done.setdefault(f"lm-eval/{score.task}", {"kind": "lm-eval", "about": how})
+            task = done.setdefault(score.task, {"kind": "lm-eval", "about": how})
             task.setdefault("scores", []).append(score)
         return done
 
