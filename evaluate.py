@@ -21,13 +21,13 @@ import sys
 import time
 from pathlib import Path
 
+from lumen.evaluate_names import translate
 from tqdm import tqdm
 
-from lumen import chat, scoreboard, scores
+from lumen import chat, comparing, scoreboard, scores
 from lumen.answers import Answers, ask, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
-from lumen.evaluate_names import translate
 from lumen.launch import Words, check_launch, command
 from lumen.overlap import overlap
 from lumen.parallel import Parallel
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"
         raise UserError("E304", text)
     if args.compare:
-        scoreboard.compare(args.compare, print, args.out and Path(expand(args.out)))
+        comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0
     check_launch()
     parallel = Parallel(Config(device=args.device))
@@ -218,7 +218,7 @@ def main(argv: list[str]) -> int:
         for line in scoreboard.table(scoreboard.scores_in(results)):
             print(line)
         run.say(f"{run.out}/report.md, results.json, answers/")
-    bad = any(score.row()["nan"] for task in done.values() for score in task["scores"])
+    bad = scores.has_nan(scoreboard.scores_in({"tasks": done}))
     parallel.close()
     return 2 if bad else 0
 

@@ -1,14 +1,15 @@
 """What people see of scores: results.json, report.md, a picture, a table on the console.
 
 results: {name, model, checkpoint: {path, step, sha256}, tokenizer: {name, sha256}, precision,
-device, command, tasks: {NAME: {kind, metric, about, options, scores: [Score], contamination,
-samples: [{prompt, reply}]}}}. Whatever else there is goes into results.json as it is.
+device, command (its words), tasks: {NAME: {kind, metric, about, options, scores: [Score],
+contamination, samples: [{prompt, reply}]}}}. Whatever else there is goes into results.json too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -60,12 +61,14 @@ def write(out, results: dict, say=print_now) -> None:
     scores = scores_in(results)
     bad = [f"{score.task}/{score.metric}" for score in scores if score.row()["nan"]]
     write_json(out / "results.json", plain(aliases(scores) | results | {"nan": bad}))
-    with replacing(out / "report.md") as file:
-        file.write("\n".join(report(results)).encode())
+    drawn = out / "picture.png"
     try:
-        picture(out / "picture.png", scores)
+        picture(drawn, scores)
     except ImportError:
+        drawn.unlink(missing_ok=True)  # it would be of other scores
         say("note       picture.png needs matplotlib: pip install matplotlib")
+    with replacing(out / "report.md") as file:
+        file.write("\n".join(report(results, drawn.exists())).encode())
 
 
 def surroundings() -> dict:
@@ -186,15 +189,17 @@ def score_rows(scores: list[Score]) -> list[list[str]]:
     return rows
 
 
-def report(results: dict) -> list[str]:
-    """report.md."""
+def report(results: dict, drawn: bool = False) -> list[str]:
+    """report.md; whether there is a picture."""
     scores = scores_in(results)
     lines = [f"# Evaluation of {results.get('name', 'a model')}", ""]
     lines += [f"- {name}: {text}" for name, text in facts(results)]
     heads = [score for score in scores if score.headline]
     rest = [score for score in scores if not score.headline]
     lines += ["", "## Scores", "", *markdown_table(score_rows(heads)), ""]
-    lines += [NOTES, "", "![scores](picture.png)", ""]
+    lines += [NOTES, ""]
+    if drawn:
+        lines += ["![scores](picture.png)", ""]
     if rest:
         lines += ["## Other metrics of the same answers", "", *markdown_table(score_rows(rest)), ""]
     names = dict.fromkeys(score.metric for score in scores)
@@ -205,7 +210,7 @@ def report(results: dict) -> list[str]:
         about = [f"{key} {value}" for key, value in plain(task.get("about") or {}).items()]
         lines.append(f"- **{name}**: {', '.join(about) or 'built in'}")
         if task.get("contamination"):
-            lines.append(f"  - contamination: {worded(plain(task['contamination']))}")
+            lines.append(f"  - {seen_before(task['contamination'])}")
     for name, task in results["tasks"].items():
         if task.get("samples"):
             lines += ["", f"## Samples: {name}", ""]
@@ -214,10 +219,10 @@ def report(results: dict) -> list[str]:
     return [*lines, ""]
 
 
-def worded(x) -> str:
-    if not isinstance(x, dict):
-        return str(x)
-    return x.get("said") or ", ".join(f"{key} {value}" for key, value in x.items())
+def seen_before(found: dict) -> str:
+    """What lumen/overlap.py found."""
+    text = f"contamination: {found['n_hit']} of {found['n']} questions"
+    return f"{text} ({found['share']:.1%}) share a long run of words with the training data"
 
 
 def facts(results: dict) -> list[tuple[str, str]]:
@@ -232,7 +237,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
         "machine": [" ".join(results.get("cpu_flags") or []), f"torch {results.get('torch')}"],
         "commit": [results.get("commit"), "with changes" if results.get("dirty") else None],
         "date": [results.get("date")],
-        "command": [results.get("command")],
+        "command": [shlex.join(results.get("command") or [])],
     }
     worded = {name: ", ".join(str(x) for x in words if x) for name, words in found.items()}
     return [(name, text) for name, text in worded.items() if text]
@@ -311,8 +316,9 @@ def draw(ax, rows: list[Score]) -> None:
     ):
         xs = [nan if getattr(s, name) is None else getattr(s, name) for s in rows]
         size = 160 if marker == "|" else 36
-        ax.scatter(xs, places, marker=marker, color=colour, s=size, label=name)
-    ax.set_yticks(places, [shortened(s.task, 28) for s in rows])
+        ax.scatter(xs, places, marker=marker, color=colour, s=size, label=name, zorder=3)
+    names = [shortened(s.task, 28).replace("$", r"\$") for s in rows]  # $: no formulas
+    ax.set_yticks(places, names)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)

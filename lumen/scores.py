@@ -19,10 +19,9 @@ RESAMPLES = 1000  # of the bootstrap; its interval is then good to about a tenth
 BLOCK = 1 << 20  # questions drawn at a time: 16 MB
 SEED = 0
 INTERVAL = (0.025, 0.975)
-TIE = 1e-6  # relative: logprobs in fp32 that are nearer cannot be told apart
+TIE = 1e-6  # relative: what is nearer cannot be told apart in fp32
 MOST_NATS = 700.0  # e to a little more is no float: such a perplexity is said as e**700
 LN2 = math.log(2)
-ALMOST = 1e-9  # relative: sums of the same numbers in another order
 EXACT = ("exact_match", "acc")  # of replies: found where the reply is the label
 
 
@@ -344,6 +343,6 @@ def verdict(score: Score, control_ends: list | None) -> str:
 
 def beside(better: str, low: float, high: float, base: float) -> int:
     """1: the interval is better than base, -1: worse, 0: it reaches it."""
-    near = ALMOST * abs(base)
+    near = TIE * abs(base)
     above = int(low > base + near) - int(high < base - near)
     return above if better == "higher" else -above

@@ -13,7 +13,7 @@ import random
 import string
 from pathlib import Path
 
-from lumen import benchmarks, texts
+from lumen import benchmarks, held_out, texts
 from lumen.docstrings import docstring_rows
 from lumen.errors import UserError, expand, nearest
 from lumen.files import sha256
@@ -52,7 +52,7 @@ def val(opened, options: Options, say) -> list[Task]:
         raise UserError(
             "E127", "val is of a run that is there; a training run says val_loss itself"
         )
-    found = texts.val_task(opened, options, say)
+    found = held_out.val_task(opened, options, say)
     return [found] if found else []
 
 
