@@ -107,14 +107,16 @@ def test_a_signal_while_it_asks_leaves_it_and_a_resume_asks_again(keys, asks, re
     whole = reference(keys("whole", evaluate=asks()))
     run = Trainer(keys("run", evaluate=asks()))
     (task,) = run.in_training.tasks
-    ask_one = task.line
+    ask_one, training = task.line, set()
 
     def line(i, asked):
+        training.add(asked.model.training)
         run.signals.stop = int(run.step == step)
         return ask_one(i, asked)
 
     task.line = line
     assert run.fit() == 0
+    assert training == {False}
     assert step not in told(run) and run.step == step
     assert json.loads((run.out / "status.json").read_text())["state"] == "stopped"
     again = finish(keys("run", evaluate=asks()))
