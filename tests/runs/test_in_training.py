@@ -4,9 +4,12 @@ the run changes with them."""
 import json
 import random
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import read_lines
+from forks import run_forked
 from rig import KINDS, bytes_data, equal, finish, tensors
 
 from lumen import in_training
@@ -182,3 +185,25 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_made(keys, asks, fil
     refused("E127", "boolq", keys("run", evaluate=asks("boolq"), **how))
     refused("E127", "val", keys("run", evaluate=asks("val"), **how))
     refused("E501", "bare shards", tiny("run", evaluate=asks()))
+
+
+# ---------------------------------------------------------------- several ranks, fine-tuning
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("program", ["train.py", "train_fsdp.py"])
+def test_ranks_share_the_questions_and_have_the_numbers_of_one_process(keys, asks, program):
+    """A run of two ranks; then one process goes on from its checkpoint and asks once more."""
+    made = keys("two", KINDS["hybrid"], save_interval=3, max_steps=6, evaluate=asks())
+    path = Path(made["out_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(made))
+    done = run_forked(program, path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(Path(made["out_dir"]) / "metrics.jsonl")
+    found = {row["step"]: row for row in rows if "eval/words/acc" in row}
+    assert list(found) == [3, 6]
+    step = Path(made["out_dir"]) / "step_00000003"
+    one = Trainer(made | {"out_dir": made["out_dir"] + "-one", "resume": str(step)})
+    assert one.fit() == 0
+    for name, value in told(one)[3].items():
+        assert found[3][name] == pytest.approx(value, abs=1e-6), name
