@@ -4,9 +4,12 @@ the run changes with them."""
 import json
 import random
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 from conftest import read_lines
+from forks import run_forked
 from rig import KINDS, bytes_data, equal, finish, tensors
 
 from lumen import in_training
@@ -107,14 +110,16 @@ def test_a_signal_while_it_asks_leaves_it_and_a_resume_asks_again(keys, asks, re
     whole = reference(keys("whole", evaluate=asks()))
     run = Trainer(keys("run", evaluate=asks()))
     (task,) = run.in_training.tasks
-    ask_one = task.line
+    ask_one, training = task.line, set()
 
     def line(i, asked):
+        training.add(asked.model.training)
         run.signals.stop = int(run.step == step)
         return ask_one(i, asked)
 
     task.line = line
     assert run.fit() == 0
+    assert training == {False}
     assert step not in told(run) and run.step == step
     assert json.loads((run.out / "status.json").read_text())["state"] == "stopped"
     again = finish(keys("run", evaluate=asks()))
@@ -162,7 +167,7 @@ def test_speeds_leave_it_out(keys, asks):
     task.line, run.watch.leave_out = line, noted
     assert run.fit() == 0
     assert len(spent) == 12
-    assert left[-1] >= sum(spent)  # the first is of val_loss
+    assert max(left) >= sum(spent)  # beside the evaluation of val_loss, and the save
     assert run.watch.spent["evaluation"] >= sum(spent)
 
 
@@ -180,3 +185,25 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_made(keys, asks, fil
     refused("E127", "boolq", keys("run", evaluate=asks("boolq"), **how))
     refused("E127", "val", keys("run", evaluate=asks("val"), **how))
     refused("E501", "bare shards", tiny("run", evaluate=asks()))
+
+
+# ---------------------------------------------------------------- several ranks, fine-tuning
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("program", ["train.py", "train_fsdp.py"])
+def test_ranks_share_the_questions_and_have_the_numbers_of_one_process(keys, asks, program):
+    """A run of two ranks; then one process goes on from its checkpoint and asks once more."""
+    made = keys("two", KINDS["hybrid"], save_interval=3, max_steps=6, evaluate=asks())
+    path = Path(made["out_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(made))
+    done = run_forked(program, path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(Path(made["out_dir"]) / "metrics.jsonl")
+    found = {row["step"]: row for row in rows if "eval/words/acc" in row}
+    assert list(found) == [3, 6]
+    step = Path(made["out_dir"]) / "step_00000003"
+    one = Trainer(made | {"out_dir": made["out_dir"] + "-one", "resume": str(step)})
+    assert one.fit() == 0
+    for name, value in told(one)[3].items():
+        assert found[3][name] == pytest.approx(value, abs=1e-6), name

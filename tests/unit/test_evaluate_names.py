@@ -50,6 +50,7 @@ SAME = [  # as typed for another evaluator, and as ours
         "out/a --tasks core,val,samples --limit 16",
     ),
     ("out/a --precision bfloat16", "out/a --precision bf16"),
+    ("--compare a b --checkpoint out/a", "out/a --compare a b"),
     # said twice, and the same
     ("out/a --num_fewshot 3 --n_shot 3", "out/a --shots 3"),
     # what is ours stays, a value that looks like one of their names too
