@@ -1,5 +1,6 @@
-"""The lines that an evaluation has so far, on disk: OUT/answers/TASK.jsonl, of each rank its own
-until all questions are asked. One that was stopped goes on behind them."""
+"""The loop over the questions of a task, and the lines that it has so far on disk:
+OUT/answers/TASK.jsonl, of each rank its own until all questions are asked. An evaluation that was
+stopped goes on behind them."""
 
 from __future__ import annotations
 
@@ -7,8 +8,56 @@ import hashlib
 import json
 from pathlib import Path
 
-from lumen.errors import UserError
+from lumen.errors import UserError, raise_if
+from lumen.evaluation import never
 from lumen.files import replacing
+from lumen.questions import Asked, Task
+
+ROUND = 8  # questions that each rank asks before the ranks hear of one another
+
+
+def ask(
+    task: Task, asked: Asked, parallel, kept: Answers | None = None, stop=never, bar=None
+) -> list[dict] | None:
+    """A line for each question of a task, in order and the same on all ranks: each asks its part.
+
+    kept: lines from before are not asked again, and new ones are written down one by one. stop() as
+    in evaluate_loss, now and then: then None. bar(n): n more are done. A UserError on one rank is
+    raised on all.
+    """
+    lines = {}
+    for others in parallel.gather(kept.read() if kept else {}):  # each rank may have its own disk
+        lines |= others
+    todo = [i for i in range(len(task)) if task.number(i) not in lines]
+    # where forward holds collectives all ranks ask the same
+    first, ranks = parallel.rows() if parallel.collective_free else (0, 1)
+    writes = kept and (parallel.collective_free or parallel.rank == 0)
+    found = {}
+    for begin in range(0, len(todo), ranks * ROUND):
+        error = fault = None
+        mine = todo[begin + first : begin + ranks * ROUND : ranks]
+        try:
+            for i in mine:
+                line = task.line(i, asked)
+                found[line["i"]] = line
+                if writes:
+                    kept.append(line)
+        except UserError as caught:
+            error = caught
+        except Exception as caught:  # ours, or memory: the other ranks must not wait for this one
+            fault = caught
+        stopped, failed = parallel.all_reduce_max([stop(), int(bool(error or fault))])
+        if failed:
+            parallel.run_or_raise_on_all(raise_if, error)
+            texts = parallel.gather(fault and f"{type(fault).__name__}: {fault}")
+            raise RuntimeError(next(text for text in texts if text)) from fault
+        if stopped:
+            return None
+        if bar:
+            bar(min(ranks * ROUND, len(todo) - begin))
+    for others in parallel.gather(found):
+        lines |= others
+    return [lines[task.number(i)] for i in range(len(task))]
 
 
 def key_of(facts: dict) -> str:

@@ -19,10 +19,9 @@ RESAMPLES = 1000  # of the bootstrap; its interval is then good to about a tenth
 BLOCK = 1 << 20  # questions drawn at a time: 16 MB
 SEED = 0
 INTERVAL = (0.025, 0.975)
-TIE = 1e-6  # relative: logprobs in fp32 that are nearer cannot be told apart
+TIE = 1e-6  # relative: what is nearer cannot be told apart in fp32
 MOST_NATS = 700.0  # e to a little more is no float: such a perplexity is said as e**700
 LN2 = math.log(2)
-ALMOST = 1e-9  # relative: sums of the same numbers in another order
 EXACT = ("exact_match", "acc")  # of replies: found where the reply is the label
 
 
@@ -70,7 +69,7 @@ class Metric(NamedTuple):
     """What each question adds to both sums of a metric; arrays (n,), in the order of i."""
 
     name: str
-    unit: str  # share: 0 to 1; bits; ppl: e to the ratio
+    unit: str  # share: 0 to 1; bits; nats; ppl: e to the ratio
     top: np.ndarray
     bottom: np.ndarray
     chance: np.ndarray | None = None  # what would stand on top
@@ -233,7 +232,8 @@ def most_frequent(lines: list[dict], cloze: bool = False) -> np.ndarray | None:
 
 
 def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
-    """Bits per byte; perplexity per token, per word and per byte; how many tokens were greedy."""
+    """Bits per byte; loss in nats per token; perplexity per token, per word, per byte; how many
+    tokens were greedy. What the lines do not say (bytes of bare shards) is left out."""
     names = ("nats", "tokens", "right", "bytes", "words", "majority")
     nats, tokens, right, n_bytes, words, unigram = (
         floats(line.get(name) for line in lines) for name in names
@@ -242,17 +242,23 @@ def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
     blind = floats(found["nats"] for found in controls)
     blind = blind * tokens / np.maximum(1, floats(found["tokens"] for found in controls))
     chance = None if uniform is None else tokens * uniform
-    tops = nats, chance, unigram, blind
-    if np.isnan(unigram).all():  # nobody counted them
-        tops = nats, chance, None, blind
+    if np.isnan(unigram).all():
+        unigram = None
+    baselines = chance, unigram, blind
     metrics = []
-    for name, bottom in (("token_ppl", tokens), ("word_ppl", words), ("byte_ppl", n_bytes)):
-        top, *baselines = tops
-        metrics.append(Metric(name, "ppl", top, bottom, *baselines))
-    top, *baselines = [None if x is None else x / LN2 for x in tops]
-    bits = Metric("bits_per_byte", "bits", top, n_bytes, *baselines)
-    chance = None if uniform is None else tokens * math.exp(-uniform)
-    return [bits, *metrics, Metric("token_acc", "share", right, tokens, chance)]
+    for name, unit, bottom in (
+        ("bits_per_byte", "bits", n_bytes * LN2),
+        ("loss", "nats", tokens),
+        ("token_ppl", "ppl", tokens),
+        ("word_ppl", "ppl", words),
+        ("byte_ppl", "ppl", n_bytes),
+    ):
+        if not np.isnan(bottom).any():
+            metrics.append(Metric(name, unit, nats, bottom, *baselines))
+    if not np.isnan(right).all():
+        chance = None if uniform is None else tokens * math.exp(-uniform)
+        metrics.append(Metric("token_acc", "share", right, tokens, chance))
+    return metrics
 
 
 def reply_metrics(lines: list[dict]) -> list[Metric]:
@@ -262,9 +268,10 @@ def reply_metrics(lines: list[dict]) -> list[Metric]:
     for name in names:
         there = np.array([name in line["found"] for line in lines], dtype=np.float64)
         top = floats(line["found"].get(name, 0.0) for line in lines)
-        blind = floats(
-            (line.get("control") or {}).get("found", {}).get(name, 0.0) for line in lines
-        )
+        controls = [(line.get("control") or {}).get("found", {}) for line in lines]
+        blind = None
+        if any(name in found for found in controls):  # of a heuristic's parts few should fall
+            blind = floats(found.get(name, 0.0) for found in controls)
         most = most_frequent(lines) if name in EXACT else None
         metrics.append(Metric(name, "share", top, there, None, most, blind))
     return metrics
@@ -337,42 +344,6 @@ def verdict(score: Score, control_ends: list | None) -> str:
 
 def beside(better: str, low: float, high: float, base: float) -> int:
     """1: the interval is better than base, -1: worse, 0: it reaches it."""
-    near = ALMOST * abs(base)
+    near = TIE * abs(base)
     above = int(low > base + near) - int(high < base - near)
     return above if better == "higher" else -above
-
-
-# ---------------------------------------------------------------- two models
-
-
-class Difference(NamedTuple):
-    """How much more of a metric the second of two models has."""
-
-    value: float
-    low: float | None
-    high: float | None
-    wins: int  # questions on which the second is better
-    losses: int
-    ties: int
-
-
-def difference(a: Metric, b: Metric, paired: bool = True) -> Difference:
-    """b - a, whose questions are the same, one by one; not `paired`: each has its own, and there
-    are no wins."""
-    value = b.value(b.top) - a.value(a.top)
-    if paired:
-        first, second = resampled([a, b])
-    else:
-        (first,), (second,) = resampled([a]), resampled([b], SEED + 1)
-    draws = second - first
-    low = high = math.nan
-    if math.isfinite(value):
-        low, high = (float(end) for end in np.quantile(draws[~np.isnan(draws)], INTERVAL))
-    if not paired:
-        return Difference(value, low, high, 0, 0, 0)
-    each = [m.top / np.where(m.bottom > 0, m.bottom, 1) for m in (a, b)]
-    more = each[1] - each[0]
-    more[np.abs(more) <= TIE * np.maximum(*np.abs(each))] = 0
-    sign = 1 if a.better == "higher" else -1
-    wins, losses = int((sign * more > 0).sum()), int((sign * more < 0).sum())
-    return Difference(value, low, high, wins, losses, len(more) - wins - losses)

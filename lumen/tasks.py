@@ -7,12 +7,13 @@ answer an index, a letter or the choice itself; {context, continuation} is a clo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import string
 from pathlib import Path
 
-from lumen import benchmarks, replying, smoke, texts
+from lumen import benchmarks, held_out, replying, smoke, texts
 from lumen.docstrings import docstring_rows
 from lumen.errors import UserError, expand, nearest
 from lumen.files import sha256
@@ -20,16 +21,22 @@ from lumen.questions import Choices, Options, Question, Task, read_jsonl
 from lumen.values import short
 
 LETTERS = string.ascii_uppercase
-READERS = benchmarks.READERS | replying.READERS | texts.READERS  # name: of a path, options
+READERS = benchmarks.READERS | replying.READERS  # name: of a path, options
 BUILT_IN = ("docstrings", "val", "smoke", "samples")
 
 
-def find_tasks(specs: list[str], data: Path | None, options: Options, opened=None) -> list[Task]:
+def find_tasks(
+    specs: list[str], data: Path | None, options: Options, opened=None, say=print
+) -> list[Task]:
     """The tasks that these words name, each once. opened: the lumen.models.Opened that will be
     asked; None: nothing of a run is known. E127: unknown, or its file is not there or wrong."""
     found: dict[str, Task] = {}
     for spec in specs:
-        for task in tasks_of(spec, data, options, opened):
+        if spec.partition(":")[0] == "val":
+            tasks = val(spec, opened, options, say)
+        else:
+            tasks = tasks_of(spec, data, options)
+        for task in tasks:
             if task.name in found:
                 text = f"two tasks are called {task.name}, and {spec} is one of them"
                 raise UserError("E127", f"{text}; give each once, or rename a file")
@@ -39,14 +46,23 @@ def find_tasks(specs: list[str], data: Path | None, options: Options, opened=Non
     return list(found.values())
 
 
-def tasks_of(spec: str, data: Path | None, options: Options, opened) -> list[Task]:
+def val(spec: str, opened, options: Options, say) -> list[Task]:
+    """The rows that the model's own run holds out, or a prepared folder, val:DIR; none, and that is
+    said, if they are gone."""
+    if opened is None:
+        raise UserError("E127", f"{spec}: a run that trains says its val_loss anyhow; leave it out")
+    folder = spec.partition(":")[2]
+    place = there(folder, spec) if folder else None
+    found = held_out.val_task(opened, options, say, place)
+    return [found] if found else []
+
+
+def tasks_of(spec: str, data: Path | None, options: Options) -> list[Task]:
     """Of one word."""
     if spec == "docstrings":
         return [docstrings(options)]
     if spec in ("smoke", "samples"):
         return [smoke.task(spec, options)]
-    if spec == "val":
-        return texts.val_tasks(opened, options)
     name, has_path, path = spec.partition(":")
     if has_path and name in READERS:
         return READERS[name](there(path, spec), options)
@@ -91,7 +107,7 @@ def in_folder(name: str, data: Path) -> Path:
 def own_file(path: Path, options: Options) -> list[Task]:
     """By what its first row holds."""
     if path.is_dir() or path.suffix != ".jsonl":
-        return texts.reader(path, options)
+        return texts.read_texts(path, options)
     rows = read_jsonl(path)
     first = rows[0]
     if "choices" in first:
@@ -100,7 +116,7 @@ def own_file(path: Path, options: Options) -> list[Task]:
         return [cloze(path, rows, options)]
     if "prompt" in first:
         return READERS["exact"](path, options)
-    return texts.reader(path, options)
+    return texts.read_texts(path, options)
 
 
 def docstrings(options: Options) -> Choices:
@@ -109,7 +125,7 @@ def docstrings(options: Options) -> Choices:
     rows = list(docstring_rows("choice", "val"))
     task = multiple_choice("docstrings", rows, options, None)
     text = json.dumps(rows, sort_keys=True).encode()
-    task.about["sha256"] = benchmarks.sha256_of(text)
+    task.about["sha256"] = hashlib.sha256(text).hexdigest()
     return task
 
 
