@@ -1,7 +1,9 @@
-"""To and from Hugging Face folders, with a check; import of Lunaris Codex checkpoints.
+"""To and from Hugging Face folders, with a check; models of few bits; import of Lunaris Codex
+checkpoints.
 
     python export.py to_hf out/run DIR [--dtype float32|bfloat16|float16] [--best] [--check]
     python export.py from_hf DIR out/run
+    python export.py quantize out/run DIR [--bits 8] [--best | --step N]
     python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...]
 
 A model without QK-norm IS a Llama, one with QK-norm IS a Qwen3; with experts they are a Mixtral
@@ -27,7 +29,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import adapters, chat, checkpoint
+from lumen import adapters, chat, checkpoint, models, quantised
 from lumen.base import jinja_of
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
@@ -622,6 +624,20 @@ def write_step(
         say(f"imported without a tokenizer: {why_not}")
 
 
+# ---------------------------------------------------------------- few bits
+
+
+def quantize(run, folder, bits: int = 8, best=False, step=None, say=print) -> dict:
+    """Write a run, a step or a Hugging Face folder with its matrices in `bits`; returns what its
+    EXPORT.json says. E303: the model holds what is not finite."""
+    source = models.read_model(run, best, step, say=say)
+    with new_folder(folder, "E117") as tmp:
+        report = quantised.write(source, tmp, bits, say)
+    sizes = f"{report['bytes_before'] / 2**20:,.1f} MiB are {report['bytes_after'] / 2**20:,.1f}"
+    say(f"{source}, in {bits} bits: {sizes} MiB with all that stays: {folder}")
+    return report
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -644,6 +660,12 @@ def main(argv: list[str]) -> None:
     p = commands.add_parser("from_hf", help=folder)
     p.add_argument("folder", type=a_path)
     p.add_argument("out_dir", type=a_path)
+    p = commands.add_parser("quantize", help="a model in few bits, for sample.py and evaluate.py")
+    p.add_argument("run", type=a_path, help="a run, a step of it, or a Hugging Face folder")
+    p.add_argument("folder", type=a_path)
+    p.add_argument("--bits", type=int, choices=tuple(quantised.KINDS), default=8)
+    p.add_argument("--best", action="store_true", help="the best step instead of the newest")
+    p.add_argument("--step", type=int, help="the step of this number")
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
     p.add_argument("file", type=a_path)
     p.add_argument("out_dir", type=a_path)
@@ -656,8 +678,8 @@ def main(argv: list[str]) -> None:
     for key in ("run", "folder", "out_dir", "file"):
         if key in args:
             args[key] = expand(args[key])
-    run = {"to_hf": to_hf, "from_hf": from_hf, "from_lunaris": from_lunaris}[args.pop("command")]
-    run(**args)
+    run = {"to_hf": to_hf, "from_hf": from_hf, "quantize": quantize, "from_lunaris": from_lunaris}
+    run[args.pop("command")](**args)
 
 
 if __name__ == "__main__":

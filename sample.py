@@ -16,17 +16,15 @@ import sys
 
 import torch
 
-from lumen import adapters, chat, checkpoint
-from lumen import tokenizer as tok
-from lumen.errors import UserError, a_path, expand
-from lumen.experts import anneal_depth
+from lumen import chat
+from lumen.errors import UserError, a_path
 from lumen.launch import Words, command
-from lumen.machine import detect
+from lumen.models import open_model
 from lumen.prompts import ReplyPrinter, choose_template, heads_of, is_conversation, read_prompts
 from lumen.sampling import RANGES, Sampling, check
 from lumen.stream import Printer, Stream, decode
 from lumen.talk import Talk
-from model import Transformer, role
+from model import Transformer
 
 # ---------------------------------------------------------------- generation
 
@@ -135,36 +133,15 @@ def _room(ids: list[int], number: int, context: int) -> int:
     return context - len(ids)
 
 
-# ---------------------------------------------------------------- a run from disk
+# ---------------------------------------------------------------- a model from disk
 
 
 def load(
     path, best=False, step=None, tokenizer=None, device="auto", precision="auto", say=print
 ) -> tuple:
-    """A run's (model ready to generate, tokenizer or None, step). The newest checkpoint, or the
-    `best`, or that of `step`; `tokenizer`: a file, the run's own by default. UserError E305: its
-    tensors do not fit its configuration, E311: its adapters' base is gone or another; and those of
-    checkpoint.find."""
-    if best and step is not None:
-        raise UserError("E500", "--best and --step name two checkpoints; give one of them")
-    path = expand(str(path))
-    if step is not None:
-        path = checkpoint.step_dir(path, step)
-    found = checkpoint.find(path, best, say)
-    spec = tok.of_run(found.path.parent, found.state.get("tokenizer"))
-    if tokenizer:
-        spec = expand(tokenizer)
-    here = detect(device, precision, False)
-    model = adapters.load_model(found)
-    anneal_depth(model, found.step)  # where MoD's capacity was
-    # A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it is
-    # done once. But routers choose in fp32.
-    for name, p in model.named_parameters():
-        dtype = torch.float32 if role(name) == "router" else here.compute_dtype
-        p.data = p.data.to(here.device, dtype)
-    model = model.to(here.device).eval().requires_grad_(False)
-    model.compute_dtype = here.compute_dtype
-    return model, tok.load(str(spec)) if spec else None, found.step
+    """(model ready to generate, tokenizer or None, step), of what lumen.models.open_model opens."""
+    opened = open_model(path, best, step, tokenizer, device, precision, say)
+    return opened.model, opened.tokenizer, opened.step
 
 
 # ---------------------------------------------------------------- the command
@@ -184,8 +161,10 @@ class Parser(Words):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    p = Parser(prog="sample.py", description="Generate text from a trained run.")
-    p.add_argument("run", type=a_path, help="a run's out_dir, or one of its step_* folders")
+    p = Parser(prog="sample.py", description="Generate text from a trained model.")
+    p.add_argument(
+        "run", type=a_path, help="a run, a step of it, a Hugging Face or quantised folder"
+    )
     p.texts("prompt", "TEXT", "repeatable; - reads it from stdin")
     p.texts("prompt_file", "F", "a prompt per file; one final newline is dropped")
     p.texts("ids", "'1 2 3'", "a prompt as token ids: ids in, ids out")
@@ -218,18 +197,18 @@ def main(argv: list[str]) -> int:
     asked = args.prompt or args.prompt_file or args.ids
     talking = args.chat and not asked and sys.stdin and sys.stdin.isatty()
     prompts = read_prompts(args)
-    model, tokenizer, step = load(
+    opened = open_model(
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
     )
-    parameters, device = model.n_params()["total"], model.embed.weight.device
+    model, tokenizer = opened.model, opened.tokenizer
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    say(f"{args.run}: step {step}, {parameters:,} parameters, {device}, {dtype}")
+    say(f"{args.run}: {opened}, {model.embed.weight.device}, {dtype}")
     sys.stdout.reconfigure(errors="replace")
     options = {name: getattr(args, name) for name in (*RANGES, "stop", "ignore_eot")}
     printer = Printer
     if args.chat:
         printer = ReplyPrinter
-        options["template"] = choose_template(args.run, step, args.template, tokenizer, say)
+        options["template"] = choose_template(opened, args.template, say)
     if talking:
         sys.stdin.reconfigure(errors="replace")
         talk(model, tokenizer, options, args.system, say)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from evaluate import evaluate_loss, evaluate_run
 from lumen import checkpoint, failure, forecast, owner, plan, setup
 from lumen.cli import read_any, read_config
 from lumen.commands import Commands
@@ -29,8 +28,10 @@ from lumen.data import choose_val_rows, open_data, prepare_first, val_sum
 from lumen.decisions import JUDGE_AFTER, Decision, Judgement
 from lumen.detectors import MAX_DROPS_IN_A_ROW, WATCHING, Alarm, Healed
 from lumen.errors import UserError, raise_if
+from lumen.evaluation import evaluate_loss, evaluate_run
 from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted, update_balance
 from lumen.feed import to_host
+from lumen.in_training import InTraining
 from lumen.launch import check_launch, check_tasks, command, environment
 from lumen.loader import Loader, mix
 from lumen.machine import free_memory
@@ -314,6 +315,7 @@ class Trainer(ByHand):
         # nothing is written and no rank is waited for until here
         check_paths(cfg)
         check_command(cfg, self.fine_tunes)
+        self.in_training = InTraining(self)  # reads the tasks that it will ask on the way
         prepare_first(cfg)  # before the ranks meet: it may take hours, a collective may not
         self.parallel = parallel(cfg)
         self.main = self.parallel.rank == 0  # this rank speaks and writes
@@ -381,8 +383,7 @@ class Trainer(ByHand):
         # the same validation rows in every evaluation, or losses could not be compared; aside: of
         # sources that only earlier phases weigh, whose loss is told and counts for nothing
         self.val_set, self.val_aside = choose_val_rows(data, cfg, run.segments)
-        measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
-        self.progress.measured_on = measured_on
+        self.progress.measured_on = val_sum(data.val_sources, self.val_set, cfg.model.max_seq_len)
         setup.fill(self, saved, weights)
         if self.found.probes:
             setup.probe(self)
@@ -467,6 +468,7 @@ class Trainer(ByHand):
             due = self.due(rolled_back)
             if due.evaluate:
                 self.evaluate_now(due)
+            self.in_training.look(due)  # asks the model `evaluate.tasks`, where it is time
             if due.save:
                 self.save(wait=not cfg.save_async or due.last or self.stopping or rolled_back)
             if due.last or self.stopping:
@@ -668,9 +670,9 @@ class Trainer(ByHand):
         """Whether a step's numbers may still be on their way when the next one begins. A CPU has
         nothing to overlap them with, and a save must not leave a step half counted."""
         cfg, step = self.cfg, self.step
-        ends = step >= self.run.max_steps or every(cfg.save_interval, step)
-        on_cpu = self.parallel.device.type == "cpu"
-        return not (on_cpu or ends or every(cfg.eval_interval, step))
+        intervals = (cfg.save_interval, cfg.eval_interval, cfg.evaluate.every)
+        ends = step >= self.run.max_steps or any(every(n, step) for n in intervals)
+        return not (ends or self.parallel.device.type == "cpu")
 
     def heed(self, numbers: StepNumbers | None) -> None:
         """What a rank was asked for (a signal, a command) and all have learned from the sums."""

@@ -25,7 +25,7 @@ from lumen.errors import UserError, a_path, expand
 from lumen.files import write_json
 from lumen.hf import refusals
 from lumen.launch import Words, command
-from model import Transformer
+from model import ModelConfig, Transformer
 
 # ---------------------------------------------------------------- with their base
 
@@ -38,7 +38,7 @@ def load_model(found: Checkpoint) -> Transformer:
     """
     try:
         if "adapter" not in found.state:
-            return filled(found, found.model_state())
+            return filled(found.model_config(), found.model_state())
         model = load_adapted(found)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("E305", f"{found.path}: {error}") from error
@@ -46,9 +46,9 @@ def load_model(found: Checkpoint) -> Transformer:
     return model
 
 
-def filled(found: Checkpoint, state: dict) -> Transformer:
+def filled(cfg: ModelConfig, state: dict) -> Transformer:
     with torch.device("meta"):  # no memory, no initialisation
-        model = Transformer(found.model_config())
+        model = Transformer(cfg)
     model.load_state_dict(state, assign=True)
     return model
 
@@ -56,7 +56,7 @@ def filled(found: Checkpoint, state: dict) -> Transformer:
 def load_adapted(found: Checkpoint) -> Transformer:
     """The base in fp32, or as it was quantized, with the adapters that the step holds around it."""
     about = found.state["adapter"]
-    model = filled(found, base_state(find_base(found)))
+    model = filled(found.model_config(), base_state(find_base(found)))
     if about["quantize_base"]:
         from lumen.quantize import quantize
 

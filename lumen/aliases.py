@@ -18,13 +18,19 @@ from lumen.errors import UserError
 from lumen.values import allowed, as_number, convert, in_words, short
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
+APART = ("evaluate.py",)  # sections of the table that are of other commands
 
 
 @functools.cache
-def table() -> dict[str, dict]:
-    """Foreign name -> its row, {"to": key} where that is all. Names with commas share one."""
+def table(command: str = "") -> dict[str, dict]:
+    """Foreign name -> its row, {"to": key} where that is all. Names with commas share one.
+
+    command: evaluate.py, whose options have a table of their own.
+    """
     rows = {}
-    for names, row in yaml.safe_load(TABLE.read_text(encoding="utf-8")).items():
+    tree = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    apart = {name: tree.pop(name) for name in APART}
+    for names, row in apart.get(command, tree).items():
         row = row if isinstance(row, dict) else {"to": row}
         if "switch" in row:
             row |= {"to": row["switch"], "values": {True: row[True], False: row[False]}}
@@ -141,8 +147,8 @@ def row_of(name: str, value, own: dict) -> dict | None:
     row = table().get(bare, {})
     if row.keys() & {"to", "ignore", "refuse"}:
         return row
-    # of lora's keys (r, alpha, dropout) no bare name says whose it is
-    blocks = [block for block in blocks_of(own) if block != "lora"]
+    # of these keys (r, alpha, dropout; tasks, limit) no bare name says whose it is
+    blocks = [block for block in blocks_of(own) if block not in ("lora", "evaluate")]
     homes = [f"{block}.{bare}" for block in blocks if f"{block}.{bare}" in own]
     return {"to": homes[0], "values": {}} if name == bare and len(homes) == 1 else None
 

@@ -305,22 +305,7 @@ class Checkpoint:
     def verify(self, part: int = 0, of: int = 1) -> list[str]:
         """Every file, or one in `of`, against its size and sha256; returns what is wrong. E108: not
         allowed to look."""
-        wrong = []
-        for name, want in list(self.manifest["files"].items())[part::of]:
-            file = self.path / name
-            try:
-                size = file.stat().st_size
-                if size != want["size"]:
-                    wrong.append(f"{name} has {size} bytes instead of {want['size']}")
-                elif sha256(file) != want["sha256"]:
-                    wrong.append(f"{name} has another sha256")
-            except FileNotFoundError:
-                wrong.append(f"{name} is missing")
-            except PermissionError as error:
-                raise UserError("E108", f"{file} cannot be read: {error.strerror}") from error
-            except OSError as error:
-                wrong.append(f"{name} cannot be read: {error}")
-        return wrong
+        return wrong_files(self.path, dict(list(self.manifest["files"].items())[part::of]))
 
     def size(self) -> int:
         """Bytes of all files."""
@@ -364,6 +349,26 @@ class Checkpoint:
         """The model's tensors, whole, named as in Transformer.state_dict()."""
         names = [name for name in self.tensors if name.startswith("model.")]
         return {name.removeprefix("model."): self.read(name) for name in names}
+
+
+def wrong_files(folder: Path, files: dict) -> list[str]:
+    """What is wrong with {name: {size, sha256}} in a folder. E108: not allowed to look."""
+    wrong = []
+    for name, want in files.items():
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != want["size"]:
+                wrong.append(f"{name} has {size} bytes instead of {want['size']}")
+            elif sha256(file) != want["sha256"]:
+                wrong.append(f"{name} has another sha256")
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+        except PermissionError as error:
+            raise UserError("E108", f"{file} cannot be read: {error.strerror}") from error
+        except OSError as error:
+            wrong.append(f"{name} cannot be read: {error}")
+    return wrong
 
 
 def _slices(low: list[int], high: list[int], origin: list[int]):

@@ -48,6 +48,15 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = 0  # steps between evaluations on tasks, the last step is one; 0: none
+    tasks: list | str | None = None  # names, name:path or paths, as evaluate.py --tasks has them
+    data: str | None = None  # folder in which tasks are looked for by name
+    limit: int | None = 200  # questions of each task, drawn by a fixed seed; null: all
+    shots: int | None = None  # examples before each question; null: the task's own
+
+
+@dataclass(frozen=True)
 class Config:
     # data
     data_dir: str | None = None  # folder made by prepare_data.py, or of bare .npy shards
@@ -128,12 +137,18 @@ class Config:
     init_from: str | None = None  # start from the weights of a run, a step or a Hugging Face folder
     overwrite: bool = False  # with resume none: delete the run that out_dir holds
     lora: LoraConfig = field(default_factory=LoraConfig)  # adapters, by finetune.py; keys: below
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # tasks; its keys: below
     orchestrator: OrchestratorConfig = field(default_factory=OrchestratorConfig)  # its keys: below
     model: ModelConfig = field(default_factory=ModelConfig)  # the model's keys: below
 
 
 # keys that hold keys
-BLOCKS = {"model": ModelConfig, "lora": LoraConfig, "orchestrator": OrchestratorConfig}
+BLOCKS = {
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "evaluate": EvaluateConfig,
+    "orchestrator": OrchestratorConfig,
+}
 KINDS = {cls: typing.get_type_hints(cls) for cls in (Config, *BLOCKS.values())}
 
 # What a knob may be: an interval, a comparison, or one of some words, `cuda:N` with a number. null
@@ -190,6 +205,9 @@ RANGES = {
     "lora.r": ">= 0",
     "lora.alpha": "> 0",
     "lora.dropout": "[0, 1)",
+    "evaluate.every": ">= 0",
+    "evaluate.limit": ">= 1",
+    "evaluate.shots": ">= 0",
     "orchestrator.mode": "act | shadow | off | replay",
     "orchestrator.intervention_threshold": "[0.5, 0.99]",
     "orchestrator.check_interval": ">= 1",
@@ -224,6 +242,7 @@ INSIDE = {
     },
     "freeze": [str],
     "lora.targets": [str],
+    "evaluate.tasks": [str],
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],
@@ -298,10 +317,11 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     modes.expand_modes(tree, where, notes)
 
     def place(key: str) -> str:
-        top = re.match(r"(model\.|lora\.|orchestrator\.)?\w*", key)[0]
+        top = re.match(rf"(({'|'.join(BLOCKS)})\.)?\w*", key)[0]
         return where(renamed.moved.get(top, key))
 
     convert_keys(tree, place)
+    check_evaluate(tree["evaluate"], place)
     drop_one_epoch(tree, place, notes)
     experts = tree["model"]
     if experts.get("n_experts") and "n_experts_per_token" not in experts:
@@ -314,7 +334,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
         if several and values.get("data") is None:
             values |= {"data": several, "data_dir": None}
     model = build_model(values.pop("model"), place)
-    for block in ("lora", "orchestrator"):
+    for block in ("lora", "evaluate", "orchestrator"):
         values[block] = BLOCKS[block](**values[block])
     cfg = Config(**values, model=model)
     check_ranges(cfg, place)
@@ -373,6 +393,18 @@ def convert_keys(tree: dict, place) -> None:
             if isinstance(value, str):
                 check_text(value, key, place(key))
             keys[name] = value
+
+
+def check_evaluate(keys: dict, place) -> None:
+    """`evaluate`, in place: tasks become a list. E002 where it says when and not what, or what and
+    not when; `every: 0` beside tasks leaves them out."""
+    if isinstance(keys.get("tasks"), str):
+        keys["tasks"] = [name.strip() for name in keys["tasks"].split(",") if name.strip()]
+    if keys.get("tasks") and keys.get("every") is None:
+        refuse(place, "evaluate.tasks", "needs evaluate.every, the steps between two evaluations")
+    if keys.get("every") and not keys.get("tasks"):
+        text = "needs evaluate.tasks, what is asked: docstrings, boolq:DIR, my.jsonl"
+        refuse(place, "evaluate.every", text)
 
 
 def drop_one_epoch(tree: dict, place, notes: list[str]) -> None:

@@ -29,7 +29,7 @@ def compare(cfg: Config, run: Run, saved: dict) -> list[str]:
         if key in OF_ONE_START or key == "model":
             continue
         then = before.get(key, value)  # a key that is newer than the checkpoint
-        if key == "orchestrator":
+        if key in ("orchestrator", "evaluate"):
             there |= {f"{key}.{name}": then.get(name, value[name]) for name in value}
             here |= {f"{key}.{name}": value[name] for name in value}
         else:

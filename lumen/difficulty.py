@@ -23,6 +23,7 @@ from lumen.errors import UserError, a_path, expand
 from lumen.feed import Feed
 from lumen.launch import Words, clock, command
 from lumen.machine import human_number
+from lumen.models import open_model
 from lumen.windows import Source
 from model import Transformer
 
@@ -77,8 +78,6 @@ class Progress:
 def main(argv: list[str]) -> int:
     """Write the loss of each window of a source, for `data: {sources: {NAME: {dir, buckets: 3,
     difficulty: loss}}}`."""
-    from sample import load  # upward: how a run becomes a model is said there
-
     parser = Words(prog="python -m lumen.difficulty", description=main.__doc__)
     parser.add_argument("run", type=a_path, help="the model that judges: a run or one of its steps")
     parser.add_argument("data_dir", type=a_path, help="folder of shards")
@@ -91,11 +90,12 @@ def main(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError("E002", f"--{name}: {value} must be at least 1")
-    model, tokenizer, step = load(args.run, device=args.device)
+    opened = open_model(args.run, device=args.device)
+    model = opened.model
     T = args.max_seq_len or model.cfg.max_seq_len
     source = Source(expand(args.data_dir), "train", T, args.val_fraction, None)
     source.check_vocab(model.cfg.vocab_size)
-    check_tokenizer(args.run, tokenizer, source)
+    check_tokenizer(args.run, opened.tokenizer, source)
     feed = Feed(next(model.parameters()).device)
     losses = window_losses(model, source, args.batch_size, feed, Progress(source.windows, T))
     file = loss_file(source)
@@ -106,7 +106,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         raise UserError("E119", f"{file} cannot be written: {error.strerror}") from error
     low, middle, high = np.percentile(losses, (5, 50, 95))
-    text = f"{source.windows:,} windows of {T} tokens, step {step} of {args.run}: loss 5 % below"
+    judge = args.run if opened.step is None else f"step {opened.step} of {args.run}"
+    text = f"{source.windows:,} windows of {T} tokens, {judge}: loss 5 % below"
     print(f"{file}: {text} {low:.3f}, half below {middle:.3f}, 95 % below {high:.3f} nats")
     return 0
 

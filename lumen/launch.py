@@ -119,11 +119,15 @@ class Words(argparse.ArgumentParser):
             words.append(name + equals + value)
         return super().parse_known_args(words, namespace)
 
+    def names(self) -> list[str]:
+        """Of all options, "--limit"."""
+        return list(self._option_string_actions)  # private, and as old as argparse
+
     def error(self, message: str):
         wrong = []
         if "unrecognized" in message:
             wrong = [word for word in message.split() if word.startswith("--")]
-        known = list(self._option_string_actions)  # private, and as old as argparse
+        known = self.names()
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lumen import chat, checkpoint
+from lumen import chat
 from lumen.chat import Message, Template
 from lumen.errors import UserError, expand
 from lumen.stream import Printer
@@ -77,30 +77,30 @@ def system_turn(text: str | None) -> list[Message]:
     return [Message("system", text)] if text else []
 
 
-def choose_template(run, step: int, asked: str | None, tokenizer, say) -> Template:
-    """The template asked for, or else the one that the run was trained with. Where it names none it
-    is a base model: that is said, and one taken that its tokenizer can write. E002, E113, E501."""
-    folder = Path(expand(str(run)))
-    if not (folder / "state.json").exists():
-        folder = checkpoint.step_dir(folder, step)
-    state = checkpoint.Checkpoint(folder).state
-    found = chat.template_of_run(state)
+def choose_template(opened, asked: str | None, say) -> Template:
+    """The template asked for, or else the one that the model (models.Opened) was trained with.
+    Where there is none it is a base model: that is said, and one taken that its tokenizer can
+    write. E002, E113, E501."""
+    found, tokenizer = opened.template, opened.tokenizer
     template = chat.find_template(asked) if asked else found or chat.default_template(tokenizer)
     if found is None:
-        say(f"note: {why_base(state)}")
-        say(f"note: to teach it: python finetune.py {run} --data chats.jsonl")
+        say(f"note: {why_base(opened)}")
+        if opened.kind != "quantised":
+            say(f"note: to teach it: python finetune.py {opened.folder} --data chats.jsonl")
         if not asked:
             say(f"note: taken: template {template.name} (--template NAME takes another)")
     elif template != found:
-        say(f"note: the run was trained with chat template {found.name}, not {template.name}")
+        say(f"note: it was trained with chat template {found.name}, not {template.name}")
     chat.check_tokenizer(template, tokenizer)
     return template
 
 
-def why_base(state: dict) -> str:
+def why_base(opened) -> str:
     """Where a chat template was looked for, and what was not there to look into."""
     text = "a base model, which was not taught to answer: no chat template that Lumen knows in its"
-    gone = [folder for folder in chat.data_folders(state) if not Path(folder).exists()]
+    if opened.kind == "huggingface":
+        return f"perhaps {text} folder"
+    gone = [folder for folder in chat.data_folders(opened.state) if not Path(folder).exists()]
     if gone:
         return f"perhaps {text} checkpoint or import, and its data are not here: {', '.join(gone)}"
     return f"{text} checkpoint, data or import"

@@ -257,6 +257,23 @@ def quantize(model: Transformer, kind: str) -> str:
     return f"quantised  {count} matrices and layers of experts to {kind}: {sizes}"
 
 
+def quantised_layers(model: nn.Module) -> dict[str, QuantLinear | QuantExperts]:
+    """By their path."""
+    kinds = (QuantLinear, QuantExperts)
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def n_parameters(model: Transformer) -> int:
+    """All of them; those of few bits are buffers, which n_params() does not see."""
+    total = model.n_params()["total"]
+    for layer in quantised_layers(model).values():
+        if isinstance(layer, QuantLinear):
+            total += layer.out_features * layer.in_features
+        else:
+            total += 3 * layer.slots * layer.d_model * layer.width  # gate, up and down
+    return total
+
+
 def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of a packed weight of this shape, scales included."""
     n = math.prod(shape)

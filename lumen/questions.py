@@ -13,20 +13,27 @@ kind reply:  {i, reply, ended, tokens, found: {metric: 0 to 1}, label, control: 
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from lumen.errors import UserError
+from lumen.values import short
 
 
 @dataclass
 class Asked:
-    """The model that is asked, and what its answers depend on beside it."""
+    """The model that is asked, and what its answers depend on beside it. What they hold is
+    remembered: a model that has changed since gets another Asked."""
 
     model: object  # model.Transformer, ready to evaluate
     tokenizer: object
     template: object = None  # lumen.chat.Template; None: it knows no conversations
     n_vocab: int = 0  # ids from here on are padding
     scorer: object = None  # lumen.scorer.Scorer of this model
+    written: dict = field(default_factory=dict)  # replies that it gave: lumen.replying
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Options:
     by_letter: bool = False  # choices are listed with letters, and the letters compared
     allow_code: bool = False  # run what the model writes
     max_new_tokens: int | None = None  # of replies; None: the task's own
+    stride: int | None = None  # of texts: tokens that a window moves on by; None: lm-eval's blocks
+    prompts: str | None = None  # a file of smoke prompts; None: ours
 
 
 @dataclass
@@ -55,8 +64,12 @@ class Task:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def number(self, i: int) -> int:
+        """The `i` of the line of the i-th question: its place in the file, whatever the limit."""
+        return i
+
     def line(self, i: int, asked: Asked) -> dict:
-        """What question i leaves. No file is read here, and nothing printed."""
+        """What the i-th question leaves. No file is read here, and nothing printed."""
         raise NotImplementedError
 
     def texts(self) -> Iterator[tuple[int, str]]:
@@ -76,6 +89,29 @@ def partner(i: int, n: int) -> int:
     """The question whose context is put before the choices of question i of n in its control. Half
     the file away, since neighbours are often about the same passage; whatever the limit."""
     return (i + max(1, n // 2)) % n
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file, one a line, with the number of their line as `line`. E127."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+                if not isinstance(row, dict):
+                    raise UserError("E127", f"{path}:{number}: {short(row)} is no JSON object")
+                rows.append(row | {"line": number})
+    except OSError as error:
+        raise UserError("E127", f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError("E127", f"{path} is not UTF-8: {error}") from error
+    except ValueError as error:
+        raise UserError("E127", f"{path}:{number}: no JSON: {error}") from error
+    if not rows:
+        raise UserError("E127", f"{path} holds no row")
+    return rows
 
 
 # ---------------------------------------------------------------- choices
@@ -110,6 +146,9 @@ class Choices(Task):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def number(self, i: int) -> int:
+        return self.numbers[i]
 
     def line(self, i: int, asked: Asked) -> dict:
         number = self.numbers[i]

@@ -163,12 +163,14 @@ class Scorer:
     def at_rest(self):
         """No gradients, no dropout, MoD by its causal rule, no graph compiled for each length."""
         was_training = self.model.training
-        self.model.eval()
+        if was_training:  # to tell every module costs a twentieth of a small model's question
+            self.model.eval()
         try:
             with torch.no_grad(), uncompiled(self.model):
                 yield
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
     def trunk(self, ids: tuple) -> Branches:
         """What questions begin with alike, computed by itself: so it is the same for all of them,

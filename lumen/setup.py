@@ -17,7 +17,7 @@ from lumen.resume import take_weights
 
 def take_vocabulary(trainer) -> None:
     """The data say what the model's vocabulary is, and whether documents see each other. E114:
-    early_stopping_patience without validation data."""
+    early_stopping_patience without validation data; E501: evaluate.tasks without a tokenizer."""
     cfg, data = trainer.cfg, trainer.data
     trainer.token_bytes = data.token_bytes()
     model = dataclasses.replace(cfg.model, vocab_size=data.vocab_size)
@@ -26,6 +26,7 @@ def take_vocabulary(trainer) -> None:
     if cfg.early_stopping_patience and not data.val_sources:
         text = f"early_stopping_patience: {cfg.early_stopping_patience} stops by evaluations"
         raise UserError("E114", f"{text}; {lines.no_validation(cfg)}")
+    trainer.in_training.open()
 
 
 def resolve(trainer, saved) -> None:

@@ -14,7 +14,7 @@ from lumen.errors import UserError, nearest, no_path
 
 PATHS = re.compile(
     r"data_dir|out_dir|resume|init_from|orchestrator\.replay|data\.sources\..*\.(dir|difficulty)"
-    r"|prepare\.(sources|val_sources|tokenizer|out)"
+    r"|prepare\.(sources|val_sources|tokenizer|out)|evaluate\.data"
 )
 MAY_BE_EMPTY = ("sample_prompt",)
 shortened = reprlib.Repr()  # of values in messages: a list of a million stays a line

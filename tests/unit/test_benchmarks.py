@@ -21,7 +21,11 @@ from lumen.scorer import Scored, Scorer
 # ---------------------------------------------------------------- three rows of each, in Hugging Face's form
 
 BOOLQ = [
-    {"question": f"is {thing} old", "passage": f"{thing} [1]  was built\nin {year}.", "label": label}
+    {
+        "question": f"is {thing} old",
+        "passage": f"{thing} [1]  was built\nin {year}.",
+        "label": label,
+    }
     for thing, year, label in [("the tower", 1100, 1), ("a mill", 1999, 0), ("Köln", 50, 1)]
 ]
 HELLASWAG = [
@@ -50,9 +54,19 @@ PIQA = [
     for n in range(3)
 ]
 WINOGRANDE = [
-    {"sentence": "Ann thanked Eve since _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+    {
+        "sentence": "Ann thanked Eve since _ had helped.",
+        "option1": "Ann",
+        "option2": "Eve",
+        "answer": "2",
+    },
     {"sentence": "_ was late, so Bob ran.", "option1": "Bob", "option2": "Tom", "answer": "1"},
-    {"sentence": "The cup broke the plate as the _  was hard.", "option1": "cup", "option2": "plate", "answer": "1"},
+    {
+        "sentence": "The cup broke the plate as the _  was hard.",
+        "option1": "cup",
+        "option2": "plate",
+        "answer": "1",
+    },
 ]
 LAMBADA = [
     {"text": 'the cat sat.\n"come here,"  said the cat'},
@@ -239,13 +253,17 @@ def test_labels_and_controls(name, metric, labels, tmp_path):
         other = plain[(number + 1) % 3][1]
         assert swapped[number][0] == answer
         if name == "winogrande":
-            assert [context for context, _ in swapped[number][1]] == [context for context, _ in pairs]
+            assert [context for context, _ in swapped[number][1]] == [
+                context for context, _ in pairs
+            ]
             assert swapped[number][1][0][1] == other[0][1]
         else:
             assert [text for _, text in swapped[number][1]] == [text for _, text in pairs]
             assert swapped[number][1] != pairs
     if name == "boolq":  # the question stays, the passage goes
-        assert swapped[0][1][0][0] == plain[0][1][0][0].replace(BOOLQ[0]["passage"], BOOLQ[1]["passage"])
+        assert swapped[0][1][0][0] == plain[0][1][0][0].replace(
+            BOOLQ[0]["passage"], BOOLQ[1]["passage"]
+        )
     if name in ("hellaswag", "arc_easy", "piqa", "lambada"):
         assert swapped[0][1][0][0] == plain[1][1][0][0]
 
@@ -337,7 +355,9 @@ def test_mmlus_folder_is_one_task(tmp_path):
     assert (task.name, len(task), task.about["shots"]) == ("mmlu", 12, 5)
     assert task.about["subjects"] == {"anatomy": 6, "us_history": 6}
     header = task.ask(task.records[7]).header
-    assert header.startswith("The following are multiple choice questions (with answers) about us history.\n\nus_history 50?\nA. a")
+    assert header.startswith(
+        "The following are multiple choice questions (with answers) about us history.\n\nus_history 50?\nA. a"
+    )
     assert "anatomy" not in header and "us_history 54?" in header and "us_history 55?" not in header
     assert read("mmlu", tmp_path / "data/test/anatomy_test.csv").name == "mmlu_anatomy"
     (tmp_path / "data/dev/us_history_dev.csv").unlink()
@@ -442,14 +462,20 @@ def test_a_bad_file_says_why(tmp_path):
 
 CORE_ROWS = {
     "multiple_choice": [
-        {"query": f"Q{n}\nPassage: p{n}\nQuestion: is it {n}?\n", "choices": ["no", "nope"], "gold": n % 2}
+        {
+            "query": f"Q{n}\nPassage: p{n}\nQuestion: is it {n}?\n",
+            "choices": ["no", "nope"],
+            "gold": n % 2,
+        }
         for n in range(5)
     ],
     "schema": [
         {"context_options": [f"Ann {n}", f"Eve {n}"], "continuation": f"left {n}.", "gold": n % 2}
         for n in range(5)
     ],
-    "language_modeling": [{"context": f" one {n} \n", "continuation": f"two {n}"} for n in range(5)],
+    "language_modeling": [
+        {"context": f" one {n} \n", "continuation": f"two {n}"} for n in range(5)
+    ],
 }
 
 
@@ -457,7 +483,12 @@ CORE_ROWS = {
 def bundle(tmp_path):
     tasks = []
     for kind, rows in CORE_ROWS.items():
-        task = {"label": kind[:3], "dataset_uri": f"x/{kind}.jsonl", "num_fewshot": [2], "icl_task_type": kind}
+        task = {
+            "label": kind[:3],
+            "dataset_uri": f"x/{kind}.jsonl",
+            "num_fewshot": [2],
+            "icl_task_type": kind,
+        }
         tasks.append(task)
         jsonl(tmp_path / "eval_data" / "x" / f"{kind}.jsonl", rows)
     tasks[0]["continuation_delimiter"] = "\nAnswer: "
@@ -480,21 +511,36 @@ def test_core_asks_as_nanochat_does(bundle):
     choice, schema, cloze = read_core(bundle, Options())
     for i in range(5):
         row = CORE_ROWS["multiple_choice"][i]
-        header = "".join(f"{r['query']}\nAnswer: {r['choices'][r['gold']]}\n\n" for r in drawn(CORE_ROWS["multiple_choice"], i))
+        header = "".join(
+            f"{r['query']}\nAnswer: {r['choices'][r['gold']]}\n\n"
+            for r in drawn(CORE_ROWS["multiple_choice"], i)
+        )
         pairs = [(header + row["query"], f"\nAnswer: {text}") for text in row["choices"]]
         assert prompts(choice)[i] == (row["gold"], pairs)
 
         row = CORE_ROWS["schema"][i]
-        header = "".join(f"{r['context_options'][r['gold']]} {r['continuation']}\n\n" for r in drawn(CORE_ROWS["schema"], i))
+        header = "".join(
+            f"{r['context_options'][r['gold']]} {r['continuation']}\n\n"
+            for r in drawn(CORE_ROWS["schema"], i)
+        )
         pairs = [(header + text, f" {row['continuation']}") for text in row["context_options"]]
         assert prompts(schema)[i] == (row["gold"], pairs)
 
         row = CORE_ROWS["language_modeling"][i]
-        header = "".join(f"{r['context'].strip()} {r['continuation']}\n\n" for r in drawn(CORE_ROWS["language_modeling"], i))
+        header = "".join(
+            f"{r['context'].strip()} {r['continuation']}\n\n"
+            for r in drawn(CORE_ROWS["language_modeling"], i)
+        )
         assert prompts(cloze)[i] == (0, [(header + f"one {i}", f" two {i}")])
     assert [task.about["baseline"] for task in (choice, schema, cloze)] == [0.62, 0.5, 0]
     assert [task.metric for task in (choice, schema, cloze)] == ["acc_tokens", "acc_tokens", "acc"]
-    assert [choice.ask(record).label for record in choice.records] == ["no", "nope", "no", "nope", "no"]
+    assert [choice.ask(record).label for record in choice.records] == [
+        "no",
+        "nope",
+        "no",
+        "nope",
+        "no",
+    ]
     assert cloze.ask(cloze.records[3]).label == "two 3"
     assert choice.name == "core_mul"
 
@@ -523,7 +569,8 @@ def test_core_scores_what_nanochat_scores(bundle):
     """Choices behind what they begin with alike, schemas what they end with alike, a cloze behind
     its context; <|endoftext|> in front."""
     (bundle / "eval_data/x/schema.jsonl").write_text(
-        json.dumps({"context_options": ["the cat", "a bat"], "continuation": "sat", "gold": 1}) + "\n"
+        json.dumps({"context_options": ["the cat", "a bat"], "continuation": "sat", "gold": 1})
+        + "\n"
     )
     scored = []
     for task in read_core(bundle, Options(shots=0, control=False)):
@@ -542,7 +589,9 @@ def test_core_controls(bundle):
     assert prompts(choice, control=True)[0][1][0][0] == "Q2\nPassage: p2\nQuestion: is it 0?\n"
     assert prompts(schema, control=True)[0][1] == [("Ann 0", " left 2."), ("Eve 0", " left 2.")]
     assert prompts(cloze, control=True)[0][1] == [("one 2", " two 0")]
-    rows = [{"query": f"Why {n}?\nA. x{n}\nB. y", "choices": ["A", "B"], "gold": 0} for n in range(2)]
+    rows = [
+        {"query": f"Why {n}?\nA. x{n}\nB. y", "choices": ["A", "B"], "gold": 0} for n in range(2)
+    ]
     jsonl(bundle / "eval_data/x/multiple_choice.jsonl", rows)
     choice = read_core(bundle, Options(shots=0))[0]
     assert prompts(choice, control=True)[0][1][0][0] == "Why 1?\nA. x0\nB. y"

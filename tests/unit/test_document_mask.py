@@ -14,11 +14,11 @@ from sparse_models import KINDS, ids, make
 
 import kernels
 import lumen.windows
-from evaluate import Loop
 from kernels import Documents, bias_of, documents
 from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
+from lumen.evaluation import Loop
 from lumen.feed import Feed
 from lumen.loader import Loader
 from lumen.windows import Source, Sums

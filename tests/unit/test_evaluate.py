@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluate import evaluate_loss
 from lumen.errors import UserError
+from lumen.evaluation import evaluate_loss
 from lumen.feed import Feed
 from model import ModelConfig, Transformer
 
@@ -30,8 +30,8 @@ class OneRank:
     def gather(self, x):
         return [x]
 
-    def run_or_raise_on_all(self, do):
-        do()
+    def run_or_raise_on_all(self, do, *args):
+        return do(*args)
 
 
 class Windows:

@@ -1,7 +1,6 @@
 """sample.py: what a user can ask of it, in process; one run of the command as a process."""
 
 import dataclasses
-import functools
 import io
 import json
 import subprocess
@@ -18,6 +17,7 @@ import sample as S
 from lumen import chat, checkpoint, prompts
 from lumen import tokenizer as tok
 from lumen.errors import UserError
+from lumen.models import open_model
 from model import ModelConfig, Transformer
 
 T = tok.load("bytes")
@@ -35,16 +35,15 @@ def make(seed=0, **changes) -> Transformer:
     return model.eval()
 
 
-def save(out, step, seed=0, tokenizer=True, model=None):
+def save(out, step, seed=0, tokenizer=True, model=None, config=None, **state):
     model, final = model or make(seed), checkpoint.step_dir(out, step)
     tmp = Path(f"{final}.tmp")
     pieces = {
         f"model.{n}": [(tuple(p.shape), (0,) * p.dim(), p)] for n, p in model.state_dict().items()
     }
     assert checkpoint.write(tmp, 0, pieces) is None
-    checkpoint.commit(
-        tmp, final, 1, {"step": step, "config": {"model": dataclasses.asdict(model.cfg)}}
-    )
+    config = {"model": dataclasses.asdict(model.cfg)} | (config or {})
+    checkpoint.commit(tmp, final, 1, {"step": step, "config": config} | state)
     if tokenizer:
         T.save(Path(out) / "tokenizer.json")
 
@@ -513,25 +512,21 @@ def test_chat_command(run, capsys, tmp_path):
     assert "E002" in code(S.main, [run, "--chat", "--prompt", "x", "--template", "chatlm"])
 
 
-def test_the_template_is_the_runs(tmp_path):
+def test_the_template_is_the_models(tmp_path):
     said = []
-    for n, state in enumerate(({"template": chat.describe("instruct")}, {})):
-        config = {"data_dir": str(tmp_path / "data")}
-        folder = checkpoint.step_dir(tmp_path, n)
-        folder.mkdir()
-        state = {"step": n, "config": config} | state
-        (folder / "state.json").write_text(json.dumps(state))
-        (folder / "manifest.json").write_text(json.dumps({"format": 1, "tensors": {}}))
-    choose = functools.partial(prompts.choose_template, tmp_path, say=said.append, tokenizer=T)
-    assert choose(0, None).name == "instruct" and not said
-    assert (
-        prompts.choose_template(folder.with_name("step_00000000"), 0, None, T, said.append).name
-        == "instruct"
-    )
-    assert choose(0, "chat").name == "chat" and "trained with chat template instruct" in said[0]
-    assert choose(1, None).name == "chatml" and len(said) == 4
+    data = {"data_dir": str(tmp_path / "data")}
+    save(tmp_path, 0, config=data, template=chat.describe("instruct"))
+    save(tmp_path, 1, config=data)
+
+    def choose(step, asked):
+        opened = open_model(tmp_path, step=step, device="cpu")
+        return prompts.choose_template(opened, asked, said.append).name
+
+    assert choose(0, None) == "instruct" and not said
+    assert choose(0, "chat") == "chat" and "trained with chat template instruct" in said[0]
+    assert choose(1, None) == "chatml" and len(said) == 4
     assert "perhaps a base model" in said[1] and said[1].endswith(f"not here: {tmp_path}/data")
-    assert choose(1, "raw").name == "raw" and "a base model" in said[4] and len(said) == 6
+    assert choose(1, "raw") == "raw" and "a base model" in said[4] and len(said) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text(json.dumps({"template": chat.describe("raw")}))
-    assert choose(1, None).name == "raw" and len(said) == 6
+    assert choose(1, None) == "raw" and len(said) == 6

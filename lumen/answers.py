@@ -1,0 +1,136 @@
+"""The loop over the questions of a task, and the lines that it has so far on disk:
+OUT/answers/TASK.jsonl, of each rank its own until all questions are asked. An evaluation that was
+stopped goes on behind them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from lumen.errors import UserError, raise_if
+from lumen.evaluation import never
+from lumen.files import replacing
+from lumen.questions import Asked, Task
+
+ROUND = 8  # questions that each rank asks before the ranks hear of one another
+
+
+def ask(
+    task: Task, asked: Asked, parallel, kept: Answers | None = None, stop=never, bar=None
+) -> list[dict] | None:
+    """A line for each question of a task, in order and the same on all ranks: each asks its part.
+
+    kept: lines from before are not asked again, and new ones are written down one by one. stop() as
+    in evaluate_loss, now and then: then None. bar(n): n more are done. A UserError on one rank is
+    raised on all.
+    """
+    lines = {}
+    for others in parallel.gather(kept.read() if kept else {}):  # each rank may have its own disk
+        lines |= others
+    todo = [i for i in range(len(task)) if task.number(i) not in lines]
+    # where forward holds collectives all ranks ask the same
+    first, ranks = parallel.rows() if parallel.collective_free else (0, 1)
+    writes = kept and (parallel.collective_free or parallel.rank == 0)
+    found = {}
+    for begin in range(0, len(todo), ranks * ROUND):
+        error = fault = None
+        mine = todo[begin + first : begin + ranks * ROUND : ranks]
+        try:
+            for i in mine:
+                line = task.line(i, asked)
+                found[line["i"]] = line
+                if writes:
+                    kept.append(line)
+        except UserError as caught:
+            error = caught
+        except Exception as caught:  # ours, or memory: the other ranks must not wait for this one
+            fault = caught
+        stopped, failed = parallel.all_reduce_max([stop(), int(bool(error or fault))])
+        if failed:
+            parallel.run_or_raise_on_all(raise_if, error)
+            texts = parallel.gather(fault and f"{type(fault).__name__}: {fault}")
+            raise RuntimeError(next(text for text in texts if text)) from fault
+        if stopped:
+            return None
+        if bar:
+            bar(min(ranks * ROUND, len(todo) - begin))
+    for others in parallel.gather(found):
+        lines |= others
+    return [lines[task.number(i)] for i in range(len(task))]
+
+
+def key_of(facts: dict) -> str:
+    """Stands for all that an answer depends on, but the question."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Answers:
+    """Of one task. `key`: what the answers depend on; others are of another model or other options,
+    and no part of this evaluation."""
+
+    def __init__(self, folder: Path, task: str, key: str, rank: int = 0):
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+        self.whole = folder / f"{name}.jsonl"
+        self.part = folder / f"{name}.rank{rank}.part"
+        self.parts = f"{name}.rank*.part"
+        self.key = key
+        self.file = None
+
+    def read(self) -> dict[int, dict]:
+        """The lines that are there, by their `i`."""
+        found = {}
+        for path in (self.whole, *sorted(self.whole.parent.glob(self.parts))):
+            found |= self.lines_of(path)
+        return found
+
+    def lines_of(self, path: Path) -> dict[int, dict]:
+        try:
+            first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
+            if json.loads(first).get("key") != self.key:
+                return {}
+        except (OSError, ValueError, AttributeError):
+            return {}
+        lines = {}
+        for text in rest:
+            try:
+                line = json.loads(text)
+            except ValueError:  # cut short by what ended the evaluation: it is asked again
+                break
+            lines[line["i"]] = line
+        return lines
+
+    def append(self, line: dict) -> None:
+        """E119."""
+        try:
+            if self.file is None:
+                kept = self.lines_of(self.part)  # of this rank, before it was stopped
+                self.part.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.part.open("w", encoding="utf-8")
+                self.write({"key": self.key})
+                for earlier in kept.values():
+                    self.write(earlier)
+            self.write(line)
+            self.file.flush()
+        except OSError as error:
+            raise UserError("E119", f"{self.part}: {error.strerror}") from error
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def finish(self, lines: list[dict]) -> None:
+        """All of them, in order, in one file; by one rank, when the others have closed theirs."""
+        texts = [json.dumps(line, ensure_ascii=False) for line in ({"key": self.key}, *lines)]
+        try:
+            self.whole.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.whole) as file:
+                file.write("".join(f"{text}\n" for text in texts).encode())
+            for path in self.whole.parent.glob(self.parts):
+                path.unlink()
+        except OSError as error:
+            raise UserError("E119", f"{self.whole}: {error.strerror}") from error
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        self.file = None

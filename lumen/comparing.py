@@ -1,0 +1,267 @@
+"""Two or three models that were asked the same: what differs, question by question.
+
+A difference has its own interval: questions are drawn with replacement, and both models are asked
+the drawn ones. That of two scores by themselves is wider, for a hard question is hard for both.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lumen.answers import Answers
+from lumen.errors import UserError
+from lumen.files import read_json, read_lines, replacing
+from lumen.launch import print_now
+from lumen.scoreboard import aligned, markdown_table, number
+from lumen.scores import INTERVAL, SEED, TIE, Metric, in_order, metrics_of, resampled
+
+# Questions on which two models must differ before one is called better: with fewer, a sign test
+# does not reach 5 % even if all speak for one of them (2 / 2**6 = 0.03).
+FEWEST = 6
+KINDS = ("choice", "text", "reply")
+PER_TOKEN = ("loss", "token_ppl", "token_acc")  # of one tokenizer only
+NOTES = """\
+- A difference is that model's score less A's; its 95 % interval comes from drawing questions with
+  replacement, the same for both models.
+- **regression**, **better**: the interval lies on one side of 0. Of forty comparisons of equal
+  models about two would look so.
+- wins, losses, ties: questions on which that model was better than A, worse, alike."""
+
+
+class Side(NamedTuple):
+    """The results of a model."""
+
+    letter: str
+    folder: Path
+    results: dict  # results.json
+
+
+class Difference(NamedTuple):
+    """How much more of a metric the second of two models has."""
+
+    value: float
+    low: float  # of the 95 % interval
+    high: float
+    wins: int  # questions on which the second is better
+    losses: int
+    ties: int
+
+
+class Row(NamedTuple):
+    """A metric of a task, of two models."""
+
+    task: str
+    metric: str
+    letter: str
+    scores: tuple[float, float]
+    found: Difference
+    n: int
+    verdict: str
+
+
+def compare(paths: list, say=print_now, out=None) -> int:
+    """Two or three folders of results (or their results.json) against the first: a table, and
+    compare.md in folder `out`. Returns how many regressions were seen.
+
+    E128 where they cannot be compared, E108 where answers cannot be read.
+    """
+    if len(paths) not in (2, 3):
+        raise UserError("E128", f"compare takes two or three results, not {len(paths)}")
+    first, *others = sides = [load(path, letter) for path, letter in zip(paths, "ABC")]
+    for side in sides:
+        say(f"{side.letter}          {side.folder}")
+    rows = [row for other in others for row in against(first, other, say)]
+    rows.sort(key=lambda row: list(first.results["tasks"]).index(row.task))
+    for line in aligned(cells(rows)):
+        say(line)
+    regressions = sum(row.verdict == "regression" for row in rows)
+    say(f"regressions {regressions}")
+    if out is not None:
+        write(Path(out), sides, rows)
+    return regressions
+
+
+def load(path, letter: str) -> Side:
+    """results.json of a folder, or a results.json. E128."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "results.json"
+    results = read_json(file, "E128")
+    if not isinstance(results.get("tasks"), dict):
+        raise UserError("E128", f"{file} is no results.json of evaluate.py: it has no tasks")
+    return Side(letter, file.parent, results)
+
+
+def against(a: Side, b: Side, say) -> list[Row]:
+    """What both were asked. E128 where that is nothing."""
+    names = [name for name in a.results["tasks"] if name in b.results["tasks"]]
+    if not names:
+        each = [f"{s.folder}: {', '.join(s.results['tasks']) or 'none'}" for s in (a, b)]
+        raise UserError("E128", f"no task in common; {'; '.join(each)}")
+    rows = []
+    for name in names:
+        if a.results["tasks"][name].get("kind") in KINDS:
+            rows.append(row_of(name, a, b, say))
+        else:  # lm-eval keeps its answers to itself
+            say(f"note       {name}: its answers are not kept, so it is not compared")
+    return rows
+
+
+def row_of(name: str, a: Side, b: Side, say) -> Row:
+    """The headline of a task. E128 where they were not asked the same."""
+    one, other = (side.results["tasks"][name] for side in (a, b))
+    for key, values in {
+        "kind": [task.get("kind") for task in (one, other)],
+        "metric": [task.get("metric") for task in (one, other)],
+        "sha256": [(task.get("about") or {}).get("sha256") for task in (one, other)],
+    }.items():
+        if values[0] != values[1]:
+            text = f"{name}: its {key} is {values[0]} in {a.folder} and {values[1]} in {b.folder}"
+            raise UserError("E128", f"{text}: evaluate both on the same file")
+    for key, value in (one.get("options") or {}).items():
+        theirs = (other.get("options") or {}).get(key)
+        if theirs != value and key != "limit":  # which questions were asked is looked at below
+            say(f"note       {name}: {key} {value} in {a.letter}, {theirs} in {b.letter}")
+    lines = [read(side, name) for side in (a, b)]
+    metric = comparable(name, one, a, b)
+    paired = same_questions(name, one["kind"], lines)
+    if paired:
+        lines = in_common(name, lines, (a, b), say)
+    else:
+        say(f"note       {name}: its texts are cut at other places, so they are not paired")
+    x, y = (
+        pick(name, metrics_of(one["kind"], part), metric, side) for part, side in zip(lines, (a, b))
+    )
+    found = difference(x, y, paired)
+    n = len(lines[0])
+    scores = x.value(x.top), y.value(y.top)
+    return Row(name, x.name, b.letter, scores, found, n, verdict(found, x.better, paired, n))
+
+
+def comparable(name: str, task: dict, a: Side, b: Side) -> str:
+    """The task's headline, or bits per byte where tokenizers differ and it is per token."""
+    sums = [(side.results.get("tokenizer") or {}).get("sha256") for side in (a, b)]
+    if sums[0] != sums[1] and task["kind"] == "text" and task["metric"] in PER_TOKEN:
+        return "bits_per_byte"
+    return task["metric"]
+
+
+def pick(name: str, metrics: list[Metric], metric: str, side: Side) -> Metric:
+    for found in metrics:
+        if found.name == metric:
+            return found
+    text = f"{name}: the answers of {side.folder} give no {metric}"
+    raise UserError("E128", f"{text}; losses per token of two tokenizers cannot be compared")
+
+
+def read(side: Side, name: str) -> list[dict]:
+    """The answers to a task, in order. E128."""
+    file = Answers(side.folder / "answers", name, "").whole
+    try:
+        lines = in_order([line for line in read_lines(file) if "key" not in line])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError("E128", f"{file} holds no answers: {error!r}") from error
+    if not lines:
+        text = f"{name}: there is no {file}, or nothing in it"
+        raise UserError("E128", f"{text}; a comparison needs each question's answer")
+    return lines
+
+
+def in_common(name: str, lines: list[list[dict]], sides: tuple[Side, Side], say) -> list:
+    """Of each the lines whose question both have. E128 where that is none."""
+    numbers = [{line["i"] for line in part} for part in lines]
+    both = numbers[0] & numbers[1]
+    if not both:
+        text = f"{name}: no question in common in {sides[0].folder} and {sides[1].folder}"
+        raise UserError("E128", f"{text}: evaluate with the same --limit and seed")
+    if numbers[0] != numbers[1]:
+        counts = f"{len(numbers[0])} questions in {sides[0].letter}"
+        counts += f", {len(numbers[1])} in {sides[1].letter}"
+        say(f"note       {name}: {counts}; compared are the {len(both)} of both")
+    return [[line for line in part if line["i"] in both] for part in lines]
+
+
+def same_questions(name: str, kind: str, lines: list[list[dict]]) -> bool:
+    """Whether line i of both is of the same question: of texts it need not be, where tokenizers
+    cut them. E128 where questions differ."""
+    others = {line["i"]: line for line in lines[1]}
+    for line in lines[0]:
+        other = others.get(line["i"], line)
+        if kind == "text":
+            size = "tokens" if line.get("bytes") is None else "bytes"
+            if line[size] != other.get(size):
+                return False
+            continue
+        for key in ("label", "answer"):
+            if line.get(key) != other.get(key):
+                text = f"{name}: question {line['i']}: its {key} is {line.get(key)!r}"
+                raise UserError("E128", f"{text} in one and {other.get(key)!r} in the other")
+    return True
+
+
+def verdict(found: Difference, better: str, paired: bool, n: int) -> str:
+    if not math.isfinite(found.value):
+        return "NaN"
+    if found.low <= 0 <= found.high:
+        return "no difference seen"
+    if (found.wins + found.losses if paired else n) < FEWEST:
+        return "too few to tell"
+    up = found.low > 0
+    return "better" if up == (better == "higher") else "regression"
+
+
+def difference(a: Metric, b: Metric, paired: bool = True) -> Difference:
+    """b - a, whose questions are the same, one by one; not `paired`: each has its own, and there
+    are no wins."""
+    value = b.value(b.top) - a.value(a.top)
+    if paired:
+        first, second = resampled([a, b])
+    else:
+        (first,), (second,) = resampled([a]), resampled([b], SEED + 1)
+    draws = second - first
+    low = high = math.nan
+    if math.isfinite(value):
+        low, high = (float(end) for end in np.quantile(draws[~np.isnan(draws)], INTERVAL))
+    if not paired:
+        return Difference(value, low, high, 0, 0, 0)
+    each = [m.top / np.where(m.bottom > 0, m.bottom, 1) for m in (a, b)]
+    more = each[1] - each[0]
+    more[np.abs(more) <= TIE * np.maximum(*np.abs(each))] = 0
+    sign = 1 if a.better == "higher" else -1
+    wins, losses = int((sign * more > 0).sum()), int((sign * more < 0).sum())
+    return Difference(value, low, high, wins, losses, len(more) - wins - losses)
+
+
+# ---------------------------------------------------------------- words
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """For the console."""
+    lines = [["task metric", "", "A", "it", "difference", "95 % interval", "verdict"]]
+    for row in rows:
+        ends = f"{number(row.found.low, '+')} to {number(row.found.high, '+')}"
+        line = [f"{row.task} {row.metric}", row.letter, *map(number, row.scores)]
+        lines.append([*line, number(row.found.value, "+"), ends, row.verdict])
+    return lines
+
+
+def write(out: Path, sides: list[Side], rows: list[Row]) -> None:
+    """compare.md. OSError."""
+    head = ["task", "metric", "model", "A", "it", "difference", "95 % interval"]
+    table = [[*head, "wins / losses / ties", "n", "verdict"]]
+    for row in rows:
+        found = row.found
+        ends = f"{number(found.low, '+')} to {number(found.high, '+')}"
+        counts = f"{found.wins} / {found.losses} / {found.ties}"
+        line = [row.task, row.metric, row.letter, *map(number, row.scores)]
+        line += [number(found.value, "+"), ends, counts, str(row.n), row.verdict]
+        table.append(line)
+    lines = ["# Comparison", "", *(f"- {side.letter}: {side.folder}" for side in sides), ""]
+    lines += [*markdown_table(table), "", NOTES, ""]
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "compare.md") as file:
+        file.write("\n".join(lines).encode())

@@ -1,0 +1,219 @@
+"""evaluate.ask, lumen/answers.py and lumen/tasks.py: every question is asked once, an evaluation
+that was stopped goes on, and a task's file is read or refused with its line."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from lumen.answers import Answers, ask
+from lumen.errors import UserError
+from lumen.questions import Options, Task, chosen, partner
+from lumen.tasks import find_tasks
+
+
+class Ranks:
+    """One of several ranks that never meet: the others have asked and said what this one did."""
+
+    collective_free = True
+
+    def __init__(self, rank=0, world=1, free=True):
+        self.rank, self.world, self.collective_free = rank, world, free
+
+    def rows(self):
+        return self.rank, self.world
+
+    def all_reduce_max(self, flags):
+        return flags
+
+    def gather(self, x):
+        return [x]
+
+    def run_or_raise_on_all(self, do, *args):
+        return do(*args)
+
+
+@dataclass
+class Squares(Task):
+    """Question i is i + 10; the answer its square."""
+
+    n: int = 20
+    asked: list = field(default_factory=list)
+    fails_at: int = -1
+
+    def __len__(self):
+        return self.n
+
+    def number(self, i):
+        return i + 10
+
+    def line(self, i, asked):
+        if i == self.fails_at:
+            raise UserError("E127", "no answer")
+        self.asked.append(i)
+        return {"i": i + 10, "square": (i + 10) ** 2}
+
+
+def squares(**more) -> Squares:
+    return Squares("squares", Options(), **more)
+
+
+def test_lines_come_in_order_and_each_rank_asks_its_part():
+    task = squares()
+    assert [line["i"] for line in ask(task, None, Ranks())] == list(range(10, 30))
+    parts = [squares(), squares()]
+    for rank, part in enumerate(parts):
+        with pytest.raises(KeyError):  # the other's lines, which no other brings here
+            ask(part, None, Ranks(rank, 2))
+    assert sorted(parts[0].asked + parts[1].asked) == list(range(20))
+    assert len(parts[0].asked) == 10
+    together = squares()
+    ask(together, None, Ranks(1, 2, free=False))  # FSDP: a forward pass takes all ranks
+    assert together.asked == list(range(20))
+
+
+def test_what_was_stopped_goes_on(tmp_path):
+    bars = []
+    task = squares(fails_at=11)
+    kept = Answers(tmp_path, "a/b", "key")
+    with pytest.raises(UserError):
+        ask(task, None, Ranks(), kept, bar=bars.append)
+    kept.close()
+    assert bars == [8]
+    part = tmp_path / "a_b.rank0.part"
+    with part.open("a") as file:
+        file.write('{"i": 21, "squ')  # the process was killed in a write
+    task = squares()
+    kept = Answers(tmp_path, "a/b", "key")
+    lines = ask(task, None, Ranks(), kept)
+    assert task.asked == list(range(11, 20))
+    assert lines == [{"i": i, "square": i * i} for i in range(10, 30)]
+    kept.close()
+    kept.finish(lines)
+    assert not part.exists()
+    task = squares()
+    assert ask(task, None, Ranks(), Answers(tmp_path, "a/b", "key")) == lines
+    assert not task.asked
+    assert Answers(tmp_path, "a/b", "another model").read() == {}
+
+
+def test_a_signal_leaves_and_a_fault_is_no_silence():
+    assert ask(squares(), None, Ranks(), stop=lambda: 1) is None
+
+    class Broken(Squares):
+        def line(self, i, asked):
+            raise ZeroDivisionError("ours")
+
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
+        ask(Broken("b", Options()), None, Ranks())
+
+
+def test_which_questions_are_asked_depends_on_the_seed_only():
+    some = chosen(100, Options(limit=10))
+    assert some == chosen(100, Options(limit=10)) == sorted(set(some))
+    assert some != list(range(10)) and chosen(5, Options(limit=10)) == [0, 1, 2, 3, 4]
+    assert sorted(partner(i, 7) for i in range(7)) == list(range(7))
+    assert all(partner(i, n) != i for n in (2, 3, 7) for i in range(n))
+
+
+# ---------------------------------------------------------------- files
+
+ROWS = [
+    {"question": "1 + 1?", "choices": ["2", "3"], "answer": 0},
+    {"question": "1 + 2?", "choices": ["2", "3"], "answer": "B"},
+    {"question": "1 + 3?", "choices": ["2", "4"], "answer": "4"},
+]
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def only(spec, options=None):
+    (task,) = find_tasks([spec], None, options or Options())
+    return task
+
+
+def test_choices_of_ones_own(tmp_path):
+    task = only(write(tmp_path / "sums.jsonl", ROWS))
+    questions = [task.ask(row) for row in task.records]
+    assert [question.answer for question in questions] == [0, 1, 1]
+    assert questions[1].pairs[0] == ("Question: 1 + 2?\nAnswer:", " 2")
+    assert (task.name, task.metric, task.swap) == ("sums", "acc_bytes", ("question",))
+    assert list(task.texts())[2] == (2, "Question: 1 + 3?\nAnswer: 4")
+
+
+def test_by_letter(tmp_path):
+    task = only(write(tmp_path / "sums.jsonl", ROWS), Options(by_letter=True))
+    question = task.ask(task.records[2])
+    context = "Question: 1 + 3?\nA. 2\nB. 4\nAnswer:"
+    assert question.pairs == ((context, " A"), (context, " B")) and question.label == "B"
+    # its control: another's question above the same choices
+    context = f"Question: {ROWS[partner(2, 3)]['question']}\nA. 2\nB. 4\nAnswer:"
+    assert task.control(2).pairs[0][0] == context
+
+
+def test_shots_stand_before_all_questions_alike(tmp_path):
+    rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}]
+    task = only(write(tmp_path / "sums.jsonl", rows), Options(shots=1))
+    headers = [task.ask(row).header for row in task.records if "examples" not in row]
+    assert len(set(headers)) == 1 and len(task) == 3
+    shown = headers[0].removesuffix("\n\n")
+    assert shown in ["Question: 1 + 1?\nAnswer: 2", "Question: 1 + 2?\nAnswer: 3"] + [
+        "Question: 1 + 3?\nAnswer: 4"
+    ]
+    own = [task.ask(row).header for row in task.records if "examples" in row]
+    assert all("Question: 1 + 2?\nAnswer: 3\n\n" in header for header in own)
+
+
+def test_a_cloze(tmp_path):
+    row = {"context": "To be or not to", "continuation": " be"}
+    task = only(write(tmp_path / "end.jsonl", [row, row]))
+    assert task.ask(row).pairs == (("To be or not to", " be"),)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"question": 3, "choices": ["a", "b"], "answer": 0}, "question: 3"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "choices"),
+        ({"question": "q", "choices": ["a", ""], "answer": 0}, "choices"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer: 2"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer"),
+        ({"question": "q", "choices": ["a", "b"]}, "answer"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0, "examples": [{}]}, "question"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, words):
+    path = write(tmp_path / "q.jsonl", [ROWS[0], row])
+    with pytest.raises(UserError, match=f"q.jsonl:2: {words}") as caught:
+        find_tasks([path], None, Options())
+    assert caught.value.code == "E127"
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("docstring", "did you mean docstrings"),
+        ("boolq", "boolq:PATH, or --data"),
+        ("boolq:/nowhere", "does not exist"),
+        ("no.jsonl", "no task is called no.jsonl"),
+    ],
+)
+def test_unknown_tasks(spec, words):
+    with pytest.raises(UserError, match=words) as caught:
+        find_tasks([spec], None, Options())
+    assert caught.value.code == "E127"
+
+
+def test_broken_files_and_doubles(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question"\n')
+    with pytest.raises(UserError, match="q.jsonl:1: no JSON"):
+        find_tasks([str(path)], None, Options())
+    path.write_text("")
+    with pytest.raises(UserError, match="holds no row"):
+        find_tasks([str(path)], None, Options())
+    with pytest.raises(UserError, match="two tasks are called docstrings"):
+        find_tasks(["docstrings", "docstrings"], None, Options())
