@@ -185,6 +185,18 @@ def test_mmlus_examples_are_lm_evals(tmp_path):
     assert prompts(read("mmlu", path, shots=2)) == lm_eval_prompts("mmlu", 2)
 
 
+@pytest.mark.parametrize("name", ["hellaswag", "arc_challenge", "piqa"])
+def test_a_choices_length_is_lm_evals(name, tmp_path):
+    """In bytes, without the space before it: with it another choice may win."""
+    task = read(name, jsonl(tmp_path / "x.jsonl", ROWS[name]), control=False)
+    lm_eval = lm_eval_task(name)
+    for number, doc in enumerate(lm_eval.eval_docs):
+        choices = [choice.encode() for choice in lm_eval.doc_to_choice(doc)]
+        scores = {"logprobs": [-1.0] * len(choices)}
+        asked = Asked(None, None, scorer=SimpleNamespace(question=lambda question: scores))
+        assert task.line(number, asked)["bytes"] == [len(choice) for choice in choices]
+
+
 def test_wikitext_is_lm_evals(tmp_path, monkeypatch):
     """Salesforce's file, Hugging Face's lines and rows that are articles give the same texts; words
     and bytes are those before the detokenizer, or the perplexity were another one."""
