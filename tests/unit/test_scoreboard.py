@@ -145,6 +145,7 @@ def test_a_picture(tmp_path):
 
 def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "picture.png").write_bytes(b"of other scores")
     said = []
     scoreboard.write(tmp_path, RESULTS, said.append)
     assert (tmp_path / "report.md").exists() and "pip install matplotlib" in said[0]

@@ -244,7 +244,11 @@ def test_one_nan_is_the_score(bad):
     assert math.isnan(found["acc"].value) and math.isnan(found["acc"].low)
     assert found["acc"].verdict == "NaN" and has_nan(list(found.values()))
     assert found["acc"].control == 0, "what is known stays"
-    lines[3]["logprobs"][1] = -2.0
+    lines[3]["logprobs"] = [bad, -2.0]
+    assert math.isnan(by_name("choice", "t", "acc", lines)["answer_bpb"].value), "the right one"
+    cloze = [choice(i, 0, [bad if i == 3 else -1.0], greedy=[True]) for i in range(9)]
+    assert math.isnan(by_name("choice", "t", "acc", cloze)["acc"].value)
+    lines[3]["logprobs"] = [-1.0, -2.0]
     lines[3]["control"]["logprobs"][0] = bad
     assert has_nan(scores_of("choice", "t", "acc", lines, V, 1.0))
     texts = [text(i, bad if i == 4 else 300.0) for i in range(9)]
