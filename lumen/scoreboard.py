@@ -251,16 +251,16 @@ def fenced(text: str, title: str) -> list[str]:
     return [f"{title}:", fence, text, fence, ""]
 
 
-def detailed(name: str, lines: list[dict], prompts: dict[int, str]) -> str:
-    """All replies of a task of kind reply as markdown, for --detailed_output; prompts: by i."""
+def detailed(name: str, lines: list[dict]) -> str:
+    """All replies of a task of kind reply as markdown, for --detailed."""
     said = [f"# {name}: every reply", ""]
     for line in in_order(lines):
         label = f", label {line['label']}" if line.get("label") else ""
         said += [f"## {line['i']}{label}", ""]
         found = ", ".join(f"{key} {number(value)}" for key, value in line["found"].items())
         said += [f"{found}; {line['tokens']} tokens, {ended(line)}", ""]
-        said += fenced(prompts.get(line["i"], ""), "prompt") + fenced(line["reply"], "reply")
-    return "\n".join(said)
+        said += fenced(line.get("prompt", ""), "prompt") + fenced(line["reply"], "reply")
+    return "\n".join(said) + "\n"
 
 
 def ended(line: dict) -> str:

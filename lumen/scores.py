@@ -268,9 +268,10 @@ def reply_metrics(lines: list[dict]) -> list[Metric]:
     for name in names:
         there = np.array([name in line["found"] for line in lines], dtype=np.float64)
         top = floats(line["found"].get(name, 0.0) for line in lines)
-        blind = floats(
-            (line.get("control") or {}).get("found", {}).get(name, 0.0) for line in lines
-        )
+        controls = [(line.get("control") or {}).get("found", {}) for line in lines]
+        blind = None
+        if any(name in found for found in controls):  # of a heuristic's parts few should fall
+            blind = floats(found.get(name, 0.0) for found in controls)
         most = most_frequent(lines) if name in EXACT else None
         metrics.append(Metric(name, "share", top, there, None, most, blind))
     return metrics

@@ -155,8 +155,9 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
 
 def test_every_reply(tmp_path):
     line = {"reply": "4", "ended": True, "tokens": 2, "found": {"exact_match": 1.0}, "label": "4"}
+    line |= {"prompt": "2 + 2?"}
     lines = [line | {"i": 3}, line | {"i": 1, "ended": False, "reply": "```"}]
-    said = scoreboard.detailed("gsm8k", lines, {3: "2 + 2?"})
+    said = scoreboard.detailed("gsm8k", lines)
     assert said.index("## 1, label 4") < said.index("## 3, label 4")
     assert "exact_match 1.0000; 2 tokens, ended by itself" in said and "cut off" in said
     assert "````\n```\n````" in said and "2 + 2?" in said
