@@ -146,7 +146,11 @@ def test_replies():
     match, pattern = found["exact_match"], found["pattern"]
     assert (match.value, match.n, match.chance, match.majority) == (0.6, 50, None, 0.5)
     assert (match.control, match.n_control) == (1.0, 10)
+    assert match.verdict.endswith("; LEAK? the control is above the majority answer")
     assert (pattern.value, pattern.n, pattern.majority) == (0.5, 10, None), "only where it is"
+    assert (pattern.control, pattern.n_control) == (None, 0), "its metric's control, not another's"
+    lines[3]["label"] = ""  # of a prompt without an answer
+    assert by_name("reply", "smoke", "exact_match", lines)["exact_match"].majority is None
 
 
 def test_what_lines_do_not_say_is_left_out():
@@ -191,8 +195,8 @@ def test_intervals_cover_what_they_should():
         ratio = scores.Metric("bits_per_byte", "bits", sums, size)
         draws = scores.resampled([share, ratio])
         for m, draw, true in ((share, draws[0], 0.7), (ratio, draws[1], 2.0)):
-            _, low, high = scores.spread(m, m.value(m.top), draw)
-            covered[m.unit] += low <= true <= high
+            found = scores.spread(m, draw)
+            covered[m.unit] += found.low <= true <= found.high
     assert all(180 <= n <= 199 for n in covered.values()), covered  # 190 of 200; 180: 3 sigma
 
 
