@@ -74,6 +74,17 @@ def parser() -> Words:
     return p
 
 
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0}
+
+
+def check_range(args) -> None:
+    """E002."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError("E002", f"command line: --{name} {value} is below {least}")
+
+
 class Run:
     """One start of this command: the model, how it is asked, where its answers go."""
 
@@ -209,6 +220,7 @@ def main(argv: list[str]) -> int:
     if not (args.model or args.compare):
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"
         raise UserError("E304", text)
+    check_range(args)
     if args.compare:
         comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0
