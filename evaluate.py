@@ -74,6 +74,17 @@ def parser() -> Words:
     return p
 
 
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0}
+
+
+def check_range(args) -> None:
+    """E002."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError("E002", f"command line: --{name} {value} is below {least}")
+
+
 class Run:
     """One start of this command: the model, how it is asked, where its answers go."""
 
@@ -164,10 +175,10 @@ class Run:
 
         began = time.perf_counter()
         how = {"num_fewshot": self.args.shots, "limit": self.args.limit}
-        found = harness.run(self.asked, names, self.args.lm_eval_path, **how)
+        found = harness.run(self.asked, names, self.args.lm_eval_path, self.opened, **how)
         done = {}
         for score in harness.rows(found, time.perf_counter() - began):
-            task = done.setdefault(f"lm-eval/{score.task}", {"kind": "lm-eval", "about": how})
+            task = done.setdefault(score.task, {"kind": "lm-eval", "about": how})
             task.setdefault("scores", []).append(score)
         return done
 
@@ -209,6 +220,7 @@ def main(argv: list[str]) -> int:
     if not (args.model or args.compare):
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"
         raise UserError("E304", text)
+    check_range(args)
     if args.compare:
         comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0

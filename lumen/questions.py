@@ -25,13 +25,15 @@ from lumen.values import short
 
 @dataclass
 class Asked:
-    """The model that is asked, and what its answers depend on beside it."""
+    """The model that is asked, and what its answers depend on beside it. What they hold is
+    remembered: a model that has changed since gets another Asked."""
 
     model: object  # model.Transformer, ready to evaluate
     tokenizer: object
     template: object = None  # lumen.chat.Template; None: it knows no conversations
     n_vocab: int = 0  # ids from here on are padding
     scorer: object = None  # lumen.scorer.Scorer of this model
+    written: dict = field(default_factory=dict)  # replies that it gave: lumen.replying
 
 
 @dataclass

@@ -31,11 +31,15 @@ from lumen.stream import Stream, decode
 class Prompt:
     """What stands before a reply, and where that ends at the latest."""
 
-    text: str | list  # or (role, content) pairs, for a chat model
+    text: str | tuple  # or (role, content) pairs, for a chat model
     header: str = ""  # examples with their answers, before a text
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 256
     begin: str = ""  # of the reply, already written for a chat model
+
+    def asked(self) -> str:
+        """Without its examples."""
+        return self.text if isinstance(self.text, str) else self.text[-1][1]
 
 
 class Reply(NamedTuple):
@@ -61,7 +65,7 @@ class Replies(Task):
     swap: tuple[str, ...] = ("prompt",)
     metric: str = "exact_match"
     controlled: tuple[str, ...] = ()  # metrics that should fall in the control; (): all
-    told: tuple[str, ...] = ("prompt",)  # fields of a record that its line repeats
+    told: tuple[str, ...] = ()  # fields of a record that its line repeats
     held: tuple[str, ...] = ("prompt", "answer")  # what training data should not hold
     temperature: float = 0.0
     kind = "reply"
@@ -78,10 +82,12 @@ class Replies(Task):
     def line(self, i: int, asked: Asked) -> dict:
         number = self.numbers[i]
         record = self.records[number]
-        reply = self.reply(record, asked, number)
+        prompt = self.ask(record, asked.template is not None)
+        reply = self.reply(prompt, asked, number)
         line = {"i": number, "label": str(record.get("label", ""))}
         line |= {name: record[name] for name in self.told}
-        line |= {"reply": reply.text, "ended": reply.ended, "tokens": reply.tokens}
+        line |= {"prompt": prompt.asked(), "reply": reply.text}
+        line |= {"ended": reply.ended, "tokens": reply.tokens}
         if reply.cut:
             line["cut"] = reply.cut
         line["found"] = self.found(record, reply)
@@ -89,7 +95,8 @@ class Replies(Task):
         if self.options.control and len(self.records) > 1 and set(wanted) & set(line["found"]):
             other = self.records[partner(number, len(self.records))]
             mixed = record | {name: other[name] for name in self.swap}
-            found = self.found(mixed, self.reply(mixed, asked, number))
+            prompt = self.ask(mixed, asked.template is not None)
+            found = self.found(mixed, self.reply(prompt, asked, number))
             line["control"] = {"found": {k: v for k, v in found.items() if k in wanted}}
         return line
 
@@ -99,12 +106,15 @@ class Replies(Task):
             return self.judge(record, reply)
         return dict.fromkeys(self.judge(record, Reply("")), math.nan)
 
-    def reply(self, record: dict, asked: Asked, number: int) -> Reply:
-        """Question by question, not as a batch: its bits are its own."""
-        prompt = self.ask(record, asked.template is not None)
+    def reply(self, prompt: Prompt, asked: Asked, number: int) -> Reply:
+        """Question by question, not as a batch: its bits are its own. What is asked again, since a
+        control asks what another question does, is remembered."""
         most = self.options.max_new_tokens or prompt.max_new_tokens
-        seed = self.options.seed + number
-        return written(prompt, asked, most, seed, self.temperature)
+        seed = self.options.seed + number if self.temperature else 0
+        key = (prompt, most, seed, self.temperature)
+        if key not in asked.written:
+            asked.written[key] = written(prompt, asked, most, seed, self.temperature)
+        return asked.written[key]
 
     def texts(self) -> Iterator[tuple[int, str]]:
         for number in self.numbers:
@@ -162,7 +172,7 @@ class Examples(NamedTuple):
     answer: Callable[[dict], str]
     everywhere: bool = True  # False: a chat model does without
 
-    def before(self, text: str, talks: bool) -> tuple[str | list, str]:
+    def before(self, text: str, talks: bool) -> tuple[str | tuple, str]:
         """(what is asked, its header): of a chat model the turns."""
         if not talks:
             shown = [f"{self.question(row)} {self.answer(row)}\n\n" for row in self.rows]
@@ -172,7 +182,7 @@ class Examples(NamedTuple):
             return text, ""
         for row in self.rows:
             turns += [("user", self.question(row)), ("assistant", self.answer(row))]
-        return [*turns, ("user", text)], ""
+        return (*turns, ("user", text)), ""
 
 
 def drawn(rows: list[dict], n: int, options: Options, path: Path) -> tuple[list, list]:
@@ -224,7 +234,7 @@ def gsm8k(path: Path, options: Options) -> list[Task]:
     about = about_of([*paths, *beside], shots, said)
     made = Replies("gsm8k", options, about, records, ask, judge_gsm8k, ("question",))
     made.metric = "flexible_extract"
-    made.told, made.held = ("question",), ("question", "answer")
+    made.held = ("question", "answer")
     return [made]
 
 
@@ -334,7 +344,7 @@ def functions(path: Path, options: Options, name: str = "") -> list[Task]:
     records = rows_of(paths, read_function)
     about = about_of(paths, 0, f"prompt and stop texts of lm-eval 0.4.13; {walls().said()}")
     made = Replies(name, options, about, records, ask_function, judge_function)
-    made.metric, made.held = "pass@1", ("prompt", "answer")
+    made.metric = "pass@1"
     return [made]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lumen.clean import written_words
+from lumen.clean import NO_BLANKS
 from lumen.errors import UserError, expand
 from lumen.evaluation_files import Record, table
 from lumen.files import sha256
@@ -24,7 +24,9 @@ OWN = Path(__file__).resolve().parent.parent / "configs" / "smoke.yaml"
 SAMPLES = 8
 TOKENS = 64
 FORMS = '{"categories": {NAME: [prompts]}}, {NAME: [prompts]}, a list of prompts, or .jsonl rows'
-PARTS = "nonempty, distinct: share of different pairs among its pairs of words, unrepeated: 1 - the"
+# what is counted: a word, a mark, a stretch of nothing
+PIECE = re.compile(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+|[^\w\s]|\s{{16}}")
+PARTS = "nonempty, distinct: share of different ones among its pairs of words, unrepeated: 1 - the"
 PARTS += " longest stretch that occurs twice, ended: by itself, expected: the pattern was found"
 
 
@@ -42,7 +44,7 @@ def task(name: str, options: Options) -> Replies:
         made = Replies(name, options, about, records, ask_smoke, judge_smoke)
         made.metric = "heuristic"
     made.swap, made.controlled = ("prompt", "base"), ("expected",)
-    made.told, made.held = ("category", "prompt"), ("prompt", "base")
+    made.told, made.held = ("category",), ("prompt", "base")
     return made
 
 
@@ -68,24 +70,24 @@ def judge_nothing(record: dict, reply: Reply) -> dict:
 
 
 def judge_smoke(record: dict, reply: Reply) -> dict:
-    words = written_words(reply.text)
-    pairs = list(zip(words, words[1:]))
-    found = {"nonempty": float(bool(words)), "distinct": 0.0, "unrepeated": 0.0}
-    if words:
+    pieces = PIECE.findall(reply.text) if reply.text.strip() else []
+    pairs = list(zip(pieces, pieces[1:]))
+    found = {"nonempty": float(bool(pieces)), "distinct": 0.0, "unrepeated": 0.0}
+    if pieces:
         found["distinct"] = len(set(pairs)) / len(pairs) if pairs else 1.0
-        found["unrepeated"] = 1 - longest_repeat(words) / max(1, len(words) - 1)
+        found["unrepeated"] = 1 - longest_repeat(pieces) / max(1, len(pieces) - 1)
     found["ended"] = float(reply.ended)
     if record["expect"]:
         found["expected"] = float(bool(re.search(record["expect"], reply.text, re.IGNORECASE)))
     return {"heuristic": sum(found.values()) / len(found)} | found
 
 
-def longest_repeat(words: list[str]) -> int:
-    """How many words the longest stretch has that occurs twice; both may overlap."""
-    low, high = 0, max(0, len(words) - 1)
-    while low < high:  # one of n words holds one of n - 1
+def longest_repeat(pieces: list[str]) -> int:
+    """How many pieces the longest stretch has that occurs twice; both may overlap."""
+    low, high = 0, max(0, len(pieces) - 1)
+    while low < high:  # a stretch of n holds one of n - 1
         n = (low + high + 1) // 2
-        stretches = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        stretches = [tuple(pieces[i : i + n]) for i in range(len(pieces) - n + 1)]
         if len(set(stretches)) < len(stretches):
             low = n
         else:
