@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lumen import chat, comparing, scoreboard, scores
+from lumen import chat, comparing, core_bundle, scoreboard, scores
 from lumen.answers import Answers, ask, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
@@ -111,7 +111,6 @@ class Run:
 
     def tasks(self) -> list[Task]:
         """Those that are asked for, or else those that are built in. E127."""
-        from lumen import core_bundle
         from lumen.tasks import find_tasks
 
         args = self.args
@@ -231,6 +230,7 @@ def main(argv: list[str]) -> int:
         run.say(note)
     tasks = parallel.run_or_raise_on_all(run.tasks)
     done = {task.name: run.score(task) for task in tasks}
+    done |= core_bundle.core_result(done)
     if run.main:
         if args.lm_eval:
             done |= run.score_lm_eval(args.lm_eval.split(","))

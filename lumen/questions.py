@@ -155,9 +155,9 @@ class Choices(Task):
         question = self.ask(self.records[number])
         line = {"i": number, "answer": question.answer}
         line["label"] = question.label or str(question.answer)
-        line |= asked.scorer.question(question)
         choices = [text.removeprefix(" ") for _, text in question.pairs]  # as lm-eval measures
         line["bytes"] = [len(choice.encode()) for choice in choices]
+        line |= asked.scorer.question(question)
         control = self.control(number)
         if control:
             found = asked.scorer.question(control)
