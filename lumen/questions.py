@@ -156,7 +156,8 @@ class Choices(Task):
         line = {"i": number, "answer": question.answer}
         line["label"] = question.label or str(question.answer)
         line |= asked.scorer.question(question)
-        line["bytes"] = [len(text.encode()) for _, text in question.pairs]
+        choices = [text.removeprefix(" ") for _, text in question.pairs]  # as lm-eval measures
+        line["bytes"] = [len(choice.encode()) for choice in choices]
         control = self.control(number)
         if control:
             found = asked.scorer.question(control)

@@ -13,7 +13,7 @@ import random
 import string
 from pathlib import Path
 
-from lumen import benchmarks, texts
+from lumen import benchmarks, held_out, replying, smoke, texts
 from lumen.docstrings import docstring_rows
 from lumen.errors import UserError, expand, nearest
 from lumen.files import sha256
@@ -21,7 +21,7 @@ from lumen.questions import Choices, Options, Question, Task, read_jsonl
 from lumen.values import short
 
 LETTERS = string.ascii_uppercase
-READERS = benchmarks.READERS  # name: of a path, options
+READERS = benchmarks.READERS | replying.READERS  # name: of a path, options
 BUILT_IN = ("docstrings", "val", "smoke", "samples")
 
 
@@ -32,8 +32,8 @@ def find_tasks(
     asked; None: nothing of a run is known. E127: unknown, or its file is not there or wrong."""
     found: dict[str, Task] = {}
     for spec in specs:
-        if spec == "val":
-            tasks = val(opened, options, say)
+        if spec.partition(":")[0] == "val":
+            tasks = val(spec, opened, options, say)
         else:
             tasks = tasks_of(spec, data, options)
         for task in tasks:
@@ -46,13 +46,14 @@ def find_tasks(
     return list(found.values())
 
 
-def val(opened, options: Options, say) -> list[Task]:
-    """The rows that the model's own run holds out; none, and that is said, if they are gone."""
+def val(spec: str, opened, options: Options, say) -> list[Task]:
+    """The rows that the model's own run holds out, or a prepared folder, val:DIR; none, and that is
+    said, if they are gone."""
     if opened is None:
-        raise UserError(
-            "E127", "val is of a run that is there; a training run says val_loss itself"
-        )
-    found = texts.val_task(opened, options, say)
+        raise UserError("E127", f"{spec}: a run that trains says its val_loss anyhow; leave it out")
+    folder = spec.partition(":")[2]
+    place = there(folder, spec) if folder else None
+    found = held_out.val_task(opened, options, say, place)
     return [found] if found else []
 
 
@@ -61,8 +62,6 @@ def tasks_of(spec: str, data: Path | None, options: Options) -> list[Task]:
     if spec == "docstrings":
         return [docstrings(options)]
     if spec in ("smoke", "samples"):
-        from lumen import smoke
-
         return [smoke.task(spec, options)]
     name, has_path, path = spec.partition(":")
     if has_path and name in READERS:
