@@ -115,13 +115,12 @@ class Run:
 
         args = self.args
         specs = [spec for spec in args.tasks.split(",") if spec]
-        if not specs and not (args.core_dir or args.lm_eval):
+        if args.core_dir:
+            specs.append(f"core:{args.core_dir}")
+        if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
-        found = find_tasks(specs, data, self.options, self.opened, self.say)
-        if args.core_dir:
-            found += core_bundle.read_core(Path(expand(args.core_dir)), self.options)
-        return found
+        return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
         """Of all that an answer depends on beside the question: others are not gone on with."""
