@@ -20,6 +20,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 import export  # noqa: E402
 from lumen import harness, models  # noqa: E402
 from lumen.lm_eval_model import MARK, LumenLM, asked_of  # noqa: E402
+from lumen.questions import Options  # noqa: E402
+from lumen.texts import TextTask  # noqa: E402
 
 CLOSE = 1e-4  # nats; the issue asks for 1e-3
 WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some good bread".split()
@@ -168,6 +170,10 @@ def test_a_text_of_several_windows(pair):
     mine = ours.loglikelihood_rolling(requests)
     assert mine == pytest.approx(theirs.loglikelihood_rolling(requests, True), abs=CLOSE)
     assert ours.loglikelihood_rolling(asked_for([("",)], "loglikelihood_rolling")) == [0.0]
+    # and those of the built-in texts
+    documents = [text for (text,) in texts]
+    lines = TextTask("texts", Options(control=False), documents=documents)
+    assert mine == pytest.approx([-lines.line(i, ours.asked)["nats"] for i in range(4)], abs=CLOSE)
 
 
 def test_blanks_alone_begin_as_no_context_does(pair):
