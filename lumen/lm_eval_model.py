@@ -79,7 +79,10 @@ class LumenLM(TemplateLM):
         """lm-eval's --model_args: path=RUN, and open_model's best, step, tokenizer, precision;
         template=NAME for a base model. Its --device counts, its --batch_size does not."""
         words = dict(arg_dict)
-        words.setdefault("device", (additional_config or {}).get("device") or "auto")
+        device = (additional_config or {}).get("device")
+        if device in (None, "cuda:0"):  # which lm-eval says where nobody has said anything
+            device = "auto"
+        words.setdefault("device", device)
         template = words.pop("template", None)
         if "path" not in words:
             raise UserError("E002", "--model_args: path=RUN: which model is to be asked?")
@@ -299,7 +302,7 @@ def asked_of(opened, template=None) -> Asked:
     model, words = opened.model, opened.tokenizer
     if words is None:
         raise UserError("E501", f"{opened.name}: lm-eval's tasks are texts")
-    template = template or opened.template
+    template = chat.find_template(template) if template else opened.template
     if template:
         chat.check_tokenizer(template, words)
     return Asked(model, words, template, words.n_vocab, Scorer(model, words, words.n_vocab))
