@@ -74,6 +74,17 @@ def parser() -> Words:
     return p
 
 
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0}
+
+
+def check_range(args) -> None:
+    """E002."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError("E002", f"command line: --{name} {value} is below {least}")
+
+
 class Run:
     """One start of this command: the model, how it is asked, where its answers go."""
 
@@ -104,13 +115,12 @@ class Run:
 
         args = self.args
         specs = [spec for spec in args.tasks.split(",") if spec]
-        if not specs and not (args.core_dir or args.lm_eval):
+        if args.core_dir:
+            specs.append(f"core:{args.core_dir}")
+        if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
-        found = find_tasks(specs, data, self.options, self.opened, self.say)
-        if args.core_dir:
-            found += core_bundle.read_core(Path(expand(args.core_dir)), self.options)
-        return found
+        return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
         """Of all that an answer depends on beside the question: others are not gone on with."""
@@ -208,6 +218,7 @@ def main(argv: list[str]) -> int:
     if not (args.model or args.compare):
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"
         raise UserError("E304", text)
+    check_range(args)
     if args.compare:
         comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0

@@ -71,10 +71,8 @@ def overlap(tasks, state: dict, tokenizer, say, most_tokens: int | None = None) 
 
 def training_sources(state: dict, tokenizer) -> tuple[list[Source], list[str]]:
     """(the training splits of a run and of what it was fine-tuned from, what is not looked at)."""
-    found, notes = {}, []
+    found, notes, seen = {}, [], set()
     while state:
-        if not data_folders(state):
-            notes.append("nobody knows what the model was first trained on; not looked at")
         for folder in data_folders(state):
             if not Path(folder).exists():
                 notes.append(f"{folder} is not here any more; not looked at")
@@ -82,7 +80,11 @@ def training_sources(state: dict, tokenizer) -> tuple[list[Source], list[str]]:
                 notes.append(f"{folder} has another tokenizer; not looked at")
             else:
                 found[folder] = open_source(folder, state["config"])
-        state, note = base_of(state)
+        base = name_of_base(state)
+        if not base or base in seen:
+            break
+        seen.add(base)
+        state, note = state_of(base)
         notes += filter(None, [note])
     return list(found.values()), notes
 
@@ -102,16 +104,19 @@ def same_ids(folder: str, tokenizer) -> bool:
     return there.sha256 == tokenizer.sha256 or there.same_ids(tokenizer)
 
 
-def base_of(state: dict) -> tuple[dict, str]:
-    """(the state of what the run began with or is made of, {} if there is none; a note)."""
-    base = (state.get("base") or {}).get("path") or (state.get("adapter") or {}).get("base")
-    base = base or (state.get("imported") or {}).get("from")
-    if not base:
-        return {}, ""
+def name_of_base(state: dict) -> str | None:
+    """What the run began with, or was made of."""
+    adapted = (state.get("adapter") or {}).get("base")
+    path = (state.get("base") or {}).get("path") or adapted
+    return path or (state.get("imported") or {}).get("from")
+
+
+def state_of(base: str) -> tuple[dict, str]:
+    """(the state of its checkpoint, {} where it has none; a note)."""
     try:
         return checkpoint.find(base, say=lambda text: None).state, ""
     except (UserError, OSError):
-        return {}, f"the data of the base {base} are not known; only this run's are looked at"
+        return {}, f"what the base {base} was trained on is not known; not looked at"
 
 
 def blocks(sources: list[Source], share: float) -> Iterator[tuple[np.ndarray, int]]:

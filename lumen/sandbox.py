@@ -78,7 +78,7 @@ def run_python(
 def run_behind(these: Walls, job: dict, seconds: float, memory: int) -> Verdict:
     """A process with a folder, a session and a group of its own; nothing of it is left."""
     secret = secrets.token_hex(16).encode()
-    job = job | {"seconds": math.ceil(seconds), "memory": memory, "longest": LONGEST}
+    job = job | {"seconds": math.ceil(seconds), "memory": memory}
     # which libraries the interpreter itself needs may be said there
     env = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     with contextlib.ExitStack() as stack:
@@ -196,7 +196,7 @@ def within() -> None:
             seen[job["entry"]] = names[job["entry"]]
         run(tests, seen | {"__builtins__": own})
     except BaseException as error:  # SystemExit, too
-        write(verdict, f"{type(error).__name__}: {error}".encode()[: job["longest"]])
+        write(verdict, f"{type(error).__name__}: {error}".encode())
         leave(1)
     write(verdict, read(given, 32, 0))
     leave(0)

@@ -36,7 +36,16 @@ MEANING = {
     "word_ppl": "the same per word (between blanks), as lm-eval's word_perplexity",
     "byte_ppl": "the same per byte, as lm-eval's byte_perplexity",
     "token_acc": "share of tokens that were the most likely ones",
-    "exact_match": "share of replies in which the right answer was found",
+    "exact_match": "share of replies that are the right answer, or whose pattern finds it",
+    "strict_match": "share of replies whose number behind #### is right",
+    "flexible_extract": "share of replies whose last number is right",
+    "pass@1": "share of functions that pass their tests, one reply each",
+    "heuristic": "mean of the parts below: whether a model writes at all, not whether it is right",
+    "nonempty": "share of replies with any word in them",
+    "distinct": "share of word pairs that are different ones",
+    "unrepeated": "1 less the longest stretch that occurs twice, as a share of the reply",
+    "ended": "share of replies that the model ended by itself",
+    "expected": "share of replies with the expected pattern in them, of prompts that have one",
 }
 NOTES = """\
 - **±** is the standard error, by bootstrap over questions; the interval holds 95 %.
@@ -221,8 +230,9 @@ def report(results: dict, drawn: bool = False) -> list[str]:
 
 def seen_before(found: dict) -> str:
     """What lumen/overlap.py found."""
-    text = f"contamination: {found['n_hit']} of {found['n']} questions"
-    return f"{text} ({found['share']:.1%}) share a long run of words with the training data"
+    text = f"contamination: {found['n_hit']} of {found['n']} questions ({found['share']:.1%})"
+    text += " stand in the training data"
+    return f"{text}; {found['said']}" if found.get("said") else text
 
 
 def facts(results: dict) -> list[tuple[str, str]]:

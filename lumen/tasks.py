@@ -13,7 +13,7 @@ import random
 import string
 from pathlib import Path
 
-from lumen import benchmarks, held_out, replying, smoke, texts
+from lumen import benchmarks, core_bundle, held_out, replying, smoke, texts
 from lumen.docstrings import docstring_rows
 from lumen.errors import UserError, expand, nearest
 from lumen.files import sha256
@@ -21,7 +21,8 @@ from lumen.questions import Choices, Options, Question, Task, read_jsonl
 from lumen.values import short
 
 LETTERS = string.ascii_uppercase
-READERS = benchmarks.READERS | replying.READERS  # name: of a path, options
+# name: of a path, options
+READERS = benchmarks.READERS | replying.READERS | {"core": core_bundle.read_core}
 BUILT_IN = ("docstrings", "val", "smoke", "samples")
 
 

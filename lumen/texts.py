@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from lumen.inputs import ENDINGS, Input, Reading, kind_of
 from lumen.questions import Asked, Options, Task, chosen, partner
 from lumen.readers import read_items
 from lumen.rows import item_rows
+from lumen.vocabulary import mend_surrogates
 
 FEW = 32  # documents; of fewer no interval could be made, so stretches of them are the questions
 STRETCH = 2048  # bytes of such a question: a window of about 500 tokens begins in it
@@ -113,6 +115,7 @@ class Unit(NamedTuple):
     document: int
     begin: int  # bytes
     end: int
+    last: bool  # of its document
 
 
 @dataclass
@@ -141,17 +144,15 @@ class TextTask(Task):
             how = f"a window of max_seq_len that moves on by {self.stride} tokens"
         said = [self.about.get("said"), how, UNIGRAM]
         if self.by_stretch:
-            said.insert(
-                1, f"{len(self.documents)} documents, a question is {self.by_stretch} bytes"
-            )
+            said.insert(1, f"a question is the windows that begin in {self.by_stretch:,} bytes")
         self.about["said"] = "; ".join(filter(None, said))
 
     def make_units(self) -> Iterator[Unit]:
         for number, text in enumerate(self.documents):
-            size = len(encode(text))
+            size = len(text.encode())
             step = self.by_stretch or max(1, size)
             for begin in range(0, size, step):
-                yield Unit(number, begin, min(size, begin + step))
+                yield Unit(number, begin, min(size, begin + step), begin + step >= size)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -169,13 +170,10 @@ class TextTask(Task):
             self.encoded = Encoded(self.documents, asked.tokenizer)
         text = self.encoded
         unit = self.units[number]
-        first, end = text.tokens_in(unit)
-        mine = windows(len(text.ids[unit.document]), T, self.stride)
-        mine = [window for window in mine if first <= window.first < end]
-        found = predict(asked, [text.row(unit.document, window) for window in mine])
+        mine = text.windows_in(unit, T, self.stride)
+        found = predict(asked, (text.row(unit.document, window) for window in mine))
         line = {"i": number, **found._asdict()}
-        stop = mine[-1].end if mine else first
-        begin = mine[0].first if mine else first
+        begin, stop = (mine[0].first, mine[-1].end) if mine else (0, 0)
         line |= text.sizes(unit.document, begin, stop)
         line["majority"] = text.unigram.nats(text.ids[unit.document][begin:stop])
         if number in self.controls and mine:
@@ -185,13 +183,41 @@ class TextTask(Task):
         return line
 
     def texts(self) -> Iterator[tuple[int, str]]:
+        encoded = lru_cache(1)(str.encode)  # a document has many stretches
         for number in self.numbers:
-            document, begin, end = self.units[number]
-            yield number, encode(self.documents[document])[begin:end].decode(errors="ignore")
+            document, begin, end, _ = self.units[number]
+            data = encoded(self.documents[document])
+            yield number, data[begin:end].decode(errors="ignore")
 
 
-def encode(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # JSON may hold half a surrogate pair
+class Places(NamedTuple):
+    """Where in the bytes of a document what begins."""
+
+    tokens: np.ndarray  # (n + 1,): its tokens, from 0, and at last its length
+    spaces: np.ndarray  # white space, runs of it
+
+    @classmethod
+    def of(cls, text: str, sizes: np.ndarray) -> Places:
+        """sizes: bytes of each token. Where they are not those of the text, since other people's
+        tokenizers change it a little, they are spread over it."""
+        length = len(text.encode())
+        tokens = np.concatenate([[0], np.cumsum(sizes)])
+        if tokens[-1] != length:
+            tokens = np.round(tokens * (length / max(1, tokens[-1]))).astype(np.int64)
+            tokens[-1] = length
+        spaces = np.array([found.start() for found in SPACE.finditer(text)], np.int64)
+        if not text.isascii():
+            spaces = byte_places(text)[spaces]
+        return cls(tokens, spaces)
+
+
+def byte_places(text: str) -> np.ndarray:
+    """(len(text),): where each character begins in its UTF-8."""
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = np.ones(len(code), np.uint8)
+    for last in (0x7F, 0x7FF, 0xFFFF):  # of one, two, three bytes
+        width += code > last
+    return np.cumsum(width, dtype=np.int64) - width
 
 
 class Encoded:
@@ -199,59 +225,53 @@ class Encoded:
 
     def __init__(self, documents: list[str], tokenizer):
         self.documents, self.tokenizer = documents, tokenizer
-        self.ids = [tokenizer.encode(text).astype(np.int64) for text in documents]
+        self.ids = [tokenizer.encode(text) for text in documents]
         counts = np.zeros(tokenizer.n_vocab, np.int64)
         for ids in self.ids:
             counts += np.bincount(ids, minlength=len(counts))
         self.unigram = Unigram(counts)
         self.bytes_of = tokenizer.token_bytes().astype(np.int64)  # (V,)
-        self.last: tuple = (None, None, None)  # a document, its bytes, where its tokens begin
+        self.places = lru_cache(FEW)(self.places)
+        self.windows = lru_cache(FEW)(self.windows)
 
-    def places(self, document: int) -> tuple[bytes, np.ndarray]:
-        """(the bytes, where each token of theirs begins and the last ends, (n + 1,)). Exact where
-        the tokenizer's bytes are those of the text; other people's may change it a little: then
-        they are spread over it."""
-        if self.last[0] != document:
-            data = encode(self.documents[document])
-            at = np.concatenate([[0], np.cumsum(self.bytes_of[self.ids[document]])])
-            if at[-1] and at[-1] != len(data):
-                at = np.round(at * (len(data) / at[-1])).astype(np.int64)
-            self.last = document, data, at
-        return self.last[1:]
+    def places(self, document: int) -> Places:
+        return Places.of(self.documents[document], self.bytes_of[self.ids[document]])
+
+    def windows(self, document: int, T: int, stride: int | None) -> tuple[list, np.ndarray]:
+        """(its windows, where the targets of each begin)."""
+        found = windows(len(self.ids[document]), T, stride)
+        return found, np.array([window.first for window in found], np.int64)
 
     def tokens_in(self, unit: Unit) -> tuple[int, int]:
         """[first, end) of the tokens that begin in it."""
         n = len(self.ids[unit.document])
-        data, at = self.places(unit.document)
-        if (unit.begin, unit.end) == (0, len(data)):
+        if unit.begin == 0 and unit.last:
             return 0, n
+        at = self.places(unit.document).tokens
         first, end = np.searchsorted(at[:-1], (unit.begin, unit.end)).tolist()
-        return first, n if unit.end == len(data) else end
+        return first, n if unit.last else end
+
+    def windows_in(self, unit: Unit, T: int, stride: int | None) -> list[Window]:
+        """Those whose first target begins in it."""
+        found, firsts = self.windows(unit.document, T, stride)
+        first, end = np.searchsorted(firsts, self.tokens_in(unit)).tolist()
+        return found[first:end]
 
     def sizes(self, document: int, first: int, end: int) -> dict:
         """{bytes, words} of tokens [first, end): over a document they add up to len(text.encode())
         and, as lm-eval counts, len(re.split(r"\\s+", text))."""
-        data, at = self.places(document)
-        if end == len(at) - 1:
-            begin, stop = at[first], len(data)
-        else:
-            begin, stop = at[first], at[end]
-        if first == 0:
-            begin = 0
-        text = data[begin:stop].decode(errors="ignore")
-        words = len(SPACE.findall(text)) + (first == 0)
-        before = data[max(0, begin - 4) : begin].decode(errors="ignore")
-        if before[-1:].isspace() and text[:1].isspace():
-            words -= 1  # white space that the border cuts in two
-        return {"bytes": int(stop - begin), "words": words}
+        found = self.places(document)
+        begin, stop = found.tokens[[first, end]].tolist()
+        before, through = np.searchsorted(found.spaces, (begin, stop)).tolist()
+        return {"bytes": stop - begin, "words": through - before + int(end > first == 0)}
 
     def stream(self, document: int, begin: int, end: int) -> np.ndarray:
         """Places [begin, end) of <|endoftext|> and the document's ids, as many as there are."""
-        ids = self.ids[document][max(0, begin - 1) : max(0, end - 1)]
+        ids = self.ids[document][max(0, begin - 1) : max(0, end - 1)].astype(np.int64)
         return np.concatenate([[self.tokenizer.eot_id], ids]) if begin == 0 else ids
 
     def targets(self, document: int, window: Window) -> np.ndarray:
-        y = self.ids[document][window.begin : window.end].copy()
+        y = self.ids[document][window.begin : window.end].astype(np.int64)
         y[: window.first - window.begin] = -1
         return y
 
@@ -303,5 +323,6 @@ def read_documents(path: Path) -> Iterator[str]:
                 raise UserError("E127", f"{why}: {row.value.excerpt}".removesuffix(": "))
             pieces.append(row.value)
             if item.kind != "piece":
-                yield "".join(pieces)
+                # JSON may hold half a surrogate pair
+                yield mend_surrogates("".join(pieces))
                 pieces = []

@@ -167,6 +167,13 @@ def renamed(tree: dict, under: dict | None = None) -> aliases.Renaming:
     return aliases.rename(tree, own_keys(), lambda key: f"at {key}", under)
 
 
+def test_our_own_value_is_no_other_name():
+    assert renamed({"model": {"n_experts": 0}}).notes == []
+    assert renamed({"model": {"n_experts": False}}).notes == [
+        "model.n_experts false -> model.n_experts 0"
+    ]
+
+
 def refusals(**tree) -> str:
     return "\n".join(renamed(tree).wrong)
 

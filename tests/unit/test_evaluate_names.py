@@ -37,7 +37,7 @@ SAME = [  # as typed for another evaluator, and as ours
     ("out/a --skip_perplexity", "out/a --tasks docstrings,smoke"),
     ("out/a --skip_boolq --tasks boolq:d,piqa:e", "out/a --tasks piqa:e"),
     ("out/a --skip_boolq", "out/a"),
-    ("out/a --tasks a.txt --data_dirs b c", "out/a --tasks a.txt,b,c"),
+    ("out/a --tasks a.txt --data_dirs b c", "out/a --tasks a.txt,val:b,val:c"),
     # lm-eval
     (
         "--model hf --model_args pretrained=out/a,dtype=float16 --tasks a,b --num_fewshot 5"

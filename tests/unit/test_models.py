@@ -254,6 +254,19 @@ def test_a_hugging_face_folder_is_quantised_as_its_run(home, tmp_path):
     assert opened.template == chat.find_template("chat")
 
 
+def test_an_end_of_document_that_is_named_beside_the_tokenizer_is_kept(home, tmp_path):
+    """tokenizer_config.json names it, and does not come along."""
+    shutil.copytree(home / "huggingface", tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = tmp_path / "hf" / name
+        file.write_text(file.read_text().replace("<|endoftext|>", "<finis>"))
+    export.quantize(tmp_path / "hf", tmp_path / "q", say=quiet)
+    export.from_hf(tmp_path / "hf", tmp_path / "run", say=quiet)
+    for name in ("hf", "q", "run"):
+        tokenizer = open_model(tmp_path / name, **CPU).tokenizer
+        assert tokenizer.eot_id == tokenizer.controls["<finis>"] == T.eot_id
+
+
 # ---------------------------------------------------------------- the commands
 
 

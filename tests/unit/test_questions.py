@@ -215,5 +215,6 @@ def test_broken_files_and_doubles(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="holds no row"):
         find_tasks([str(path)], None, Options())
-    with pytest.raises(UserError, match="two tasks are called docstrings"):
-        find_tasks(["docstrings", "docstrings"], None, Options())
+    path = write(tmp_path / "q.jsonl", ROWS)
+    with pytest.raises(UserError, match="two tasks are called q"):
+        find_tasks([path, path], None, Options())

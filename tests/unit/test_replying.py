@@ -214,7 +214,7 @@ FUNCTIONS = [
 
 def knows_functions(text):
     body = "return x + 1" if text.rpartition("def ")[2].startswith("add") else "return -x"
-    return f"    {body}\n\ndef other():\n    raise SystemExit"
+    return f"    {body}\n```\nThat was it.\n\ndef other():\n    raise SystemExit"
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -421,7 +421,7 @@ def test_prompts_of_ones_own(tmp_path, name):
         ("a.json", '[{"prompt": "p", "expect": "("}]', "line 1: expect is '\\('"),
         ("a.jsonl", '{"prompt": "p"}\n{"text": "p"}\n', "line 2: prompt is missing"),
         ("a.yaml", "a: [", "a file of prompts is"),
-        ("a.yaml", "!!python/object/apply:os.getcwd []", "a file of prompts is"),
+        ("a.yaml", "!!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )
 def test_prompts_that_are_none(tmp_path, name, text, words):

@@ -73,7 +73,7 @@ RESULTS = {
         "smoke": {
             "scores": [],
             "samples": [{"prompt": "What is `x`?", "reply": "```py\n1\n```\n| a |"}],
-            "contamination": {"n": 200, "n_hit": 3, "share": 0.015, "hits": [1], "examples": []},
+            "contamination": {"n": 200, "n_hit": 3, "share": 0.015, "said": "half was looked at"},
         },
     },
 }
@@ -121,7 +121,10 @@ def test_the_reports_table_says_the_scores(tmp_path):
         assert int(row["n"]) == score.n and row["verdict"] == score.verdict
     text = "\n".join(lines)
     assert "- command: evaluate.py 'out/a model'" in text
-    assert "contamination: 3 of 200 questions (1.5%)" in text
+    found = (
+        "contamination: 3 of 200 questions (1.5%) stand in the training data; half was looked at"
+    )
+    assert found in text
     assert "````\n```py\n1\n```\n| a |\n````" in text, "a sample cannot leave its fence"
 
 
@@ -145,6 +148,7 @@ def test_a_picture(tmp_path):
 
 def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "picture.png").write_bytes(b"of other scores")
     said = []
     scoreboard.write(tmp_path, RESULTS, said.append)
     assert (tmp_path / "report.md").exists() and "pip install matplotlib" in said[0]

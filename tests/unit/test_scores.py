@@ -146,7 +146,11 @@ def test_replies():
     match, pattern = found["exact_match"], found["pattern"]
     assert (match.value, match.n, match.chance, match.majority) == (0.6, 50, None, 0.5)
     assert (match.control, match.n_control) == (1.0, 10)
+    assert match.verdict.endswith("; LEAK? the control is above the majority answer")
     assert (pattern.value, pattern.n, pattern.majority) == (0.5, 10, None), "only where it is"
+    assert (pattern.control, pattern.n_control) == (None, 0), "its metric's control, not another's"
+    lines[3]["label"] = ""  # of a prompt without an answer
+    assert by_name("reply", "smoke", "exact_match", lines)["exact_match"].majority is None
 
 
 def test_what_lines_do_not_say_is_left_out():
@@ -191,8 +195,8 @@ def test_intervals_cover_what_they_should():
         ratio = scores.Metric("bits_per_byte", "bits", sums, size)
         draws = scores.resampled([share, ratio])
         for m, draw, true in ((share, draws[0], 0.7), (ratio, draws[1], 2.0)):
-            _, low, high = scores.spread(m, m.value(m.top), draw)
-            covered[m.unit] += low <= true <= high
+            found = scores.spread(m, draw)
+            covered[m.unit] += found.low <= true <= found.high
     assert all(180 <= n <= 199 for n in covered.values()), covered  # 190 of 200; 180: 3 sigma
 
 
@@ -244,7 +248,11 @@ def test_one_nan_is_the_score(bad):
     assert math.isnan(found["acc"].value) and math.isnan(found["acc"].low)
     assert found["acc"].verdict == "NaN" and has_nan(list(found.values()))
     assert found["acc"].control == 0, "what is known stays"
-    lines[3]["logprobs"][1] = -2.0
+    lines[3]["logprobs"] = [bad, -2.0]
+    assert math.isnan(by_name("choice", "t", "acc", lines)["answer_bpb"].value), "the right one"
+    cloze = [choice(i, 0, [bad if i == 3 else -1.0], greedy=[True]) for i in range(9)]
+    assert math.isnan(by_name("choice", "t", "acc", cloze)["acc"].value)
+    lines[3]["logprobs"] = [-1.0, -2.0]
     lines[3]["control"]["logprobs"][0] = bad
     assert has_nan(scores_of("choice", "t", "acc", lines, V, 1.0))
     texts = [text(i, bad if i == 4 else 300.0) for i in range(9)]
