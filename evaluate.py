@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lumen import chat, comparing, scoreboard, scores
+from lumen import chat, comparing, core_bundle, scoreboard, scores
 from lumen.answers import Answers, ask, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
@@ -111,18 +111,16 @@ class Run:
 
     def tasks(self) -> list[Task]:
         """Those that are asked for, or else those that are built in. E127."""
-        from lumen import core_bundle
         from lumen.tasks import find_tasks
 
         args = self.args
         specs = [spec for spec in args.tasks.split(",") if spec]
-        if not specs and not (args.core_dir or args.lm_eval):
+        if args.core_dir:
+            specs.append(f"core:{args.core_dir}")
+        if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
-        found = find_tasks(specs, data, self.options, self.opened, self.say)
-        if args.core_dir:
-            found += core_bundle.read_core(Path(expand(args.core_dir)), self.options)
-        return found
+        return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
         """Of all that an answer depends on beside the question: others are not gone on with."""
@@ -231,6 +229,7 @@ def main(argv: list[str]) -> int:
         run.say(note)
     tasks = parallel.run_or_raise_on_all(run.tasks)
     done = {task.name: run.score(task) for task in tasks}
+    done |= core_bundle.core_result(done)
     if run.main:
         if args.lm_eval:
             done |= run.score_lm_eval(args.lm_eval.split(","))

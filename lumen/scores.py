@@ -355,6 +355,8 @@ def verdict(score: Score, control: Spread | None = None) -> str:
     answer = "the majority answer" if score.better == "higher" else "token frequencies"
     baselines = {"chance": score.chance, answer: score.majority}
     baselines = {name: base for name, base in baselines.items() if base is not None}
+    if not baselines:
+        words.append("no baseline known")
     for name, base in baselines.items():
         side = beside(score.better, score.low, score.high, base)
         if side < 1:

@@ -13,10 +13,11 @@ import yaml
 
 from lumen import texts
 from lumen.benchmarks import READERS
-from lumen.core_bundle import core_score, read_core
+from lumen.core_bundle import core_result, read_core
 from lumen.errors import UserError
 from lumen.questions import Asked, Options
 from lumen.scorer import Scored, Scorer
+from lumen.scores import Score
 
 # ---------------------------------------------------------------- three rows of each, in Hugging Face's form
 
@@ -85,7 +86,7 @@ MMLU = [
 DEV = [row | {"question": f"Is {row['question']}"} for row in MMLU]
 PAGES = [
     " = A Title = \n \n The cats ' food ( red @-@ brown ) cost 1 @,@ 000 , \" or so \" ; it was 5 ° warm . \n = = Part = = \n N 's . ",
-    " = Other = \n \n It ' s [ not ] the { end } : really ? yes ! 1 @.@ 5 = = = x = = = \n",
+    " = Other = \n \n It ' s [ not ] the { end } : really ? yes ! 1 @.@ 5 = = = x = = = \n = no title = = = \n",
 ]
 ROWS = {
     "boolq": BOOLQ,
@@ -192,8 +193,7 @@ def test_a_choices_length_is_lm_evals(name, tmp_path):
     lm_eval = lm_eval_task(name)
     for number, doc in enumerate(lm_eval.eval_docs):
         choices = [choice.encode() for choice in lm_eval.doc_to_choice(doc)]
-        scores = {"logprobs": [-1.0] * len(choices)}
-        asked = Asked(None, None, scorer=SimpleNamespace(question=lambda question: scores))
+        asked = Asked(None, None, scorer=SimpleNamespace(question=lambda question: {}))
         assert task.line(number, asked)["bytes"] == [len(choice) for choice in choices]
 
 
@@ -289,6 +289,10 @@ def test_the_publishers_own_forms_are_the_same_questions(tmp_path):
     with open(mmlu, "w", newline="") as file:
         for row in MMLU:
             csv.writer(file).writerow([row["question"], *row["choices"], "ABCD"[row["answer"]]])
+    named = tmp_path / "named" / mmlu.name
+    named.parent.mkdir()
+    named.write_text("question,A,B,C,D,answer\n" + mmlu.read_text())
+    assert prompts(read("mmlu", named, shots=0)) == prompts(read("mmlu", mmlu, shots=0))
     others = {
         "boolq": jsonl(tmp_path / "dev.jsonl", boolq),
         "arc_easy": jsonl(tmp_path / "ARC-Easy-Test.jsonl", arc),
@@ -336,9 +340,17 @@ def test_which_file_of_a_folder_is_asked(name, tree, found, tmp_path):
     assert read(name, tmp_path).about["path"] == str(tmp_path / found)
 
 
+def test_another_benchmark_is_not_taken_for_the_one_that_is_asked(tmp_path):
+    jsonl(tmp_path / "a" / "ARC-Challenge" / "ARC-Challenge-Test.jsonl", ARC)
+    jsonl(tmp_path / "b" / "wikitext-103" / "test.jsonl", [{"page": page} for page in PAGES])
+    for name, root in [("arc_easy", tmp_path / "a"), ("wikitext2", tmp_path / "b")]:
+        with pytest.raises(UserError, match="E127.*no file named test, validation"):
+            read(name, root)
+
+
 def test_a_split_may_lie_in_several_files(tmp_path):
     for n in range(3):
-        jsonl(tmp_path / f"validation-0000{n}-of-00003.jsonl", BOOLQ[n : n + 1])
+        jsonl(tmp_path / f"validation-0000{n}-of-00003-{'abc'[n]}.jsonl", BOOLQ[n : n + 1])
     whole = read("boolq", jsonl(tmp_path / "one" / "x.jsonl", BOOLQ))
     assert prompts(read("boolq", tmp_path)) == prompts(whole)
 
@@ -389,6 +401,8 @@ def test_examples_are_those_beside_the_file(tmp_path):
     """From the train split of the same table, not of another that lies there too."""
     path = jsonl(tmp_path / "piqa_valid.jsonl", PIQA)
     jsonl(tmp_path / "boolq_train.jsonl", BOOLQ)
+    alone = read("piqa", path, shots=1)  # nothing is beside it: out of itself
+    assert all(row["goal"] not in alone.ask(row).header for row in alone.records)
     other = [row | {"goal": "train"} for row in PIQA]
     train = jsonl(tmp_path / "piqa_train.jsonl", other)
     task = read("piqa", path, shots=2)
@@ -453,6 +467,12 @@ def test_a_bad_file_says_why(tmp_path):
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(UserError, match="E127.*rows with fields"):
         read("boolq", tmp_path / "b.txt")
+    (tmp_path / "x_test.csv").write_text("why,a,b,c,d,A\nwhy,a,b,c,d,E\n")
+    with pytest.raises(UserError, match="E127.*line 2: answer is 'E'"):
+        read("mmlu", tmp_path / "x_test.csv")
+    (tmp_path / "x_test.csv").write_bytes(b"why \xff,a,b,c,d,A\n")
+    with pytest.raises(UserError, match="E127.*0xff"):
+        read("mmlu", tmp_path / "x_test.csv")
     (tmp_path / "x_test.csv").write_text("question,A,B,C,D,answer\nwhy,a,b,c,d,A\nwhy,a\n")
     with pytest.raises(UserError, match="E127.*line 3: 2 cells instead of 6"):
         read("mmlu", tmp_path / "x_test.csv")
@@ -553,6 +573,9 @@ class Letters:
     def encode(self, text):
         return SimpleNamespace(tolist=lambda: [ord(letter) for letter in text])
 
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
 
 class Noted(Scorer):
     """Notes what it is asked for."""
@@ -577,7 +600,7 @@ def test_core_scores_what_nanochat_scores(bundle):
         scorer = Noted()
         line = task.line(0, Asked(None, None, scorer=scorer))
         scored.append(scorer.asked)
-        assert len(line["tokens"]) == len(line["bytes"]) == len(line["logprobs"])
+        assert line["tokens"] == line["bytes"] == [len(text) for text, _ in scorer.asked[0]]
     assert scored[0] == [[("o", 0), ("ope", 0)]]
     assert scored[1] == [[("at sat", 0), ("at sat", 0)]]
     assert scored[2] == [[(" two 0", 0)]]
@@ -597,9 +620,32 @@ def test_core_controls(bundle):
     assert prompts(choice, control=True)[0][1][0][0] == "Why 1?\nA. x0\nB. y"
 
 
-def test_core_score_by_hand():
-    assert core_score({"a": (0.62, 0.62), "b": (1.0, 0.25), "c": (0.0, 0.5)}) == pytest.approx(0.0)
-    assert core_score({"a": (0.7, 0.25)}) == pytest.approx(0.6)
+def score(task, value, control=None, stderr=0.1):
+    return Score(
+        task, "acc", value, 100, stderr, 0, 1, 0.5, 0.62, control, stderr, 10, 2.0, True, "higher"
+    )
+
+
+def test_core_by_hand():
+    done = {
+        "core_a": {"about": {"baseline": 0.5}, "scores": [score("core_a", 0.7, 0.5), None]},
+        "core_b": {"about": {"baseline": 0.0}, "scores": [score("core_b", 0.2, 0.0)]},
+        "other": {"about": {}, "scores": [score("other", 1.0)]},
+        "lm-eval": {"scores": [score("x", 1.0)]},
+    }
+    (found,) = core_result(done)["core"]["scores"]
+    assert found.value == pytest.approx((0.2 / 0.5 + 0.2) / 2) and found.control == 0
+    assert found.majority == pytest.approx((0.12 / 0.5 + 0.62) / 2) and found.chance == 0
+    assert found.stderr == found.control_stderr == pytest.approx((0.2**2 + 0.1**2) ** 0.5 / 2)
+    assert found.high - found.value == pytest.approx(1.96 * found.stderr)
+    assert (found.n, found.n_control, found.seconds) == (200, 20, 4.0)
+    assert "2 tasks" in found.verdict and found.row()["nan"] == []
+    done["core_b"]["scores"] = [score("core_b", 0.2, None, None)]
+    (found,) = core_result(done)["core"]["scores"]
+    assert found.stderr is found.control is found.low is None
+    whole = {str(n): {"about": {"baseline": 0.0}, "scores": [score("x", 0.5)]} for n in range(22)}
+    assert core_result(whole)["core"]["scores"][0].verdict == ""
+    assert core_result({}) == core_result({"other": done["other"]}) == {}
 
 
 def test_core_names_what_is_missing(bundle):

@@ -151,6 +151,7 @@ def test_replies():
     assert (pattern.control, pattern.n_control) == (None, 0), "its metric's control, not another's"
     lines[3]["label"] = ""  # of a prompt without an answer
     assert by_name("reply", "smoke", "exact_match", lines)["exact_match"].majority is None
+    assert pattern.verdict == "no baseline known"
 
 
 def test_what_lines_do_not_say_is_left_out():
