@@ -10,7 +10,7 @@ Each part is a process of its own with a time limit: a fault in a kernel ends a 
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-fine-tuning's in tools/gpu_finetune.py.
+those of fine-tuning and evaluation in tools/gpu_finetune.py and tools/gpu_evaluate.py.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ CALLS = {
         "finetune": 40,
         "fsdp": 30,
         "models": 70,
-        "experts": 65,
+        "experts": 60,
         "generation": 20,
-        "tests": 25,
+        "evaluate": 15,
+        "tests": 15,
     },
 }
 PARTS = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
@@ -98,7 +99,7 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py")
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py")
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -312,10 +313,10 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_finetune, gpu_parts
+    from tools import gpu_evaluate, gpu_finetune, gpu_parts
 
-    place = gpu_finetune if name == "finetune" else gpu_parts
-    return getattr(place, f"{name}_part")
+    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
+    return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 
 def about_call(o) -> dict:
