@@ -23,11 +23,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lumen import chat, scoreboard, scores
+from lumen import chat, comparing, core_bundle, scoreboard, scores
 from lumen.answers import Answers, ask, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
 from lumen.evaluate_names import translate
+from lumen.files import replacing
 from lumen.launch import Words, check_launch, command
 from lumen.overlap import overlap
 from lumen.parallel import Parallel
@@ -36,6 +37,7 @@ from lumen.scorer import Scorer
 
 # ---------------------------------------------------------------- the command
 
+SHOWN = 8  # replies of a task in the report
 TASKS = ("val", "docstrings", "smoke")  # where --tasks names none
 
 
@@ -72,6 +74,17 @@ def parser() -> Words:
     return p
 
 
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0}
+
+
+def check_range(args) -> None:
+    """E002."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError("E002", f"command line: --{name} {value} is below {least}")
+
+
 class Run:
     """One start of this command: the model, how it is asked, where its answers go."""
 
@@ -91,24 +104,23 @@ class Run:
         self.asked = Asked(opened.model, opened.tokenizer, template, n_vocab, scorer)
         names = ("shots", "limit", "seed", "by_letter", "allow_code", "stride", "prompts")
         chosen = {name: getattr(args, name) for name in names}
+        self.replies: list[str] = []  # of all tasks, as markdown
         self.options = Options(**chosen, control=not args.no_control)
         step = "" if opened.step is None else f"-{opened.step}"
         self.out = Path(expand(args.out or f"out/eval/{opened.name}{step}"))
 
     def tasks(self) -> list[Task]:
         """Those that are asked for, or else those that are built in. E127."""
-        from lumen import core_bundle
         from lumen.tasks import find_tasks
 
         args = self.args
         specs = [spec for spec in args.tasks.split(",") if spec]
-        if not specs and not (args.core_dir or args.lm_eval):
+        if args.core_dir:
+            specs.append(f"core:{args.core_dir}")
+        if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
-        found = find_tasks(specs, data, self.options, self.opened, self.say)
-        if args.core_dir:
-            found += core_bundle.read_core(Path(expand(args.core_dir)), self.options)
-        return found
+        return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
         """Of all that an answer depends on beside the question: others are not gone on with."""
@@ -123,13 +135,17 @@ class Run:
     def lines(self, task: Task) -> tuple[list[dict], float]:
         """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
-        began = time.perf_counter()
+        began, new = time.perf_counter(), []
         with tqdm(total=len(task), desc=task.name, unit="q", disable=not self.shows_bar()) as bar:
-            lines = ask(task, self.asked, self.parallel, kept, bar=bar.update)
-            new = bar.n
+
+            def tell(n: int) -> None:
+                new.append(n)
+                bar.update(n)
+
+            lines = ask(task, self.asked, self.parallel, kept, bar=tell)
         seconds = time.perf_counter() - began
         kept.close()
-        speed = f"{new / seconds:.1f} a second" if new else "all answered before"
+        speed = f"{sum(new) / seconds:.1f} a second" if new else "all answered before"
         self.say(f"{task.name}: {len(task)} questions, {speed}")
         self.parallel.all_reduce_max([0])  # nobody writes any more
         if self.main:
@@ -146,7 +162,9 @@ class Run:
         found = scores.scores_of(*about)
         how = {"kind": task.kind, "metric": task.metric, "about": task.about, "scores": found}
         if task.kind == "reply":
-            how["samples"] = task.shown(lines)
+            replies = [{"prompt": line["prompt"], "reply": line["reply"]} for line in lines]
+            how["samples"] = replies[:SHOWN]
+            self.replies.append(scoreboard.detailed(task.name, lines))
         return how | {"options": dataclasses.asdict(self.options)}
 
     def score_lm_eval(self, names: list[str]) -> dict:
@@ -155,10 +173,10 @@ class Run:
 
         began = time.perf_counter()
         how = {"num_fewshot": self.args.shots, "limit": self.args.limit}
-        found = harness.run(self.asked, names, self.args.lm_eval_path, **how)
+        found = harness.run(self.asked, names, self.args.lm_eval_path, self.opened, **how)
         done = {}
         for score in harness.rows(found, time.perf_counter() - began):
-            task = done.setdefault(f"lm-eval/{score.task}", {"kind": "lm-eval", "about": how})
+            task = done.setdefault(score.task, {"kind": "lm-eval", "about": how})
             task.setdefault("scores", []).append(score)
         return done
 
@@ -200,8 +218,9 @@ def main(argv: list[str]) -> int:
     if not (args.model or args.compare):
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"
         raise UserError("E304", text)
+    check_range(args)
     if args.compare:
-        scoreboard.compare(args.compare, print, args.out and Path(expand(args.out)))
+        comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0
     check_launch()
     parallel = Parallel(Config(device=args.device))
@@ -210,15 +229,19 @@ def main(argv: list[str]) -> int:
         run.say(note)
     tasks = parallel.run_or_raise_on_all(run.tasks)
     done = {task.name: run.score(task) for task in tasks}
+    done |= core_bundle.core_result(done)
     if run.main:
         if args.lm_eval:
             done |= run.score_lm_eval(args.lm_eval.split(","))
         results = run.results(done, tasks)
         scoreboard.write(run.out, results, run.say)
+        if args.detailed:
+            with replacing(run.out / "replies.md") as file:
+                file.write("\n".join(run.replies).encode())
         for line in scoreboard.table(scoreboard.scores_in(results)):
             print(line)
         run.say(f"{run.out}/report.md, results.json, answers/")
-    bad = any(score.row()["nan"] for task in done.values() for score in task["scores"])
+    bad = scores.has_nan(scoreboard.scores_in({"tasks": done}))
     parallel.close()
     return 2 if bad else 0
 

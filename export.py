@@ -618,7 +618,7 @@ def write_step(
         text += yaml.safe_dump(config, sort_keys=False)
         (tmp / "config.yaml").write_text(text, encoding="utf-8")
         if tokenizer:
-            shutil.copy(tokenizer_file, tmp / "tokenizer.json")
+            tokenizer.save(tmp / "tokenizer.json")  # its end may stand in a file beside the old one
             np.save(tmp / "token_bytes.npy", tokenizer.token_bytes())
     if not tokenizer:
         say(f"imported without a tokenizer: {why_not}")

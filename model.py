@@ -344,8 +344,8 @@ class KVCache:
 
 
 class AttentionInputs(NamedTuple):
-    """What one forward pass gives to every attention layer beside the stream. MoD replaces rope
-    and slots by those of the tokens that it lets through."""
+    """What one forward pass gives to every attention layer beside the stream. MoD replaces rope,
+    pos and slots by those of the tokens that it lets through."""
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, 1, D/2) or (B, T, 1, D/2)
     backend: str = "sdpa"  # or one of kernels.ATTENTION

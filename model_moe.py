@@ -409,23 +409,23 @@ class MoD(nn.Module):
         if n == 0 and self.collective_free:
             return torch.zeros_like(x), stats
         idx, real = first(keep, max(1, n))
-        slots = None
+        chosen = {"pos": at.gather(1, idx)}
         if cache is not None:  # others than those go to the spare slot, which nobody reads
-            slots = inputs.slots.gather(1, idx).masked_fill(~real, cache.length)
-        y, inner = compute(x, branch, inputs, idx, score, slots, real)
+            chosen["slots"] = inputs.slots.gather(1, idx).masked_fill(~real, cache.length)
+        y, inner = compute(x, branch, inputs._replace(**chosen), idx, score, real)
         return y, inner | stats
 
 
-def compute(x, branch, inputs, idx, score, at=None, real=None):
+def compute(x, branch, inputs, idx, score, real=None):
     """(The branch's change to the tokens idx (B, n) of x (B, T, C), elsewhere zero; stats). score
-    (B, T) weighs it; at (B, n): their slots in a cache; real (B, n) bool: whose counts."""
+    (B, T) weighs it; real (B, n) bool: whose counts."""
     B, T, C = x.shape
     rows = (idx + torch.arange(0, B * T, T, device=x.device)[:, None]).flatten()  # (B n,)
     taken = TakeRows.apply(x.flatten(0, 1), rows).view(*idx.shape, C)
     docs = inputs.docs
     if docs is not None:
         docs = docs.chosen(idx, real, inputs.backend, x.dtype)
-    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), slots=at, docs=docs))
+    y, stats = branch(taken, inputs._replace(rope=rope_of(inputs.rope, idx), docs=docs))
     if score is not None:
         # 1 where the score is 0, so that at first MoD changes little
         y = y * (2 * score.gather(1, idx).sigmoid()).to(y.dtype)[..., None]

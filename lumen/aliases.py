@@ -213,7 +213,10 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
     if ours is None:
         put(tree, key, best.value)
         done.moved[key] = done.moved.get(best.name, best.name)
-    short_name = best.name if best.value == best.given else f"{best.name} {as_yaml(best.given)}"
+    given, meant = as_yaml(best.given), as_yaml(best.value)
+    if (best.name, given) == (key, meant):
+        return  # n_experts: 0, which a table cannot tell from its false
+    short_name = best.name if given == meant else f"{best.name} {given}"
     done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}")
 
 

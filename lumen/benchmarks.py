@@ -1,45 +1,23 @@
 """Public evaluation files that a user has, as tasks. What is asked is word for word what lm-eval
 0.4.13 asks (its task files), so that scores compare with published ones.
 
-A benchmark is a Form: how a row of any of its public files becomes a record, and a record a
-question. Examples are lm-eval's too, but for one thing: there a draw depends on all draws before
-it, here on the seed and the question's number.
+A benchmark is how a row of any of its public files becomes a record, and a record a question; and
+its line in FORMS.
 """
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lumen import evaluation_files as files
 from lumen.errors import UserError
-from lumen.evaluation_files import DEV, TEST, TRAIN, VALIDATION, Place, Record
-from lumen.questions import Choices, Options, Question, Task
+from lumen.evaluation_files import DEV, TEST, VALIDATION, Record, asked_files, subject_of
+from lumen.forms import Form, by_subject, read_form, task_of
+from lumen.questions import Options, Question, Task
 from lumen.wikitext import read_wikitext
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a benchmark is read and asked."""
-
-    read: Callable[[Record], dict]  # UserError E127
-    ask: Callable[[dict], Question]  # without examples
-    swap: tuple[str, ...]  # see questions.Choices
-    splits: tuple[tuple[str, ...], ...]  # what is asked: the first that is there
-    examples: tuple[tuple[str, ...], ...] = (TRAIN, VALIDATION)  # where examples are from, likewise
-    metric: str = "acc"
-    wanted: tuple[str, ...] = ()  # see evaluation_files.Place
-    unwanted: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()  # of a .csv that has no line of names
-    describe: Callable[[dict], str] | None = None  # what introduces the examples
-    first: bool = False  # the first examples, not drawn ones
-
-    def place(self, root: Path) -> Place:
-        return Place(root, self.wanted, self.unwanted)
 
 
 def continuations(context: str, choices: list[str], answer: int, label: str = "") -> Question:
@@ -195,7 +173,7 @@ def read_mmlu(row: Record) -> dict:
     else:
         choices = [row.text(letter) for letter in "ABCD"]
     answers = {name: i for i, letter in enumerate("ABCD") for name in (letter, str(i))}
-    subject = row.row.get("subject") or files.subject_of(row.path)
+    subject = row.row.get("subject") or subject_of(row.path)
     record = {"question": row.text("question"), "choices": choices, "subject": subject}
     return record | {"answer": row.index("answer", answers)}
 
@@ -212,117 +190,9 @@ def describe_mmlu(record: dict) -> str:
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
-# ---------------------------------------------------------------- examples
-
-
-@dataclass
-class Shots:
-    """The examples before a question, with what introduces them."""
-
-    form: Form
-    n: int
-    seed: int
-    pool: dict[str, list[dict]]  # subject, "" where there are none -> records
-
-    def ask(self, record: dict) -> Question:
-        header = self.form.describe(record) if self.form.describe else ""
-        for example in self.examples(record):
-            question = self.form.ask(example)
-            header += "".join(question.pairs[question.answer]) + "\n\n"
-        return replace(self.form.ask(record), header=header)
-
-    def examples(self, record: dict) -> list[dict]:
-        """Never the question itself, whose number it has where it is in the pool."""
-        if not self.n:
-            return []
-        pool = self.pool[record.get("subject", "")]
-        most = min(self.n + 1, len(pool))
-        places = list(range(most))
-        if not self.form.first:
-            places = random.Random(self.seed + record["number"]).sample(range(len(pool)), most)
-        found = [pool[i] for i in places]
-        return [one for one in found if one.get("number") != record["number"]][: self.n]
-
-
-def by_subject(records: list[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for record in records:
-        found.setdefault(record.get("subject", ""), []).append(record)
-    return found
-
-
-def check_pool(shots: Shots, subjects: dict, where: Path) -> None:
-    """E127: fewer examples than are wanted, the question itself not counted."""
-    for subject in subjects:
-        pool = shots.pool.get(subject, [])
-        others = len(pool)
-        if any("number" in record for record in pool):
-            others -= 1
-        if others < shots.n:
-            about = f" about {subject}" if subject else ""
-            text = f"{where}: {shots.n} examples{about} are wanted before each question, there are"
-            raise UserError("E127", f"{text} {max(0, others)}; take fewer with --shots")
-
-
-# ---------------------------------------------------------------- tasks
-
-
-def read_form(name: str, form: Form, path: Path, options: Options) -> list[Task]:
-    """The one task of a benchmark whose split is one table."""
-    tables = files.asked_files(form.place(path), form.splits)
-    return [read_tables(name, form, [files.only(tables)], options.shots or 0, options)]
-
-
-def read_mmlu_files(path: Path, options: Options) -> list[Task]:
-    """One task of all subjects that are there, so that its accuracy is weighted by their size, as
-    that of lm-eval's group is; of one subject alone mmlu_SUBJECT. By itself five examples."""
-    tables = files.asked_files(MMLU.place(path), MMLU.splits)
-    whole = [paths for paths in tables if paths[0].parent.name == "all"]  # Hugging Face's has both
-    n = 5 if options.shots is None else options.shots
-    task = read_tables("mmlu", MMLU, whole or tables, n, options)
-    subjects = by_subject(task.records)
-    task.about["subjects"] = {subject: len(found) for subject, found in subjects.items()}
-    if len(subjects) == 1:
-        task.name = f"mmlu_{task.records[0]['subject']}"
-    return [task]
-
-
-def read_tables(name: str, form: Form, tables: list, n: int, options: Options) -> Choices:
-    """The questions of all tables as one task, each with n examples."""
-    paths = [path for shards in tables for path in shards]
-    records = read_records(form, paths)
-    beside = []
-    if n:
-        place = form.place(Path())
-        beside = [
-            path for shards in tables for path in files.beside(shards[0], place, form.examples)
-        ]
-    pool = read_records(form, beside) if beside else records
-    for number, record in enumerate(records):
-        record["number"] = number
-    shots = Shots(form, n, options.seed, by_subject(pool))
-    about = {"path": ", ".join(map(str, paths[:4])), "sha256": files.sum_of([*paths, *beside])}
-    about |= {"shots": n, "said": "asked as lm-eval 0.4.13 does"}
-    if n:
-        about["examples"] = str((beside or paths)[0])
-        check_pool(shots, by_subject(records), (beside or paths)[0])
-    return Choices(name, options, about, records, shots.ask, form.swap, form.metric)
-
-
-def read_records(form: Form, paths: list[Path]) -> list[dict]:
-    rows = files.records(paths, form.columns)
-    if form.read is read_piqa:
-        rows = with_labels(rows)
-    return [form.read(row) for row in rows]
-
-
 # ---------------------------------------------------------------- all of them
 
-BOOLQ = Form(read_boolq, ask_boolq, ("passage",), (VALIDATION,), wanted=("boolq",))
-HELLASWAG = Form(
-    read_hellaswag, ask_hellaswag, ("ctx",), (VALIDATION,), metric="acc_bytes", wanted=("hella",)
-)
-ARC_EASY = Form(
+ARC = Form(
     read_arc,
     ask_arc,
     ("question",),
@@ -330,32 +200,50 @@ ARC_EASY = Form(
     wanted=("easy",),
     unwanted=("challenge",),
 )
-ARC_CHALLENGE = replace(ARC_EASY, metric="acc_bytes", wanted=("challenge",), unwanted=("easy",))
-PIQA = Form(read_piqa, ask_piqa, ("goal",), (VALIDATION,), metric="acc_bytes", wanted=("piqa",))
-WINOGRANDE = Form(
-    read_winogrande, ask_winogrande, ("after",), (VALIDATION,), wanted=("winogrande", "xl")
-)
-LAMBADA = Form(read_lambada, ask_lambada, ("context",), (TEST, VALIDATION), (), wanted=("lambada",))
 MMLU = Form(
     read_mmlu,
     ask_mmlu,
     ("question",),
     (TEST, ("val", "validation")),
-    (DEV,),
+    examples=(DEV,),
     wanted=("mmlu",),
     columns=MMLU_COLUMNS,
     describe=describe_mmlu,
     first=True,
 )
 FORMS = {
-    "boolq": BOOLQ,
-    "hellaswag": HELLASWAG,
-    "arc_easy": ARC_EASY,
-    "arc_challenge": ARC_CHALLENGE,
-    "piqa": PIQA,
-    "winogrande": WINOGRANDE,
-    "lambada": LAMBADA,
+    "boolq": Form(read_boolq, ask_boolq, ("passage",), (VALIDATION,), wanted=("boolq",)),
+    "hellaswag": Form(read_hellaswag, ask_hellaswag, ("ctx",), (VALIDATION,), metric="acc_bytes"),
+    "arc_easy": ARC,
+    "arc_challenge": replace(ARC, metric="acc_bytes", wanted=("challenge",), unwanted=("easy",)),
+    "piqa": Form(
+        read_piqa, ask_piqa, ("goal",), (VALIDATION,), metric="acc_bytes", complete=with_labels
+    ),
+    "winogrande": Form(read_winogrande, ask_winogrande, ("after",), (VALIDATION,), wanted=("xl",)),
+    "lambada": Form(
+        read_lambada,
+        ask_lambada,
+        ("context",),
+        (TEST, VALIDATION),
+        examples=(),
+        wanted=("default",),
+    ),
 }
+
+
+def read_mmlu_files(path: Path, options: Options) -> list[Task]:
+    """One task of all subjects that are there, so that its accuracy is weighted by their size, as
+    that of lm-eval's group is; of one subject alone mmlu_SUBJECT. By itself five examples."""
+    tables = asked_files(MMLU.place(path), MMLU.splits)
+    whole = [paths for paths in tables if paths[0].parent.name == "all"]  # Hugging Face's has both
+    n = 5 if options.shots is None else options.shots
+    task = task_of("mmlu", MMLU, whole or tables, n, options)
+    subjects = by_subject(task.records)
+    task.about["subjects"] = {subject: len(found) for subject, found in subjects.items()}
+    if len(subjects) == 1:
+        task.name = f"mmlu_{task.records[0]['subject']}"
+    return [task]
+
 
 # name -> (file or folder, options) -> its tasks. UserError E127, E003
 READERS: dict[str, Callable[[Path, Options], list[Task]]] = {

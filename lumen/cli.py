@@ -355,7 +355,8 @@ def typed_wins(tree: dict, typed: set[str], notes: list[str]) -> None:
 def presets() -> dict[str, Path]:
     """Name -> file of every preset."""
     files = sorted(CONFIGS.rglob("*.yaml"))
-    return {path.stem: path for path in files if path != aliases.TABLE}
+    others = (aliases.TABLE, CONFIGS / "smoke.yaml")  # tables that are no configurations
+    return {path.stem: path for path in files if path not in others}
 
 
 def find_yaml(name: str) -> Path:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lumen.answers import Answers
 from lumen.errors import UserError
 from lumen.files import read_json, read_lines, replacing
 from lumen.launch import print_now
@@ -21,6 +22,7 @@ from lumen.scores import INTERVAL, SEED, TIE, Metric, in_order, metrics_of, resa
 # Questions on which two models must differ before one is called better: with fewer, a sign test
 # does not reach 5 % even if all speak for one of them (2 / 2**6 = 0.03).
 FEWEST = 6
+KINDS = ("choice", "text", "reply")
 PER_TOKEN = ("loss", "token_ppl", "token_acc")  # of one tokenizer only
 NOTES = """\
 - A difference is that model's score less A's; its 95 % interval comes from drawing questions with
@@ -100,7 +102,13 @@ def against(a: Side, b: Side, say) -> list[Row]:
     if not names:
         each = [f"{s.folder}: {', '.join(s.results['tasks']) or 'none'}" for s in (a, b)]
         raise UserError("E128", f"no task in common; {'; '.join(each)}")
-    return [row_of(name, a, b, say) for name in names]
+    rows = []
+    for name in names:
+        if a.results["tasks"][name].get("kind") in KINDS:
+            rows.append(row_of(name, a, b, say))
+        else:  # lm-eval keeps its answers to itself
+            say(f"note       {name}: its answers are not kept, so it is not compared")
+    return rows
 
 
 def row_of(name: str, a: Side, b: Side, say) -> Row:
@@ -115,7 +123,8 @@ def row_of(name: str, a: Side, b: Side, say) -> Row:
             text = f"{name}: its {key} is {values[0]} in {a.folder} and {values[1]} in {b.folder}"
             raise UserError("E128", f"{text}: evaluate both on the same file")
     for key, value in (one.get("options") or {}).items():
-        if (theirs := (other.get("options") or {}).get(key)) != value:
+        theirs = (other.get("options") or {}).get(key)
+        if theirs != value and key != "limit":  # which questions were asked is looked at below
             say(f"note       {name}: {key} {value} in {a.letter}, {theirs} in {b.letter}")
     lines = [read(side, name) for side in (a, b)]
     metric = comparable(name, one, a, b)
@@ -151,9 +160,9 @@ def pick(name: str, metrics: list[Metric], metric: str, side: Side) -> Metric:
 
 def read(side: Side, name: str) -> list[dict]:
     """The answers to a task, in order. E128."""
-    file = side.folder / side.results["tasks"][name].get("answers", f"answers/{name}.jsonl")
+    file = Answers(side.folder / "answers", name, "").whole
     try:
-        lines = in_order(read_lines(file))
+        lines = in_order([line for line in read_lines(file) if "key" not in line])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError("E128", f"{file} holds no answers: {error!r}") from error
     if not lines:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import random
 import re
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from lumen.errors import UserError
 from lumen.evaluation_files import Record, records, sum_of
 from lumen.questions import Asked, Choices, Options, Question
 from lumen.scorer import common
+from lumen.scores import Score
 
+TASKS = 22
 SHUFFLE = 1337  # nanochat's; a question's examples depend on its place in that order
 FILES = ("core.yaml", "eval_meta_data.csv", "eval_data")
 
@@ -79,11 +82,44 @@ def read_baselines(path: Path, names: list[str]) -> dict[str, float]:
     return found
 
 
-def core_score(scores: dict[str, tuple[float, float]]) -> float:
-    """The mean of centred accuracies (accuracy - baseline) / (1 - baseline): 0 is chance, 1 all
-    right. {task: (accuracy, baseline)}; it is CORE where all 22 tasks are in it."""
-    centred = [(accuracy - base) / (1 - base) for accuracy, base in scores.values()]
+def core_result(done: dict[str, dict]) -> dict[str, dict]:
+    """{"core": what results.json says of it}, of the tasks there that have a baseline; {} where
+    there are none.
+
+    CORE is the mean of centred accuracies, (accuracy - baseline) / (1 - baseline): 0 is chance.
+    Tasks have questions of their own, so their errors are independent."""
+    tasks = [task for task in done.values() if "baseline" in (task.get("about") or {})]
+    if not tasks:
+        return {}
+    scores = [task["scores"][0] for task in tasks]
+    baselines = [task["about"]["baseline"] for task in tasks]
+    value = core_score([score.value for score in scores], baselines)
+    majority = core_score([score.majority for score in scores], baselines)
+    control = core_score([score.control for score in scores], baselines)
+    stderr = spread([score.stderr for score in scores], baselines)
+    low, high = (None if stderr is None else value + side * stderr for side in (-1.96, 1.96))
+    verdict = "" if len(tasks) == TASKS else f"{len(tasks)} tasks; CORE is the mean of {TASKS}"
+    n, n_control = (sum(values) for values in zip(*((s.n, s.n_control) for s in scores)))
+    blind = [control, spread([score.control_stderr for score in scores], baselines), n_control]
+    spent = sum(score.seconds for score in scores)
+    about = [n, stderr, low, high, 0.0, majority, *blind, spent, True, "higher", verdict]
+    found = Score("core", "centred_acc", value, *about)
+    return {"core": {"kind": "core", "metric": found.metric, "about": {}, "scores": [found]}}
+
+
+def core_score(accuracies: list[float | None], baselines: list[float]) -> float | None:
+    """The mean of centred accuracies; None where one is not known."""
+    if None in accuracies:
+        return None
+    centred = [(acc - base) / (1 - base) for acc, base in zip(accuracies, baselines)]
     return sum(centred) / len(centred)
+
+
+def spread(stderrs: list[float | None], baselines: list[float]) -> float | None:
+    """The standard error of that mean."""
+    if None in stderrs:
+        return None
+    return math.hypot(*(err / (1 - base) for err, base in zip(stderrs, baselines))) / len(stderrs)
 
 
 # ---------------------------------------------------------------- the three kinds of tasks
@@ -168,7 +204,9 @@ class Borders:
             before = [min(1 + len(scorer.encode(bare)), len(wholes[0]) - 1)]
         found = scorer.ids(list(zip(wholes, before)))
         names = ("logprobs", "tokens", "greedy")
-        return {name: list(values) for name, values in zip(names, zip(*found))}
+        line = {name: list(values) for name, values in zip(names, zip(*found))}
+        scored = [whole[n:] for whole, n in zip(wholes, before)]
+        return line | {"bytes": [len(scorer.tokenizer.decode_bytes(ids)) for ids in scored]}
 
 
 # ---------------------------------------------------------------- tasks

@@ -116,7 +116,12 @@ def table(path: Path) -> list[Record]:
 
 def csv_without_names(path: Path, header: tuple[str, ...]) -> list[Record]:
     found = []
-    for first, _, cells, wrong in csv_records(path.read_bytes(), ","):
+    try:
+        data = path.read_bytes()
+        data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("E127", f"{path}: {error}") from None
+    for first, _, cells, wrong in csv_records(data, ","):
         if not wrong and len(cells) not in (0, len(header)):
             wrong = f"{len(cells)} cells instead of {len(header)}: {', '.join(header)}"
         if wrong:

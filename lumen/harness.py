@@ -7,14 +7,15 @@ command line with our models in it. lm-eval is optional: requirements-eval.txt. 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
 from collections import Counter
 
-from lumen.errors import UserError, nearest
+from lumen.errors import UserError, expand, nearest
 from lumen.questions import Asked
-from lumen.scores import Score
+from lumen.scores import Score, verdict
 
 RESAMPLES = 1000  # where a metric's error has no formula; lm-eval's 100,000 take minutes
 
@@ -28,19 +29,20 @@ def need() -> None:
         raise UserError("E003", text) from error
 
 
-def language_model(asked: Asked, prefix: int | None = None):
-    """The model as an lm_eval.api.model.LM; prefix: see LumenLM. E003: there is no lm-eval."""
+def language_model(asked: Asked, opened=None):
+    """The model as an lm_eval.api.model.LM. opened: the lumen.models.Opened that it comes from; one
+    from Hugging Face begins texts as it does there. E003: there is no lm-eval."""
     need()
-    from lumen.lm_eval_model import LumenLM
+    from lumen.lm_eval_model import LumenLM, prefix_of
 
-    return LumenLM(asked, prefix)
+    return LumenLM(asked, opened and prefix_of(opened))
 
 
-def run(asked: Asked, tasks: list[str], include_path=None, prefix=None, **how) -> dict:
+def run(asked: Asked, tasks: list[str], include_path=None, opened=None, **how) -> dict:
     """What lm_eval.simple_evaluate returns. include_path: a folder of YAML tasks; how: its further
     arguments (num_fewshot, limit, apply_chat_template, gen_kwargs ...). E003; E127: no such task,
     its data are not here, or it asks what the model cannot do."""
-    model = language_model(asked, prefix)
+    model = language_model(asked, opened)
     from datasets.exceptions import DatasetsError
     from lm_eval import simple_evaluate
 
@@ -60,13 +62,14 @@ def find(tasks: list[str], include_path):
     them takes seconds. E127: a task that there is not."""
     from lm_eval.tasks import TaskManager
 
-    if include_path:
-        if not os.path.isdir(include_path):
-            raise UserError("E127", f"lm-eval: {include_path}: no such folder of tasks")
-        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    folder = expand(str(include_path)) if include_path else None
+    if folder:
+        if not os.path.isdir(folder):
+            raise UserError("E127", f"lm-eval: {folder}: no such folder of tasks")
+        manager = TaskManager(include_path=folder, include_defaults=False)
         if set(tasks) <= set(manager.all_tasks):
             return manager
-    manager = TaskManager(include_path=include_path and str(include_path))
+    manager = TaskManager(include_path=folder)
     for name in tasks:
         if name not in manager.all_tasks and not name.endswith(".yaml"):
             near = nearest(name, manager.all_tasks)
@@ -87,7 +90,7 @@ def rows(results: dict, seconds: float = 0.0) -> list[Score]:
             name, _, kind = key.partition(",")
             if not kind or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            first = not found or found[-1].task != f"lm_eval:{task}"
+            first = not found or found[-1].task != f"lm-eval/{task}"
             found.append(score(results, task, key, seconds, first))
     return found
 
@@ -107,8 +110,8 @@ def score(results: dict, task: str, key: str, seconds: float, headline: bool) ->
         low, high = max(low, 0.0), min(high, 1.0)  # a share; lm-eval's error knows no borders
     chance, majority = baselines(results, task, name)
     count = values.get("sample_len") or results["n-samples"].get(task, {}).get("effective", 0)
-    return Score(
-        task=f"lm_eval:{task}",
+    found = Score(
+        task=f"lm-eval/{task}",
         metric=name if kind == "none" else f"{name} ({kind})",
         value=value,
         n=count,
@@ -124,6 +127,9 @@ def score(results: dict, task: str, key: str, seconds: float, headline: bool) ->
         headline=headline,
         better="higher" if higher else "lower",
     )
+    if stderr is None and count > 1:  # lm-eval knows no error of this metric
+        return found
+    return dataclasses.replace(found, verdict=verdict(found, None))
 
 
 def baselines(results: dict, task: str, metric: str) -> tuple[float | None, float | None]:

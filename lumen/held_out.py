@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lumen import tokenizer as tokenizers
 from lumen.chat import data_folders
 from lumen.config import Config
 from lumen.data import Data, choose_val_rows, open_data, val_sum
+from lumen.errors import UserError
 from lumen.evaluation import Loop
 from lumen.feed import Feed
 from lumen.model_keys import model_from_keys
@@ -104,28 +106,36 @@ class ValTask(Task):
             yield number, self.tokenizer.decode(self.targets(number))
 
 
-def val_task(opened, options: Options, say) -> ValTask | None:
-    """Of a lumen.models.Opened; None, and why is said, where nothing is held out or the data are
-    not here any more."""
-    why = why_no_val(opened.state)
+def val_task(opened, options: Options, say, folder: Path | None = None) -> ValTask | None:
+    """Of a lumen.models.Opened, or of a prepared `folder`; None, and why is said, where nothing is
+    held out or the data are not here any more."""
+    why = "" if folder else why_no_val(opened.state)
     if why:
         say(f"val: left out: {why}")
         return None
-    cfg = config_of(opened.state)
+    cfg = config_of(opened, folder)
     data = open_data(cfg)
-    rows, _ = choose_val_rows(data, cfg, opened.state["run"]["segments"])
+    segments = [(0, data.weights)] if folder else opened.state["run"]["segments"]
+    rows, _ = choose_val_rows(data, cfg, segments)
     if not rows:
-        say("val: left out: the run holds nothing out")
+        say("val: left out: nothing is held out")
         return None
+    there = data.tokenizer_dir
+    if there and not opened.tokenizer.same_ids(tokenizers.load(str(there))):
+        text = f"{folder or 'the data'} and the model have different tokenizers"
+        raise UserError("E113", text)
     about = {"path": ", ".join(sorted({source.path for source in data.val_sources.values()}))}
     about["sha256"] = val_sum(data.val_sources, rows, cfg.model.max_seq_len)
     about["said"] = f"rows of max_seq_len as the trainer evaluates them; {UNIGRAM}"
     then = opened.state.get("measured_on")
-    if then and then != about["sha256"]:
+    if then and then != about["sha256"] and not folder:
         changed = "not the rows that the run was evaluated on: its data or eval_tokens have changed"
         about["said"] += f"; {changed}"
         say(f"val: {changed}")
-    return ValTask(options, about, data, rows, opened.tokenizer)
+    task = ValTask(options, about, data, rows, opened.tokenizer)
+    if folder:
+        task.name = f"val-{folder.name}"
+    return task
 
 
 def why_no_val(state: dict) -> str:
@@ -141,8 +151,11 @@ def why_no_val(state: dict) -> str:
     return ""
 
 
-def config_of(state: dict) -> Config:
-    """What of a checkpoint's configuration says which rows are whose."""
+def config_of(opened, folder: Path | None) -> Config:
+    """What of a run's configuration says which rows are whose; of a folder by itself only that."""
+    if folder:
+        return Config(data_dir=str(folder), model=opened.model.cfg)
+    state = opened.state
     names = ("data_dir", "data", "val_fraction", "document_mask", "eval_tokens")
     given = {name: state["config"][name] for name in names if name in state["config"]}
     return Config(**given, model=model_from_keys(state["config"]["model"]))

@@ -28,9 +28,6 @@ def make_tasks(cfg: EvaluateConfig) -> list[Task]:
     """Without their controls, which evaluate.py asks too: here they would double the time. E127."""
     from lumen.tasks import find_tasks  # many rooms, which only a run that asks has need of
 
-    if "val" in cfg.tasks:
-        text = "evaluate.tasks: val is what the run's own evaluations tell, see eval_interval"
-        raise UserError("E127", text)
     options = Options(shots=cfg.shots, limit=cfg.limit, control=False)
     return find_tasks(cfg.tasks, Path(cfg.data) if cfg.data else None, options)
 

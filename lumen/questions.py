@@ -13,25 +13,22 @@ kind reply:  {i, reply, ended, tokens, found: {metric: 0 to 1}, label, control: 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from lumen.errors import UserError
-from lumen.values import short
 
 
 @dataclass
 class Asked:
-    """The model that is asked, and what its answers depend on beside it."""
+    """The model that is asked, and what its answers depend on beside it. What they hold is
+    remembered: a model that has changed since gets another Asked."""
 
     model: object  # model.Transformer, ready to evaluate
     tokenizer: object
     template: object = None  # lumen.chat.Template; None: it knows no conversations
     n_vocab: int = 0  # ids from here on are padding
     scorer: object = None  # lumen.scorer.Scorer of this model
+    written: dict = field(default_factory=dict)  # replies that it gave: lumen.replying
 
 
 @dataclass
@@ -89,29 +86,6 @@ def partner(i: int, n: int) -> int:
     return (i + max(1, n // 2)) % n
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file, one a line, with the number of their line as `line`. E127."""
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise UserError("E127", f"{path}:{number}: {short(row)} is no JSON object")
-                rows.append(row | {"line": number})
-    except OSError as error:
-        raise UserError("E127", f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError("E127", f"{path} is not UTF-8: {error}") from error
-    except ValueError as error:
-        raise UserError("E127", f"{path}:{number}: no JSON: {error}") from error
-    if not rows:
-        raise UserError("E127", f"{path} holds no row")
-    return rows
-
-
 # ---------------------------------------------------------------- choices
 
 
@@ -153,8 +127,9 @@ class Choices(Task):
         question = self.ask(self.records[number])
         line = {"i": number, "answer": question.answer}
         line["label"] = question.label or str(question.answer)
+        choices = [text.removeprefix(" ") for _, text in question.pairs]  # as lm-eval measures
+        line["bytes"] = [len(choice.encode()) for choice in choices]
         line |= asked.scorer.question(question)
-        line["bytes"] = [len(text.encode()) for _, text in question.pairs]
         control = self.control(number)
         if control:
             found = asked.scorer.question(control)

@@ -1,14 +1,15 @@
 """What people see of scores: results.json, report.md, a picture, a table on the console.
 
 results: {name, model, checkpoint: {path, step, sha256}, tokenizer: {name, sha256}, precision,
-device, command, tasks: {NAME: {kind, metric, about, options, scores: [Score], contamination,
-samples: [{prompt, reply}]}}}. Whatever else there is goes into results.json as it is.
+device, command (its words), tasks: {NAME: {kind, metric, about, options, scores: [Score],
+contamination, samples: [{prompt, reply}]}}}. Whatever else there is goes into results.json too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -35,7 +36,16 @@ MEANING = {
     "word_ppl": "the same per word (between blanks), as lm-eval's word_perplexity",
     "byte_ppl": "the same per byte, as lm-eval's byte_perplexity",
     "token_acc": "share of tokens that were the most likely ones",
-    "exact_match": "share of replies in which the right answer was found",
+    "exact_match": "share of replies that are the right answer, or whose pattern finds it",
+    "strict_match": "share of replies whose number behind #### is right",
+    "flexible_extract": "share of replies whose last number is right",
+    "pass@1": "share of functions that pass their tests, one reply each",
+    "heuristic": "mean of the parts below: whether a model writes at all, not whether it is right",
+    "nonempty": "share of replies with any word in them",
+    "distinct": "share of word pairs that are different ones",
+    "unrepeated": "1 less the longest stretch that occurs twice, as a share of the reply",
+    "ended": "share of replies that the model ended by itself",
+    "expected": "share of replies with the expected pattern in them, of prompts that have one",
 }
 NOTES = """\
 - **±** is the standard error, by bootstrap over questions; the interval holds 95 %.
@@ -60,12 +70,14 @@ def write(out, results: dict, say=print_now) -> None:
     scores = scores_in(results)
     bad = [f"{score.task}/{score.metric}" for score in scores if score.row()["nan"]]
     write_json(out / "results.json", plain(aliases(scores) | results | {"nan": bad}))
-    with replacing(out / "report.md") as file:
-        file.write("\n".join(report(results)).encode())
+    drawn = out / "picture.png"
     try:
-        picture(out / "picture.png", scores)
+        picture(drawn, scores)
     except ImportError:
+        drawn.unlink(missing_ok=True)  # it would be of other scores
         say("note       picture.png needs matplotlib: pip install matplotlib")
+    with replacing(out / "report.md") as file:
+        file.write("\n".join(report(results, drawn.exists())).encode())
 
 
 def surroundings() -> dict:
@@ -186,15 +198,17 @@ def score_rows(scores: list[Score]) -> list[list[str]]:
     return rows
 
 
-def report(results: dict) -> list[str]:
-    """report.md."""
+def report(results: dict, drawn: bool = False) -> list[str]:
+    """report.md; whether there is a picture."""
     scores = scores_in(results)
     lines = [f"# Evaluation of {results.get('name', 'a model')}", ""]
     lines += [f"- {name}: {text}" for name, text in facts(results)]
     heads = [score for score in scores if score.headline]
     rest = [score for score in scores if not score.headline]
     lines += ["", "## Scores", "", *markdown_table(score_rows(heads)), ""]
-    lines += [NOTES, "", "![scores](picture.png)", ""]
+    lines += [NOTES, ""]
+    if drawn:
+        lines += ["![scores](picture.png)", ""]
     if rest:
         lines += ["## Other metrics of the same answers", "", *markdown_table(score_rows(rest)), ""]
     names = dict.fromkeys(score.metric for score in scores)
@@ -205,7 +219,7 @@ def report(results: dict) -> list[str]:
         about = [f"{key} {value}" for key, value in plain(task.get("about") or {}).items()]
         lines.append(f"- **{name}**: {', '.join(about) or 'built in'}")
         if task.get("contamination"):
-            lines.append(f"  - contamination: {worded(plain(task['contamination']))}")
+            lines.append(f"  - {seen_before(task['contamination'])}")
     for name, task in results["tasks"].items():
         if task.get("samples"):
             lines += ["", f"## Samples: {name}", ""]
@@ -214,10 +228,11 @@ def report(results: dict) -> list[str]:
     return [*lines, ""]
 
 
-def worded(x) -> str:
-    if not isinstance(x, dict):
-        return str(x)
-    return x.get("said") or ", ".join(f"{key} {value}" for key, value in x.items())
+def seen_before(found: dict) -> str:
+    """What lumen/overlap.py found."""
+    text = f"contamination: {found['n_hit']} of {found['n']} questions ({found['share']:.1%})"
+    text += " stand in the training data"
+    return f"{text}; {found['said']}" if found.get("said") else text
 
 
 def facts(results: dict) -> list[tuple[str, str]]:
@@ -232,7 +247,7 @@ def facts(results: dict) -> list[tuple[str, str]]:
         "machine": [" ".join(results.get("cpu_flags") or []), f"torch {results.get('torch')}"],
         "commit": [results.get("commit"), "with changes" if results.get("dirty") else None],
         "date": [results.get("date")],
-        "command": [results.get("command")],
+        "command": [shlex.join(results.get("command") or [])],
     }
     worded = {name: ", ".join(str(x) for x in words if x) for name, words in found.items()}
     return [(name, text) for name, text in worded.items() if text]
@@ -246,16 +261,16 @@ def fenced(text: str, title: str) -> list[str]:
     return [f"{title}:", fence, text, fence, ""]
 
 
-def detailed(name: str, lines: list[dict], prompts: dict[int, str]) -> str:
-    """All replies of a task of kind reply as markdown, for --detailed_output; prompts: by i."""
+def detailed(name: str, lines: list[dict]) -> str:
+    """All replies of a task of kind reply as markdown, for --detailed."""
     said = [f"# {name}: every reply", ""]
     for line in in_order(lines):
         label = f", label {line['label']}" if line.get("label") else ""
         said += [f"## {line['i']}{label}", ""]
         found = ", ".join(f"{key} {number(value)}" for key, value in line["found"].items())
         said += [f"{found}; {line['tokens']} tokens, {ended(line)}", ""]
-        said += fenced(prompts.get(line["i"], ""), "prompt") + fenced(line["reply"], "reply")
-    return "\n".join(said)
+        said += fenced(line.get("prompt", ""), "prompt") + fenced(line["reply"], "reply")
+    return "\n".join(said) + "\n"
 
 
 def ended(line: dict) -> str:
@@ -311,8 +326,9 @@ def draw(ax, rows: list[Score]) -> None:
     ):
         xs = [nan if getattr(s, name) is None else getattr(s, name) for s in rows]
         size = 160 if marker == "|" else 36
-        ax.scatter(xs, places, marker=marker, color=colour, s=size, label=name)
-    ax.set_yticks(places, [shortened(s.task, 28) for s in rows])
+        ax.scatter(xs, places, marker=marker, color=colour, s=size, label=name, zorder=3)
+    names = [shortened(s.task, 28).replace("$", r"\$") for s in rows]  # $: no formulas
+    ax.set_yticks(places, names)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)

@@ -19,11 +19,11 @@ RESAMPLES = 1000  # of the bootstrap; its interval is then good to about a tenth
 BLOCK = 1 << 20  # questions drawn at a time: 16 MB
 SEED = 0
 INTERVAL = (0.025, 0.975)
-TIE = 1e-6  # relative: logprobs in fp32 that are nearer cannot be told apart
+TIE = 1e-6  # relative: what is nearer cannot be told apart in fp32
 MOST_NATS = 700.0  # e to a little more is no float: such a perplexity is said as e**700
 LN2 = math.log(2)
-ALMOST = 1e-9  # relative: sums of the same numbers in another order
-EXACT = ("exact_match", "acc")  # of replies: found where the reply is the label
+# of replies: right where the label is found in it, so that one label for all has its share
+EXACT = ("exact_match", "strict_match", "flexible_extract")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Metric(NamedTuple):
     bottom: np.ndarray
     chance: np.ndarray | None = None  # what would stand on top
     majority: np.ndarray | None = None
-    control: np.ndarray | None = None  # 0 where a question has none
+    control: np.ndarray | None = None
+    has_control: np.ndarray | None = None  # bool: where a question has none it is 0 in `control`
 
     @property
     def better(self) -> str:
@@ -96,10 +97,12 @@ class Metric(NamedTuple):
         """The metric with `top` on top."""
         return None if top is None else float(self.of(top.sum(), self.bottom.sum()))
 
-    def blinded(self, has_control: np.ndarray) -> Metric:
-        """The same of the controls alone."""
-        top, bottom = np.where(has_control, self.control, 0), np.where(has_control, self.bottom, 0)
-        return Metric(self.name, self.unit, top, bottom)
+    def blinded(self) -> Metric | None:
+        """The same of the controls alone; None: there are none."""
+        if self.has_control is None or not self.has_control.any():
+            return None
+        bottom = np.where(self.has_control, self.bottom, 0)
+        return Metric(self.name, self.unit, self.control, bottom)
 
 
 def scores_of(
@@ -109,25 +112,32 @@ def scores_of(
 
     metric: the headline's name; seconds: what the task took.
     """
-    lines = in_order(lines)
-    found = [m for m in metrics_of(kind, lines, n_vocab) if m.bottom.any()]
+    found = [m for m in metrics_of(kind, in_order(lines), n_vocab) if m.bottom.any()]
     found.sort(key=lambda m: m.name != metric)
-    has_control = np.array([bool(line.get("control")) for line in lines], dtype=bool)
-    blind = {m.name: m.blinded(has_control) for m in found if m.control is not None}
-    blind = {name: m for name, m in blind.items() if m.n}
-    drawn = resampled([*found, *blind.values()])
-    draws_of_blind = dict(zip(blind, drawn[len(found) :]))
+    blind = [m.blinded() for m in found]
+    drawn = iter(resampled([*found, *(m for m in blind if m)]))
+    spreads = [spread(m, next(drawn)) for m in found]
+    of_blind = [spread(m, next(drawn)) if m else Spread() for m in blind]
     scores = []
-    for m, draws in zip(found, drawn):
-        value = m.value(m.top)
-        stderr, low, high = spread(m, value, draws)
-        control, ends = [None, None, 0], None
-        if other := blind.get(m.name):
-            control = [other.value(other.top), None, other.n]
-            control[1], *ends = spread(other, control[0], draws_of_blind[m.name])
-        about = [m.value(m.chance), m.value(m.majority), *control, seconds, not scores, m.better]
-        score = Score(name, m.name, value, m.n, stderr, low, high, *about)
-        scores.append(dataclasses.replace(score, verdict=verdict(score, ends)))
+    for m, mine, control in zip(found, spreads, of_blind):
+        score = Score(
+            task=name,
+            metric=m.name,
+            value=mine.value,
+            n=mine.n,
+            stderr=mine.stderr,
+            low=mine.low,
+            high=mine.high,
+            chance=m.value(m.chance),
+            majority=m.value(m.majority),
+            control=control.value,
+            control_stderr=control.stderr,
+            n_control=control.n,
+            seconds=seconds,
+            headline=not scores,
+            better=m.better,
+        )
+        scores.append(dataclasses.replace(score, verdict=verdict(score, control)))
     return scores
 
 
@@ -161,7 +171,7 @@ def floats(values) -> np.ndarray:
 def choice_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
     """acc by sum, per byte, per token; bits per byte of the right answer (OLMo's bpb: a mean over
     questions); of cloze its perplexity, answer by answer. uniform: nats a token of chance."""
-    one = np.ones(len(lines))
+    one, has_control = np.ones(len(lines)), controlled(lines)
     choices = np.array([len(line["logprobs"]) for line in lines])
     cloze = (choices == 1).all()
     guess = np.where(choices == 1, 0.0, 1 / choices)
@@ -171,16 +181,22 @@ def choice_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
         if cloze and sizes:
             break
         top, control = (hits(lines, sizes, blind) for blind in (False, True))
-        metrics.append(Metric(name, "share", top, one, guess, most, control))
+        metrics.append(Metric(name, "share", top, one, guess, most, control, has_control))
     nats, control = (answer_nats(lines, blind) for blind in (False, True))
     tokens = floats(line["tokens"][line["answer"]] for line in lines)
     bits = 1 / LN2 / np.maximum(1, floats(line["bytes"][line["answer"]] for line in lines))
     chance = None if uniform is None else tokens * uniform
     if cloze:
-        metrics.append(Metric("ppl", "ppl", nats, one, chance, None, control))
+        metrics.append(Metric("ppl", "ppl", nats, one, chance, None, control, has_control))
     chance = None if uniform is None else chance * bits
-    metrics.append(Metric("answer_bpb", "bits", nats * bits, one, chance, None, control * bits))
+    blind = control * bits, has_control
+    metrics.append(Metric("answer_bpb", "bits", nats * bits, one, chance, None, *blind))
     return metrics
+
+
+def controlled(lines: list[dict]) -> np.ndarray:
+    """(n,) bool: which have a control."""
+    return np.array([bool(line.get("control")) for line in lines], dtype=bool)
 
 
 def found_in(line: dict, blind: bool) -> dict:
@@ -245,7 +261,7 @@ def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
     chance = None if uniform is None else tokens * uniform
     if np.isnan(unigram).all():
         unigram = None
-    baselines = chance, unigram, blind
+    baselines = chance, unigram, blind, controlled(lines)
     metrics = []
     for name, unit, bottom in (
         ("bits_per_byte", "bits", n_bytes * LN2),
@@ -265,15 +281,16 @@ def text_metrics(lines: list[dict], uniform: float | None) -> list[Metric]:
 def reply_metrics(lines: list[dict]) -> list[Metric]:
     """The mean of each entry of `found`, over the questions that have it."""
     names = dict.fromkeys(name for line in lines for name in line["found"])
+    controls = [(line.get("control") or {}).get("found", {}) for line in lines]
+    labelled = all(line.get("label") for line in lines)
     metrics = []
     for name in names:
         there = np.array([name in line["found"] for line in lines], dtype=np.float64)
         top = floats(line["found"].get(name, 0.0) for line in lines)
-        blind = floats(
-            (line.get("control") or {}).get("found", {}).get(name, 0.0) for line in lines
-        )
-        most = most_frequent(lines) if name in EXACT else None
-        metrics.append(Metric(name, "share", top, there, None, most, blind))
+        blind = floats(found.get(name, 0.0) for found in controls)
+        has_control = np.array([name in found for found in controls], dtype=bool)
+        most = most_frequent(lines) if labelled and name in EXACT else None
+        metrics.append(Metric(name, "share", top, there, None, most, blind, has_control))
     return metrics
 
 
@@ -299,51 +316,64 @@ def resampled(metrics: list[Metric], seed: int = SEED) -> list[np.ndarray]:
     return [m.of(sums[:, 2 * k], sums[:, 2 * k + 1]) for k, m in enumerate(metrics)]
 
 
-def spread(m: Metric, value: float, draws: np.ndarray) -> tuple:
-    """(stderr, low, high) of a metric; None where one question cannot tell."""
+class Spread(NamedTuple):
+    """A metric's value and how sure it is; None where one question cannot tell."""
+
+    value: float | None = None
+    n: int = 0
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def spread(m: Metric, draws: np.ndarray) -> Spread:
+    """draws: (RESAMPLES,), of `resampled`."""
+    value = m.value(m.top)
     if not math.isfinite(value):
-        return math.nan, math.nan, math.nan
+        return Spread(value, m.n, math.nan, math.nan, math.nan)
     if m.unit == "share" and value in (0, 1):
         # All alike: no drawing differs. The exact interval of 0 or n out of n instead (Clopper and
         # Pearson 1934), else three questions would seem to prove something.
         reach = 1 - INTERVAL[0] ** (1 / m.n)
-        return (0.0, 0.0, reach) if value == 0 else (0.0, 1 - reach, 1.0)
+        low, high = (0.0, reach) if value == 0 else (1 - reach, 1.0)
+        return Spread(value, m.n, 0.0, low, high)
     if m.n < 2:
-        return None, None, None
+        return Spread(value, m.n)
     draws = draws[~np.isnan(draws)]  # a drawing without any question that counts
     low, high = np.quantile(draws, INTERVAL)
-    return float(draws.std(ddof=1)), float(low), float(high)
+    return Spread(value, m.n, float(draws.std(ddof=1)), float(low), float(high))
 
 
-def verdict(score: Score, control_ends: list | None) -> str:
+def verdict(score: Score, control: Spread | None = None) -> str:
     """What a reader must know before believing a score; "" where it is better than its baselines
     and its control is not."""
-    values = [x for x in (score.value, score.control) if x is not None]
-    if not all(math.isfinite(x) for x in values):
+    if has_nan([score]):
         return "NaN"
     if score.low is None:
         return "one question: no interval"
     words = []
     answer = "the majority answer" if score.better == "higher" else "token frequencies"
-    baselines = [("chance", score.chance), (answer, score.majority)]
-    baselines = [(name, base) for name, base in baselines if base is not None]
-    for name, base in baselines:
+    baselines = {"chance": score.chance, answer: score.majority}
+    baselines = {name: base for name, base in baselines.items() if base is not None}
+    if not baselines:
+        words.append("no baseline known")
+    for name, base in baselines.items():
         side = beside(score.better, score.low, score.high, base)
         if side < 1:
             words.append(f"{'worse' if side < 0 else 'no better'} than {name}")
             break
-    if score.majority is None or not control_ends or control_ends[0] is None:
-        return "; ".join(words)
-    # only where the best blind answer is known: bits of an answer fall without its question too
-    sides = [beside(score.better, *control_ends, base) for _, base in baselines]
-    if min(sides) > 0:
-        side = "above" if score.better == "higher" else "below"
-        words.append(f"LEAK? the control is {side} chance")
+    # Only where the best blind answer is known. Of bits it is not: an answer is likelier than
+    # chance without its question too.
+    if score.majority is not None and control and control.low is not None:
+        sides = [beside(score.better, control.low, control.high, x) for x in baselines.values()]
+        if min(sides) > 0:
+            side = "above" if score.better == "higher" else "below"
+            words.append(f"LEAK? the control is {side} {next(iter(baselines))}")
     return "; ".join(words)
 
 
 def beside(better: str, low: float, high: float, base: float) -> int:
     """1: the interval is better than base, -1: worse, 0: it reaches it."""
-    near = ALMOST * abs(base)
+    near = TIE * abs(base)
     above = int(low > base + near) - int(high < base - near)
     return above if better == "higher" else -above

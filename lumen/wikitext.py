@@ -82,6 +82,7 @@ class Articles(TextTask):
     """Texts whose words and bytes are those of another form of theirs."""
 
     counts: list[tuple[int, int]] = field(default_factory=list)
+    metric = "word_ppl"
 
     def line(self, i: int, asked: Asked) -> dict:
         line = super().line(i, asked)

@@ -26,6 +26,8 @@ finetune [--rounds N] [--turns N] [--no_peer] [--peer PYTHON] [--litgpt PYTHON]
     launches beside trl's SFTTrainer and litgpt, where these Pythons have them.
 learn_chat --base RUN [--seeds N] [--only "A;B"] [--steps N] [--factors F,F] [--out DIR]
     Held-out replies, multiple choice and preferences after SFT, LoRA, DPO and SimPO.
+evaluate [MODEL] [--only A,B] [--n N] [--rounds N] [--precision P]
+    Questions a second of our scorer against lm-eval's hf model of the exported folder.
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
@@ -58,7 +60,16 @@ from lumen.errors import UserError, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, human_number
 from model import KVCache, ModelConfig, Transformer, role
-from tools import bench_chat, bench_data, bench_finetune, bench_step, faults, simulate, timing
+from tools import (
+    bench_chat,
+    bench_data,
+    bench_evaluate,
+    bench_finetune,
+    bench_step,
+    faults,
+    simulate,
+    timing,
+)
 from tools.bench_step import HALF
 from train import Trainer
 
@@ -648,6 +659,7 @@ COMMANDS = {
     "documents": bench_data.documents,
     "finetune": bench_finetune.finetuning,
     "learn_chat": bench_chat.learn_chat,
+    "evaluate": bench_evaluate.evaluating,
     "faults": fault_table,
 }
 

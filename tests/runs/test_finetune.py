@@ -741,3 +741,24 @@ def test_no_question_is_shown_where_all_is_learned(school, words, tmp_path):
     bytes_data(tmp_path / "all", school.top / "chats.jsonl", **how)
     trainer = tuned(words("run", "dense", "full", "--max_steps", 1, data=str(tmp_path / "all")))
     assert not rows(trainer, "replies") and rows(trainer, "val_loss")
+
+
+@pytest.mark.nightly
+def test_tasks_on_the_way_are_asked_with_the_template_of_the_data(words, tmp_path):
+    question = {"question": "red blue", "choices": ["RED BLUE", "red"], "answer": 0}
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(json.dumps(question) for _ in range(3)))
+    run = tuner(words("a", "moe", "lora", "--evaluate.every", 3, "--evaluate.tasks", file))
+    (task,) = run.in_training.tasks
+    ask_one, templates = task.line, set()
+
+    def line(i, asked):
+        templates.add(asked.template)
+        return ask_one(i, asked)
+
+    task.line = line
+    assert run.fit() == 0
+    assert templates == {run.template} and run.template.name == "chatml"
+    assert len(rows(run, "eval/own/acc")) == 3
+    without = tuned(words("b", "moe", "lora"))
+    assert equal(tensors(run), tensors(without))

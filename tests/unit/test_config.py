@@ -167,6 +167,13 @@ def renamed(tree: dict, under: dict | None = None) -> aliases.Renaming:
     return aliases.rename(tree, own_keys(), lambda key: f"at {key}", under)
 
 
+def test_our_own_value_is_no_other_name():
+    assert renamed({"model": {"n_experts": 0}}).notes == []
+    assert renamed({"model": {"n_experts": False}}).notes == [
+        "model.n_experts false -> model.n_experts 0"
+    ]
+
+
 def refusals(**tree) -> str:
     return "\n".join(renamed(tree).wrong)
 
@@ -357,3 +364,27 @@ def test_checkpoints_from_before_are_read_under_the_names_of_today():
     assert now["written"] == length and now["run"]["expert_backend"] == "slices"
     assert now["config"] == resolved | length | {"orchestrator": {"mode": "act"}}
     assert checkpoint.modernised({"step": 5}) == {"step": 5}
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def test_tasks_on_the_way_are_a_list_however_they_are_written(tmp_path, shards):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"data_dir: {shards}\nevaluate:\n  every: 5\n  tasks: [a.jsonl, boolq:d]\n")
+    cfg = read_config([str(path)])[0].evaluate
+    assert (cfg.every, cfg.tasks, cfg.limit) == (5, ["a.jsonl", "boolq:d"], 200)
+    words = [str(path), "--evaluate.tasks", "a.jsonl, boolq:d", "--evaluate.limit", "null"]
+    assert read_config(words)[0].evaluate == dataclasses.replace(cfg, limit=None)
+    off = read_config([str(path), "--evaluate.every", "0"])[0].evaluate
+    assert off.every == 0 and off.tasks == cfg.tasks
+    named = read_config([str(path), "--core_metric_every", "7", "--num_fewshot", "2"])[0].evaluate
+    assert (named.every, named.shots) == (7, 2)
+    refused([path, "--evaluate.limit", "0"], "E002", "evaluate.limit: 0 must be >= 1")
+    refused([path, "--evaluate.task", "x"], "E002", "did you mean evaluate.tasks?")
+    path.write_text(f"data_dir: {shards}\nevaluate:\n  tasks: [a]\n")
+    refused([path], "E002", f"{path}:3: evaluate.tasks: needs evaluate.every")
+    path.write_text(f"data_dir: {shards}\nevaluate:\n  every: 3\n")
+    refused([path], "E002", f"{path}:3: evaluate.every: needs evaluate.tasks")
+    path.write_text(f"data_dir: {shards}\nevaluate:\n  every: 3\n  tasks: [[]]\n")
+    refused([path], "E002", f"{path}:4: evaluate.tasks[0]")

@@ -1,0 +1,126 @@
+"""evaluate.py as a command: the same bytes on any number of processes and after a stop, what it
+leaves, and what it refuses."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import read_lines, run_python
+from rig import bytes_data, finish
+
+import evaluate
+from lumen.errors import UserError
+
+WORDS = ("red", "blue", "old", "new", "sea", "green")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A prepared text of words, questions about what comes next in it, a text file."""
+    top = tmp_path_factory.mktemp("evaluate")
+    rng = random.Random(0)
+    lines = [" ".join(rng.choice(WORDS) for _ in range(8)) for _ in range(900)]
+    (top / "text.txt").write_text("\n".join(lines))
+    bytes_data(top / "data", top / "text.txt")
+    rows = []
+    for number, line in enumerate(lines[:40]):
+        choices = ["qqqq", "zz", "xkx"]
+        choices.insert(number % 4, rng.choice(WORDS))
+        rows.append({"question": f"{number} {line}", "choices": choices, "answer": number % 4})
+    (top / "next.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (top / "book.txt").write_text("\n".join(lines[300:330]))
+    return top
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A run that knows the words a little."""
+    shape = {"vocab_size": 260, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    shape |= {"d_ff": 48, "max_seq_len": 64, "n_experts": 4, "d_expert": 32}
+    keys = {"data_dir": str(place / "data"), "out_dir": str(place / "run"), "device": "cpu"}
+    keys |= {"max_steps": 40, "save_interval": 0, "batch_size": 8, "learning_rate": 1e-2}
+    keys |= {"warmup_steps": 2, "eval_tokens": 1024, "precision": "fp32", "compile_model": False}
+    return finish(keys | {"model": shape}).out
+
+
+def scores(out) -> dict[str, dict]:
+    """{task: its headline}"""
+    results = json.loads((out / "results.json").read_text())
+    return {name: task["scores"][0] for name, task in results["tasks"].items()}
+
+
+def answers(out) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
+
+
+def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
+    names = f"val,{place / 'next.jsonl'},{place / 'book.txt'}"
+    words = [run, "--tasks", names, "--device", "cpu", "--precision", "fp32"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert evaluate.main([str(word) for word in (*words, "--out", one)]) == 0
+    assert "next" in capsys.readouterr().out
+    found = scores(one)
+    assert set(found) == {"val", "next", "book"}
+    # a model that has seen the words finds them, but the question tells it nothing
+    assert found["next"]["low"] > found["next"]["chance"] == 0.25
+    assert found["next"]["n"] == 40 and "LEAK?" in found["next"]["verdict"]
+    assert found["val"]["value"] < found["val"]["chance"]
+    last = [row for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")][-1]
+    assert found["val"]["value"] == pytest.approx(last["val_loss"], abs=1e-4)
+    for name in ("report.md", "results.json"):
+        assert (one / name).exists()
+    # two processes go on behind what one of them had answered before it was killed
+    shutil.copytree(one / "answers", two / "answers")
+    head = (two / "answers/next.jsonl").read_text().splitlines()[:7]
+    (two / "answers/next.rank1.part").write_text("\n".join(head) + '\n{"i": 7, "lo')
+    for whole in (two / "answers").glob("*.jsonl"):
+        whole.unlink()
+    done = run_python("evaluate.py", *words, "--out", two, ranks=2, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert answers(one) == answers(two)
+    assert scores(one)["book"]["value"] == scores(two)["book"]["value"]
+    assert evaluate.main(["--compare", str(one), str(two)]) == 0
+    assert "no difference seen" in capsys.readouterr().out
+    # other options are other answers
+    assert evaluate.main([str(word) for word in (*words, "--out", two, "--shots", 2)]) == 0
+    assert answers(one)["next.jsonl"] != answers(two)["next.jsonl"]
+
+
+def test_not_a_number_is_no_score(place, run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from export import to_hf
+
+    to_hf(run, tmp_path / "hf")
+    (weights,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, weights, {"format": "pt"})
+    out = tmp_path / "out"
+    words = [tmp_path / "hf", "--tasks", place / "next.jsonl", "--out", out, "--limit", 5]
+    assert evaluate.main([str(word) for word in words]) == 2
+    assert scores(out)["next"]["value"] is None
+    assert "NaN" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, code, text",
+    [
+        ([], "E304", "which model"),
+        (["/nowhere"], "E304", "nowhere"),
+        (["RUN", "--tasks", "boolqq"], "E127", "did you mean boolq"),
+        (["RUN", "--limits", "3"], "E002", "--limit"),
+        (["RUN", "--limit", "0"], "E002", "limit"),
+        (["RUN", "--shots", "-1"], "E002", "shots"),
+        (["RUN", "--tasks", "humaneval:DIR"], "E002", "allow_code"),
+        (["--compare", "/nowhere", "/nowhere"], "E128", "nowhere"),
+    ],
+)
+def test_what_is_refused(place, run, words, code, text):
+    named = {"RUN": str(run), "humaneval:DIR": f"humaneval:{place / 'next.jsonl'}"}
+    with pytest.raises(UserError, match=text) as caught:
+        evaluate.main([named.get(word, word) for word in words])
+    assert caught.value.code == code

@@ -1,0 +1,186 @@
+"""Questions a second: our scorer against lm-eval's hf model of the exported folder. `evaluate` of
+tools/bench.py.
+
+The same texts, dtype and threads, in turns, in one process; times are CPU time of this process.
+lm-eval's counts at the best of its batch sizes. Both encode the texts they are asked, and the
+log-probabilities are compared. Texts are made of docstrings in the forms of public tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import export
+from lumen import tokenizer as tokenizers
+from lumen.docstrings import docstring_rows, entries
+from lumen.errors import UserError, expand
+from lumen.harness import need
+from lumen.models import open_model
+from lumen.questions import Options, Question
+from lumen.scorer import Scorer
+from lumen.tasks import docstrings
+from model import ModelConfig, Transformer
+from tools import timing
+
+MODEL = {"d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1408, "max_seq_len": 2048}
+VOCAB = 8192
+BATCHES = (1, 4, 16)  # lm-eval's
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+# ---------------------------------------------------------------- what is asked
+
+
+def passages(n: int) -> list[Question]:
+    """As BoolQ: a passage of about 110 words, two short choices."""
+    docs = " ".join(" ".join(entry.doc.split()) for entry in entries()).split()
+    found = []
+    for i in range(n):
+        passage = " ".join(docs[110 * i : 110 * i + 110])
+        text = f"{passage}\nQuestion: is this about {docs[110 * i + 7]}?\nAnswer:"
+        found.append(Question(((text, " no"), (text, " yes")), 0))
+    return found
+
+
+def endings(n: int) -> list[Question]:
+    """As HellaSwag: a beginning of about 40 words, four endings of about 20."""
+    docs = " ".join(" ".join(entry.doc.split()) for entry in entries()).split()
+    found = []
+    for i in range(n):
+        words = docs[120 * i : 120 * i + 120]
+        text = " ".join(words[:40])
+        pairs = [(text, " " + " ".join(words[k : k + 20])) for k in (40, 60, 80, 100)]
+        found.append(Question(tuple(pairs), 0))
+    return found
+
+
+def letters(n: int) -> list[Question]:
+    """As MMLU: five examples, four choices listed, their letters compared."""
+    rows = list(docstring_rows("choice", "val"))
+    header = "".join(f"{listed(row)} {'ABCD'[row['answer']]}\n\n" for row in rows[:5])
+    found = []
+    for row in rows[5 : 5 + n]:
+        pairs = [(listed(row), f" {letter}") for letter in "ABCD"]
+        found.append(Question(tuple(pairs), row["answer"], "", header))
+    return found
+
+
+def listed(row: dict) -> str:
+    choices = "".join(f"{a}. {text}\n" for a, text in zip("ABCD", row["choices"]))
+    return f"{row['question']}\n{choices}Answer:"
+
+
+def choices(n: int) -> list[Question]:
+    """The built-in task `docstrings`."""
+    task = docstrings(Options(limit=n))
+    return [task.ask(task.records[i]) for i in task.numbers]
+
+
+KINDS = {"passages": passages, "endings": endings, "letters": letters, "docstrings": choices}
+
+# ---------------------------------------------------------------- who is asked
+
+
+def make_run(folder: Path) -> Path:
+    """A Llama with random weights and a vocabulary of the docstrings."""
+    own = tokenizers.train_bpe((entry.doc for entry in entries()), VOCAB)
+    own.save(folder / "tokenizer.json")
+    model = Transformer(ModelConfig(**MODEL, vocab_size=own.n_vocab, qk_norm=False))
+    model.init_weights(0)
+    about = {"from": "random weights", "dtype": "float32"}
+    file = folder / "tokenizer.json"
+    export.write_run(folder / "run", model.cfg, model.state_dict(), about, file, say=str)
+    return folder / "run"
+
+
+def requests_of(questions: list[Question]) -> list:
+    """For lm-eval."""
+    from lm_eval.api.instance import Instance
+
+    found = []
+    for i, question in enumerate(questions):
+        for k, (context, continuation) in enumerate(question.pairs):
+            pair = (question.header + context, continuation)
+            found.append(Instance("loglikelihood", {}, pair, k, ("bench", i, 1)))
+    return found
+
+
+def theirs(folder: Path, precision: str):
+    with contextlib.redirect_stderr(io.StringIO()):
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(str(folder), device="cpu", dtype=DTYPES[precision])
+
+
+def seconds_of(run) -> tuple[float, list[float]]:
+    """CPU seconds, and the log-probabilities."""
+    began = time.process_time()
+    found = run()
+    return time.process_time() - began, found
+
+
+def ask_ours(scorer: Scorer, questions: list[Question]) -> list[float]:
+    scorer.header, scorer.encoded = None, {}  # each time as if for the first
+    return [value for question in questions for value in scorer.question(question)["logprobs"]]
+
+
+def ask_theirs(model, batch: int, requests: list) -> list[float]:
+    model.batch_size_per_gpu = batch
+    with contextlib.redirect_stderr(io.StringIO()):
+        return [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def evaluating(words: list[str]) -> int:
+    """evaluate [RUN or Hugging Face folder]: a line per kind of question."""
+    o = timing.options(words, model=None, rounds=5, n=32, only="", precision="fp32")
+    only = o.only.split(",") if o.only else list(KINDS)
+    if unknown := [name for name in only if name not in KINDS]:
+        raise UserError("E002", f"--only: no {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    if o.precision not in DTYPES:
+        raise UserError("E002", f"--precision: {o.precision} is none of {', '.join(DTYPES)}")
+    need()
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        path = Path(expand(o.model[0])) if o.model else make_run(top)
+        opened = open_model(path, device="cpu", precision=o.precision, say=str)
+        exported = path
+        if opened.kind != "huggingface":
+            exported = top / "hf"
+            export.to_hf(path, exported, say=str)
+        scorer, other = Scorer(opened.model, opened.tokenizer), theirs(exported, o.precision)
+        print(timing.machine_line())
+        print(f"{opened}, {o.precision}, CPU time of {torch.get_num_threads()} threads")
+        for name in only:
+            compare(name, KINDS[name](o.n), scorer, other, o.rounds)
+    return 0
+
+
+def compare(name: str, questions: list[Question], scorer: Scorer, other, rounds: int) -> None:
+    """One kind of question: seconds of both in turns, printed."""
+    requests = requests_of(questions)
+    runs = {"ours": lambda: ask_ours(scorer, questions)}
+    for batch in BATCHES:
+        runs[batch] = lambda batch=batch: ask_theirs(other, batch, requests)
+    times = {way: [] for way in runs}
+    found = {}
+    for i in range(1 + rounds):
+        for way, run in runs.items():
+            seconds, found[way] = seconds_of(run)
+            if i:
+                times[way].append(seconds)
+    best = min(BATCHES, key=lambda batch: sorted(times[batch])[rounds // 2])
+    off = max(abs(a - b) for a, b in zip(found["ours"], found[best], strict=True))
+    speeds = [len(questions) / seconds for seconds in times["ours"]]
+    print(f"{name}: {len(questions)} questions, log-probabilities differ by at most {off:.1e}")
+    print(f"  ours, questions/s   {timing.spread(speeds)}")
+    speeds = [len(questions) / seconds for seconds in times[best]]
+    print(f"  lm-eval, batch {best:<4} {timing.spread(speeds)}")
+    print(f"  times as fast       {timing.ratio(times[best], times['ours'])}", flush=True)
