@@ -290,7 +290,7 @@ def picture(path: Path, scores: list[Score]) -> None:
     panels: dict[str, list[Score]] = {}
     for score in scores:
         if score.headline and math.isfinite(score.value):
-            name = "share of questions" if score.better == "higher" else score.metric
+            name = "0 to 1" if score.better == "higher" else score.metric
             panels.setdefault(name, []).append(score)
     if not panels:
         return
