@@ -112,7 +112,7 @@ def sample(
 def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
     """The ids of a prompt. UserError as in `sample`."""
     if tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
-        text = f"prompt {number} is text or empty, and this run has no tokenizer.json"
+        text = f"prompt {number} is text or empty, and this model has no tokenizer.json"
         raise UserError("E501", text)
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt).tolist()
@@ -162,9 +162,8 @@ class Parser(Words):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     p = Parser(prog="sample.py", description="Generate text from a trained model.")
-    p.add_argument(
-        "run", type=a_path, help="a run, a step of it, a Hugging Face or quantised folder"
-    )
+    places = "a run, a step of it, a Hugging Face or quantised folder"
+    p.add_argument("run", type=a_path, help=places)
     p.texts("prompt", "TEXT", "repeatable; - reads it from stdin")
     p.texts("prompt_file", "F", "a prompt per file; one final newline is dropped")
     p.texts("ids", "'1 2 3'", "a prompt as token ids: ids in, ids out")

@@ -71,6 +71,8 @@ class Answers:
 
     def __init__(self, folder: Path, task: str, key: str, rank: int = 0):
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+        if name != task:  # two such names may look alike
+            name += "-" + hashlib.sha256(task.encode()).hexdigest()[:8]
         self.whole = folder / f"{name}.jsonl"
         self.part = folder / f"{name}.rank{rank}.part"
         self.parts = f"{name}.rank*.part"
@@ -86,13 +88,13 @@ class Answers:
 
     def lines_of(self, path: Path) -> dict[int, dict]:
         try:
-            first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
+            first, *rest = path.read_text(encoding="utf-8").split("\n")
             if json.loads(first).get("key") != self.key:
                 return {}
         except (OSError, ValueError, AttributeError):
             return {}
         lines = {}
-        for text in rest:
+        for text in filter(None, rest):
             try:
                 line = json.loads(text)
             except ValueError:  # cut short by what ended the evaluation: it is asked again

@@ -220,7 +220,14 @@ FORMS = {
         read_piqa, ask_piqa, ("goal",), (VALIDATION,), metric="acc_bytes", complete=with_labels
     ),
     "winogrande": Form(read_winogrande, ask_winogrande, ("after",), (VALIDATION,), wanted=("xl",)),
-    "lambada": Form(read_lambada, ask_lambada, ("context",), (TEST, VALIDATION), examples=()),
+    "lambada": Form(
+        read_lambada,
+        ask_lambada,
+        ("context",),
+        (TEST, VALIDATION),
+        examples=(),
+        wanted=("default",),
+    ),
 }
 
 

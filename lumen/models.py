@@ -86,9 +86,7 @@ def read_model(path, best=False, step=None, tokenizer=None, say=print) -> Opened
     if read is None:
         return read_run(folder, best, step, tokenizer, say)
     if best or step is not None:
-        raise UserError(
-            "E500", f"{folder} is no run: it has no steps, and --best and --step no meaning"
-        )
+        raise UserError("E500", f"{folder} is no run: no steps for --best or --step to choose from")
     return read(folder, tokenizer)
 
 
@@ -102,10 +100,9 @@ def reader_of(folder: Path):
 
 
 def read_run(folder: Path, best: bool, step: int | None, tokenizer, say) -> Opened:
+    place = folder if step is None else checkpoint.step_dir(folder, step)
     try:
-        found = checkpoint.find(
-            folder if step is None else checkpoint.step_dir(folder, step), best, say
-        )
+        found = checkpoint.find(place, best, say)
     except UserError as error:
         if error.code == "E304" and not checkpoint.list_steps(folder):
             raise UserError("E304", f"{error.text}; {looked_for(folder)}") from None
@@ -128,9 +125,8 @@ def read_run(folder: Path, best: bool, step: int | None, tokenizer, say) -> Open
 
 def looked_for(folder: Path) -> str:
     if os.path.isfile(folder / "adapter_config.json"):
-        return (
-            f"it is PEFT's: python finetune.py from_peft {folder} RUN --base BASE makes a run of it"
-        )
+        command = f"python finetune.py from_peft {folder} RUN --base BASE"
+        return f"it holds adapters of PEFT: {command} makes a run of them"
     places = "a run (step_* folders), one of its steps, a Hugging Face folder (config.json)"
     return f"a model is {places} or a quantised one ({quantised.ABOUT})"
 

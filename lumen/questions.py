@@ -13,14 +13,9 @@ kind reply:  {i, reply, ended, tokens, found: {metric: 0 to 1}, label, control: 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from lumen.errors import UserError
-from lumen.values import short
 
 
 @dataclass
@@ -89,29 +84,6 @@ def partner(i: int, n: int) -> int:
     """The question whose context is put before the choices of question i of n in its control. Half
     the file away, since neighbours are often about the same passage; whatever the limit."""
     return (i + max(1, n // 2)) % n
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file, one a line, with the number of their line as `line`. E127."""
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise UserError("E127", f"{path}:{number}: {short(row)} is no JSON object")
-                rows.append(row | {"line": number})
-    except OSError as error:
-        raise UserError("E127", f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError("E127", f"{path} is not UTF-8: {error}") from error
-    except ValueError as error:
-        raise UserError("E127", f"{path}:{number}: no JSON: {error}") from error
-    if not rows:
-        raise UserError("E127", f"{path} holds no row")
-    return rows
 
 
 # ---------------------------------------------------------------- choices

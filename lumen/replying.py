@@ -271,8 +271,11 @@ def number_of(text: str) -> str:
 
 def exact(path: Path, options: Options) -> list[Task]:
     """{prompt, answer, pattern?, stop?, max_new_tokens?}. A base model's reply ends with its first
-    line where there is neither a pattern nor a stop."""
-    rows = rows_of([path], read_exact)
+    line where there is neither a pattern nor a stop. Rows with tests are `functions`."""
+    read = files.records([path])
+    if "entry_point" in read[0].row:
+        return functions(path, options)
+    rows = [read_exact(row) for row in read]
     shots = options.shots or 0
     shown, records = drawn(rows, shots, options, path)
     examples = Examples(shown, lambda row: row["prompt"], lambda row: row["answers"][0])

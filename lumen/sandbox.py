@@ -46,15 +46,21 @@ class Walls(NamedTuple):
 
     def said(self) -> str:
         apart = "without network" if self.command else "WITH the network: no namespaces here"
-        user = "" if self.user is None else " as nobody"
-        return f"code of the model runs{user} {apart}; this is no security boundary"
+        user = "as this user"
+        if self.user is not None:
+            user = "as nobody"
+        elif os.geteuid() == 0:
+            user = "as ROOT, who may start any number of processes,"
+        return f"code of the model runs {user} {apart}; this is no security boundary"
 
 
 @functools.cache
 def walls() -> Walls:
     """The highest that this machine allows, tried once. E003: code cannot be run at all."""
     unshare = shutil.which("unshare")
-    commands = [(unshare, *APART), ()] if unshare else [()]
+    commands = [()]
+    if unshare:  # best with a /proc of its own: ours shows the environment of all our processes
+        commands = [(unshare, *APART, "--mount-proc"), (unshare, *APART), ()]
     root = os.name == "posix" and os.geteuid() == 0
     users = [NOBODY, None] if root else [None]
     for command in commands:

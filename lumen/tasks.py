@@ -14,10 +14,12 @@ import string
 from pathlib import Path
 
 from lumen import benchmarks, core_bundle, held_out, replying, smoke, texts
+from lumen import evaluation_files as files
 from lumen.docstrings import docstring_rows
 from lumen.errors import UserError, expand, nearest
 from lumen.files import sha256
-from lumen.questions import Choices, Options, Question, Task, read_jsonl
+from lumen.inputs import kind_of
+from lumen.questions import Choices, Options, Question, Task
 from lumen.values import short
 
 LETTERS = string.ascii_uppercase
@@ -107,16 +109,17 @@ def in_folder(name: str, data: Path) -> Path:
 
 def own_file(path: Path, options: Options) -> list[Task]:
     """By what its first row holds."""
-    if path.is_dir() or path.suffix != ".jsonl":
+    if path.is_dir() or kind_of(str(path)) in ("", "text"):
         return texts.read_texts(path, options)
-    rows = read_jsonl(path)
+    rows = [record.row | {"line": record.line} for record in files.records([path])]
     first = rows[0]
     if "choices" in first:
         return [multiple_choice(path.stem, rows, options, path)]
     if "continuation" in first:
         return [cloze(path, rows, options)]
     if "prompt" in first:
-        return READERS["exact"](path, options)
+        kind = "functions" if "entry_point" in first else "exact"
+        return READERS[kind](path, options)
     return texts.read_texts(path, options)
 
 
@@ -189,7 +192,7 @@ def answer_of(row: dict) -> int:
 
 def check_choices(row: dict, path: Path | None) -> None:
     """E127 for a row that is no question."""
-    place = f"{path}:{row['line']}" if path else "a row"
+    place = f"{path}, line {row['line']}" if path else "a row"
     choices = row.get("choices")
     if not isinstance(row.get("question"), str):
         raise UserError("E127", f"{place}: question: {short(row.get('question'))} is no text")
@@ -216,7 +219,7 @@ def cloze(path: Path, rows: list[dict], options: Options) -> Choices:
         for field in ("context", "continuation"):
             if not isinstance(row.get(field), str) or not row[field]:
                 text = f"{field}: {short(row.get(field))} is no text"
-                raise UserError("E127", f"{path}:{row['line']}: {text}")
+                raise UserError("E127", f"{path}, line {row['line']}: {text}")
 
     def ask(row: dict) -> Question:
         return Question(((row["context"], row["continuation"]),), 0, row["continuation"].strip())

@@ -222,7 +222,7 @@ def test_wikitext_is_lm_evals(tmp_path, monkeypatch):
         ("wikitext2", jsonl(tmp_path / "pages.jsonl", pages)),
     ]:
         task = read(name, path)
-        assert task.documents == expected
+        assert task.documents == expected and task.metric == "word_ppl"
         lines = [task.line(i, None) for i in range(2)]
         assert [(line["words"], line["bytes"]) for line in lines] == counts
 
@@ -328,7 +328,7 @@ def test_parquet_and_json_are_the_same_questions(name, tmp_path):
         ("arc_easy", ["ARC-Easy-Dev.jsonl"], "ARC-Easy-Dev.jsonl"),
         ("winogrande", ["winogrande_xl/validation-0.json", "winogrande_xs/validation-0.json"], "winogrande_xl/validation-0.json"),
         ("piqa", ["validation.json", "validation.jsonl", ".cache/validation.jsonl"], "validation.jsonl"),
-        ("lambada", ["lambada_test_en.jsonl", "README.md"], "lambada_test_en.jsonl"),
+        ("lambada", ["de/test-0.json", "default/test-0.json", "README.md"], "default/test-0.json"),
     ],
 )  # fmt: skip
 def test_which_file_of_a_folder_is_asked(name, tree, found, tmp_path):

@@ -51,3 +51,9 @@ def test_every_optimizer_is_a_value_of_its_key_and_keeps_what_can_be_read_off_it
     assert RANGES["optimizer"].split(" | ") == list(OPTIMIZERS)
     for optimizer in OPTIMIZERS.values():
         assert optimizer.STATE_BYTES >= 0 and isinstance(optimizer.FRESH, tuple)
+
+
+def test_every_room_is_on_the_page_of_files():
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    rooms = {path.stem for path in (ROOT / "lumen").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"`(\w+)`", page)) == rooms

@@ -324,7 +324,7 @@ def test_what_was_looked_for_is_said(home, tmp_path):
     assert "step_*" not in code(open_model, home / "run", step=9, **CPU)
     for kind in ("huggingface", "quantised"):
         for options in ({"best": True}, {"step": 3}):
-            assert "no steps" in code(open_model, home / kind, **options, **CPU)
+            assert "is no run" in code(open_model, home / kind, **options, **CPU)
     assert code(open_model, home / "run", best=True, step=3).startswith("E500")
 
 

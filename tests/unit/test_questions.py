@@ -80,7 +80,7 @@ def test_what_was_stopped_goes_on(tmp_path):
         ask(task, None, Ranks(), kept, bar=bars.append)
     kept.close()
     assert bars == [8]
-    part = tmp_path / "a_b.rank0.part"
+    (part,) = tmp_path.glob("a_b*.part")
     with part.open("a") as file:
         file.write('{"i": 21, "squ')  # the process was killed in a write
     task = squares()
@@ -95,6 +95,16 @@ def test_what_was_stopped_goes_on(tmp_path):
     assert ask(task, None, Ranks(), Answers(tmp_path, "a/b", "key")) == lines
     assert not task.asked
     assert Answers(tmp_path, "a/b", "another model").read() == {}
+
+
+def test_any_reply_is_one_line_and_any_name_one_file(tmp_path):
+    lines = [{"i": 0, "reply": "a\u2028b\x85c\nd"}, {"i": 1, "reply": "e"}]
+    kept = Answers(tmp_path, "a/b", "key")
+    for line in lines:
+        kept.append(line)
+    kept.close()
+    assert list(Answers(tmp_path, "a/b", "key").read().values()) == lines
+    assert Answers(tmp_path, "a_b", "key").read() == Answers(tmp_path, "a:b", "key").read() == {}
 
 
 def test_a_signal_leaves_and_a_fault_is_no_silence():
@@ -187,7 +197,7 @@ def test_a_cloze(tmp_path):
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, words):
     path = write(tmp_path / "q.jsonl", [ROWS[0], row])
-    with pytest.raises(UserError, match=f"q.jsonl:2: {words}") as caught:
+    with pytest.raises(UserError, match=f"q.jsonl, line 2: {words}") as caught:
         find_tasks([path], None, Options())
     assert caught.value.code == "E127"
 
@@ -210,10 +220,11 @@ def test_unknown_tasks(spec, words):
 def test_broken_files_and_doubles(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question"\n')
-    with pytest.raises(UserError, match="q.jsonl:1: no JSON"):
+    with pytest.raises(UserError, match="q.jsonl, line 1"):
         find_tasks([str(path)], None, Options())
     path.write_text("")
-    with pytest.raises(UserError, match="holds no row"):
+    with pytest.raises(UserError, match="no rows"):
         find_tasks([str(path)], None, Options())
-    with pytest.raises(UserError, match="two tasks are called docstrings"):
-        find_tasks(["docstrings", "docstrings"], None, Options())
+    path = write(tmp_path / "q.jsonl", ROWS)
+    with pytest.raises(UserError, match="two tasks are called q"):
+        find_tasks([path, path], None, Options())

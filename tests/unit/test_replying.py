@@ -220,7 +220,7 @@ def knows_functions(text):
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_functions_are_run_where_that_is_allowed(tmp_path, template):
     path = write(tmp_path / "HumanEval.jsonl", FUNCTIONS)
-    for name in ("humaneval", "functions"):
+    for name in ("humaneval", "functions", "exact"):  # which a file of one's own is read by
         with pytest.raises(UserError, match="E002.*would run what a model wrote.*--allow_code"):
             READERS[name](path, Options())
     (task,) = READERS["humaneval"](path, Options(allow_code=True))
