@@ -16,11 +16,12 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from tqdm import tqdm
 
 from lumen import chat, models
@@ -31,6 +32,7 @@ from lumen.questions import Asked
 from lumen.sampling import Sampling, check
 from lumen.scorer import Scorer
 from lumen.stream import Stream, decode
+from lumen.texts import predict
 
 MARK = "\U000f57a1"  # of a private plane: stands before the name of a control token
 MOST_NEW = 256  # tokens, where a task says nothing: lm-eval's number
@@ -170,9 +172,7 @@ class LumenLM(TemplateLM):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(ids, self.prefix, self.max_length, context_len=1)
-            total = 0.0
-            for context, targets in map(make_disjoint_window, windows):
-                total += self.scorer.ids([(context + targets, len(context))])[0].logprob
+            total = -predict(self.asked, map(row_of, windows)).nats
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             found.append(total)
         return found
@@ -280,6 +280,14 @@ class LumenLM(TemplateLM):
         """A name for lm-eval's cache of requests."""
         template = self.asked.template and chat.find_template(self.asked.template).name
         return f"lumen-{self.words.name}-{template}".replace("/", "__")
+
+
+def row_of(window: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """lm-eval's (inputs, what the last of them predict) as inputs and targets (n,); -1: none."""
+    inputs, predicted = (np.array(ids, np.int64) for ids in window)
+    targets = np.full(len(inputs), -1)
+    targets[len(inputs) - len(predicted) :] = predicted
+    return inputs, targets
 
 
 def plain(text: str) -> str:

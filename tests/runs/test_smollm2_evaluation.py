@@ -14,7 +14,7 @@ from tools import bench_evaluate
 
 pytestmark = pytest.mark.nightly
 pytest.importorskip("lm_eval")
-LIMIT = 40  # questions
+LIMIT = 40  # questions of each kind
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,12 @@ def test_log_probabilities_are_those_of_lm_evals_hf_model(kind, ours, theirs):
 
 
 def test_it_tells_docstrings_apart_and_knows_nothing_without_the_question(ours):
-    task = tasks.docstrings(Options(limit=LIMIT))
+    task = tasks.docstrings(Options(limit=3 * LIMIT))
     lines = [task.line(i, ours.asked) for i in range(len(task))]
     found = {s.metric: s for s in scores_of("choice", task.name, task.metric, lines, 0, 0.0)}
     best = found[task.metric]
     print({name: (round(s.value, 3), s.low, s.high, s.control) for name, s in found.items()})
-    assert best.low > max(best.chance, best.majority) + 0.1
-    assert abs(best.control - best.chance) < 0.15
+    assert best.low > max(best.chance, best.majority) and abs(best.control - best.chance) < 0.1
 
 
 def test_bits_of_a_text_are_those_of_lm_evals_hf_model(ours, theirs):
@@ -73,7 +72,7 @@ def test_bits_of_a_text_are_those_of_lm_evals_hf_model(ours, theirs):
     (mine,) = ours.loglikelihood_rolling(requests)
     (other,) = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     print(f"{-mine / len(text.encode()) / 0.6931:.4f} bits a byte")
-    assert mine == pytest.approx(other, rel=1e-6, abs=1e-3)
+    assert mine == pytest.approx(other, rel=1e-5)  # theirs adds up in fp32
 
 
 def test_a_conversation_begins_and_is_answered_as_lm_evals_hf_model_has_it(ours, theirs):
