@@ -97,6 +97,40 @@ def test_what_was_stopped_goes_on(tmp_path):
     assert Answers(tmp_path, "a/b", "another model").read() == {}
 
 
+@pytest.mark.parametrize("reply", ["a\u2028b", "\x85", "\ud800", "é\n"])
+def test_every_reply_is_read_again(tmp_path, reply):
+    kept = Answers(tmp_path, "t", "key")
+    lines = [{"i": 0, "reply": reply}, {"i": 1, "reply": "c"}]
+    for line in lines:
+        kept.append(line)
+    kept.close()
+    assert list(Answers(tmp_path, "t", "key").read().values()) == lines
+    kept.finish(lines)
+    assert list(Answers(tmp_path, "t", "key").read().values()) == lines
+
+
+def test_a_full_disk_takes_no_answer_away(tmp_path, monkeypatch):
+    kept = Answers(tmp_path, "t", "key")
+    kept.append({"i": 0})
+    kept.close()
+    again = Answers(tmp_path, "t", "key")
+    monkeypatch.setattr("lumen.files.sync", full)
+    with pytest.raises(UserError) as caught:
+        again.append({"i": 1})
+    assert caught.value.code == "E119"
+    assert again.read() == {0: {"i": 0}}
+
+
+def full(path):
+    raise OSError(28, "No space left on device")
+
+
+def test_lines_that_are_no_answers_are_asked_again(tmp_path):
+    for number, text in enumerate(["[]", '{"key": "key"}\n5', '{"key": "key"}\n{}', "\0\0", ""]):
+        (tmp_path / f"t.rank{number}.part").write_text(text + "\n")
+    assert Answers(tmp_path, "t", "key").read() == {}
+
+
 def test_a_signal_leaves_and_a_fault_is_no_silence():
     assert ask(squares(), None, Ranks(), stop=lambda: 1) is None
 
