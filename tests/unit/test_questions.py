@@ -189,15 +189,15 @@ def test_by_letter(tmp_path):
 
 
 def test_shots_stand_before_all_questions_alike(tmp_path):
-    rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}]
+    rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}, ROWS[1] | {"examples": None}]
     task = only(write(tmp_path / "sums.jsonl", rows), Options(shots=1))
-    headers = [task.ask(row).header for row in task.records if "examples" not in row]
-    assert len(set(headers)) == 1 and len(task) == 3
+    headers = [task.ask(row).header for row in task.records if not row.get("examples")]
+    assert len(set(headers)) == 1 and len(task) == 4
     shown = headers[0].removesuffix("\n\n")
     assert shown in ["Question: 1 + 1?\nAnswer: 2", "Question: 1 + 2?\nAnswer: 3"] + [
         "Question: 1 + 3?\nAnswer: 4"
     ]
-    own = [task.ask(row).header for row in task.records if "examples" in row]
+    own = [task.ask(row).header for row in task.records if row.get("examples")]
     assert all("Question: 1 + 2?\nAnswer: 3\n\n" in header for header in own)
 
 
@@ -216,6 +216,9 @@ def test_a_cloze(tmp_path):
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer: 2"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer"),
         ({"question": "q", "choices": ["a", "b"]}, "answer"),
+        ({"question": "q", "choices": ["a", "b"], "answer": ""}, "answer: ''"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "AB"}, "answer: 'AB'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0, "examples": 5}, "examples"),
         ({"question": "q", "choices": ["a", "b"], "answer": 0, "examples": [{}]}, "question"),
     ],
 )
