@@ -108,6 +108,8 @@ class Run:
         self.options = Options(**chosen, control=not args.no_control)
         step = "" if opened.step is None else f"-{opened.step}"
         self.out = Path(expand(args.out or f"out/eval/{opened.name}{step}"))
+        found = (scoreboard.earlier, self.out, self.about(), self.say)
+        self.before = parallel.run_or_raise_on_all(*found)  # tasks that were asked before
 
     def tasks(self) -> list[Task]:
         """Those that are asked for, or else those that are built in. E127."""
@@ -161,6 +163,7 @@ class Run:
         about = (task.kind, task.name, task.metric, lines, self.asked.n_vocab, seconds)
         found = scores.scores_of(*about)
         how = {"kind": task.kind, "metric": task.metric, "about": task.about, "scores": found}
+        how["date"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
         if task.kind == "reply":
             replies = [{"prompt": line["prompt"], "reply": line["reply"]} for line in lines]
             how["samples"] = replies[:SHOWN]
@@ -180,31 +183,31 @@ class Run:
             task.setdefault("scores", []).append(score)
         return done
 
-    def results(self, done: dict, tasks: list[Task]) -> dict:
-        """All that results.json says of this run. What of the questions stands in the training data
-        is looked up here."""
+    def about(self) -> dict:
+        """What results.json says of the model, and of how it is computed."""
         opened = self.opened
-        if opened.state:
-            most = self.args.overlap_tokens
-            found = overlap(tasks, opened.state, opened.tokenizer, self.say, most)
-            for name, hits in found.items():
-                done[name]["contamination"] = hits
-        checkpoint = {"path": opened.folder, "step": opened.step, "sha256": opened.sha256}
         tokenizer = {"name": opened.tokenizer.name}
         tokenizer["sha256"] = key_of({"tokenizer": opened.tokenizer.to_json()})
         return {
             "name": opened.name,
             "kind": opened.kind,
             "model": dataclasses.asdict(self.asked.model.cfg),
-            "checkpoint": checkpoint,
+            "checkpoint": {"path": opened.folder, "step": opened.step, "sha256": opened.sha256},
             "tokenizer": tokenizer,
             "template": self.asked.template and self.asked.template.name,
             "precision": str(self.asked.model.compute_dtype).removeprefix("torch."),
             "device": str(self.parallel.device),
             "processes": self.parallel.world,
             "command": sys.argv,
-            "tasks": done,
         }
+
+    def add_overlap(self, done: dict, tasks: list[Task]) -> None:
+        """What of the questions stands in the training data, where they are known."""
+        opened = self.opened
+        if opened.state:
+            how = (opened.tokenizer, self.say, self.args.overlap_tokens)
+            for name, hits in overlap(tasks, opened.state, *how).items():
+                done[name]["contamination"] = hits
 
 
 def never_say(text: str) -> None:
@@ -233,12 +236,13 @@ def main(argv: list[str]) -> int:
     if run.main:
         if args.lm_eval:
             done |= run.score_lm_eval(args.lm_eval.split(","))
-        results = run.results(done, tasks)
+        run.add_overlap(done, tasks)
+        results = run.about() | {"tasks": run.before | done}
         scoreboard.write(run.out, results, run.say)
         if args.detailed:
             with replacing(run.out / "replies.md") as file:
                 file.write("\n".join(run.replies).encode())
-        for line in scoreboard.table(scoreboard.scores_in(results)):
+        for line in scoreboard.table(scoreboard.scores_in({"tasks": done})):
             print(line)
         run.say(f"{run.out}/report.md, results.json, answers/")
     bad = scores.has_nan(scoreboard.scores_in({"tasks": done}))

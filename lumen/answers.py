@@ -77,6 +77,8 @@ class Answers:
 
     def __init__(self, folder: Path, task: str, key: str, rank: int = 0):
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+        if name != task:  # two such names may look alike
+            name += "-" + hashlib.sha256(task.encode()).hexdigest()[:8]
         self.whole = folder / f"{name}.jsonl"
         self.part = folder / f"{name}.rank{rank}.part"
         self.parts = f"{name}.rank*.part"

@@ -2,8 +2,10 @@
 
 As GPT-3 looked for it (Brown et al. 2020, appendix C), but in tokens: a question counts as seen if
 13 of its tokens in a row are somewhere in the training shards. Its first and last token are left
-out, since a question by itself is cut otherwise there than amid a text. A question of 8 to 12
-tokens must be there as a whole; shorter ones are not looked for, or "the answer is" would be a hit.
+out, since a question by itself is cut otherwise there than amid a text. What has 8 to 12 tokens
+then must be there as a whole; less is not looked for, or "the answer is" would be a hit. Of a task
+of kind text, whose questions are whole pages, half of a question's n-grams must be there: of idioms
+and licences any page has some.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ class Questions:
         for task in tasks:
             for number, text in task.texts():
                 ids = tokenizer.encode(text)
-                if len(ids) >= NGRAM + 2:
+                if len(ids) >= SHORTEST + 2:
                     ids = ids[1:-1]
                 if len(ids) < SHORTEST:
                     self.short[task.name] += 1

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from lumen import machine
-from lumen.files import replacing, write_json
+from lumen.errors import UserError
+from lumen.files import read_json, replacing, write_json
 from lumen.launch import print_now
 from lumen.report import finite
-from lumen.scores import Score, in_order
+from lumen.scores import Score, from_row, in_order
 
 COLUMNS = 100  # of a console
 
@@ -78,6 +79,27 @@ def write(out, results: dict, say=print_now) -> None:
         say("note       picture.png needs matplotlib: pip install matplotlib")
     with replacing(out / "report.md") as file:
         file.write("\n".join(report(results, drawn.exists())).encode())
+
+
+def earlier(out, about: dict, say=print_now) -> dict:
+    """The tasks that results.json in folder `out` has of the same model, asked in the same way:
+    they stay there beside those that are asked now. about: results without their tasks. E128: it
+    has another model's."""
+    file = Path(out) / "results.json"
+    if not file.exists():
+        return {}
+    then, now = read_json(file, "E128"), plain(about)
+    if then.get("checkpoint", {}).get("sha256") != now["checkpoint"]["sha256"]:
+        text = f"{out} holds results of another model, {then.get('name')}"
+        raise UserError("E128", f"{text}; take another --out, or remove it")
+    differ = [key for key in ("precision", "device", "template") if then.get(key) != now[key]]
+    if differ:
+        say(f"note       {out} held results of another {', '.join(differ)}, which are replaced")
+        return {}
+    tasks = {}
+    for name, task in then["tasks"].items():
+        tasks[name] = task | {"scores": [from_row(row) for row in task["scores"]]}
+    return tasks
 
 
 def surroundings() -> dict:
@@ -290,7 +312,7 @@ def picture(path: Path, scores: list[Score]) -> None:
     panels: dict[str, list[Score]] = {}
     for score in scores:
         if score.headline and math.isfinite(score.value):
-            name = "share of questions" if score.better == "higher" else score.metric
+            name = "0 to 1" if score.better == "higher" else score.metric
             panels.setdefault(name, []).append(score)
     if not panels:
         return

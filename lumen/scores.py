@@ -341,7 +341,9 @@ def spread(m: Metric, draws: np.ndarray) -> Spread:
         return Spread(value, m.n)
     draws = draws[~np.isnan(draws)]  # a drawing without any question that counts
     low, high = np.quantile(draws, INTERVAL)
-    return Spread(value, m.n, float(draws.std(ddof=1)), float(low), float(high))
+    size = max(1.0, np.abs(draws).max())  # the square of a poor model's perplexity is no float
+    stderr = float((draws / size).std(ddof=1) * size)
+    return Spread(value, m.n, stderr, float(low), float(high))
 
 
 def verdict(score: Score, control: Spread | None = None) -> str:

@@ -10,7 +10,7 @@ Each part is a process of its own with a time limit: a fault in a kernel ends a 
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-fine-tuning's in tools/gpu_finetune.py.
+those of fine-tuning and evaluation in tools/gpu_finetune.py and tools/gpu_evaluate.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ CALL_SECONDS = 330  # that a call takes at most, START among them
 START = 10  # this process, and ending what must be ended
 # seconds that each part may take; it gets besides what the parts before it have left over
 CALLS = {
-    "A": {"kernels": 70, "trainer": 75, "step": 70, "sync": 35, "big": 55, "attention": 15},
+    "A": {
+        "kernels": 70,
+        "trainer": 70,
+        "step": 65,
+        "sync": 35,
+        "big": 50,
+        "attention": 15,
+        "evaluate": 15,
+    },
     "B": {
         "compile": 70,
         "finetune": 40,
@@ -98,7 +106,7 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py")
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py")
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -312,10 +320,10 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_finetune, gpu_parts
+    from tools import gpu_evaluate, gpu_finetune, gpu_parts
 
-    place = gpu_finetune if name == "finetune" else gpu_parts
-    return getattr(place, f"{name}_part")
+    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
+    return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 
 def about_call(o) -> dict:

@@ -11,6 +11,7 @@ from conftest import read_lines, run_python
 from rig import bytes_data, finish
 
 import evaluate
+import export
 from lumen.errors import UserError
 
 WORDS = ("red", "blue", "old", "new", "sea", "green")
@@ -43,6 +44,11 @@ def run(place):
     keys |= {"max_steps": 40, "save_interval": 0, "batch_size": 8, "learning_rate": 1e-2}
     keys |= {"warmup_steps": 2, "eval_tokens": 1024, "precision": "fp32", "compile_model": False}
     return finish(keys | {"model": shape}).out
+
+
+def quantise(run, folder):
+    export.main(["quantize", str(run), str(folder)])
+    return folder
 
 
 def scores(out) -> dict[str, dict]:
@@ -83,6 +89,14 @@ def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
     assert scores(one)["book"]["value"] == scores(two)["book"]["value"]
     assert evaluate.main(["--compare", str(one), str(two)]) == 0
     assert "no difference seen" in capsys.readouterr().out
+    # the tasks of one model gather in a folder; another model's do not
+    words[2] = str(place / "book.txt")
+    assert evaluate.main([str(word) for word in (*words, "--out", one, "--stride", 32)]) == 0
+    assert scores(one)["next"] == found["next"] and scores(one)["book"] != found["book"]
+    with pytest.raises(UserError, match="another model"):
+        quantised = quantise(run, tmp_path / "int8")
+        evaluate.main([str(quantised), "--tasks", words[2], "--out", str(one)])
+    words[2] = names
     # other options are other answers
     assert evaluate.main([str(word) for word in (*words, "--out", two, "--shots", 2)]) == 0
     assert answers(one)["next.jsonl"] != answers(two)["next.jsonl"]
@@ -91,9 +105,7 @@ def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
 def test_not_a_number_is_no_score(place, run, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from export import to_hf
-
-    to_hf(run, tmp_path / "hf")
+    export.to_hf(run, tmp_path / "hf")
     (weights,) = (tmp_path / "hf").glob("*.safetensors")
     tensors = load_file(weights)
     name = next(name for name in tensors if name.endswith("norm.weight"))

@@ -76,10 +76,11 @@ def test_thirteen_in_a_row_and_not_twelve(tmp_path):
 
 
 def test_a_short_question_must_be_there_as_a_whole(tmp_path):
-    parts = [np.concatenate([noise(50), BYTES.encode("is it ten?"), noise(50, 1)])]
-    asked = questions("is it ten?", "is it ten", "is it ten!", "is it", "s it ten?")
+    parts = [np.concatenate([noise(50), BYTES.encode("Xs it 10 or 2X"), noise(50, 1)])]
+    asked = questions("is it 10 or 2?", "s it 10 or", "is it 10 or 3?", "is it", "it 10 or")
     found = look([asked], run(tmp_path, parts))["q"]
-    assert found["hits"] == [0, 1, 4] and found["n"] == 4 and found["short"] == 1
+    assert found["hits"] == [0, 1, 4], "its first and last token may be others, and no more"
+    assert found["n"] == 4 and found["short"] == 1
 
 
 def test_hits_are_read_and_not_only_hashed(tmp_path, monkeypatch):

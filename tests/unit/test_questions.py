@@ -80,7 +80,7 @@ def test_what_was_stopped_goes_on(tmp_path):
         ask(task, None, Ranks(), kept, bar=bars.append)
     kept.close()
     assert bars == [8]
-    part = tmp_path / "a_b.rank0.part"
+    (part,) = tmp_path.glob("a_b*.part")
     with part.open("a") as file:
         file.write('{"i": 21, "squ')  # the process was killed in a write
     task = squares()
@@ -129,6 +129,16 @@ def test_lines_that_are_no_answers_are_asked_again(tmp_path):
     for number, text in enumerate(["[]", '{"key": "key"}\n5', '{"key": "key"}\n{}', "\0\0", ""]):
         (tmp_path / f"t.rank{number}.part").write_text(text + "\n")
     assert Answers(tmp_path, "t", "key").read() == {}
+
+
+def test_any_reply_is_one_line_and_any_name_one_file(tmp_path):
+    lines = [{"i": 0, "reply": "a\u2028b\x85c\nd"}, {"i": 1, "reply": "e"}]
+    kept = Answers(tmp_path, "a/b", "key")
+    for line in lines:
+        kept.append(line)
+    kept.close()
+    assert list(Answers(tmp_path, "a/b", "key").read().values()) == lines
+    assert Answers(tmp_path, "a_b", "key").read() == Answers(tmp_path, "a:b", "key").read() == {}
 
 
 def test_a_signal_leaves_and_a_fault_is_no_silence():

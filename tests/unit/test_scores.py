@@ -276,3 +276,12 @@ def test_a_perplexity_is_no_infinity():
     """A text without blanks is one word of a thousand tokens."""
     found = by_name("text", "t", "loss", [text(i, 5000.0, words=1) for i in range(3)])
     assert math.isfinite(found["word_ppl"].value) and not has_nan(list(found.values()))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_that_has_no_square_has_an_error():
+    texts = {"nats": 3000.0, "tokens": 400, "right": 3, "bytes": 900, "words": 5, "majority": 2e3}
+    lines = [texts | {"i": i, "nats": 3000.0 + i} for i in range(10)]
+    found = {score.metric: score for score in scores_of("text", "t", "loss", lines, 260, 1.0)}
+    assert found["word_ppl"].value > 1e200
+    assert 0 < found["word_ppl"].stderr < math.inf

@@ -25,7 +25,7 @@ from lumen.texts import STRETCH, TextTask, read_texts, windows
 BYTES = tokenizers.load("bytes")
 T, V = 16, 260
 WORDS = "a text\n  of äöü words,\u3000and\t some more of them; "
-DOCUMENTS = [WORDS * 3, "x", "the second one is\nshort", WORDS[5:] + "another end"]
+DOCUMENTS = [WORDS, "x", "the second one is\nshort", WORDS[5:] + "another end"]
 
 
 def asked(model=None, tokenizer=BYTES) -> Asked:
@@ -137,6 +137,32 @@ def test_stretches_of_a_document_add_up_to_it(stride):
         assert both[0] == pytest.approx(both[1]), name
     made = task(by_stretch=20)
     assert len("".join(text for _, text in made.texts())) > len("".join(DOCUMENTS)) - len(parts)
+
+
+def test_where_tokens_and_words_begin():
+    found = texts.Places.of("ä b\n\u3000c", np.array([2, 2, 1, 3, 1]))
+    assert found.tokens.tolist() == [0, 2, 4, 5, 8, 9] and found.spaces.tolist() == [2, 4]
+
+
+class Lossy:
+    """A tokenizer that knows ASCII only: other characters have no bytes."""
+
+    n_vocab, eot_id = 130, 128
+
+    def encode(self, text):
+        return np.array([min(ord(char), 129) for char in text], np.uint32)
+
+    def token_bytes(self):
+        return np.array([1] * 128 + [0, 0], np.uint16)
+
+
+def test_a_tokenizer_that_drops_bytes_leaves_the_text_its_own():
+    text = "abcdefgh hijklmnéé"
+    who = asked(make(vocab_size=130, max_seq_len=T), Lossy())
+    lines = lines_of(task([text], by_stretch=3), who)
+    assert sum(line["tokens"] for line in lines) == len(text)
+    assert sum(line["bytes"] for line in lines) == len(text.encode()) == len(text) + 2
+    assert sum(line["words"] for line in lines) == 2
 
 
 def test_majority_is_the_unigram_of_all_texts():
