@@ -29,8 +29,9 @@ from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
 from lumen.evaluate_names import translate
 from lumen.files import replacing
-from lumen.launch import Words, check_launch, command
+from lumen.launch import Words, check_launch, check_tasks, command
 from lumen.overlap import overlap
+from lumen.owner import Owner
 from lumen.parallel import Parallel
 from lumen.questions import Asked, Options, Task
 from lumen.scorer import Scorer
@@ -94,7 +95,8 @@ class Run:
         self.args, self.parallel = args, parallel
         self.main = parallel.rank == 0
         self.say = functools.partial(print, file=sys.stderr, flush=True) if self.main else never_say
-        how = (args.best, args.step, args.tokenizer, args.device, args.precision, self.say)
+        device = str(parallel.device)  # "auto" would be the first GPU on every rank
+        how = (args.best, args.step, args.tokenizer, device, args.precision, self.say)
         self.opened = opened = parallel.run_or_raise_on_all(open_model, args.model, *how)
         if opened.tokenizer is None:
             raise UserError("E501", f"{args.model} has no tokenizer.json; --tokenizer names one")
@@ -108,6 +110,9 @@ class Run:
         self.options = Options(**chosen, control=not args.no_control)
         step = "" if opened.step is None else f"-{opened.step}"
         self.out = Path(expand(args.out or f"out/eval/{opened.name}{step}"))
+        self.owner = Owner(self.out, self.main)  # nobody else writes there meanwhile
+        parallel.run_or_raise_on_all(self.owner.take, self.say)
+        self.owner.accept()
         found = (scoreboard.earlier, self.out, self.about(), self.say)
         self.before = parallel.run_or_raise_on_all(*found)  # tasks that were asked before
 
@@ -209,6 +214,17 @@ class Run:
             for name, hits in overlap(tasks, opened.state, *how).items():
                 done[name]["contamination"] = hits
 
+    def write(self, done: dict) -> None:
+        """E119."""
+        results = self.about() | {"tasks": self.before | done}
+        try:
+            scoreboard.write(self.out, results, self.say)
+            if self.args.detailed:
+                with replacing(self.out / "replies.md") as file:
+                    file.write("\n".join(self.replies).encode())
+        except OSError as error:
+            raise UserError("E119", f"{self.out}: {error.strerror}") from error
+
 
 def never_say(text: str) -> None:
     """Of the ranks that do not speak."""
@@ -226,6 +242,7 @@ def main(argv: list[str]) -> int:
         comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0
     check_launch()
+    check_tasks()
     parallel = Parallel(Config(device=args.device))
     run = Run(args, parallel)
     for note in notes:
@@ -233,21 +250,19 @@ def main(argv: list[str]) -> int:
     tasks = parallel.run_or_raise_on_all(run.tasks)
     done = {task.name: run.score(task) for task in tasks}
     done |= core_bundle.core_result(done)
-    if run.main:
-        if args.lm_eval:
-            done |= run.score_lm_eval(args.lm_eval.split(","))
-        run.add_overlap(done, tasks)
-        results = run.about() | {"tasks": run.before | done}
-        scoreboard.write(run.out, results, run.say)
-        if args.detailed:
-            with replacing(run.out / "replies.md") as file:
-                file.write("\n".join(run.replies).encode())
-        for line in scoreboard.table(scoreboard.scores_in({"tasks": done})):
-            print(line)
-        run.say(f"{run.out}/report.md, results.json, answers/")
-    bad = scores.has_nan(scoreboard.scores_in({"tasks": done}))
-    parallel.close()
-    return 2 if bad else 0
+    parallel.close()  # what follows may take longer than ranks wait for one another
+    if not run.main:
+        return 0
+    if args.lm_eval:
+        done |= run.score_lm_eval(args.lm_eval.split(","))
+    run.add_overlap(done, tasks)
+    run.write(done)
+    found = scoreboard.scores_in({"tasks": done})
+    for line in scoreboard.table(found):
+        print(line)
+    run.say(f"{run.out}/report.md, results.json, answers/")
+    run.owner.release()
+    return 2 if scores.has_nan(found) else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ stopped goes on behind them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -65,6 +66,11 @@ def key_of(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def as_text(line: dict) -> bytes:
+    """In ASCII: a reply may hold U+2028, which ends a line too, or half a surrogate pair."""
+    return json.dumps(line).encode() + b"\n"
+
+
 class Answers:
     """Of one task. `key`: what the answers depend on; others are of another model or other options,
     and no part of this evaluation."""
@@ -87,46 +93,38 @@ class Answers:
         return found
 
     def lines_of(self, path: Path) -> dict[int, dict]:
-        try:
-            first, *rest = path.read_text(encoding="utf-8").split("\n")
-            if json.loads(first).get("key") != self.key:
-                return {}
-        except (OSError, ValueError, AttributeError):
-            return {}
         lines = {}
-        for text in filter(None, rest):
-            try:
-                line = json.loads(text)
-            except ValueError:  # cut short by what ended the evaluation: it is asked again
-                break
-            lines[line["i"]] = line
+        # what is no answer was cut short by what ended the evaluation: it is asked again
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            first, *rest = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(first)["key"] == self.key:
+                for text in rest:
+                    line = json.loads(text)
+                    lines[line["i"]] = line
         return lines
 
     def append(self, line: dict) -> None:
         """E119."""
         try:
             if self.file is None:
-                kept = self.lines_of(self.part)  # of this rank, before it was stopped
-                self.part.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.part.open("w", encoding="utf-8")
-                self.write({"key": self.key})
-                for earlier in kept.values():
-                    self.write(earlier)
-            self.write(line)
+                # of this rank, before it was stopped; what it has is not risked
+                self.replace(self.part, self.lines_of(self.part).values())
+                self.file = self.part.open("ab")
+            self.file.write(as_text(line))
             self.file.flush()
         except OSError as error:
             raise UserError("E119", f"{self.part}: {error.strerror}") from error
 
-    def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def replace(self, path: Path, lines) -> None:
+        """OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.writelines(map(as_text, ({"key": self.key}, *lines)))
 
     def finish(self, lines: list[dict]) -> None:
         """All of them, in order, in one file; by one rank, when the others have closed theirs."""
-        texts = [json.dumps(line, ensure_ascii=False) for line in ({"key": self.key}, *lines)]
         try:
-            self.whole.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.whole) as file:
-                file.write("".join(f"{text}\n" for text in texts).encode())
+            self.replace(self.whole, lines)
             for path in self.whole.parent.glob(self.parts):
                 path.unlink()
         except OSError as error:

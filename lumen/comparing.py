@@ -67,7 +67,7 @@ def compare(paths: list, say=print_now, out=None) -> int:
     """Two or three folders of results (or their results.json) against the first: a table, and
     compare.md in folder `out`. Returns how many regressions were seen.
 
-    E128 where they cannot be compared, E108 where answers cannot be read.
+    E128 where they cannot be compared, E119 where compare.md cannot be written.
     """
     if len(paths) not in (2, 3):
         raise UserError("E128", f"compare takes two or three results, not {len(paths)}")
@@ -81,7 +81,10 @@ def compare(paths: list, say=print_now, out=None) -> int:
     regressions = sum(row.verdict == "regression" for row in rows)
     say(f"regressions {regressions}")
     if out is not None:
-        write(Path(out), sides, rows)
+        try:
+            write(Path(out), sides, rows)
+        except OSError as error:
+            raise UserError("E119", f"{out}: {error.strerror}") from error
     return regressions
 
 

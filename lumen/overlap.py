@@ -40,8 +40,10 @@ def overlap(tasks, state: dict, tokenizer, say, most_tokens: int | None = None) 
     state: of the run's checkpoint. n: questions that were looked for; hits: the `i` of those that
     were found; short: how many were too short; ngrams: the share of all their n-grams that was
     found, for long texts; examples: [[i, text that was found]]; tokens of `of` were looked through.
-    {} where no training data are here. E111: a shard cannot be read.
+    {} where no training data are here, or none are wanted.
     """
+    if most_tokens == 0:
+        return {}
     sources, notes = training_sources(state, tokenizer)
     for note in notes:
         say(f"overlap: {note}")
@@ -55,7 +57,8 @@ def overlap(tasks, state: dict, tokenizer, say, most_tokens: int | None = None) 
         say(f"overlap: looks through {notes[-1]} (--overlap_tokens N)")
     looked = 0
     began = told = time.perf_counter()
-    for ids, fresh in blocks(sources, min(1.0, most / max(1, total))):
+    damaged = []
+    for ids, fresh in blocks(sources, min(1.0, most / max(1, total)), damaged):
         questions.look(ids)
         looked += fresh
         now = time.perf_counter()
@@ -64,7 +67,9 @@ def overlap(tasks, state: dict, tokenizer, say, most_tokens: int | None = None) 
             speed = looked / (now - began) / 1e6
             of = min(total, most) / 1e6
             say(f"overlap: {looked / 1e6:,.0f} of {of:,.0f} M training tokens, {speed:.0f} M/s")
-    common = {"tokens": looked, "of": total, "said": "; ".join(notes)}
+    for note in damaged:
+        say(f"overlap: {note}")
+    common = {"tokens": looked, "of": total, "said": "; ".join(notes + damaged)}
     return {task.name: questions.result(task) | common for task in tasks}
 
 
@@ -78,10 +83,14 @@ def training_sources(state: dict, tokenizer) -> tuple[list[Source], list[str]]:
         for folder in data_folders(state):
             if not Path(folder).exists():
                 notes.append(f"{folder} is not here any more; not looked at")
-            elif not same_ids(folder, tokenizer):
-                notes.append(f"{folder} has another tokenizer; not looked at")
-            else:
-                found[folder] = open_source(folder, state["config"])
+                continue
+            try:
+                if same_ids(folder, tokenizer):
+                    found[folder] = open_source(folder, state["config"])
+                else:
+                    notes.append(f"{folder} has another tokenizer; not looked at")
+            except UserError as error:  # no reason to lose the scores
+                notes.append(f"{error.text}; not looked at")
         base = name_of_base(state)
         if not base or base in seen:
             break
@@ -121,22 +130,30 @@ def state_of(base: str) -> tuple[dict, str]:
         return {}, f"what the base {base} was trained on is not known; not looked at"
 
 
-def blocks(sources: list[Source], share: float) -> Iterator[tuple[np.ndarray, int]]:
-    """(ids, how many of them are new) over all tokens of the sources, or a share of them in evenly
-    spread parts. A part begins with the end of the one before, so no n-gram is cut, whatever the
-    shards."""
+def blocks(sources: list[Source], share: float, damaged: list[str]) -> Iterator:
+    """(ids, how many of them are new) over all tokens of the sources, or a share of them. The rest
+    of a source that cannot be read is left out, and `damaged` says so."""
     for source in sources:
-        starts = np.arange(0, source.tokens, READ)
-        if share < 1:
-            n = max(1, round(len(starts) * share))
-            starts = starts[np.linspace(0, len(starts) - 1, n).round().astype(int)]
-        for start in starts.tolist():
-            end = min(source.tokens, start + READ + NGRAM - 1)
-            spans = source.spans_of(source.first + start, source.first + end)
-            ids = np.concatenate([source.shards[k].read(first, n) for k, first, n in spans])
-            for at in range(0, min(READ, len(ids)), BLOCK):
-                part = ids[at : at + BLOCK + NGRAM - 1]
-                yield part, min(len(part), BLOCK)
+        try:
+            yield from blocks_of(source, share)
+        except UserError as error:
+            damaged.append(f"{error.text}; not looked at from there on")
+
+
+def blocks_of(source: Source, share: float) -> Iterator[tuple[np.ndarray, int]]:
+    """Of one, in evenly spread parts. A part begins with the end of the one before, so no n-gram is
+    cut, whatever the shards."""
+    starts = np.arange(0, source.tokens, READ)
+    if share < 1:
+        n = max(1, round(len(starts) * share))
+        starts = starts[np.linspace(0, len(starts) - 1, n).round().astype(int)]
+    for start in starts.tolist():
+        end = min(source.tokens, start + READ + NGRAM - 1)
+        spans = source.spans_of(source.first + start, source.first + end)
+        ids = np.concatenate([source.shards[k].read(first, n) for k, first, n in spans])
+        for at in range(0, min(READ, len(ids)), BLOCK):
+            part = ids[at : at + BLOCK + NGRAM - 1]
+            yield part, min(len(part), BLOCK)
 
 
 # ---------------------------------------------------------------- the questions

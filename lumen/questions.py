@@ -17,6 +17,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lumen.errors import UserError
+
 
 @dataclass
 class Asked:
@@ -129,7 +131,10 @@ class Choices(Task):
         line["label"] = question.label or str(question.answer)
         choices = [text.removeprefix(" ") for _, text in question.pairs]  # as lm-eval measures
         line["bytes"] = [len(choice.encode()) for choice in choices]
-        line |= asked.scorer.question(question)
+        try:
+            line |= asked.scorer.question(question)
+        except UserError as error:
+            raise UserError(error.code, f"{self.name}, question {number}: {error.text}") from error
         control = self.control(number)
         if control:
             found = asked.scorer.question(control)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from lumen.errors import UserError
 from lumen.questions import Question
 from lumen.replies import uncompiled
 
@@ -109,7 +110,8 @@ class Scorer:
 
         The border between context and continuation is lm-eval's: white space at the end of the
         context goes to the continuation, and what of the ids of both together lies behind as many
-        as the context has alone is scored. An empty context is <|endoftext|>.
+        as the context has alone is scored; or the last id, where it holds the border. An empty
+        context is <|endoftext|>. E127: a continuation is longer than the model's context.
         """
         sequences = [self.encode_pair(header + context, text) for context, text in pairs]
         return self.ids(sequences, self.shared_ids(header, sequences))
@@ -121,7 +123,8 @@ class Scorer:
         if not bare:
             return [self.tokenizer.eot_id, *self.encode(continuation)], 1
         whole = self.encode(bare + continuation)
-        return whole, len(self.encode(bare))
+        # "http:" and "//" are one id together: no id is certain, and would always be the best
+        return whole, min(len(self.encode(bare)), len(whole) - 1)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).tolist()
@@ -155,9 +158,13 @@ class Scorer:
             return self.branches(sequences, inputs, trunk[shared:], before)
 
     def cut(self, whole: list[int], n: int) -> tuple[list[int], int]:
-        """To max_seq_len inputs and the target of the last: from the left."""
+        """To max_seq_len inputs and the target of the last: from the left. E127: then something
+        would be missing of what is scored."""
         gone = max(0, len(whole) - 1 - self.room)
-        return whole[gone:], max(1, n - gone)
+        if gone >= n:
+            text = f"a continuation has {len(whole) - n} tokens, max_seq_len is {self.room}"
+            raise UserError("E127", f"{text}: {self.tokenizer.decode(whole[n:])[:60]!r}")
+        return whole[gone:], n - gone
 
     @contextlib.contextmanager
     def at_rest(self):

@@ -147,7 +147,7 @@ def multiple_choice(name: str, rows: list[dict], options: Options, path: Path | 
     asked = [row for number, row in enumerate(rows) if number not in drawn]
 
     def ask(row: dict) -> Question:
-        examples = [*shown, *row.get("examples", ())]
+        examples = [*shown, *(row.get("examples") or ())]
         header = "".join(with_answer(example, options.by_letter) + "\n\n" for example in examples)
         context = written(row, options.by_letter)
         answer = answer_of(row)
@@ -187,7 +187,7 @@ def answer_of(row: dict) -> int:
         return answer
     if answer in choices:
         return choices.index(answer)
-    return LETTERS.index(answer)
+    return list(LETTERS).index(answer)  # of a text index() would find parts, "" and "AB" too
 
 
 def check_choices(row: dict, path: Path | None) -> None:
@@ -207,7 +207,10 @@ def check_choices(row: dict, path: Path | None) -> None:
     if not right:
         text = f"answer: {short(row.get('answer'))} is no index from 0, letter or choice"
         raise UserError("E127", f"{place}: {text}; there are {len(choices)} choices")
-    for example in row.get("examples", ()):
+    examples = row.get("examples") or ()
+    if not isinstance(examples, (list, tuple)):
+        raise UserError("E127", f"{place}: examples: {short(examples)} is no list of rows")
+    for example in examples:
         if not isinstance(example, dict):
             raise UserError("E127", f"{place}: examples: {short(example)} is no row like this one")
         check_choices({"line": row.get("line", 0), **example, "examples": ()}, path)

@@ -12,6 +12,7 @@ from rig import bytes_data, finish
 
 import evaluate
 import export
+from lumen import owner as owners
 from lumen.errors import UserError
 
 WORDS = ("red", "blue", "old", "new", "sea", "green")
@@ -136,3 +137,65 @@ def test_what_is_refused(place, run, words, code, text):
     with pytest.raises(UserError, match=text) as caught:
         evaluate.main([named.get(word, word) for word in words])
     assert caught.value.code == code
+
+
+def asked(place, run, out, *more) -> list[str]:
+    words = (run, "--tasks", place / "next.jsonl", "--limit", 4, "--out", out, *more)
+    return [str(word) for word in words]
+
+
+def test_a_folder_of_results_has_one_owner(place, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(owners, "GRACE", 0)
+    other = owners.Owner(tmp_path)
+    other.take()
+    other.working = True
+    with pytest.raises(UserError, match="in use by") as caught:
+        evaluate.main(asked(place, run, tmp_path))
+    assert caught.value.code == "E300" and not (tmp_path / "answers").exists()
+    other.working = False
+    assert evaluate.main(asked(place, run, tmp_path)) == 0
+    assert owners.read_json(tmp_path / "owner.json")["pid"] is None
+
+
+def test_what_one_process_does_alone_keeps_no_other_waiting(place, run, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(evaluate.Parallel, "close", lambda self: order.append("closed"))
+    monkeypatch.setattr(evaluate.Run, "add_overlap", lambda *_: order.append("alone"))
+    assert evaluate.main(asked(place, run, tmp_path)) == 0
+    assert order == ["closed", "alone"]
+
+
+def test_a_report_that_cannot_be_written(place, run, tmp_path):
+    (tmp_path / "report.md").mkdir(parents=True)
+    with pytest.raises(UserError, match="Is a directory") as caught:
+        evaluate.main(asked(place, run, tmp_path))
+    assert caught.value.code == "E119"
+    (tmp_path / "compare.md").mkdir()
+    with pytest.raises(UserError, match="Is a directory") as caught:
+        evaluate.main(["--compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path)])
+    assert caught.value.code == "E119"
+
+
+def test_each_rank_has_a_device_of_its_own(run, monkeypatch):
+    from lumen import models
+
+    def open_model(path, best, step, tokenizer, device, *more):
+        raise UserError("E304", device)
+
+    class OfGpu3:
+        rank, device = 1, torch.device("cuda", 3)
+
+        def run_or_raise_on_all(self, do, *args):
+            return do(*args)
+
+    monkeypatch.setattr(models, "open_model", open_model)
+    with pytest.raises(UserError, match="cuda:3"):
+        evaluate.Run(evaluate.parser().parse_args([str(run)]), OfGpu3())
+
+
+def test_two_tasks_of_slurm_are_no_two_evaluations(run, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="srun started 2") as caught:
+        evaluate.main([str(run)])
+    assert caught.value.code == "E600"

@@ -120,3 +120,22 @@ def test_data_that_are_not_looked_at_are_named(tmp_path):
     said = []
     assert look([questions(PLANTED)], state, said) == {} and "b is not here" in said[0]
     assert look([questions(PLANTED)], {}) == {}
+
+
+def test_data_that_cannot_be_read_cost_no_score(tmp_path):
+    state = run(tmp_path, [BYTES.encode(PLANTED), noise(99)])
+    (tmp_path / "part_1.npy").unlink()
+    (tmp_path / "part_1.npy").symlink_to(tmp_path / "gone")
+    said = []
+    assert look([questions(PLANTED)], state, said) == {} and "not looked at" in said[0]
+    source = overlaps.open_source(str(run_folder(tmp_path / "b")), state["config"])
+    (tmp_path / "b/part_1.npy").unlink()  # while it is read
+    damaged = []
+    found = list(overlaps.blocks([source, source], 1.0, damaged))
+    assert found == [] and len(damaged) == 2 and "part_1.npy" in damaged[0]
+    assert look([questions(PLANTED)], run(tmp_path / "c", [noise(99)]), most_tokens=0) == {}
+
+
+def run_folder(folder):
+    run(folder, [noise(50), noise(50)])
+    return folder

@@ -97,6 +97,40 @@ def test_what_was_stopped_goes_on(tmp_path):
     assert Answers(tmp_path, "a/b", "another model").read() == {}
 
 
+@pytest.mark.parametrize("reply", ["a\u2028b", "\x85", "\ud800", "é\n"])
+def test_every_reply_is_read_again(tmp_path, reply):
+    kept = Answers(tmp_path, "t", "key")
+    lines = [{"i": 0, "reply": reply}, {"i": 1, "reply": "c"}]
+    for line in lines:
+        kept.append(line)
+    kept.close()
+    assert list(Answers(tmp_path, "t", "key").read().values()) == lines
+    kept.finish(lines)
+    assert list(Answers(tmp_path, "t", "key").read().values()) == lines
+
+
+def test_a_full_disk_takes_no_answer_away(tmp_path, monkeypatch):
+    kept = Answers(tmp_path, "t", "key")
+    kept.append({"i": 0})
+    kept.close()
+    again = Answers(tmp_path, "t", "key")
+    monkeypatch.setattr("lumen.files.sync", full)
+    with pytest.raises(UserError) as caught:
+        again.append({"i": 1})
+    assert caught.value.code == "E119"
+    assert again.read() == {0: {"i": 0}}
+
+
+def full(path):
+    raise OSError(28, "No space left on device")
+
+
+def test_lines_that_are_no_answers_are_asked_again(tmp_path):
+    for number, text in enumerate(["[]", '{"key": "key"}\n5', '{"key": "key"}\n{}', "\0\0", ""]):
+        (tmp_path / f"t.rank{number}.part").write_text(text + "\n")
+    assert Answers(tmp_path, "t", "key").read() == {}
+
+
 def test_any_reply_is_one_line_and_any_name_one_file(tmp_path):
     lines = [{"i": 0, "reply": "a\u2028b\x85c\nd"}, {"i": 1, "reply": "e"}]
     kept = Answers(tmp_path, "a/b", "key")
@@ -165,15 +199,15 @@ def test_by_letter(tmp_path):
 
 
 def test_shots_stand_before_all_questions_alike(tmp_path):
-    rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}]
+    rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}, ROWS[1] | {"examples": None}]
     task = only(write(tmp_path / "sums.jsonl", rows), Options(shots=1))
-    headers = [task.ask(row).header for row in task.records if "examples" not in row]
-    assert len(set(headers)) == 1 and len(task) == 3
+    headers = [task.ask(row).header for row in task.records if not row.get("examples")]
+    assert len(set(headers)) == 1 and len(task) == 4
     shown = headers[0].removesuffix("\n\n")
     assert shown in ["Question: 1 + 1?\nAnswer: 2", "Question: 1 + 2?\nAnswer: 3"] + [
         "Question: 1 + 3?\nAnswer: 4"
     ]
-    own = [task.ask(row).header for row in task.records if "examples" in row]
+    own = [task.ask(row).header for row in task.records if row.get("examples")]
     assert all("Question: 1 + 2?\nAnswer: 3\n\n" in header for header in own)
 
 
@@ -192,6 +226,9 @@ def test_a_cloze(tmp_path):
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer: 2"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "answer"),
         ({"question": "q", "choices": ["a", "b"]}, "answer"),
+        ({"question": "q", "choices": ["a", "b"], "answer": ""}, "answer: ''"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "AB"}, "answer: 'AB'"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0, "examples": 5}, "examples"),
         ({"question": "q", "choices": ["a", "b"], "answer": 0, "examples": [{}]}, "question"),
     ],
 )

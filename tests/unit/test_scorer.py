@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lumen import tokenizer as tokenizers
+from lumen.errors import UserError
 from lumen.questions import Choices, Options, Question, partner
 from lumen.scorer import Scorer
 from model import ModelConfig, Transformer
@@ -89,12 +90,16 @@ def test_a_model_is_left_as_it_was():
 def test_long_texts_are_cut_from_the_left():
     model = make_model()
     scorer = Scorer(model, TOKENIZER)
-    found = scorer.pairs([("word " * 30, "end"), ("word " * 30, "e" * 80)], HEADER)
+    found = scorer.pairs([("word " * 30, "end"), ("word " * 30, "e" * 63)], HEADER)
     ids = TOKENIZER.encode("word " * 30 + "end").tolist()[-65:]
     assert found[0].logprob == pytest.approx(by_hand(model, ids, 61)[0], abs=2e-5)
-    ids = TOKENIZER.encode("e" * 65).tolist()
-    assert found[1].logprob == pytest.approx(by_hand(model, ids, 1)[0], abs=2e-5)
-    assert found[1].tokens == 64
+    ids = TOKENIZER.encode("d " + "e" * 63).tolist()
+    assert found[1].logprob == pytest.approx(by_hand(model, ids, 1)[0], abs=1e-3)
+    assert found[1].tokens == 64  # with the space
+    # a part of a choice would be likelier than all of it
+    with pytest.raises(UserError, match="65 tokens, max_seq_len is 64: ' eee") as caught:
+        scorer.pairs([("word", "end"), ("word ", "e" * 64)])
+    assert caught.value.code == "E127"
 
 
 def test_the_border_is_that_of_lm_eval():
@@ -103,6 +108,23 @@ def test_the_border_is_that_of_lm_eval():
     assert (TOKENIZER.decode(whole[:n]), TOKENIZER.decode(whole[n:])) == ("so is", " \nit")
     whole, n = scorer.encode_pair("", "it")
     assert whole[:n] == [TOKENIZER.eot_id] and TOKENIZER.decode(whole[n:]) == "it"
+
+
+class Pairs:
+    """A tokenizer of which an id is two letters."""
+
+    n_vocab, eot_id = TOKENIZER.n_vocab, TOKENIZER.eot_id
+
+    def encode(self, text):
+        return torch.tensor([ord(text[i]) for i in range(0, len(text), 2)], dtype=torch.long)
+
+
+def test_a_choice_within_the_last_id_of_its_context_is_not_certain():
+    scorer = Scorer(make_model(), Pairs())
+    within, other = scorer.pairs([("abc", "d"), ("abc", "de")])
+    assert scorer.encode_pair("abc", "d") == ([ord("a"), ord("c")], 1)
+    assert within.tokens == 1 and within.logprob < -1 and not within.greedy
+    assert other.tokens == 1
 
 
 def test_a_uniform_model_and_padding_of_the_vocabulary():
