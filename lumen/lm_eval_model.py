@@ -16,11 +16,12 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.utils import get_rolling_token_windows, simple_parse_args_string
 from tqdm import tqdm
 
 from lumen import chat, models
@@ -31,6 +32,7 @@ from lumen.questions import Asked
 from lumen.sampling import Sampling, check
 from lumen.scorer import Scorer
 from lumen.stream import Stream, decode
+from lumen.texts import predict
 
 MARK = "\U000f57a1"  # of a private plane: stands before the name of a control token
 MOST_NEW = 256  # tokens, where a task says nothing: lm-eval's number
@@ -79,7 +81,10 @@ class LumenLM(TemplateLM):
         """lm-eval's --model_args: path=RUN, and open_model's best, step, tokenizer, precision;
         template=NAME for a base model. Its --device counts, its --batch_size does not."""
         words = dict(arg_dict)
-        words.setdefault("device", (additional_config or {}).get("device") or "auto")
+        device = (additional_config or {}).get("device")
+        if device in (None, "cuda:0"):  # which lm-eval says where nobody has said anything
+            device = "auto"
+        words.setdefault("device", device)
         template = words.pop("template", None)
         if "path" not in words:
             raise UserError("E002", "--model_args: path=RUN: which model is to be asked?")
@@ -167,9 +172,7 @@ class LumenLM(TemplateLM):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(ids, self.prefix, self.max_length, context_len=1)
-            total = 0.0
-            for context, targets in map(make_disjoint_window, windows):
-                total += self.scorer.ids([(context + targets, len(context))])[0].logprob
+            total = -predict(self.asked, map(row_of, windows)).nats
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
             found.append(total)
         return found
@@ -279,6 +282,14 @@ class LumenLM(TemplateLM):
         return f"lumen-{self.words.name}-{template}".replace("/", "__")
 
 
+def row_of(window: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """lm-eval's (inputs, what the last of them predict) as inputs and targets (n,); -1: none."""
+    inputs, predicted = (np.array(ids, np.int64) for ids in window)
+    targets = np.full(len(inputs), -1)
+    targets[len(inputs) - len(predicted) :] = predicted
+    return inputs, targets
+
+
 def plain(text: str) -> str:
     """Without the character that would make a control token of what follows."""
     return text.replace(MARK, "\ufffd")
@@ -299,7 +310,7 @@ def asked_of(opened, template=None) -> Asked:
     model, words = opened.model, opened.tokenizer
     if words is None:
         raise UserError("E501", f"{opened.name}: lm-eval's tasks are texts")
-    template = template or opened.template
+    template = chat.find_template(template) if template else opened.template
     if template:
         chat.check_tokenizer(template, words)
     return Asked(model, words, template, words.n_vocab, Scorer(model, words, words.n_vocab))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from lumen.errors import UserError
 from lumen.questions import Question
 from lumen.replies import uncompiled
 
@@ -111,7 +110,7 @@ class Scorer:
         The border between context and continuation is lm-eval's: white space at the end of the
         context goes to the continuation, and what of the ids of both together lies behind as many
         as the context has alone is scored; or the last id, where it holds the border. An empty
-        context is <|endoftext|>. E127: a continuation is longer than the model's context.
+        context is <|endoftext|>.
         """
         sequences = [self.encode_pair(header + context, text) for context, text in pairs]
         return self.ids(sequences, self.shared_ids(header, sequences))
@@ -144,6 +143,8 @@ class Scorer:
         """The same of (ids, how many of them stand before the continuation, at least one), which
         are cut from the left to what the model's context holds. The first `shared` ids of all are
         kept for later questions."""
+        if max(len(whole) - n for whole, n in sequences) > self.room:
+            return [self.in_pieces(*sequence) for sequence in sequences]
         if max(len(whole) for whole, _ in sequences) - 1 > self.room:
             shared = 0  # what is cut from the left has another beginning
             sequences = [self.cut(*sequence) for sequence in sequences]
@@ -158,13 +159,17 @@ class Scorer:
             return self.branches(sequences, inputs, trunk[shared:], before)
 
     def cut(self, whole: list[int], n: int) -> tuple[list[int], int]:
-        """To max_seq_len inputs and the target of the last: from the left. E127: then something
-        would be missing of what is scored."""
+        """To max_seq_len inputs and the target of the last: from the left."""
         gone = max(0, len(whole) - 1 - self.room)
-        if gone >= n:
-            text = f"a continuation has {len(whole) - n} tokens, max_seq_len is {self.room}"
-            raise UserError("E127", f"{text}: {self.tokenizer.decode(whole[n:])[:60]!r}")
         return whole[gone:], n - gone
+
+    def in_pieces(self, whole: list[int], n: int) -> Scored:
+        """Of a continuation that may be longer than the model's context: piece by piece of half of
+        that, each behind as much text as there is room for."""
+        size = max(1, self.room // 2)
+        pieces = [(whole[: first + size], first) for first in range(n, len(whole), size)]
+        logprobs, tokens, greedy = zip(*(self.ids([piece])[0] for piece in pieces))
+        return Scored(sum(logprobs), sum(tokens), all(greedy))
 
     @contextlib.contextmanager
     def at_rest(self):

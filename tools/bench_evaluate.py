@@ -36,27 +36,38 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # ---------------------------------------------------------------- what is asked
 
 
+def words_of_docs() -> list[str]:
+    return " ".join(entry.doc for entry in entries()).split()
+
+
 def passages(n: int) -> list[Question]:
     """As BoolQ: a passage of about 110 words, two short choices."""
-    docs = " ".join(" ".join(entry.doc.split()) for entry in entries()).split()
-    found = []
+    words, found = words_of_docs(), []
     for i in range(n):
-        passage = " ".join(docs[110 * i : 110 * i + 110])
-        text = f"{passage}\nQuestion: is this about {docs[110 * i + 7]}?\nAnswer:"
+        passage = " ".join(words[110 * i : 110 * i + 110])
+        text = f"{passage}\nQuestion: is this about {words[110 * i + 7]}?\nAnswer:"
         found.append(Question(((text, " no"), (text, " yes")), 0))
     return found
 
 
-def endings(n: int) -> list[Question]:
+def endings(n: int, shots: int = 0) -> list[Question]:
     """As HellaSwag: a beginning of about 40 words, four endings of about 20."""
-    docs = " ".join(" ".join(entry.doc.split()) for entry in entries()).split()
-    found = []
+    words, found = words_of_docs(), []
     for i in range(n):
-        words = docs[120 * i : 120 * i + 120]
-        text = " ".join(words[:40])
-        pairs = [(text, " " + " ".join(words[k : k + 20])) for k in (40, 60, 80, 100)]
+        # each with examples of its own, as lm-eval draws them: nothing is shared by questions
+        first = 120 * (shots + 1) * i
+        shown = [" ".join(words[k : k + 60]) for k in range(first, first + 60 * shots, 60)]
+        header = "".join(f"{text}\n\n" for text in shown)
+        own = words[first + 60 * shots :][:120]
+        text = header + " ".join(own[:40])
+        pairs = [(text, " " + " ".join(own[k : k + 20])) for k in (40, 60, 80, 100)]
         found.append(Question(tuple(pairs), 0))
     return found
+
+
+def endings_10_shots(n: int) -> list[Question]:
+    """The same behind ten examples, as leaderboards ask it."""
+    return endings(n, 10)
 
 
 def letters(n: int) -> list[Question]:
@@ -81,7 +92,13 @@ def choices(n: int) -> list[Question]:
     return [task.ask(task.records[i]) for i in task.numbers]
 
 
-KINDS = {"passages": passages, "endings": endings, "letters": letters, "docstrings": choices}
+KINDS = {
+    "passages": passages,
+    "endings": endings,
+    "endings_10_shots": endings_10_shots,
+    "letters": letters,
+    "docstrings": choices,
+}
 
 # ---------------------------------------------------------------- who is asked
 

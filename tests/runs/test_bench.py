@@ -20,7 +20,16 @@ from lumen.errors import UserError
 from lumen.report import main as report_main
 from lumen.sums import StepNumbers
 from model import ModelConfig, Transformer
-from tools import bench, bench_chat, bench_data, bench_finetune, bench_step, faults, timing
+from tools import (
+    bench,
+    bench_chat,
+    bench_data,
+    bench_evaluate,
+    bench_finetune,
+    bench_step,
+    faults,
+    timing,
+)
 
 MOE = {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 16}
 
@@ -572,3 +581,20 @@ def test_finetune_and_learn_chat_at_toy_sizes(tmp_path, capsys, monkeypatch):
     assert [line.split(" | ")[0] for line in lines[-3:]] == ["| base", "| SFT", "| SFT + DPO"]
     assert bench.main([*words, "--only", "SFT"]) == 0  # nothing is done again
     assert capsys.readouterr().out.splitlines() == lines[-5:]
+
+
+@pytest.mark.nightly  # lm-eval, and a vocabulary is learned
+def test_evaluate_compares_us_with_lm_eval_at_toy_sizes(capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    shape = {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 32, "max_seq_len": 2048}
+    monkeypatch.setattr(bench_evaluate, "MODEL", shape)
+    monkeypatch.setattr(bench_evaluate, "VOCAB", 400)
+    assert bench.main(["evaluate", "--rounds", "1", "--n", "2"]) == 0
+    said = capsys.readouterr().out
+    for kind in bench_evaluate.KINDS:
+        found = re.search(rf"{kind}: 2 questions, log-probabilities differ by at most (\S+)", said)
+        assert float(found[1]) < 1e-3
+    assert len(re.findall(r"times as fast +median \d", said)) == len(bench_evaluate.KINDS)
+    for words in (["--only", "letter"], ["--precision", "fp8"]):
+        with pytest.raises(UserError, match="E002"):
+            bench.main(["evaluate", *words])

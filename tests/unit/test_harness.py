@@ -2,6 +2,7 @@
 transformers, request by request, and without a network."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -20,6 +21,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 import export  # noqa: E402
 from lumen import harness, models  # noqa: E402
 from lumen.lm_eval_model import MARK, LumenLM, asked_of  # noqa: E402
+from lumen.questions import Options  # noqa: E402
+from lumen.texts import TextTask  # noqa: E402
 
 CLOSE = 1e-4  # nats; the issue asks for 1e-3
 WORDS = "the quick brown fox jumps over a lazy dog and runs home to eat some good bread".split()
@@ -32,13 +35,19 @@ def own():
 
 
 @pytest.fixture(scope="module")
-def pair(own, tmp_path_factory):
-    """(our LM, lm-eval's hf model of the exported folder) of a random model."""
-    from lm_eval.models.huggingface import HFLM
-
+def path(own, tmp_path_factory):
+    """A run of a random model, and its exported folder."""
     path = tmp_path_factory.mktemp("made")
     save_run(path / "run", config(vocab_size=own.n_vocab), tokenizer=own)
     export.to_hf(path / "run", path / "hf", say=str)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(path):
+    """(our LM, lm-eval's hf model)."""
+    from lm_eval.models.huggingface import HFLM
+
     opened = models.open_model(path / "run", device="cpu", precision="fp32", say=str)
     theirs = HFLM(str(path / "hf"), device="cpu", dtype="float32", batch_size=3)
     return harness.language_model(asked_of(opened), opened), theirs
@@ -168,6 +177,10 @@ def test_a_text_of_several_windows(pair):
     mine = ours.loglikelihood_rolling(requests)
     assert mine == pytest.approx(theirs.loglikelihood_rolling(requests, True), abs=CLOSE)
     assert ours.loglikelihood_rolling(asked_for([("",)], "loglikelihood_rolling")) == [0.0]
+    # and those of the built-in texts
+    documents = [text for (text,) in texts]
+    lines = TextTask("texts", Options(control=False), documents=documents)
+    assert mine == pytest.approx([-lines.line(i, ours.asked)["nats"] for i in range(4)], abs=CLOSE)
 
 
 def test_blanks_alone_begin_as_no_context_does(pair):
@@ -264,3 +277,36 @@ def test_bf16_asks_one_prompt_at_a_time(pair, monkeypatch):
     monkeypatch.setattr(ours.model, "compute_dtype", torch.bfloat16)
     ours.generate_until(requests)
     assert sizes == [8, 4] + [1] * 12
+
+
+def test_lm_evals_command_line_knows_lumen(pair, path):
+    from lm_eval.api.registry import get_model
+
+    ours, _ = pair
+    requests = asked_for([(text, " dog") for text in TEXTS])
+    words = f"path={path / 'run'},precision=fp32,template=chat"
+    made = get_model("lumen").create_from_arg_string(words, {"device": "cuda:0", "batch_size": 4})
+    assert made.loglikelihood(requests) == ours.loglikelihood(requests)
+    assert made.asked.template == chat.find_template("chat")
+    other = get_model("lumen").create_from_arg_obj({"path": str(path / "hf"), "device": "cpu"})
+    assert other.prefix_token_id == ours.eot_token_id  # what the folder calls bos_token
+    for words in ("precision=fp32", f"path={path / 'run'},pretrained=1"):
+        with pytest.raises(UserError, match="E002.*model_args"):
+            get_model("lumen").create_from_arg_string(words)
+
+
+def test_a_foreign_folder_begins_texts_with_its_own_token(path, tmp_path):
+    """Where the bos_token is none of ours: SmolLM2's is <|im_start|>."""
+    shutil.copytree(path / "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    for told in ("<|im_start|>", {"content": "<|im_start|>"}):
+        file.write_text(json.dumps(config | {"bos_token": told}))
+        opened = models.open_model(tmp_path / "hf", device="cpu", say=str)
+        made = harness.language_model(asked_of(opened), opened)
+        assert made.prefix_token_id == opened.tokenizer.im_start_id != made.eot_token_id
+    opened.kind, opened.state = "run", {"imported": {"bos_token_id": 5}}
+    assert harness.language_model(asked_of(opened), opened).prefix_token_id == 5
+    opened.tokenizer = None
+    with pytest.raises(UserError, match="E501"):
+        asked_of(opened)

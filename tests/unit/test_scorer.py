@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lumen import tokenizer as tokenizers
-from lumen.errors import UserError
 from lumen.questions import Choices, Options, Question, partner
 from lumen.scorer import Scorer
 from model import ModelConfig, Transformer
@@ -96,10 +95,21 @@ def test_long_texts_are_cut_from_the_left():
     ids = TOKENIZER.encode("d " + "e" * 63).tolist()
     assert found[1].logprob == pytest.approx(by_hand(model, ids, 1)[0], abs=1e-3)
     assert found[1].tokens == 64  # with the space
-    # a part of a choice would be likelier than all of it
-    with pytest.raises(UserError, match="65 tokens, max_seq_len is 64: ' eee") as caught:
-        scorer.pairs([("word", "end"), ("word ", "e" * 64)])
-    assert caught.value.code == "E127"
+
+
+def test_all_of_a_choice_counts_that_is_longer_than_the_context():
+    model = make_model()
+    scorer = Scorer(model, TOKENIZER)
+    short, long = scorer.pairs([("word", " end"), ("word", "e" * 100)])
+    assert short.logprob == pytest.approx(scorer.pairs([("word", " end")])[0].logprob, abs=1e-4)
+    ids = TOKENIZER.encode("word" + "e" * 100).tolist()
+    pieces = [(4, 36), (36, 68), (68, 100), (100, 104)]
+    total = 0.0
+    for first, end in pieces:
+        begin = max(0, end - 65)  # as much as the model holds
+        total += by_hand(model, ids[begin:end], first - begin)[0]
+    assert long.logprob == pytest.approx(total, abs=1e-3)
+    assert (long.tokens, long.greedy) == (100, False)
 
 
 def test_the_border_is_that_of_lm_eval():
