@@ -24,7 +24,7 @@ from lumen.errors import UserError
 from lumen.evaluation_files import Record, records, sum_of
 from lumen.questions import Asked, Choices, Options, Question
 from lumen.scorer import common
-from lumen.scores import Score
+from lumen.scores import Score, Spread, verdict
 
 TASKS = 22
 SHUFFLE = 1337  # nanochat's; a question's examples depend on its place in that order
@@ -97,14 +97,24 @@ def core_result(done: dict[str, dict]) -> dict[str, dict]:
     majority = core_score([score.majority for score in scores], baselines)
     control = core_score([score.control for score in scores], baselines)
     stderr = spread([score.stderr for score in scores], baselines)
-    low, high = (None if stderr is None else value + side * stderr for side in (-1.96, 1.96))
-    verdict = "" if len(tasks) == TASKS else f"{len(tasks)} tasks; CORE is the mean of {TASKS}"
+    blind = spread([score.control_stderr for score in scores], baselines)
     n, n_control = (sum(values) for values in zip(*((s.n, s.n_control) for s in scores)))
-    blind = [control, spread([score.control_stderr for score in scores], baselines), n_control]
+    ends, of_control = interval(value, stderr), interval(control, blind)
     spent = sum(score.seconds for score in scores)
-    about = [n, stderr, low, high, 0.0, majority, *blind, spent, True, "higher", verdict]
+    about = [n, stderr, *ends, 0.0, majority, control, blind, n_control, spent, True, "higher"]
     found = Score("core", "centred_acc", value, *about)
+    words = [] if len(tasks) == TASKS else [f"{len(tasks)} tasks; CORE is the mean of {TASKS}"]
+    if stderr is not None:
+        words.append(verdict(found, Spread(control, n_control, blind, *of_control)))
+    found = replace(found, verdict="; ".join(filter(None, words)))
     return {"core": {"kind": "core", "metric": found.metric, "about": {}, "scores": [found]}}
+
+
+def interval(value: float | None, stderr: float | None) -> tuple[float | None, float | None]:
+    """95 %."""
+    if value is None or stderr is None:
+        return None, None
+    return value - 1.96 * stderr, value + 1.96 * stderr
 
 
 def core_score(accuracies: list[float | None], baselines: list[float]) -> float | None:

@@ -74,18 +74,25 @@ class Task:
         raise NotImplementedError
 
 
-def chosen(n: int, options: Options) -> list[int]:
-    """Which of n questions are asked, in order: all, or `limit` drawn by the seed, since many files
-    are sorted by answer."""
-    if options.limit is None or options.limit >= n:
-        return list(range(n))
-    return sorted(random.Random(options.seed).sample(range(n), options.limit))
+def chosen(n: int, options: Options, shown=frozenset()) -> list[int]:
+    """Which of n questions are asked, in order: all but those that are `shown` as examples, or
+    `limit` of them drawn by the seed, since many files are sorted by answer."""
+    numbers = [i for i in range(n) if i not in shown]
+    if options.limit is None or options.limit >= len(numbers):
+        return numbers
+    return sorted(random.Random(options.seed).sample(numbers, options.limit))
 
 
 def partner(i: int, n: int) -> int:
     """The question whose context is put before the choices of question i of n in its control. Half
     the file away, since neighbours are often about the same passage; whatever the limit."""
     return (i + max(1, n // 2)) % n
+
+
+def partners(n: int, shown: frozenset) -> dict[int, int]:
+    """Of each of n questions that is not `shown` as an example its partner, which is not either."""
+    left = [i for i in range(n) if i not in shown]
+    return {i: left[partner(place, len(left))] for place, i in enumerate(left)}
 
 
 # ---------------------------------------------------------------- choices
@@ -113,10 +120,12 @@ class Choices(Task):
     ask: object = None
     swap: tuple[str, ...] = ()
     metric: str = "acc"  # by sum: acc; acc_bytes, acc_tokens: a mean; cloze: greedy
+    shown: frozenset = frozenset()  # numbers of the records that are examples, and not asked
     kind = "choice"
 
     def __post_init__(self):
-        self.numbers = chosen(len(self.records), self.options)
+        self.numbers = chosen(len(self.records), self.options, self.shown)
+        self.partners = partners(len(self.records), self.shown)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -143,9 +152,9 @@ class Choices(Task):
 
     def control(self, number: int) -> Question | None:
         """Question `number` with its `swap` fields from another record; None: there is no other."""
-        if not (self.options.control and self.swap and len(self.records) > 1):
+        if not (self.options.control and self.swap and len(self.partners) > 1):
             return None
-        other = self.records[partner(number, len(self.records))]
+        other = self.records[self.partners[number]]
         mixed = self.records[number] | {name: other[name] for name in self.swap}
         return self.ask(mixed)
 

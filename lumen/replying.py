@@ -21,7 +21,7 @@ import torch
 from lumen import chat
 from lumen import evaluation_files as files
 from lumen.errors import UserError
-from lumen.questions import Asked, Options, Task, chosen, partner
+from lumen.questions import Asked, Options, Task, chosen, partners
 from lumen.replies import uncompiled
 from lumen.sandbox import run_python, walls
 from lumen.stream import Stream, decode
@@ -68,10 +68,12 @@ class Replies(Task):
     told: tuple[str, ...] = ()  # fields of a record that its line repeats
     held: tuple[str, ...] = ("prompt", "answer")  # what training data should not hold
     temperature: float = 0.0
+    shown: frozenset = frozenset()  # numbers of the records that are examples, and not asked
     kind = "reply"
 
     def __post_init__(self):
-        self.numbers = chosen(len(self.records), self.options)
+        self.numbers = chosen(len(self.records), self.options, self.shown)
+        self.partners = partners(len(self.records), self.shown)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -92,8 +94,8 @@ class Replies(Task):
             line["cut"] = reply.cut
         line["found"] = self.found(record, reply)
         wanted = self.controlled or tuple(line["found"])
-        if self.options.control and len(self.records) > 1 and set(wanted) & set(line["found"]):
-            other = self.records[partner(number, len(self.records))]
+        if self.options.control and len(self.partners) > 1 and set(wanted) & set(line["found"]):
+            other = self.records[self.partners[number]]
             mixed = record | {name: other[name] for name in self.swap}
             prompt = self.ask(mixed, asked.template is not None)
             found = self.found(mixed, self.reply(prompt, asked, number))
@@ -185,14 +187,12 @@ class Examples(NamedTuple):
         return (*turns, ("user", text)), ""
 
 
-def drawn(rows: list[dict], n: int, options: Options, path: Path) -> tuple[list, list]:
-    """n of the rows, by seed, to show, and the others, to ask. E127: none is left."""
+def drawn(rows: list[dict], n: int, options: Options, path: Path) -> frozenset:
+    """The numbers of n of the rows, by seed, to show. E127: none is left to ask."""
     if n >= len(rows):
         text = f"{path}: {n} examples are wanted, and it has {len(rows)} rows in all"
         raise UserError("E127", f"{text}; take fewer with --shots")
-    numbers = set(random.Random(options.seed).sample(range(len(rows)), n))
-    shown = [row for i, row in enumerate(rows) if i in numbers]
-    return shown, [row for i, row in enumerate(rows) if i not in numbers]
+    return frozenset(random.Random(options.seed).sample(range(len(rows)), n))
 
 
 def rows_of(paths: list[Path], read: Callable[[files.Record], dict]) -> list[dict]:
@@ -220,10 +220,9 @@ def gsm8k(path: Path, options: Options) -> list[Task]:
     records = rows_of(paths, read_gsm8k)
     shots = 8 if options.shots is None else options.shots
     beside = files.beside(paths[0], place, [files.TRAIN]) if shots else []
-    if beside:
-        shown, _ = drawn(rows_of(beside, read_gsm8k), shots, options, beside[0])
-    else:
-        shown, records = drawn(records, shots, options, paths[0])
+    pool = rows_of(beside, read_gsm8k) if beside else records
+    numbers = drawn(pool, shots, options, (beside or paths)[0])
+    shown = [pool[i] for i in sorted(numbers)]
     examples = Examples(shown, ask_gsm8k, lambda row: row["answer"], options.shots is not None)
 
     def ask(record: dict, talks: bool) -> Prompt:
@@ -232,7 +231,8 @@ def gsm8k(path: Path, options: Options) -> list[Task]:
 
     said = "prompt, stop texts and filters of lm-eval 0.4.13; a chat model by itself without shots"
     about = about_of([*paths, *beside], shots, said)
-    made = Replies("gsm8k", options, about, records, ask, judge_gsm8k, ("question",))
+    left = frozenset() if beside else numbers
+    made = Replies("gsm8k", options, about, records, ask, judge_gsm8k, ("question",), shown=left)
     made.metric = "flexible_extract"
     made.held = ("question", "answer")
     return [made]
@@ -277,7 +277,8 @@ def exact(path: Path, options: Options) -> list[Task]:
         return functions(path, options)
     rows = [read_exact(row) for row in read]
     shots = options.shots or 0
-    shown, records = drawn(rows, shots, options, path)
+    numbers = drawn(rows, shots, options, path)
+    shown = [rows[i] for i in sorted(numbers)]
     examples = Examples(shown, lambda row: row["prompt"], lambda row: row["answers"][0])
 
     def ask(record: dict, talks: bool) -> Prompt:
@@ -287,7 +288,8 @@ def exact(path: Path, options: Options) -> list[Task]:
             stop = ("\n",)
         return Prompt(text, header, stop, record["max_new_tokens"])
 
-    return [Replies(path.stem, options, about_of([path], shots, ""), records, ask, judge_exact)]
+    about = about_of([path], shots, "")
+    return [Replies(path.stem, options, about, rows, ask, judge_exact, shown=numbers)]
 
 
 def read_exact(row: files.Record) -> dict:

@@ -142,9 +142,8 @@ def multiple_choice(name: str, rows: list[dict], options: Options, path: Path | 
     if shots >= len(rows):
         raise UserError("E127", f"--shots {shots}: {path or name} has {len(rows)} rows in all")
     # the same examples before all questions, so that they are computed once; not asked themselves
-    drawn = set(random.Random(options.seed).sample(range(len(rows)), shots))
-    shown = [row for number, row in enumerate(rows) if number in drawn]
-    asked = [row for number, row in enumerate(rows) if number not in drawn]
+    drawn = frozenset(random.Random(options.seed).sample(range(len(rows)), shots))
+    shown = [rows[number] for number in sorted(drawn)]
 
     def ask(row: dict) -> Question:
         examples = [*shown, *(row.get("examples") or ())]
@@ -163,7 +162,7 @@ def multiple_choice(name: str, rows: list[dict], options: Options, path: Path | 
         about |= {"path": str(path), "sha256": sha256(path)}
     metric = "acc" if options.by_letter else "acc_bytes"
     name = f"{name}-by_letter" if options.by_letter else name
-    return Choices(name, options, about, asked, ask, ("question",), metric)
+    return Choices(name, options, about, rows, ask, ("question",), metric, drawn)
 
 
 def written(row: dict, by_letter: bool) -> str:

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -643,8 +644,10 @@ def test_core_by_hand():
     done["core_b"]["scores"] = [score("core_b", 0.2, None, None)]
     (found,) = core_result(done)["core"]["scores"]
     assert found.stderr is found.control is found.low is None
-    whole = {str(n): {"about": {"baseline": 0.0}, "scores": [score("x", 0.5)]} for n in range(22)}
-    assert core_result(whole)["core"]["scores"][0].verdict == ""
+    for value, words in ((0.7, ""), (0.41, "no better than chance"), (math.nan, "NaN")):
+        whole = {"about": {"baseline": 0.4}, "scores": [score("x", value)]}
+        whole = {str(n): whole for n in range(22)}
+        assert core_result(whole)["core"]["scores"][0].verdict == words
     assert core_result({}) == core_result({"other": done["other"]}) == {}
 
 

@@ -201,14 +201,32 @@ def test_by_letter(tmp_path):
 def test_shots_stand_before_all_questions_alike(tmp_path):
     rows = [*ROWS, ROWS[0] | {"examples": ROWS[1:2]}, ROWS[1] | {"examples": None}]
     task = only(write(tmp_path / "sums.jsonl", rows), Options(shots=1))
-    headers = [task.ask(row).header for row in task.records if not row.get("examples")]
+    asked = [task.records[task.number(i)] for i in range(len(task))]
+    headers = [task.ask(row).header for row in asked if not row.get("examples")]
     assert len(set(headers)) == 1 and len(task) == 4
     shown = headers[0].removesuffix("\n\n")
     assert shown in ["Question: 1 + 1?\nAnswer: 2", "Question: 1 + 2?\nAnswer: 3"] + [
         "Question: 1 + 3?\nAnswer: 4"
     ]
-    own = [task.ask(row).header for row in task.records if row.get("examples")]
+    own = [task.ask(row).header for row in asked if row.get("examples")]
     assert all("Question: 1 + 2?\nAnswer: 3\n\n" in header for header in own)
+
+
+@pytest.mark.parametrize("kind", ["choice", "reply"])
+def test_a_question_has_its_number_whatever_is_shown_before_it(tmp_path, kind):
+    """So that models can be compared with and without examples."""
+    rows = [{"question": str(i), "choices": ["a", "b"], "answer": i % 2} for i in range(9)]
+    if kind == "reply":
+        rows = [{"prompt": str(i), "answer": "a"} for i in range(9)]
+    path = write(tmp_path / "q.jsonl", rows)
+    task = only(path, Options(shots=3))
+    numbers = [task.number(i) for i in range(len(task))]
+    texts = [record.get("question", record.get("prompt")) for record in task.records]
+    assert len(numbers) == 6 == len(set(numbers)) and texts == [str(i) for i in range(9)]
+    few = only(path, Options(shots=3, limit=4))
+    assert {few.number(i) for i in range(4)} < set(numbers)
+    shown = few.shown
+    assert shown.isdisjoint(numbers) and len(shown) == 3
 
 
 def test_a_cloze(tmp_path):
