@@ -53,7 +53,7 @@ class Branches:
         self.sees[:-1, :-1] = same & (earlier <= earlier[:, None])
         self.last = None  # slots whose successor is asked for, as model.forward indexes with it
         self.keys, self.values = {}, {}  # by layer, of the slots that it computed
-        self.at = None  # those slots, (1, n), of the layer at hand
+        self.mask = None  # (slots, keys before them, what they may look at) of the last layer
 
     def ask(self, slots: list[int]) -> None:
         """Logits are wanted of these slots only."""
@@ -67,7 +67,6 @@ class Branches:
     def write(self, layer: int, slots, k, v):
         """k, v (1, n, G, D) of the tokens in `slots` (1, n), all that this layer computes (MoD may
         pass tokens by): returns them behind those of the trunk before, (1, G, all, D) each."""
-        self.at = slots
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.keys[layer], self.values[layer] = k, v
         if self.before and layer in self.before.keys:
@@ -78,11 +77,16 @@ class Branches:
     def visible(self, layer: int, slots):
         """Which of the keys that write has returned the tokens in `slots` may look at: bool
         (1, 1, n, all)."""
-        mask = self.sees[slots[0][:, None], self.at[0]]
+        seen = 0
         if self.before and layer in self.before.keys:
             seen = self.before.keys[layer].shape[2]
-            mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
-        return mask[None, None]
+        # most layers compute all tokens: the same tensor of slots
+        if self.mask is None or self.mask[0] is not slots or self.mask[1] != seen:
+            mask = self.sees[slots[0][:, None], slots[0]]
+            if seen:
+                mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
+            self.mask = (slots, seen, mask[None, None])
+        return self.mask[2]
 
 
 class Scorer:
