@@ -168,6 +168,10 @@ class Run:
         about = (task.kind, task.name, task.metric, lines, self.asked.n_vocab, seconds)
         found = scores.scores_of(*about)
         how = {"kind": task.kind, "metric": task.metric, "about": task.about, "scores": found}
+        if cut := sum("cut" in line for line in lines):
+            text = f"{cut} of {len(lines)} prompts, whose beginning max_seq_len has no room for"
+            how["about"] = task.about | {"cut": text}
+            self.say(f"note       {task.name}: cut are {text}")
         how["date"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
         if task.kind == "reply":
             replies = [{"prompt": line["prompt"], "reply": line["reply"]} for line in lines]

@@ -199,3 +199,9 @@ def test_two_tasks_of_slurm_are_no_two_evaluations(run, monkeypatch):
     with pytest.raises(UserError, match="srun started 2") as caught:
         evaluate.main([str(run)])
     assert caught.value.code == "E600"
+
+
+def test_prompts_that_were_cut_are_counted(place, run, tmp_path):
+    assert evaluate.main(asked(place, run, tmp_path, "--shots", 3)) == 0
+    assert "cut 4 of 4 prompts, whose beginning" in (tmp_path / "report.md").read_text()
+    assert evaluate.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
