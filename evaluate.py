@@ -142,25 +142,14 @@ class Run:
     def lines(self, task: Task) -> tuple[list[dict], float]:
         """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
-        began, new = time.perf_counter(), []
-        with tqdm(total=len(task), desc=task.name, unit="q", disable=not self.shows_bar()) as bar:
-
-            def tell(n: int) -> None:
-                new.append(n)
-                bar.update(n)
-
-            lines = ask(task, self.asked, self.parallel, kept, bar=tell)
-        seconds = time.perf_counter() - began
+        progress = Progress(task, self.say, self.main and sys.stderr.isatty())
+        lines = ask(task, self.asked, self.parallel, kept, bar=progress)
         kept.close()
-        speed = f"{sum(new) / seconds:.1f} a second" if new else "all answered before"
-        self.say(f"{task.name}: {len(task)} questions, {speed}")
+        progress.end()
         self.parallel.all_reduce_max([0])  # nobody writes any more
         if self.main:
             kept.finish(lines)
-        return lines, seconds
-
-    def shows_bar(self) -> bool:
-        return self.main and sys.stderr.isatty()
+        return lines, progress.seconds()
 
     def score(self, task: Task) -> dict:
         """A task as results.json says it."""
@@ -213,10 +202,14 @@ class Run:
     def add_overlap(self, done: dict, tasks: list[Task]) -> None:
         """What of the questions stands in the training data, where they are known."""
         opened = self.opened
-        if opened.state:
-            how = (opened.tokenizer, self.say, self.args.overlap_tokens)
-            for name, hits in overlap(tasks, opened.state, *how).items():
-                done[name]["contamination"] = hits
+        how = (opened.tokenizer, self.say, self.args.overlap_tokens)
+        found = overlap(tasks, opened.state, *how) if opened.state else {}
+        for name, hits in found.items():
+            done[name]["contamination"] = hits
+            if hits["n_hit"]:
+                self.say(f"{name}: {scoreboard.seen_before(hits)}")
+        if tasks and not found:
+            self.say(scoreboard.UNKNOWN)
 
     def write(self, done: dict) -> None:
         """E119."""
@@ -232,6 +225,36 @@ class Run:
 
 def never_say(text: str) -> None:
     """Of the ranks that do not speak."""
+
+
+class Progress:
+    """How far a task is: a bar on a terminal, else a line now and then."""
+
+    SECONDS = 30  # between two lines
+
+    def __init__(self, task: Task, say, terminal: bool):
+        self.task, self.say = task, say
+        self.bar = tqdm(total=len(task), desc=task.name, unit="q", disable=not terminal)
+        self.asked = 0  # now, and not before
+        self.began = self.told = time.perf_counter()
+
+    def __call__(self, n: int) -> None:
+        self.asked += n
+        self.bar.update(n)
+        if self.bar.disable and time.perf_counter() - self.told > self.SECONDS:
+            self.told = time.perf_counter()
+            self.say(f"{self.task.name}: {self.asked} of {len(self.task)} questions{self.speed()}")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def speed(self) -> str:
+        return f", {self.asked / self.seconds():.1f} a second"
+
+    def end(self) -> None:
+        self.bar.close()
+        speed = self.speed() if self.asked else ", all answered before"
+        self.say(f"{self.task.name}: {len(self.task)} questions{speed}")
 
 
 def main(argv: list[str]) -> int:

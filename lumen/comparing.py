@@ -105,12 +105,18 @@ def against(a: Side, b: Side, say) -> list[Row]:
     if not names:
         each = [f"{s.folder}: {', '.join(s.results['tasks']) or 'none'}" for s in (a, b)]
         raise UserError("E128", f"no task in common; {'; '.join(each)}")
-    rows = []
+    rows, why = [], None
     for name in names:
-        if a.results["tasks"][name].get("kind") in KINDS:
-            rows.append(row_of(name, a, b, say))
-        else:  # lm-eval keeps its answers to itself
+        if a.results["tasks"][name].get("kind") not in KINDS:  # lm-eval keeps its answers to itself
             say(f"note       {name}: its answers are not kept, so it is not compared")
+            continue
+        try:
+            rows.append(row_of(name, a, b, say))
+        except UserError as error:  # val of two runs may be other rows; the rest can be compared
+            why = error
+            say(f"note       not compared: {error.text}")
+    if why and not rows:
+        raise why
     return rows
 
 

@@ -59,6 +59,8 @@ NOTES = """\
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
+UNKNOWN = "contamination: not looked for, since no training data of this model are here"
+
 # ---------------------------------------------------------------- files
 
 
@@ -239,9 +241,12 @@ def report(results: dict, drawn: bool = False) -> list[str]:
     lines += ["## Tasks", ""]
     for name, task in results["tasks"].items():
         about = [f"{key} {value}" for key, value in plain(task.get("about") or {}).items()]
+        about += [f"{score.seconds:.1f} s" for score in task["scores"][:1]]
         lines.append(f"- **{name}**: {', '.join(about) or 'built in'}")
         if task.get("contamination"):
             lines.append(f"  - {seen_before(task['contamination'])}")
+    if not any(task.get("contamination") for task in results["tasks"].values()):
+        lines.append(f"- {UNKNOWN}")
     for name, task in results["tasks"].items():
         if task.get("samples"):
             lines += ["", f"## Samples: {name}", ""]

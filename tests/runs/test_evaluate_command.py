@@ -97,6 +97,17 @@ def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
     with pytest.raises(UserError, match="another model"):
         quantised = quantise(run, tmp_path / "int8")
         evaluate.main([str(quantised), "--tasks", words[2], "--out", str(one)])
+    # the rest is compared where one task is of another file
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/book.txt").write_text("plugh xyzzy quux " * 40)
+    words[2] = f"{place / 'next.jsonl'},{tmp_path / 'other/book.txt'}"
+    capsys.readouterr()
+    assert evaluate.main([str(word) for word in (*words, "--out", tmp_path / "three")]) == 0
+    said = capsys.readouterr()
+    assert "book: contamination" not in said.err and "next: contamination" in said.err
+    assert evaluate.main(["--compare", str(two), str(tmp_path / "three")]) == 0
+    said = capsys.readouterr().out
+    assert "not compared: book: its sha256" in said and "next acc_bytes" in said
     words[2] = names
     # other options are other answers
     assert evaluate.main([str(word) for word in (*words, "--out", two, "--shots", 2)]) == 0
