@@ -362,6 +362,10 @@ def read_function(row: files.Record) -> dict:
     entry = record["entry_point"]
     if not entry.isidentifier():
         raise row.bad("entry_point", "it should be the function's name")
+    try:
+        compile(record["test"], "test", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise row.bad("test", f"it is no Python, so that no reply would pass: {error}") from error
     answer = row.row.get("canonical_solution", "")
     return record | {"answer": answer, "label": entry}
 
