@@ -230,7 +230,9 @@ def gsm8k(path: Path, options: Options) -> list[Task]:
         return Prompt(text, header, GSM8K_STOP)
 
     said = "prompt, stop texts and filters of lm-eval 0.4.13; a chat model by itself without shots"
-    about = about_of([*paths, *beside], shots, said)
+    about = about_of(paths, shots, said)
+    if beside:
+        about |= {"examples": str(beside[0]), "examples_sha256": files.sum_of(beside)}
     left = frozenset() if beside else numbers
     made = Replies("gsm8k", options, about, records, ask, judge_gsm8k, ("question",), shown=left)
     made.metric = "flexible_extract"
