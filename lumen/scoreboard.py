@@ -27,15 +27,15 @@ COLUMNS = 100  # of a console
 MEANING = {
     "acc": "share of questions whose right choice has the highest log-probability; of a cloze, "
     "whose answer is what the model would write",
-    "acc_bytes": "the same by log-probability per byte, since long choices are less likely",
-    "acc_tokens": "the same by log-probability per token",
+    "acc_bytes": "acc by log-probability per byte, since long choices are less likely",
+    "acc_tokens": "acc by log-probability per token",
     "answer_bpb": "bits per byte of the right answer, mean over questions; moves before accuracy",
     "ppl": "perplexity of the answer: e to its nats, on (geometric) average over questions",
     "bits_per_byte": "bits that the model needs for a byte of the text; compares tokenizers",
     "loss": "nats per token, as in training; compares models of one tokenizer only",
     "token_ppl": "e to the loss; compares models of one tokenizer only",
-    "word_ppl": "the same per word (between blanks), as lm-eval's word_perplexity",
-    "byte_ppl": "the same per byte, as lm-eval's byte_perplexity",
+    "word_ppl": "perplexity per word (between blanks), as lm-eval's word_perplexity",
+    "byte_ppl": "perplexity per byte, as lm-eval's byte_perplexity",
     "token_acc": "share of tokens that were the most likely ones",
     "exact_match": "share of replies that are the right answer, or whose pattern finds it",
     "strict_match": "share of replies whose number behind #### is right",
@@ -55,7 +55,7 @@ NOTES = """\
   token frequencies.
 - **control**: the same questions with their contexts swapped. It should fall to chance; where it
   does not, the choices alone, or memory, tell the answer. Of forty controls one seems to leak by
-  accident.
+  accident. Of a text: its tokens predicted behind another text, no better than the majority.
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
@@ -259,6 +259,8 @@ def seen_before(found: dict) -> str:
     """What lumen/overlap.py found."""
     text = f"contamination: {found['n_hit']} of {found['n']} questions ({found['share']:.1%})"
     text += " stand in the training data"
+    if found.get("short"):
+        text += f"; {found['short']} are too short to be looked for"
     return f"{text}; {found['said']}" if found.get("said") else text
 
 
