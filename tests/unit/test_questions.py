@@ -94,6 +94,9 @@ def test_what_was_stopped_goes_on(tmp_path):
     task = squares()
     assert ask(task, None, Ranks(), Answers(tmp_path, "a/b", "key")) == lines
     assert not task.asked
+    few = Answers(tmp_path, "a/b", "key")
+    few.finish(ask(squares(n=3), None, Ranks(), few))  # a smaller --limit takes no answer away
+    assert list(Answers(tmp_path, "a/b", "key").read().values()) == lines
     assert Answers(tmp_path, "a/b", "another model").read() == {}
 
 
