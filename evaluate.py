@@ -84,6 +84,9 @@ def check_range(args) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError("E002", f"command line: --{name} {value} is below {least}")
+    if args.lm_eval_path and not args.lm_eval:
+        text = "--lm_eval_path is where lm-eval looks for tasks; --lm_eval NAME says which"
+        raise UserError("E002", f"command line: {text}")
 
 
 class Run:
@@ -143,7 +146,11 @@ class Run:
         """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
         progress = Progress(task, self.say, self.main and sys.stderr.isatty())
-        lines = ask(task, self.asked, self.parallel, kept, bar=progress)
+        try:
+            lines = ask(task, self.asked, self.parallel, kept, bar=progress)
+        except KeyboardInterrupt:
+            self.say(f"stopped: {kept.whole.parent} has the answers; the same command goes on")
+            raise
         kept.close()
         progress.end()
         self.parallel.all_reduce_max([0])  # nobody writes any more
