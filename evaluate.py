@@ -75,15 +75,17 @@ def parser() -> Words:
     return p
 
 
-LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0}
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0, "seed": 0}
+MOST = 2**62  # a question's number is added to the seed
 
 
 def check_range(args) -> None:
     """E002."""
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError("E002", f"command line: --{name} {value} is below {least}")
+        if value is not None and not least <= value < MOST:
+            text = f"command line: --{name} {value} is not in [{least}, 2^62)"
+            raise UserError("E002", text)
     if args.lm_eval_path and not args.lm_eval:
         text = "--lm_eval_path is where lm-eval looks for tasks; --lm_eval NAME says which"
         raise UserError("E002", f"command line: {text}")
@@ -103,6 +105,10 @@ class Run:
         self.opened = opened = parallel.run_or_raise_on_all(open_model, args.model, *how)
         if opened.tokenizer is None:
             raise UserError("E501", f"{args.model} has no tokenizer.json; --tokenizer names one")
+        ids, rows = opened.tokenizer.n_vocab, opened.model.cfg.vocab_size
+        if ids > rows:
+            text = f"tokenizer {opened.tokenizer.name} has {ids:,} ids, {args.model} knows {rows:,}"
+            raise UserError("E113", text)
         template = chat.find_template(args.template) if args.template else opened.template
         scorer = Scorer(opened.model, opened.tokenizer)
         n_vocab = opened.tokenizer.n_vocab
@@ -164,6 +170,10 @@ class Run:
         about = (task.kind, task.name, task.metric, lines, self.asked.n_vocab, seconds)
         found = scores.scores_of(*about)
         how = {"kind": task.kind, "metric": task.metric, "about": task.about, "scores": found}
+        if cut := sum("cut" in line for line in lines):
+            text = f"{cut} of {len(lines)} prompts, whose beginning max_seq_len has no room for"
+            how["about"] = task.about | {"cut": text}
+            self.say(f"note       {task.name}: cut are {text}")
         how["date"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
         if task.kind == "reply":
             replies = [{"prompt": line["prompt"], "reply": line["reply"]} for line in lines]

@@ -23,7 +23,7 @@ import yaml
 from lumen.errors import UserError
 from lumen.evaluation_files import Record, records, sum_of
 from lumen.questions import Asked, Choices, Options, Question
-from lumen.scorer import common
+from lumen.scorer import common, line_of
 from lumen.scores import Score, Spread, verdict
 
 TASKS = 22
@@ -212,9 +212,7 @@ class Borders:
         else:
             bare = question.header + question.pairs[0][0]
             before = [min(1 + len(scorer.encode(bare)), len(wholes[0]) - 1)]
-        found = scorer.ids(list(zip(wholes, before)))
-        names = ("logprobs", "tokens", "greedy")
-        line = {name: list(values) for name, values in zip(names, zip(*found))}
+        line = line_of(scorer.ids(list(zip(wholes, before))))
         scored = [whole[n:] for whole, n in zip(wholes, before)]
         return line | {"bytes": [len(scorer.tokenizer.decode_bytes(ids)) for ids in scored]}
 

@@ -14,6 +14,7 @@ from lumen.files import sha256
 from lumen.inputs import Input, Reading, kind_of
 from lumen.readers import read_items
 from lumen.rows import csv_records, item_rows
+from lumen.vocabulary import mend_surrogates
 
 # What people call the splits, in their files' names or their folders'.
 TRAIN = ("train",)
@@ -110,8 +111,19 @@ def table(path: Path) -> list[Record]:
             if row.code:
                 text = f"{path}, line {row.line}: {row.value.reason} {row.value.excerpt}"
                 raise UserError("E127", text.rstrip())
-            found.append(Record(path, row.line, row.value))
+            found.append(Record(path, row.line, mended(row.value)))
     return found
+
+
+def mended(value):
+    """JSON may hold half a surrogate pair, which is no text."""
+    if isinstance(value, str):
+        return value if value.isascii() else mend_surrogates(value)
+    if isinstance(value, list):
+        return [mended(one) for one in value]
+    if isinstance(value, dict):
+        return {key: mended(one) for key, one in value.items()}
+    return value
 
 
 def csv_without_names(path: Path, header: tuple[str, ...]) -> list[Record]:

@@ -59,10 +59,11 @@ def task_of(name: str, form: Form, tables: list, n: int, options: Options) -> Ch
     for number, record in enumerate(records):
         record["number"] = number
     shots = Shots(form, n, options.seed, by_subject(pool))
-    about = {"path": ", ".join(map(str, paths[:4])), "sha256": files.sum_of([*paths, *beside])}
+    about = {"path": ", ".join(map(str, paths[:4])), "sha256": files.sum_of(paths)}
     about |= {"shots": n, "said": "asked as lm-eval 0.4.13 does"}
     if n:
         about["examples"] = str((beside or paths)[0])
+        about["examples_sha256"] = files.sum_of(beside or paths)
         shots.check(by_subject(records), about["examples"])
     return Choices(name, options, about, records, shots.ask, form.swap, form.metric)
 

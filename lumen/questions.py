@@ -5,7 +5,8 @@ that question only: not on the batch, the order, the number of processes. Scores
 (lumen/scores.py), by whoever reads them, and as often as one likes.
 
 kind choice: {i, answer, label, logprobs, tokens, bytes, greedy, control: {logprobs, greedy}};
-    lists with an entry a choice; a cloze is a choice of one, which counts where it is greedy
+    lists with an entry a choice; a cloze is a choice of one, which counts where it is greedy;
+    cut: tokens of its beginning that the model's context had no room for, where there are any
 kind text:   {i, nats, tokens, right, bytes, words, majority, control: {nats, tokens}};
     majority: nats under the text's own unigram frequencies, the best that sees no context
 kind reply:  {i, reply, ended, tokens, found: {metric: 0 to 1}, label, control: {found}}

@@ -230,7 +230,9 @@ def gsm8k(path: Path, options: Options) -> list[Task]:
         return Prompt(text, header, GSM8K_STOP)
 
     said = "prompt, stop texts and filters of lm-eval 0.4.13; a chat model by itself without shots"
-    about = about_of([*paths, *beside], shots, said)
+    about = about_of(paths, shots, said)
+    if beside:
+        about |= {"examples": str(beside[0]), "examples_sha256": files.sum_of(beside)}
     left = frozenset() if beside else numbers
     made = Replies("gsm8k", options, about, records, ask, judge_gsm8k, ("question",), shown=left)
     made.metric = "flexible_extract"
@@ -362,6 +364,10 @@ def read_function(row: files.Record) -> dict:
     entry = record["entry_point"]
     if not entry.isidentifier():
         raise row.bad("entry_point", "it should be the function's name")
+    try:
+        compile(record["test"], "test", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise row.bad("test", f"it is no Python, so that no reply would pass: {error}") from error
     answer = row.row.get("canonical_solution", "")
     return record | {"answer": answer, "label": entry}
 

@@ -331,6 +331,8 @@ def picture(path: Path, scores: list[Score]) -> None:
     for ax, (name, rows) in zip(axes[:, 0], panels.items()):
         draw(ax, rows)
         ax.set_xlabel(f"{name} ({rows[0].better} is better)")
+        if name.endswith("ppl"):  # chance has thousands of times what a model has
+            ax.set_xscale("log")
         if rows[0].better == "higher":
             ax.set_xlim(-0.02, 1.02)
     handles, labels = axes[0, 0].get_legend_handles_labels()

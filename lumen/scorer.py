@@ -24,6 +24,7 @@ class Scored(NamedTuple):
     logprob: float  # nats, the sum over its tokens
     tokens: int
     greedy: bool  # each of its tokens was the most likely
+    cut: int = 0  # tokens at the beginning of its context that there was no room for
 
 
 class Branches:
@@ -53,7 +54,7 @@ class Branches:
         self.sees[:-1, :-1] = same & (earlier <= earlier[:, None])
         self.last = None  # slots whose successor is asked for, as model.forward indexes with it
         self.keys, self.values = {}, {}  # by layer, of the slots that it computed
-        self.at = None  # those slots, (1, n), of the layer at hand
+        self.mask = None  # (slots, keys before them, what they may look at) of the last layer
 
     def ask(self, slots: list[int]) -> None:
         """Logits are wanted of these slots only."""
@@ -67,7 +68,6 @@ class Branches:
     def write(self, layer: int, slots, k, v):
         """k, v (1, n, G, D) of the tokens in `slots` (1, n), all that this layer computes (MoD may
         pass tokens by): returns them behind those of the trunk before, (1, G, all, D) each."""
-        self.at = slots
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.keys[layer], self.values[layer] = k, v
         if self.before and layer in self.before.keys:
@@ -78,11 +78,16 @@ class Branches:
     def visible(self, layer: int, slots):
         """Which of the keys that write has returned the tokens in `slots` may look at: bool
         (1, 1, n, all)."""
-        mask = self.sees[slots[0][:, None], self.at[0]]
+        seen = 0
         if self.before and layer in self.before.keys:
             seen = self.before.keys[layer].shape[2]
-            mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
-        return mask[None, None]
+        # most layers compute all tokens: the same tensor of slots
+        if self.mask is None or self.mask[0] is not slots or self.mask[1] != seen:
+            mask = self.sees[slots[0][:, None], slots[0]]
+            if seen:
+                mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
+            self.mask = (slots, seen, mask[None, None])
+        return self.mask[2]
 
 
 class Scorer:
@@ -98,10 +103,8 @@ class Scorer:
     # ---- texts
 
     def question(self, question: Question) -> dict:
-        """{logprobs, tokens, greedy}: lists, an entry a choice."""
-        found = self.pairs(question.pairs, question.header)
-        names = ("logprobs", "tokens", "greedy")
-        return {name: list(values) for name, values in zip(names, zip(*found))}
+        """As line_of says it."""
+        return line_of(self.pairs(question.pairs, question.header))
 
     def pairs(self, pairs, header: str = "") -> list[Scored]:
         """Of (context, continuation) texts, asked together; `header` stands before each context and
@@ -145,9 +148,10 @@ class Scorer:
         kept for later questions."""
         if max(len(whole) - n for whole, n in sequences) > self.room:
             return [self.in_pieces(*sequence) for sequence in sequences]
-        if max(len(whole) for whole, _ in sequences) - 1 > self.room:
+        lost = [max(0, len(whole) - 1 - self.room) for whole, _ in sequences]
+        if any(lost):
             shared = 0  # what is cut from the left has another beginning
-            sequences = [self.cut(*sequence) for sequence in sequences]
+            sequences = [(whole[n:], first - n) for (whole, first), n in zip(sequences, lost)]
         # the last id of a sequence predicts nothing
         inputs = [whole[:-1] for whole, _ in sequences]
         shared = min(shared, *(n - 1 for _, n in sequences))
@@ -156,20 +160,17 @@ class Scorer:
             trunk = trunk[: common(trunk, other)]
         with self.at_rest():
             before = self.trunk(tuple(trunk[:shared])) if shared else None
-            return self.branches(sequences, inputs, trunk[shared:], before)
-
-    def cut(self, whole: list[int], n: int) -> tuple[list[int], int]:
-        """To max_seq_len inputs and the target of the last: from the left."""
-        gone = max(0, len(whole) - 1 - self.room)
-        return whole[gone:], n - gone
+            found = self.branches(sequences, inputs, trunk[shared:], before)
+        return [one._replace(cut=n) for one, n in zip(found, lost)]
 
     def in_pieces(self, whole: list[int], n: int) -> Scored:
         """Of a continuation that may be longer than the model's context: piece by piece of half of
         that, each behind as much text as there is room for."""
         size = max(1, self.room // 2)
         pieces = [(whole[: first + size], first) for first in range(n, len(whole), size)]
-        logprobs, tokens, greedy = zip(*(self.ids([piece])[0] for piece in pieces))
-        return Scored(sum(logprobs), sum(tokens), all(greedy))
+        found = [self.ids([piece])[0] for piece in pieces]
+        logprobs, tokens, greedy, _ = zip(*found)
+        return Scored(sum(logprobs), sum(tokens), all(greedy), found[0].cut)
 
     @contextlib.contextmanager
     def at_rest(self):
@@ -234,6 +235,14 @@ class Scorer:
             logprobs.append((right - rows.logsumexp(-1)).cpu().double())
             greedy.append((rows.argmax(-1) == ids).cpu())
         return torch.cat(logprobs), torch.cat(greedy)
+
+
+def line_of(found: list[Scored]) -> dict:
+    """{logprobs, tokens, greedy}: lists, an entry a choice; and `cut`, tokens, where a context was
+    cut."""
+    logprobs, tokens, greedy, cut = (list(values) for values in zip(*found))
+    line = {"logprobs": logprobs, "tokens": tokens, "greedy": greedy}
+    return line | ({"cut": max(cut)} if any(cut) else {})
 
 
 def common(a, b) -> int:

@@ -14,7 +14,7 @@ import yaml
 
 from lumen.clean import NO_BLANKS
 from lumen.errors import UserError, expand
-from lumen.evaluation_files import Record, table
+from lumen.evaluation_files import Record, mended, table
 from lumen.files import sha256
 from lumen.questions import Options
 from lumen.replying import Prompt, Replies, Reply
@@ -121,7 +121,7 @@ def read_prompts(path: Path) -> list[dict]:
 def parsed(path: Path):
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return mended(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
     except OSError as error:
         raise UserError("E127", f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:

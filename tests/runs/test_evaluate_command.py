@@ -4,6 +4,7 @@ leaves, and what it refuses."""
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from rig import bytes_data, finish
 
 import evaluate
 import export
+from lumen import models
 from lumen import owner as owners
+from lumen import tokenizer as tokenizers
 from lumen.errors import UserError
 
 WORDS = ("red", "blue", "old", "new", "sea", "green")
@@ -140,6 +143,7 @@ def test_not_a_number_is_no_score(place, run, tmp_path):
         (["RUN", "--limit", "0"], "E002", "limit"),
         (["RUN", "--shots", "-1"], "E002", "shots"),
         (["RUN", "--lm_eval_path", "."], "E002", "--lm_eval NAME"),
+        (["RUN", "--seed", str(2**64)], "E002", "seed"),
         (["RUN", "--tasks", "humaneval:DIR"], "E002", "allow_code"),
         (["--compare", "/nowhere", "/nowhere"], "E128", "nowhere"),
     ],
@@ -198,21 +202,28 @@ def test_a_report_that_cannot_be_written(place, run, tmp_path):
     assert caught.value.code == "E119"
 
 
-def test_each_rank_has_a_device_of_its_own(run, monkeypatch):
-    from lumen import models
+class OfGpu3:
+    """A rank of several."""
+
+    rank, device = 1, torch.device("cuda", 3)
+
+    def run_or_raise_on_all(self, do, *args):
+        return do(*args)
+
+
+def test_each_rank_has_a_device_and_all_a_tokenizer_that_fits(run, monkeypatch):
+    devices = []
+    opened = SimpleNamespace(tokenizer=tokenizers.load("bytes"), model=SimpleNamespace())
+    opened.model.cfg = SimpleNamespace(vocab_size=200)
 
     def open_model(path, best, step, tokenizer, device, *more):
-        raise UserError("E304", device)
-
-    class OfGpu3:
-        rank, device = 1, torch.device("cuda", 3)
-
-        def run_or_raise_on_all(self, do, *args):
-            return do(*args)
+        devices.append(device)
+        return opened
 
     monkeypatch.setattr(models, "open_model", open_model)
-    with pytest.raises(UserError, match="cuda:3"):
+    with pytest.raises(UserError, match="bytes has 260 ids, .* knows 200") as caught:
         evaluate.Run(evaluate.parser().parse_args([str(run)]), OfGpu3())
+    assert caught.value.code == "E113" and devices == ["cuda:3"]
 
 
 def test_two_tasks_of_slurm_are_no_two_evaluations(run, monkeypatch):
@@ -221,3 +232,9 @@ def test_two_tasks_of_slurm_are_no_two_evaluations(run, monkeypatch):
     with pytest.raises(UserError, match="srun started 2") as caught:
         evaluate.main([str(run)])
     assert caught.value.code == "E600"
+
+
+def test_prompts_that_were_cut_are_counted(place, run, tmp_path):
+    assert evaluate.main(asked(place, run, tmp_path, "--shots", 3)) == 0
+    assert "cut 4 of 4 prompts, whose beginning" in (tmp_path / "report.md").read_text()
+    assert evaluate.main(["--compare", str(tmp_path), str(tmp_path)]) == 0

@@ -149,6 +149,7 @@ def test_three_kinds_of_local_tasks_say_what_the_exported_folder_says(pair, fold
     assert row.majority == max(map(answers.count, answers)) / 12
     row = rows["lm-eval/own_rolling", "bits_per_byte"]
     assert row.better == "lower" and row.chance is None
+    assert row.low is None and not row.verdict  # lm-eval has no error of it, and n is not 1
 
 
 EDGES = {

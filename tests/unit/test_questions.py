@@ -191,6 +191,15 @@ def test_choices_of_ones_own(tmp_path):
     assert list(task.texts())[2] == (2, "Question: 1 + 3?\nAnswer: 4")
 
 
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    row = {"question": "\ud800?", "choices": ["\udc00b", "é"], "answer": 0, "examples": []}
+    row["examples"].append({**row, "examples": None})
+    task = only(write(tmp_path / "q.jsonl", [row, row]))
+    question = task.ask(task.records[0])
+    assert question.pairs[0] == ("Question: \ufffd?\nAnswer:", " \ufffdb")
+    assert question.header == "Question: \ufffd?\nAnswer: \ufffdb\n\n"
+
+
 def test_by_letter(tmp_path):
     task = only(write(tmp_path / "sums.jsonl", ROWS), Options(by_letter=True))
     question = task.ask(task.records[2])

@@ -236,6 +236,12 @@ def test_functions_are_run_where_that_is_allowed(tmp_path, template):
     assert silent["found"] == {"pass@1": 0.0}
 
 
+def test_tests_that_are_no_python_are_no_failure_of_the_model(tmp_path):
+    path = write(tmp_path / "own.jsonl", [FUNCTIONS[0] | {"test": "def check(f"}])
+    with pytest.raises(UserError, match="E127.*line 1: test is .*no Python"):
+        READERS["functions"](path, Options(allow_code=True))
+
+
 # ---------------------------------------------------------------- what a reply depends on
 
 

@@ -95,6 +95,12 @@ def test_long_texts_are_cut_from_the_left():
     ids = TOKENIZER.encode("d " + "e" * 63).tolist()
     assert found[1].logprob == pytest.approx(by_hand(model, ids, 1)[0], abs=1e-3)
     assert found[1].tokens == 64  # with the space
+    whole = len(HEADER + "word " * 30 + "end")
+    assert [one.cut for one in found] == [whole - 65, whole + 60 - 65]
+    assert (
+        scorer.question(Question((("word " * 30, "end"),), 0, header=HEADER))["cut"] == whole - 65
+    )
+    assert "cut" not in scorer.question(Question((("word", "end"),), 0))
 
 
 def test_all_of_a_choice_counts_that_is_longer_than_the_context():
