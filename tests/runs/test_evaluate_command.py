@@ -148,7 +148,8 @@ def test_not_a_number_is_no_score(place, run, tmp_path):
         (["--compare", "/nowhere", "/nowhere"], "E128", "nowhere"),
     ],
 )
-def test_what_is_refused(place, run, words, code, text):
+def test_what_is_refused(place, run, words, code, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # out/eval is there
     named = {"RUN": str(run), "humaneval:DIR": f"humaneval:{place / 'next.jsonl'}"}
     with pytest.raises(UserError, match=text) as caught:
         evaluate.main([named.get(word, word) for word in words])
