@@ -34,7 +34,7 @@ from lumen.overlap import overlap
 from lumen.owner import Owner
 from lumen.parallel import Parallel
 from lumen.questions import Asked, Options, Task
-from lumen.scorer import Scorer
+from lumen.scorer import Packed, Scorer
 
 # ---------------------------------------------------------------- the command
 
@@ -59,6 +59,8 @@ def parser() -> Words:
     p.add_argument("--prompts", metavar="FILE", help="smoke prompts of your own")
     p.add_argument("--template", help="of prompts; default: the one that the model was trained on")
     p.add_argument("--allow_code", action="store_true", help="run what the model writes, here")
+    text = "questions a forward pass, up to so many tokens: faster, but equal to rounding only"
+    p.add_argument("--pack", type=int, default=0, metavar="N", help=text)
     p.add_argument("--core_dir", metavar="DIR", help="CORE's bundle: its 22 tasks")
     p.add_argument("--lm_eval", default="", help="tasks of lm-eval (pip install lm-eval)")
     p.add_argument("--lm_eval_path", metavar="DIR", help="tasks of lm-eval that you wrote")
@@ -75,7 +77,7 @@ def parser() -> Words:
     return p
 
 
-LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0, "seed": 0}
+LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0, "seed": 0, "pack": 0}
 MOST = 2**62  # a question's number is added to the seed
 
 
@@ -111,6 +113,8 @@ class Run:
             raise UserError("E113", text)
         template = chat.find_template(args.template) if args.template else opened.template
         scorer = Scorer(opened.model, opened.tokenizer)
+        if args.pack:
+            scorer = Packed(opened.model, opened.tokenizer, args.pack)
         n_vocab = opened.tokenizer.n_vocab
         self.asked = Asked(opened.model, opened.tokenizer, template, n_vocab, scorer)
         names = ("shots", "limit", "seed", "by_letter", "allow_code", "stride", "prompts")
@@ -143,6 +147,7 @@ class Run:
         opened, model = self.opened, self.asked.model
         facts = {"model": opened.sha256, "dtype": str(model.compute_dtype), "task": task.about}
         facts |= {"tokenizer": opened.tokenizer.to_json(), "device": self.parallel.device.type}
+        facts["pack"] = self.args.pack
         facts["template"] = self.asked.template and chat.describe(self.asked.template)
         options = dataclasses.asdict(self.options)
         del options["limit"]  # it chooses questions, and says nothing of an answer
@@ -209,6 +214,7 @@ class Run:
             "precision": str(self.asked.model.compute_dtype).removeprefix("torch."),
             "device": str(self.parallel.device),
             "processes": self.parallel.world,
+            "pack": self.args.pack,
             "command": sys.argv,
         }
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from lumen.errors import UserError, raise_if
 from lumen.evaluation import never
 from lumen.files import replacing
 from lumen.questions import Asked, Task
+from lumen.scorer import Packed
 
 ROUND = 8  # questions that each rank asks before the ranks hear of one another
 
@@ -38,8 +40,7 @@ def ask(
         error = fault = None
         mine = todo[begin + first : begin + ranks * ROUND : ranks]
         try:
-            for i in mine:
-                line = task.line(i, asked)
+            for line in lines_of(task, mine, asked):
                 found[line["i"]] = line
                 if writes:
                     kept.append(line)
@@ -59,6 +60,15 @@ def ask(
     for others in parallel.gather(found):
         lines |= others
     return [lines[task.number(i)] for i in range(len(task))]
+
+
+def lines_of(task: Task, some: list[int], asked: Asked) -> Iterator[dict]:
+    """Of these questions; one by one, so that each is written down at once."""
+    if task.kind == "choice" and isinstance(asked.scorer, Packed):
+        yield from asked.scorer.lines(task, some, asked)
+    else:
+        for i in some:
+            yield task.line(i, asked)
 
 
 def key_of(facts: dict) -> str:

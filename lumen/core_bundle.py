@@ -20,10 +20,11 @@ from pathlib import Path
 
 import yaml
 
+from lumen.branches import common
 from lumen.errors import UserError
 from lumen.evaluation_files import Record, records, sum_of
 from lumen.questions import Asked, Choices, Options, Question
-from lumen.scorer import common, line_of
+from lumen.scorer import line_of
 from lumen.scores import Score, Spread, verdict
 
 TASKS = 22

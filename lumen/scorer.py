@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from lumen.branches import Branches, Tree, common, tree_of
 from lumen.questions import Question
 from lumen.replies import uncompiled
 
@@ -25,69 +26,6 @@ class Scored(NamedTuple):
     tokens: int
     greedy: bool  # each of its tokens was the most likely
     cut: int = 0  # tokens at the beginning of its context that there was no room for
-
-
-class Branches:
-    """What one forward pass over a trunk and its branches needs in the place of a model.KVCache.
-
-    Slot s of the row holds a token of the trunk (its first `trunk` slots) or of a branch; a token
-    sees the trunk, up to itself, and what of its own branch came before. Positions are those that a
-    branch would have behind the trunk alone. `before`: the Branches of a trunk that was computed
-    earlier and is seen by all, which has kept its keys and values.
-    """
-
-    def __init__(self, trunk: int, branches: list[int], device, before: Branches | None = None):
-        self.before = before
-        self.length = trunk + sum(branches)  # tokens; the slot behind is padding, which sees none
-        first = before.length if before else 0
-        positions = [torch.arange(trunk)]
-        of = [torch.zeros(trunk, dtype=torch.long)]  # the branch of each slot; 0: the trunk
-        for number, n in enumerate(branches, 1):
-            positions.append(trunk + torch.arange(n))
-            of.append(torch.full((n,), number))
-        self.positions = first + torch.cat(positions)[None].to(device)  # (1, T)
-        of = torch.cat(of).to(device)
-        earlier = torch.arange(self.length, device=device)
-        # (T + 1, T + 1): whether the token of a slot (row) sees that of another (column)
-        self.sees = torch.zeros(self.length + 1, self.length + 1, dtype=torch.bool, device=device)
-        same = (of[:, None] == of) | (of == 0)
-        self.sees[:-1, :-1] = same & (earlier <= earlier[:, None])
-        self.last = None  # slots whose successor is asked for, as model.forward indexes with it
-        self.keys, self.values = {}, {}  # by layer, of the slots that it computed
-        self.mask = None  # (slots, keys before them, what they may look at) of the last layer
-
-    def ask(self, slots: list[int]) -> None:
-        """Logits are wanted of these slots only."""
-        columns = torch.tensor(slots, device=self.sees.device)
-        self.last = torch.zeros_like(columns), columns
-
-    def place(self, idx):
-        slots = torch.arange(self.length, device=idx.device)[None]
-        return self.positions, slots
-
-    def write(self, layer: int, slots, k, v):
-        """k, v (1, n, G, D) of the tokens in `slots` (1, n), all that this layer computes (MoD may
-        pass tokens by): returns them behind those of the trunk before, (1, G, all, D) each."""
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        self.keys[layer], self.values[layer] = k, v
-        if self.before and layer in self.before.keys:
-            k = torch.cat((self.before.keys[layer], k), dim=2)
-            v = torch.cat((self.before.values[layer], v), dim=2)
-        return k, v
-
-    def visible(self, layer: int, slots):
-        """Which of the keys that write has returned the tokens in `slots` may look at: bool
-        (1, 1, n, all)."""
-        seen = 0
-        if self.before and layer in self.before.keys:
-            seen = self.before.keys[layer].shape[2]
-        # most layers compute all tokens: the same tensor of slots
-        if self.mask is None or self.mask[0] is not slots or self.mask[1] != seen:
-            mask = self.sees[slots[0][:, None], slots[0]]
-            if seen:
-                mask = torch.cat((mask.new_ones(len(mask), seen), mask), dim=1)
-            self.mask = (slots, seen, mask[None, None])
-        return self.mask[2]
 
 
 class Scorer:
@@ -152,16 +90,11 @@ class Scorer:
         if any(lost):
             shared = 0  # what is cut from the left has another beginning
             sequences = [(whole[n:], first - n) for (whole, first), n in zip(sequences, lost)]
-        # the last id of a sequence predicts nothing
-        inputs = [whole[:-1] for whole, _ in sequences]
-        shared = min(shared, *(n - 1 for _, n in sequences))
-        trunk = inputs[0]
-        for other in inputs[1:]:
-            trunk = trunk[: common(trunk, other)]
-        with self.at_rest():
-            before = self.trunk(tuple(trunk[:shared])) if shared else None
-            found = self.branches(sequences, inputs, trunk[shared:], before)
+        found = self.answer(tree_of(sequences, shared))
         return [one._replace(cut=n) for one, n in zip(found, lost)]
+
+    def answer(self, tree: Tree) -> list[Scored]:
+        return self.run([tree])[0]
 
     def in_pieces(self, whole: list[int], n: int) -> Scored:
         """Of a continuation that may be longer than the model's context: piece by piece of half of
@@ -189,7 +122,7 @@ class Scorer:
         """What questions begin with alike, computed by itself: so it is the same for all of them,
         whichever comes first."""
         if self.header is None or self.header[0] != ids:
-            made = Branches(len(ids), [], self.device)
+            made = Branches([(len(ids), [])], self.device)
             made.ask([len(ids) - 1])
             self.model(torch.tensor([ids], device=self.device), cache=made)
             self.header = (ids, made)
@@ -199,31 +132,24 @@ class Scorer:
     def device(self):
         return self.model.embed.weight.device
 
-    def branches(self, sequences, inputs, trunk, before) -> list[Scored]:
-        """One forward pass over the trunk and what each sequence has behind it."""
-        first = before.length if before else 0
-        behind = [ids[first + len(trunk) :] for ids in inputs]
-        row = Branches(len(trunk), [len(ids) for ids in behind], self.device, before)
-        wanted, targets = [], []  # slots, and the ids that should follow
-        start = len(trunk)
-        for (whole, n), ids in zip(sequences, behind):
-            for at in range(n - 1, len(whole) - 1):  # whole[at] predicts whole[at + 1]
-                in_trunk = at - first
-                slot = in_trunk if in_trunk < len(trunk) else start + in_trunk - len(trunk)
-                wanted.append(slot)
-                targets.append(whole[at + 1])
-            start += len(ids)
-        row.ask(wanted)
-        idx = [*trunk, *(i for ids in behind for i in ids)]
-        logits = self.model(torch.tensor([idx], device=self.device), cache=row)  # (n, V)
-        logprobs, greedy = self.likelihoods(logits, torch.tensor(targets, device=self.device))
-        found, at = [], 0
-        for whole, n in sequences:
-            part = slice(at, at + len(whole) - n)
-            total = logprobs[part].sum().item()
-            found.append(Scored(total, len(whole) - n, bool(greedy[part].all())))
-            at = part.stop
-        return found
+    def run(self, trees: list[Tree]) -> list[list[Scored]]:
+        """One forward pass over trees, all with the same `before`."""
+        wanted, targets, idx = [], [], []
+        for tree in trees:
+            slots, following = tree.wanted()
+            wanted += [len(idx) + slot for slot in slots]
+            targets += following
+            idx += tree.ids()
+        with self.at_rest():
+            before = self.trunk(trees[0].before) if trees[0].before else None
+            row = Branches([tree.sizes() for tree in trees], self.device, before)
+            row.ask(wanted)
+            logits = self.model(torch.tensor([idx], device=self.device), cache=row)  # (n, V)
+            found = self.likelihoods(logits, torch.tensor(targets, device=self.device))
+        lengths = [len(whole) - n for tree in trees for whole, n in tree.sequences]
+        parts = zip(*(values.split(lengths) for values in found))
+        every = (Scored(p.sum().item(), len(p), bool(hits.all())) for p, hits in parts)
+        return [[next(every) for _ in tree.sequences] for tree in trees]
 
     def likelihoods(self, logits, targets):
         """Of logits (n, V) and ids (n,): log-probabilities in fp64 and whether each id is the most
@@ -237,15 +163,46 @@ class Scorer:
         return torch.cat(logprobs), torch.cat(greedy)
 
 
+class Packed(Scorer):
+    """Several questions a forward pass, up to so many tokens: faster where passes are small for the
+    device. Their answers agree with those of one pass each to rounding only."""
+
+    def __init__(self, model, tokenizer, tokens: int):
+        super().__init__(model, tokenizer)
+        self.tokens = tokens
+        self.waiting: list[Tree] = []
+        self.found = None  # what comes for them; None: they are still being collected
+
+    def lines(self, task, some: list[int], asked) -> list[dict]:
+        """Of these questions, each asked twice: what it wants to know is collected, and then told.
+        A line is a function of what it is told, so it wants the same."""
+        self.waiting, self.found = [], None
+        for i in some:
+            task.line(i, asked)
+        self.found = iter(self.run_packs())
+        return [task.line(i, asked) for i in some]
+
+    def answer(self, tree: Tree) -> list[Scored]:
+        if self.found is not None:
+            return next(self.found)
+        self.waiting.append(tree)
+        return [Scored(0.0, len(whole) - n, False) for whole, n in tree.sequences]
+
+    def run_packs(self) -> list[list[Scored]]:
+        found, pack, size = [], [], 0
+        for tree in self.waiting:
+            more = len(tree.ids())
+            if pack and (pack[0].before != tree.before or size + more > self.tokens):
+                found += self.run(pack)
+                pack, size = [], 0
+            pack.append(tree)
+            size += more
+        return found + (self.run(pack) if pack else [])
+
+
 def line_of(found: list[Scored]) -> dict:
     """{logprobs, tokens, greedy}: lists, an entry a choice; and `cut`, tokens, where a context was
     cut."""
     logprobs, tokens, greedy, cut = (list(values) for values in zip(*found))
     line = {"logprobs": logprobs, "tokens": tokens, "greedy": greedy}
     return line | ({"cut": max(cut)} if any(cut) else {})
-
-
-def common(a, b) -> int:
-    """How many elements two lists begin with alike."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)

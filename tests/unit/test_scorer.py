@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lumen import tokenizer as tokenizers
-from lumen.questions import Choices, Options, Question, partner
-from lumen.scorer import Scorer
+from lumen.answers import lines_of
+from lumen.questions import Asked, Choices, Options, Question, partner
+from lumen.scorer import Packed, Scorer
 from model import ModelConfig, Transformer
 
 TOKENIZER = tokenizers.load("bytes")
@@ -76,6 +77,29 @@ def test_bits_depend_on_the_question_only(kind):
     back = [together.question(question) for question in reversed(questions)]
     alone = [Scorer(model, TOKENIZER).question(question) for question in questions]
     assert forth == back[::-1] == alone
+
+
+@pytest.mark.parametrize("kind", ["dense", "both", "depths by position"])
+def test_packs_agree_with_passes_of_their_own(kind):
+    rows = [{"q": "word " * k, "c": [" a", " bc" * k, "e" * 70][: 2 + k % 2]} for k in range(1, 13)]
+
+    def ask(row):
+        header = HEADER if len(row["q"]) % 3 else ""
+        return Question(tuple((row["q"], choice) for choice in row["c"]), 0, header=header)
+
+    model = make_model(**KINDS[kind])
+    task = Choices("t", Options(), records=rows, ask=ask, swap=("q",))
+    plain = Asked(model, TOKENIZER, scorer=Scorer(model, TOKENIZER))
+    packed = Asked(model, TOKENIZER, scorer=Packed(model, TOKENIZER, 300))
+    passes = []
+    run = packed.scorer.run
+    packed.scorer.run = lambda trees: passes.append(len(trees)) or run(trees)
+    found = [list(lines_of(task, range(12), asked)) for asked in (plain, packed)]
+    assert 1 < max(passes) < 24 and len(passes) > 2
+    for one, other in zip(*found):
+        for a, b in ((one, other), (one["control"], other["control"])):
+            assert a.pop("logprobs") == pytest.approx(b.pop("logprobs"), abs=1e-4)
+        assert one == other
 
 
 def test_a_model_is_left_as_it_was():
