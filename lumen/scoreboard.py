@@ -53,13 +53,13 @@ NOTES = """\
 - **chance**: a model that finds all choices, or all tokens, equally likely.
 - **majority**: the answer that is most often right, given to every question; of a text, its own
   token frequencies.
-- **control**: the same questions with their contexts swapped. It should fall to chance; where it
-  does not, the choices alone, or memory, tell the answer. Of forty controls one seems to leak by
-  accident. Of a text: its tokens predicted behind another text, no better than the majority.
+- **control**: the same questions with their contexts swapped; of a text its tokens behind those of
+  another. It should fall to chance; where it does not, the choices alone, or memory, tell the
+  answer. Of forty controls one seems to leak by accident. Of a text it may be worse than chance.
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
-UNKNOWN = "contamination: not looked for, since no training data of this model are here"
+UNKNOWN = "contamination: not looked for: no training data of this model are here, or 0 are to be"
 
 # ---------------------------------------------------------------- files
 
@@ -235,12 +235,13 @@ def report(results: dict, drawn: bool = False) -> list[str]:
         lines += ["![scores](picture.png)", ""]
     if rest:
         lines += ["## Other metrics of the same answers", "", *markdown_table(score_rows(rest)), ""]
-    names = dict.fromkeys(score.metric for score in scores)
-    said = [f"- **{name}**: {MEANING[name]}" for name in names if name in MEANING]
+    names = {score.metric for score in scores}
+    said = [f"- **{name}**: {text}" for name, text in MEANING.items() if name in names]
     lines += ["## What the metrics mean", "", *said, ""]
     lines += ["## Tasks", ""]
     for name, task in results["tasks"].items():
-        about = [f"{key} {value}" for key, value in plain(task.get("about") or {}).items()]
+        about = plain(task.get("about") or {}).items()
+        about = [f"{key} {value}" for key, value in about if value not in ("", None)]
         about += [f"{score.seconds:.1f} s" for score in task["scores"][:1]]
         lines.append(f"- **{name}**: {', '.join(about) or 'built in'}")
         if task.get("contamination"):
@@ -260,7 +261,7 @@ def seen_before(found: dict) -> str:
     text = f"contamination: {found['n_hit']} of {found['n']} questions ({found['share']:.1%})"
     text += " stand in the training data"
     if found.get("short"):
-        text += f"; {found['short']} are too short to be looked for"
+        text += f"; {found['short']} more are too short to look for"
     return f"{text}; {found['said']}" if found.get("said") else text
 
 
@@ -330,6 +331,8 @@ def picture(path: Path, scores: list[Score]) -> None:
     for ax, (name, rows) in zip(axes[:, 0], panels.items()):
         draw(ax, rows)
         ax.set_xlabel(f"{name} ({rows[0].better} is better)")
+        if name.endswith("ppl"):  # chance has thousands of times what a model has
+            ax.set_xscale("log")
         if rows[0].better == "higher":
             ax.set_xlim(-0.02, 1.02)
     handles, labels = axes[0, 0].get_legend_handles_labels()
