@@ -77,11 +77,13 @@ class Task:
 
 def chosen(n: int, options: Options, shown=frozenset()) -> list[int]:
     """Which of n questions are asked, in order: all but those that are `shown` as examples, or
-    `limit` of them drawn by the seed, since many files are sorted by answer."""
+    `limit` of them drawn by the seed, since many files are sorted by answer. Those of a small limit
+    are among those of a larger one, which `sample` does not promise."""
     numbers = [i for i in range(n) if i not in shown]
     if options.limit is None or options.limit >= len(numbers):
         return numbers
-    return sorted(random.Random(options.seed).sample(numbers, options.limit))
+    random.Random(options.seed).shuffle(numbers)
+    return sorted(numbers[: options.limit])
 
 
 def partner(i: int, n: int) -> int:

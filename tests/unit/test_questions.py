@@ -158,6 +158,8 @@ def test_a_signal_leaves_and_a_fault_is_no_silence():
 def test_which_questions_are_asked_depends_on_the_seed_only():
     some = chosen(100, Options(limit=10))
     assert some == chosen(100, Options(limit=10)) == sorted(set(some))
+    few = [set(chosen(642, Options(limit=limit))) for limit in (5, 60, 100, 500)]
+    assert few[0] < few[1] < few[2] < few[3], "a larger limit asks only what is new"
     assert some != list(range(10)) and chosen(5, Options(limit=10)) == [0, 1, 2, 3, 4]
     assert sorted(partner(i, 7) for i in range(7)) == list(range(7))
     assert all(partner(i, n) != i for n in (2, 3, 7) for i in range(n))
