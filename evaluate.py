@@ -156,7 +156,9 @@ class Run:
     def lines(self, task: Task) -> tuple[list[dict], float]:
         """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
-        progress = Progress(task, self.say, self.main and sys.stderr.isatty())
+        known = kept.read()
+        before = sum(task.number(i) in known for i in range(len(task)))
+        progress = Progress(task, before, self.say, self.main and sys.stderr.isatty())
         try:
             lines = ask(task, self.asked, self.parallel, kept, bar=progress)
         except KeyboardInterrupt:
@@ -251,9 +253,11 @@ class Progress:
 
     SECONDS = 30  # between two lines
 
-    def __init__(self, task: Task, say, terminal: bool):
-        self.task, self.say = task, say
-        self.bar = tqdm(total=len(task), desc=task.name, unit="q", disable=not terminal)
+    def __init__(self, task: Task, before: int, say, terminal: bool):
+        """before: questions that have an answer already."""
+        self.task, self.before, self.say = task, before, say
+        more = {"desc": task.name, "unit": "q", "disable": not terminal}
+        self.bar = tqdm(initial=before, total=len(task), **more)
         self.asked = 0  # now, and not before
         self.began = self.told = time.perf_counter()
 
@@ -262,7 +266,10 @@ class Progress:
         self.bar.update(n)
         if self.bar.disable and time.perf_counter() - self.told > self.SECONDS:
             self.told = time.perf_counter()
-            self.say(f"{self.task.name}: {self.asked} of {len(self.task)} questions{self.speed()}")
+            done = self.before + self.asked
+            left = (len(self.task) - done) * self.seconds() / self.asked
+            text = f"{self.task.name}: {done} of {len(self.task)} questions{self.speed()}"
+            self.say(f"{text}, {left:.0f} s left")
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began

@@ -161,6 +161,15 @@ def asked(place, run, out, *more) -> list[str]:
     return [str(word) for word in words]
 
 
+def test_progress_begins_behind_what_is_answered(place, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.Progress, "SECONDS", -1)
+    evaluate.main(asked(place, run, tmp_path))
+    told = capsys.readouterr().err
+    assert "next: 4 of 4 questions" in told and "a second, 0 s left" in told
+    evaluate.main(asked(place, run, tmp_path, "--limit", 9))
+    assert "next: 9 of 9 questions" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_what_is_kept(place, run, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
