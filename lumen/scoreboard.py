@@ -59,7 +59,7 @@ NOTES = """\
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
-UNKNOWN = "contamination: not looked for: no training data of this model are here, or 0 are to be"
+UNKNOWN = "contamination: not looked for: training data of this model are not here or not wanted"
 
 # ---------------------------------------------------------------- files
 
