@@ -56,7 +56,7 @@ def open_model(
     the newest checkpoint, or the `best`, or that of `step`; `tokenizer`: a file or a name, what
     lies with the model by default. UserError E304: no model there; E303, E306: it is damaged, or of
     a newer version; E305: its tensors do not fit its configuration; E311: its adapters' base is
-    gone or another; E401: a foreign folder that cannot be read exactly; E500: `best` or `step` of
+    gone or another; E401: a foreign folder that cannot be read exactly; E002: `best` or `step` of
     what has no steps."""
     here = detect(device, precision, False)
     opened = read_model(path, best, step, tokenizer, say)
@@ -80,13 +80,13 @@ def make_ready(model: Transformer, here: Machine) -> None:
 def read_model(path, best=False, step=None, tokenizer=None, say=print) -> Opened:
     """As open_model, but in fp32 on the CPU."""
     if best and step is not None:
-        raise UserError("E500", "--best and --step name two checkpoints; give one of them")
+        raise UserError("E002", "--best and --step name two checkpoints; give one of them")
     folder = Path(expand(str(path)))
     read = reader_of(folder)
     if read is None:
         return read_run(folder, best, step, tokenizer, say)
     if best or step is not None:
-        raise UserError("E500", f"{folder} is no run: no steps for --best or --step to choose from")
+        raise UserError("E002", f"{folder} is no run: no steps for --best or --step to choose from")
     return read(folder, tokenizer)
 
 

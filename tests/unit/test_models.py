@@ -325,7 +325,7 @@ def test_what_was_looked_for_is_said(home, tmp_path):
     for kind in ("huggingface", "quantised"):
         for options in ({"best": True}, {"step": 3}):
             assert "is no run" in code(open_model, home / kind, **options, **CPU)
-    assert code(open_model, home / "run", best=True, step=3).startswith("E500")
+    assert code(open_model, home / "run", best=True, step=3).startswith("E002")
 
 
 def test_a_foreign_folder_is_read_exactly_or_refused(home, tmp_path):

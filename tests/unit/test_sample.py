@@ -407,7 +407,7 @@ def test_newest_best_and_step(run, capsys):
     assert S.load(f"{run}/step_00000001", device="cpu")[2] == 1
     assert "step 1," in command(capsys, run, "--best", "--prompt", "a")[1]
     assert "step 2," in command(capsys, run, "--step", "2", "--prompt", "a")[1]
-    assert code(S.load, run, best=True, step=1).startswith("E500")
+    assert code(S.load, run, best=True, step=1).startswith("E002")
     assert code(S.load, run, step=9).startswith("E304")
     assert code(S.main, [f"{run}x", "--prompt", "a"]).startswith("E304")
 
