@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lumen import chat, comparing, core_bundle, scoreboard, scores
-from lumen.answers import Answers, ask, key_of
+from lumen.answers import Answers, ask, code_sum, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
 from lumen.evaluate_names import translate
@@ -148,6 +148,8 @@ class Run:
         facts["template"] = self.asked.template and chat.describe(self.asked.template)
         options = dataclasses.asdict(self.options)
         del options["limit"]  # it chooses questions, and says nothing of an answer
+        # labels may lie in another file than questions, and how both are asked in our code
+        facts |= {"records": getattr(task, "records", None), "code": code_sum()}
         return key_of(facts | {"options": options, "name": task.name})
 
     def lines(self, task: Task) -> tuple[list[dict], float]:
