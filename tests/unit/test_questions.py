@@ -185,7 +185,7 @@ def test_choices_of_ones_own(tmp_path):
     assert [question.answer for question in questions] == [0, 1, 1]
     assert questions[1].pairs[0] == ("Question: 1 + 2?\nAnswer:", " 2")
     assert (task.name, task.metric, task.swap) == ("sums", "acc_bytes", ("question",))
-    assert list(task.texts())[2] == (2, "Question: 1 + 3?\nAnswer: 4")
+    assert list(task.texts())[2] == (2, "1 + 3? 4")
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
