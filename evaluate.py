@@ -49,10 +49,10 @@ def parser() -> Words:
     names = f"names or files, with commas between (default {','.join(TASKS)})"
     p.add_argument("--tasks", default="", help=names)
     p.add_argument("--data", metavar="DIR", help="where files of public tasks lie, by name")
-    p.add_argument("--out", metavar="DIR", help="default: out/eval/MODEL")
+    p.add_argument("--out", metavar="DIR", help="default: out/eval/NAME-STEP")
     p.add_argument("--limit", type=int, metavar="N", help="questions a task, drawn by --seed")
     p.add_argument("--shots", type=int, metavar="K", help="examples before each question")
-    p.add_argument("--seed", type=int, default=1234)
+    p.add_argument("--seed", type=int, default=1234, help="of what is drawn (default 1234)")
     p.add_argument("--by_letter", action="store_true", help="list choices, compare their letters")
     p.add_argument("--no_control", action="store_true", help="no swapped questions: half the time")
     p.add_argument("--stride", type=int, metavar="N", help="of texts: tokens a window moves on by")
@@ -69,7 +69,7 @@ def parser() -> Words:
     )
     p.add_argument("--detailed", action="store_true", help="all replies, in OUT/replies.md")
     p.add_argument("--best", action="store_true", help="the step of the lowest validation loss")
-    p.add_argument("--step", type=int, metavar="N")
+    p.add_argument("--step", type=int, metavar="N", help="that step; default: the newest")
     p.add_argument("--tokenizer", metavar="FILE", help="default: the model's")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16")
@@ -88,6 +88,9 @@ def check_range(args) -> None:
         if value is not None and not least <= value < MOST:
             text = f"command line: --{name} {value} is not in [{least}, 2^62)"
             raise UserError("E002", text)
+    if args.lm_eval_path and not args.lm_eval:
+        text = "--lm_eval_path is where lm-eval looks for tasks; --lm_eval NAME says which"
+        raise UserError("E002", f"command line: {text}")
 
 
 class Run:
@@ -156,7 +159,11 @@ class Run:
         """Of all questions, and how many seconds those took that were asked now."""
         kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
         progress = Progress(task, self.say, self.main and sys.stderr.isatty())
-        lines = ask(task, self.asked, self.parallel, kept, bar=progress)
+        try:
+            lines = ask(task, self.asked, self.parallel, kept, bar=progress)
+        except KeyboardInterrupt:
+            self.say(f"stopped: {kept.whole.parent} has the answers; the same command goes on")
+            raise
         kept.close()
         progress.end()
         self.parallel.all_reduce_max([0])  # nobody writes any more

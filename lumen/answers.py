@@ -145,9 +145,11 @@ class Answers:
             file.writelines(map(as_text, ({"key": self.key}, *lines)))
 
     def finish(self, lines: list[dict]) -> None:
-        """All of them, in order, in one file; by one rank, when the others have closed theirs."""
+        """All of them, in order, in one file; by one rank, when the others have closed theirs.
+        Those of before that a smaller --limit has not asked for stay, for a larger one."""
+        kept = self.read() | {line["i"]: line for line in lines}
         try:
-            self.replace(self.whole, lines)
+            self.replace(self.whole, (kept[i] for i in sorted(kept)))
             for path in self.whole.parent.glob(self.parts):
                 path.unlink()
         except OSError as error:

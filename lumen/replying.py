@@ -346,7 +346,7 @@ def functions(path: Path, options: Options, name: str = "") -> list[Task]:
     name = name or path.stem
     if not options.allow_code:
         text = f"{name} would run what a model wrote, on this machine and as this user"
-        raise UserError("E002", f"{text}: --allow_code, once lumen/sandbox.py's limits suffice")
+        raise UserError("E002", f"{text}: --allow_code permits it (docs/evaluation.md: its limits)")
     paths = files.only(files.asked_files(files.Place(path), [files.TEST]))
     records = rows_of(paths, read_function)
     about = about_of(paths, 0, f"prompt and stop texts of lm-eval 0.4.13; {walls().said()}")

@@ -27,15 +27,15 @@ COLUMNS = 100  # of a console
 MEANING = {
     "acc": "share of questions whose right choice has the highest log-probability; of a cloze, "
     "whose answer is what the model would write",
-    "acc_bytes": "the same by log-probability per byte, since long choices are less likely",
-    "acc_tokens": "the same by log-probability per token",
+    "acc_bytes": "acc by log-probability per byte, since long choices are less likely",
+    "acc_tokens": "acc by log-probability per token",
     "answer_bpb": "bits per byte of the right answer, mean over questions; moves before accuracy",
     "ppl": "perplexity of the answer: e to its nats, on (geometric) average over questions",
     "bits_per_byte": "bits that the model needs for a byte of the text; compares tokenizers",
     "loss": "nats per token, as in training; compares models of one tokenizer only",
     "token_ppl": "e to the loss; compares models of one tokenizer only",
-    "word_ppl": "the same per word (between blanks), as lm-eval's word_perplexity",
-    "byte_ppl": "the same per byte, as lm-eval's byte_perplexity",
+    "word_ppl": "perplexity per word (between blanks), as lm-eval's word_perplexity",
+    "byte_ppl": "perplexity per byte, as lm-eval's byte_perplexity",
     "token_acc": "share of tokens that were the most likely ones",
     "exact_match": "share of replies that are the right answer, or whose pattern finds it",
     "strict_match": "share of replies whose number behind #### is right",
@@ -53,13 +53,13 @@ NOTES = """\
 - **chance**: a model that finds all choices, or all tokens, equally likely.
 - **majority**: the answer that is most often right, given to every question; of a text, its own
   token frequencies.
-- **control**: the same questions with their contexts swapped. It should fall to chance; where it
-  does not, the choices alone, or memory, tell the answer. Of forty controls one seems to leak by
-  accident.
+- **control**: the same questions with their contexts swapped; of a text its tokens behind those of
+  another. It should fall to chance; where it does not, the choices alone, or memory, tell the
+  answer. Of forty controls one seems to leak by accident. Of a text it may be worse than chance.
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
-UNKNOWN = "contamination: not looked for, since no training data of this model are here"
+UNKNOWN = "contamination: not looked for: no training data of this model are here, or 0 are to be"
 
 # ---------------------------------------------------------------- files
 
@@ -235,12 +235,13 @@ def report(results: dict, drawn: bool = False) -> list[str]:
         lines += ["![scores](picture.png)", ""]
     if rest:
         lines += ["## Other metrics of the same answers", "", *markdown_table(score_rows(rest)), ""]
-    names = dict.fromkeys(score.metric for score in scores)
-    said = [f"- **{name}**: {MEANING[name]}" for name in names if name in MEANING]
+    names = {score.metric for score in scores}
+    said = [f"- **{name}**: {text}" for name, text in MEANING.items() if name in names]
     lines += ["## What the metrics mean", "", *said, ""]
     lines += ["## Tasks", ""]
     for name, task in results["tasks"].items():
-        about = [f"{key} {value}" for key, value in plain(task.get("about") or {}).items()]
+        about = plain(task.get("about") or {}).items()
+        about = [f"{key} {value}" for key, value in about if value not in ("", None)]
         about += [f"{score.seconds:.1f} s" for score in task["scores"][:1]]
         lines.append(f"- **{name}**: {', '.join(about) or 'built in'}")
         if task.get("contamination"):
@@ -259,6 +260,8 @@ def seen_before(found: dict) -> str:
     """What lumen/overlap.py found."""
     text = f"contamination: {found['n_hit']} of {found['n']} questions ({found['share']:.1%})"
     text += " stand in the training data"
+    if found.get("short"):
+        text += f"; {found['short']} more are too short to look for"
     return f"{text}; {found['said']}" if found.get("said") else text
 
 
@@ -328,6 +331,8 @@ def picture(path: Path, scores: list[Score]) -> None:
     for ax, (name, rows) in zip(axes[:, 0], panels.items()):
         draw(ax, rows)
         ax.set_xlabel(f"{name} ({rows[0].better} is better)")
+        if name.endswith("ppl"):  # chance has thousands of times what a model has
+            ax.set_xscale("log")
         if rows[0].better == "higher":
             ax.set_xlim(-0.02, 1.02)
     handles, labels = axes[0, 0].get_legend_handles_labels()

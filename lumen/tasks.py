@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import string
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lumen.values import short
 LETTERS = string.ascii_uppercase
 # name: of a path, options
 READERS = benchmarks.READERS | replying.READERS | {"core": core_bundle.read_core}
+NO_NAMES = {*files.SPLIT_WORDS, "raw"}  # what may stand beside a benchmark's name in a file's
 BUILT_IN = ("docstrings", "val", "smoke", "samples")
 
 
@@ -89,19 +91,34 @@ def there(path: str, spec: str) -> Path:
 
 
 def in_folder(name: str, data: Path) -> Path:
-    """A file or folder of this name in --data DIR; by - or _, in any case."""
+    """A file or folder of this name in --data DIR; by - or _, in any case, or else with a split or
+    a version beside it, as it is published: hellaswag_val.jsonl, winogrande_1.1. E127."""
     if not data.is_dir():
         raise UserError("E127", f"--data {data} is no folder")
-
-    def plain(text: str) -> str:
-        return text.lower().replace("-", "").replace("_", "")
-
     entries = sorted(data.iterdir(), key=lambda entry: (not entry.is_dir(), entry.name))
     for entry in entries:
         if plain(entry.name.partition(".")[0]) == plain(name):
             return entry
+    named = [entry for entry in entries if published(entry) == plain(name)]
+    named = [entry for entry in named if "train" not in files.words(entry.name)]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        each = " or ".join(f"{name}:{entry}" for entry in named)
+        raise UserError("E127", f"--data {data} has several of {name}; which? --tasks {each}")
     names = ", ".join(entry.name for entry in entries[:8]) or "nothing"
     raise UserError("E127", f"--data {data} has no {name}, a folder or a file; it holds {names}")
+
+
+def plain(text: str) -> str:
+    return text.lower().replace("-", "").replace("_", "")
+
+
+def published(entry: Path) -> str:
+    """A file's or folder's name as `plain`, without its split and its version."""
+    name = re.sub(r"[-_]v?\d+(\.\d+)+", "", entry.name).partition(".")[0]
+    words = [word for word in re.split("[-_]", name) if word.lower() not in NO_NAMES]
+    return plain("".join(words))
 
 
 # ---------------------------------------------------------------- files of one's own

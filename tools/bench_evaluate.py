@@ -23,7 +23,7 @@ from lumen.errors import UserError, expand
 from lumen.harness import need
 from lumen.models import open_model
 from lumen.questions import Options, Question
-from lumen.scorer import Scorer
+from lumen.scorer import Packed, Scorer
 from lumen.tasks import docstrings
 from model import ModelConfig, Transformer
 from tools import timing
@@ -31,6 +31,7 @@ from tools import timing
 MODEL = {"d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1408, "max_seq_len": 2048}
 VOCAB = 8192
 BATCHES = (1, 4, 16)  # lm-eval's
+PACK = 2048  # tokens, of evaluate.py --pack
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 # ---------------------------------------------------------------- what is asked
@@ -146,6 +147,28 @@ def ask_ours(scorer: Scorer, questions: list[Question]) -> list[float]:
     return [value for question in questions for value in scorer.question(question)["logprobs"]]
 
 
+def ask_packed(scorer: Packed, questions: list[Question]) -> list[float]:
+    scorer.header, scorer.encoded = None, {}
+    scorer.waiting, scorer.found = [], None
+    for question in questions:
+        scorer.question(question)
+    return [one.logprob for found in scorer.run_packs() for one in found]
+
+
+def tokens_of(scorer: Packed, questions: list[Question]) -> tuple[int, int]:
+    """How many tokens a model computes, at least: (for ours, for lm-eval, which computes choices of
+    one token once, and pads)."""
+    ask_packed(scorer, questions)
+    ours, headers, theirs = 0, set(), {}
+    for tree in scorer.waiting:
+        ours += len(tree.ids())
+        headers.add(tree.before)
+        for whole, n in tree.sequences:
+            key = tuple(whole[:-1]) if len(whole) - n == 1 else tuple(whole)
+            theirs[key] = len(whole) - 1
+    return ours + sum(map(len, headers)), sum(theirs.values())
+
+
 def ask_theirs(model, batch: int, requests: list) -> list[float]:
     model.batch_size_per_gpu = batch
     with contextlib.redirect_stderr(io.StringIO()):
@@ -172,18 +195,22 @@ def evaluating(words: list[str]) -> int:
         if opened.kind != "huggingface":
             exported = top / "hf"
             export.to_hf(path, exported, say=str)
-        scorer, other = Scorer(opened.model, opened.tokenizer), theirs(exported, o.precision)
+        scorer = Scorer(opened.model, opened.tokenizer)
+        packed = Packed(opened.model, opened.tokenizer, PACK)
+        other = theirs(exported, o.precision)
         print(timing.machine_line())
         print(f"{opened}, {o.precision}, CPU time of {torch.get_num_threads()} threads")
         for name in only:
-            compare(name, KINDS[name](o.n), scorer, other, o.rounds)
+            compare(name, KINDS[name](o.n), (scorer, packed), other, o.rounds)
     return 0
 
 
-def compare(name: str, questions: list[Question], scorer: Scorer, other, rounds: int) -> None:
-    """One kind of question: seconds of both in turns, printed."""
+def compare(name: str, questions: list[Question], scorers: tuple, other, rounds: int) -> None:
+    """One kind of question: seconds of all in turns, printed."""
     requests = requests_of(questions)
+    scorer, packed = scorers
     runs = {"ours": lambda: ask_ours(scorer, questions)}
+    runs["packed"] = lambda: ask_packed(packed, questions)
     for batch in BATCHES:
         runs[batch] = lambda batch=batch: ask_theirs(other, batch, requests)
     times = {way: [] for way in runs}
@@ -200,4 +227,7 @@ def compare(name: str, questions: list[Question], scorer: Scorer, other, rounds:
     print(f"  ours, questions/s   {timing.spread(speeds)}")
     speeds = [len(questions) / seconds for seconds in times[best]]
     print(f"  lm-eval, batch {best:<4} {timing.spread(speeds)}")
-    print(f"  times as fast       {timing.ratio(times[best], times['ours'])}", flush=True)
+    print(f"  times as fast       {timing.ratio(times[best], times['ours'])}")
+    print(f"  packed, {PACK} tokens {timing.ratio(times[best], times['packed'])}")
+    ours, theirs_ = tokens_of(packed, questions)
+    print(f"  tokens computed     {theirs_:,} against {ours:,}: {theirs_ / ours:.2f}", flush=True)

@@ -142,12 +142,14 @@ def test_not_a_number_is_no_score(place, run, tmp_path):
         (["RUN", "--limits", "3"], "E002", "--limit"),
         (["RUN", "--limit", "0"], "E002", "limit"),
         (["RUN", "--shots", "-1"], "E002", "shots"),
+        (["RUN", "--lm_eval_path", "."], "E002", "--lm_eval NAME"),
         (["RUN", "--seed", str(2**64)], "E002", "seed"),
         (["RUN", "--tasks", "humaneval:DIR"], "E002", "allow_code"),
         (["--compare", "/nowhere", "/nowhere"], "E128", "nowhere"),
     ],
 )
-def test_what_is_refused(place, run, words, code, text):
+def test_what_is_refused(place, run, words, code, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # out/eval is there
     named = {"RUN": str(run), "humaneval:DIR": f"humaneval:{place / 'next.jsonl'}"}
     with pytest.raises(UserError, match=text) as caught:
         evaluate.main([named.get(word, word) for word in words])
@@ -157,6 +159,16 @@ def test_what_is_refused(place, run, words, code, text):
 def asked(place, run, out, *more) -> list[str]:
     words = (run, "--tasks", place / "next.jsonl", "--limit", 4, "--out", out, *more)
     return [str(word) for word in words]
+
+
+def test_ctrl_c_says_what_is_kept(place, run, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(asked(place, run, tmp_path))
+    assert f"{tmp_path / 'answers'} has the answers" in capsys.readouterr().err
 
 
 def test_a_folder_of_results_has_one_owner(place, run, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from lumen.answers import Answers, ask
 from lumen.errors import UserError
 from lumen.questions import Options, Task, chosen, partner
-from lumen.tasks import find_tasks
+from lumen.tasks import find_tasks, in_folder
 
 
 class Ranks:
@@ -94,6 +94,9 @@ def test_what_was_stopped_goes_on(tmp_path):
     task = squares()
     assert ask(task, None, Ranks(), Answers(tmp_path, "a/b", "key")) == lines
     assert not task.asked
+    few = Answers(tmp_path, "a/b", "key")
+    few.finish(ask(squares(n=3), None, Ranks(), few))  # a smaller --limit takes no answer away
+    assert list(Answers(tmp_path, "a/b", "key").read().values()) == lines
     assert Answers(tmp_path, "a/b", "another model").read() == {}
 
 
@@ -279,6 +282,27 @@ def test_unknown_tasks(spec, words):
     with pytest.raises(UserError, match=words) as caught:
         find_tasks([spec], None, Options())
     assert caught.value.code == "E127"
+
+
+@pytest.mark.parametrize(
+    "spec, names, found",
+    [
+        ("hellaswag", ["hellaswag_val.jsonl", "hellaswag_train.jsonl"], "hellaswag_val.jsonl"),
+        ("winogrande", ["winogrande_1.1"], "winogrande_1.1"),
+        ("wikitext2", ["wikitext-2-raw", "wikitext-103-raw"], "wikitext-2-raw"),
+        ("boolq", ["BoolQ.jsonl", "boolq_val.jsonl"], "BoolQ.jsonl"),
+        ("boolq", ["boolq_dev.jsonl", "boolq_test.jsonl"], "boolq_dev.jsonl or boolq:"),
+        ("mmlu", ["mmlu_pro"], "has no mmlu"),
+    ],
+)
+def test_data_finds_files_as_they_are_published(tmp_path, spec, names, found):
+    for name in names:
+        (tmp_path / name).mkdir()
+    if " " not in found:
+        assert in_folder(spec, tmp_path).name == found
+        return
+    with pytest.raises(UserError, match=found):
+        in_folder(spec, tmp_path)
 
 
 def test_broken_files_and_doubles(tmp_path):

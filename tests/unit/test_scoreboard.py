@@ -73,7 +73,9 @@ RESULTS = {
         "smoke": {
             "scores": [],
             "samples": [{"prompt": "What is `x`?", "reply": "```py\n1\n```\n| a |"}],
-            "contamination": {"n": 200, "n_hit": 3, "share": 0.015, "said": "half was looked at"},
+            "about": {"said": "", "shots": None},
+            "contamination": {"n": 200, "n_hit": 3, "share": 0.015, "said": "half was looked at"}
+            | {"short": 7},
         },
     },
 }
@@ -121,10 +123,11 @@ def test_the_reports_table_says_the_scores(tmp_path):
         assert int(row["n"]) == score.n and row["verdict"] == score.verdict
     text = "\n".join(lines)
     assert "- command: evaluate.py 'out/a model'" in text
-    found = (
-        "contamination: 3 of 200 questions (1.5%) stand in the training data; half was looked at"
-    )
-    assert found in text
+    found = "contamination: 3 of 200 questions (1.5%) stand in the training data"
+    assert f"{found}; 7 more are too short to look for; half was looked at" in text
+    assert "- **smoke**: built in\n" in text, "what is said of a task is there, or its name is not"
+    meant = text.partition("## What the metrics mean")[2]
+    assert "- **acc**" in meant and "- **ppl**" in meant and "**acc_tokens**" not in meant
     assert "````\n```py\n1\n```\n| a |\n````" in text, "a sample cannot leave its fence"
 
 
