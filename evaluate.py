@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lumen import chat, comparing, core_bundle, scoreboard, scores
+from lumen import chat, comparing, core_bundle, harness, scoreboard, scores
 from lumen.answers import Answers, ask, code_sum, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
@@ -130,7 +130,7 @@ class Run:
         self.before = parallel.run_or_raise_on_all(*found)  # tasks that were asked before
 
     def tasks(self) -> list[Task]:
-        """Those that are asked for, or else those that are built in. E127."""
+        """Those that are asked for, or else those that are built in. E127; E003 for lm-eval's."""
         from lumen.tasks import find_tasks
 
         args = self.args
@@ -140,6 +140,9 @@ class Run:
         if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
+        if args.lm_eval and self.main:  # said now, not when all else has been asked
+            harness.need()
+            harness.find(args.lm_eval.split(","), args.lm_eval_path)
         return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
@@ -190,8 +193,6 @@ class Run:
 
     def score_lm_eval(self, names: list[str]) -> dict:
         """Tasks of lm-eval, by one process. E003, E127."""
-        from lumen import harness
-
         began = time.perf_counter()
         how = {"num_fewshot": self.args.shots, "limit": self.args.limit}
         found = harness.run(self.asked, names, self.args.lm_eval_path, self.opened, **how)

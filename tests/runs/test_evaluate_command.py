@@ -262,3 +262,16 @@ def test_answers_are_of_the_same_labels_and_the_same_code(
     monkeypatch.setattr(evaluate, "code_sum", lambda: "another commit")
     evaluated("1\n" * 4)
     assert "all answered before" not in capsys.readouterr().err
+
+
+def test_a_task_of_lm_eval_is_looked_for_before_anything_is_asked(
+    place, run, tmp_path, monkeypatch
+):
+    def find(names, folder):
+        raise UserError("E127", f"no {names}")
+
+    monkeypatch.setattr(evaluate.harness, "need", lambda: None)
+    monkeypatch.setattr(evaluate.harness, "find", find)
+    with pytest.raises(UserError, match="no .'x'.") as caught:
+        evaluate.main(asked(place, run, tmp_path / "out", "--lm_eval", "x"))
+    assert caught.value.code == "E127" and not (tmp_path / "out/answers").exists()
