@@ -160,7 +160,11 @@ class Run:
 
     def lines(self, task: Task) -> tuple[list[dict], float]:
         """Of all questions, and how many seconds those took that were asked now."""
-        kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
+        key = self.key(task)
+        if len(set(self.parallel.gather(key))) > 1:  # a run that trains has saved meanwhile
+            text = f"{task.name}: the processes have opened other models or other files"
+            raise UserError("E600", f"{text}; of a run that trains name the step: --step N")
+        kept = Answers(self.out / "answers", task.name, key, self.parallel.rank)
         progress = Progress(task, self.say, self.main and sys.stderr.isatty())
         try:
             lines = ask(task, self.asked, self.parallel, kept, bar=progress)

@@ -275,3 +275,13 @@ def test_a_task_of_lm_eval_is_looked_for_before_anything_is_asked(
     with pytest.raises(UserError, match="no .'x'.") as caught:
         evaluate.main(asked(place, run, tmp_path / "out", "--lm_eval", "x"))
     assert caught.value.code == "E127" and not (tmp_path / "out/answers").exists()
+
+
+def test_ranks_that_opened_other_models_make_no_score_together(place, run, tmp_path, monkeypatch):
+    def gather(self, told):
+        return [told, "another"] if isinstance(told, str) else [told]
+
+    monkeypatch.setattr(evaluate.Parallel, "gather", gather)
+    with pytest.raises(UserError, match="other models") as caught:
+        evaluate.main(asked(place, run, tmp_path))
+    assert caught.value.code == "E600"
