@@ -49,6 +49,9 @@ def ask(
                     kept.append(line)
         except UserError as caught:
             error = caught
+        except torch.OutOfMemoryError:
+            text = f"{task.name}: a question does not fit into the device's memory"
+            error = UserError("E200", f"{text}: --precision mixed_bf16, fewer --shots, no --pack")
         except Exception as caught:  # ours, or memory: the other ranks must not wait for this one
             fault = caught
         stopped, failed = parallel.all_reduce_max([stop(), int(bool(error or fault))])

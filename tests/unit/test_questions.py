@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from lumen.answers import Answers, ask
 from lumen.errors import UserError
@@ -153,6 +154,14 @@ def test_a_signal_leaves_and_a_fault_is_no_silence():
 
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         ask(Broken("b", Options()), None, Ranks())
+
+    class Large(Squares):
+        def line(self, i, asked):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="b: a question does not fit.*--precision") as caught:
+        ask(Large("b", Options()), None, Ranks())
+    assert caught.value.code == "E200"
 
 
 def test_which_questions_are_asked_depends_on_the_seed_only():
