@@ -69,7 +69,7 @@ class Names:
         if name not in self.own and near in foreign:
             raise UserError("E002", f"command line: unknown --{name}; did you mean --{near}?")
         value = word.partition("=")[2]
-        if name == "tasks" and (value or (words and not words[0].startswith("--"))):
+        if name == "tasks" and (value or words):
             value = value or words.pop(0)
             self.claim(Claim(name, value, name, value))
             return

@@ -90,10 +90,6 @@ def test_what_contradicts_or_means_something_else_is_refused(line, part):
     assert part in refused(line)
 
 
-def test_an_option_is_no_task():
-    assert "--tasks: expected one argument" in refused("out/a --tasks --limit 3")
-
-
 @pytest.mark.parametrize("name", table("evaluate.py"))
 def test_every_row_of_the_table_ends_in_an_option_or_in_a_reason(name):
     row = table("evaluate.py")[name]
