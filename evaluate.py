@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lumen import chat, comparing, core_bundle, scoreboard, scores
-from lumen.answers import Answers, ask, key_of
+from lumen import chat, comparing, core_bundle, harness, scoreboard, scores
+from lumen.answers import Answers, ask, code_sum, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
 from lumen.evaluate_names import translate
@@ -130,7 +130,7 @@ class Run:
         self.before = parallel.run_or_raise_on_all(*found)  # tasks that were asked before
 
     def tasks(self) -> list[Task]:
-        """Those that are asked for, or else those that are built in. E127."""
+        """Those that are asked for, or else those that are built in. E127; E003 for lm-eval's."""
         from lumen.tasks import find_tasks
 
         args = self.args
@@ -140,6 +140,9 @@ class Run:
         if not specs and not args.lm_eval:
             specs = list(TASKS)
         data = Path(expand(args.data)) if args.data else None
+        if args.lm_eval and self.main:  # said now, not when all else has been asked
+            harness.need()
+            harness.find(args.lm_eval.split(","), args.lm_eval_path)
         return find_tasks(specs, data, self.options, self.opened, self.say)
 
     def key(self, task: Task) -> str:
@@ -151,11 +154,17 @@ class Run:
         facts["template"] = self.asked.template and chat.describe(self.asked.template)
         options = dataclasses.asdict(self.options)
         del options["limit"]  # it chooses questions, and says nothing of an answer
+        # labels may lie in another file than questions, and how both are asked in our code
+        facts |= {"records": getattr(task, "records", None), "code": code_sum()}
         return key_of(facts | {"options": options, "name": task.name})
 
     def lines(self, task: Task) -> tuple[list[dict], float]:
         """Of all questions, and how many seconds those took that were asked now."""
-        kept = Answers(self.out / "answers", task.name, self.key(task), self.parallel.rank)
+        key = self.key(task)
+        if len(set(self.parallel.gather(key))) > 1:  # a run that trains has saved meanwhile
+            text = f"{task.name}: the processes have opened other models or other files"
+            raise UserError("E600", f"{text}; of a run that trains name the step: --step N")
+        kept = Answers(self.out / "answers", task.name, key, self.parallel.rank)
         known = kept.read()
         before = sum(task.number(i) in known for i in range(len(task)))
         progress = Progress(task, before, self.say, self.main and sys.stderr.isatty())
@@ -190,8 +199,6 @@ class Run:
 
     def score_lm_eval(self, names: list[str]) -> dict:
         """Tasks of lm-eval, by one process. E003, E127."""
-        from lumen import harness
-
         began = time.perf_counter()
         how = {"num_fewshot": self.args.shots, "limit": self.args.limit}
         found = harness.run(self.asked, names, self.args.lm_eval_path, self.opened, **how)

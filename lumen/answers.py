@@ -5,10 +5,13 @@ stopped goes on behind them."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from lumen.errors import UserError, raise_if
 from lumen.evaluation import never
@@ -46,6 +49,9 @@ def ask(
                     kept.append(line)
         except UserError as caught:
             error = caught
+        except torch.OutOfMemoryError:
+            text = f"{task.name}: a question does not fit into the device's memory"
+            error = UserError("E200", f"{text}: --precision mixed_bf16, fewer --shots, no --pack")
         except Exception as caught:  # ours, or memory: the other ranks must not wait for this one
             fault = caught
         stopped, failed = parallel.all_reduce_max([stop(), int(bool(error or fault))])
@@ -73,7 +79,17 @@ def lines_of(task: Task, some: list[int], asked: Asked) -> Iterator[dict]:
 
 def key_of(facts: dict) -> str:
     """Stands for all that an answer depends on, but the question."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_sum() -> str:
+    """Of all that asks and computes: what other code has answered is not gone on with."""
+    top = Path(__file__).resolve().parent
+    files = sorted([*top.glob("*.py"), *top.parent.glob("model*.py"), *top.parent.glob("kern*.py")])
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return key_of({"sums": sums, "torch": torch.__version__})
 
 
 def as_text(line: dict) -> bytes:

@@ -44,6 +44,7 @@ def run(asked: Asked, tasks: list[str], include_path=None, opened=None, **how) -
     its data are not here, or it asks what the model cannot do."""
     model = language_model(asked, opened)
     from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
 
     manager = find(tasks, include_path)
@@ -55,6 +56,9 @@ def run(asked: Asked, tasks: list[str], include_path=None, opened=None, **how) -
         text = f"lm-eval, {', '.join(tasks)}: its data: {str(error).strip()[:300]}"
         fix = "what lm-eval brings is on huggingface.co; a YAML of your own reads local files"
         raise UserError("E127", f"{text}\n  {fix} (dataset_path: json)") from error
+    except (TemplateError, ValueError) as error:  # a field that rows lack, more shots than rows
+        text = f"lm-eval, {', '.join(tasks)}: it cannot be asked: {type(error).__name__}: {error}"
+        raise UserError("E127", text) from error
 
 
 def find(tasks: list[str], include_path):

@@ -15,6 +15,7 @@ kind reply:  {i, reply, ended, tokens, found: {metric: 0 to 1}, label, control: 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -100,6 +101,9 @@ def partners(n: int, shown: frozenset) -> dict[int, int]:
 
 # ---------------------------------------------------------------- choices
 
+# what prompts put around a question: where it stands in a text it has other words around it
+FRAME = re.compile(r"^Question: |\nAnswer:", re.M)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -165,4 +169,4 @@ class Choices(Task):
         for number in self.numbers:
             question = self.ask(self.records[number])
             context, continuation = question.pairs[question.answer]
-            yield number, context + continuation
+            yield number, FRAME.sub("", context + continuation)

@@ -248,3 +248,49 @@ def test_prompts_that_were_cut_are_counted(place, run, tmp_path):
     assert evaluate.main(asked(place, run, tmp_path, "--shots", 3)) == 0
     assert "cut 4 of 4 prompts, whose beginning" in (tmp_path / "report.md").read_text()
     assert evaluate.main(["--compare", str(tmp_path), str(tmp_path)]) == 0
+
+
+def test_answers_are_of_the_same_labels_and_the_same_code(
+    place, run, tmp_path, monkeypatch, capsys
+):
+    """Their sha256 may be that of the questions alone: PIQA's labels lie in a file of their own."""
+    rows = [{"goal": f"g{n}", "sol1": "a", "sol2": "b"} for n in range(4)]
+    (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def evaluated(labels: str) -> dict:
+        (tmp_path / "valid-labels.lst").write_text(labels)
+        words = [run, "--tasks", f"piqa:{tmp_path / 'valid.jsonl'}", "--out", tmp_path / "out"]
+        assert evaluate.main([str(word) for word in words]) == 0
+        return scores(tmp_path / "out")["piqa"]
+
+    zeros = evaluated("0\n" * 4)
+    assert evaluated("1\n" * 4)["value"] == 1 - zeros["value"]
+    capsys.readouterr()
+    evaluated("1\n" * 4)
+    assert "all answered before" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "code_sum", lambda: "another commit")
+    evaluated("1\n" * 4)
+    assert "all answered before" not in capsys.readouterr().err
+
+
+def test_a_task_of_lm_eval_is_looked_for_before_anything_is_asked(
+    place, run, tmp_path, monkeypatch
+):
+    def find(names, folder):
+        raise UserError("E127", f"no {names}")
+
+    monkeypatch.setattr(evaluate.harness, "need", lambda: None)
+    monkeypatch.setattr(evaluate.harness, "find", find)
+    with pytest.raises(UserError, match="no .'x'.") as caught:
+        evaluate.main(asked(place, run, tmp_path / "out", "--lm_eval", "x"))
+    assert caught.value.code == "E127" and not (tmp_path / "out/answers").exists()
+
+
+def test_ranks_that_opened_other_models_make_no_score_together(place, run, tmp_path, monkeypatch):
+    def gather(self, told):
+        return [told, "another"] if isinstance(told, str) else [told]
+
+    monkeypatch.setattr(evaluate.Parallel, "gather", gather)
+    with pytest.raises(UserError, match="other models") as caught:
+        evaluate.main(asked(place, run, tmp_path))
+    assert caught.value.code == "E600"

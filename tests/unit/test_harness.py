@@ -219,6 +219,13 @@ def test_what_cannot_be_asked(pair, folder, tmp_path, monkeypatch):
     (tmp_path / "far.yaml").write_text(yaml.safe_dump(far))
     with pytest.raises(UserError, match="(?s)E127.*far: its data.*local files"):
         harness.run(ours.asked, ["far"], tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"q": "a"}\n{"q": "b"}\n')
+    lacks = far | {"task": "lacks", "dataset_path": "json", "doc_to_text": "{{nosuch}}"}
+    lacks["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    lacks |= {"doc_to_choice": ["a", "b"], "doc_to_target": 0}
+    (tmp_path / "lacks.yaml").write_text(yaml.safe_dump(lacks))
+    with pytest.raises(UserError, match="E127.*lacks: it cannot be asked.*nosuch"):
+        harness.run(ours.asked, ["lacks"], tmp_path)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="E003.*pip install 'lm-eval"):
         harness.language_model(ours.asked)

@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from lumen.answers import Answers, ask
 from lumen.errors import UserError
@@ -154,6 +155,14 @@ def test_a_signal_leaves_and_a_fault_is_no_silence():
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         ask(Broken("b", Options()), None, Ranks())
 
+    class Large(Squares):
+        def line(self, i, asked):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(UserError, match="b: a question does not fit.*--precision") as caught:
+        ask(Large("b", Options()), None, Ranks())
+    assert caught.value.code == "E200"
+
 
 def test_which_questions_are_asked_depends_on_the_seed_only():
     some = chosen(100, Options(limit=10))
@@ -190,7 +199,7 @@ def test_choices_of_ones_own(tmp_path):
     assert [question.answer for question in questions] == [0, 1, 1]
     assert questions[1].pairs[0] == ("Question: 1 + 2?\nAnswer:", " 2")
     assert (task.name, task.metric, task.swap) == ("sums", "acc_bytes", ("question",))
-    assert list(task.texts())[2] == (2, "Question: 1 + 3?\nAnswer: 4")
+    assert list(task.texts())[2] == (2, "1 + 3? 4")
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
