@@ -67,7 +67,9 @@ def parser() -> Words:
     p.add_argument(
         "--overlap_tokens", type=int, metavar="N", help="training tokens to look through"
     )
-    p.add_argument("--detailed", action="store_true", help="all replies, in OUT/replies.md")
+    p.add_argument(
+        "--detailed", action="store_true", help="each reply and choice: OUT/replies.md"
+    )
     p.add_argument("--best", action="store_true", help="the step of the lowest validation loss")
     p.add_argument("--step", type=int, metavar="N", help="that step; default: the newest")
     p.add_argument("--tokenizer", metavar="FILE", help="default: the model's")
@@ -195,6 +197,9 @@ class Run:
             replies = [{"prompt": line["prompt"], "reply": line["reply"]} for line in lines]
             how["samples"] = replies[:SHOWN]
             self.replies.append(scoreboard.detailed(task.name, lines))
+        if task.kind == "choice" and self.args.detailed:
+            questions = [task.ask(task.records[number]) for number in task.numbers]
+            self.replies.append(scoreboard.chosen(task.name, lines, questions, task.metric))
         return how | {"options": dataclasses.asdict(self.options)}
 
     def score_lm_eval(self, names: list[str]) -> dict:

@@ -42,6 +42,8 @@ class ValTask(Task):
         super().__init__("val", options, about)
         self.sources, self.rows, self.tokenizer = data.val_sources, rows, tokenizer
         self.token_bytes = data.token_bytes()
+        if self.token_bytes is not None:  # models of other tokenizers compare, too
+            self.metric = "bits_per_byte"
         self.numbers = chosen(len(rows), options)
         self.controls = with_control(len(rows), options)
         self.here: Alone | None = None

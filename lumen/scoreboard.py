@@ -303,6 +303,25 @@ def detailed(name: str, lines: list[dict]) -> str:
     return "\n".join(said) + "\n"
 
 
+def chosen(name: str, lines: list[dict], questions: list, metric: str) -> str:
+    """What a task of kind choice was asked and what the model chose by `metric`, as markdown.
+    questions: lumen.questions.Question of each line."""
+    said = [f"# {name}: every choice, by {metric}", ""]
+    for line, question in zip(lines, questions):
+        sizes = line.get(metric.removeprefix("acc_"), [1] * len(line["logprobs"]))
+        values = [a / max(1, size) for a, size in zip(line["logprobs"], sizes)]
+        said += [f"## {line['i']}", "", *fenced(question.pairs[line["answer"]][0], "context")]
+        for k, ((_, text), value) in enumerate(zip(question.pairs, values)):
+            marks = []
+            if k == line["answer"]:
+                marks.append("right")
+            if value == max(values):
+                marks.append("chosen")
+            said.append(f"- {value:.3f} {' and '.join(marks) or '-'}: {text!r}")
+        said.append("")
+    return "\n".join(said) + "\n"
+
+
 def ended(line: dict) -> str:
     return "ended by itself" if line["ended"] else "cut off"
 

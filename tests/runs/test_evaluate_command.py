@@ -78,7 +78,8 @@ def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
     assert found["next"]["n"] == 40 and "LEAK?" in found["next"]["verdict"]
     assert found["val"]["value"] < found["val"]["chance"]
     last = [row for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")][-1]
-    assert found["val"]["value"] == pytest.approx(last["val_loss"], abs=1e-4)
+    assert found["val"]["metric"] == "bits_per_byte"
+    assert found["val"]["value"] == pytest.approx(last["val_bpb"], abs=1e-4)
     for name in ("report.md", "results.json"):
         assert (one / name).exists()
     # two processes go on behind what one of them had answered before it was killed

@@ -10,6 +10,7 @@ import pytest
 
 from lumen import comparing, scoreboard
 from lumen.errors import UserError
+from lumen.questions import Question
 from lumen.scores import Score, from_row, scores_of
 
 V = 8192
@@ -167,6 +168,15 @@ def test_every_reply(tmp_path):
     assert said.index("## 1, label 4") < said.index("## 3, label 4")
     assert "exact_match 1.0000; 2 tokens, ended by itself" in said and "cut off" in said
     assert "````\n```\n````" in said and "2 + 2?" in said
+
+
+def test_every_choice():
+    line = {"i": 7, "answer": 1, "logprobs": [-2.0, -3.0], "bytes": [1, 3], "tokens": [1, 2]}
+    question = Question((("Which?", " a"), ("Which?", " bcd")), 1)
+    said = scoreboard.chosen("t", [line], [question], "acc_bytes").splitlines()
+    assert "- -2.000 -: ' a'" in said and "- -1.000 right and chosen: ' bcd'" in said
+    said = scoreboard.chosen("t", [line], [question], "acc").splitlines()
+    assert "- -2.000 chosen: ' a'" in said and "- -3.000 right: ' bcd'" in said
 
 
 # ---------------------------------------------------------------- two models
