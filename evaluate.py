@@ -67,9 +67,7 @@ def parser() -> Words:
     p.add_argument(
         "--overlap_tokens", type=int, metavar="N", help="training tokens to look through"
     )
-    p.add_argument(
-        "--detailed", action="store_true", help="each reply and choice: OUT/replies.md"
-    )
+    p.add_argument("--detailed", action="store_true", help="each reply and choice: OUT/replies.md")
     p.add_argument("--best", action="store_true", help="the step of the lowest validation loss")
     p.add_argument("--step", type=int, metavar="N", help="that step; default: the newest")
     p.add_argument("--tokenizer", metavar="FILE", help="default: the model's")
