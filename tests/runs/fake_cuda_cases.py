@@ -355,7 +355,10 @@ def test_an_evaluation_waits_at_its_end(keys, kind):
     with READS:
         trainer.evaluate()
     trainer.close()
-    allowed = {"evaluate.py result tolist": 2, "evaluate.py result copy to the host": 1}
+    allowed = {
+        "lumen/evaluation.py result tolist": 2,
+        "lumen/evaluation.py result copy to the host": 1,
+    }
     # rows keep different numbers of tokens there, so each layer asks how many
     routed = len(trainer.mod)
     batches = len(trainer.val_set) // trainer.run.micro_batch

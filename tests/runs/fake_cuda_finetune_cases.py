@@ -172,6 +172,9 @@ def test_an_evaluation_waits_at_its_end(line, case):
         return
     tokens = READS.found["model.py generate copy to the host"]
     assert 0 < tokens <= 64
-    reads = {"evaluate.py result tolist": 2, "evaluate.py result copy to the host": 1}
+    reads = {
+        "lumen/evaluation.py result tolist": 2,
+        "lumen/evaluation.py result copy to the host": 1,
+    }
     reads |= {f"model.py generate copy to the {place}": tokens for place in ("host", "device")}
     READS.are(reads)
