@@ -4,13 +4,14 @@ the same whatever else is asked, and how many questions a second."""
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import time
 
 import torch
 
 from lumen.feed import synchronize
-from lumen.scorer import Scorer
+from lumen.scorer import Packed, Scorer
 from tools.gpu_parts import GPT2, MOE, SMALL, Here, model_to_decode
 
 DEPTHS = {"mod_capacity": 0.5, "mod_every": 2}
@@ -31,7 +32,10 @@ def evaluate_part(here: Here) -> None:
         here.rows.attempt(f"{kind}: log-probabilities", *tried, unit="nats off a CPU's", most=0.05)
         here.rows.attempt(f"{kind}: the same bits in any order", same_bits, model)
     for name, keys in {"gpt2_124m": GPT2, "moe_124m": MOE}.items():
-        here.rows.attempt(f"{name}, 4 choices", speed, here, keys, unit="questions/s")
+        for pack in (0, 8192):
+            how = f"packs of {pack} tokens" if pack else "one a pass"
+            tried = (speed, here, keys, pack)
+            here.rows.attempt(f"{name}, 4 choices, {how}", *tried, unit="questions/s")
 
 
 def questions(model, n: int, context: int, choice: int) -> list[list[tuple[list[int], int]]]:
@@ -64,14 +68,23 @@ def same_bits(model) -> bool:
     return answers(model, asked) == answers(model, asked[::-1])[::-1]
 
 
-def speed(here: Here, keys: dict) -> dict:
-    """Of a context of 50 to 100 tokens and four choices of up to 30, in the compute dtype."""
+def packed(model, asked, tokens: int) -> list:
+    scorer = Packed(model, NoText(model.cfg.vocab_size), tokens)
+    for sequences in asked:
+        scorer.ids(sequences)
+    return scorer.run_packs()
+
+
+def speed(here: Here, keys: dict, pack: int) -> dict:
+    """Of a context of 50 to 100 tokens and four choices of up to 30, in the compute dtype; pack:
+    tokens of a pass, 0: of one question."""
     model = model_to_decode(here, keys, here.machine.compute_dtype)
     asked = questions(model, here.pick(64, 2), *here.pick((100, 30), (20, 8)))
-    answers(model, asked[:8])  # warms up
+    run = functools.partial(packed, tokens=pack) if pack else answers
+    run(model, asked)  # warms up
     synchronize(here.device)
     began = time.perf_counter()
-    answers(model, asked)
+    run(model, asked)
     seconds = time.perf_counter() - began
     tokens = sum(q[0][1] + sum(len(ids) - n for ids, n in q) for q in asked)
     return {"value": len(asked) / seconds, "tokens/s": tokens / seconds}
