@@ -295,3 +295,18 @@ def test_results_that_are_none(tmp_path):
     folder(tmp_path / "L", t=("choice", "acc", choices([True]), {"kind": "lm-eval"}))
     n, said = compare(tmp_path / "L", tmp_path / "L")
     assert n == 0 and "t: its answers are not kept" in said[2]
+
+
+def test_a_lower_heuristic_is_no_regression(tmp_path):
+    for name, value in (("A", 1.0), ("B", 0.0)):
+        line = {
+            "reply": "x",
+            "ended": True,
+            "tokens": 1,
+            "label": "",
+            "found": {"heuristic": value},
+        }
+        lines = [line | {"i": i} for i in range(20)]
+        folder(tmp_path / name, smoke=("reply", "heuristic", lines))
+    n, said = compare(tmp_path / "A", tmp_path / "B")
+    assert n == 0 and said[3].endswith("lower, of a heuristic")
