@@ -48,12 +48,6 @@ class ValTask(Task):
         self.controls = with_control(len(rows), options)
         self.here: Alone | None = None
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def number(self, i: int) -> int:
-        return self.numbers[i]
-
     def targets(self, number: int) -> np.ndarray:
         name, window = self.rows[number]
         y = self.sources[name].row(window)[1]

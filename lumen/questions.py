@@ -58,14 +58,15 @@ class Task:
     options: Options
     about: dict = field(default_factory=dict)  # {path, sha256, shots, said}: for results.json
     kind = ""  # choice | text | reply
+    numbers = ()  # which of the file's questions are asked, as `chosen` has them
     metric = ""  # which of its scores is the headline
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.numbers)
 
     def number(self, i: int) -> int:
         """The `i` of the line of the i-th question: its place in the file, whatever the limit."""
-        return i
+        return self.numbers[i]
 
     def line(self, i: int, asked: Asked) -> dict:
         """What the i-th question leaves. No file is read here, and nothing printed."""
@@ -133,12 +134,6 @@ class Choices(Task):
     def __post_init__(self):
         self.numbers = chosen(len(self.records), self.options, self.shown)
         self.partners = partners(len(self.records), self.shown)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def number(self, i: int) -> int:
-        return self.numbers[i]
 
     def line(self, i: int, asked: Asked) -> dict:
         number = self.numbers[i]

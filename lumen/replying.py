@@ -75,12 +75,6 @@ class Replies(Task):
         self.numbers = chosen(len(self.records), self.options, self.shown)
         self.partners = partners(len(self.records), self.shown)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def number(self, i: int) -> int:
-        return self.numbers[i]
-
     def line(self, i: int, asked: Asked) -> dict:
         number = self.numbers[i]
         record = self.records[number]

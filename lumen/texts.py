@@ -6,10 +6,9 @@ never all there at once). Sums over windows are fp64. A run's held-out rows: lum
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +89,8 @@ def with_control(n: int, options: Options) -> set[int]:
     """The questions of n that are asked once more, with another's inputs."""
     if not options.control or n < 2:
         return set()
-    return set(random.Random(options.seed).sample(range(n), min(n, max(CONTROLS, n // 10))))
+    # those that a small limit asks are among them
+    return set(chosen(n, replace(options, limit=max(CONTROLS, n // 10))))
 
 
 class Unigram:
@@ -153,12 +153,6 @@ class TextTask(Task):
             step = self.by_stretch or max(1, size)
             for begin in range(0, size, step):
                 yield Unit(number, begin, min(size, begin + step), begin + step >= size)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def number(self, i: int) -> int:
-        return self.numbers[i]
 
     def line(self, i: int, asked: Asked) -> dict:
         """E127: a stride that is longer than the model's context."""

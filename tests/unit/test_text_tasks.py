@@ -17,10 +17,10 @@ from sparse_models import make
 from lumen import inputs, texts
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError
-from lumen.questions import Asked, Options
+from lumen.questions import Asked, Options, chosen
 from lumen.scorer import Scorer
 from lumen.scores import scores_of
-from lumen.texts import STRETCH, TextTask, read_texts, windows
+from lumen.texts import STRETCH, TextTask, read_texts, windows, with_control
 
 BYTES = tokenizers.load("bytes")
 T, V = 16, 260
@@ -258,3 +258,9 @@ def test_what_is_no_text_is_refused(tmp_path, name, data, said):
 def test_lines_are_json():
     for line in lines_of(task(by_stretch=20)):
         assert json.loads(json.dumps(line)) == line
+
+
+def test_the_questions_of_a_small_limit_have_controls():
+    few = Options(limit=20)
+    assert set(chosen(5000, few)) <= with_control(5000, few) == with_control(5000, Options())
+    assert len(with_control(5000, few)) == 500 and with_control(50, few) == set(range(50))
