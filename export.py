@@ -4,6 +4,8 @@ checkpoints.
     python export.py to_hf out/run DIR [--dtype float32|bfloat16|float16] [--best] [--check]
     python export.py from_hf DIR out/run
     python export.py quantize out/run DIR [--bits 8] [--best | --step N]
+    python export.py to_gguf out/run FILE [--type f32|f16|bf16|q8_0]
+    python export.py to_onnx out/run FILE
     python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...]
 
 A model without QK-norm IS a Llama, one with QK-norm IS a Qwen3; with experts they are a Mixtral
@@ -29,7 +31,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import adapters, chat, checkpoint, models, quantised
+from lumen import adapters, chat, checkpoint, gguf_file, models, onnx_file, quantised
 from lumen.base import jinja_of
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
@@ -45,12 +47,10 @@ from lumen.hf import (
     model_type,
     refusals,
 )
+from lumen.hf_check import DTYPES, TOLERANCE, compare, import_transformers, same_conversations
 from lumen.launch import Words, command
 from lumen.tokenizer import Tokenizer, load, of_run
 from model import ModelConfig, Transformer, role
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = 1e-4  # largest difference of fp32 logits that the check accepts
 
 
 def load_tokenizer(path, vocab_size: int) -> tuple[Tokenizer | None, str]:
@@ -319,106 +319,6 @@ def ends(eos, template: chat.Template, tokenizer: Tokenizer) -> int | list[int]:
     return list(ids) if len(ids) > 1 else next(iter(ids))
 
 
-# ---------------------------------------------------------------- the check
-
-TEXTS = [
-    "Hello, world!",
-    "The quick brown fox jumps over the lazy dog.",
-    "",
-    " ",
-    "  two  spaces ",
-    "\n\n\tindented\r\n",
-    "def f(x):\n    return x ** 2  # square\n",
-    "don't I'll we've THEY'RE",
-    "3.14159 1,000,000 0x1F 2024-11-21",
-    "https://example.org/a?b=c&d=%20",
-    "naïve café Straße",
-    "Привет, мир",
-    "你好，世界",
-    "こんにちは",
-    "안녕하세요",
-    "مرحبا بالعالم",
-    "नमस्ते",
-    "👩‍👩‍👧‍👦 🇧🇷 ☺️",
-    "a\u0301 \u200b\ufeff",
-    "ends with spaces   ",
-]
-
-
-def import_transformers():
-    try:
-        import transformers
-    except ImportError as error:
-        text = f"the check needs transformers: pip install transformers ({error})"
-        raise UserError("E003", text) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-@torch.no_grad()
-def compare(
-    transformers, source: checkpoint.Checkpoint, cfg, dtype: str, tokenizer, folder: Path
-) -> dict:
-    """Logits, 32 greedy tokens and token ids under transformers against ours, in fp32 on the CPU.
-
-    Ours are the checkpoint's weights rounded to `dtype`, so what rounding costs is not part of the
-    difference.
-    """
-    ours = Transformer(cfg).eval()
-    state = source.model_state()
-    for name in {name for name, _ in ours.named_parameters()}:
-        scale = 1.0  # what was folded in before the rounding
-        if name.endswith("router.weight"):
-            scale = cfg.routing_temperature
-        elif name.endswith("experts.w2"):
-            scale = 1 / folded(cfg)
-        state[name] = (state[name] / scale).to(DTYPES[dtype]).float() * scale
-    ours.load_state_dict(state)
-    auto = transformers.AutoModelForCausalLM
-    try:
-        theirs = auto.from_pretrained(folder, torch_dtype=torch.float32).eval()
-        other = transformers.AutoTokenizer.from_pretrained(folder) if tokenizer else None
-    except Exception as error:  # whatever it raises, the folder does not do what it promises
-        text = f"transformers {transformers.__version__} cannot load {folder}: {error}"
-        raise UserError("E402", text) from error
-    n = tokenizer.n_vocab if tokenizer else cfg.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(n, (2, min(64, cfg.max_seq_len)), generator=generator)  # (B, T)
-    diff = (ours(idx) - theirs(idx).logits).abs().max().item()
-    # Their cached decoding against our full forward: each token they choose has our largest logit,
-    # or ties with it.
-    theirs.generation_config.eos_token_id = None  # go on for 32 tokens
-    out = theirs.generate(idx[:1, :8], max_new_tokens=32, do_sample=False)
-    logits, new = ours(out)[0, -33:-1], out[0, -32:]  # (32, V), (32,)
-    gap = (logits.max(-1).values - logits[torch.arange(32), new]).max().item()
-    equal = None
-    if tokenizer:
-        equal = all(
-            tokenizer.encode(text).tolist() == other(text, add_special_tokens=False).input_ids
-            for text in TEXTS
-        )
-    return {"max_diff": diff, "greedy_equal": gap <= 2 * TOLERANCE, "ids_equal": equal}
-
-
-def same_conversations(transformers, tokenizer, template: chat.Template, folder: Path) -> bool:
-    """Whether transformers makes our ids and our mask of a conversation."""
-    other = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [text for text in TEXTS if text.strip()]
-    for question, reply in zip(texts, texts[1:]):
-        messages = [chat.Message("user", question), chat.Message("assistant", reply)]
-        ids, mask = chat.render(messages, template, tokenizer)
-        theirs = other.apply_chat_template(
-            [message._asdict() for message in messages],
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        same = theirs["input_ids"] == ids.tolist() and theirs["assistant_masks"] == mask.tolist()
-        if not same:
-            return False
-    return True
-
-
 # ---------------------------------------------------------------- from Hugging Face
 
 
@@ -666,6 +566,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--bits", type=int, choices=tuple(quantised.KINDS), default=8)
     p.add_argument("--best", action="store_true", help="the best step instead of the newest")
     p.add_argument("--step", type=int, help="the step of this number")
+    gguf_file.options(commands.add_parser("to_gguf", help="a run to a GGUF file, for llama.cpp"))
+    onnx_file.options(commands.add_parser("to_onnx", help="a run to an ONNX graph that scores"))
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
     p.add_argument("file", type=a_path)
     p.add_argument("out_dir", type=a_path)
@@ -678,7 +580,14 @@ def main(argv: list[str]) -> None:
     for key in ("run", "folder", "out_dir", "file"):
         if key in args:
             args[key] = expand(args[key])
-    run = {"to_hf": to_hf, "from_hf": from_hf, "quantize": quantize, "from_lunaris": from_lunaris}
+    run = {
+        "to_hf": to_hf,
+        "from_hf": from_hf,
+        "quantize": quantize,
+        "to_gguf": gguf_file.to_gguf,
+        "to_onnx": onnx_file.to_onnx,
+        "from_lunaris": from_lunaris,
+    }
     run[args.pop("command")](**args)
 
 

@@ -24,6 +24,7 @@ from lumen.config import LoraConfig
 from lumen.errors import UserError, a_path, expand
 from lumen.files import write_json
 from lumen.hf import refusals
+from lumen.hf_check import TOLERANCE
 from lumen.launch import Words, command
 from model import ModelConfig, Transformer
 
@@ -161,7 +162,7 @@ def merge(run, out, check=False, best=False, say=print) -> dict:
     report |= {"adapter": found.state["adapter"], "versions": export.versions()}
     if check:
         report["max_diff"] = (some_logits(model) - before).abs().max().item()
-        if not report["max_diff"] <= export.TOLERANCE:  # a NaN is not
+        if not report["max_diff"] <= TOLERANCE:  # a NaN is not
             text = f"{found.path}: merging changes logits by {report['max_diff']}"
             raise UserError("E402", text)
     about = {"imported": {"from": str(found.path), "dtype": "float32"}}

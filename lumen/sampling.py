@@ -23,50 +23,60 @@ RANGES = {  # option: (lowest, highest, in words)
     "seed": (0, 2**62, "0 or more, below 2^62"),
     "num_samples": (1, 65536, "between 1 and 65536"),
 }
+SERVED = {  # what serve.py takes beside them, as OpenAI has it
+    "presence_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
+    "frequency_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
+}
 
 
 def check(stop=(), **numbers) -> None:
     """UserError E500 for an option out of range."""
     for name, value in numbers.items():
-        low, high, words = RANGES[name]
+        low, high, words = (RANGES | SERVED)[name]
         if not low <= value <= high:
             raise UserError("E500", f"{name}: {value} is out of range; it must be {words}")
     if not all(stop):
         raise UserError("E500", "stop: an empty string would stop everything; leave it out")
 
 
-@dataclass
-class Sampling:
-    """`choose` for one call of Transformer.generate; it remembers what each row has said.
+@dataclass(frozen=True)
+class Choice:
+    """How one sequence's next token is chosen. In transformers' order: penalty (Keskar et al.
+    2019), presence and frequency (OpenAI), bias, temperature, top-k, top-p, min-p."""
 
-    In transformers' order: penalty (Keskar et al. 2019), temperature, top-k, top-p, min-p.
-    """
-
-    prompts: list[list[int]]  # the ids of each row
-    vocab_size: int  # the model's
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # keep the k most likely; 0: all
     top_p: float = 1.0  # keep the smallest set with this much probability
     min_p: float = 0.0  # keep what has at least this share of the largest probability
     repetition_penalty: float = 1.0  # divides seen ids' logits, or multiplies negative ones
+    presence_penalty: float = 0.0  # off the logits of ids that were written
+    frequency_penalty: float = 0.0  # the same, as often as they were
+    bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
 
-    def __post_init__(self):
-        self.seen = torch.zeros(len(self.prompts), self.vocab_size, dtype=torch.bool)  # (B, V)
-        for row, prompt in enumerate(self.prompts):
-            self.seen[row, prompt] = True
+    def needs_history(self) -> bool:
+        """Whether it asks what a sequence has said before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def __call__(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
-        """The next id of each row (B,), of logits (B, V), fp32 on the CPU."""
-        ids = self.choose(logits, generators)
-        self.seen[torch.arange(len(ids)), ids] = True
-        return ids
-
-    def choose(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
+    def adjusted(self, logits: torch.Tensor, seen, written) -> torch.Tensor:
+        """Logits (n, V) after the penalties and the bias. seen (n, V) bool: in the prompt or
+        written; written (n, V): how often; both may be None where needs_history() is false."""
         penalty = self.repetition_penalty
         if penalty != 1.0:
             # less likely in either case
             punished = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self.seen, punished, logits)
+            logits = torch.where(seen, punished, logits)
+        if self.presence_penalty:
+            logits = logits - self.presence_penalty * (written > 0)
+        if self.frequency_penalty:
+            logits = logits - self.frequency_penalty * written
+        if self.bias:
+            ids, values = zip(*self.bias)
+            logits = logits.clone()
+            logits[:, list(ids)] += torch.tensor(values, device=logits.device)
+        return logits
+
+    def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """The next ids (n,) of adjusted logits (n, V), fp32."""
         if self.temperature == 0:
             return logits.argmax(-1)
         # at most 0 before the division: so no temperature is too small
@@ -76,7 +86,7 @@ class Sampling:
             logits, order = logits.topk(self.top_k, -1)
         elif self.top_p < 1.0:
             logits, order = logits.sort(-1, descending=True)
-        p = logits.softmax(-1)  # (B, candidates)
+        p = logits.softmax(-1)  # (n, candidates)
         if self.top_p < 1.0:
             p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # what is likelier suffices
         if self.min_p > 0:
@@ -85,3 +95,20 @@ class Sampling:
         if order is not None:
             pick = order.gather(-1, pick)
         return pick[:, 0]
+
+
+class Sampling:
+    """`choose` for one call of Transformer.generate, the same for all rows; it remembers what each
+    has said."""
+
+    def __init__(self, prompts: list[list[int]], vocab_size: int, **choice):
+        self.choice = Choice(**choice)
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)  # (B, V)
+        for row, prompt in enumerate(prompts):
+            self.seen[row, prompt] = True
+
+    def __call__(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
+        """The next id of each row (B,), of logits (B, V), fp32 on the CPU."""
+        ids = self.choice.pick(self.choice.adjusted(logits, self.seen, None), generators)
+        self.seen[torch.arange(len(ids)), ids] = True
+        return ids

