@@ -151,7 +151,10 @@ class Engine:
         self.clock = 0  # passes so far
         self.left = [0] * slots  # when each slot became free
         self.graphs = Graphs(model) if self.device.type == "cuda" else None
-        # tokens and seconds of each kind of pass
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Of each kind of pass."""
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
 
