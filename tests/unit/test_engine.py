@@ -119,12 +119,18 @@ def test_a_beginning_is_read_once():
 def test_a_slot_keeps_nothing_of_who_had_it_before():
     """MoD marks the tokens a layer has computed; a new row must not see old marks."""
     model = make(mod_capacity=0.5, mod_every=2)
+    with torch.no_grad():
+        for mod in model.sparse_layers("mod").values():  # choices that differ from token to token
+            for part in (mod.router, mod.predictor):
+                part.weight.normal_(generator=torch.Generator().manual_seed(3))
     engine = Engine(model, 1)
     long, short = list(range(4, 90)), [9, 8, 7]
-    got = tokens(engine, [row(long, 5, temperature=0), row(short, 60, ends=(), temperature=0)])
-    choose = Sampling([short], V, temperature=0)
+    hot = {"temperature": 20.0}  # so that it is of many words
+    got = tokens(engine, [row(long, 5), row(short, 60, seed=1, ends=(), **hot)])
+    marks = engine.slots.cache.kept[1][0, :60]
+    assert 5 < marks.sum() < 55
     with torch.inference_mode():
-        want = [t for (t,) in model.generate([short], 60, [0], (), choose=choose)]
+        want = [t for (t,) in model.generate([short], 60, [1], **hot)]
     assert got[1] == want
 
 
@@ -139,11 +145,13 @@ def test_nan_ends_its_own_row_and_leaves_nothing_behind():
 
     model.head_weight = head_weight
     engine = Engine(model, 2)
-    good, bad = row([5, 6, 7], 20, ends=(), temperature=0), row([5, 50], 5)
+    long = [5 + i for i in range(40)]
+    good, bad = row(long, 20, ends=(), temperature=0), row([*long[:30], 50], 5)
     ends = {news.row: (news.token, news.reason) for news in run(engine, [good, bad])}
     assert ends[bad] == (None, "error") and ends[good][1] == "length"
     assert engine.running == 0
-    later = tokens(engine, [row([5, 6, 7], 20, temperature=0, ends=()) for _ in range(2)])
+    # masked, a NaN of before would still be zero times NaN
+    later = tokens(engine, [row(ids, 9, temperature=0, ends=()) for ids in ([7, 6], long[1:])])
     assert None not in later[0] + later[1]
 
 
@@ -170,11 +178,32 @@ def test_the_range_of_slots_has_no_gaps_and_waiters_come_in_order():
     assert max(n for _, n, _ in widths) == 4
 
 
+def test_rows_move_into_gaps_with_their_keys():
+    """Slots 0 to 3, of which 1 and 2 end early: what is in 3 goes on in one of those."""
+    model = make()
+    engine = Engine(model, 4)
+    asked = [([5, 6], 20, 1), ([7], 1, 2), ([8], 1, 3), ([9, 4, 5], 20, 4)]
+    rows = [row(ids, n, seed, ends=(), temperature=1.0) for ids, n, seed in asked]
+    for one in rows:
+        engine.add(one)
+    got = {one: [] for one in rows}
+    while engine.running or engine.waiting:
+        for news in engine.step():
+            got[news.row].append(news.token)
+        if len(got[rows[3]]) == 3:
+            assert {rows[0].slot, rows[3].slot} == {0, 1}
+    for one, (ids, n, seed) in zip(rows, asked):
+        with torch.inference_mode():
+            want = [t for (t,) in model.generate([ids], n, [seed], temperature=1.0)]
+        assert got[one] == want
+
+
 def test_log_probabilities_are_those_of_the_whole_forward_pass():
     model = make()
     ids = [5, 6, 7, 8]
     engine = Engine(model, 2, n_vocab=90)
-    asked = row(ids, 6, 1, ends=(), temperature=1.5, presence_penalty=1.0, n_logprobs=3)
+    hot = {"temperature": 20.0, "presence_penalty": 1.0}
+    asked = row(ids, 30, 1, ends=(), n_logprobs=3, **hot)
     news = list(run(engine, [asked, row([9] * 5, 8)]))
     news = [one for one in news if one.row is asked]
     whole = ids + [one.token for one in news]
