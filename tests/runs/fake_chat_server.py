@@ -38,6 +38,9 @@ class Handler(BaseHTTPRequestHandler):
         self.error(401, "a key is needed", "E504")
         return True
 
+    def log_message(self, *args):
+        """Nothing: pytest shows what is wrong."""
+
     # ------------------------------------------------------------ answers
 
     def whole(self, status: int, body: bytes, headers: dict):
@@ -49,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def json(self, status: int, value, **headers):
-        self.whole(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | headers)
+        self.whole(
+            status, json.dumps(value).encode(), {"Content-Type": "application/json"} | headers
+        )
 
     def error(self, status: int, message: str, code="E505", **headers):
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
@@ -81,8 +86,8 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int):
+        super().__init__(("127.0.0.1", port), Handler)
         self.model = dict(MODEL)
         self.key = None
         self.asked = []  # (path, body) of each request
@@ -95,8 +100,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving():
-    server = Server()
+def serving(port=0):
+    server = Server(port)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
