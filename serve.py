@@ -308,14 +308,14 @@ def open_house(args: argparse.Namespace, say) -> House:
         raise UserError("E002", text)
     template = template_for(opened, args.template, say)
     served = Served(opened, args.name or opened.name, context, template, args.system)
-    make = functools.partial(Engine, opened.model, args.slots, context, served.n_vocab)
     try:
-        desk = Desk(make, args.slots, args.queue, say)
+        engine = Engine(opened.model, args.slots, context, served.n_vocab)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         text = f"--slots {args.slots} sequences of --context {context} tokens do not fit: {error}"
         raise UserError("E200", text) from error
+    desk = Desk(engine, args.queue, say)
     return House(served, desk, args.timeout, args.max_body, say)
 
 

@@ -27,13 +27,12 @@ NOT_FINITE = "the model's logits are not finite: it has diverged, or --precision
 
 
 class Worker(threading.Thread):
-    """Nobody else touches the engine. deliver(news, time.monotonic()), fail(row, error, the same):
-    called in this thread."""
+    """Nobody else touches the engine. deliver(news, time.monotonic()), fail(row, error): called in
+    this thread."""
 
-    def __init__(self, make_engine: Callable[[], Engine], deliver, fail, say=print):
+    def __init__(self, engine: Engine, deliver, fail, say=print):
         super().__init__(name="engine", daemon=True)
-        self.make_engine = make_engine
-        self.engine = make_engine()  # here, where its errors are the command's
+        self.engine = engine
         self.deliver = deliver
         self.fail = fail
         self.say = say
@@ -58,7 +57,7 @@ class Worker(threading.Thread):
             with torch.inference_mode():
                 while self.take_orders():
                     self.step()
-        except Exception as reason:  # no new engine could be made: out of memory, for one
+        except Exception as reason:  # of the engine's clearing up: then nothing is left of it
             error = as_refused(reason, self.say)
         finally:
             self.fail_all(error)
@@ -100,7 +99,7 @@ class Worker(threading.Thread):
         try:
             news = self.engine.step()
         except Exception as error:
-            self.start_again(error)
+            self.clear(error)
             return
         for item in news:
             if item.reason:
@@ -109,16 +108,14 @@ class Worker(threading.Thread):
         if news:
             self.deliver(news, time.monotonic())
 
-    def start_again(self, error: Exception) -> None:
-        """The step's rows are lost, and what the engine holds may be half of something: a new one
-        takes its place."""
+    def clear(self, error: Exception) -> None:
+        """The step's rows are lost, and what the cache holds may be half of something."""
         refused = as_refused(error, self.say)
         for row in self.rows:
             self.fail(row, refused)
         self.rows.clear()
         self.running = 0
-        self.engine = None  # its memory first
-        self.engine = self.make_engine()
+        self.engine.clear()
 
 
 def as_refused(error: Exception, say) -> Refused:
@@ -216,12 +213,12 @@ class Desk:
     """Admits requests, and hands each what came of its rows. All of it runs in the event loop, but
     for `from_worker` and `failed_in_worker`."""
 
-    def __init__(self, make_engine, slots: int, queue: int, say=print):
-        self.slots = slots
-        self.most = slots + queue  # sequences in the house
+    def __init__(self, engine: Engine, queue: int, say=print):
+        self.slots = len(engine.rows)
+        self.most = self.slots + queue  # sequences in the house
         self.say = say
         self.gauges = Gauges()
-        self.worker = Worker(make_engine, self.from_worker, self.failed_in_worker, say)
+        self.worker = Worker(engine, self.from_worker, self.failed_in_worker, say)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.admitted = 0  # sequences of requests that are not answered yet
         self.jobs: dict[Row, tuple[Job, int]] = {}
