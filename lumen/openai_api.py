@@ -186,7 +186,7 @@ def as_kind(value, kind: str, name: str):
     is_flag = isinstance(value, bool)
     if not isinstance(value, types) or (is_flag and kind != "flag"):
         raise wrong(name, f"it must be {words}, not {shown(value)}")
-    if kind == "number" and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise wrong(name, f"it must be a finite number, not {value}")
     return value
 
