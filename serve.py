@@ -33,6 +33,10 @@ from lumen.worker import Desk
 
 IDLE_SECONDS = 60  # for which a connection may say nothing
 SWEEP_SECONDS = 5
+NO_HTTP = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    + to_json(Refused("E505", "this is no HTTP request").body())
+)
 
 # ---------------------------------------------------------------- the routes
 
@@ -141,6 +145,14 @@ def optional(name: str):
 def make_server(app, shift: Shift):
     """A uvicorn.Server whose signals are our Shift's. E003."""
     uvicorn = optional("uvicorn")
+    protocol = optional("uvicorn.protocols.http.h11_impl").H11Protocol
+
+    class Protocol(protocol):
+        def send_400_response(self, msg: str) -> None:
+            """What came is no HTTP."""
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(NO_HTTP)
+            self.transport.close()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None) -> None:
@@ -152,7 +164,7 @@ def make_server(app, shift: Shift):
 
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from lumen.chat import visible
+from lumen.engine import Row
 from lumen.errors import UserError
 from lumen.gate import send_answer, send_refused
 from lumen.openai_api import Asked, Served, read_chat, read_generate, read_text, rows_of
 from lumen.openai_shapes import SHAPES, Shape
 from lumen.refused import Refused, refused, to_json
-from lumen.worker import Desk, Job
+from lumen.worker import Desk, Job, too_slow
 
 READERS = {"chat": read_chat, "text": read_text, "generate": read_generate}
 BODY_SECONDS = 30  # in which a request's body must be here
@@ -106,8 +107,7 @@ class Answer:
             desk.gauges.request.add(time.monotonic() - self.begun)
 
     async def answer(self, asked: Asked) -> None:
-        loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self.house.readers, rows_of, asked, self.house.served)
+        rows = await self.read(asked)
         job = Job(rows, self.begun)
         shape = SHAPES[self.kind](asked, self.house.served, rows)
         watch = asyncio.create_task(self.watch(job))
@@ -127,6 +127,15 @@ class Answer:
         finally:
             self.house.desk.end(job, why)
             watch.cancel()
+
+    async def read(self, asked: Asked) -> list[Row]:
+        """Prompts to tokens, in a thread. E503 where that takes too long."""
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(self.house.readers, rows_of, asked, self.house.served)
+        try:
+            return await asyncio.wait_for(reading, max(self.deadline - time.monotonic(), 0))
+        except (asyncio.TimeoutError, TimeoutError):
+            raise too_slow() from None
 
     async def watch(self, job: Job) -> None:
         """Until the client goes."""

@@ -33,7 +33,7 @@ class Writing:
 
     def __init__(self, row: Row, talk: bool):
         self.row = row
-        self.talk = talk
+        self.bare = talk or row.stream.tokenizer is None  # without white space around it
         self.begun = False
         self.blanks = ""  # may be the end of the reply
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -43,7 +43,7 @@ class Writing:
 
     def text(self, part: Part) -> str:
         """What of it may be shown now."""
-        if not self.talk:
+        if not self.bare:
             return part.text
         text = self.blanks + part.text
         if not self.begun:
@@ -197,7 +197,7 @@ class TextShape(Shape):
         if isinstance(prompt, str):
             return prompt
         tokenizer = self.rows[number].stream.tokenizer
-        return tokenizer.decode(prompt) if tokenizer else " ".join(map(str, prompt))
+        return tokenizer.decode(prompt) if tokenizer else " ".join([*map(str, prompt), ""])
 
     def piece(self, text: str) -> dict:
         return {"text": text}

@@ -128,6 +128,11 @@ def as_refused(error: Exception, say) -> Refused:
     return Refused("E503", text, status=500)
 
 
+def too_slow() -> Refused:
+    text = "the reply took longer than the server's --timeout; ask for fewer tokens"
+    return Refused("E503", text, status=504, word="timeout")
+
+
 # ---------------------------------------------------------------- in the event loop
 
 
@@ -183,8 +188,7 @@ class Job:
             try:
                 await asyncio.wait_for(self.changed.wait(), max(deadline - time.monotonic(), 0))
             except (asyncio.TimeoutError, TimeoutError):
-                text = "the reply took longer than the server's --timeout; ask for fewer tokens"
-                raise Refused("E503", text, status=504, word="timeout") from None
+                raise too_slow() from None
         if self.gone:
             return []
         if self.error:

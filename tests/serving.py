@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -71,11 +71,16 @@ class Live:
         wait(lambda: self.shift.server or not self.thread.is_alive())
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self.shift.loop.call_soon_threadsafe(self.shift.stop)
+
     def close(self) -> None:
         if self.steps:
             self.go()
         self.http.close()
-        self.shift.loop.call_soon_threadsafe(self.shift.stop)
+        with suppress(RuntimeError):  # it is closed
+            self.stop()
         self.thread.join(20)
         self.desk.worker.close()
         self.desk.worker.join(20)
