@@ -23,8 +23,8 @@ from lumen.answering import Answering, House
 from lumen.engine import Engine
 from lumen.errors import UserError, a_path
 from lumen.gate import Gate, check_key, is_loopback
-from lumen.gauges import resident_bytes
 from lumen.launch import Words, command
+from lumen.machine import resident_bytes
 from lumen.models import Opened, open_model
 from lumen.openai_api import Served
 from lumen.prompts import choose_template
@@ -112,7 +112,7 @@ class Plain:
 
     async def metrics(self, request):
         desk = self.house.desk
-        resident = {"resident_bytes": ("memory that the process holds", resident_bytes())}
+        resident = {"resident_bytes": ("memory that the process holds", resident_bytes() or 0)}
         text = desk.gauges.render(desk.state() | resident)
         return self.response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -23,6 +23,8 @@ from lumen.worker import Desk, Job, too_slow
 
 READERS = {"chat": read_chat, "text": read_text, "generate": read_generate}
 BODY_SECONDS = 30  # in which a request's body must be here
+DISCARDED = 16 << 20  # bytes of a body that is too large
+DISCARD_SECONDS = 1.0  # for each piece of it
 STALLED_SECONDS = 30  # for which a reader may take nothing of its stream
 MOST_WARNINGS = 100  # about different fields
 SSE = [
@@ -208,17 +210,22 @@ async def read_json(receive, headers: dict, most: int) -> dict:
         text = "a request is JSON: send the header Content-Type: application/json"
         raise Refused("E505", text, status=415)
     declared = headers.get(b"content-length", b"0")
-    if declared.isdigit() and int(declared[:20]) > most:
+    large = declared.isdigit() and int(declared[:20]) > most
+    if large and b"expect" in headers:  # nothing is on its way yet
         raise too_large(most)
     try:
-        data = await asyncio.wait_for(read_body(receive, most), BODY_SECONDS)
+        data = await asyncio.wait_for(read_body(receive, 0 if large else most), BODY_SECONDS)
+        if data is None:
+            await discard(receive)
+            raise too_large(most)
     except (asyncio.TimeoutError, TimeoutError):
         text = f"the body did not come within {BODY_SECONDS} s"
         raise Refused("E505", text, status=408) from None
     return parse_json(data)
 
 
-async def read_body(receive, most: int) -> bytes:
+async def read_body(receive, most: int) -> bytes | None:
+    """None: it has more bytes than that, whatever was declared."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -226,10 +233,22 @@ async def read_body(receive, most: int) -> bytes:
             raise Gone
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > most:  # whatever was declared
-            raise too_large(most)
+        if size > most:
+            return None
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+async def discard(receive) -> None:
+    """The rest of a body that is too large, up to a limit: a client that is cut off while it sends
+    would see a broken connection, and not why."""
+    size = 0
+    with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+        while size < DISCARDED:
+            message = await asyncio.wait_for(receive(), DISCARD_SECONDS)
+            size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def too_large(most: int) -> Refused:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from pathlib import Path
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 TOKENS = (16, 64, 256, 1024, 4096, 16384)
@@ -105,14 +104,3 @@ class Gauges:
         for name, (words, value) in state.items():
             lines.append(f"{head(name, 'gauge', words)} {value:g}")
         return "\n".join(lines) + "\n"
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds; 0 where /proc does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0

@@ -377,6 +377,10 @@ def test_bodies_that_are_none(tiny):
     # whatever length is declared
     refused(post(b" " * 20_001), 413, "E505", "request_too_large")
     refused(post(b" " * 1000 for _ in range(30)), 413, "E505", "request_too_large")
+    large = {"content-type": "application/json", "connection": "close"}
+    for data in (b" " * 3_000_000, (b" " * 100_000 for _ in range(30))):
+        response = tiny.http.post("/v1/completions", content=data, headers=large)
+        refused(response, 413, "E505", "request_too_large")
     assert tiny.complete("a", max_tokens=1).status_code == 200
 
 
