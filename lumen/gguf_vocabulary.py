@@ -70,9 +70,9 @@ def check(tokenizer, pre: str | None, n_rows: int, where) -> str:
     return name
 
 
-def caveats(tokenizer, pre: str | None) -> list[str]:
+def caveats(source, pre: str | None) -> list[str]:
     """Which texts llama.cpp gives other ids, for people; none: []."""
-    found = []
+    tokenizer, found = source.tokenizer, []
     if tokenizer.nfc:
         found.append("llama.cpp does not bring text into Unicode's NFC first, as this tokenizer")
     if pre and pre != NAMES.get(tokenizer.pattern):
