@@ -10,6 +10,8 @@ tests/runs/test_llama_cpp.py.
 
 from __future__ import annotations
 
+import json
+
 from lumen import chat
 from lumen.base import jinja_of
 from lumen.bpe import parts
@@ -128,7 +130,7 @@ def special_ids(source, template) -> dict[str, list[int]]:
     found = {}
     for key, value in ids.items():
         listed = value if isinstance(value, list) else [value]
-        found[key.removesuffix("_token_id")] = [i for i in listed if i is not None]
+        found[key.removesuffix("_token_id")] = [i for i in listed if type(i) is int and i >= 0]
     if template:
         ends = [*chat.stop_ids(template, tokenizer), *found["eos"]]
         found["eos"] = list(dict.fromkeys(ends))
@@ -145,9 +147,12 @@ def chat_template(source) -> str | None:
         system = (source.state.get("imported") or {}).get("system")
         text = first_turn(system) + chat.jinja(source.template)
     if isinstance(text, list):  # several, by name
-        text = next((t.get("template") for t in text if t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in text if isinstance(t, dict)}
+        text = named.get("default")
+    if not isinstance(text, str):
+        return None
     for tag in GENERATION:
-        text = text.replace(tag, "") if text else text
+        text = text.replace(tag, "")
     return text
 
 
@@ -155,7 +160,7 @@ def first_turn(system: str | None) -> str:
     """What the imported template, ChatML, says where a conversation has no system turn."""
     if not system:
         return ""
-    turn = chat._quoted(f"<|im_start|>system\n{system}<|im_end|>\n")
+    turn = json.dumps(f"<|im_start|>system\n{system}<|im_end|>\n", ensure_ascii=False)
     test = "messages and messages[0]['role'] != 'system'"
     return f"{{%- if {test} %}}{{{{- {turn} }}}}{{%- endif %}}"
 
