@@ -206,7 +206,8 @@ def written(file: Path):
 @torch.no_grad()
 def compare(model: Transformer, file: Path) -> dict:
     """{max_diff, shapes, onnxruntime} of logits in onnxruntime on the CPU against ours. E402: they
-    differ by more than TOLERANCE."""
+    differ by more than TOLERANCE, of the largest logit where that is above 1: fp32 itself, against
+    fp64, costs SmolLM2-135M 2.5e-4 at logits up to 34."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -214,14 +215,15 @@ def compare(model: Transformer, file: Path) -> dict:
     longest = max(1, min(cfg.max_seq_len, MOST_LOGITS // cfg.vocab_size))
     shapes = [(1, 1), (3, 1), (1, 7), (3, 7), (1, longest)]
     generator = torch.Generator().manual_seed(0)
-    diffs = []
+    diffs, close = [], True
     for shape in shapes:
         ids = torch.randint(cfg.vocab_size, shape, generator=generator)
         theirs = torch.from_numpy(session.run(["logits"], {"ids": ids.numpy()})[0])
-        diffs.append((theirs - model(ids)).abs().max().item())
-    worst = max(diffs)
+        ours = model(ids)
+        diffs.append((theirs - ours).abs().max().item())
+        close &= diffs[-1] <= TOLERANCE * max(1.0, ours.abs().max().item())  # a NaN is not
     sizes = ", ".join(f"{rows}x{length}" for rows, length in shapes)
-    if not all(diff <= TOLERANCE for diff in diffs):  # a NaN is not
+    if not close:
         text = f"logits differ by {diffs} at {sizes} in onnxruntime {onnxruntime.__version__}"
         raise UserError("E402", f"{file.name}: {text}; it was not kept")
-    return {"max_diff": worst, "shapes": sizes, "onnxruntime": onnxruntime.__version__}
+    return {"max_diff": max(diffs), "shapes": sizes, "onnxruntime": onnxruntime.__version__}
