@@ -631,7 +631,7 @@ def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     # more than all the rest
     total = p.double().cumsum(-1)  # (B, n)
     u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
-    return (total <= u * total[:, -1:]).sum(-1, keepdim=True)
+    return (total <= u.to(p.device) * total[:, -1:]).sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------- the model

@@ -75,23 +75,30 @@ def code(function, *args, **kwargs) -> str:
     return error.value.code + " " + error.value.text
 
 
-class Scripted:
-    """A model that says what it is told to: scripts are lists of ids, one per sequence."""
+class Scripted(Transformer):
+    """A model that says what it is told to: scripts are lists of ids, one per sequence, in the
+    order in which they begin."""
 
     def __init__(self, *scripts, context=1000):
-        self.scripts, self.cfg = (
-            scripts,
-            types.SimpleNamespace(vocab_size=T.n_vocab, max_seq_len=context),
-        )
-        self.steps = 0
+        cfg = ModelConfig(T.n_vocab, d_model=8, n_layers=1, n_heads=1, max_seq_len=context)
+        super().__init__(cfg)
+        self.eval()
+        self.scripts, self.prompts, self.steps = list(scripts), [], 0
+        self.now = {}  # slot: what it says from here on
 
-    def generate(self, prompts, max_new_tokens, seeds, stop_ids=(), n_vocab=None, **sampling):
-        self.prompts, ended = prompts, [False] * len(prompts)
-        for step in range(max_new_tokens):
-            self.steps += 1
-            out = [None if e else s[step % len(s)] for s, e in zip(self.scripts, ended)]
-            yield out
-            ended = [e or i in stop_ids for e, i in zip(ended, out)]
+    def forward(self, idx, cache):
+        first = cache.filled.storage_offset()
+        cache.place(idx)
+        logits = torch.full((len(idx), T.n_vocab), -1e3)
+        self.steps += 1
+        for slot, ids in enumerate(idx.tolist(), first):
+            ids = [i for i in ids if i >= 0]
+            if len(ids) > 1 or slot not in self.now:
+                script = self.scripts[len(self.prompts)]
+                self.now[slot] = iter(script * (1000 // len(script)))
+                self.prompts.append(ids)
+            logits[slot - first, next(self.now[slot])] = 1e3
+        return logits
 
 
 def say(*texts, **options):
@@ -253,7 +260,7 @@ def test_generation_stops_at_max_seq_len_with_a_note(run, capsys):
         "length",
         "context",
     ]
-    assert stats["prompt_tokens"] == 97 and stats["new_tokens"] == 39
+    assert stats["prefill_tokens"] == 97 and stats["decode_tokens"] == 39 - 3
     _, err = command(capsys, run, "--ids", "1 2 3", "--max_new_tokens", "500", "--ignore_eot")
     assert "note: 1 of 1 sequences stopped at the model's max_seq_len, 48 tokens" in err
     _, err = command(capsys, run, "--ids", "1 2 3", "--max_new_tokens", "45", "--ignore_eot")
@@ -329,6 +336,8 @@ def test_options_reach_the_sampler_in_both_spellings(run, capsys):
         top_p=0.8,
         min_p=0.01,
         repetition_penalty=1.5,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
         seed=5,
     )
     want = S.sample(model, tokenizer, ["def "], **options)[0]
