@@ -73,7 +73,7 @@ class Slots:
 
     def __init__(self, model: Transformer, slots: int, length: int):
         device, dtype = model.embed.weight.device, model.compute_dtype
-        self.cache = KVCache(model.cfg, slots, length, device, dtype)
+        self.cache = model.cache_type(model.cfg, slots, length, device, dtype)
         self.held: list[list[int]] = [[] for _ in range(slots)]  # ids whose keys lie in each slot
         self.views: dict[tuple[int, int], KVCache] = {}
 
