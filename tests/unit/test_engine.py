@@ -117,25 +117,36 @@ def test_a_beginning_is_read_once():
     assert again.reused == 0 and cold.tokens["prefill"] == 80
 
 
-def test_a_slot_keeps_nothing_of_who_had_it_before():
-    """MoD marks the tokens a layer has computed; a new row must not see old marks."""
+def test_marks_of_computed_tokens_go_with_their_keys():
+    """MoD marks the tokens that a layer has computed. A new row must not see the marks of whoever
+    had its slot, and one that takes over a beginning has those of the beginning."""
     model = make(mod_capacity=0.5, mod_every=2)
     with torch.no_grad():
         for mod in model.sparse_layers("mod").values():  # choices that differ from token to token
             for part in (mod.router, mod.predictor):
                 part.weight.normal_(generator=torch.Generator().manual_seed(3))
-    engine = Engine(model, 1)
+    engine = Engine(model, 2)
     long, short = list(range(4, 90)), [9, 8, 7]
-    hot = {"temperature": 20.0}  # so that it is of many words
-    asked = row(short, 60, seed=1, ends=(), n_logprobs=0, **hot)
-    news = [one for one in run(engine, [row(long, 5), asked]) if one.row is asked]
-    marks = engine.slots.cache.kept[1][0, :60]
-    assert 5 < marks.sum() < 55
-    whole = short + [one.token for one in news]
-    with torch.inference_mode():
-        logp = model(torch.tensor([whole]))[0, len(short) - 1 : -1].log_softmax(-1)
-    want = [place[one.token].item() for one, place in zip(news, logp)]
-    assert [one.logprob for one in news] == pytest.approx(want, abs=1e-3)
+    hot = {"temperature": 20.0, "ends": (), "n_logprobs": 0}  # so that it is of many words
+    before = [row(short, 3, **hot), row(long[:60], 5, **hot)]
+    tokens(engine, before)
+    asked = row(short, 60, seed=1, **hot), row(long[:30], 30, seed=2, **hot)
+    for one in before:  # asked takes over what the other slot has, behind what lay there
+        assert one.slot == -1
+    news = {one: [] for one in asked}
+    for item in run(engine, list(asked)):
+        news[item.row].append(item)
+    assert asked[1].reused == 29 and 5 < engine.slots.cache.kept[1][0, :60].sum() < 55
+    copied = row(long[:30], 30, seed=3, **hot)
+    blocks = row(short, 60, seed=4, **hot)  # in the slot where those keys lie
+    for item in run(engine, [blocks, copied]):
+        news.setdefault(item.row, []).append(item)
+    for one, items in news.items():
+        whole = one.stream.ids + [item.token for item in items]
+        with torch.inference_mode():
+            logp = model(torch.tensor([whole]))[0, len(one.stream.ids) - 1 : -1].log_softmax(-1)
+        want = [place[item.token].item() for item, place in zip(items, logp)]
+        assert [item.logprob for item in items] == pytest.approx(want, abs=1e-3)
 
 
 def test_nan_ends_its_own_row_and_leaves_nothing_behind():
