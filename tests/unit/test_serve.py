@@ -140,6 +140,26 @@ def test_stop_length_and_context(tiny):
     assert made["choices"][0]["text"] == "x" + expected("x", 2, 9)
 
 
+def test_an_end_of_text_ends_a_reply_and_is_no_part_of_it(tiny):
+    """Likely, but not at once: the model of the tests has no opinion of its own."""
+    ends = {"logit_bias": {str(T.im_end_id): 6}, "max_tokens": 60}
+    for more in ({}, {"logprobs": True}, {"n": 3}):
+        made = tiny.ask(seed=3, **ends, **more).json()
+        assert all(choice["finish_reason"] == "stop" for choice in made["choices"])
+        assert "<|im_end|>" not in str(made)
+        assert made["usage"]["completion_tokens"] < 60 * len(made["choices"])
+    tokens = tiny.ask(seed=3, logprobs=True, **ends).json()["choices"][0]["logprobs"]["content"]
+    data = b"".join(bytes(token["bytes"]) for token in tokens)
+    text = tiny.ask(seed=3, **ends).json()["choices"][0]["message"]["content"]
+    assert data.decode("utf-8", "replace").strip() == text and len(text) > 3
+    # at once: an empty reply, whole and as a stream
+    ends["logit_bias"] = {str(T.im_end_id): 100}
+    made = tiny.ask(**ends).json()["choices"][0]
+    assert made["message"]["content"] == "" and made["finish_reason"] == "stop"
+    stream = tiny.ask(stream=True, logprobs=True, **ends).text
+    assert '"finish_reason":"stop"' in stream and stream.endswith("data: [DONE]\n\n")
+
+
 def test_logprobs_are_the_model_s(tiny, client):
     made = client.completions.create(
         model="tiny",
