@@ -20,19 +20,17 @@ RANGES = {  # option: (lowest, highest, in words)
     "top_p": (1e-6, 1, "above 0, at most 1 (off)"),
     "min_p": (0, 1, "between 0 (off) and 1"),
     "repetition_penalty": (0.01, 100, "between 0.01 and 100; 1 is off, above 1 discourages"),
-    "seed": (0, 2**62, "0 or more, below 2^62"),
-    "num_samples": (1, 65536, "between 1 and 65536"),
-}
-SERVED = {  # what serve.py takes beside them, as OpenAI has it
     "presence_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
     "frequency_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
+    "seed": (0, 2**62, "0 or more, below 2^62"),
+    "num_samples": (1, 65536, "between 1 and 65536"),
 }
 
 
 def check(stop=(), **numbers) -> None:
     """UserError E500 for an option out of range."""
     for name, value in numbers.items():
-        low, high, words = (RANGES | SERVED)[name]
+        low, high, words = RANGES[name]
         if not low <= value <= high:
             raise UserError("E500", f"{name}: {value} is out of range; it must be {words}")
     if not all(stop):
