@@ -127,12 +127,15 @@ def test_a_slot_keeps_nothing_of_who_had_it_before():
     engine = Engine(model, 1)
     long, short = list(range(4, 90)), [9, 8, 7]
     hot = {"temperature": 20.0}  # so that it is of many words
-    got = tokens(engine, [row(long, 5), row(short, 60, seed=1, ends=(), **hot)])
+    asked = row(short, 60, seed=1, ends=(), n_logprobs=0, **hot)
+    news = [one for one in run(engine, [row(long, 5), asked]) if one.row is asked]
     marks = engine.slots.cache.kept[1][0, :60]
     assert 5 < marks.sum() < 55
+    whole = short + [one.token for one in news]
     with torch.inference_mode():
-        want = [t for (t,) in model.generate([short], 60, [1], **hot)]
-    assert got[1] == want
+        logp = model(torch.tensor([whole]))[0, len(short) - 1 : -1].log_softmax(-1)
+    want = [place[one.token].item() for one, place in zip(news, logp)]
+    assert [one.logprob for one in news] == pytest.approx(want, abs=1e-3)
 
 
 def test_nan_ends_its_own_row_and_leaves_nothing_behind():
