@@ -54,9 +54,10 @@ class House:
     def warn(self, asked: Asked) -> None:
         """Once for each field, never its value."""
         for name in asked.unknown:
+            name = visible(name[:80])
             if name not in self.warned and len(self.warned) < MOST_WARNINGS:
                 self.warned.add(name)
-                self.say(f"note: field {visible(name[:80])!r} of a request is ignored: not known")
+                self.say(f"note: field {name!r} of a request is ignored: not known")
 
 
 class Answering:

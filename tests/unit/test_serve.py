@@ -3,6 +3,7 @@ openai client, a tiny model; the engine's steps are let through one by one where
 matters."""
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -197,7 +198,7 @@ def test_logprobs_are_the_model_s(tiny, client):
 
 def test_a_stream_has_no_half_characters_and_no_hidden_stop(tiny, monkeypatch):
     """The model says what it is told to, a byte at a time."""
-    script = T.encode("\n né 漢字 🙂 enENDmore ").tolist()
+    script = T.encode("\n né 漢字 🙂 EN en \nENDmore ").tolist()
     tell = tiny.engine.tell
 
     def scripted(row, token, fine, score):
@@ -212,10 +213,13 @@ def test_a_stream_has_no_half_characters_and_no_hidden_stop(tiny, monkeypatch):
             if line.startswith("data: {"):
                 choice = json.loads(line[6:])["choices"][0]
                 pieces.append((choice["delta"].get("content", ""), choice["logprobs"]))
-    assert "".join(text for text, _ in pieces) == "né 漢字 🙂 en"
+    assert "".join(text for text, _ in pieces) == "né 漢字 🙂 EN en"
     assert all("\ufffd" not in text for text, _ in pieces)
     tokens = [token for _, found in pieces if found for token in found["content"]]
-    assert bytes(byte for token in tokens for byte in token["bytes"]) == "\n né 漢字 🙂 en".encode()
+    assert (
+        bytes(byte for token in tokens for byte in token["bytes"])
+        == "\n né 漢字 🙂 EN en \n".encode()
+    )
     # cut in the middle of a character: told at the end, once
     made = tiny.ask(max_tokens=4).json()["choices"][0]
     assert made["message"]["content"] == "n\ufffd" and made["finish_reason"] == "length"
@@ -794,6 +798,22 @@ def test_a_model_without_a_tokenizer_takes_ids():
         refused(bare.complete("text"), 400, "E501", None, "prompt")
         refused(bare.ask(), 400, "E501")
         refused(bare.http.post("/generate", json={"prompt": "a"}), 400, "E501")
+
+
+def test_a_connection_that_says_nothing_is_dropped(monkeypatch):
+    monkeypatch.setattr(serve, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 0.2)
+    with live(slots=1) as patient:
+        patient.hold()
+        silent = [patient.raw(data) for data in (b"", b"GET /health HTTP/1.1\r\nHos")]
+        waits = patient.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+        for connection in silent:
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(10) == b""
+            connection.close()
+        patient.go()
+        assert b"200 OK" in waits.recv(4096)  # it said nothing either, but waited for an answer
+        waits.close()
 
 
 def test_garbage_on_the_wire(tiny):
