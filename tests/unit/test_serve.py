@@ -13,13 +13,14 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import CONTEXT, MODEL, T, live, wait
+from serving import CONTEXT, MODEL, T, live, served, wait
 from test_sample import make
 
 import sample as S
 import serve
 from lumen import answering, web_page
 from lumen.errors import ERRORS, UserError
+from lumen.openai_api import read_chat, read_generate
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -442,6 +443,46 @@ def test_control_tokens_in_a_user_s_text_stay_text(tiny):
         assert made["usage"]["prompt_tokens"] == plain + len(hostile)  # a token for each byte
     made = tiny.complete("<|endoftext|>", max_tokens=1).json()
     assert made["usage"]["prompt_tokens"] == len("<|endoftext|>")
+
+
+def test_ids_of_the_padded_vocabulary_never_come():
+    """The model of this test likes nothing better."""
+    model = make(3, max_seq_len=64)
+    with torch.no_grad():
+        model.embed.weight[T.n_vocab :] = 3 * model.embed.weight[: model.cfg.vocab_size - T.n_vocab]
+    ids = torch.tensor([T.encode("abc").tolist()])
+    assert (model(ids)[0].argmax(-1) >= T.n_vocab).any()
+    with live(model=model) as padded:
+        for seed in range(3):
+            made = padded.complete("abc", seed=seed, max_tokens=50, logprobs=3, ignore_eos=True)
+            assert made.status_code == 200 and made.json()["usage"]["completion_tokens"] == 50
+
+
+def test_a_system_message_is_put_before_those_that_have_none():
+    house = served()
+    house.system = "be brief"
+    told = ("system", "be brief")
+    assert read_chat({"messages": ASK}, house).prompts == [[told, ("user", "hi")]]
+    own = [{"role": "developer", "content": "sing"}, *ASK]
+    assert told not in read_chat({"messages": own}, house).prompts[0]
+    assert read_generate({"prompt": "hi"}, house).prompts == [[told, ("user", "hi")]]
+
+
+def test_a_long_prompt_is_read_beside_the_event_loop(tiny, monkeypatch):
+    go_on, rows_of = threading.Event(), answering.rows_of
+
+    def slow(asked, served):
+        assert go_on.wait(30)
+        return rows_of(asked, served)
+
+    monkeypatch.setattr(answering, "rows_of", slow)
+    waits = tiny.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    wait(lambda: tiny.desk.admitted == 1)
+    assert tiny.http.get("/health").status_code == 200
+    go_on.set()
+    assert b"200 OK" in waits.recv(4096)
+    waits.close()
+    wait(tiny.idle)
 
 
 def test_lone_surrogates_do_no_harm(tiny):
