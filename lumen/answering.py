@@ -111,7 +111,7 @@ class Answer:
 
     async def answer(self, asked: Asked) -> None:
         rows = await self.read(asked)
-        job = Job(rows, self.begun)
+        job = Job(rows, self.begun, in_pieces=asked.stream)
         shape = SHAPES[self.kind](asked, self.house.served, rows)
         watch = asyncio.create_task(self.watch(job))
         why = "error"
@@ -147,7 +147,7 @@ class Answer:
         job.leave()
 
     async def whole(self, job: Job, shape: Shape) -> None:
-        parts = await job.read_all(self.deadline)
+        parts = await job.read(self.deadline)
         if not parts:
             raise Gone
         data = to_json(shape.whole(parts, job.new_tokens))
