@@ -223,18 +223,21 @@ class Shift:
     async def sweep(self) -> None:
         """A connection that sends half a request, or does not read its answer, costs a file and
         some memory: uvicorn has no limit for either."""
-        quiet = {}
+        quiet = {}  # connection -> (its last request, since when)
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             now = time.monotonic()
             found = {}
             for connection in list(self.server.server_state.connections):
-                if is_quiet(connection):
-                    found[connection] = quiet.get(connection, now)
-            quiet = found
-            for connection, since in quiet.items():
+                if not is_quiet(connection):
+                    continue
+                request, since = quiet.get(connection, (None, now))
+                if request is not connection.cycle:
+                    since = now
+                found[connection] = connection.cycle, since
                 if now - since > IDLE_SECONDS:
                     connection.transport.abort()
+            quiet = found
 
 
 def is_quiet(connection) -> bool:
