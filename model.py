@@ -614,9 +614,9 @@ def choose(
     top_k: int = 0,  # only the k most likely; 0: all
 ) -> torch.Tensor:
     """The next id of each row, (B,). top-p, min-p and penalties: lumen/sampling.py."""
-    if temperature == 0:
+    if temperature < 1e-30:  # or 0 / 0 in fp32
         return logits.argmax(-1)
-    # at most 0 before the division: so no temperature is too small
+    # at most 0 before the division: so none of the rest is too small
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits, order = logits.topk(top_k, -1)  # (B, k) each

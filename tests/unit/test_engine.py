@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from lumen import graphs
-from lumen.engine import Engine, Row, generating, run, shared
+from lumen.branches import common
+from lumen.engine import Engine, Row, generating, run
 from lumen.errors import UserError
 from lumen.sampling import Choice, Sampling
 from lumen.stream import Stream
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, ModelConfig, Transformer, choose
 
 V, CONTEXT, END = 97, 100, 3
 SHAPE = dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
@@ -149,17 +150,19 @@ def test_marks_of_computed_tokens_go_with_their_keys():
         assert [item.logprob for item in items] == pytest.approx(want, abs=1e-3)
 
 
-def test_nan_ends_its_own_row_and_leaves_nothing_behind():
+def nan_model(token: int) -> Transformer:
+    """Its logits are NaN for whoever has read this token, and for nobody else."""
     model = make()
     with torch.no_grad():
-        model.embed.weight[50] = float("nan")
+        model.embed.weight[token] = float("nan")
     tied = model.head_weight
+    # tied: the NaN would be in everybody's logits
+    model.head_weight = lambda: torch.nan_to_num(tied())
+    return model
 
-    def head_weight():  # tied: the NaN would be in everybody's logits
-        return torch.nan_to_num(tied())
 
-    model.head_weight = head_weight
-    engine = Engine(model, 2)
+def test_nan_ends_its_own_row_and_leaves_nothing_behind():
+    engine = Engine(nan_model(50), 2)
     long = [5 + i for i in range(40)]
     good, bad = row(long, 20, ends=(), temperature=0), row([*long[:30], 50], 5)
     ends = {news.row: (news.token, news.reason) for news in run(engine, [good, bad])}
@@ -168,6 +171,53 @@ def test_nan_ends_its_own_row_and_leaves_nothing_behind():
     # masked, a NaN of before would still be zero times NaN
     later = tokens(engine, [row(ids, 9, temperature=0, ends=()) for ids in ([7, 6], long[1:])])
     assert None not in later[0] + later[1]
+
+
+def test_nan_that_nobody_has_seen_is_not_left_behind():
+    """Of a prompt that is cancelled before its first logits were looked at."""
+    engine = Engine(nan_model(50), 2, chunk=8)
+    engine.add(bad := row([50] * 60, 5))
+    for _ in range(4):
+        engine.step()
+    engine.cancel(bad)
+    long = row([51 + i % 40 for i in range(50)], 20, ends=(), temperature=0)
+    short = row([7, 6], 20, ends=(), temperature=0)
+    # the second gets the slot; masked, a NaN of before would still be zero times NaN
+    assert None not in sum(tokens(engine, [long, short]), [])
+
+
+def test_the_prompt_that_came_first_is_read_first():
+    """And not that in the first slot, which may be new there each time."""
+    engine = Engine(make(), 2, chunk=16, reuse=False)
+    rows = [row([5 + i] * 16, 1, ends=(), temperature=0) for i in range(12)]
+    assert [news.row for news in run(engine, rows)] == rows
+
+
+def test_more_alternatives_than_there_are_ids():
+    engine = Engine(make(), 2, n_vocab=10)
+    asked = row([5], 2, ends=(), n_logprobs=20)
+    news = [one for one in run(engine, [asked, row([6], 2)]) if one.row is asked]
+    assert [sorted(i for i, _ in one.top) for one in news] == [list(range(10))] * 2
+
+
+def test_the_smallest_temperatures_take_the_likeliest():
+    logits = torch.tensor([[1.0, 0.5, 3.0, 2.0]])
+    for small in (0, 1e-300, 1e-45, 1e-31, 1e-29, 1e-6):
+        assert Choice(small).pick(logits, [torch.Generator()]).tolist() == [2]
+        assert choose(logits, [torch.Generator()], small).tolist() == [2]
+
+
+def test_what_waits_or_has_ended_keeps_no_table_of_the_vocabulary():
+    engine = Engine(make(), 2)
+    rows = [row([5, i], 3, ends=(), repetition_penalty=1.2) for i in range(10, 16)]
+    for one in rows:
+        engine.add(one)
+    while engine.waiting or engine.running:
+        engine.step()
+        assert sum(one.history is not None for one in rows) <= 2
+        if rows[4].slot >= 0:
+            engine.cancel(rows[4])
+    assert not any(one.history for one in rows)
 
 
 def test_the_range_of_slots_has_no_gaps_and_waiters_come_in_order():
@@ -266,14 +316,13 @@ def test_a_model_in_training_is_as_it_was():
     assert model.training and layer.backend == before
 
 
-def test_shared():
-    assert [shared([1, 2, 3], b) for b in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])] == [
-        0,
-        1,
-        2,
-        3,
-        0,
-    ]
+def test_common():
+    found = [common([1, 2, 3], b) for b in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])]
+    assert found == [0, 1, 2, 3, 0]
+    long = list(range(300))
+    for at in (0, 63, 64, 65, 128, 299):
+        assert common(long, [*long[:at], -1, *long[at + 1 :]]) == at
+    assert common(long, [*long]) == 300 and common(long, long[:64]) == 64
 
 
 def test_graphs_record_a_shape_once_and_replay_the_same_numbers(monkeypatch):
