@@ -1,6 +1,6 @@
 """export.py to_gguf: files that transformers' own reader computes alike, names and shapes as
 llama.cpp's loader asks for them, tokenizers under the name of their regex; what there is no room
-for says why. tests/runs/test_llama_cpp.py asks llama.cpp itself."""
+for says why. tests/unit/test_llama_cpp.py asks llama.cpp itself."""
 
 import json
 import resource
@@ -171,6 +171,8 @@ def test_names_and_shapes_are_those_that_llama_cpp_loads(tmp_path, name):
     for tensor in gguf.GGUFReader(file).tensors:
         found[tensor.name] = tuple(int(n) for n in reversed(tensor.shape))
     assert found == wanted(arch, model.cfg, n_experts)
+    width = model.cfg.d_expert if name == "mixtral" else model.cfg.d_ff
+    assert keys(file)[f"{arch}.feed_forward_length"] == width  # Mixtral's is that of its experts
     places = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], model.cfg.n_layers)
     known = {place for _, place in places.mapping.values()}
     assert {name.rpartition(".")[0] for name in found} <= known
