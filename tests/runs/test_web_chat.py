@@ -323,6 +323,8 @@ GARBAGE = [
     '{"messages": [{"role": "user", "content": {"a": 1}}, {"role": "x y", "content": "x"}]}',
     '{"sampling": {"temperature": "hot", "x": 1}, "theme": 7, "system": null}',
     '{"sampling": 7, "messages": [{"role": "assistant", "content": "x", "info": "<b>"}]}',
+    '{"messages": [{"role": "assistant", "content": "x", "info": null}]}',
+    '{"messages": [{"role": "user", "content": "x", "info": {"tokens": {}, "usage": 7}}]}',
 ]
 
 
@@ -334,6 +336,18 @@ def test_garbage_in_the_storage_is_no_obstacle(context, server, text):
         over(page)
         assert replies(page)[-1] == "Good day."
         assert server.asked[0][1]["temperature"] == 0.8
+
+
+def test_two_tabs_show_one_conversation(context, server):
+    with opened(context, server) as one, opened(context, server) as two:
+        say(one, "Hello")
+        over(one)
+        until(two, "document.querySelectorAll('article').length === 2")
+        say(two, "Again")
+        over(two)
+        until(one, "document.querySelectorAll('article').length === 4")
+        one.close()  # a tab that is closed does not bring back what it had
+        assert len(contents(two)) == 4
 
 
 def test_the_export_is_a_row_that_prepare_data_reads(page, server, tmp_path):
