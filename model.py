@@ -288,10 +288,9 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 class KVCache:
     """Keys and values of a batch for decoding, of static shape (B, G, length + 1, D) per layer.
 
-    Rows are ragged: `filled` (B,) counts the tokens each has, and the caller keeps it within
-    `length`. The slot behind takes the padding and is never read. `used`, a plain int, bounds
-    `filled`: attention looks at no more than that. Layers that MoD routes around store only the
-    tokens they compute; `kept` says which.
+    Rows are ragged: `filled` (B,) counts the tokens each has; the caller keeps it within `length`.
+    The slot behind takes the padding and is never read. `used`, a plain int, bounds `filled`, and
+    attention looks no further. What MoD routes around a layer is not stored: `kept` says which.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):
@@ -631,7 +630,7 @@ def draw(p: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
     # more than all the rest
     total = p.double().cumsum(-1)  # (B, n)
     u = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=g) for g in generators])
-    return (total <= u * total[:, -1:]).sum(-1, keepdim=True)
+    return (total <= u.to(p.device) * total[:, -1:]).sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------- the model
@@ -662,6 +661,7 @@ class Transformer(nn.Module):
         self.backend = "sdpa"
         self.recompute = "none"
         self.causal = True
+        self.cache_type = KVCache  # of generate; lumen/kv_int8.py has one of half the bytes
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter; each has a generator of its own, so any sharding starts alike.
@@ -796,12 +796,12 @@ class Transformer(nn.Module):
         max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
         FloatingPointError where logits are not finite.
         """
-        was_training = self.training
-        device = self.embed.weight.device
+        was_training, device = self.training, self.embed.weight.device
         # on the CPU, so that a seed gives the same text on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         most = max(map(len, prompts))
-        cache = KVCache(self.cfg, len(prompts), most + max_new_tokens, device, self.compute_dtype)
+        size = len(prompts), most + max_new_tokens
+        cache = self.cache_type(self.cfg, *size, device, self.compute_dtype)
         idx = torch.tensor([p + [-1] * (most - len(p)) for p in prompts], device=device)
         alive = [True] * len(prompts)  # a row that has ended is padded from then on
         trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}

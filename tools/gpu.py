@@ -10,7 +10,7 @@ Each part is a process of its own with a time limit: a fault in a kernel ends a 
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-those of fine-tuning and evaluation in tools/gpu_finetune.py and tools/gpu_evaluate.py.
+some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ CALLS = {
         "evaluate": 15,
     },
     "B": {
-        "compile": 70,
+        "compile": 65,
         "finetune": 40,
         "fsdp": 30,
-        "models": 70,
+        "models": 60,
         "experts": 65,
         "generation": 20,
+        "serve": 15,
         "tests": 25,
     },
 }
@@ -106,7 +107,7 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py")
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py", "gpu_serve.py")
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -320,9 +321,9 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_evaluate, gpu_finetune, gpu_parts
+    from tools import gpu_evaluate, gpu_finetune, gpu_parts, gpu_serve
 
-    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
+    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate, "serve": gpu_serve}
     return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 
