@@ -588,6 +588,7 @@ REFUSALS = {
     "exception": (fake.refuses(500, "E505", None), "(500)"),
     "a proxy": (fake.sends_a_proxy_page, "(502)"),
     "broken off": (fake.breaks_off, "connection ended before the reply did"),
+    "killed": (fake.dies_midway, "network error"),
     "an error in the stream": (fake.fails_midway, "took longer than 60 s"),
     "no JSON": (fake.sends_no_json, "<b>oops</b>"),
     "no stream": (lambda handler: handler.json(200, {}), "connection ended"),
@@ -624,6 +625,17 @@ def test_a_server_that_has_gone_is_named_and_its_return_is_enough(context):
         page.click("text=Try again")
         over(page)
         assert replies(page) == ["Good day.", "Good day."]
+
+
+def test_a_server_that_was_started_anew_with_another_model(page, server):
+    server.answer = fake.refuses(404, "'out/chat' is not served here", "model_not_found")
+    say(page, "Hello")
+    over(page)
+    server.model["id"], server.answer = "out/other", fake.says("Now.")
+    page.click("text=Try again")
+    until(page, "kept.messages.length === 2 && !running")
+    assert server.asked[1][1]["model"] == "out/other"
+    assert replies(page) == ["Now."]
 
 
 # ---------------------------------------------------------------- hands, eyes, ears
