@@ -19,7 +19,7 @@ from lumen.errors import UserError
 from lumen.models import Opened
 from lumen.prompts import system_turn
 from lumen.refused import Refused
-from lumen.sampling import RANGES, SERVED, Choice
+from lumen.sampling import RANGES, Choice
 from lumen.stream import Stream
 
 CHOICE = {  # sample.py's; Lumi's differ
@@ -163,7 +163,7 @@ class Fields:
 
     def ranged(self, name: str, default, limits: str | None = None):
         """A number of sampling.RANGES, there under the name of `limits`. E500: out of range."""
-        low, high, words = (RANGES | SERVED)[limits or name]
+        low, high, words = RANGES[limits or name]
         kind = "whole" if (limits or name) in WHOLE else "number"
         value = self.get(name, kind, default)
         if value is not None and not low <= value <= high:
