@@ -145,6 +145,17 @@ def breaks_off(handler: Handler):
     handler.piece("Half a")
 
 
+def dies_midway(handler: Handler):
+    """As a server that is killed: the stream's chunks have no end."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    text = b'data: {"choices": [{"delta": {"content": "Half a"}}]}\n\n'
+    handler.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+    handler.close_connection = True
+
+
 def fails_midway(handler: Handler):
     handler.begin()
     handler.piece("Half a")

@@ -323,6 +323,8 @@ GARBAGE = [
     '{"messages": [{"role": "user", "content": {"a": 1}}, {"role": "x y", "content": "x"}]}',
     '{"sampling": {"temperature": "hot", "x": 1}, "theme": 7, "system": null}',
     '{"sampling": 7, "messages": [{"role": "assistant", "content": "x", "info": "<b>"}]}',
+    '{"messages": [{"role": "assistant", "content": "x", "info": null}]}',
+    '{"messages": [{"role": "user", "content": "x", "info": {"tokens": {}, "usage": 7}}]}',
 ]
 
 
@@ -334,6 +336,18 @@ def test_garbage_in_the_storage_is_no_obstacle(context, server, text):
         over(page)
         assert replies(page)[-1] == "Good day."
         assert server.asked[0][1]["temperature"] == 0.8
+
+
+def test_two_tabs_show_one_conversation(context, server):
+    with opened(context, server) as one, opened(context, server) as two:
+        say(one, "Hello")
+        over(one)
+        until(two, "document.querySelectorAll('article').length === 2")
+        say(two, "Again")
+        over(two)
+        until(one, "document.querySelectorAll('article').length === 4")
+        one.close()  # a tab that is closed does not bring back what it had
+        assert len(contents(two)) == 4
 
 
 def test_the_export_is_a_row_that_prepare_data_reads(page, server, tmp_path):
@@ -574,6 +588,7 @@ REFUSALS = {
     "exception": (fake.refuses(500, "E505", None), "(500)"),
     "a proxy": (fake.sends_a_proxy_page, "(502)"),
     "broken off": (fake.breaks_off, "connection ended before the reply did"),
+    "killed": (fake.dies_midway, "network error"),
     "an error in the stream": (fake.fails_midway, "took longer than 60 s"),
     "no JSON": (fake.sends_no_json, "<b>oops</b>"),
     "no stream": (lambda handler: handler.json(200, {}), "connection ended"),
@@ -610,6 +625,17 @@ def test_a_server_that_has_gone_is_named_and_its_return_is_enough(context):
         page.click("text=Try again")
         over(page)
         assert replies(page) == ["Good day.", "Good day."]
+
+
+def test_a_server_that_was_started_anew_with_another_model(page, server):
+    server.answer = fake.refuses(404, "'out/chat' is not served here", "model_not_found")
+    say(page, "Hello")
+    over(page)
+    server.model["id"], server.answer = "out/other", fake.says("Now.")
+    page.click("text=Try again")
+    until(page, "kept.messages.length === 2 && !running")
+    assert server.asked[1][1]["model"] == "out/other"
+    assert replies(page) == ["Now."]
 
 
 # ---------------------------------------------------------------- hands, eyes, ears
