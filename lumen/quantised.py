@@ -36,8 +36,8 @@ from lumen.quantize import n_parameters, quantised_layers, quantize
 from model import Transformer
 
 ABOUT = "EXPORT.json"
-FORMAT = 1  # of the folder; a reader refuses a larger one
-KINDS = {8: "int8"}  # bits -> kind of lumen/quantize.py
+FORMAT = 2  # of the folder; a reader refuses a larger one
+KINDS = {8: "int8", 4: "int4"}  # bits -> kind of lumen/quantize.py
 
 
 # ---------------------------------------------------------------- write
