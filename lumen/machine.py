@@ -148,6 +148,8 @@ def find_precision(
         notes.append(f"precision: {precision}{why}")
     if precision not in DTYPES:
         text = f"precision: {precision!r} is not auto, fp32, mixed_bf16 or mixed_fp16"
+        if precision in ("int8", "int4"):
+            text += "; python export.py quantize RUN DIR --bits 8 or 4 makes such a model"
         raise UserError("E002", text)
     if kind == "cuda" and precision == "mixed_bf16" and capability < (8, 0):
         raise UserError("E003", f"precision: {name} has no bf16; take mixed_fp16 or fp32")
