@@ -22,11 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint as remat
 
 from model_moe import MoD, MoE
 
@@ -280,7 +276,8 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pairs (a, b) that lie at i and i + D/2 of x (B, T, H, D), the half-rotation: to
     (a cos - b sin, b cos + a sin). The first half of rope's sines is negative."""
-    (cos, sin), wide = rope, x.float()
+    cos, sin = rope
+    wide = x.float()
     return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -391,7 +388,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """softmax(q k^T / sqrt(D)) v, causal, (B, T, H, D); torch picks its fastest kernel."""
-        shape, q = q.shape, q.transpose(1, 2)  # (B, H, T, D)
+        shape = q.shape
+        q = q.transpose(1, 2)  # (B, H, T, D)
         if inputs.cache is None:
             # without a mask: only so may torch take its flash kernel
             options = {"is_causal": True}
@@ -497,7 +495,8 @@ def keep_matmuls(ctx, op, *args, **kwargs):
     routing: recomputed, it could differ), make the rest anew."""
     name = op.name() if hasattr(op, "name") else ""
     keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    policy = remat.CheckpointPolicy
+    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE
 
 
 def recomputed(run, how: str, random: bool, *args):
@@ -511,9 +510,9 @@ def recomputed(run, how: str, random: bool, *args):
     # keeping the random state costs a copy from the device, so only where something is drawn
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
-        make = functools.partial(create_selective_checkpoint_contexts, keep_matmuls)
+        make = functools.partial(remat.create_selective_checkpoint_contexts, keep_matmuls)
         options["context_fn"] = make
-    return checkpoint(run, *args, **options)
+    return remat.checkpoint(run, *args, **options)
 
 
 # ---------------------------------------------------------------- head and loss
@@ -798,7 +797,8 @@ class Transformer(nn.Module):
         max_new_tokens; the caller keeps prompt + new tokens within the context it trusts.
         FloatingPointError where logits are not finite.
         """
-        was_training, device = self.training, self.embed.weight.device
+        was_training = self.training
+        device = self.embed.weight.device
         # on the CPU, so that a seed gives the same text on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         most = max(map(len, prompts))
