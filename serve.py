@@ -148,6 +148,15 @@ def make_server(app, shift: Shift):
     protocol = optional("uvicorn.protocols.http.h11_impl").H11Protocol
 
     class Protocol(protocol):
+        def data_received(self, data: bytes) -> None:
+            """What comes before its turn is not kept, and the connection ends with the answer:
+            uvicorn would read no further, and nobody would see the client go."""
+            cycle = self.cycle
+            if cycle and not (cycle.more_body or cycle.response_complete):
+                cycle.keep_alive = False
+            else:
+                super().data_received(data)
+
         def send_400_response(self, msg: str) -> None:
             """What came is no HTTP."""
             if self.cycle is None or self.cycle.response_complete:

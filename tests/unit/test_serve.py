@@ -616,12 +616,16 @@ def held():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_its_row_within_a_token(held, stream):
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /health HTTP/1.1\r\n"])
+def test_a_client_that_goes_frees_its_row_within_a_token(held, stream, more):
+    """Also one that has sent more than its request."""
     body = {"messages": ASK, "stream": stream, "ignore_eos": True}
     gone = held.post("/v1/chat/completions", body)
     held.go(5)
     wait(lambda: held.engine.running and held.engine.rows[0].stream.n_new >= 4)
     row = held.engine.rows[0]
+    gone.sendall(more)
+    held.http.get("/health")  # by now the server has read it
     gone.close()
     wait(lambda: held.desk.gauges.ended["gone"] == 1)
     before = row.stream.n_new
