@@ -14,7 +14,7 @@ from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
 from lumen.experts import anneal_depth
-from lumen.machine import Machine, detect
+from lumen.machine import Machine, detect, inference_precision
 from lumen.quantize import n_parameters
 from lumen.vocabulary import Vocabulary
 from model import Transformer, role
@@ -57,8 +57,8 @@ def open_model(
     lies with the model by default. UserError E304: no model there; E303, E306: it is damaged, or of
     a newer version; E305: its tensors do not fit its configuration; E311: its adapters' base is
     gone or another; E401: a foreign folder that cannot be read exactly; E002: `best` or `step` of
-    what has no steps."""
-    here = detect(device, precision, False)
+    what has no steps, or a precision that is none."""
+    here = detect(device, inference_precision(precision), False)
     opened = read_model(path, best, step, tokenizer, say)
     make_ready(opened.model, here)
     return opened
