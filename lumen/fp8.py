@@ -26,7 +26,9 @@ from model import Linear, Transformer, role
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16  # what every size of a matmul must be a multiple of
-SMALLEST = 1e-12  # largest value that a scale is made for: zeros have one, too
+# the least largest value that a scale fits, so that zeros have one, too. torchao's is 1e-12; here
+# gradients come divided by the tokens of a step, and those of a row may be small
+SMALLEST = 1e-30
 
 # ---------------------------------------------------------------- the matmul
 
@@ -158,10 +160,15 @@ def describe(model: Transformer, precision: str) -> str:
         sizes[kind] += p.numel()
     share = f"{sizes['converted']:,} of {sum(sizes.values()):,} parameters"
     scaled = "rowwise" if FP8[precision][0] else "tensorwise"
-    text = f"{counts.pop('converted')} matrices, {share}, in e4m3, scaled {scaled}"
-    words = {"matrix": f"matrix of sizes that are no multiple of {MULTIPLE}"}
-    rest = ", ".join(f"{n} {words.get(kind, kind)}" for kind, n in sorted(counts.items()))
-    return f"{text}, while training; in bf16: {rest}"
+    text = f"{counts.pop('converted')} matrices, {share}, in e4m3 while training, scaled {scaled}"
+    rest = ", ".join(f"{n} {plural(kind, n)}" for kind, n in sorted(counts.items()))
+    return f"{text}; as in mixed_bf16: {rest}"
+
+
+def plural(kind: str, n: int) -> str:
+    if kind == "matrix":
+        return f"matrices with a size that is no multiple of {MULTIPLE}"
+    return kind if n == 1 else f"{kind}s"
 
 
 # ---------------------------------------------------------------- whether it can be
@@ -175,7 +182,9 @@ def unfit(cfg) -> list[str]:
     if cfg.quantize_base:
         wrong.append(f"precision: {cfg.precision} and quantize_base both say how matrices are held")
     if cfg.method != "sft":
-        text = f"precision: {cfg.precision} is not for method {cfg.method}: the reference is measured"
+        text = (
+            f"precision: {cfg.precision} is not for method {cfg.method}: the reference is measured"
+        )
         wrong.append(f"{text} in bf16, and margins would begin away from 0")
     return wrong
 
@@ -186,7 +195,9 @@ def check(model: Transformer, precision: str, device: torch.device) -> None:
     if precision not in FP8:
         return
     if not matrices(model):
-        text = f"precision: {precision} converts no matrix of this model: d_model {model.cfg.d_model}"
+        text = (
+            f"precision: {precision} converts no matrix of this model: d_model {model.cfg.d_model}"
+        )
         text += f", d_ff {model.cfg.d_ff} or the heads' width are no multiples of {MULTIPLE}"
         raise UserError("E002", f"{text}; change them, or take mixed_bf16")
     rowwise, emulated = FP8[precision]
