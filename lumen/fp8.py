@@ -1,5 +1,5 @@
 """Training with matmuls in fp8: `precision: fp8_e4m3`, or fp8_e4m3_rowwise. torch._scaled_mm is
-all that is needed; why it is not torchao stands in docs/planning.md.
+all that is needed; why it is not torchao: docs/configuration.md.
 
 y = x W^T and the two matmuls of its backward take operands of 8 bits, which share a scale chosen
 anew each time from their largest value: one for a whole matrix (tensorwise; gradients are e5m2,
