@@ -7,6 +7,7 @@ behind a named function. What the makers say of their cards is in lumen/cards.py
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -205,6 +206,8 @@ def inference_precision(precision: str) -> str:
     text = f"--precision: {precision!r} is not auto, fp32, bf16 or fp16"
     if precision.startswith("fp8"):
         text += "; fp8 is for training, and what it trained opens in bf16 on any machine"
+    if precision in ("int8", "int4"):
+        text += "; python export.py quantize RUN DIR --bits 8 or 4 makes such a model"
     raise UserError("E002", text)
 
 
@@ -551,6 +554,34 @@ def peak_of_fake_step(model, optimizer, ids) -> int:
     with tracker:
         model(ids, targets=ids)[0].backward()
     return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+def int8_matmul(x, q, scale):
+    """x (m, k) times int8 (n, k)^T with scale (n,), x and scale bf16, on a CPU. It reads beyond the
+    end where 32 does not divide k. Seen in 2.13."""
+    return torch._weight_int8pack_mm(x, q, scale)
+
+
+def int4_matmul(x, q, scale):
+    """x (m, k) bf16 times int4 in blocks, as int4_blocks makes them; scale (k / group, n, 2), bf16.
+    Seen in 2.13."""
+    group = x.shape[1] // scale.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, group, scale)
+
+
+def int4_blocks(q):
+    """Numbers 0 to 15, uint8 (n, k), as int4_matmul reads them: uint8 (n, k / 2). 16 must divide n,
+    2 k. Seen in 2.13."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+
+
+@functools.cache
+def int4_block() -> int:
+    """Outputs in one of int4_matmul's blocks on this CPU: 64 or 32; lumen/fewbits.py tests whether
+    it is so."""
+    numbers = torch.zeros(64, 2, dtype=torch.uint8)
+    numbers[32, 0] = 15  # in a block of 64 it shares its byte with output 0
+    return 64 if int4_blocks(numbers).flatten()[0] == 0xF0 else 32
 
 
 def set_collective_timeout(seconds: int) -> None:

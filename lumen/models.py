@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, quantised
+from lumen import adapters, chat, checkpoint, fewbits, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
 from lumen.experts import anneal_depth
 from lumen.machine import Machine, detect, inference_precision
-from lumen.quantize import n_parameters
+from lumen.quantize import n_parameters, quantised_layers
 from lumen.vocabulary import Vocabulary
 from model import Transformer, role
 
@@ -60,18 +60,22 @@ def open_model(
     what has no steps, or a precision that is none."""
     here = detect(device, inference_precision(precision), False)
     opened = read_model(path, best, step, tokenizer, say)
-    make_ready(opened.model, here)
+    if line := make_ready(opened.model, here, exact=precision == "fp32"):
+        say(line)
     return opened
 
 
-def make_ready(model: Transformer, here: Machine) -> None:
+def make_ready(model: Transformer, here: Machine, exact: bool = False) -> str:
     """A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it
-    is done once. But routers choose in fp32."""
+    is done once. But routers choose in fp32. Matrices of few bits: by kernels that round what they
+    multiply to bf16, unless it is to be `exact`; the line says which."""
     for name, p in model.named_parameters():
         dtype = torch.float32 if role(name) == "router" else here.compute_dtype
         p.data = p.data.to(here.device, dtype)
     model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
+    layers = list(quantised_layers(model).values())
+    return "" if exact or not layers else fewbits.speed_up(layers)
 
 
 # ---------------------------------------------------------------- as it is stored

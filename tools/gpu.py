@@ -11,7 +11,7 @@ Each part is a process of its own with a time limit: a fault in a kernel ends a 
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-those of fine-tuning, evaluation and fp8 in tools/gpu_finetune.py, gpu_evaluate.py and gpu_fp8.py.
+some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ CALLS = {
         "evaluate": 15,
     },
     "B": {
-        "compile": 70,
+        "compile": 65,
         "finetune": 40,
         "fsdp": 30,
-        "models": 70,
+        "models": 60,
         "experts": 65,
         "generation": 20,
+        "serve": 15,
         "tests": 25,
     },
     "C": {"fp8": 120},
@@ -108,7 +109,8 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py", "gpu_fp8.py")
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py", "gpu_serve.py")
+OF_THE_LIST += ("gpu_fp8.py",)
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -322,9 +324,7 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_evaluate, gpu_finetune, gpu_fp8, gpu_parts
-
-    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate, "fp8": gpu_fp8}
+some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py.
     return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 
