@@ -198,19 +198,6 @@ def check_fp8(
         raise UserError("E003", f"{text} numbers on any device, slowly")
 
 
-def inference_precision(precision: str) -> str:
-    """E002: a --precision in which no model is asked. Matmuls in fp8 are for training: a scale
-    that neighbours share would make a text's likelihood depend on what it is asked with."""
-    if precision in ("auto", "fp32", "bf16", "fp16", "mixed_bf16", "mixed_fp16"):
-        return precision
-    text = f"--precision: {precision!r} is not auto, fp32, bf16 or fp16"
-    if precision.startswith("fp8"):
-        text += "; fp8 is for training, and what it trained opens in bf16 on any machine"
-    if precision in ("int8", "int4"):
-        text += "; python export.py quantize RUN DIR --bits 8 or 4 makes such a model"
-    raise UserError("E002", text)
-
-
 def auto_precision(kind: str, capability: tuple[int, int]) -> tuple[str, str]:
     """(precision, why)."""
     if kind == "cuda":

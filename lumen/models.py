@@ -14,7 +14,7 @@ from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
 from lumen.experts import anneal_depth
-from lumen.machine import Machine, detect, inference_precision
+from lumen.machine import Machine, detect
 from lumen.quantize import n_parameters, quantised_layers
 from lumen.vocabulary import Vocabulary
 from model import Transformer, role
@@ -63,6 +63,19 @@ def open_model(
     if line := make_ready(opened.model, here, exact=precision == "fp32"):
         say(line)
     return opened
+
+
+def inference_precision(precision: str) -> str:
+    """E002: a --precision in which no model is asked. Matmuls in fp8 are for training: a scale
+    that neighbours share would make a text's likelihood depend on what it is asked with."""
+    if precision in ("auto", "fp32", "bf16", "fp16", "mixed_bf16", "mixed_fp16"):
+        return precision
+    text = f"--precision: {precision!r} is not auto, fp32, bf16 or fp16"
+    if precision.startswith("fp8"):
+        text += "; fp8 is for training, and what it trained opens in bf16 on any machine"
+    if precision in ("int8", "int4"):
+        text += "; python export.py quantize RUN DIR --bits 8 or 4 makes such a model"
+    raise UserError("E002", text)
 
 
 def make_ready(model: Transformer, here: Machine, exact: bool = False) -> str:

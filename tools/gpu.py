@@ -324,7 +324,10 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py.
+    from tools import gpu_evaluate, gpu_finetune, gpu_fp8, gpu_parts, gpu_serve
+
+    places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
+    places |= {"serve": gpu_serve, "fp8": gpu_fp8}
     return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 

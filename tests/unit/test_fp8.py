@@ -8,7 +8,7 @@ import pytest
 import torch
 from sparse_models import FINE, config
 
-from lumen import fp8, lora, machine, quantize
+from lumen import fp8, lora, machine, models, quantize
 from lumen.config import LoraConfig
 from lumen.errors import UserError
 from model import Linear, Transformer, role
@@ -307,11 +307,11 @@ def test_a_model_without_a_matrix_that_fits_is_refused():
 
 def test_no_model_is_asked_in_fp8():
     for word in ("fp8", "fp8_e4m3", "int8", "mixed"):
-        error = refusal(machine.inference_precision, word)
+        error = refusal(models.inference_precision, word)
         assert error.code == "E002" and "auto, fp32, bf16 or fp16" in error.text
         assert ("for training" in error.text) == word.startswith("fp8")
     for word in ("auto", "fp32", "bf16", "fp16", "mixed_bf16"):
-        assert machine.inference_precision(word) == word
+        assert models.inference_precision(word) == word
 
 
 def test_compiling_is_asked_for(monkeypatch):
