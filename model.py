@@ -486,7 +486,7 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
 
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::topk")
 MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
 
 
