@@ -171,7 +171,7 @@ def test_a_kernel_that_is_wrong_missing_or_slow_is_not_taken(monkeypatch):
     cases = {
         "differs": ("int4_matmul", lambda *given: right(*given) * 1.1),
         "does not work here (no such operator": ("int4_matmul", missing),
-        "unknown order": ("int4_blocks", lambda q: (q[:, 0::2] << 4 | q[:, 1::2])),
+        "unknown order": ("int4_blocks", lambda q: q[:, 0::2] << 4 | q[:, 1::2]),
         "unpacked": ("int4_matmul", lambda *given: [right(*given) for _ in range(300)][0]),
     }
     for text, (name, made) in cases.items():
