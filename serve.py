@@ -196,6 +196,7 @@ class Shift:
         self.where = where
         self.stopping = False
         self.server = None
+        self.loop = None
         self.tasks = []
 
     def connections(self) -> int:
@@ -209,7 +210,7 @@ class Shift:
 
     def heard(self, number: int) -> None:
         """SIGTERM or Ctrl-C, in a signal handler."""
-        if self.stopping:
+        if self.stopping or self.loop is None:
             os._exit(128 + number)
         self.stopping = True
         self.loop.call_soon_threadsafe(self.stop)
@@ -263,8 +264,9 @@ def bind(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers have one port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
-    except OSError as error:
-        text = f"--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free"
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "this is no name of a machine"
+        text = f"--host {host} --port {port}: {reason}; --port 0 takes any that is free"
         raise UserError("E002", text) from None
     return found
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import threading
+import time
 
 import httpx
 import openai
@@ -19,8 +20,10 @@ from test_sample import make
 import sample as S
 import serve
 from lumen import answering, web_page
+from lumen.engine import News
 from lumen.errors import ERRORS, UserError
 from lumen.openai_api import read_chat, read_generate
+from lumen.worker import Job
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -583,6 +586,7 @@ def test_cors_lets_named_pages_in():
         (["--max_body", "1"], "E002"),
         (["--slot", "2"], "E002"),
         (["--host", "no.such.host.invalid", "--api_key", "k"], "E002"),
+        (["--host", "a..b", "--api_key", "k"], "E002"),
         ([], "E304"),
     ],
 )
@@ -683,6 +687,21 @@ def test_a_request_that_takes_too_long():
         slow.go()
         wait(slow.idle)
         assert slow.desk.gauges.ended["timeout"] == 2
+
+
+def test_a_reader_that_is_never_out_of_pieces_is_timed_too():
+    async def read():
+        row = object()
+        job = Job([row], 0.0, in_pieces=True)
+        job.take(0, News(row, 1, "text", None))
+        assert [part.text for part in await job.read(time.monotonic() + 60)] == ["text"]
+        job.take(0, News(row, 1, "text", None))
+        with pytest.raises(UserError, match="E503"):
+            await job.read(time.monotonic() - 1)
+        job.take(0, News(row, 1, "end", "eot"))  # but what is complete is given out
+        assert [part.text for part in await job.read(time.monotonic() - 1)] == ["textend"]
+
+    asyncio.run(read())
 
 
 def test_an_exception_fails_its_requests_and_not_the_server(tiny, monkeypatch):
