@@ -31,7 +31,16 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import adapters, chat, checkpoint, gguf_file, models, onnx_file, quantise_names, quantised
+from lumen import (
+    adapters,
+    chat,
+    checkpoint,
+    gguf_file,
+    models,
+    onnx_file,
+    quantise_names,
+    quantised,
+)
 from lumen.base import jinja_of
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json

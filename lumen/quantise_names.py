@@ -97,7 +97,9 @@ def translate(argv: list[str], say) -> list[str]:
             continue
         other = claims.setdefault(said.key, said)
         if str(other.value) != str(said.value) or f"--{said.key}" in argv:
-            text = f"--{name} {value} is --{said.key} {said.value} here, which is said otherwise too"
+            text = (
+                f"--{name} {value} is --{said.key} {said.value} here, which is said otherwise too"
+            )
             raise UserError("E002", f"command line: {text}; drop one")
         if other is said:
             say(f"{name} {value} -> {said.key} {as_yaml(said.value)}")
