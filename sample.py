@@ -1,9 +1,9 @@
 """Generate from a trained run: `python sample.py out/run --prompt "def " --max_new_tokens 200
 --temperature 0.8`.
 
-Several prompts (--prompt is repeatable) times --num_samples form one ragged batch that shares
-every forward pass. Each sequence draws from a generator of its own (sample i of any prompt: seed +
-i), so in fp32 its text does not depend on what else is in the batch. `--chat` without a prompt is a
+Several prompts (--prompt is repeatable) times --num_samples are sequences that share each forward
+pass (lumen/engine.py). Each draws from a generator of its own (sample i of any prompt: seed + i),
+so in fp32 its text does not depend on what else is in the batch. `--chat` without a prompt is a
 conversation in the terminal (lumen/talk.py). A notebook needs two lines:
 `model, tokenizer, step = load("out/run")`, then `sample(...)`.
 """
@@ -14,19 +14,20 @@ import argparse
 import functools
 import sys
 
-import torch
-
-from lumen import chat
+from lumen import chat, kv_int8
+from lumen.engine import Engine, Row, run
 from lumen.errors import UserError, a_path
 from lumen.launch import Words, command
 from lumen.models import open_model
 from lumen.prompts import ReplyPrinter, choose_template, heads_of, is_conversation, read_prompts
-from lumen.sampling import RANGES, Sampling, check
-from lumen.stream import Printer, Stream, decode
+from lumen.sampling import RANGES, Choice, check
+from lumen.stream import Printer, Stream
 from lumen.talk import Talk
 from model import Transformer
 
 # ---------------------------------------------------------------- generation
+
+SLOTS = 64  # sequences at once, each with room for the longest
 
 
 def sample(
@@ -40,13 +41,16 @@ def sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int = 1,
     num_samples: int = 1,
     stop: tuple[str, ...] = (),  # a sequence ends before the first of these
     ignore_eot: bool = False,  # False: it ends at the tokenizer's <|endoftext|>
     template=None,  # of conversations; its ends of a reply, ids and texts, end a sequence too
     on_text=None,  # called as on_text(sequence, piece of text, None or why it ended)
-    stats: dict | None = None,  # gets {prompt,new}_tokens, {prefill,decode}_seconds, reasons
+    stats: dict | None = None,  # gets {prefill,decode}_{tokens,seconds} and reasons
+    engine: Engine | None = None,  # of this model, to go on with; it remembers what it has read
 ) -> list[str]:
     """The continuations without their prompts: num_samples for the first prompt, then for the next.
 
@@ -60,6 +64,8 @@ def sample(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
     }
     check(stop=stop, max_new_tokens=max_new_tokens, seed=seed, num_samples=num_samples, **choice)
     vocab_size = model.cfg.vocab_size
@@ -67,58 +73,64 @@ def sample(
     if n_vocab > vocab_size:
         text = f"the tokenizer has {n_vocab} ids, the model's vocab_size is {vocab_size}"
         raise UserError("E113", text)
-    stop_ids = () if ignore_eot or tokenizer is None else (tokenizer.eot_id,)
-    if template and stop_ids:
-        stop_ids = tuple(chat.stop_ids(template, tokenizer))
+    ends = () if ignore_eot or tokenizer is None else (tokenizer.eot_id,)
+    if template and ends:
+        ends = tuple(chat.stop_ids(template, tokenizer))
         stop = (*stop, *chat.stop_texts(template))
 
-    streams = []
-    seeds = []
-    talks = []
+    rows = []
     for number, prompt in enumerate(prompts, 1):
-        talk = is_conversation(prompt)
-        if talk:
-            prompt, _ = chat.render(prompt, template or chat.DEFAULT, tokenizer, open_reply=True)
-        ids = _encode(prompt, number, tokenizer, n_vocab)
+        reader = tokenizer if isinstance(prompt, str) or is_conversation(prompt) else None
+        ids = _encode(prompt, number, tokenizer, n_vocab, template)
         room = _room(ids, number, model.cfg.max_seq_len)
-        reader = tokenizer if talk or isinstance(prompt, str) else None
         for i in range(num_samples):
-            streams.append(Stream(reader, ids, tuple(stop), stop_ids, max_new_tokens, room))
-            seeds.append(seed + i)
-            talks.append(talk)
-    if not streams:
+            stream = Stream(reader, ids, tuple(stop), ends, max_new_tokens, room)
+            rows.append(Row(stream, Choice(**choice), seed + i))
+    if not rows:
         return []
-    longest = max(stream.limit for stream in streams)
-    all_ids = [stream.ids for stream in streams]
-    choose = Sampling(all_ids, vocab_size, **choice)
-    steps = model.generate(all_ids, longest, seeds, stop_ids, n_vocab, choose=choose)
-    try:
-        with torch.inference_mode():  # a tenth faster than no_grad on a CPU
-            times = decode(steps, streams, on_text)
-    except FloatingPointError as error:
-        text = f"{error}: the run has diverged, or --precision fp32 helps"
-        raise UserError("E500", text) from error
+    if engine is None:
+        longest = max(len(row.stream.ids) + row.stream.limit for row in rows)
+        engine = Engine(model, min(len(rows), SLOTS), longest, n_vocab)
+    _write(engine, rows, on_text)
     if stats is not None:
-        stats |= times
-        stats["prompt_tokens"] = sum(len(stream.ids) for stream in streams)
-        stats["new_tokens"] = sum(stream.n_new for stream in streams)
-        stats["reasons"] = [stream.reason for stream in streams]
-    texts = []
-    for stream, talk in zip(streams, talks):
-        texts.append(stream.text.strip() if talk or not stream.tokenizer else stream.text)
-    return texts
+        for kind in ("prefill", "decode"):
+            stats[f"{kind}_tokens"] = engine.tokens[kind]
+            stats[f"{kind}_seconds"] = engine.seconds[kind]
+        stats["reasons"] = [row.stream.reason for row in rows]
+    texts = [row.stream.text for row in rows]
+    # white space around a reply, or before the first id, is no part of it
+    bare = [is_conversation(prompt) or not isinstance(prompt, str) for prompt in prompts]
+    return [text.strip() if bare[i // num_samples] else text for i, text in enumerate(texts)]
 
 
-def _encode(prompt, number: int, tokenizer, n_vocab: int) -> list[int]:
+def _write(engine: Engine, rows: list[Row], on_text) -> None:
+    """Let all of them end. UserError E500: logits that are not finite."""
+    numbers = {row: i for i, row in enumerate(rows)}
+    engine.reset_counts()
+    try:
+        for news in run(engine, rows):
+            if news.reason == "error":
+                text = "the model's logits are NaN or infinite: the run has diverged"
+                raise UserError("E500", f"{text}, or --precision fp32 helps")
+            if on_text and (news.piece or news.reason):
+                on_text(numbers[news.row], news.piece, news.reason)
+    except BaseException:
+        engine.clear()  # Ctrl-C can come in the middle of a pass
+        raise
+
+
+def _encode(prompt, number: int, tokenizer, n_vocab: int, template) -> list[int]:
     """The ids of a prompt. UserError as in `sample`."""
     if tokenizer is None and (isinstance(prompt, str) or not len(prompt)):
         text = f"prompt {number} is text or empty, and this model has no tokenizer.json"
         raise UserError("E501", text)
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt).tolist()
+    if is_conversation(prompt):
+        ids, _ = chat.render(prompt, template or chat.DEFAULT, tokenizer, open_reply=True)
+    elif isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
     else:
-        ids = [int(i) for i in prompt]
-    ids = ids or [tokenizer.eot_id]
+        ids = prompt
+    ids = [int(i) for i in ids] or [tokenizer.eot_id]
     if not 0 <= min(ids) <= max(ids) < n_vocab:
         text = f"prompt {number} has ids {min(ids)} to {max(ids)}; they must be 0 to {n_vocab - 1}"
         raise UserError("E500", text)
@@ -174,6 +186,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("top_p", "keep the smallest set with this much probability", float, 1.0)
     p.option("min_p", "keep what has this share of the largest probability", float, 0.0)
     p.option("repetition_penalty", "", float, 1.0)
+    p.option("presence_penalty", "", float, 0.0)
+    p.option("frequency_penalty", "as often as an id was written", float, 0.0)
     p.option("seed", "sample i draws with seed + i", int, 1)
     p.option("num_samples", "of each prompt", int, 1)
     p.texts("stop", "TEXT", "ends a sequence; repeatable; --stop=TEXT if it has a -")
@@ -186,6 +200,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("step", "the checkpoint of step N", int, metavar="N")
     p.option("device", "auto, cpu, cuda, mps", default="auto")
     p.option("precision", "auto, fp32, bf16, fp16", default="auto")
+    halves = "keys and values as the model computes them, or in int8: half the memory of bf16"
+    p.option("kv", halves, choices=kv_int8.CACHES, default="full")
     return p.parse_args(argv)
 
 
@@ -200,6 +216,7 @@ def main(argv: list[str]) -> int:
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
     )
     model, tokenizer = opened.model, opened.tokenizer
+    kv_int8.use(model, args.kv)
     dtype = str(model.compute_dtype).removeprefix("torch.")
     say(f"{args.run}: {opened}, {model.embed.weight.device}, {dtype}")
     sys.stdout.reconfigure(errors="replace")
@@ -220,14 +237,15 @@ def main(argv: list[str]) -> int:
     if cut:
         most = f"the model's max_seq_len, {model.cfg.max_seq_len} tokens"
         say(f"note: {cut} of {len(heads)} sequences stopped at {most}")
-    say_speed(say, "prefill", stats["prompt_tokens"], stats["prefill_seconds"])
-    say_speed(say, "decode", stats["new_tokens"] - len(heads), stats["decode_seconds"])
+    say_speed(say, "prefill", stats["prefill_tokens"], stats["prefill_seconds"])
+    say_speed(say, "decode", stats["decode_tokens"], stats["decode_seconds"])
     return 0
 
 
 def talk(model: Transformer, tokenizer, options: dict, system: str | None, say) -> None:
     """A conversation in the terminal, one reply at a time."""
-    options = options | {"num_samples": 1}
+    # one engine for all of it: what it has read of the conversation it need not read again
+    options = options | {"num_samples": 1, "engine": Engine(model, 1, n_vocab=tokenizer.n_vocab)}
 
     def answer(messages: list, temperature: float, on_text) -> str:
         stats = {}

@@ -20,23 +20,34 @@ RANGES = {  # option: (lowest, highest, in words)
     "top_p": (1e-6, 1, "above 0, at most 1 (off)"),
     "min_p": (0, 1, "between 0 (off) and 1"),
     "repetition_penalty": (0.01, 100, "between 0.01 and 100; 1 is off, above 1 discourages"),
-    "seed": (0, 2**62, "0 or more, below 2^62"),
-    "num_samples": (1, 65536, "between 1 and 65536"),
-}
-SERVED = {  # what serve.py takes beside them, as OpenAI has it
     "presence_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
     "frequency_penalty": (-2, 2, "between -2 and 2; 0 is off, above 0 discourages"),
+    "seed": (0, 2**62, "0 or more, below 2^62"),
+    "num_samples": (1, 65536, "between 1 and 65536"),
 }
 
 
 def check(stop=(), **numbers) -> None:
     """UserError E500 for an option out of range."""
     for name, value in numbers.items():
-        low, high, words = (RANGES | SERVED)[name]
+        low, high, words = RANGES[name]
         if not low <= value <= high:
             raise UserError("E500", f"{name}: {value} is out of range; it must be {words}")
     if not all(stop):
         raise UserError("E500", "stop: an empty string would stop everything; leave it out")
+
+
+class History:
+    """What one sequence has said."""
+
+    def __init__(self, prompt: list[int], vocab_size: int, device="cpu"):
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # or was in its prompt
+        self.seen[prompt] = True
+        self.written = torch.zeros(vocab_size, device=device)  # how often
+
+    def add(self, token: int) -> None:
+        self.seen[token] = True
+        self.written[token] += 1
 
 
 @dataclass(frozen=True)
@@ -57,29 +68,34 @@ class Choice:
         """Whether it asks what a sequence has said before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def adjusted(self, logits: torch.Tensor, seen, written) -> torch.Tensor:
-        """Logits (n, V) after the penalties and the bias. seen (n, V) bool: in the prompt or
-        written; written (n, V): how often; both may be None where needs_history() is false."""
-        penalty = self.repetition_penalty
-        if penalty != 1.0:
-            # less likely in either case
-            punished = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(seen, punished, logits)
-        if self.presence_penalty:
-            logits = logits - self.presence_penalty * (written > 0)
-        if self.frequency_penalty:
-            logits = logits - self.frequency_penalty * written
+    def adjusted(self, logits: torch.Tensor, histories: list[History | None]) -> torch.Tensor:
+        """Logits (n, V) after penalties and bias; a history a row, None where none is needed."""
+        if self.needs_history():
+            logits = self.punished(logits, histories)
         if self.bias:
             ids, values = zip(*self.bias)
             logits = logits.clone()
             logits[:, list(ids)] += torch.tensor(values, device=logits.device)
         return logits
 
+    def punished(self, logits: torch.Tensor, histories: list[History]) -> torch.Tensor:
+        penalty = self.repetition_penalty
+        if penalty != 1.0:
+            seen = torch.stack([history.seen for history in histories])  # (n, V)
+            # less likely in either case
+            less = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(seen, less, logits)
+        if self.presence_penalty or self.frequency_penalty:
+            written = torch.stack([history.written for history in histories])
+            logits = logits - self.presence_penalty * (written > 0)
+            logits = logits - self.frequency_penalty * written
+        return logits
+
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The next ids (n,) of adjusted logits (n, V), fp32."""
-        if self.temperature == 0:
+        if self.temperature < 1e-30:  # or 0 / 0 in fp32
             return logits.argmax(-1)
-        # at most 0 before the division: so no temperature is too small
+        # at most 0 before the division: so none of the rest is too small
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         order = None  # from where on only candidates are left, most likely first: their ids
         if 0 < self.top_k < logits.shape[-1]:
@@ -103,12 +119,11 @@ class Sampling:
 
     def __init__(self, prompts: list[list[int]], vocab_size: int, **choice):
         self.choice = Choice(**choice)
-        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)  # (B, V)
-        for row, prompt in enumerate(prompts):
-            self.seen[row, prompt] = True
+        self.histories = [History(prompt, vocab_size) for prompt in prompts]
 
     def __call__(self, logits, generators: list[torch.Generator]) -> torch.Tensor:
         """The next id of each row (B,), of logits (B, V), fp32 on the CPU."""
-        ids = self.choice.pick(self.choice.adjusted(logits, self.seen, None), generators)
-        self.seen[torch.arange(len(ids)), ids] = True
+        ids = self.choice.pick(self.choice.adjusted(logits, self.histories), generators)
+        for history, token in zip(self.histories, ids.tolist()):
+            history.add(token)
         return ids

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import json
+import math
 import subprocess
 import sys
 import types
@@ -75,23 +77,40 @@ def code(function, *args, **kwargs) -> str:
     return error.value.code + " " + error.value.text
 
 
-class Scripted:
-    """A model that says what it is told to: scripts are lists of ids, one per sequence."""
+class Scripted(Transformer):
+    """A model that says what it is told to: scripts are lists of ids, one per sequence, in the
+    order in which they begin."""
 
     def __init__(self, *scripts, context=1000):
-        self.scripts, self.cfg = (
-            scripts,
-            types.SimpleNamespace(vocab_size=T.n_vocab, max_seq_len=context),
-        )
-        self.steps = 0
+        cfg = ModelConfig(T.n_vocab, d_model=8, n_layers=1, n_heads=1, max_seq_len=context)
+        super().__init__(cfg)
+        self.eval()
+        self.scripts, self.prompts, self.steps = list(scripts), [], 0
+        self.now = {}  # slot: what it says from here on
 
-    def generate(self, prompts, max_new_tokens, seeds, stop_ids=(), n_vocab=None, **sampling):
-        self.prompts, ended = prompts, [False] * len(prompts)
-        for step in range(max_new_tokens):
-            self.steps += 1
-            out = [None if e else s[step % len(s)] for s, e in zip(self.scripts, ended)]
-            yield out
-            ended = [e or i in stop_ids for e, i in zip(ended, out)]
+    def forward(self, idx, cache):
+        first = cache.filled.storage_offset()
+        cache.place(idx)
+        logits = torch.full((len(idx), T.n_vocab), -1e3)
+        self.steps += 1
+        for slot, ids in enumerate(idx.tolist(), first):
+            ids = [i for i in ids if i >= 0]
+            if not ids:
+                continue
+            if len(ids) > 1 or slot not in self.now:
+                script = self.script(ids)
+                self.now[slot] = itertools.cycle([math.nan] if script is None else script)
+                self.prompts.append(ids)
+            token = next(self.now[slot])
+            if math.isnan(token):
+                logits[slot - first] = math.nan
+            else:
+                logits[slot - first, token] = 1e3
+        return logits
+
+    def script(self, ids):
+        """What it says behind these."""
+        return self.scripts[len(self.prompts)]
 
 
 def say(*texts, **options):
@@ -253,7 +272,7 @@ def test_generation_stops_at_max_seq_len_with_a_note(run, capsys):
         "length",
         "context",
     ]
-    assert stats["prompt_tokens"] == 97 and stats["new_tokens"] == 39
+    assert stats["prefill_tokens"] == 97 and stats["decode_tokens"] == 39 - 3
     _, err = command(capsys, run, "--ids", "1 2 3", "--max_new_tokens", "500", "--ignore_eot")
     assert "note: 1 of 1 sequences stopped at the model's max_seq_len, 48 tokens" in err
     _, err = command(capsys, run, "--ids", "1 2 3", "--max_new_tokens", "45", "--ignore_eot")
@@ -329,6 +348,8 @@ def test_options_reach_the_sampler_in_both_spellings(run, capsys):
         top_p=0.8,
         min_p=0.01,
         repetition_penalty=1.5,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
         seed=5,
     )
     want = S.sample(model, tokenizer, ["def "], **options)[0]

@@ -402,14 +402,7 @@ def test_talk_ends_replies_by_id_and_by_text_and_says_when_the_context_is_full(m
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     said, options = [], {"max_new_tokens": 50, "template": "instruct", "temperature": 0}
     scripts = [[*b" by id", T.eot_id], list(b" by text\n\n### Instruction:\n!"), list(b"full ")]
-    model = Scripted([], context=162)
-    make_steps = model.generate
-
-    def generate(*args, **more):
-        model.scripts = [scripts.pop(0)]
-        return make_steps(*args, **more)
-
-    model.generate = generate
+    model = Scripted(*scripts, context=162)
     with contextlib.suppress(StopIteration):
         S.talk(model, T, options, None, said.append)
     assert capsys.readouterr().out.split("\n")[:2] == ["by id", "by text"]
