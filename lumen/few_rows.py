@@ -20,7 +20,6 @@ FEW_ROWS = 16
 TOLERANCE = 1e-2  # of a kernel's results, relative to the largest: they are rounded to bf16
 
 
-
 def speed_up(layers: list[nn.Module]) -> str:
     """Let those quantised layers on a CPU that torch's kernels can multiply do without unpacking,
     where that is right and faster here; returns a line that says what was chosen and why."""
@@ -45,10 +44,11 @@ def fits(layer: nn.Module) -> bool:
         return False
     if any(buffer.device.type != "cpu" for buffer in layer.buffers()):
         return False
-    shapes = [(layer.out_features, layer.in_features)] if hasattr(layer, "in_features") else [
-        (2 * layer.width, layer.d_model),
-        (layer.d_model, layer.width),
-    ]
+    shapes = (
+        [(layer.out_features, layer.in_features)]
+        if hasattr(layer, "in_features")
+        else [(2 * layer.width, layer.d_model), (layer.d_model, layer.width)]
+    )
     return all(n % 16 == 0 and k % 32 == 0 for n, k in shapes)
 
 
