@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, quantised
+from lumen import adapters, chat, checkpoint, onednn, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
@@ -72,6 +72,7 @@ def make_ready(model: Transformer, here: Machine) -> None:
         p.data = p.data.to(here.device, dtype)
     model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
+    onednn.reorder(model)
 
 
 # ---------------------------------------------------------------- as it is stored
