@@ -22,11 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint as remat
 
 from model_moe import MoD, MoE
 
@@ -280,17 +276,17 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Turn the pairs (a, b) that lie at i and i + D/2 of x (B, T, H, D), the half-rotation: to
     (a cos - b sin, b cos + a sin). The first half of rope's sines is negative."""
-    (cos, sin), wide = rope, x.float()
+    cos, sin = rope
+    wide = x.float()
     return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class KVCache:
     """Keys and values of a batch for decoding, of static shape (B, G, length + 1, D) per layer.
 
-    Rows are ragged: `filled` (B,) counts the tokens each has, and the caller keeps it within
-    `length`. The slot behind takes the padding and is never read. `used`, a plain int, bounds
-    `filled`: attention looks at no more than that. Layers that MoD routes around store only the
-    tokens they compute; `kept` says which.
+    Rows are ragged: `filled` (B,) counts the tokens each has; the caller keeps it within `length`.
+    The slot behind takes the padding and is never read. `used`, a plain int, bounds `filled`, and
+    attention looks no further. What MoD routes around a layer is not stored: `kept` says which.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device=None, dtype=torch.float32):
@@ -392,7 +388,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """softmax(q k^T / sqrt(D)) v, causal, (B, T, H, D); torch picks its fastest kernel."""
-        shape, q = q.shape, q.transpose(1, 2)  # (B, H, T, D)
+        shape = q.shape
+        q = q.transpose(1, 2)  # (B, H, T, D)
         if inputs.cache is None:
             # without a mask: only so may torch take its flash kernel
             options = {"is_causal": True}
@@ -489,7 +486,7 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
 
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::topk")
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::topk")
 MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
 
 
@@ -498,7 +495,8 @@ def keep_matmuls(ctx, op, *args, **kwargs):
     routing: recomputed, it could differ), make the rest anew."""
     name = op.name() if hasattr(op, "name") else ""
     keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    policy = remat.CheckpointPolicy
+    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE
 
 
 def recomputed(run, how: str, random: bool, *args):
@@ -512,9 +510,9 @@ def recomputed(run, how: str, random: bool, *args):
     # keeping the random state costs a copy from the device, so only where something is drawn
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
-        make = functools.partial(create_selective_checkpoint_contexts, keep_matmuls)
+        make = functools.partial(remat.create_selective_checkpoint_contexts, keep_matmuls)
         options["context_fn"] = make
-    return checkpoint(run, *args, **options)
+    return remat.checkpoint(run, *args, **options)
 
 
 # ---------------------------------------------------------------- head and loss
@@ -617,9 +615,9 @@ def choose(
     top_k: int = 0,  # only the k most likely; 0: all
 ) -> torch.Tensor:
     """The next id of each row, (B,). top-p, min-p and penalties: lumen/sampling.py."""
-    if temperature == 0:
+    if temperature < 1e-30:  # or 0 / 0 in fp32
         return logits.argmax(-1)
-    # at most 0 before the division: so no temperature is too small
+    # at most 0 before the division: so none of the rest is too small
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits, order = logits.topk(top_k, -1)  # (B, k) each
@@ -664,6 +662,7 @@ class Transformer(nn.Module):
         self.backend = "sdpa"
         self.recompute = "none"
         self.causal = True
+        self.cache_type = KVCache  # of generate; lumen/kv_int8.py has one of half the bytes
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter; each has a generator of its own, so any sharding starts alike.
@@ -803,7 +802,8 @@ class Transformer(nn.Module):
         # on the CPU, so that a seed gives the same text on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         most = max(map(len, prompts))
-        cache = KVCache(self.cfg, len(prompts), most + max_new_tokens, device, self.compute_dtype)
+        size = len(prompts), most + max_new_tokens
+        cache = self.cache_type(self.cfg, *size, device, self.compute_dtype)
         idx = torch.tensor([p + [-1] * (most - len(p)) for p in prompts], device=device)
         alive = [True] * len(prompts)  # a row that has ended is padded from then on
         trained = {moe: moe.backend for moe in self.sparse_layers("moe").values()}

@@ -14,7 +14,7 @@ import argparse
 import functools
 import sys
 
-from lumen import chat
+from lumen import chat, kv_int8
 from lumen.engine import Engine, Row, run
 from lumen.errors import UserError, a_path
 from lumen.launch import Words, command
@@ -200,6 +200,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("step", "the checkpoint of step N", int, metavar="N")
     p.option("device", "auto, cpu, cuda, mps", default="auto")
     p.option("precision", "auto, fp32, bf16, fp16", default="auto")
+    halves = "keys and values as the model computes them, or in int8: half the memory of bf16"
+    p.option("kv", halves, choices=kv_int8.CACHES, default="full")
     return p.parse_args(argv)
 
 
@@ -214,6 +216,7 @@ def main(argv: list[str]) -> int:
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
     )
     model, tokenizer = opened.model, opened.tokenizer
+    kv_int8.use(model, args.kv)
     dtype = str(model.compute_dtype).removeprefix("torch.")
     say(f"{args.run}: {opened}, {model.embed.weight.device}, {dtype}")
     sys.stdout.reconfigure(errors="replace")
