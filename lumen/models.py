@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, few_rows, quantised
+from lumen import adapters, chat, checkpoint, few_rows, onednn, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
@@ -87,6 +87,7 @@ def make_ready(model: Transformer, here: Machine, exact: bool = False) -> str:
         p.data = p.data.to(here.device, dtype)
     model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
+    onednn.reorder(model)
     layers = list(quantised_layers(model).values())
     return "" if exact or not layers else few_rows.speed_up(layers)
 
