@@ -18,11 +18,12 @@ import socket
 import sys
 import time
 
-from lumen import web_page
+from lumen import kv_int8, web_page
 from lumen.answering import Answering, House
 from lumen.engine import Engine
 from lumen.errors import UserError, a_path
 from lumen.gate import Gate, check_key, is_loopback
+from lumen.kv_int8 import CACHES
 from lumen.launch import Words, command
 from lumen.machine import resident_bytes
 from lumen.models import Opened, open_model
@@ -320,6 +321,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("step", int, None, "the checkpoint of step N", metavar="N")
     option("device", str, "auto", "auto, cpu, cuda, mps")
     option("precision", str, "auto", "auto, fp32, bf16, fp16")
+    option("kv", str, "full", "int8: keys and values in half of bf16's memory", choices=CACHES)
     return p.parse_args(argv)
 
 
@@ -334,6 +336,7 @@ def open_house(args: argparse.Namespace, say) -> House:
         raise UserError("E002", text)
     template = template_for(opened, args.template, say)
     served = Served(opened, args.name or opened.name, context, template, args.system)
+    kv_int8.use(opened.model, args.kv)
     try:
         engine = Engine(opened.model, args.slots, context, served.n_vocab)
     except (MemoryError, RuntimeError) as error:
