@@ -16,11 +16,11 @@ import time
 
 import torch
 
-from lumen import fewbits, machine
+from lumen import few_rows, machine
 from lumen.errors import a_path
 from lumen.launch import Words, command
 from lumen.models import make_ready, read_model
-from lumen.quantize import quantize, quantised_layers
+from lumen.quantize import quantised_layers, quantize
 from model import KVCache, ModelConfig, Transformer
 from tools import timing
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     model = build(o)
     made = {name: prepared(model, *how) for name, how in WAYS.items()}
     print(timing.machine_line())
-    for kind, (_, why) in fewbits.CHOSEN.items():
+    for kind, (_, why) in few_rows.CHOSEN.items():
         print(f"{kind}: a matrix of 1,072 x 1,024 by the kernel: {why}")
     cfg, total = model.cfg, model.n_params()["total"]
     what = o.model or "random"

@@ -11,7 +11,7 @@ from sparse_models import make as make_sparse
 from test_sample import code, save
 
 import export
-from lumen import checkpoint, fewbits, machine, models, quantize
+from lumen import base, checkpoint, few_rows, fewbits, machine, models, quantize
 from lumen.machine import detect
 from lumen.models import open_model
 from lumen.quantize import Packed, QuantExperts, QuantLinear, pack
@@ -24,15 +24,15 @@ WIDE = {"d_model": 64, "n_heads": 4, "n_kv_heads": 4, "d_ff": 96, "max_seq_len":
 @pytest.fixture
 def kernels():
     """Chosen whatever the time says; skips where torch's are not right here."""
-    before = dict(fewbits.CHOSEN)
+    before = dict(few_rows.CHOSEN)
     for kind in ("int8", "int4"):
-        works, why = fewbits.tried(kind)
+        works, why = few_rows.tried(kind)
         if not works and "ms" not in why:
             pytest.skip(why)
-        fewbits.CHOSEN[kind] = True, "as the test wants it"
+        few_rows.CHOSEN[kind] = True, "as the test wants it"
     yield
-    fewbits.CHOSEN.clear()
-    fewbits.CHOSEN.update(before)
+    few_rows.CHOSEN.clear()
+    few_rows.CHOSEN.update(before)
 
 
 def quiet(text):
@@ -115,7 +115,7 @@ def test_a_few_rows_are_those_of_the_formula_each_by_itself(kernels, kind, dtype
     torch.manual_seed(0)
     layer = QuantLinear(torch.randn(112, 192), kind)
     want = layer.weight
-    assert "kernel" in fewbits.speed_up([layer]) and layer.few_rows
+    assert "kernel" in few_rows.speed_up([layer]) and layer.few_rows
     x = torch.randn(2, 4, 192, dtype=dtype)
     with torch.no_grad():
         y = layer(x)
@@ -123,13 +123,13 @@ def test_a_few_rows_are_those_of_the_formula_each_by_itself(kernels, kind, dtype
         assert y.dtype == dtype and (y.float() - exact).abs().max() < 5e-3 * exact.abs().max()
         alone = torch.stack([layer(row) for row in x.flatten(0, 1).split(1)]).view_as(y)
         assert torch.equal(alone, y)
-        many = torch.randn(fewbits.FEW_ROWS + 1, 192, dtype=dtype)
+        many = torch.randn(few_rows.FEW_ROWS + 1, 192, dtype=dtype)
         assert torch.equal(layer(many), F.linear(many, layer.packed.to(dtype)))
 
 
 def test_with_a_gradient_the_formula_is_taken(kernels):
     layer = QuantLinear(torch.randn(32, 64), "int4")
-    fewbits.speed_up([layer])
+    few_rows.speed_up([layer])
     x = torch.randn(2, 64, requires_grad=True)
     y = layer(x)
     y.sum().backward()
@@ -148,7 +148,7 @@ def test_a_model_decodes_as_its_formula_says(kernels, kind, name):
     with torch.no_grad():
         want = model(ids)
         layers = quantize.quantised_layers(model)
-        fewbits.speed_up(list(layers.values()))
+        few_rows.speed_up(list(layers.values()))
         assert all(layer.few_rows for layer in layers.values())
         got = model(ids)
     assert any(isinstance(layer, QuantExperts) for layer in layers.values())
@@ -160,7 +160,7 @@ def test_a_model_decodes_as_its_formula_says(kernels, kind, name):
 @pytest.mark.parametrize("shape", [(16, 40), (24, 64), (16, 8)])
 def test_sizes_beyond_whose_end_a_kernel_would_read_are_unpacked(kernels, kind, shape):
     layer = QuantLinear(torch.randn(shape), kind)
-    assert fewbits.speed_up([layer]) == "" and not layer.few_rows and layer.kind == kind
+    assert few_rows.speed_up([layer]) == "" and not layer.few_rows and layer.kind == kind
 
 
 def test_a_kernel_that_is_wrong_missing_or_slow_is_not_taken(monkeypatch):
@@ -175,11 +175,11 @@ def test_a_kernel_that_is_wrong_missing_or_slow_is_not_taken(monkeypatch):
         "unpacked": ("int4_matmul", lambda *given: [right(*given) for _ in range(300)][0]),
     }
     for text, (name, made) in cases.items():
-        monkeypatch.setattr(fewbits, "CHOSEN", {})
+        monkeypatch.setattr(few_rows, "CHOSEN", {})
         with monkeypatch.context() as patched:
             patched.setattr(machine, name, made)
             layer = QuantLinear(torch.randn(32, 64), "int4")
-            line = fewbits.speed_up([layer])
+            line = few_rows.speed_up([layer])
         assert text in line and not layer.few_rows and layer.kind == "int4"
         assert layer(torch.ones(1, 64)).isfinite().all()
 
@@ -208,7 +208,7 @@ def test_exact_in_fp32_by_name_only(kernels, tmp_path):
     """What is asked for by name is the formula; what auto finds may round to bf16."""
     save(tmp_path / "run", 8, model=make_sparse(**WIDE), tokenizer=False)
     export.quantize(tmp_path / "run", tmp_path / "q", bits=4, say=quiet)
-    for precision, few in (("fp32", 0), ("auto", fewbits.FEW_ROWS), ("bf16", fewbits.FEW_ROWS)):
+    for precision, few in (("fp32", 0), ("auto", few_rows.FEW_ROWS), ("bf16", few_rows.FEW_ROWS)):
         said = []
         opened = open_model(tmp_path / "q", device="cpu", precision=precision, say=said.append)
         layers = quantize.quantised_layers(opened.model).values()
@@ -237,3 +237,13 @@ def test_int8_and_int4_as_precision_say_what_to_do(tmp_path):
     for precision in ("int8", "int4"):
         text = code(open_model, tmp_path / "run", precision=precision)
         assert text.startswith("E002") and "export.py quantize" in text
+
+
+def test_fine_tuning_a_quantised_folder_names_its_source(tmp_path):
+    save(tmp_path / "run", 8, model=make_sparse(), tokenizer=False)
+    export.quantize(tmp_path / "run", tmp_path / "q", say=quiet)
+    for refuse in (base.read_base, checkpoint.find, export.to_hf):
+        more = (tmp_path / "hf",) if refuse is export.to_hf else ()
+        text = code(refuse, tmp_path / "q", *more)
+        assert text.startswith("E304") and "quantize_base int8" in text
+        assert str(tmp_path / "run") in text

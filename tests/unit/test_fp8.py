@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_models import FINE, config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumen import fp8, lora, machine, models, quantize
 from lumen.config import LoraConfig
@@ -86,17 +87,79 @@ def layer_grad(layer, x, grad):
     return x.grad
 
 
-@pytest.mark.parametrize("rowwise", [False, True])
-def test_emulated_numbers_are_those_of_the_matmul_that_a_gpu_runs(rowwise):
-    """torch._scaled_mm, which a CPU has too: layouts, shapes of scales and all."""
+def require_scaled_mm(rowwise: bool) -> None:
+    """torch._scaled_mm is made for GPUs; most CPU builds have it too."""
     ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
     scale = torch.ones((16, 1) if rowwise else ())
     try:
         torch._scaled_mm(ones, ones.t(), scale, scale.t(), out_dtype=torch.bfloat16)
     except (NotImplementedError, RuntimeError) as error:
         pytest.skip(f"this torch has it on GPUs only: {error}")
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+def test_emulated_numbers_are_those_of_the_matmul_that_a_gpu_runs(rowwise):
+    require_scaled_mm(rowwise)
     off = fp8.try_out(torch.device("cpu"), rowwise)
     assert off < 3e-3  # one is rounded to bf16 before the scales of rows, the other after
+
+
+@pytest.fixture
+def strict(monkeypatch) -> list:
+    """In the place of scaled_matmul one that takes what cuBLAS and CUTLASS take, and no more; the
+    shapes that it was called with."""
+    calls = []
+
+    def scaled(a, b, scale_a, scale_b, dtype, fast):
+        (m, k), n = a.shape, b.shape[1]
+        assert a.is_contiguous() and b.t().is_contiguous(), "row-major and column-major"
+        assert k % 16 == 0 and n % 16 == 0, "rows of 16 bytes"
+        assert {a.dtype, b.dtype} <= set(MOST) and b.dtype == torch.float8_e4m3fn
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        shapes = (tuple(scale_a.shape), tuple(scale_b.shape))
+        assert shapes in [((), ()), ((m, 1), (1, n))]
+        assert dtype == torch.bfloat16, "all that is written by row"
+        calls.append((m, k, n, fast))
+        return fp8.matmul(a, scale_a, b, scale_b, dtype, fast, emulated=True)
+
+    monkeypatch.setattr(fp8, "scaled_matmul", scaled)
+    return calls
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("word", ["fp8_e4m3", "fp8_e4m3_rowwise"])
+def test_a_gpus_matmul_gets_what_it_can_take(strict, word, frozen):
+    layer, emulated = made(word), made(f"{word}_emulated")
+    layer.weight.requires_grad_(not frozen)
+    x, grad = drawn((3, 7, 32), (3, 7, 48), dtype=torch.bfloat16)
+    for one in (layer, emulated):
+        one.got = x.clone().requires_grad_()
+        one.y = one(one.got)
+        one.y.backward(grad)
+    sizes = [(32, 32, 48, True), (32, 48, 32, False), (48, 32, 32, False)]
+    assert strict == sizes[: 2 if frozen else 3], "y, dx, and dW where it is wanted"
+    assert torch.equal(layer.y, emulated.y)
+    assert torch.equal(layer.got.grad, emulated.got.grad)
+    assert frozen or torch.equal(layer.weight.grad, emulated.weight.grad)
+
+
+class Counts(TorchDispatchMode):
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += op is torch.ops.aten._scaled_mm.default
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("how, each", [("none", 3), ("selective", 3), ("block", 4)])
+def test_selective_recomputation_keeps_its_results(how, each):
+    require_scaled_mm(False)
+    model = built("fp8_e4m3")
+    model.recompute = how
+    idx = torch.arange(64).view(2, 32)
+    with Counts() as counts:
+        model(idx, targets=idx)[0].backward()
+    assert counts.n == each * len(fp8.matrices(model))
 
 
 @pytest.mark.parametrize("dtype", MOST)
