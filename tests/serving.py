@@ -69,7 +69,7 @@ class Live:
         self.thread = threading.Thread(target=run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         wait(lambda: self.shift.server or not self.thread.is_alive())
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=30)
 
     def stop(self) -> None:
         """As SIGTERM does."""
@@ -123,7 +123,7 @@ def live(key=None, host="127.0.0.1", cors=(), drain=5.0, **options):
         made.close()
 
 
-def wait(true, seconds=30) -> None:
+def wait(true, seconds=20) -> None:
     """Until it is so. Nothing is asserted on how long that takes, but for a limit."""
     end = time.monotonic() + seconds
     while not true():
