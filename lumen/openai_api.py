@@ -98,8 +98,8 @@ class Served:
 
 
 def longest_token(tokenizer) -> int:
-    """Bytes of text that one token stands for at most. A vocabulary that cleans its text (NFC, white
-    space) may read some more than it writes; one that only lacks bytes does not."""
+    """Bytes of text that one token stands for at most. A vocabulary that cleans its text (NFC,
+    white space) may read some more than it writes; one that only lacks bytes does not."""
     if tokenizer is None:
         return 2**31
     most = int(tokenizer.token_bytes().max())

@@ -9,8 +9,10 @@ import re
 import sys
 import threading
 import time
+import types
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
