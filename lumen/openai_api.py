@@ -98,11 +98,12 @@ class Served:
 
 
 def longest_token(tokenizer) -> int:
-    """Bytes of text that one token stands for at most. A vocabulary that cleans its text (white
-    space, case) may write more of it than it reads: then there is no bound worth having."""
-    if tokenizer is None or tokenizer.caveats():
+    """Bytes of text that one token stands for at most. A vocabulary that cleans its text (NFC,
+    white space) may read some more than it writes; one that only lacks bytes does not."""
+    if tokenizer is None:
         return 2**31
-    return int(tokenizer.token_bytes().max())
+    most = int(tokenizer.token_bytes().max())
+    return 4 * most if getattr(tokenizer, "nfc", True) else most
 
 
 @dataclass

@@ -9,8 +9,10 @@ import re
 import sys
 import threading
 import time
+import types
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -22,7 +24,7 @@ import serve
 from lumen import answering, web_page
 from lumen.engine import News
 from lumen.errors import ERRORS, UserError
-from lumen.openai_api import read_chat, read_generate
+from lumen.openai_api import longest_token, read_chat, read_generate
 from lumen.worker import Job
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -436,6 +438,17 @@ def test_a_prompt_that_is_too_long(tiny, client):
     assert error.value.code == "context_length_exceeded" and error.value.param == "messages"
     made = tiny.complete("x" * (CONTEXT - 1)).json()
     assert made["usage"]["completion_tokens"] == 1
+
+
+def test_a_text_that_cannot_fit_is_not_read_first():
+    """A million blanks are one piece, for which tiktoken holds everybody up for seconds."""
+
+    def most(**more):
+        return longest_token(types.SimpleNamespace(token_bytes=lambda: np.array([1, 9]), **more))
+
+    assert most(nfc=False) == 9  # one that lacks bytes too: SmolLM2's
+    assert most(nfc=True) == most() == 36  # these read more than they write
+    assert served().most_bytes == CONTEXT
 
 
 def test_control_tokens_in_a_user_s_text_stay_text(tiny):
