@@ -54,9 +54,10 @@ class House:
     def warn(self, asked: Asked) -> None:
         """Once for each field, never its value."""
         for name in asked.unknown:
+            name = visible(name[:80])
             if name not in self.warned and len(self.warned) < MOST_WARNINGS:
                 self.warned.add(name)
-                self.say(f"note: field {visible(name[:80])!r} of a request is ignored: not known")
+                self.say(f"note: field {name!r} of a request is ignored: not known")
 
 
 class Answering:
@@ -110,7 +111,7 @@ class Answer:
 
     async def answer(self, asked: Asked) -> None:
         rows = await self.read(asked)
-        job = Job(rows, self.begun)
+        job = Job(rows, self.begun, in_pieces=asked.stream)
         shape = SHAPES[self.kind](asked, self.house.served, rows)
         watch = asyncio.create_task(self.watch(job))
         why = "error"
@@ -146,7 +147,7 @@ class Answer:
         job.leave()
 
     async def whole(self, job: Job, shape: Shape) -> None:
-        parts = await job.read_all(self.deadline)
+        parts = await job.read(self.deadline)
         if not parts:
             raise Gone
         data = to_json(shape.whole(parts, job.new_tokens))

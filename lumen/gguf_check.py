@@ -24,9 +24,9 @@ from model import Transformer
 # mapping of keys has no width of a head for Qwen3
 READABLE = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 ASK = Path(__file__).parent.parent / "tools" / "llama_says.py"
-# llama.cpp rounds what goes into a product of f16 or q8_0 too, so only f32 is held to TOLERANCE:
-# the others by how far the largest logit is from being chosen, in units of the logits' spread
-LOOSE = {"f16": 0.01, "bf16": 0.05, "q8_0": 0.1}
+# llama.cpp rounds what goes into a product of f16, bf16 or q8_0 too, and then a router may choose
+# otherwise: those are held to this share of the logits' spread, in half of the rows
+LOOSE = {"f16": 0.01, "bf16": 0.03, "q8_0": 0.06}
 N_NEW = 24
 
 
@@ -142,6 +142,24 @@ def by_transformers(file: Path, made: Plan, model: Transformer) -> dict:
 # ---------------------------------------------------------------- llama.cpp
 
 
+def find_python() -> str | None:
+    """LLAMA_PYTHON, where it is set. E003: it cannot do what it is named for, which one would
+    rather know before a large file is written."""
+    python = os.environ.get("LLAMA_PYTHON")
+    if not python:
+        return None
+    words = [python, "-c", "import llama_cpp"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError("E003", f"LLAMA_PYTHON={python}: {error.strerror}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        text = f"LLAMA_PYTHON={python} -m pip install llama-cpp-python"
+        raise UserError("E003", f"{text} ({last})")
+    return python
+
+
 def ask(python: str, file: Path, asked: dict, context: int) -> dict:
     """What tools/llama_says.py answers; logits: float32 (tokens, V). E402: it could not."""
     with tempfile.TemporaryDirectory() as own:
@@ -168,22 +186,18 @@ def questions(made: Plan, source) -> dict:
 
 @torch.no_grad()
 def by_llama_cpp(file: Path, made: Plan, source, model: Transformer, dtype: str) -> dict:
-    python = os.environ.get("LLAMA_PYTHON")
+    python = find_python()
     if not python:
         return {"llama.cpp": "not asked: LLAMA_PYTHON names no Python with llama-cpp-python"}
     asked = questions(made, source)
     answer = ask(python, file, asked, made.cfg.max_seq_len)
     ours = model(torch.tensor(asked["rows"])).flatten(0, 1)
-    difference = (answer["logits"] - ours).abs().max().item()
-    bound = TOLERANCE if dtype == "f32" else LOOSE[dtype] * ours.std().item()
-    wrong = []
-    if not difference <= bound:
-        wrong.append(f"logits differ by {difference:.3g}, more than {bound:.3g}")
+    said, wrong = held_to(answer["logits"], ours, dtype)
     for text, ids in zip(TEXTS, answer["ids"]):
         if ids != source.tokenizer.encode(text).tolist():
             wrong.append(f"{text!r} has other ids")
     gap = greedy_gap(model, asked["prompt"], answer["greedy"])
-    if not gap <= 2 * bound:
+    if dtype == "f32" and not gap <= 2 * TOLERANCE * max(1.0, ours.std().item()):
         wrong.append(f"it chooses tokens whose logits are {gap:.3g} below the largest")
     wanted = special_ids(source, source.template)["eos"]
     if missing := set(wanted) - set(answer["ends"]):
@@ -191,7 +205,22 @@ def by_llama_cpp(file: Path, made: Plan, source, model: Transformer, dtype: str)
     wrong += other_prompt(source, asked, answer)
     if wrong:
         raise UserError("E402", f"{file}: in llama.cpp {'; '.join(wrong[:6])}")
-    return {"llama.cpp": difference}
+    return {"llama.cpp": said}
+
+
+def held_to(theirs: torch.Tensor, ours: torch.Tensor, dtype: str) -> tuple[float | str, list[str]]:
+    """(what to say of the logits (T, V), what is wrong with them)."""
+    spread = ours.std().item()
+    off = theirs - ours
+    largest = off.abs().max().item()
+    if dtype == "f32":
+        bound = TOLERANCE * max(1.0, spread)
+        good = largest <= bound  # a NaN is not
+        return largest, [] if good else [f"logits differ by {largest:.3g}, more than {bound:.3g}"]
+    share = off.square().mean(1).sqrt().median().item() / spread
+    said = f"half of the rows of logits within {share:.2g} of their spread"
+    good = share <= LOOSE[dtype]
+    return said, [] if good else [f"{said}, more than {LOOSE[dtype]:.3g}"]
 
 
 def greedy_gap(model: Transformer, prompt: list[int], chosen: list[int]) -> float:

@@ -5,7 +5,7 @@ that cuts a text into pieces (tokenizer.ggml.pre). Its own converter finds the n
 what a tokenizer makes of one text, and so refuses every vocabulary that it has not seen; here the
 regex is known, and the name follows from it. The regexes were read in llama.cpp's
 src/llama-vocab.cpp and src/unicode.cpp (2026-08), and are held against it by
-tests/runs/test_llama_cpp.py.
+tests/unit/test_llama_cpp.py.
 """
 
 from __future__ import annotations
@@ -170,6 +170,8 @@ def add(writer, source, pre: str, n_rows: int) -> None:
     tokenizer = source.tokenizer
     texts, types = tokens(tokenizer, n_rows)
     merges = [" ".join(map(chars, pair)) for pair in pairs_of(tokenizer) if len(pair) == 2]
+    if not merges:  # of bytes alone; llama.cpp wants one, and this one never comes to pass
+        merges = [f"{texts[tokenizer.eot_id]} {texts[tokenizer.eot_id]}"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(texts)

@@ -54,7 +54,10 @@ class Writing:
         return certain
 
     def certain_tokens(self, part: Part) -> list[Token]:
-        """Those whose text is out, with the end-of-text and a stop text left away."""
+        """Those whose text is out, with the end-of-text and a stop text left away; none where they
+        were not asked for."""
+        if self.row.n_logprobs < 0:
+            return []
         self.out += len(part.text)
         for news in part.tokens:
             data = self.bytes_of(news.token)

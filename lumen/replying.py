@@ -151,10 +151,14 @@ def write(keys: list[tuple], asked: Asked) -> list[Reply]:
         asked.engine = Engine(asked.model, asked.slots, 0, chunk=chunk, reuse=False, **how)
     made = [row_of(*key, asked) for key in keys]
     failed = set()
-    with uncompiled(asked.model):
-        for news in run(asked.engine, [row for row, _ in made]):
-            if news.reason == "error":
-                failed.add(news.row)
+    try:
+        with uncompiled(asked.model):
+            for news in run(asked.engine, [row for row, _ in made]):
+                if news.reason == "error":
+                    failed.add(news.row)
+    except BaseException:
+        asked.engine = None  # a training run goes on, and the next task asks anew
+        raise
     replies = []
     for row, cut in made:
         stream = row.stream

@@ -141,16 +141,21 @@ class Part:
     """What came of one row since its reader last looked."""
 
     number: int  # of the row in its job
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     tokens: list[News] = field(default_factory=list)  # kept where log-probabilities were asked for
     reason: str | None = None  # eot | stop | length | context
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class Job:
     """One request's rows, and what its reader has not taken yet. Lives in the event loop."""
 
-    def __init__(self, rows: list[Row], begun: float):
+    def __init__(self, rows: list[Row], begun: float, in_pieces: bool):
         self.rows = rows
+        self.in_pieces = in_pieces  # False: nobody reads before all of it is there
         self.begun = begun  # time.monotonic() of the request's arrival
         self.last: list[float | None] = [None] * len(rows)  # when each row's last token came
         self.open = len(rows)
@@ -162,7 +167,8 @@ class Job:
 
     def take(self, number: int, news: News) -> None:
         part = self.parts.setdefault(number, Part(number))
-        part.text += news.piece
+        if news.piece:
+            part.pieces.append(news.piece)
         if news.logprob is not None:
             part.tokens.append(news)
         if news.token is not None:
@@ -170,7 +176,8 @@ class Job:
         if news.reason:
             part.reason = news.reason
             self.open -= 1
-        self.changed.set()
+        if self.ready():
+            self.changed.set()
 
     def fail(self, error: UserError) -> None:
         self.error = self.error or error
@@ -180,10 +187,16 @@ class Job:
         self.gone = True
         self.changed.set()
 
+    def ready(self) -> bool:
+        come = self.parts and (self.in_pieces or not self.open)
+        return bool(come or self.error or self.gone)
+
     async def read(self, deadline: float) -> list[Part]:
         """What is new, in the order of the rows; [] when the client is gone. The job's error, or
         E503 after `deadline`, of time.monotonic()."""
-        if not (self.parts or self.error or self.gone):
+        if self.open and time.monotonic() > deadline:  # however much is ready
+            raise too_slow()
+        if not self.ready():
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), max(deadline - time.monotonic(), 0))
@@ -196,20 +209,6 @@ class Job:
         parts = sorted(self.parts.values(), key=lambda part: part.number)
         self.parts = {}
         return parts
-
-    async def read_all(self, deadline: float) -> list[Part]:
-        """All of it, at its end."""
-        whole = [Part(number) for number in range(len(self.rows))]
-        while self.open or self.parts:
-            parts = await self.read(deadline)
-            if not parts:
-                return []
-            for part in parts:
-                known = whole[part.number]
-                known.text += part.text
-                known.tokens += part.tokens
-                known.reason = part.reason
-        return whole
 
 
 class Desk:

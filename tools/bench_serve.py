@@ -130,10 +130,9 @@ class Load:
         begun = time.monotonic()
         reader, writer = await self.send(self.head(len(data)) + data)
         try:
-            parts = []
+            parts, first = [], None
             while part := await reader.read(512 if pause else 65536):
-                if not parts and not pause:
-                    self.first.append(time.monotonic() - begun)
+                first = first or time.monotonic() - begun
                 parts.append(part)
                 if pause:
                     await asyncio.sleep(pause)
@@ -145,6 +144,8 @@ class Load:
         lines = [line for line in body.decode().split("\n") if line.startswith("data: ")]
         if lines[-1] != "data: [DONE]":
             self.faults.append(f"{kind}: ends with {lines[-1]}")
+        if not pause:
+            self.first.append(first)
         pieces = [json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]]
         self.compare(kind, number, "".join(pieces))
 

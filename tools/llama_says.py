@@ -1,5 +1,5 @@
 """What llama.cpp makes of a GGUF file, asked by export.py to_gguf --check and by
-tests/runs/test_llama_cpp.py: `LLAMA_PYTHON tools/llama_says.py FILE < QUESTIONS > ANSWERS`.
+tests/unit/test_llama_cpp.py: `LLAMA_PYTHON tools/llama_says.py FILE < QUESTIONS > ANSWERS`.
 
 LLAMA_PYTHON is a Python with llama-cpp-python; nothing of Lumen is imported. Both ends are JSON:
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from lumen import graphs
-from lumen.engine import Engine, Row, generating, run, shared
+from lumen.branches import common
+from lumen.engine import Engine, Row, generating, run
 from lumen.errors import UserError
 from lumen.sampling import Choice, Sampling
 from lumen.stream import Stream
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, ModelConfig, Transformer, choose
 
 V, CONTEXT, END = 97, 100, 3
 SHAPE = dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=CONTEXT)
@@ -109,6 +110,7 @@ def test_a_beginning_is_read_once():
     talk = row(system + [5, 6], 6, ends=(), temperature=0)
     said = tokens(engine, [talk])[0]
     engine.reset_counts()
+    engine.slots.copy = None  # it goes on where it lies
     tokens(engine, [follow := row([*talk.stream.ids, *said, 7, 8], 2, temperature=0)])
     # the last token that was said had not been read: nobody had asked what follows it
     assert follow.reused == 42 + 5 and engine.tokens["prefill"] == 3
@@ -117,38 +119,48 @@ def test_a_beginning_is_read_once():
     assert again.reused == 0 and cold.tokens["prefill"] == 80
 
 
-def test_a_slot_keeps_nothing_of_who_had_it_before():
-    """MoD marks the tokens a layer has computed; a new row must not see old marks."""
+def test_marks_of_computed_tokens_go_with_their_keys():
+    """MoD marks the tokens that a layer has computed. A new row must not see the marks of whoever
+    had its slot, and one that takes over a beginning has those of the beginning."""
     model = make(mod_capacity=0.5, mod_every=2)
     with torch.no_grad():
         for mod in model.sparse_layers("mod").values():  # choices that differ from token to token
             for part in (mod.router, mod.predictor):
                 part.weight.normal_(generator=torch.Generator().manual_seed(3))
-    engine = Engine(model, 1)
+    engine = Engine(model, 2)
     long, short = list(range(4, 90)), [9, 8, 7]
-    hot = {"temperature": 20.0}  # so that it is of many words
-    asked = row(short, 60, seed=1, ends=(), n_logprobs=0, **hot)
-    news = [one for one in run(engine, [row(long, 5), asked]) if one.row is asked]
-    marks = engine.slots.cache.kept[1][0, :60]
-    assert 5 < marks.sum() < 55
-    whole = short + [one.token for one in news]
-    with torch.inference_mode():
-        logp = model(torch.tensor([whole]))[0, len(short) - 1 : -1].log_softmax(-1)
-    want = [place[one.token].item() for one, place in zip(news, logp)]
-    assert [one.logprob for one in news] == pytest.approx(want, abs=1e-3)
+    hot = {"temperature": 20.0, "ends": (), "n_logprobs": 0}  # so that it is of many words
+    before = [row(short, 3, **hot), row(long[:60], 5, **hot)]
+    tokens(engine, before)
+    asked = row(short, 60, seed=1, **hot), row(long[:30], 30, seed=2, **hot)
+    news = {one: [] for one in asked}
+    for item in run(engine, list(asked)):
+        news[item.row].append(item)
+    assert asked[1].reused == 29 and 5 < engine.slots.cache.kept[1][0, :60].sum() < 55
+    # two that begin alike: one of them is in another slot than what it takes over
+    for item in run(engine, [row(long[:30], 30, seed=seed, **hot) for seed in (3, 4)]):
+        news.setdefault(item.row, []).append(item)
+    for one, items in news.items():
+        whole = one.stream.ids + [item.token for item in items]
+        with torch.inference_mode():
+            logp = model(torch.tensor([whole]))[0, len(one.stream.ids) - 1 : -1].log_softmax(-1)
+        want = [place[item.token].item() for item, place in zip(items, logp)]
+        assert [item.logprob for item in items] == pytest.approx(want, abs=1e-3)
+
+
+def nan_model(token: int) -> Transformer:
+    """Its logits are NaN for whoever has read this token, and for nobody else."""
+    model = make()
+    with torch.no_grad():
+        model.embed.weight[token] = float("nan")
+    tied = model.head_weight
+    # tied: the NaN would be in everybody's logits
+    model.head_weight = lambda: torch.nan_to_num(tied())
+    return model
 
 
 def test_nan_ends_its_own_row_and_leaves_nothing_behind():
-    model = make()
-    with torch.no_grad():
-        model.embed.weight[50] = float("nan")
-    tied = model.head_weight
-
-    def head_weight():  # tied: the NaN would be in everybody's logits
-        return torch.nan_to_num(tied())
-
-    model.head_weight = head_weight
-    engine = Engine(model, 2)
+    engine = Engine(nan_model(50), 2)
     long = [5 + i for i in range(40)]
     good, bad = row(long, 20, ends=(), temperature=0), row([*long[:30], 50], 5)
     ends = {news.row: (news.token, news.reason) for news in run(engine, [good, bad])}
@@ -157,6 +169,53 @@ def test_nan_ends_its_own_row_and_leaves_nothing_behind():
     # masked, a NaN of before would still be zero times NaN
     later = tokens(engine, [row(ids, 9, temperature=0, ends=()) for ids in ([7, 6], long[1:])])
     assert None not in later[0] + later[1]
+
+
+def test_nan_that_nobody_has_seen_is_not_left_behind():
+    """Of a prompt that is cancelled before its first logits were looked at."""
+    engine = Engine(nan_model(50), 2, chunk=8)
+    engine.add(bad := row([50] * 60, 5))
+    for _ in range(4):
+        engine.step()
+    engine.cancel(bad)
+    long = row([51 + i % 40 for i in range(50)], 20, ends=(), temperature=0)
+    short = row([7, 6], 20, ends=(), temperature=0)
+    # the second gets the slot; masked, a NaN of before would still be zero times NaN
+    assert None not in sum(tokens(engine, [long, short]), [])
+
+
+def test_the_prompt_that_came_first_is_read_first():
+    """And not that in the first slot, which may be new there each time."""
+    engine = Engine(make(), 2, chunk=16, reuse=False)
+    rows = [row([5 + i] * 16, 1, ends=(), temperature=0) for i in range(12)]
+    assert [news.row for news in run(engine, rows)] == rows
+
+
+def test_more_alternatives_than_there_are_ids():
+    engine = Engine(make(), 2, n_vocab=10)
+    asked = row([5], 2, ends=(), n_logprobs=20)
+    news = [one for one in run(engine, [asked, row([6], 2)]) if one.row is asked]
+    assert [sorted(i for i, _ in one.top) for one in news] == [list(range(10))] * 2
+
+
+def test_the_smallest_temperatures_take_the_likeliest():
+    logits = torch.tensor([[1.0, 0.5, 3.0, 2.0]])
+    for small in (0, 1e-300, 1e-45, 1e-31, 1e-29, 1e-6):
+        assert Choice(small).pick(logits, [torch.Generator()]).tolist() == [2]
+        assert choose(logits, [torch.Generator()], small).tolist() == [2]
+
+
+def test_what_waits_or_has_ended_keeps_no_table_of_the_vocabulary():
+    engine = Engine(make(), 2)
+    rows = [row([5, i], 3, ends=(), repetition_penalty=1.2) for i in range(10, 16)]
+    for one in rows:
+        engine.add(one)
+    while engine.waiting or engine.running:
+        engine.step()
+        assert sum(one.history is not None for one in rows) <= 2
+        if rows[4].slot >= 0:
+            engine.cancel(rows[4])
+    assert not any(one.history for one in rows)
 
 
 def test_the_range_of_slots_has_no_gaps_and_waiters_come_in_order():
@@ -255,14 +314,13 @@ def test_a_model_in_training_is_as_it_was():
     assert model.training and layer.backend == before
 
 
-def test_shared():
-    assert [shared([1, 2, 3], b) for b in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])] == [
-        0,
-        1,
-        2,
-        3,
-        0,
-    ]
+def test_common():
+    found = [common([1, 2, 3], b) for b in ([], [1], [1, 2, 4], [1, 2, 3, 4], [2])]
+    assert found == [0, 1, 2, 3, 0]
+    long = list(range(300))
+    for at in (0, 63, 64, 65, 128, 299):
+        assert common(long, [*long[:at], -1, *long[at + 1 :]]) == at
+    assert common(long, [*long]) == 300 and common(long, long[:64]) == 64
 
 
 def test_graphs_record_a_shape_once_and_replay_the_same_numbers(monkeypatch):

