@@ -61,6 +61,8 @@ def parser() -> Words:
     p.add_argument("--allow_code", action="store_true", help="run what the model writes, here")
     text = "questions a forward pass, up to so many tokens: faster, but equal to rounding only"
     p.add_argument("--pack", type=int, default=0, metavar="N", help=text)
+    text = "replies that are written at once: faster, but equal to rounding only; default: 1"
+    p.add_argument("--slots", type=int, default=1, metavar="N", help=text)
     p.add_argument("--core_dir", metavar="DIR", help="CORE's bundle: its 22 tasks")
     p.add_argument("--lm_eval", default="", help="tasks of lm-eval (pip install lm-eval)")
     p.add_argument("--lm_eval_path", metavar="DIR", help="tasks of lm-eval that you wrote")
@@ -78,6 +80,7 @@ def parser() -> Words:
 
 
 LEAST = {"limit": 1, "shots": 0, "stride": 1, "overlap_tokens": 0, "step": 0, "seed": 0, "pack": 0}
+LEAST["slots"] = 1
 MOST = 2**62  # a question's number is added to the seed
 
 
@@ -116,7 +119,8 @@ class Run:
         if args.pack:
             scorer = Packed(opened.model, opened.tokenizer, args.pack)
         n_vocab = opened.tokenizer.n_vocab
-        self.asked = Asked(opened.model, opened.tokenizer, template, n_vocab, scorer)
+        about = (opened.model, opened.tokenizer, template, n_vocab, scorer)
+        self.asked = Asked(*about, slots=args.slots)
         names = ("shots", "limit", "seed", "by_letter", "allow_code", "stride", "prompts")
         chosen = {name: getattr(args, name) for name in names}
         self.replies: list[str] = []  # of all tasks, as markdown
@@ -150,7 +154,7 @@ class Run:
         opened, model = self.opened, self.asked.model
         facts = {"model": opened.sha256, "dtype": str(model.compute_dtype), "task": task.about}
         facts |= {"tokenizer": opened.tokenizer.to_json(), "device": self.parallel.device.type}
-        facts["pack"] = self.args.pack
+        facts |= {"pack": self.args.pack, "slots": self.args.slots}
         facts["template"] = self.asked.template and chat.describe(self.asked.template)
         options = dataclasses.asdict(self.options)
         del options["limit"]  # it chooses questions, and says nothing of an answer
@@ -227,6 +231,7 @@ class Run:
             "device": str(self.parallel.device),
             "processes": self.parallel.world,
             "pack": self.args.pack,
+            "slots": self.args.slots,
             "command": sys.argv,
         }
 

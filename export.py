@@ -3,7 +3,7 @@ checkpoints.
 
     python export.py to_hf out/run DIR [--dtype float32|bfloat16|float16] [--best] [--check]
     python export.py from_hf DIR out/run
-    python export.py quantize out/run DIR [--bits 8] [--best | --step N]
+    python export.py quantize out/run DIR [--bits 8|4] [--method rtn|gptq] [--max_loss PERCENT]
     python export.py to_gguf out/run FILE [--type f32|f16|bf16|q8_0]
     python export.py to_onnx out/run FILE
     python export.py from_lunaris FILE.pt out/run [--n_heads N --max_seq_len T ...]
@@ -31,7 +31,16 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from lumen import adapters, chat, checkpoint, gguf_file, models, onnx_file, quantised
+from lumen import (
+    adapters,
+    chat,
+    checkpoint,
+    gguf_file,
+    models,
+    onnx_file,
+    quantise_names,
+    quantised,
+)
 from lumen.base import jinja_of
 from lumen.errors import UserError, a_path, expand
 from lumen.files import read_json, sync, write_json
@@ -527,14 +536,17 @@ def write_step(
 # ---------------------------------------------------------------- few bits
 
 
-def quantize(run, folder, bits: int = 8, best=False, step=None, say=print) -> dict:
-    """Write a run, a step or a Hugging Face folder with its matrices in `bits`; returns what its
-    EXPORT.json says. E303: the model holds what is not finite."""
+def quantize(run, folder, best=False, step=None, say=print, **how) -> dict:
+    """Write a run, a step or a Hugging Face folder with its matrices in few bits; returns what its
+    EXPORT.json says. how: of quantised.How. E303: the model holds what is not finite; E405: it
+    loses more than it may."""
+    quantise_names.check(how, run)
+    how = quantised.How(**how)
     source = models.read_model(run, best, step, say=say)
     with new_folder(folder, "E117") as tmp:
-        report = quantised.write(source, tmp, bits, say)
+        report = quantised.write(source, tmp, how, say)
     sizes = f"{report['bytes_before'] / 2**20:,.1f} MiB are {report['bytes_after'] / 2**20:,.1f}"
-    say(f"{source}, in {bits} bits: {sizes} MiB with all that stays: {folder}")
+    say(f"{source}, in {how.bits} bits: {sizes} MiB with all that stays: {folder}")
     return report
 
 
@@ -560,12 +572,8 @@ def main(argv: list[str]) -> None:
     p = commands.add_parser("from_hf", help=folder)
     p.add_argument("folder", type=a_path)
     p.add_argument("out_dir", type=a_path)
-    p = commands.add_parser("quantize", help="a model in few bits, for sample.py and evaluate.py")
-    p.add_argument("run", type=a_path, help="a run, a step of it, or a Hugging Face folder")
-    p.add_argument("folder", type=a_path)
-    p.add_argument("--bits", type=int, choices=tuple(quantised.KINDS), default=8)
-    p.add_argument("--best", action="store_true", help="the best step instead of the newest")
-    p.add_argument("--step", type=int, help="the step of this number")
+    p = commands.add_parser("quantize", help="a model in few bits, for sample, evaluate, serve")
+    quantise_names.options(p)
     gguf_file.options(commands.add_parser("to_gguf", help="a run to a GGUF file, for llama.cpp"))
     onnx_file.options(commands.add_parser("to_onnx", help="a run to an ONNX graph that scores"))
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
@@ -576,9 +584,9 @@ def main(argv: list[str]) -> None:
         p.add_argument(f"--{key}", type=int)
     for key in ("rope_theta", "dropout"):
         p.add_argument(f"--{key}", type=float)
-    args = vars(parser.parse_args(argv))
-    for key in ("run", "folder", "out_dir", "file"):
-        if key in args:
+    args = vars(parser.parse_args(quantise_names.translate(argv, print)))
+    for key in ("run", "folder", "out_dir", "file", "calibrate", "val_data"):
+        if args.get(key):
             args[key] = expand(args[key])
     run = {
         "to_hf": to_hf,

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import train
-from lumen import base, chat, lora, preferences, quantize, shown
+from lumen import base, chat, fp8, lora, preferences, quantize, shown
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint
 from lumen.cli import TYPED, read_config
@@ -118,6 +118,7 @@ def check_keys(cfg) -> None:
             wrong.append("orchestrator.enable_architecture_adaptation would change a frozen base")
     elif cfg.quantize_base:
         wrong.append("quantize_base: only a base that lora freezes can be held in few bits")
+    wrong += fp8.unfit(cfg)
     if wrong:
         raise UserError("E002", "; ".join(wrong))
 

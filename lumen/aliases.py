@@ -18,14 +18,14 @@ from lumen.errors import UserError
 from lumen.values import allowed, as_number, convert, in_words, short
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
-APART = ("evaluate.py",)  # sections of the table that are of other commands
+APART = ("evaluate.py", "export.py quantize")  # sections of the table that are of other commands
 
 
 @functools.cache
 def table(command: str = "") -> dict[str, dict]:
     """Foreign name -> its row, {"to": key} where that is all. Names with commas share one.
 
-    command: evaluate.py, whose options have a table of their own.
+    command: one of APART, whose options have a table of their own.
     """
     rows = {}
     tree = yaml.safe_load(TABLE.read_text(encoding="utf-8"))

@@ -70,6 +70,8 @@ def ask(
 
 def lines_of(task: Task, some: list[int], asked: Asked) -> Iterator[dict]:
     """Of these questions; one by one, so that each is written down at once."""
+    if task.kind == "reply" and asked.slots > 1:
+        task.write_ahead(some, asked)
     if task.kind == "choice" and isinstance(asked.scorer, Packed):
         yield from asked.scorer.lines(task, some, asked)
     else:

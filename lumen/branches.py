@@ -116,4 +116,7 @@ class Branches:
 def common(a, b) -> int:
     """How many elements two lists begin with alike."""
     n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+    for at in range(0, n, 64):  # slices are compared faster than elements
+        if a[at : at + 64] != b[at : at + 64]:
+            return next((i for i in range(at, n) if a[i] != b[i]), n)
+    return n

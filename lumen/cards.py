@@ -33,6 +33,7 @@ PCIE = 32
 ETHERNET = 1.25 / 8
 
 NO_BF16 = ("v100", "t4")
+NO_FP8 = (*NO_BF16, "a100-80gb", "a100-40gb", "3090", "a10g")
 
 # SXM parts where there are several: PCIe ones are slower. 16-bit FLOPs, memory and bandwidth of
 # b200 (its DGX), h200, h100, a100-80gb, l40s and rtx4090 agree with the tables of the book Machine

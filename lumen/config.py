@@ -191,7 +191,8 @@ RANGES = {
     "quantize_base": "int8 | nf4",
     "seed": ">= 0",
     "device": "auto | cuda | cuda:N | mps | cpu",
-    "precision": "auto | fp32 | mixed_bf16 | mixed_fp16 | bf16 | fp16",
+    "precision": "auto | fp32 | mixed_bf16 | mixed_fp16 | bf16 | fp16 | fp8_e4m3 | fp8_e4m3_rowwise"
+    " | fp8_e4m3_emulated | fp8_e4m3_rowwise_emulated",
     "compile_model": "auto | true | false",
     "deterministic": "auto | true | false",
     "attention": "auto | sdpa | cudnn | flash_sdpa | efficient | flash | varlen",

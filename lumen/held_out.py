@@ -117,7 +117,7 @@ def val_task(opened, options: Options, say, folder: Path | None = None) -> ValTa
         say("val: left out: nothing is held out")
         return None
     there = data.tokenizer_dir
-    if there and not opened.tokenizer.same_ids(tokenizers.load(str(there))):
+    if there and opened.tokenizer and not opened.tokenizer.same_ids(tokenizers.load(str(there))):
         text = f"{folder or 'the data'} and the model have different tokenizers"
         raise UserError("E113", text)
     about = {"path": ", ".join(sorted({source.path for source in data.val_sources.values()}))}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 import yaml
 
+from lumen import fp8, model_keys, plan
 from lumen import machine as machines
-from lumen import model_keys, plan
 from lumen.buckets import undivided
 from lumen.config import Config
 from lumen.course import above_chance
@@ -293,6 +293,8 @@ def machine_lines(start: Start) -> list[str]:
     lines.append(
         f"device     {text}, compile {run.compile_model}, deterministic {run.deterministic}"
     )
+    if run.precision in machines.FP8:
+        lines.append(f"fp8        {fp8.describe(start.model, run.precision)}")
     lines.append(f"attention  {run.attention}: {run.attention_why}")
     if machine.device.type == "cuda":
         lines.append(f"loss       {run.loss}: {run.loss_why}")

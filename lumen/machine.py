@@ -7,6 +7,7 @@ behind a named function. What the makers say of their cards is in lumen/cards.py
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -31,6 +32,14 @@ from lumen.launch import Words, command, environment
 # torch, oldest first: on which the tests were run (2.11, 2.14: most)
 TRIED = ("2.11", "2.13", "2.14")
 DTYPES = {"fp32": torch.float32, "mixed_bf16": torch.bfloat16, "mixed_fp16": torch.float16}
+# training with matmuls in fp8 and all else in bf16, see lumen/fp8.py: (rowwise, emulated)
+FP8 = {
+    "fp8_e4m3": (False, False),
+    "fp8_e4m3_rowwise": (True, False),
+    "fp8_e4m3_emulated": (False, True),
+    "fp8_e4m3_rowwise_emulated": (True, True),
+}
+DTYPES |= dict.fromkeys(FP8, torch.bfloat16)
 
 # ---------------------------------------------------------------- what `auto` becomes here
 
@@ -41,7 +50,7 @@ class Machine:
 
     device: torch.device
     name: str
-    precision: str  # fp32 | mixed_bf16 | mixed_fp16
+    precision: str  # fp32 | mixed_bf16 | mixed_fp16 | one of FP8
     compile: bool | None
     notes: list[str] = field(default_factory=list)  # why, a line each
 
@@ -107,6 +116,8 @@ def detect(
     notes = untried(torch.__version__)
     precision = find_precision(precision, place.type, name, capability, notes)
     compiled = find_compilation(compile_model, place.type, notes)
+    if place.type == "cuda" and precision in FP8 and not compiled:
+        notes.append(f"precision: {precision} without torch.compile is slower than mixed_bf16")
     return Machine(place, name, precision, compiled, notes)
 
 
@@ -137,7 +148,7 @@ def find_device(device: str, local_rank: int) -> tuple[torch.device, str, tuple[
 def find_precision(
     precision: str, kind: str, name: str, capability: tuple[int, int], notes: list[str]
 ) -> str:
-    """fp32, mixed_bf16 or mixed_fp16; why goes to `notes`."""
+    """A word of DTYPES; why goes to `notes`."""
     if precision in ("bf16", "fp16"):
         text = f"precision: {precision} means mixed_{precision}"
         notes.append(f"{text}: master weights and moments stay fp32")
@@ -146,19 +157,45 @@ def find_precision(
         precision, why = auto_precision(kind, capability)
         notes.append(f"precision: {precision}{why}")
     if precision not in DTYPES:
-        text = f"precision: {precision!r} is not auto, fp32, mixed_bf16 or mixed_fp16"
+        text = f"precision: {precision!r} is not auto, {', '.join(DTYPES)}"
         raise UserError("E002", text)
-    if kind == "cuda" and precision == "mixed_bf16" and capability < (8, 0):
+    if precision in FP8:
+        check_fp8(precision, kind, name, capability, notes)
+    in_bf16 = DTYPES[precision] == torch.bfloat16
+    if kind == "cuda" and in_bf16 and capability < (8, 0):
         raise UserError("E003", f"precision: {name} has no bf16; take mixed_fp16 or fp32")
     if kind == "cpu" and precision == "mixed_fp16":
         text = "precision: mixed_fp16 is for GPUs; on a CPU take fp32 or mixed_bf16"
         raise UserError("E003", text)
-    if kind == "cpu" and precision == "mixed_bf16" and not cpu_has_bf16():
+    if kind == "cpu" and in_bf16 and not cpu_has_bf16():
         text = (
             "precision: this CPU emulates bf16 and is several times slower with it than with fp32"
         )
         notes.append(text)
     return precision
+
+
+def check_fp8(
+    precision: str, kind: str, name: str, capability: tuple[int, int], notes: list[str]
+) -> None:
+    """E003 where there are no matrix units for fp8, or this torch cannot reach them."""
+    if FP8[precision][1]:
+        text = f"precision: {precision} emulates fp8 with fp32 matmuls: it shows what training"
+        notes.append(f"{text} would do, and is slower than mixed_bf16")
+        return
+    why = ""
+    if kind != "cuda":
+        why = f"here it would run on {kind}"
+    elif torch.version.hip:
+        why = f"{name} is AMD's, whose fp8 is of another kind"
+    elif capability < (8, 9):
+        why = f"{name} has {capability[0]}.{capability[1]}"
+    elif not hasattr(torch, "_scaled_mm"):
+        why = f"torch {torch.__version__} has no torch._scaled_mm; take one of {', '.join(TRIED)}"
+    if why:
+        text = f"precision: {precision} needs an NVIDIA GPU of compute capability 8.9 or more (Ada,"
+        text += f" Hopper, Blackwell); {why}. Take mixed_bf16; {precision}_emulated tries the"
+        raise UserError("E003", f"{text} numbers on any device, slowly")
 
 
 def auto_precision(kind: str, capability: tuple[int, int]) -> tuple[str, str]:
@@ -455,6 +492,23 @@ def cpu_says_bf16() -> bool:
     return bool(asked and asked())
 
 
+def scaled_matmul(a, b, scale_a, scale_b, dtype: torch.dtype, fast: bool) -> torch.Tensor:
+    """(scale_a a) (scale_b b) in `dtype`, (m, k) (k, n) -> (m, n), by the matrix units for fp8.
+
+    a is row-major and b column-major, sizes are multiples of 16. Scales, fp32: 0-d, or (m, 1) and
+    (1, n). fast: sums of fewer bits (Hopper). 2.13 on a CPU, which has its own code for it.
+    """
+    post = None
+    if scale_a.dim() == 2 and not fast:
+        # the kernel that takes a scale per row is very slow with exact sums (torchao found), so
+        # that of one scale does it, and the rest comes after
+        post = scale_a, scale_b
+        scale_a = scale_b = torch.ones((), device=a.device)
+    how = {"scale_a": scale_a, "scale_b": scale_b, "out_dtype": dtype, "use_fast_accum": fast}
+    y = torch._scaled_mm(a, b, **how)
+    return y if post is None else (y * post[0] * post[1]).to(dtype)
+
+
 def local_region(p) -> tuple[tuple, tuple]:
     """(shape, offset) of this rank's part of a sharded parameter (a DTensor) in the whole. 2.11 to
     2.14."""
@@ -487,6 +541,34 @@ def peak_of_fake_step(model, optimizer, ids) -> int:
     with tracker:
         model(ids, targets=ids)[0].backward()
     return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+def int8_matmul(x, q, scale):
+    """x (m, k) times int8 (n, k)^T with scale (n,), x and scale bf16, on a CPU. It reads beyond the
+    end where 32 does not divide k. Seen in 2.13."""
+    return torch._weight_int8pack_mm(x, q, scale)
+
+
+def int4_matmul(x, q, scale):
+    """x (m, k) bf16 times int4 in blocks, as int4_blocks makes them; scale (k / group, n, 2), bf16.
+    Seen in 2.13."""
+    group = x.shape[1] // scale.shape[0]
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, group, scale)
+
+
+def int4_blocks(q):
+    """Numbers 0 to 15, uint8 (n, k), as int4_matmul reads them: uint8 (n, k / 2). 16 must divide n,
+    2 k. Seen in 2.13."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+
+
+@functools.cache
+def int4_block() -> int:
+    """Outputs in one of int4_matmul's blocks on this CPU: 64 or 32; lumen/fewbits.py tests whether
+    it is so."""
+    numbers = torch.zeros(64, 2, dtype=torch.uint8)
+    numbers[32, 0] = 15  # in a block of 64 it shares its byte with output 0
+    return 64 if int4_blocks(numbers).flatten()[0] == 0xF0 else 32
 
 
 def set_collective_timeout(seconds: int) -> None:

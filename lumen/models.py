@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, quantised
+from lumen import adapters, chat, checkpoint, few_rows, onednn, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
 from lumen.experts import anneal_depth
 from lumen.machine import Machine, detect
-from lumen.quantize import n_parameters
+from lumen.quantize import n_parameters, quantised_layers
 from lumen.vocabulary import Vocabulary
 from model import Transformer, role
 
@@ -57,21 +57,39 @@ def open_model(
     lies with the model by default. UserError E304: no model there; E303, E306: it is damaged, or of
     a newer version; E305: its tensors do not fit its configuration; E311: its adapters' base is
     gone or another; E401: a foreign folder that cannot be read exactly; E002: `best` or `step` of
-    what has no steps."""
-    here = detect(device, precision, False)
+    what has no steps, or a precision that is none."""
+    here = detect(device, inference_precision(precision), False)
     opened = read_model(path, best, step, tokenizer, say)
-    make_ready(opened.model, here)
+    if line := make_ready(opened.model, here, exact=precision == "fp32"):
+        say(line)
     return opened
 
 
-def make_ready(model: Transformer, here: Machine) -> None:
+def inference_precision(precision: str) -> str:
+    """E002: a --precision in which no model is asked. Matmuls in fp8 are for training: a scale
+    that neighbours share would make a text's likelihood depend on what it is asked with."""
+    if precision in ("auto", "fp32", "bf16", "fp16", "mixed_bf16", "mixed_fp16"):
+        return precision
+    text = f"--precision: {precision!r} is not auto, fp32, bf16 or fp16"
+    if precision.startswith("fp8"):
+        text += "; fp8 is for training, and what it trained opens in bf16 on any machine"
+    if precision in ("int8", "int4"):
+        text += "; python export.py quantize RUN DIR --bits 8 or 4 makes such a model"
+    raise UserError("E002", text)
+
+
+def make_ready(model: Transformer, here: Machine, exact: bool = False) -> str:
     """A layer would cast its weight in every forward pass; nobody needs the fp32 ones here, so it
-    is done once. But routers choose in fp32."""
+    is done once. But routers choose in fp32. Matrices of few bits: by kernels that round what they
+    multiply to bf16, unless it is to be `exact`; the line says which."""
     for name, p in model.named_parameters():
         dtype = torch.float32 if role(name) == "router" else here.compute_dtype
         p.data = p.data.to(here.device, dtype)
     model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
+    onednn.reorder(model)
+    layers = list(quantised_layers(model).values())
+    return "" if exact or not layers else few_rows.speed_up(layers)
 
 
 # ---------------------------------------------------------------- as it is stored

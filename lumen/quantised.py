@@ -1,9 +1,10 @@
 """A model of few bits as a folder: `python export.py quantize RUN DIR` writes it,
 lumen/models.py opens it.
 
-    DIR/EXPORT.json        format 1, kind "quantised", method, bits; source, source_step and
-                           source_sha256; what was converted; bytes before and after; the chat
-                           template; size and sha256 of the other files, and its own sha256
+    DIR/EXPORT.json        format 2, kind "quantised", method, bits; source, source_step and
+                           source_sha256; what was converted; the calibration; bits per byte before
+                           and after; bytes before and after; the chat template; size and sha256 of
+                           the other files, and its own sha256
         config.yaml        the model: block
         model.safetensors  NAME.q and NAME.scale of each converted matrix, all else by its own name
         state.json         of the step that it was made from, {} of a Hugging Face folder
@@ -11,8 +12,11 @@ lumen/models.py opens it.
 
 NAME is as in Transformer.state_dict(), without ".weight": blocks.0.attn.wqkv.q int8 (out, in) and
 .scale (out,), w ~ scale q; blocks.0.ffn.experts.w13_q (E, 2 I, C) and w13_scale (E, 2 I)
-(lumen/quantize.py). Embedding, head, norms and routers are not converted. Floats are held in bf16
-where that loses nothing, which is so of every scale, else in fp32.
+(lumen/quantize.py). In 4 bits q is uint8 (out, in / 2), two inputs a byte, the even one low, and
+scale (out, in / group), w ~ scale (q - 8); group is the largest of 128, 64, 32 that divides in
+(lumen/fewbits.py). Format 1 was the same without 4 bits. Embedding, head, norms and routers are not
+converted. Floats are held in bf16 where that loses nothing, which is so of every scale, else in
+fp32.
 """
 
 from __future__ import annotations
@@ -27,32 +31,72 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lumen import chat, checkpoint
+from lumen import chat, checkpoint, gptq
+from lumen.calibration import Judge, calibration_rows, check_loss
 from lumen.errors import UserError
 from lumen.experts import anneal_depth
 from lumen.files import read_json, sha256, write_json
 from lumen.model_keys import model_from_keys
-from lumen.quantize import n_parameters, quantised_layers, quantize
+from lumen.quantize import n_parameters, quantised_layers, quantize, summary
 from model import Transformer
 
 ABOUT = "EXPORT.json"
-FORMAT = 1  # of the folder; a reader refuses a larger one
-KINDS = {8: "int8"}  # bits -> kind of lumen/quantize.py
+FORMAT = 2  # of the folder; a reader refuses a larger one
+KINDS = {8: "int8", 4: "int4"}  # bits -> kind of lumen/quantize.py
+METHODS = ("rtn", "gptq")
+MAX_LOSS = 10.0  # percent more bits per byte: beyond it something is broken, not rounded
 
 
 # ---------------------------------------------------------------- write
 
 
-def write(source, folder: Path, bits: int, say) -> dict:
+@dataclasses.dataclass
+class How:
+    """How a model is quantised, as `export.py quantize` has it."""
+
+    bits: int = 8
+    method: str = "rtn"  # round to nearest | gptq
+    max_loss: float | None = None  # percent more bits per byte; None: as MAX_LOSS
+    eval_tokens: int = 65536  # held-out tokens to measure on; 0: none
+    val_data: str | None = None  # a prepared folder to measure on, not the run's own
+    calibrate: str | None = None  # text for gptq: a file or a prepared folder, not the run's own
+    calibrate_tokens: int = 65536
+    act_order: bool = False  # gptq: columns of large inputs first
+
+
+def write(source, folder: Path, how: How, say) -> dict:
     """Fill an empty folder; returns what EXPORT.json says. source: models.Opened, in fp32 on the
     CPU; its model is quantised in place. E303: its weights are not finite; E401: it is quantised
-    already."""
+    already; E405: it loses more than it may; and what calibration and measuring raise."""
     if source.kind == "quantised":
         raise UserError("E401", f"{source.folder} is quantised already; take what it was made from")
     for name, tensor in source.model.state_dict().items():
         checkpoint.refuse_nonfinite(f"{source.folder}: {name}", tensor)
+    # all that can be refused comes before the work
+    judge = Judge(source, how.eval_tokens, how.val_data, say)
+    if judge.task is None:
+        check_loss(None, how.max_loss, how.max_loss is not None)
+    rows, calibration = None, None
+    if how.method == "gptq":
+        rows, calibration = calibration_rows(source, how.calibrate, how.calibrate_tokens)
     before = n_bytes(stored(source.model))
-    say(quantize(source.model, KINDS[bits]))
+    judge.measure(source.model)
+    kind, nearest = KINDS[how.bits], []
+    if rows is None:
+        say(quantize(source.model, kind))
+    else:
+        report = gptq.quantize(source.model, kind, rows, say, how.act_order)
+        nearest = report.nearest
+        say(summary(source.model, kind))
+        say(f"gptq       {report}, from {calibration}")
+        calibration = {"data": calibration, "tokens": report.tokens, "act_order": how.act_order}
+    judge.measure(source.model)
+    found = judge.report()
+    if found:
+        numbers = f"{found['before']:.4f} to {found['after']:.4f} {found['metric']}"
+        say(f"measured   {numbers}, {found['loss_percent']:+.2f} %, {found['tokens']:,} tokens")
+    most = MAX_LOSS if how.max_loss is None else how.max_loss
+    check_loss(found, most, asked=False)
     tensors = stored(source.model)
     checkpoint.save_tensors(tensors, folder / "model.safetensors")
     config = {"model": dataclasses.asdict(source.model.cfg)}
@@ -64,13 +108,16 @@ def write(source, folder: Path, bits: int, say) -> dict:
     about = {
         "format": FORMAT,
         "kind": "quantised",
-        "method": "rtn",  # round to nearest
-        "bits": bits,
+        "method": how.method,
+        "bits": how.bits,
         "source": str(source.folder),
         "source_step": source.step,
         "source_sha256": source.sha256,
         "template": chat.describe(source.template) if source.template else None,
         "converted": sorted(quantised_layers(source.model)),
+        "rounded_to_nearest": nearest,  # by gptq, for want of inputs
+        "calibration": calibration,
+        "measured": found,  # before, after, loss_percent
         "parameters": n_parameters(source.model),
         "bytes_before": before,
         "bytes_after": n_bytes(tensors),

@@ -1,4 +1,5 @@
-"""Frozen matrices of few bits: int8, ours, and nf4, by bitsandbytes; for fine-tuning and serving.
+"""Frozen matrices of few bits: int8 and int4, ours, and nf4, by bitsandbytes. Fine-tuning takes
+int8 and nf4, serving int8 and int4.
 
 Only how weights are held changes. A layer makes its matrix anew in the compute dtype, multiplies as
 model.Linear does, and lets it go; backward makes it once more and gives no gradient of it.
@@ -6,6 +7,7 @@ model.Linear does, and lets it go; backward makes it once more and gives no grad
 int8: w ~ scale q, q from -127 to 127, a scale for each row of outputs (and expert): symmetric, to
 the nearest. The scale is rounded to what bf16 can hold, which leaves q within 127 and the error
 within half a step, and then bf16 gives scale q as fp32 does, rounded once, without a copy in fp32.
+int4: lumen/fewbits.py, which also multiplies a few rows by int8 and int4 without unpacking them.
 nf4: 16 levels at a normal distribution's quantiles, a scale (absmax) for each 64 numbers: QLoRA
 (Dettmers et al. 2023), without its second quantisation of the scales.
 """
@@ -21,11 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
+from lumen import fewbits
 from lumen.errors import UserError
 from model import Linear, Transformer
 from model_moe import Experts, plain_experts
 
-KINDS = ("int8", "nf4")
+KINDS = ("int8", "nf4")  # of a base that is fine-tuned; int4 is for serving
 BLOCK = 64  # numbers that share a scale of nf4
 
 # ---------------------------------------------------------------- a matrix of few bits
@@ -38,8 +41,10 @@ class Packed:
 
     kind: str
     shape: tuple[int, ...]
-    q: torch.Tensor  # int8 of the shape; or uint8, two numbers in each: (n k / 2,), (E, n k / 2)
-    scale: torch.Tensor  # fp32 (n,), (E, n); or (n k / BLOCK,), (E, n k / BLOCK)
+    # int8: of the shape; nf4: uint8, two numbers in each, (n k / 2,), (E, n k / 2); int4, and
+    # int4 as the kernel wants it (blocks): lumen/fewbits.py
+    q: torch.Tensor
+    scale: torch.Tensor  # fp32 (n,), (E, n); nf4: (n k / BLOCK,), (E, n k / BLOCK)
 
     def __getitem__(self, e: int) -> Packed:
         return Packed(self.kind, self.shape[1:], self.q[e], self.scale[e])
@@ -51,6 +56,12 @@ class Packed:
             row = (1, math.prod(self.shape))
             dequantize = torch.ops.bitsandbytes.dequantize_4bit
             return dequantize(self.q, self.scale, BLOCK, "nf4", row, dtype).view(self.shape)
+        if self.kind == "int4":
+            return fewbits.unpack(self.q, self.scale, self.shape[-1], dtype)
+        if self.kind == "blocks":
+            if len(self.shape) == 3:
+                return torch.stack([self[e].to(dtype) for e in range(self.shape[0])])
+            return fewbits.unpack_blocks(self.q, self.scale, dtype)
         # fp16 alone cannot hold the scales
         exact = torch.float32 if dtype == torch.float16 else dtype
         return self.q.to(exact).mul_(self.scale.to(exact).unsqueeze(-1)).to(dtype)
@@ -64,6 +75,8 @@ def pack(weight: torch.Tensor, kind: str) -> Packed:
         q, scale = (torch.stack(parts) for parts in zip(*((p.q, p.scale) for p in each)))
         return Packed(kind, shape, q, scale)
     weight = weight.detach().float().contiguous()
+    if kind == "int4":
+        return Packed(kind, shape, *fewbits.pack(weight))
     if kind == "nf4":
         q, scale = torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)
         return Packed(kind, shape, q.flatten(), scale)
@@ -104,13 +117,16 @@ class FrozenLinear(torch.autograd.Function):
 
 
 class QuantLinear(nn.Module):
-    """model.Linear with a frozen weight (out, in) of few bits, which is in no state_dict."""
+    """model.Linear with a frozen weight (out, in) of few bits, which is in no state_dict.
 
-    def __init__(self, weight: torch.Tensor, kind: str):
+    packed: what the weight became, where it is not to be rounded to the nearest."""
+
+    def __init__(self, weight: torch.Tensor, kind: str, packed: Packed | None = None):
         super().__init__()
         self.kind = kind
+        self.few_rows = 0  # so many at most are multiplied without unpacking the matrix
         self.out_features, self.in_features = weight.shape
-        packed = pack(weight, kind)
+        packed = packed or pack(weight, kind)
         self.register_buffer("q", packed.q, persistent=False)
         self.register_buffer("scale", packed.scale, persistent=False)
 
@@ -124,6 +140,8 @@ class QuantLinear(nn.Module):
         return self.packed.to(torch.float32)
 
     def forward(self, x):
+        if self.few_rows and fewbits.few(x, self.few_rows):
+            return fewbits.multiply(x, self.packed)
         shape = (self.out_features, self.in_features)
         return FrozenLinear.apply(x, self.q, self.scale, self.kind, shape)
 
@@ -131,15 +149,16 @@ class QuantLinear(nn.Module):
 class QuantExperts(nn.Module):
     """model_moe.Experts with frozen weights of few bits, which are in no state_dict."""
 
-    def __init__(self, experts: Experts, kind: str):
+    def __init__(self, experts: Experts, kind: str, packed: dict[str, Packed] | None = None):
         super().__init__()
         self.kind, self.run = kind, experts.run
+        self.few_rows = 0
         slots, self.d_model, self.width = experts.w2.shape
         self.slots = slots
         for name in ("w13", "w2"):
-            packed = pack(getattr(experts, name), kind)
-            self.register_buffer(f"{name}_q", packed.q, persistent=False)
-            self.register_buffer(f"{name}_scale", packed.scale, persistent=False)
+            packed_now = packed[name] if packed else pack(getattr(experts, name), kind)
+            self.register_buffer(f"{name}_q", packed_now.q, persistent=False)
+            self.register_buffer(f"{name}_scale", packed_now.scale, persistent=False)
 
     def held(self) -> tuple[torch.Tensor, ...]:
         return self.w13_q, self.w13_scale, self.w2_q, self.w2_scale
@@ -159,6 +178,8 @@ class QuantExperts(nn.Module):
         return self.packed()[1].to(torch.float32)
 
     def forward(self, x, p, ids, backend: str):
+        if self.few_rows and fewbits.few(x, self.few_rows):
+            return fewbits.experts(x, p, ids, *self.packed())
         if backend == "plain":
             return plain_experts(x, p, ids, *self.packed())
         sort = kernels.sort_by_expert(ids, self.slots)
@@ -238,23 +259,43 @@ def quantize(model: Transformer, kind: str) -> str:
     nf4 without bitsandbytes."""
     if kind == "nf4":
         load_bitsandbytes()
-    count = before = after = 0
-    # names alone: a list of modules would hold all of their weights until its end
-    for path in [path for path, _ in model.blocks.named_modules(prefix="blocks")]:
+    for path in convertible(model):
         module = model.get_submodule(path)
-        if isinstance(module, Experts):
-            made = QuantExperts(module, kind)
-        elif isinstance(module, Linear):  # routers are none
-            made = QuantLinear(module.weight, kind)
-        else:
-            continue
-        count += 1
-        before += sum(p.numel() * p.itemsize for p in module.parameters())
-        after += sum(b.numel() * b.itemsize for b in made.buffers())
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, made)
-    sizes = f"{before / 2**20:,.1f} MiB are {after / 2**20:,.1f} MiB"
-    return f"quantised  {count} matrices and layers of experts to {kind}: {sizes}"
+        made = QuantExperts if isinstance(module, Experts) else QuantLinear
+        put(model, path, made(module if made is QuantExperts else module.weight, kind))
+    return summary(model, kind)
+
+
+def convertible(model: Transformer) -> list[str]:
+    """Where the matrices and layers of experts are, found by what they are: routers, norms,
+    embedding and head are none. Paths alone: a list of modules would hold all of their weights."""
+    found = []
+    for path, module in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(module, (Experts, Linear)):
+            found.append(path)
+    return found
+
+
+def put(model: Transformer, path: str, made: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, made)
+
+
+def summary(model: Transformer, kind: str) -> str:
+    """What was converted, counted by what it is, and what stays."""
+    after = numbers = 0
+    counts: dict[str, int] = {}
+    for path, layer in quantised_layers(model).items():
+        name = ".".join(path.split(".")[2:])  # blocks.7.attn.wo: attn.wo
+        counts[name] = counts.get(name, 0) + 1
+        after += sum(b.numel() * b.itemsize for b in layer.buffers())
+        numbers += n_numbers(layer)
+    rest = sum(p.numel() for p in model.parameters())
+    text = f"quantised  {sum(counts.values())} matrices and layers of experts to {kind}"
+    each = ", ".join(f"{name} {n}" for name, n in counts.items())
+    sizes = f"{4 * numbers / 2**20:,.1f} MiB in fp32 are {after / 2**20:,.1f} MiB"
+    stays = f"{rest:,} others (embedding, head, norms, routers) stay"
+    return f"{text} ({each}): {numbers:,} numbers, {sizes}; {stays}"
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantLinear | QuantExperts]:
@@ -266,17 +307,20 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantLinear | QuantExperts]:
 def n_parameters(model: Transformer) -> int:
     """All of them; those of few bits are buffers, which n_params() does not see."""
     total = model.n_params()["total"]
-    for layer in quantised_layers(model).values():
-        if isinstance(layer, QuantLinear):
-            total += layer.out_features * layer.in_features
-        else:
-            total += 3 * layer.slots * layer.d_model * layer.width  # gate, up and down
-    return total
+    return total + sum(n_numbers(layer) for layer in quantised_layers(model).values())
+
+
+def n_numbers(layer: QuantLinear | QuantExperts) -> int:
+    if isinstance(layer, QuantLinear):
+        return layer.out_features * layer.in_features
+    return 3 * layer.slots * layer.d_model * layer.width  # gate, up and down
 
 
 def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of a packed weight of this shape, scales included."""
     n = math.prod(shape)
+    if kind == "int4":
+        return n // shape[-1] * fewbits.row_bytes(shape[-1])
     if kind == "nf4":
         return -(-n // 2) + 4 * -(-n // BLOCK)
     return n + 4 * (n // shape[-1])

@@ -32,7 +32,9 @@ class Asked:
     template: object = None  # lumen.chat.Template; None: it knows no conversations
     n_vocab: int = 0  # ids from here on are padding
     scorer: object = None  # lumen.scorer.Scorer of this model
+    slots: int = 1  # replies that are written at once
     written: dict = field(default_factory=dict)  # replies that it gave: lumen.replying
+    engine: object = None  # that writes them: lumen.engine.Engine
 
 
 @dataclass

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from lumen import chat
 from lumen import evaluation_files as files
+from lumen.engine import Engine, Row, run
 from lumen.errors import UserError
 from lumen.questions import Asked, Options, Task, chosen, partners
 from lumen.replies import uncompiled
+from lumen.sampling import Choice
 from lumen.sandbox import run_python, walls
-from lumen.stream import Stream, decode
+from lumen.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,20 @@ class Replies(Task):
         if reply.cut:
             line["cut"] = reply.cut
         line["found"] = self.found(record, reply)
+        mixed = self.control(number)
         wanted = self.controlled or tuple(line["found"])
-        if self.options.control and len(self.partners) > 1 and set(wanted) & set(line["found"]):
-            other = self.records[self.partners[number]]
-            mixed = record | {name: other[name] for name in self.swap}
+        if mixed and set(wanted) & set(line["found"]):
             prompt = self.ask(mixed, asked.template is not None)
             found = self.found(mixed, self.reply(prompt, asked, number))
             line["control"] = {"found": {k: v for k, v in found.items() if k in wanted}}
         return line
+
+    def control(self, number: int) -> dict | None:
+        """Record `number` with its `swap` fields from another one; None: there is no other."""
+        if not (self.options.control and len(self.partners) > 1):
+            return None
+        other = self.records[self.partners[number]]
+        return self.records[number] | {name: other[name] for name in self.swap}
 
     def found(self, record: dict, reply: Reply) -> dict[str, float]:
         """NaN where the model's logits were: a diverged model is not merely wrong."""
@@ -103,14 +109,29 @@ class Replies(Task):
         return dict.fromkeys(self.judge(record, Reply("")), math.nan)
 
     def reply(self, prompt: Prompt, asked: Asked, number: int) -> Reply:
-        """Question by question, not as a batch: its bits are its own. What is asked again, since a
-        control asks what another question does, is remembered."""
+        """What is asked again, since a control asks what another question does, is remembered."""
+        key = self.key(prompt, number)
+        if key not in asked.written:
+            asked.written[key] = write([key], asked)[0]
+        return asked.written[key]
+
+    def key(self, prompt: Prompt, number: int) -> tuple:
+        """All that a reply depends on: prompt, tokens at most, seed, temperature."""
         most = self.options.max_new_tokens or prompt.max_new_tokens
         seed = self.options.seed + number if self.temperature else 0
-        key = (prompt, most, seed, self.temperature)
-        if key not in asked.written:
-            asked.written[key] = written(prompt, asked, most, seed, self.temperature)
-        return asked.written[key]
+        return prompt, most, seed, self.temperature
+
+    def write_ahead(self, some: list[int], asked: Asked) -> None:
+        """The replies to these questions, side by side; `line` finds them."""
+        talks = asked.template is not None
+        keys = []
+        for i in some:
+            number = self.numbers[i]
+            keys.append(self.key(self.ask(self.records[number], talks), number))
+            if mixed := self.control(number):
+                keys.append(self.key(self.ask(mixed, talks), number))
+        keys = [key for key in dict.fromkeys(keys) if key not in asked.written]
+        asked.written |= zip(keys, write(keys, asked))
 
     def texts(self) -> Iterator[tuple[int, str]]:
         for number in self.numbers:
@@ -118,31 +139,48 @@ class Replies(Task):
             yield number, "\n".join(str(record[name]) for name in self.held)
 
 
-# ---------------------------------------------------------------- one reply
+# ---------------------------------------------------------------- replies
 
 
-def written(prompt: Prompt, asked: Asked, most: int, seed: int = 0, temperature=0.0) -> Reply:
-    """The reply to a prompt, of at most so many tokens. A prompt that leaves no room for them, or
-    for half the context, loses its beginning, as in lm-eval."""
-    tokenizer, template, model = asked.tokenizer, asked.template, asked.model
+def write(keys: list[tuple], asked: Asked) -> list[Reply]:
+    """The replies to `Replies.key`s, asked.slots at a time. With one, a reply's bits are its own:
+    its prompt is read whole, and nothing of another is taken over."""
+    if asked.engine is None:
+        how = {"n_vocab": asked.n_vocab or asked.tokenizer.n_vocab, "inference": False}
+        chunk = asked.model.cfg.max_seq_len
+        asked.engine = Engine(asked.model, asked.slots, 0, chunk=chunk, reuse=False, **how)
+    made = [row_of(*key, asked) for key in keys]
+    failed = set()
+    try:
+        with uncompiled(asked.model):
+            for news in run(asked.engine, [row for row, _ in made]):
+                if news.reason == "error":
+                    failed.add(news.row)
+    except BaseException:
+        asked.engine = None  # a training run goes on, and the next task asks anew
+        raise
+    replies = []
+    for row, cut in made:
+        stream = row.stream
+        ended = stream.reason == "eot"
+        replies.append(Reply(stream.text, ended, stream.n_new, cut, row not in failed))
+    return replies
+
+
+def row_of(prompt: Prompt, most: int, seed: int, temperature: float, asked: Asked):
+    """(its row of the engine, tokens cut). A prompt that leaves no room for so many tokens, or for
+    half the context, loses its beginning, as in lm-eval."""
+    tokenizer, template = asked.tokenizer, asked.template
     ids = prompt_ids(prompt, tokenizer, template)
     stop_ids, stop = (tokenizer.eot_id,), prompt.stop
     if template is not None:
         stop_ids = tuple(chat.stop_ids(template, tokenizer))
         stop = (*stop, *chat.stop_texts(template))
-    context = model.cfg.max_seq_len
+    context = asked.model.cfg.max_seq_len
     cut = max(0, len(ids) + min(most, context // 2) - context)
     ids = ids[cut:]
     stream = Stream(tokenizer, ids, stop, stop_ids, most, context - len(ids))
-    n_vocab = asked.n_vocab or tokenizer.n_vocab
-    how = {"temperature": temperature}
-    finite = True
-    try:
-        with torch.no_grad(), uncompiled(model):
-            decode(model.generate([ids], stream.limit, [seed], stop_ids, n_vocab, **how), [stream])
-    except FloatingPointError:
-        finite = False
-    return Reply(stream.text, stream.reason == "eot", stream.n_new, cut, finite)
+    return Row(stream, Choice(temperature), seed), cut
 
 
 def prompt_ids(prompt: Prompt, tokenizer, template) -> list[int]:

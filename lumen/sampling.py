@@ -93,9 +93,9 @@ class Choice:
 
     def pick(self, logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The next ids (n,) of adjusted logits (n, V), fp32."""
-        if self.temperature == 0:
+        if self.temperature < 1e-30:  # or 0 / 0 in fp32
             return logits.argmax(-1)
-        # at most 0 before the division: so no temperature is too small
+        # at most 0 before the division: so none of the rest is too small
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         order = None  # from where on only candidates are left, most likely first: their ids
         if 0 < self.top_k < logits.shape[-1]:

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from lumen import files, lines
+from lumen import files, fp8, lines
 from lumen.differences import differences, versions
 from lumen.errors import UserError
 from lumen.probe import largest_batch
@@ -44,6 +44,7 @@ def resolve(trainer, saved) -> None:
     found = t.found = Findings(t.start.changes)
     t.run = resolve_on_all(cfg, facts, state, found, par)
     t.machine = found.machine
+    par.run_or_raise_on_all(fp8.check, t.counted, t.run.precision, par.device)
     t.versions = versions(t.machine, par.world)
     if saved:
         found.changes += differences(cfg, t.run, t.versions, state, saved.step)
@@ -66,6 +67,7 @@ def prepare_model(model, cfg, run: Run, compute_dtype: torch.dtype) -> None:
     model.recompute = cfg.activation_checkpointing
     for moe in model.sparse_layers("moe").values():
         moe.backend = run.expert_backend
+    fp8.convert(model, run.precision)
     if run.compile_model:
         # dense, MoE and MoD blocks, each while training and evaluating
         torch.compiler.config.recompile_limit = 64

@@ -2,15 +2,16 @@
 
     python -m tools.gpu A          the first call, at most 5.5 minutes: is it right, is it fast
     python -m tools.gpu B          the second call, at most 5.5 minutes
+    python -m tools.gpu C          what is left, where there is time
     python -m tools.gpu PART ...   some of the parts; `--out FOLDER`, by default $OUT or out/gpu
-    python -m tools.gpu --toy A B  the same logic at toy sizes on a CPU, in this process
+    python -m tools.gpu --toy A B C  the same logic at toy sizes on a CPU, in this process
     python -m tools.gpu report FOLDER [--write]   the tables of docs/gpu.md from what A and B left
 
 Each part is a process of its own with a time limit: a fault in a kernel ends a CUDA context, not
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-those of fine-tuning and evaluation in tools/gpu_finetune.py and tools/gpu_evaluate.py.
+some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ CALLS = {
         "evaluate": 15,
     },
     "B": {
-        "compile": 70,
+        "compile": 65,
         "finetune": 40,
         "fsdp": 30,
-        "models": 70,
+        "models": 60,
         "experts": 65,
         "generation": 20,
+        "serve": 15,
         "tests": 25,
     },
+    "C": {"fp8": 120},
 }
 PARTS = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
 LOST = 3  # exit code of a part whose CUDA context is gone
@@ -106,7 +109,8 @@ def number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py")
+OF_THE_LIST = ("gpu.py", "gpu_parts.py", "gpu_finetune.py", "gpu_evaluate.py", "gpu_serve.py")
+OF_THE_LIST += ("gpu_fp8.py",)
 FIELDS = ("part", "name", "value", "unit", "ok", "error", "seconds", "note", "detail")
 
 
@@ -320,9 +324,10 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_evaluate, gpu_finetune, gpu_parts
+    from tools import gpu_evaluate, gpu_finetune, gpu_fp8, gpu_parts, gpu_serve
 
     places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
+    places |= {"serve": gpu_serve, "fp8": gpu_fp8}
     return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 
@@ -448,12 +453,12 @@ def options(words: list[str]):
     for word in o.parts:
         if word not in CALLS and word not in PARTS:
             near = nearest(word, [*CALLS, *PARTS])
-            hint = f"did you mean {near}?" if near else f"there are: A, B, {', '.join(PARTS)}"
+            hint = f"did you mean {near}?" if near else f"there are: {', '.join([*CALLS, *PARTS])}"
             raise UserError("E002", f"command line: tools.gpu: no part {word!r}; {hint}")
         names += CALLS.get(word, [word])
     o.parts = list(dict.fromkeys(names))
     if not o.parts:
-        text = f"which part? A, B or some of {', '.join(PARTS)}"
+        text = f"which part? {', '.join(CALLS)} or some of {', '.join(PARTS)}"
         raise UserError("E002", f"command line: tools.gpu: {text}; or report FOLDER")
     return o
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from kernels import run_experts
 from lumen import machine as machines
-from lumen.cards import ETHERNET, HARDWARE, NO_BF16, PCIE, Hardware, hardware_key
+from lumen.cards import ETHERNET, HARDWARE, NO_BF16, NO_FP8, PCIE, Hardware, hardware_key
 from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
@@ -601,7 +601,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def precision_there(hardware: str, precision: str) -> str:
-    """The precision of a run on other hardware, whatever this machine can do."""
+    """The precision by which a run on other hardware is counted, whatever this machine can do: of
+    fp8 that is bf16."""
     if precision == "fp32" or hardware == "cpu":
         return "fp32"
     return "mixed_fp16" if hardware in NO_BF16 else "mixed_bf16"
@@ -749,6 +750,11 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     world = flags.get("world_size", environment("WORLD_SIZE", 1))
     kind = hardware_key(flags.get("hardware", "measured" if world == 1 else "h100"))
     flags = flags | {"world_size": world, "hardware": kind}
+    if cfg.precision in machines.FP8 and kind in NO_FP8:
+        text = (
+            f"precision: {cfg.precision} needs compute capability 8.9 or more, which {kind} has not"
+        )
+        raise UserError("E003", f"{text}; take mixed_bf16 or other --hardware")
     there = cfg
     if kind in NO_BF16 and cfg.precision != "fp32":
         there = replace(cfg, precision="mixed_fp16")
@@ -760,6 +766,9 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     known = {"cuda": cuda, "state_bytes": state_bytes(cfg), "tuning": tuning_of(cfg)}
     layout = replace(layout, **known)
     run = DryRun(cfg, written, flags, layout)
+    if cfg.precision in machines.FP8:
+        text = f"precision: {cfg.precision} is counted as mixed_bf16 here"
+        notes = [*notes, f"{text}; how much faster it is has not been measured"]
     if layout.shard == 1:  # zero_stage: 0 is what this is
         notes = [*notes, *without_effect(cfg, written)]
     report = Report(cfg.out_dir, environment("RANK", 0) == 0)

@@ -448,8 +448,9 @@ def test_rope_scaling_equals_transformers(scaling, head_dim):
         16000,
     ):  # angles of position 1 are the frequencies themselves; fp32 angles lose digits
         cos, sin = rope_tables(cfg, torch.tensor([pos]))
-        assert close(cos[0, 0], (pos * inv_freq).cos() * gain, 1e-6 if pos < 3 else 2.5e-7 * pos)
-        assert close(sin[0, 0], (pos * inv_freq).sin() * gain, 1e-6 if pos < 3 else 2.5e-7 * pos)
+        c, s = (pos * inv_freq).cos() * gain, (pos * inv_freq).sin() * gain
+        assert close(cos[0, 0], torch.cat((c, c)), 1e-6 if pos < 3 else 2.5e-7 * pos)
+        assert close(sin[0, 0], torch.cat((-s, s)), 1e-6 if pos < 3 else 2.5e-7 * pos)
 
 
 # ---------------------------------------------------------------- shapes and layers

@@ -6,11 +6,10 @@ import math
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_sample import T, make
+from test_sample import Scripted, T, make
 
 from lumen import chat, cli, replying, smoke
 from lumen.errors import UserError
@@ -20,23 +19,16 @@ from lumen.replying import READERS, Prompt, Replies, Reply
 CHATML = chat.find_template("chatml")
 
 
-class Says:
+class Says(Scripted):
     """A model that says what say(the prompt's text) returns; ids it has seen are in `prompts`."""
 
     def __init__(self, say, context=100_000):
+        super().__init__(context=context)
         self.say = say
-        self.cfg = SimpleNamespace(max_seq_len=context)
-        self.blocks = []
-        self.prompts = []
 
-    def generate(self, prompts, max_new_tokens, seeds, stop_ids, n_vocab, temperature):
-        (ids,) = prompts
-        self.prompts.append(ids)
+    def script(self, ids):
         said = self.say(T.decode(ids))
-        if said is None:
-            raise FloatingPointError
-        for token in [*T.encode(said).tolist(), T.eot_id][:max_new_tokens]:
-            yield [token]
+        return None if said is None else [*T.encode(said).tolist(), T.eot_id]
 
 
 def asked(say, template=None, context=100_000):

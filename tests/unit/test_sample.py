@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import itertools
 import json
+import math
 import subprocess
 import sys
 import types
@@ -93,12 +95,22 @@ class Scripted(Transformer):
         self.steps += 1
         for slot, ids in enumerate(idx.tolist(), first):
             ids = [i for i in ids if i >= 0]
+            if not ids:
+                continue
             if len(ids) > 1 or slot not in self.now:
-                script = self.scripts[len(self.prompts)]
-                self.now[slot] = iter(script * (1000 // len(script)))
+                script = self.script(ids)
+                self.now[slot] = itertools.cycle([math.nan] if script is None else script)
                 self.prompts.append(ids)
-            logits[slot - first, next(self.now[slot])] = 1e3
+            token = next(self.now[slot])
+            if math.isnan(token):
+                logits[slot - first] = math.nan
+            else:
+                logits[slot - first, token] = 1e3
         return logits
+
+    def script(self, ids):
+        """What it says behind these."""
+        return self.scripts[len(self.prompts)]
 
 
 def say(*texts, **options):

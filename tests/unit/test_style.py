@@ -58,6 +58,7 @@ UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("model.py", "lumen.lunaris"): "attention of foreign checkpoints, where somebody asks for it",
     ("lumen/adapters.py", "export"): "runs of ours and foreign folders are read and written there",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",
+    ("lumen/gguf_model.py", "export"): "which slots have experts is decided there",
     ("lumen/models.py", "export"): "a Hugging Face folder is read there",
     ("lumen/resume.py", "export"): "init_from may be a Hugging Face folder",
 }

@@ -146,7 +146,7 @@ NESTED = [
     ("data_dir: d\nmodel:\n  rope_ntk_scale_base: x", 3, "'x' is not float"),
     ("data_dir: d\nbatch_tokens: 1e30", 2, "is not int"),
     ("data_dir: d\neps: 0", 2, "must be > 0"),
-    ("data_dir: d\nprecision: fp8_e4m3", 2, "no fp8"),
+    ("data_dir: d\nprecision: fp8_e5m2", 2, "two bits"),
     ("data_dir: d\ndevice: gpu", 2, "must be one of auto, cuda"),
     ("data_dir: d\nattention: fast", 2, "flash"),
     ("data_dir: d\nmodel: &m\n  n_layers: *m", 3, "model.n_layers"),  # in itself
