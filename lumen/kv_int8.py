@@ -29,10 +29,9 @@ def store(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers, rounded once: q has 7 bits and scale 8, so bf16 multiplies exactly, then
-    rounds."""
-    exact = torch.float32 if dtype == torch.float16 else dtype  # fp16 cannot hold every scale
-    return q.to(exact).mul_(scale).to(dtype)
+    """The numbers, scale q, rounded once: torch multiplies int8 and bf16 in fp32, which holds
+    their product exactly."""
+    return q.to(dtype).mul_(scale)
 
 
 class Int8Rows:

@@ -25,7 +25,7 @@ from lumen.models import open_model
 from model import KVCache
 
 TYPES = {"full": KVCache, "int8": Int8Cache}
-STEPS = 16  # of decoding, for each time; the median of seven counts
+STEPS = 4  # of decoding, for each time; the median of seven counts
 
 
 def logits_of(model, cache_type, ids: torch.Tensor) -> torch.Tensor:
