@@ -18,11 +18,12 @@ import socket
 import sys
 import time
 
-from lumen import web_page
+from lumen import kv_int8, web_page
 from lumen.answering import Answering, House
 from lumen.engine import Engine
 from lumen.errors import UserError, a_path
 from lumen.gate import Gate, check_key, is_loopback
+from lumen.kv_int8 import CACHES
 from lumen.launch import Words, command
 from lumen.machine import resident_bytes
 from lumen.models import Opened, open_model
@@ -148,6 +149,15 @@ def make_server(app, shift: Shift):
     protocol = optional("uvicorn.protocols.http.h11_impl").H11Protocol
 
     class Protocol(protocol):
+        def data_received(self, data: bytes) -> None:
+            """What comes before its turn is not kept, and the connection ends with the answer:
+            uvicorn would read no further, and nobody would see the client go."""
+            cycle = self.cycle
+            if cycle and not (cycle.more_body or cycle.response_complete):
+                cycle.keep_alive = False
+            else:
+                super().data_received(data)
+
         def send_400_response(self, msg: str) -> None:
             """What came is no HTTP."""
             if self.cycle is None or self.cycle.response_complete:
@@ -187,6 +197,7 @@ class Shift:
         self.where = where
         self.stopping = False
         self.server = None
+        self.loop = None
         self.tasks = []
 
     def connections(self) -> int:
@@ -200,7 +211,7 @@ class Shift:
 
     def heard(self, number: int) -> None:
         """SIGTERM or Ctrl-C, in a signal handler."""
-        if self.stopping:
+        if self.stopping or self.loop is None:
             os._exit(128 + number)
         self.stopping = True
         self.loop.call_soon_threadsafe(self.stop)
@@ -254,8 +265,9 @@ def bind(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers have one port
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
-    except OSError as error:
-        text = f"--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free"
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "this is no name of a machine"
+        text = f"--host {host} --port {port}: {reason}; --port 0 takes any that is free"
         raise UserError("E002", text) from None
     return found
 
@@ -309,6 +321,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("step", int, None, "the checkpoint of step N", metavar="N")
     option("device", str, "auto", "auto, cpu, cuda, mps")
     option("precision", str, "auto", "auto, fp32, bf16, fp16")
+    option("kv", str, "full", "int8: keys and values in half of bf16's memory", choices=CACHES)
     return p.parse_args(argv)
 
 
@@ -323,6 +336,7 @@ def open_house(args: argparse.Namespace, say) -> House:
         raise UserError("E002", text)
     template = template_for(opened, args.template, say)
     served = Served(opened, args.name or opened.name, context, template, args.system)
+    kv_int8.use(opened.model, args.kv)
     try:
         engine = Engine(opened.model, args.slots, context, served.n_vocab)
     except (MemoryError, RuntimeError) as error:

@@ -1,5 +1,5 @@
-"""What a model is quantised by and judged by: calibration rows of its run's own training shards, and
-the bits per byte of the rows that the run holds out, before and after."""
+"""What a model is quantised by and judged by: calibration rows of its run's own training shards,
+and the bits per byte of the rows that the run holds out, before and after."""
 
 from __future__ import annotations
 

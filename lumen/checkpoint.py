@@ -417,8 +417,18 @@ def folders(path, best: bool = False) -> list[Path]:
         return [step_dir(path, step)]
     steps = list_steps(path)
     if not steps:
-        raise UserError("E304", f"{path} holds no checkpoint")
+        raise UserError("E304", f"{path} holds no checkpoint{of_few_bits(path)}")
     return [step_dir(path, s) for s in reversed(steps)]
+
+
+def of_few_bits(path: Path) -> str:
+    """What to do with a quantised folder, which can be asked and not trained; "" for another."""
+    about = read_json(path / "EXPORT.json")
+    if about.get("kind") != "quantised":
+        return ""
+    source = about.get("source") or "what it was made from"
+    text = f": it is a quantised model, for sample.py, evaluate.py and serve.py. Take {source}"
+    return f"{text}; to fine-tune on a base of few bits, add --quantize_base int8 --lora.r 16"
 
 
 def final(error: UserError) -> bool:

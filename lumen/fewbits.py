@@ -10,7 +10,7 @@ does not divide is filled up with zeros. As stored, in memory and in a folder:
 torch's kernel for int4 on a CPU wants both in another order ("blocks"), which depends on the CPU:
 q uint8 (n, k / 2) in blocks of 64 outputs (AVX-512) or 32, in a block byte (k, j) holds output j
 and, high, j + half a block; what no block takes has pairs of outputs in a byte. scale is bf16
-(k / group, n, 2), with a zero point, here 0. `speed_up` makes it when a model is opened.
+(k / group, n, 2), with a zero point, here 0. lumen/few_rows.py makes it when a model is opened.
 
 Decoding reads every weight for each token, so it takes as long as there are bytes to read; making
 the matrix anew would cost several times that. With more rows the arithmetic counts, and torch's
@@ -19,19 +19,13 @@ kernels are slower than unpacking and an ordinary matmul.
 
 from __future__ import annotations
 
-import time
-
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from lumen import machine
 
 GROUPS = (128, 64, 32)  # inputs that share a scale
 SHRINK = 10  # scales that are tried for a group
-# from so many rows on unpacking is faster (2,048 x 2,048 on AVX-512, one thread: 2 ms each)
-FEW_ROWS = 16
-TOLERANCE = 1e-2  # of a kernel's results, relative to the largest: they are rounded to bf16
 
 # ---------------------------------------------------------------- int4
 
@@ -166,99 +160,3 @@ def experts(x, p, ids, w13, w2) -> torch.Tensor:
         y = multiply(F.silu(gate) * up, w2[e])
         out.index_add_(0, t, y.to(p.dtype) * p[t, k].unsqueeze(1))
     return out.to(x.dtype)
-
-
-# ---------------------------------------------------------------- which layers
-
-
-def speed_up(layers: list[nn.Module]) -> str:
-    """Let those quantised layers on a CPU that torch's kernels can multiply do without unpacking,
-    where that is right and faster here; returns a line that says what was chosen and why."""
-    able = [layer for layer in layers if fits(layer)]
-    if not able:
-        return ""
-    works, why = tried(able[0].kind)
-    if not works:
-        return f"{able[0].kind}: unpacked for each matmul: {why}"
-    for layer in able:
-        layer.few_rows = FEW_ROWS
-        if layer.kind == "int4":
-            lay_out(layer)
-    left = len(layers) - len(able)
-    others = f"; {left} layers of other sizes are unpacked" if left else ""
-    return f"{able[0].kind}: up to {FEW_ROWS} rows by torch's kernel: {why}{others}"
-
-
-def fits(layer: nn.Module) -> bool:
-    """The kernels read beyond the end of other sizes, and torch does not check it."""
-    sizes = {name: tuple(buffer.shape) for name, buffer in layer.named_buffers()}
-    on_cpu = all(buffer.device.type == "cpu" for buffer in layer.buffers())
-    if layer.kind not in ("int8", "int4") or not on_cpu:
-        return False
-    two = 2 if layer.kind == "int4" else 1
-    found = [shape[-2:] for name, shape in sizes.items() if name.endswith("q")]
-    inputs = [layer.in_features] if hasattr(layer, "in_features") else [layer.d_model, layer.width]
-    whole = all(k % 32 == 0 for k in inputs)
-    return whole and all(n % 16 == 0 and two * k % 32 == 0 for n, k in found)
-
-
-def lay_out(layer: nn.Module) -> None:
-    """int4 in blocks; the old order goes, buffer by buffer."""
-    for name in [name for name, _ in layer.named_buffers() if name.endswith("q")]:
-        scale = name.removesuffix("q") + "scale"
-        q, made = to_blocks(getattr(layer, name), getattr(layer, scale))
-        setattr(layer, name, q)
-        setattr(layer, scale, made)
-    layer.kind = "blocks"
-
-
-CHOSEN: dict[str, tuple[bool, str]] = {}  # kind -> (whether the kernel is taken, why)
-
-
-def tried(kind: str) -> tuple[bool, str]:
-    """Whether the kernel is right and faster than unpacking here, tried once a process."""
-    if kind not in CHOSEN:
-        try:
-            CHOSEN[kind] = try_kernel(kind)
-        except Exception as error:  # another torch may have no such operator
-            first = str(error).partition("\n")[0][:100]
-            CHOSEN[kind] = False, f"torch's kernel does not work here ({first})"
-    return CHOSEN[kind]
-
-
-@torch.no_grad()
-def try_kernel(kind: str) -> tuple[bool, str]:
-    from lumen.quantize import Packed, pack  # upward: the formula
-
-    g = torch.Generator().manual_seed(0)
-    # a whole number of blocks, and a rest
-    weight = torch.randn(1024 + 48, 1024, generator=g)
-    plain = pack(weight, kind)
-    made = plain
-    if kind == "int4":
-        made = Packed("blocks", plain.shape, *to_blocks(plain.q, plain.scale))
-        if not torch.equal(made.to(torch.float32), plain.to(torch.float32)):
-            return False, "torch packs int4 in an unknown order"
-    errors = []
-    for rows in (1, 3, FEW_ROWS):
-        x = torch.randn(rows, 1024, generator=g).bfloat16()
-        want = x.float() @ plain.to(torch.float32).t()
-        off = (multiply(x, made).float() - want).abs().max() / want.abs().max()
-        errors.append(off.item())
-    if not max(errors) <= TOLERANCE:  # so written that a NaN fails too
-        return False, f"torch's kernel differs from the plain formula by {max(errors):.1e}"
-    x = torch.randn(1, 1024, generator=g).bfloat16()
-    kernel = best_time(lambda: multiply(x, made))
-    unpacked = best_time(lambda: F.linear(x, plain.to(x.dtype)))
-    text = f"{kernel * 1e3:.2f} ms, unpacked {unpacked * 1e3:.2f}, error {max(errors):.0e}"
-    return kernel < unpacked, text
-
-
-def best_time(f) -> float:
-    """Seconds of f(): the best of seven, since other programs only make it slower."""
-    times = []
-    for _ in range(8):
-        began = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

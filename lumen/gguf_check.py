@@ -142,6 +142,24 @@ def by_transformers(file: Path, made: Plan, model: Transformer) -> dict:
 # ---------------------------------------------------------------- llama.cpp
 
 
+def find_python() -> str | None:
+    """LLAMA_PYTHON, where it is set. E003: it cannot do what it is named for, which one would
+    rather know before a large file is written."""
+    python = os.environ.get("LLAMA_PYTHON")
+    if not python:
+        return None
+    words = [python, "-c", "import llama_cpp"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError("E003", f"LLAMA_PYTHON={python}: {error.strerror}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        text = f"LLAMA_PYTHON={python} -m pip install llama-cpp-python"
+        raise UserError("E003", f"{text} ({last})")
+    return python
+
+
 def ask(python: str, file: Path, asked: dict, context: int) -> dict:
     """What tools/llama_says.py answers; logits: float32 (tokens, V). E402: it could not."""
     with tempfile.TemporaryDirectory() as own:
@@ -168,7 +186,7 @@ def questions(made: Plan, source) -> dict:
 
 @torch.no_grad()
 def by_llama_cpp(file: Path, made: Plan, source, model: Transformer, dtype: str) -> dict:
-    python = os.environ.get("LLAMA_PYTHON")
+    python = find_python()
     if not python:
         return {"llama.cpp": "not asked: LLAMA_PYTHON names no Python with llama-cpp-python"}
     asked = questions(made, source)

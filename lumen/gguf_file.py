@@ -156,6 +156,8 @@ def to_gguf(run, file, dtype="f16", pre=None, check=False, say=print, **which) -
     if dtype not in TYPES:
         raise UserError("E404", f"type: {dtype!r} is not one of {', '.join(TYPES)}")
     file = Path(file).resolve()
+    if check:
+        gguf_check.find_python()
     with new_file(file) as tmp:
         source = models.read_model(run, **which, say=say)
         made = plan(source)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, fewbits, quantised
+from lumen import adapters, chat, checkpoint, few_rows, onednn, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
@@ -87,8 +87,9 @@ def make_ready(model: Transformer, here: Machine, exact: bool = False) -> str:
         p.data = p.data.to(here.device, dtype)
     model.to(here.device).eval().requires_grad_(False)
     model.compute_dtype = here.compute_dtype
+    onednn.reorder(model)
     layers = list(quantised_layers(model).values())
-    return "" if exact or not layers else fewbits.speed_up(layers)
+    return "" if exact or not layers else few_rows.speed_up(layers)
 
 
 # ---------------------------------------------------------------- as it is stored

@@ -14,8 +14,9 @@ NAME is as in Transformer.state_dict(), without ".weight": blocks.0.attn.wqkv.q 
 .scale (out,), w ~ scale q; blocks.0.ffn.experts.w13_q (E, 2 I, C) and w13_scale (E, 2 I)
 (lumen/quantize.py). In 4 bits q is uint8 (out, in / 2), two inputs a byte, the even one low, and
 scale (out, in / group), w ~ scale (q - 8); group is the largest of 128, 64, 32 that divides in
-(lumen/fewbits.py). Format 1 was the same without 4 bits. Embedding, head, norms and routers are not converted. Floats are held in bf16
-where that loses nothing, which is so of every scale, else in fp32.
+(lumen/fewbits.py). Format 1 was the same without 4 bits. Embedding, head, norms and routers are not
+converted. Floats are held in bf16 where that loses nothing, which is so of every scale, else in
+fp32.
 """
 
 from __future__ import annotations

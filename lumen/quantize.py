@@ -1,5 +1,5 @@
-"""Frozen matrices of few bits: int8 and int4, ours, and nf4, by bitsandbytes; the first and the last
-for fine-tuning, the first two for serving.
+"""Frozen matrices of few bits: int8 and int4, ours, and nf4, by bitsandbytes. Fine-tuning takes
+int8 and nf4, serving int8 and int4.
 
 Only how weights are held changes. A layer makes its matrix anew in the compute dtype, multiplies as
 model.Linear does, and lets it go; backward makes it once more and gives no gradient of it.

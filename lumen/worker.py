@@ -194,6 +194,8 @@ class Job:
     async def read(self, deadline: float) -> list[Part]:
         """What is new, in the order of the rows; [] when the client is gone. The job's error, or
         E503 after `deadline`, of time.monotonic()."""
+        if self.open and time.monotonic() > deadline:  # however much is ready
+            raise too_slow()
         if not self.ready():
             self.changed.clear()
             try:

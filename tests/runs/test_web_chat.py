@@ -5,6 +5,7 @@
 
 CHROMIUM names another browser of Chromium's kind."""
 
+import importlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 import fake_chat_server as fake
 import pytest
+from conftest import ROOT
 
 from lumen.conversations import Reader
 
@@ -91,11 +93,12 @@ def say(page, text: str):
     page.press("#text", "Enter")
 
 
-def until(page, expression: str):
+def until(page, expression: str, meanwhile=lambda: None):
     """page.wait_for_function() would have the page evaluate text, which its policy forbids."""
     end = time.monotonic() + 20
     while not page.evaluate(expression):
-        assert time.monotonic() < end, expression
+        meanwhile()
+        assert time.monotonic() < end, (expression, page.locator(".failure").all_inner_texts())
         page.wait_for_timeout(20)
 
 
@@ -261,8 +264,9 @@ def test_the_settings_are_sent_and_kept(page, server):
     assert body["temperature"] == 0.5 and "max_tokens" not in body and "seed" not in body
 
 
-def test_a_model_without_conversations_goes_on_with_a_text(page, server, tmp_path):
-    server.model["conversations"] = False
+@pytest.mark.parametrize("words", [{"conversations": False}, {"template": None}])
+def test_a_model_without_conversations_goes_on_with_a_text(page, server, tmp_path, words):
+    server.model |= words
     page.reload()
     page.wait_for_selector("text=goes on with your text")
     server.answer = fake.says(" upon", " a time")
@@ -636,6 +640,69 @@ def test_a_server_that_was_started_anew_with_another_model(page, server):
     until(page, "kept.messages.length === 2 && !running")
     assert server.asked[1][1]["model"] == "out/other"
     assert replies(page) == ["Now."]
+
+
+# ---------------------------------------------------------------- the real server
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """tests/serving.py, which stands on a test of another folder."""
+    for package in ("fastapi", "uvicorn", "httpx"):
+        pytest.importorskip(package, reason="pip install -r requirements-serve.txt httpx")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "unit")
+    return importlib.import_module("serving")
+
+
+def choose(page, **options):
+    page.click("#tune")
+    for label, number in options.items():
+        page.fill(f'input[type=number][aria-label="{label.replace("_", " ")}"]', str(number))
+    page.click("#close")
+
+
+def test_with_the_real_server(context, serving):
+    with serving.live() as real, opened(context, real) as page:
+        sent = real.http.get("/")
+        assert sent.headers["content-security-policy"].startswith("default-src 'none'; script-src")
+        choose(page, Seed=5, Most_tokens=20)
+        say(page, "hi")
+        over(page)
+        options = {"seed": 5, "max_tokens": 20, "temperature": 0.8, "top_k": 50}
+        wanted = real.ask(content="hi", **options).json()
+        assert contents(page)[1] == ("assistant", wanted["choices"][0]["message"]["content"])
+        assert wanted["usage"]["total_tokens"] > 20
+        assert page.inner_text("#room") == f"{wanted['usage']['total_tokens']} of 160 tokens"
+
+        say(page, "long " * 400)
+        over(page)
+        assert "no longer fits into the model's context of 160 tokens" in page.inner_text(
+            ".failure"
+        )
+        real.hold()
+        page.click("#clear")
+        choose(page, Most_tokens=0)
+        say(page, "again")
+        until(page, "running && kept.messages.at(-1).content", lambda: real.go(1))
+        page.keyboard.press("Escape")
+        over(page)
+        serving.wait(lambda: real.desk.gauges.ended["gone"] == 1)
+        real.go()
+        serving.wait(real.idle)
+
+
+def test_with_the_real_server_and_a_key(context, serving):
+    with serving.live(key="sesam") as real, opened(context, real) as page:
+        page.fill("#secret", "wröng")
+        page.press("#secret", "Enter")
+        page.wait_for_selector("text=did not accept this key")
+        page.fill("#secret", "sesam")
+        page.press("#secret", "Enter")
+        until(page, "model.id === 'tiny'")
+        choose(page, Most_tokens=5)
+        say(page, "hi")
+        over(page)
+        assert page.locator("article.assistant").count() == 1
 
 
 # ---------------------------------------------------------------- hands, eyes, ears

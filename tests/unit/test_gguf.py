@@ -69,6 +69,11 @@ def keys(file) -> dict:
 # ---------------------------------------------------------------- the same model
 
 
+@pytest.fixture(autouse=True)
+def only_here(monkeypatch):
+    monkeypatch.delenv("LLAMA_PYTHON", raising=False)
+
+
 @pytest.mark.parametrize("name", [*DENSE, "qwen3moe", "qwen3moe slots"])
 def test_transformers_computes_the_same_logits_of_the_file(tmp_path, name):
     arch, changes = SHAPES[name]
@@ -492,3 +497,32 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     text = code(to_gguf, tmp_path / "run", tmp_path / "made.gguf", say=quiet)
     assert text.startswith("E003") and "requirements-export.txt" in text
+
+
+def test_a_llama_python_that_cannot_answer_is_named_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    save(tmp_path / "run", 1, model=make(3))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'No module named llama_cpp' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(gguf_file.models, "read_model", None)  # never reached
+    for path, why in ((tmp_path / "none", "No such file"), (broken, "No module named llama_cpp")):
+        monkeypatch.setenv("LLAMA_PYTHON", str(path))
+        text = code(to_gguf, tmp_path / "run", tmp_path / "x.gguf", check=True, say=quiet)
+        assert text.startswith("E003") and str(path) in text and why in text
+
+
+def test_logits_are_held_to_what_their_type_allows():
+    ours = torch.randn(40, 97, generator=torch.Generator().manual_seed(0))
+    off = ours + 0.02 * torch.randn(40, 97, generator=torch.Generator().manual_seed(1))
+    found = {dtype: gguf_check.held_to(off, ours, dtype) for dtype in TYPES}
+    assert "differ by" in found["f32"][1][0] and "more than 0.01" in found["f16"][1][0]
+    assert not found["bf16"][1] and not found["q8_0"][1]
+    assert not gguf_check.held_to(ours + 9e-5, ours, "f32")[1]
+    flipped = ours.clone()
+    flipped[:10] = 0  # where a router chose otherwise
+    assert not gguf_check.held_to(flipped, ours, "f16")[1]
+    for dtype in TYPES:
+        assert gguf_check.held_to(ours * float("nan"), ours, dtype)[1]
+        assert gguf_check.held_to(ours.roll(1, 1), ours, dtype)[1]

@@ -347,7 +347,7 @@ def spoil(folder, what):
     elif what == "tampered":
         about["bits"] = 4
     elif what == "newer":
-        about["format"] = 2
+        about["format"] = 3
         about["sha256"] = checkpoint.manifest_sha256(about)
     elif what == "half":
         (folder / "EXPORT.json").write_text('{"format": 1,')

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import threading
+import time
 
 import httpx
 import openai
@@ -19,8 +20,10 @@ from test_sample import make
 import sample as S
 import serve
 from lumen import answering, web_page
+from lumen.engine import News
 from lumen.errors import ERRORS, UserError
 from lumen.openai_api import read_chat, read_generate
+from lumen.worker import Job
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -583,6 +586,7 @@ def test_cors_lets_named_pages_in():
         (["--max_body", "1"], "E002"),
         (["--slot", "2"], "E002"),
         (["--host", "no.such.host.invalid", "--api_key", "k"], "E002"),
+        (["--host", "a..b", "--api_key", "k"], "E002"),
         ([], "E304"),
     ],
 )
@@ -616,12 +620,16 @@ def held():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_its_row_within_a_token(held, stream):
+@pytest.mark.parametrize("more", [b"", b"\r\n", b"GET /health HTTP/1.1\r\n"])
+def test_a_client_that_goes_frees_its_row_within_a_token(held, stream, more):
+    """Also one that has sent more than its request."""
     body = {"messages": ASK, "stream": stream, "ignore_eos": True}
     gone = held.post("/v1/chat/completions", body)
     held.go(5)
     wait(lambda: held.engine.running and held.engine.rows[0].stream.n_new >= 4)
     row = held.engine.rows[0]
+    gone.sendall(more)
+    held.http.get("/health")  # by now the server has read it
     gone.close()
     wait(lambda: held.desk.gauges.ended["gone"] == 1)
     before = row.stream.n_new
@@ -679,6 +687,21 @@ def test_a_request_that_takes_too_long():
         slow.go()
         wait(slow.idle)
         assert slow.desk.gauges.ended["timeout"] == 2
+
+
+def test_a_reader_that_is_never_out_of_pieces_is_timed_too():
+    async def read():
+        row = object()
+        job = Job([row], 0.0, in_pieces=True)
+        job.take(0, News(row, 1, "text", None))
+        assert [part.text for part in await job.read(time.monotonic() + 60)] == ["text"]
+        job.take(0, News(row, 1, "text", None))
+        with pytest.raises(UserError, match="E503"):
+            await job.read(time.monotonic() - 1)
+        job.take(0, News(row, 1, "end", "eot"))  # but what is complete is given out
+        assert [part.text for part in await job.read(time.monotonic() - 1)] == ["textend"]
+
+    asyncio.run(read())
 
 
 def test_an_exception_fails_its_requests_and_not_the_server(tiny, monkeypatch):

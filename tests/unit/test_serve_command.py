@@ -15,6 +15,7 @@ from serving import wait
 from test_sample import make, save
 
 from lumen import chat
+from tools import bench_serve
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +92,13 @@ def test_a_second_signal_ends_at_once(run):
     assert two.process.wait(20) == 130
     reader.join(20)
     two.rest.join(20)
+
+
+@pytest.mark.nightly
+def test_the_load_test_finds_nothing(run, tmp_path, capfd):
+    out = tmp_path / "found.json"
+    words = [run, "--clients", "20", "--seconds", "8", "--slots", "2", "--queue", "10"]
+    assert bench_serve.main([*words, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    kinds = {name.split(",")[0] for name in found["by_kind"]}
+    assert found["n_faults"] == 0 and {"whole", "stream", "leaves"} <= kinds
