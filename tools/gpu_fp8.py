@@ -41,7 +41,7 @@ def fp8_part(here: Here) -> None:
     for word, compiled in here.pick(ways, ways[:3]):  # to compile takes a CPU long
         how = "compiled" if compiled else "eager"
         tried = (model_error, here, word, compiled)
-        attempt(f"{word}, {how}: gradients", *tried, unit="off emulated", most=0.1)
+        attempt(f"{word}, {how}: gradients", *tried, unit="off emulated", most=0.2)
     for word in WORDS:
         attempt(f"{word}: losses", run_apart, here, word, unit="nats off bf16", most=0.1)
     only = ("stopped and resumed",)
@@ -103,7 +103,8 @@ def not_finite(here: Here, word: str) -> bool:
 
 
 def model_error(here: Here, word: str, compiled: bool) -> dict:
-    """The relative error of all gradients of a small model with depths."""
+    """The relative error of all gradients of a small model with depths. Compiled code rounds less
+    often to bf16, which moves them by 0.08 on a CPU: a last digit there is a sixteenth in fp8."""
     torch.compiler.reset()
     found, before = [], compiled_graphs()
     for one in (f"{word}_emulated", runnable(here, word)):

@@ -110,35 +110,59 @@ def test_two_ranks_with_shards_train_as_two_with_replicas(tiny, tmp_path, stage)
 
 PROGRAM = """
 import json, sys, torch
-from lumen import fp8, machine
-from model import ModelConfig, Transformer
+from lumen import fp8
+from model import Linear, ModelConfig, Transformer
 
-found = {}
+generator = torch.Generator().manual_seed(0)
+x, weight, grad = (torch.randn(n, generator=generator) for n in ((3, 7, 32), (48, 32), (3, 7, 48)))
+
+
+def of_layer(word, compiled):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([Linear(32, 48)])
+    layer = model.blocks[0]
+    layer.weight.data = weight.clone()
+    fp8.convert(model, word)
+    if compiled:
+        layer.compile(fullgraph=True)
+    own = x.bfloat16().requires_grad_()
+    y = layer(own)
+    y.backward(grad.bfloat16())
+    return torch.cat([t.detach().float().flatten() for t in (y, own.grad, layer.weight.grad)])
+
+
+def of_model(word, compiled):
+    cfg = ModelConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=2, d_ff=48, max_seq_len=32)
+    model = Transformer(cfg)
+    model.init_weights(1)
+    model.compute_dtype = torch.bfloat16
+    fp8.convert(model, word)
+    if compiled:
+        model.blocks[0].compile(fullgraph=True)
+    idx = torch.arange(64).view(2, 32)
+    model(idx, targets=idx)[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 for word in sys.argv[1:]:
-    losses = []
-    for compiled in (False, True):
-        cfg = ModelConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=2, d_ff=48, max_seq_len=32)
-        model = Transformer(cfg)
-        model.init_weights(1)
-        model.compute_dtype = torch.bfloat16
-        fp8.convert(model, word)
-        if compiled:
-            for block in model.blocks:
-                block.compile(fullgraph=True)
-        idx = torch.arange(64).view(2, 32)
-        model(idx, targets=idx)[0].backward()
-        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        losses.append(grads)
-    found[word] = float((losses[0] - losses[1]).norm() / losses[0].norm())
-print(json.dumps(found))
+    found = [word]
+    for make in (of_layer, of_model):
+        eager, compiled = make(word, False), make(word, True)
+        found.append(float((eager - compiled).norm() / eager.norm()))
+    print(json.dumps(found), flush=True)
 """
 
 
 @pytest.mark.nightly
 def test_compiled_it_is_one_graph_and_the_same_numbers():
-    """The very matmul of a GPU too, in a CPU's version."""
+    """The very matmul of a GPU, in a CPU's version. A layer by itself is the same to the order of
+    sums. In a model compiled code rounds less often to bf16, and what that changes in a last digit
+    can be a sixteenth in fp8: noise of 2^-9 on what goes into the matrices moves the gradients of
+    this model as far, by 0.07 (tensorwise)."""
     words = [*WORDS, "fp8_e4m3", "fp8_e4m3_rowwise"]
     done = run_python("-c", PROGRAM, *words, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == set(words) and max(found.values()) < 0.05, found
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [word for word, *_ in found] == words
+    for word, layer, model in found:
+        assert layer < 5e-3 and model < 0.15, (word, layer, model)
