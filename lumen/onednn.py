@@ -1,8 +1,8 @@
 """Matrices in the layout in which oneDNN multiplies few rows fastest, for models that only answer.
 
-A token that is written reads every weight once, so decoding is as fast as that. torch gives fp32 to
-MKL, which for one row on AMD gets a third of what the memory can do, and bf16 to oneDNN in the plain
-layout, which gets a fifth. Reordered once, by the operators with which torch.compile freezes
+A token that is written reads every weight once, so decoding is as fast as that. For one row torch
+gives fp32 to MKL, which on AMD gets half of what the memory can do, and bf16 to oneDNN in the plain
+layout, which gets a third. Reordered once, by the operators with which torch.compile freezes
 weights, oneDNN gets nearly all of it, and eight rows cost little more than one (docs/serving.md,
 Speed). A torch without these operators, and other devices, keep their layers as they are.
 """

@@ -28,6 +28,9 @@ learn_chat --base RUN [--seeds N] [--only "A;B"] [--steps N] [--factors F,F] [--
     Held-out replies, multiple choice and preferences after SFT, LoRA, DPO and SimPO.
 evaluate [MODEL] [--only A,B] [--n N] [--rounds N] [--precision P]
     Questions a second of our scorer against lm-eval's hf model of the exported folder.
+generate [--shape 30m|smollm2|FOLDER] [--precisions P,P] [--batches B,B] [--threads N] [--gguf FILE]
+    Tokens/s of prompts read and of tokens written: our model, the engine, transformers' static
+    cache; with LLAMA_PYTHON=... and a GGUF file llama.cpp. Also --prompt, --new, --rounds, --only.
 faults [--only ROWS] [--kinds K] [--modes M] [--out FILE] [--table] [--quick] [--healthy N]
     The faults of tools/faults.py on two small models: what the orchestrator makes of each, against
     mode off and another trainer's rules.
@@ -65,6 +68,7 @@ from tools import (
     bench_data,
     bench_evaluate,
     bench_finetune,
+    bench_generate,
     bench_step,
     faults,
     simulate,
@@ -660,6 +664,7 @@ COMMANDS = {
     "finetune": bench_finetune.finetuning,
     "learn_chat": bench_chat.learn_chat,
     "evaluate": bench_evaluate.evaluating,
+    "generate": bench_generate.generating,
     "faults": fault_table,
 }
 
