@@ -77,7 +77,9 @@ def logits(model):
 
 
 def equal(model, other) -> bool:
-    return torch.equal(logits(model), logits(other))
+    """But for the order of sums, which is another in the layout that lumen/onednn.py gives."""
+    a, b = logits(model), logits(other)
+    return (a - b).abs().max().item() <= 2e-6 * b.abs().max().item()
 
 
 def rounded(model):
