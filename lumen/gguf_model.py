@@ -243,7 +243,8 @@ def rope_factors(cfg: ModelConfig) -> torch.Tensor:
 
     def frequencies(cfg):
         cos, sin = rope_tables(cfg, one)
-        return torch.atan2(sin, cos).flatten()
+        both = torch.atan2(sin, cos).flatten()  # the first half backwards: see model.rotate
+        return both[len(both) // 2 :]
 
     plain = dataclasses.replace(cfg, rope_scaling=None)
     return frequencies(plain) / frequencies(cfg)

@@ -131,6 +131,10 @@ class FreshRows(nn.Module):
             return self.base.weight
         return self.base.weight.float().index_copy(0, self.ids, self.rows)
 
+    def forward(self, x):
+        """As the head, x (..., C)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
     def merged(self) -> nn.Module:
         if isinstance(self.base, nn.Embedding):
             return nn.Embedding.from_pretrained(self.weight.detach(), freeze=False)

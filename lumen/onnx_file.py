@@ -2,7 +2,7 @@
 
 The graph scores: ids (batch, length) int64 -> logits (batch, length, V) fp32, both sizes free, the
 weights in fp32. It has no cache of keys and values, so to make text with it computes every token
-anew; docs/formats.md says what to take for that. What is known of the model lies in the file's
+anew; docs/deployment.md says what to take for that. What is known of the model lies in the file's
 metadata (`about`), its tokenizer.json too, so the file needs no other. Only where the weights
 exceed what a protobuf holds (2 GB) they lie beside it, in FILE.data.
 

@@ -46,16 +46,15 @@ CALLS = {
         "evaluate": 15,
     },
     "B": {
-        "compile": 65,
+        "compile": 70,
         "finetune": 40,
         "fsdp": 30,
-        "models": 60,
+        "models": 70,
         "experts": 65,
         "generation": 20,
-        "serve": 15,
         "tests": 25,
     },
-    "C": {"fp8": 120},
+    "C": {"fp8": 120, "serve": 25},
 }
 PARTS = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
 LOST = 3  # exit code of a part whose CUDA context is gone
