@@ -82,7 +82,7 @@ class Config:
     lr_schedule: str = "cosine"  # after the warm-up; onecycle: up to 30 %, from a 25th
     decay_frac: float = 0.2  # wsd: the last part of max_steps, which decays linearly
     warmup_steps: float | None = None  # below 1: a share of max_steps; null: 5 %, at most 2000
-    optimizer: str = "adamw"  # AdamW with decoupled weight decay
+    optimizer: str = "adamw"  # muon: on hidden matrices and experts, AdamW on the rest
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squares
     eps: float = 1e-8  # added to the root of the mean of squares
@@ -90,6 +90,10 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     z_loss: float = 0.0  # weight of logsumexp(logits)^2, keeps logits small; 1e-4 is usual
     router_lr_factor: float = 1.0  # routers of MoE and MoD learn at this times the learning rate
+    embedding_lr_factor: float = 1.0  # the embedding likewise, with a tied head the head too
+    head_lr_factor: float = 1.0  # the head likewise, where it is not tied
+    matrix_lr_factor: float = 1.0  # muon: hidden matrices and experts likewise
+    momentum: float = 0.95  # muon: of the gradient, from 0.85 over the first 300 steps
     # evaluation, saving, logging
     eval_interval: int = 0  # steps; 0: at checkpoints. The last step always evaluates and saves
     eval_tokens: int = 524288  # size of the fixed validation set, at most what there is
@@ -167,7 +171,7 @@ RANGES = {
     "lr_schedule": "cosine | linear | wsd | constant | onecycle",
     "decay_frac": "(0, 1]",
     "warmup_steps": ">= 0",
-    "optimizer": "adamw",
+    "optimizer": "adamw | muon",
     "beta1": "[0, 1)",
     "beta2": "[0, 1)",
     "eps": "> 0",
@@ -175,6 +179,10 @@ RANGES = {
     "grad_clip": ">= 0",
     "z_loss": ">= 0",
     "router_lr_factor": ">= 0",
+    "embedding_lr_factor": ">= 0",
+    "head_lr_factor": ">= 0",
+    "matrix_lr_factor": ">= 0",
+    "momentum": "[0, 1)",
     "eval_interval": ">= 0",
     "eval_tokens": ">= 1",
     "early_stopping_patience": ">= 0",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from lumen.config import Config
-from model import role
+from model import ModelConfig, role
 
 
 class AdamW(torch.optim.AdamW):
@@ -39,7 +39,101 @@ class AdamW(torch.optim.AdamW):
                 }
 
 
-OPTIMIZERS = {"adamw": AdamW}  # the values of the key `optimizer`
+# Five steps of the best polynomials of degree 5 for singular values in [1e-3, 1], damped so that
+# bf16 cannot push one above 1 (The Polar Express, Amsel et al. 2025, arXiv 2505.16932).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(g: torch.Tensor, steps=POLAR_EXPRESS) -> torch.Tensor:
+    """The nearest matrix with orthonormal rows (or columns), about: U V^T of g = U S V^T.
+
+    g (..., m, n); in g's dtype, by products alone: X becomes a X + b (X X^T) X + c (X X^T)^2 X.
+    """
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    # singular values up to 1; a little less, for bf16 rounds
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def parts_of(name: str, p: torch.Tensor, model: ModelConfig) -> list[int]:
+    """The rows (of the last two dimensions) of each matrix that a fused one is made of: queries,
+    keys, values; gate, up. Each is orthogonalised by itself."""
+    rows = p.shape[-2]
+    if name.endswith("wqkv.weight"):
+        return [D * model.head_dim for D in (model.n_heads, model.n_kv_heads, model.n_kv_heads)]
+    if name.endswith(("w13.weight", "experts.w13")):
+        return [rows // 2, rows // 2]
+    return [rows]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is orthogonalised (Jordan et al. 2024), for the hidden matrices and
+    experts; AdamW for embeddings, head, norms and routers.
+
+    An update has the size of AdamW's, 0.2 an entry (Liu et al. 2025, Moonlight, arXiv 2502.16982),
+    so both take the same learning rate. Decay is cautious: only where it points the update's way
+    (Chen et al. 2025, arXiv 2510.12402).
+    """
+
+    FRESH = ("momentum", "exp_avg")
+    STATE_BYTES = 8  # of AdamW's part; a hidden matrix holds 4
+    WARM_UP = 300  # steps in which the momentum rises from 0.85
+
+    def __init__(self, groups: list[dict], cfg: Config):
+        own = [group for group in groups if group["parts"]]
+        self.rest = AdamW([group for group in groups if not group["parts"]], cfg)
+        super().__init__(own, {"lr": cfg.learning_rate, "momentum": cfg.momentum})
+        for group in own:
+            for p in group["params"]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "momentum": torch.zeros_like(p),
+                }
+        self.own = own
+        self.param_groups = [*own, *self.rest.param_groups]
+        self.state.update(self.rest.state)
+
+    @torch.no_grad()
+    def step(self):
+        self.rest.found_inf = self.found_inf
+        self.rest.step()
+        skip = self.found_inf > 0
+        for group in self.own:
+            for p, parts in zip(group["params"], group["parts"]):
+                self.update(p, parts, group, skip)
+
+    def update(self, p, parts: list[int], group: dict, skip) -> None:
+        state = self.state[p]
+        old, done = state["momentum"], state["step"]
+        mu = 0.85 + (group["momentum"] - 0.85) * (done / self.WARM_UP).clamp(max=1.0)
+        new = torch.lerp(p.grad, old, mu)
+        direction = torch.lerp(p.grad, new, mu)  # Nesterov's
+        change = [self.scaled(part) for part in direction.split(parts, -2)]
+        change = torch.cat(change, -2)
+        decay = group["weight_decay"] * p * (change * p > 0)
+        change = group["lr"] * (change + decay)
+        p.sub_(torch.where(skip, 0.0, change))
+        old.copy_(torch.where(skip, old, new))
+        done.add_(~skip)
+
+    def scaled(self, g: torch.Tensor) -> torch.Tensor:
+        size = 0.2 * max(g.shape[-2:]) ** 0.5
+        return size * orthogonalise(g.to(self.dtype)).float()
+
+    dtype = torch.float32
+
+
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon}  # the values of the key `optimizer`
 
 
 def state_bytes(cfg: Config) -> int:
@@ -53,16 +147,24 @@ def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.
     Matrices decay, vectors (norms, biases) do not. Routers are groups of their own, since
     router_lr_factor may slow them down.
     """
-    is_router = {name: role(name) == "router" for name in named}
-    groups = []
-    for of_routers in (False, True):
-        params = [p for name, p in named.items() if is_router[name] == of_routers]
-        lr_factor = cfg.router_lr_factor if of_routers else 1.0
-        matrices = [p for p in params if p.dim() >= 2]
-        vectors = [p for p in params if p.dim() < 2]
-        for some, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
-            if some:
-                groups.append({"params": some, "weight_decay": decay, "lr_factor": lr_factor})
+    factors = {
+        "router": cfg.router_lr_factor,
+        "embedding": cfg.embedding_lr_factor,
+        "head": cfg.head_lr_factor,
+    }
+    muon = cfg.optimizer == "muon"
+    found: dict[tuple, dict] = {}  # by what its parameters have in common
+    for name, p in named.items():
+        what = role(name)
+        hidden = muon and p.dim() >= 2 and what in ("matrix", "expert")
+        lr_factor = cfg.matrix_lr_factor if hidden else factors.get(what, 1.0)
+        decay = cfg.weight_decay if p.dim() >= 2 else 0.0
+        common = {"weight_decay": decay, "lr_factor": lr_factor, "parts": [] if hidden else None}
+        group = found.setdefault((lr_factor, decay, hidden), {"params": [], **common})
+        group["params"].append(p)
+        if hidden:
+            group["parts"].append(parts_of(name, p, cfg.model))
+    groups = list(found.values())
     grouped = sorted(id(p) for group in groups for p in group["params"])
     assert grouped == sorted(id(p) for p in named.values()), "every parameter in exactly one group"
     return OPTIMIZERS[cfg.optimizer](groups, cfg)
