@@ -376,7 +376,7 @@ class Trainer(ByHand):
         self.moe, self.mod = self.routing.moe, self.routing.mod  # the sparse layers, by number
         # optimizer: all of its state exists from here on, so that it can be filled in place
         self.weights = par.weights(self.model)  # what the optimizer updates, by name
-        self.optimizer = build_optimizer(cfg, self.weights)
+        self.optimizer = build_optimizer(cfg, self.weights, run.precision, par.owners())
         if run.precision == "mixed_fp16":
             self.loss_scale = LossScale(par.device)
         self.targets_per_step = run.rows_per_step * cfg.model.max_seq_len  # if all are valid

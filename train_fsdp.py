@@ -27,6 +27,7 @@ from lumen.errors import UserError
 from lumen.exchange import exchange
 from lumen.launch import command, environment
 from lumen.machine import DTYPES, local_region, set_collective_timeout
+from lumen.owners import of_shards
 from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
@@ -235,6 +236,9 @@ class Sharded(Parallel):
 
     def weights(self, model) -> dict[str, torch.Tensor]:
         return {name: local for name, (p, local) in self.shards.items() if p.requires_grad}
+
+    def owners(self):
+        return of_shards(self.shards, self.dense, self.sparse)
 
     @contextlib.contextmanager
     def microstep(self, model, last: bool):

@@ -306,9 +306,10 @@ def memory_line(start: Start) -> str:
     """The estimate for a process, and what it has."""
     cfg, run, layout = start.cfg, start.run, start.layout
     how = (run.precision, cfg.activation_checkpointing)
-    if layout.shard == 1 and layout.tuning == plan.PRETRAINING:
+    plain = layout.tuning == plan.PRETRAINING and not layout.state_bytes.orthogonal
+    if layout.shard == 1 and plain:
         total = start.model.n_params()["total"]
-        where = (layout.cuda, layout.state_bytes)
+        where = (layout.cuda, layout.state_bytes.rest)
         need = plan.memory(cfg.model, total, run.micro_batch, *how, *where)
     else:
         batch = (run.micro_batch, run.accumulation)

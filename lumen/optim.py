@@ -9,15 +9,30 @@ Whoever adds an optimizer (a recipe stands in docs/hacking.md) keeps five promis
    that in its kernel; others need torch.where, for 0 x NaN is NaN: multiplying is not skipping.
 3. FRESH names the state with which a split expert starts from zero: the first moments, so that
    siblings part.
-4. STATE_BYTES is what it holds for a parameter, for lumen/plan.py.
+4. STATE_BYTES is what it holds for a parameter, for lumen/plan.py; HIDDEN_BYTES for a hidden
+   matrix's (lumen/muon.py: is_hidden).
 5. Its groups carry `lr_factor`, by which the schedule's rate is multiplied.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from lumen.config import Config
+from lumen.muon import (
+    MARGIN,
+    POLAR_EXPRESS,
+    at_a_rank,
+    by_parts,
+    hidden_matrices,
+    in_bf16,
+    is_hidden,
+    work_bytes,
+)
+from lumen.owners import Alone
 from model import ModelConfig, role
 
 
@@ -25,9 +40,9 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter 2019), with its state allocated at once."""
 
     FRESH = ("exp_avg",)
-    STATE_BYTES = 8  # two moments in fp32
+    STATE_BYTES = HIDDEN_BYTES = 8  # two moments in fp32
 
-    def __init__(self, groups: list[dict], cfg: Config):
+    def __init__(self, groups: list[dict], cfg: Config, precision="fp32", owners=None):
         betas = (cfg.beta1, cfg.beta2)
         super().__init__(groups, cfg.learning_rate, betas, cfg.eps, fused=True)
         for group in self.param_groups:
@@ -39,135 +54,152 @@ class AdamW(torch.optim.AdamW):
                 }
 
 
-# Five steps of the best polynomials of degree 5 for singular values in [1e-3, 1], damped so that
-# bf16 cannot push one above 1 (The Polar Express, Amsel et al. 2025, arXiv 2505.16932).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def orthogonalise(g: torch.Tensor, steps=POLAR_EXPRESS) -> torch.Tensor:
-    """The nearest matrix with orthonormal rows (or columns), about: U V^T of g = U S V^T.
-
-    g (..., m, n); in g's dtype, by products alone: X becomes a X + b (X X^T) X + c (X X^T)^2 X.
-    """
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    # singular values up to 1; a little less, for bf16 rounds
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
-    for a, b, c in steps:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
-
-
-def parts_of(name: str, p: torch.Tensor, model: ModelConfig) -> list[int]:
-    """The rows (of the last two dimensions) of each matrix that a fused one is made of: queries,
-    keys, values; gate, up. Each is orthogonalised by itself."""
-    rows = p.shape[-2]
-    if name.endswith("wqkv.weight"):
-        return [D * model.head_dim for D in (model.n_heads, model.n_kv_heads, model.n_kv_heads)]
-    if name.endswith(("w13.weight", "experts.w13")):
-        return [rows // 2, rows // 2]
-    return [rows]
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised (Jordan et al. 2024), for the hidden matrices and
     experts; AdamW for embeddings, head, norms and routers.
 
-    An update has the size of AdamW's, 0.2 an entry (Liu et al. 2025, Moonlight, arXiv 2502.16982),
-    so both take the same learning rate. Decay is cautious: only where it points the update's way
-    (Chen et al. 2025, arXiv 2510.12402).
+    An update has the size of AdamW's (lumen/muon.py), so both take the same learning rate. Decay is
+    cautious: only where it points the update's way (Chen et al. 2025, arXiv 2510.12402). A step
+    leaves no gradients: they become directions, and directions updates.
     """
 
     FRESH = ("momentum", "exp_avg")
-    STATE_BYTES = 8  # of AdamW's part; a hidden matrix holds 4
-    WARM_UP = 300  # steps in which the momentum rises from 0.85
+    STATE_BYTES = 8  # of AdamW's part
+    HIDDEN_BYTES = 4
+    FIRST = 0.85  # the momentum of the first step, from which it rises ...
+    WARM_UP = 300  # ... in so many
+    polynomials, margin = POLAR_EXPRESS, MARGIN
 
-    def __init__(self, groups: list[dict], cfg: Config):
-        own = [group for group in groups if group["parts"]]
-        self.rest = AdamW([group for group in groups if not group["parts"]], cfg)
-        super().__init__(own, {"lr": cfg.learning_rate, "momentum": cfg.momentum})
-        for group in own:
-            for p in group["params"]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "momentum": torch.zeros_like(p),
-                }
-        self.own = own
-        self.param_groups = [*own, *self.rest.param_groups]
-        self.state.update(self.rest.state)
+    def __init__(self, groups: list[dict], cfg: Config, precision="fp32", owners=None):
+        own = [group for group in groups if group["matrices"]]
+        rest = [group for group in groups if not group["matrices"]]
+        assert len(own) == 1, "see check_optimizer"
+        self.rest = AdamW(rest, cfg) if rest else None
+        betas = (cfg.beta1, cfg.beta2)  # nothing here asks for these: knobs of all groups
+        defaults = {"lr": cfg.learning_rate, "momentum": cfg.momentum}
+        super().__init__(own, defaults | {"betas": betas, "eps": cfg.eps})
+        self.own = self.param_groups[0]
+        for p in self.own["params"]:
+            self.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "momentum": torch.zeros_like(p),
+            }
+        if rest:
+            self.param_groups += self.rest.param_groups
+            self.state.update(self.rest.state)
+        # as the run computes, so that a resumed one does the same
+        self.dtype = torch.bfloat16 if in_bf16(precision) else torch.float32
+        self.owners = owners or Alone()
+        self.owners.divide(self.own["matrices"])
 
     @torch.no_grad()
     def step(self):
-        self.rest.found_inf = self.found_inf
-        self.rest.step()
-        skip = self.found_inf > 0
-        for group in self.own:
-            for p, parts in zip(group["params"], group["parts"]):
-                self.update(p, parts, group, skip)
+        if self.rest:
+            self.rest.found_inf = self.found_inf
+            self.rest.step()
+        skip, own = self.found_inf > 0, self.own
+        counts = [self.state[p]["step"] for p in own["params"]]
+        first = min(self.FIRST, own["momentum"])
+        risen = (counts[0] / self.WARM_UP).clamp(max=1.0)
+        mu = first + (own["momentum"] - first) * risen  # 0-d
+        for p in own["params"]:
+            for g, momentum in chunks(p.grad, self.state[p]["momentum"]):
+                # adding -0.0 changes no bit; torch.where would take longer
+                momentum.add_((g - momentum).mul_(1 - mu).masked_fill_(skip, -0.0))
+                # Nesterov's; a skipped step has none, so below nothing moves and nothing decays
+                g.lerp_(momentum, mu).masked_fill_(skip, 0.0)
+        # ranks exchange their work whether it is skipped or not: the host does not know
+        directions = {m.name: p.grad for m, p in zip(own["matrices"], own["params"])}
+        self.owners.orthogonalise(directions, self.compute, self.dtype)
+        for p in own["params"]:
+            for w, g in chunks(p, p.grad):
+                if own["weight_decay"]:  # of w where w and g have one sign
+                    shrinking = (w * g).sign_().relu_()
+                    g.add_(shrinking.mul_(w), alpha=own["weight_decay"])
+                w.sub_(g, alpha=own["lr"])
+        torch._foreach_add_(counts, (~skip).float())
 
-    def update(self, p, parts: list[int], group: dict, skip) -> None:
-        state = self.state[p]
-        old, done = state["momentum"], state["step"]
-        mu = 0.85 + (group["momentum"] - 0.85) * (done / self.WARM_UP).clamp(max=1.0)
-        new = torch.lerp(p.grad, old, mu)
-        direction = torch.lerp(p.grad, new, mu)  # Nesterov's
-        change = [self.scaled(part) for part in direction.split(parts, -2)]
-        change = torch.cat(change, -2)
-        decay = group["weight_decay"] * p * (change * p > 0)
-        change = group["lr"] * (change + decay)
-        p.sub_(torch.where(skip, 0.0, change))
-        old.copy_(torch.where(skip, old, new))
-        done.add_(~skip)
+    def compute(self, matrices: list[torch.Tensor], parts: tuple[int, ...]) -> torch.Tensor:
+        """Whole matrices of one shape -> (stack, ...), orthogonalised and scaled."""
+        if len(matrices) == 1:
+            x = matrices[0].to(self.dtype)[None]
+        else:
+            x = torch.stack([matrix.to(self.dtype) for matrix in matrices])
+        return by_parts(x, parts, self.polynomials, self.margin)
 
-    def scaled(self, g: torch.Tensor) -> torch.Tensor:
-        size = 0.2 * max(g.shape[-2:]) ** 0.5
-        return size * orthogonalise(g.to(self.dtype)).float()
 
-    dtype = torch.float32
+CHUNK = 1 << 16  # numbers
+
+
+def chunks(*tensors: torch.Tensor):
+    """Rows of equally shaped tensors, as many at a time as a CPU's cache holds, so that several
+    passes over them cost one over memory. A GPU takes all at once."""
+    a = tensors[0]
+    if a.device.type != "cpu" or a.numel() <= CHUNK:
+        return [tensors] if a.numel() else []
+    rows = max(1, CHUNK * len(a) // a.numel())
+    return zip(*(tensor.split(rows) for tensor in tensors))
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon}  # the values of the key `optimizer`
 
 
-def state_bytes(cfg: Config) -> int:
-    """Bytes that cfg's optimizer holds for a parameter."""
-    return OPTIMIZERS[cfg.optimizer].STATE_BYTES
+class StateBytes(NamedTuple):
+    """Bytes that an optimizer holds for a parameter."""
+
+    rest: int = AdamW.STATE_BYTES
+    hidden: int = AdamW.HIDDEN_BYTES  # of what lumen/muon.py: is_hidden says
+    orthogonal: bool = False  # those are orthogonalised, which takes memory and time of its own
+
+    def of(self, named) -> int:
+        """Of (name, shape), all together."""
+        total = 0
+        for name, shape in named:
+            total += math.prod(shape) * (self.hidden if is_hidden(name, shape) else self.rest)
+        return total
+
+    def work(self, named, model: ModelConfig, ranks: int, precision: str) -> int:
+        """Bytes that come and go in a step, where so many ranks share a copy of the model."""
+        if not self.orthogonal:
+            return 0
+        return work_bytes(at_a_rank(named, model, ranks), precision, ranks > 1)
 
 
-def build_optimizer(cfg: Config, named: dict[str, torch.Tensor]) -> torch.optim.Optimizer:
+def state_bytes(cfg: Config) -> StateBytes:
+    kind = OPTIMIZERS[cfg.optimizer]
+    return StateBytes(kind.STATE_BYTES, kind.HIDDEN_BYTES, cfg.optimizer == "muon")
+
+
+def build_optimizer(
+    cfg: Config, named: dict[str, torch.Tensor], precision: str = "fp32", owners=None
+) -> torch.optim.Optimizer:
     """The optimizer that cfg names, for parameters by their names.
 
-    Matrices decay, vectors (norms, biases) do not. Routers are groups of their own, since
-    router_lr_factor may slow them down.
+    precision: as resolved; owners: of lumen/owners.py, None on one process. Matrices decay, vectors
+    (norms, biases) do not. Routers are groups of their own, since router_lr_factor may slow them
+    down.
     """
+    owners = owners or Alone()
     factors = {
         "router": cfg.router_lr_factor,
         "embedding": cfg.embedding_lr_factor,
         "head": cfg.head_lr_factor,
     }
-    muon = cfg.optimizer == "muon"
     found: dict[tuple, dict] = {}  # by what its parameters have in common
     for name, p in named.items():
-        what = role(name)
-        hidden = muon and p.dim() >= 2 and what in ("matrix", "expert")
-        lr_factor = cfg.matrix_lr_factor if hidden else factors.get(what, 1.0)
+        shape = owners.shape(name, p)
+        hidden = cfg.optimizer == "muon" and is_hidden(name, shape)
+        lr_factor = cfg.matrix_lr_factor if hidden else factors.get(role(name), 1.0)
         decay = cfg.weight_decay if p.dim() >= 2 else 0.0
-        common = {"weight_decay": decay, "lr_factor": lr_factor, "parts": [] if hidden else None}
+        common = {"weight_decay": decay, "lr_factor": lr_factor, "matrices": []}
         group = found.setdefault((lr_factor, decay, hidden), {"params": [], **common})
         group["params"].append(p)
         if hidden:
-            group["parts"].append(parts_of(name, p, cfg.model))
+            group["matrices"] += hidden_matrices([(name, shape)], cfg.model)
     groups = list(found.values())
     grouped = sorted(id(p) for group in groups for p in group["params"])
     assert grouped == sorted(id(p) for p in named.values()), "every parameter in exactly one group"
-    return OPTIMIZERS[cfg.optimizer](groups, cfg)
+    return OPTIMIZERS[cfg.optimizer](groups, cfg, precision, owners)
 
 
 def clip_factor(norm: torch.Tensor, limit: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ from lumen.failure import lost_peer
 from lumen.feed import Feed, synchronize
 from lumen.launch import environment
 from lumen.optim import state_bytes
+from lumen.owners import Alone, Replicas
 from lumen.tuning import tuning_of
 from model import Transformer
 
@@ -102,6 +103,10 @@ class Parallel:
     def weights(self, model) -> dict[str, torch.Tensor]:
         """What the optimizer updates, by name: plain tensors, whose .grad reduce() sets."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def owners(self) -> Alone:
+        """Who computes which part of the optimizer's step, for lumen/optim.py's Muon."""
+        return Replicas(self.rank, self.world) if self.world > 1 else Alone()
 
     def microstep(self, model, last: bool):
         """Context of one forward and backward pass; `last`: the last of its step."""

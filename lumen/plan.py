@@ -19,7 +19,7 @@ from lumen import activations
 from lumen.errors import UserError
 from lumen.forecast import BAND
 from lumen.machine import human_number
-from lumen.optim import AdamW
+from lumen.optim import StateBytes
 from lumen.tuning import PRETRAINING, Tuning, parts_of, states
 from model import ModelConfig, Transformer, head_rows, role
 
@@ -93,7 +93,7 @@ def memory(
     precision: str,
     recompute="none",
     cuda=True,
-    state_bytes: int = AdamW.STATE_BYTES,
+    state_bytes: int = StateBytes().rest,
 ) -> dict[str, int]:
     """Estimated bytes of a training step on one device: the parts and their total.
 
@@ -150,7 +150,7 @@ def count_parameters(model: Transformer) -> int:
 
 def trained_parameters(model: Transformer, tuning: Tuning) -> int:
     """Those that have gradients, adapters among them."""
-    return states(tuning, all_shapes(model), 4, 0)["gradients"] // 4
+    return states(tuning, all_shapes(model), 4, StateBytes())["gradients"] // 4
 
 
 # ---------------------------------------------------------------- a model on many ranks
@@ -167,7 +167,7 @@ class Layout:
     expert_parallel: int = 1
     reduce_bytes: int = 4  # of a gradient's number on its way
     cuda: bool = True  # GPUs: their loss holds more logits at a time than a CPU's
-    state_bytes: int = AdamW.STATE_BYTES  # of the optimizer, for a parameter: optim.state_bytes
+    state_bytes: StateBytes = StateBytes()  # of the optimizer: optim.state_bytes
     documents: bool = False  # rows hold several that do not see each other
     tuning: Tuning = PRETRAINING  # what is trained, and how the rest is held
 
@@ -316,7 +316,11 @@ def replica_memory(model, layout: Layout, step: StepShape) -> dict:
     held = parts_of(model.cfg, layout.tuning, all_shapes(model), kept, how)
     chunk = min(held["gradients"], 4 << 22)  # lumen.parallel.Parallel.CHUNK
     held["reducing"] = chunk if layout.world > 1 else 0
-    return held | {"total": sum(held.values()), "peak": "backward"}
+    work = layout.state_bytes.work(all_shapes(model), model.cfg, 1, step.precision)
+    peak = "backward"
+    if work > sum(held[name] for name in ("gathered", "activations", "work")):
+        peak, held = "optimizer", held | {"gathered": 0, "activations": 0, "work": work}
+    return held | {"total": sum(held.values()), "peak": peak}
 
 
 class ShardedStep:
@@ -335,6 +339,10 @@ class ShardedStep:
             sums[block] = [sum(f(unit) for unit in block) for f in functions]
         local, padded, gathered = zip(*(sums[block] for block in self.blocks))
         self.own = 4 * (self.root.local() + sum(local))  # this rank's weights; its gradients
+        named = all_shapes(model)  # of each tensor a rank holds about the same share
+        self.held = layout.state_bytes.of(named) / sum(math.prod(shape) for _, shape in named)
+        how = (named, model.cfg, layout.shard, step.precision)
+        self.optimizer_work = layout.state_bytes.work(*how)
         self.gathered = gathered  # of each block
         self.table = 4 * self.cfg.vocab_size * self.cfg.d_model  # a gradient of the embedding
         N = step.rows * self.cfg.max_seq_len
@@ -375,9 +383,9 @@ class ShardedStep:
         if self.cfg.tie_embeddings:
             reducing += self.table  # the head's and the embedding's
         phases.append(self.phase("backward of the root", 0, reducing, 0, self.stream))
-        phases.append(self.phase("optimizer"))
+        phases.append(self.phase("optimizer", work=self.optimizer_work))
         most = max(phases, key=total_of)
-        moments = self.own // 4 * layout.state_bytes if self.all_visible else 0
+        moments = round(self.own / 4 * self.held) if self.all_visible else 0
         held = {"weights": self.own, "moments": moments} | most
         return held | {"total": total_of(held)}
 
@@ -451,7 +459,7 @@ def fewest_gpus(
     rows_per_step: int,
     precision: str,
     room: float,
-    known: tuple = (AdamW.STATE_BYTES, PRETRAINING),
+    known: tuple = (StateBytes(), PRETRAINING),
 ) -> int | None:
     """The least power of two of GPUs, up to 4096, on which some configuration fits into `room`
     bytes each. known: state_bytes and tuning of Layout."""

@@ -75,21 +75,22 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def states(tuning: Tuning, named: list, b: int, state_bytes: int) -> dict[str, int]:
+def states(tuning: Tuning, named: list, b: int, state_bytes) -> dict[str, int]:
     """Bytes of weights, gradients and moments of the parameters `named` (name, shape) and their
-    adapters; copies: what backward needs of trained weights in the compute dtype, of b bytes."""
+    adapters; copies: what backward needs of trained weights in the compute dtype, of b bytes.
+    state_bytes: an optim.StateBytes."""
     found = {"weights": 0, "gradients": 0, "moments": 0, "copies": 0}
 
-    def train(n: int, cast: bool) -> None:
+    def train(n: int, cast: bool, moments: int) -> None:
         found["weights"] += 4 * n
         found["gradients"] += 4 * n
-        found["moments"] += state_bytes * n
+        found["moments"] += moments
         found["copies"] += 2 * n if cast and b < 4 else 0
 
     for name, shape in named:
         n, kind = math.prod(shape), role(name)
         if tuning.trains(name):
-            train(n, kind != "expert")
+            train(n, kind != "expert", state_bytes.of([(name, shape)]))
         elif not tuning.r:  # frozen by a key, in fp32
             found["weights"] += 4 * n
             found["copies"] += 2 * n if kind != "expert" and b < 4 else 0
@@ -98,7 +99,8 @@ def states(tuning: Tuning, named: list, b: int, state_bytes: int) -> dict[str, i
         else:
             found["weights"] += n * (4 if kind == "router" else b)
         if tuning.adapts(module_of(name)):
-            train(adapter_size(shape, tuning.r), kind != "expert")
+            size = adapter_size(shape, tuning.r)
+            train(size, kind != "expert", size * state_bytes.rest)
     return found
 
 

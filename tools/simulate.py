@@ -29,6 +29,7 @@ from lumen.feed import synchronize
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
+from lumen.muon import step_flops
 from lumen.optim import state_bytes
 from lumen.plan import (
     GIB,
@@ -39,6 +40,7 @@ from lumen.plan import (
     ShardedStep,
     StepShape,
     Unit,
+    all_shapes,
     count_parameters,
     divisors,
     expert_slots,
@@ -69,7 +71,7 @@ from lumen.resolve import (
     without_effect,
 )
 from lumen.schedule import lr_at, resolve_order
-from lumen.tuning import tuning_of
+from lumen.tuning import states, tuning_of
 from model import ModelConfig, Transformer, role
 from train_fsdp import meshes, parallelize
 
@@ -184,6 +186,16 @@ def compute_seconds(
     return seconds + max(0, remade) * steps / hw.bandwidth
 
 
+def muon_seconds(model, layout: Layout, step: StepShape, hw: Hardware, assumed: Assumed) -> float:
+    """Of orthogonalising, which the ranks that share a copy, or hold replicas, share. That its
+    matrices travel is not counted."""
+    if not layout.state_bytes.orthogonal:
+        return 0.0
+    flops = step_flops(all_shapes(model), model.cfg)
+    sharing = layout.shard if layout.shard > 1 else layout.world
+    return flops / sharing / (hw.peak(step.precision) * assumed.mfu)
+
+
 def simulate_step(
     model: Transformer, layout: Layout, step: StepShape, hw: Hardware, assumed: Assumed
 ) -> Simulated:
@@ -202,7 +214,7 @@ def simulate_step(
     # trained weights, gradients and the optimizer's state are read and written
     own = memory["gradients"] if layout.shard == 1 else memory["weights"]
     touched = 2 * (2 * own + memory["moments"])
-    seconds["optimizer"] = touched / hw.bandwidth
+    seconds["optimizer"] = touched / hw.bandwidth + muon_seconds(model, layout, step, hw, assumed)
     reductions = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
     every_micro_step = 0.0
     if layout.zero_stage >= 2:
@@ -382,9 +394,10 @@ class Simulation:
 
     def checkpoint_line(self) -> str:
         # weights in fp32 and the optimizer's state; with adapters only theirs
-        trained = trained_parameters(self.model, self.layout.tuning)
-        saved = trained if self.layout.tuning.r else count_parameters(self.model)
-        size = 4 * saved + self.layout.state_bytes * trained
+        tuning = self.layout.tuning
+        found = states(tuning, all_shapes(self.model), 4, self.layout.state_bytes)
+        saved = found["gradients"] if tuning.r else 4 * count_parameters(self.model)
+        size = saved + found["moments"]
         nodes = -(-self.layout.shard // self.hw.per_node)
         speed = self.assumed.disk_gb_s
         seconds = size / nodes / speed / GB

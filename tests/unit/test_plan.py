@@ -141,7 +141,7 @@ def test_the_plan_asks_the_optimizer_for_the_bytes_of_its_state(monkeypatch, byt
     """Estimates, refusals and the dry run's checkpoint, for an optimizer that AdamW is not."""
 
     class Other(OPTIMIZERS["adamw"]):
-        STATE_BYTES = bytes_of
+        STATE_BYTES = HIDDEN_BYTES = bytes_of
 
     monkeypatch.setitem(OPTIMIZERS, "adamw", Other)
     model = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 2, "max_seq_len": 8}
@@ -151,7 +151,7 @@ def test_the_plan_asks_the_optimizer_for_the_bytes_of_its_state(monkeypatch, byt
     parallel = Parallel(cfg)
     layout = parallel.layout
     parallel.close()
-    assert layout.state_bytes == bytes_of
+    assert layout.state_bytes == (bytes_of, bytes_of, False)
     assert plan.memory(cfg.model, n, 1, "fp32", state_bytes=bytes_of)["states"] == n * (
         8 + bytes_of
     )
