@@ -47,6 +47,8 @@ KINDS["documents"] = KINDS["hybrid"]  # on rows whose documents do not see each 
 KINDS["few"] = MOE | {
     "n_experts_max": 6
 }  # neither 6 nor 3 experts divide evenly: cut along the next dimension
+KINDS["muon"] = KINDS["hybrid"]  # with that optimizer
+KINDS["muon, few"] = KINDS["few"]
 BF16 = {"precision": "mixed_bf16"}
 LAYOUTS = {  # ranks, kind of model, keys
     "fsdp 2": (2, "dense", {}),
@@ -76,6 +78,14 @@ LAYOUTS = {  # ranks, kind of model, keys
     "documents, zero 0": (2, "documents", {"zero_stage": 0}),
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
+    "muon": (2, "muon", {}),
+    "muon, zero 1": (2, "muon", {"zero_stage": 1}),
+    "muon, zero 0": (2, "muon", {"zero_stage": 0}),
+    "muon, ep 2": (2, "muon", {"expert_parallel": 2}),
+    "muon, bf16": (2, "muon", BF16),
+    "muon, hsdp 2 x 2": (4, "muon", {"hsdp_shard_size": 2}),
+    "muon, few experts": (4, "muon, few", {}),  # each expert is gathered
+    "muon, few experts, ep 2": (4, "muon, few", {"expert_parallel": 2}),
 }
 NIGHTLY = {
     "documents, ep 2",
@@ -89,8 +99,14 @@ NIGHTLY = {
     "reduce bf16",
     "fsdp 2 moe",
     "fsdp 2 hybrid",
+    "muon, zero 1",
+    "muon, zero 0",
+    "muon, ep 2",
+    "muon, bf16",
+    "muon, hsdp 2 x 2",
+    "muon, few experts, ep 2",
 }
-ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
+ROUGH = {"bf16", "bf16 ep 2", "reduce bf16", "muon, bf16"}
 STEPS = 7
 
 
@@ -139,6 +155,8 @@ def keys(shards, tmp_path_factory):
         run |= {"save_total_limit": 0, "expert_backend": "slices", "val_fraction": 0.05}
         if kind == "documents":
             run |= {"data_dir": documents, "document_mask": True}
+        if "muon" in kind:
+            run |= {"optimizer": "muon"}
         return run | {"model": shape | {"max_seq_len": 32} | KINDS[kind]} | changes
 
     return make

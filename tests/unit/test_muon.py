@@ -1,13 +1,11 @@
 """lumen/muon.py and optim.Muon: what it computes, on one process."""
 
-import copy
-
 import pytest
 import torch
 
 from lumen import muon, plan
 from lumen.config import build_config
-from lumen.optim import AdamW, Muon, build_optimizer
+from lumen.optim import Muon, build_optimizer, state_bytes
 from model import Transformer
 
 SHAPE = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
@@ -53,49 +51,53 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- orthogonalising
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 0.02), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (3, 40, 64), (3, 64, 40)])
-def test_singular_values_become_one(shape, dtype, limit):
-    """Also those of a matrix whose own reach from 1 down to 1/300: in bf16 as well as in fp32."""
+def test_singular_values_become_about_one(shape, dtype):
+    """Also those of a matrix whose own reach from 1 down to 1/100, in bf16 as in fp32: in the band
+    that five steps of the polynomials leave, and around 1."""
     u, _, v = torch.linalg.svd(normal(*shape), full_matrices=False)
-    spread = torch.logspace(0, -2.5, min(shape[-2:]))
-    g = (u * spread) @ v
+    g = (u * torch.logspace(0, -2, min(shape[-2:]))) @ v
     x = muon.orthogonalise(g.to(dtype)).float()
     singular = torch.linalg.svdvals(x)
-    assert singular.max() < 1 + limit
-    # the damped polynomials leave the smallest a little below
-    assert singular.min() > 0.85 and (singular - 1).abs().mean() < 0.06
-    nearest = u @ v
-    assert (x - nearest).norm() / nearest.norm() < 0.1
+    assert 0.85 < singular.min() and singular.max() < 1.15
+    assert abs(singular.mean() - 1) < 0.03
+    assert (x - u @ v).norm() < 0.12 * (u @ v).norm()
 
 
-def test_golden_against_torchs_muon():
-    """torch.optim.Muon on a 2-D matrix: its Newton-Schulz coefficients, momentum and rate. It
-    orthogonalises in bf16, and so do we here; what is left is where the scale is rounded: ours in
-    bf16 with the result, torch's in fp32. So a step may differ by 2^-8 of its largest entry."""
+@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
+def test_golden_against_torchs_muon(precision, monkeypatch):
+    """torch.optim.Muon on a 2-D matrix: its Newton-Schulz coefficients, momentum and rate.
+
+    In fp32, for which its cast to bf16 is taken out, products differ by their rounding only: 1e-4
+    of a step's largest entry, where five steps of coefficients beyond 4 amplify 1e-7. In bf16, as
+    it is, both are as far from the exact as roundings of 2^-8 let them: about 3 % of an entry."""
 
     class Theirs(Muon):
         polynomials, margin = ((3.4445, -4.7750, 2.0315),) * 5, 1.0
         FIRST = 1.0  # no warm-up
 
+    limit = 0.08
+    if precision == "fp32":
+        limit = 1e-4
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
     rate = 0.01
     for shape in ((48, 80), (80, 48)):
         a, b = (torch.nn.Parameter(normal(*shape, seed=3)) for _ in range(2))
         group = {"params": [a], "weight_decay": 0.0, "lr_factor": 1.0}
         group["matrices"] = [muon.Matrix("w", shape, (shape[0],))]
-        mine = Theirs([group], config(learning_rate=rate), "mixed_bf16")
+        mine = Theirs([group], config(learning_rate=rate), precision)
         mine.found_inf = torch.zeros(())
-        theirs = torch.optim.Muon(
-            [b], lr=rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        )
+        how = {"weight_decay": 0.0, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        theirs = torch.optim.Muon([b], lr=rate, **how)
         for seed in range(6):
-            before = b.detach().clone()
+            was = a.detach().clone(), b.detach().clone()
             a.grad, b.grad = (normal(*shape, seed=seed) for _ in range(2))
             mine.step()
             theirs.step()
-            most = (b - before).abs().max()
-            assert most > 0.1 * rate
-            assert (a - b).abs().max() <= (seed + 1) * 2**-8 * most
+            moved, wanted = a - was[0], b - was[1]
+            assert wanted.abs().max() > 0.1 * rate
+            assert (moved - wanted).abs().max() <= limit * wanted.abs().max()
 
 
 def test_fused_matrices_are_taken_by_their_parts():
@@ -206,8 +208,6 @@ def test_state_is_there_at_once_and_planned():
     held = sum(
         t.nbytes for p in run.named.values() for t in run.optimizer.state[p].values() if t.dim()
     )
-    from lumen.optim import state_bytes
-
     assert held == state_bytes(cfg).of(shapes)
     counted = plan.on_meta(cfg.model)
     layout = plan.Layout(cuda=False, state_bytes=state_bytes(cfg))
@@ -224,8 +224,6 @@ def test_state_is_there_at_once_and_planned():
 def test_work_of_large_matrices_is_in_the_plan():
     """One short row: the optimizer holds most then."""
     cfg = config(SHAPE | {"d_model": 512, "d_ff": 2048, "max_seq_len": 1, "vocab_size": 8})
-    from lumen.optim import state_bytes
-
     counted = plan.on_meta(cfg.model)
     found = {}
     for world in (1, 4):
