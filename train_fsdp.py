@@ -21,13 +21,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 import train
-from lumen import plan
+from lumen import owners, plan
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.exchange import exchange
 from lumen.launch import command, environment
 from lumen.machine import DTYPES, local_region, set_collective_timeout
-from lumen.owners import of_shards
 from model import Transformer, role
 from model_moe import Experts
 from train import Parallel
@@ -238,7 +237,7 @@ class Sharded(Parallel):
         return {name: local for name, (p, local) in self.shards.items() if p.requires_grad}
 
     def owners(self):
-        return of_shards(self.shards, self.dense, self.sparse)
+        return owners.of_shards(self.shards, self.dense, self.sparse)
 
     @contextlib.contextmanager
     def microstep(self, model, last: bool):

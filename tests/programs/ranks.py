@@ -7,6 +7,7 @@ of these what is wanted:
     "do": {step: [[method, argument ...], ...]}, called on all ranks,
     "commands": lines of control.jsonl, there from the start,
     "fault": one of FAULTS, of rank 1,
+    "redundant": true: each rank does all of the optimizer's work,
     "digest": true, to print `RANKS {run, same: whether all ranks are, digest: of all tensors}` at the end}.
 """
 
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import finetune
 import train_fsdp
 from lumen.errors import UserError
+from lumen.owners import Alone
 from train import Trainer
 
 torch.set_num_threads(1)
@@ -87,6 +89,10 @@ def unreadable(trainer) -> None:
 def arrange(trainer, job: dict) -> None:
     rank, last = trainer.parallel.rank, trainer.parallel.world - 1
     rig.at_step(trainer, {int(step): call(do) for step, do in job.get("do", {}).items()})
+    if "redundant" in job:
+        optimizer = trainer.optimizer
+        optimizer.owners = Alone()
+        optimizer.owners.divide(optimizer.own["matrices"])
     if "stop_at" in job and rank == last:
         rig.stop_at(trainer, job["stop_at"])
     if "unreadable_at" in job and rank == job["unreadable_at"][0]:
