@@ -35,6 +35,7 @@ from lumen.launch import command, environment
 from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
+from lumen.tuning import tuning_of
 from train import Trainer
 
 # ---------------------------------------------------------------- keys
@@ -118,6 +119,10 @@ def check_keys(cfg) -> None:
             wrong.append("orchestrator.enable_architecture_adaptation would change a frozen base")
     elif cfg.quantize_base:
         wrong.append("quantize_base: only a base that lora freezes can be held in few bits")
+    hidden = {"matrix", "expert"} if cfg.model.n_experts else {"matrix"}
+    if cfg.optimizer == "muon" and (cfg.lora.r or hidden <= set(tuning_of(cfg).freeze)):
+        who = "lora freezes; adapters are AdamW's" if cfg.lora.r else "freeze names"
+        wrong.append(f"optimizer: muon is for hidden matrices, which {who}: write adamw")
     wrong += fp8.unfit(cfg)
     if wrong:
         raise UserError("E002", "; ".join(wrong))
@@ -349,7 +354,7 @@ class FineTuner(Trainer):
         lacking = [name for name in mine if name not in there]
         if lacking:
             text = f"init_optimizer: {self.cfg.init_from} has no optimizer's state {lacking[0]}"
-            raise UserError("E125", f"{text}: it holds weights, or that was frozen in its run")
+            raise UserError("E125", f"{text}: it holds weights, or that was not trained so")
         for name, tensor in mine.items():
             for offset, _, local, _ in self.parallel.local_shards(name, tensor):
                 local.copy_(step.read(name, offset, local.shape))

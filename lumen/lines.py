@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import yaml
 
-from lumen import fp8, model_keys, plan
+from lumen import fp8, model_keys, muon, plan
 from lumen import machine as machines
 from lumen.buckets import undivided
 from lumen.config import Config
@@ -74,7 +74,7 @@ def start_lines(start: Start) -> list[str]:
     lines += data_lines(start.sources, start.val_sources)
     lines += length_lines(start)
     lines += mixture_lines(run, start.sources)
-    lines += [schedule_line(cfg, run.min_lr, run.peak_step)]
+    lines += [schedule_line(cfg, run.min_lr, run.peak_step), *muon_lines(start)]
     advice = rate_advice(cfg, run.max_steps, run.peak_step, start.lr_at_peak, start.last_lr)
     advice += validation_advice(cfg, start.sources, start.val_sources)
     lines += [f"advice     {text}" for text in advice]
@@ -221,6 +221,25 @@ def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
     if cfg.lr_schedule == "onecycle":
         return f"schedule   {text}, 30 % of it upwards: {peak_step} warm-up steps"
     return f"schedule   {text}, {peak_step} warm-up steps"
+
+
+def muon_lines(start: Start) -> list[str]:
+    """What Muon owns, so that nobody takes it for active where it has nothing; and what it costs
+    where that shows: of a step's FLOPs, over all ranks."""
+    cfg, layout = start.cfg, start.layout
+    if cfg.optimizer != "muon":
+        return []
+    shapes = plan.all_shapes(start.model)
+    named = [(name, shape) for name, shape in shapes if layout.tuning.trains(name)]
+    matrices = muon.hidden_matrices(named, cfg.model)
+    lines = [f"muon       {muon.describe(matrices, plan.count_parameters(start.model))}"]
+    copies = layout.world // layout.shard if layout.shard > 1 else 1  # each does it for itself
+    tokens = start.run.rows_per_step * cfg.model.max_seq_len
+    share = copies * sum(map(muon.flops, matrices)) / (start.flops_per_token * tokens)
+    if share > 0.05:
+        text = f"orthogonalising takes {100 * share:.0f} % of the FLOPs of a step's other work"
+        lines.append(f"muon       {text}: more tokens a step would make that less")
+    return lines
 
 
 def rate_advice(

@@ -189,6 +189,11 @@ class StartingPoint:
         if "imported" in state:
             text = f"{self.out} holds an imported model: give it as init_from, with another out_dir"
             raise UserError("E300", text)
+        then, now = state["config"].get("optimizer", "adamw"), self.cfg.optimizer
+        if then != now:
+            text = f"{saved.path} holds the state of optimizer: {then}, and {now} has another"
+            fix = "go on with that one, or begin anew from its weights: init_from, another out_dir"
+            raise UserError("E305", f"{text}; {fix}")
         other_data = state["fingerprints"] != self.fingerprints
         if other_data:
             file = tokenizers.of_run(saved.path.parent, state.get("tokenizer"))
