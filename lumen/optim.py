@@ -158,6 +158,10 @@ class StateBytes(NamedTuple):
             total += math.prod(shape) * (self.hidden if is_hidden(name, shape) else self.rest)
         return total
 
+    def mean(self, named) -> float:
+        """Of one number: of each tensor a rank holds about the same share."""
+        return self.of(named) / sum(math.prod(shape) for _, shape in named)
+
     def work(self, named, model: ModelConfig, ranks: int, precision: str) -> int:
         """Bytes that come and go in a step, where so many ranks share a copy of the model."""
         if not self.orthogonal:

@@ -317,10 +317,9 @@ def replica_memory(model, layout: Layout, step: StepShape) -> dict:
     chunk = min(held["gradients"], 4 << 22)  # lumen.parallel.Parallel.CHUNK
     held["reducing"] = chunk if layout.world > 1 else 0
     work = layout.state_bytes.work(all_shapes(model), model.cfg, 1, step.precision)
-    peak = "backward"
     if work > sum(held[name] for name in ("gathered", "activations", "work")):
-        peak, held = "optimizer", held | {"gathered": 0, "activations": 0, "work": work}
-    return held | {"total": sum(held.values()), "peak": peak}
+        held |= {"gathered": 0, "activations": 0, "work": work, "peak": "optimizer"}
+    return {"peak": "backward"} | held | {"total": total_of(held)}
 
 
 class ShardedStep:
@@ -339,10 +338,9 @@ class ShardedStep:
             sums[block] = [sum(f(unit) for unit in block) for f in functions]
         local, padded, gathered = zip(*(sums[block] for block in self.blocks))
         self.own = 4 * (self.root.local() + sum(local))  # this rank's weights; its gradients
-        named = all_shapes(model)  # of each tensor a rank holds about the same share
-        self.held = layout.state_bytes.of(named) / sum(math.prod(shape) for _, shape in named)
-        how = (named, model.cfg, layout.shard, step.precision)
-        self.optimizer_work = layout.state_bytes.work(*how)
+        named, held = all_shapes(model), layout.state_bytes
+        self.moments = round(self.own / 4 * held.mean(named)) if all_visible else 0
+        self.optimizer_work = held.work(named, model.cfg, layout.shard, step.precision)
         self.gathered = gathered  # of each block
         self.table = 4 * self.cfg.vocab_size * self.cfg.d_model  # a gradient of the embedding
         N = step.rows * self.cfg.max_seq_len
@@ -385,8 +383,7 @@ class ShardedStep:
         phases.append(self.phase("backward of the root", 0, reducing, 0, self.stream))
         phases.append(self.phase("optimizer", work=self.optimizer_work))
         most = max(phases, key=total_of)
-        moments = round(self.own / 4 * self.held) if self.all_visible else 0
-        held = {"weights": self.own, "moments": moments} | most
+        held = {"weights": self.own, "moments": self.moments} | most
         return held | {"total": total_of(held)}
 
     def backward(self) -> list[dict]:
