@@ -106,7 +106,9 @@ class Ours:
             torch.compiler.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile()
-        self.optimizer = build_optimizer(cfg, dict(self.model.named_parameters()))
+        self.optimizer = build_optimizer(
+            cfg, dict(self.model.named_parameters()), machine.precision
+        )
         self.x, self.y = batch(model, rows, machine.device)
         self.docs = None
         self.model.train()

@@ -29,7 +29,7 @@ from lumen.feed import synchronize
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
-from lumen.muon import step_flops
+from lumen.muon import hidden_matrices, in_bf16, step_flops
 from lumen.optim import state_bytes
 from lumen.plan import (
     GIB,
@@ -131,6 +131,7 @@ def traffic(
     if layout.shard == 1:  # replicas: a ring sums and hands back every gradient
         size = 2 * 4 * trained_parameters(model, layout.tuning)
         messages["all-reduce"].append((size, layout.world, 1))
+        messages["all-gather"].append((muon_bytes(model, layout, precision), layout.world, 1))
         return messages
     recomputed = recompute != "none"
     root, blocks = fsdp_units(model, layout, precision)
@@ -152,7 +153,20 @@ def traffic(
     if layout.expert_parallel > 1:
         size = expert_traffic(model.cfg, rows, precision, recomputed)
         messages["all-to-all"].append((size * steps * imbalance, layout.expert_parallel, 1))
+    there_and_back = 2 * muon_bytes(model, layout, precision) // layout.shard
+    messages["all-to-all"].append((there_and_back, layout.shard, 1))
     return messages
+
+
+def muon_bytes(model, layout: Layout, precision: str) -> int:
+    """Of the matrices that a rank orthogonalises for others: all but experts that it has whole."""
+    if not layout.state_bytes.orthogonal:
+        return 0
+    sizes = []
+    for matrix in hidden_matrices(all_shapes(model), model.cfg):
+        if layout.shard == 1 or len(matrix.shape) == 2:
+            sizes.append(math.prod(matrix.shape))
+    return (2 if in_bf16(precision) else 4) * sum(sizes)
 
 
 def expert_traffic(cfg: ModelConfig, rows: int, precision: str, recomputed: bool) -> int:
@@ -187,8 +201,7 @@ def compute_seconds(
 
 
 def muon_seconds(model, layout: Layout, step: StepShape, hw: Hardware, assumed: Assumed) -> float:
-    """Of orthogonalising, which the ranks that share a copy, or hold replicas, share. That its
-    matrices travel is not counted."""
+    """Of orthogonalising, which the ranks that share a copy, or hold replicas, share."""
     if not layout.state_bytes.orthogonal:
         return 0.0
     flops = step_flops(all_shapes(model), model.cfg)

@@ -1,5 +1,7 @@
 """lumen/muon.py and optim.Muon: what it computes, on one process."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from lumen import muon, plan
 from lumen.config import build_config
 from lumen.optim import Muon, build_optimizer, state_bytes
 from model import Transformer
+from tools.simulate import HARDWARE, Assumed, muon_seconds, simulate_step
 
 SHAPE = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48}
 SHAPE |= {"max_seq_len": 16}
@@ -233,3 +236,27 @@ def test_work_of_large_matrices_is_in_the_plan():
     matrix = 4 * 2 * 512 * 2048  # gate and up
     assert 2 * matrix <= found[1]["work"] <= 4 * matrix
     assert 6 * matrix <= found[4]["work"] <= 8 * matrix
+
+
+def test_the_dry_run_counts_its_time_and_traffic():
+    """Beside AdamW's: FLOPs that the ranks share, results to replicas, shards there and back."""
+    cfg = config(SHAPE)
+    counted = plan.on_meta(cfg.model)
+    hardware, step = HARDWARE["h100"], plan.StepShape(1, 1, "mixed_bf16")
+    hidden = sum(
+        math.prod(m.shape) for m in muon.hidden_matrices(plan.all_shapes(counted), cfg.model)
+    )
+    for shape, kind, travels in (
+        ((4, 0), "all-gather", 2 * hidden),
+        ((4, 3), "all-to-all", hidden),
+    ):
+        found = []
+        for held in (state_bytes(cfg), plan.StateBytes()):
+            layout = plan.Layout(*shape, state_bytes=held)
+            found.append(simulate_step(counted, layout, step, hardware, Assumed(mfu=0.4)))
+        mine, adamw = [sum(size for size, *_ in x.traffic[kind]) for x in found]
+        assert mine - adamw == travels
+        flops = muon.step_flops(plan.all_shapes(counted), cfg.model) / 4
+        assert muon_seconds(counted, found[0].layout, step, hardware, Assumed(mfu=0.4)) == (
+            flops / (0.4 * hardware.peak("mixed_bf16"))
+        )
