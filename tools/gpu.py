@@ -11,7 +11,8 @@ Each part is a process of its own with a time limit: a fault in a kernel ends a 
 the list. What a part finds is a JSON line in FOLDER/PART.jsonl as soon as it is known, and a short
 line here; all else that it says is in FOLDER/log.txt. The exit code is 1 if anything failed. This
 file starts the parts and reads what they leave, without torch; they stand in tools/gpu_parts.py,
-some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py.
+some in files of their own: tools/gpu_finetune.py, gpu_evaluate.py, gpu_serve.py, gpu_fp8.py,
+gpu_muon.py.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ CALLS = {
         "generation": 20,
         "tests": 25,
     },
-    "C": {"fp8": 120, "serve": 25},
+    "C": {"fp8": 120, "serve": 25, "muon": 40},
 }
 PARTS = {name: seconds for call in CALLS.values() for name, seconds in call.items()}
 LOST = 3  # exit code of a part whose CUDA context is gone
@@ -323,10 +324,10 @@ def inside(name: str, o) -> None:
 
 def part_of(name: str):
     """The function of a part."""
-    from tools import gpu_evaluate, gpu_finetune, gpu_fp8, gpu_parts, gpu_serve
+    from tools import gpu_evaluate, gpu_finetune, gpu_fp8, gpu_muon, gpu_parts, gpu_serve
 
     places = {"finetune": gpu_finetune, "evaluate": gpu_evaluate}
-    places |= {"serve": gpu_serve, "fp8": gpu_fp8}
+    places |= {"serve": gpu_serve, "fp8": gpu_fp8, "muon": gpu_muon}
     return getattr(places.get(name, gpu_parts), f"{name}_part")
 
 

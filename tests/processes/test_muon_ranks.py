@@ -19,7 +19,7 @@ BF16 = {"precision": "mixed_bf16"}
 def keys(tiny):
     def make(name, **more) -> dict:
         rows = {"batch_tokens": 12 * 32, "batch_size": 2, "gradient_accumulation_steps": ...}
-        run = {"optimizer": "muon", "max_steps": 8, "expert_backend": "slices"}
+        run = {"optimizer": "muon", "max_steps": 5, "expert_backend": "slices"}
         return tiny(name, MOE, **rows | run | more)
 
     return make
@@ -36,24 +36,21 @@ def on_ranks(jobs: list[dict], world: int) -> list[str]:
 
 
 def test_two_ranks_that_share_the_work_have_the_bits_of_redundant_work(keys, tmp_path):
-    """To the last bit of weights and state, in bf16 and resumed too. A step that one rank's
-    gradient spoils is dropped by both."""
+    """In bf16 (in fp32: below), to the last bit of weights and state, and resumed too. A step that
+    one rank's gradient spoils is dropped by both."""
     jobs = [
-        {"config": keys("redundant"), "redundant": True},
-        {"config": keys("shared")},
-        {"config": keys("parts"), "stop_at": 3},
-        {"config": keys("parts")},
-        {"config": keys("redundant bf16", **BF16), "redundant": True},
-        {"config": keys("shared bf16", **BF16)},
+        {"config": keys("redundant", **BF16), "redundant": True},
+        {"config": keys("shared", **BF16)},
+        {"config": keys("parts", **BF16), "stop_at": 2},
+        {"config": keys("parts", **BF16)},
         {
             "config": keys("spoilt", max_steps=22, save_interval=0, batch_tokens=8 * 32),
             "fault": "infinite",
         },
     ]
     found = on_ranks([job | {"digest": True} for job in jobs], 2)
-    redundant, shared, stopped, resumed, redundant_bf16, shared_bf16, _ = found
+    redundant, shared, stopped, resumed, _ = found
     assert redundant == shared == resumed != stopped
-    assert redundant_bf16 == shared_bf16 != shared
     (row,) = read_lines(tmp_path / "spoilt" / "decisions.jsonl")
     assert (row["step"], row["trigger"]) == (20, "nonfinite")
     saved = checkpoint.find(tmp_path / "spoilt")
@@ -64,7 +61,7 @@ def test_two_ranks_that_share_the_work_have_the_bits_of_redundant_work(keys, tmp
 def test_three_ranks_go_on_from_a_checkpoint_of_one(keys):
     moved = keys("moved")
     trainer = Trainer(moved)
-    stop_at(trainer, 4)
+    stop_at(trainer, 2)
     trainer.fit()
     jobs = [{"config": keys("redundant"), "redundant": True}, {"config": keys("shared")}]
     jobs.append({"config": moved})

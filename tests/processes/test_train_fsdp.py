@@ -336,8 +336,15 @@ def test_one_file_from_parts_without_a_moment(parts, bases, tmp_path, monkeypatc
 SLOTS = {2: {"fsdp 2": 7, "ep 2": 8}, 4: {"hsdp 2 x 2": 7, "ep 2 x fsdp 2": 8}}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
-def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, ranks):
+@pytest.mark.parametrize(
+    "ranks, optimizer",
+    [
+        (2, "adamw"),
+        pytest.param(4, "adamw", marks=pytest.mark.nightly),
+        pytest.param(2, "muon", marks=pytest.mark.nightly),
+    ],
+)
+def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, ranks, optimizer):
     """Experts are split, pruned and recycled where their rows lie on other ranks; the weights go
     back to a snapshot in parts, moments too. And init_from takes such a run's weights into a model
     with more slots."""
@@ -347,7 +354,8 @@ def test_slots_and_rollback_in_parts_are_those_of_the_whole(keys, tmp_path, rank
         6: ["_initialize_new_expert", [1, 5], [0, 2]],
     }
     todo |= {7: ["rollback_steps", 3], 8: ["adjust_batch_size", 1], 9: ["get_expert_statistics"]}
-    config = keys(f"slots base {ranks}", max_steps=10, orchestrator={"snapshot_interval": 1})
+    name = f"slots base {ranks} {optimizer}"
+    config = keys(name, max_steps=10, orchestrator={"snapshot_interval": 1}, optimizer=optimizer)
     pairs = []
     for name, slots in SLOTS[ranks].items():
         base = config | {
