@@ -21,6 +21,7 @@ from sparse_models import KINDS, make
 
 import kernels_triton
 from lumen import experts, feed, machine, sampling
+from lumen.optim import OPTIMIZERS
 from lumen.parallel import Parallel
 from model import Transformer
 from train import Trainer
@@ -205,9 +206,17 @@ def test_a_run_is_that_of_a_cpu(keys, kind):
     alike(*both(keys, model=model, max_steps=4, save_interval=2, log_interval=1))
 
 
-def test_a_bad_step_is_dropped_like_on_a_cpu(keys):
-    spoils = faulty([2, 5], value=math.nan)
-    gpu, cpu = both(keys, spoils, model={"dropout": 0.0}, max_steps=6, log_interval=1)
+@pytest.mark.parametrize("precision", grid(PRECISIONS, quick={("mixed_bf16",)}))
+def test_muons_steps_do_not_wait_either(keys, precision):
+    more = {"optimizer": "muon", "precision": precision}
+    steady(Trainer(keys(model=MODELS["hybrid"], max_steps=20, **more)))
+    READS.are()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bad_step_is_dropped_like_on_a_cpu(keys, optimizer):
+    spoils, more = faulty([2, 5], value=math.nan), {"optimizer": optimizer}
+    gpu, cpu = both(keys, spoils, model={"dropout": 0.0}, max_steps=6, log_interval=1, **more)
     alike(gpu, cpu)
     assert gpu.orchestrator.dropped == cpu.orchestrator.dropped == 2
 
