@@ -117,7 +117,8 @@ class Muon(torch.optim.Optimizer):
                     shrinking = (w * g).sign_().relu_()
                     g.add_(shrinking.mul_(w), alpha=own["weight_decay"])
                 w.sub_(g, alpha=own["lr"])
-        torch._foreach_add_(counts, (~skip).float())
+        # a list: one tensor for all would be read by the host
+        torch._foreach_add_(counts, [(~skip).float()] * len(counts))
 
     def compute(self, matrices: list[torch.Tensor], parts: tuple[int, ...]) -> torch.Tensor:
         """Whole matrices of one shape -> (stack, ...), orthogonalised and scaled."""
