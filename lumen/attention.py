@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-import kernels
+import kernels_attention as kernels
 from lumen.tryout import TOLERANCE, as_in_the_run, best_time, fwd_bwd
 from model import Transformer
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import kernels
+import kernels_attention
 from lumen import machine as machines
 from lumen import tryout
 from lumen.attention import Shape, pick_attention
@@ -418,8 +419,8 @@ def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
 def attention_backends(dtype) -> dict:
     """name -> function of q (B, T, H, D), k and v (B, T, G, D): causal attention."""
     ways = {"torch's choice": attend}
-    for name in kernels.ATTENTION:
-        ways[name] = functools.partial(kernels.attention, backend=name, alone=True)
+    for name in kernels_attention.ATTENTION:
+        ways[name] = functools.partial(kernels_attention.attention, backend=name, alone=True)
     if dtype == torch.float32 or not importlib.util.find_spec("flash_attn"):
         del ways["flash"]
     return ways

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_resolve import CPU, T, configured, facts_of, state_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+import kernels_attention
 from lumen import attention, resolve, tryout
 from lumen.attention import Shape, pick_attention, shape_of
 from lumen.errors import UserError
@@ -54,15 +54,15 @@ def record(monkeypatch) -> list:
     return calls
 
 
-@pytest.mark.parametrize("backend", kernels.TORCH_KERNELS)
+@pytest.mark.parametrize("backend", kernels_attention.TORCH_KERNELS)
 def test_every_backend_equals_keys_that_are_repeated(backend, monkeypatch):
     inputs, dout = qkv()
     want = tryout.fwd_bwd(by_math, inputs, dout)
     before = torch._C._get_sdp_priority_order()
     calls = record(monkeypatch)
-    got = tryout.fwd_bwd(lambda *a: kernels.attention(*a, backend), inputs, dout)
+    got = tryout.fwd_bwd(lambda *a: kernels_attention.attention(*a, backend), inputs, dout)
     assert all(torch.allclose(g, w, atol=1e-5) for g, w in zip(got, want))
-    own = [kernels.TORCH_KERNELS[backend], SDPBackend.MATH]
+    own = [kernels_attention.TORCH_KERNELS[backend], SDPBackend.MATH]
     repeated = backend == "efficient"
     assert calls == [(4 if repeated else 2, not repeated, own)]
     assert torch._C._get_sdp_priority_order() == before
@@ -72,12 +72,12 @@ def test_alone_a_kernel_that_refuses_raises_and_else_math_serves(monkeypatch):
     inputs, _ = qkv()
     want, calls = by_math(*inputs), record(monkeypatch)
     with pytest.raises(RuntimeError, match="No (viable|available)"):
-        kernels.attention(*inputs, "cudnn", alone=True)
+        kernels_attention.attention(*inputs, "cudnn", alone=True)
     assert calls[0][2] == [SDPBackend.CUDNN_ATTENTION]
-    assert torch.allclose(kernels.attention(*inputs, "cudnn"), want, atol=1e-6)
+    assert torch.allclose(kernels_attention.attention(*inputs, "cudnn"), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", kernels.TORCH_KERNELS)
+@pytest.mark.parametrize("backend", kernels_attention.TORCH_KERNELS)
 def test_a_model_on_a_backend_equals_torchs_choice_and_compiles_whole(backend):
     model = Transformer(ModelConfig(**SMALL, n_kv_heads=2))
     model.init_weights(0)
@@ -149,7 +149,7 @@ def test_the_sample_looks_as_what_the_model_gives(monkeypatch):
         seen.append([(t.shape, t.stride(), t.dtype) for t in (q, k, v)])
         return by_math(q, k, v)
 
-    monkeypatch.setattr(kernels, "attention", look)
+    monkeypatch.setattr(kernels_attention, "attention", look)
     model = Transformer(ModelConfig(**SMALL, n_kv_heads=2))
     model.init_weights(0)
     model.compute_dtype, model.backend = torch.bfloat16, "cudnn"
@@ -249,7 +249,7 @@ def on_cuda(monkeypatch):
             assert alone, "math must not stand in for it here"
             return functions.get(backend, misbuilt)(q, k, v)
 
-        monkeypatch.setattr(kernels, "attention", stands)
+        monkeypatch.setattr(kernels_attention, "attention", stands)
 
     return stand_in
 
@@ -474,7 +474,7 @@ def test_kernels_that_know_documents_are_given_them_and_held_against_the_formula
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
     fake_flash(monkeypatch, None)
     sys.modules["flash_attn"].flash_attn_varlen_func = flash
-    for name in kernels.WITHIN:
+    for name in kernels_attention.WITHIN:
         assert pick_attention(name, PACKED, "cpu") == (name, "as asked; agrees with fp32 math")
     assert set(asked) == {(4, 4, 40, 40, (-1, 0), torch.int32), (4, 2, 40, True, False)}
     # one that looks across, and one that sees half of the row
