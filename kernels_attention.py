@@ -205,12 +205,12 @@ if not hasattr(torch.ops.lumen, "attend"):
     register_attend()
 
 # ---------------------------------------------------------------- blocks of queries, on a CPU
-# A block of queries over the keys up to its end, for a few heads at a time: two batched matmuls
-# around one pass over the scores in the compute dtype, in a buffer that stays in the cache. Most of
-# torch's time goes to its softmax, so what a softmax does to each score is left to the matmuls:
-# two more columns of q and of k, -x in two parts beside 1 and 1, subtract x from a score before it
-# is rounded. x is the logsumexp in backward, and in forward a row's largest score where scores may
-# be large; in the same way dP - delta comes out of one matmul.
+# A few heads at a time, and of them a block of queries over the keys up to its end: two batched
+# matmuls around one pass over the scores, all in buffers that stay in the cache. Most of torch's
+# time goes to its softmax, so what a softmax does to each score is left to the matmuls: two more
+# columns of q and of k, -x in two parts beside 1 and 1, subtract x from a score before it is
+# rounded. x is the logsumexp in backward, and in forward a row's largest score where scores may be
+# large; in the same way dP - delta comes out of one matmul.
 
 ROWS = 192  # at least half as many of queries (of the heads that share keys) make a block
 SCORES = 2**20  # at a time; in bf16 2 MiB, about the cache that a core or two have to themselves
@@ -221,18 +221,19 @@ PLAIN = {torch.bfloat16: 16.0, torch.float32: 64.0, torch.float64: 64.0}
 
 def by_heads(x, G: int, columns: int = 0):
     """x (B, T, H, D) -> (B G, T n, D + columns), a copy: the n = H / G heads that share keys side
-    by side. What the further columns hold is not said."""
+    by side; the further columns are 1."""
     B, T, H, D = x.shape
     out = x.new_empty(B, G, T, H // G, D + columns)
-    out[..., :D].copy_(x.view(B, T, G, H // G, D).transpose(1, 2))
+    out[..., :D].copy_(x.unflatten(2, (G, -1)).transpose(1, 2))
+    out[..., D:] = 1
     return out.view(B * G, -1, D + columns)
 
 
-def from_heads(x, shape):
-    """The way back: x (B G, T n, D) -> (B, T, H, D) = shape."""
-    B, T, _, D = shape
+def put_back(x, out):
+    """The way back: x (B G, T n, D) into out (B, T, H, D)."""
+    B, T, _, D = out.shape
     G = len(x) // B
-    return x.view(B, G, T, -1, D).transpose(1, 2).reshape(shape)
+    out.unflatten(2, (G, -1)).copy_(x.view(B, G, T, -1, D).transpose(1, 2))
 
 
 def put_beside(x, value):
@@ -242,22 +243,37 @@ def put_beside(x, value):
     x[..., -1] = value - first
 
 
-def work(q, G: int):
-    """Yield (a slice of the heads, block begin, block end, what of the block's own scores is
-    hidden, a function of a row's width -> an empty buffer of such rows and another)."""
+def portions(q, k):
+    """Yield rows, query heads, key heads, as slices of q and k: as many at a time as SCORES has
+    room for."""
     B, T, H, _ = q.shape
+    G = k.shape[2]
     n = H // G
-    rows = min(T, 1 << (max(1, ROWS // n).bit_length() - 1))
-    heads = max(1, min(B * G, SCORES // (rows * n * T)))
-    memory = q.new_empty(2, heads * rows * n * T)
-    hidden = torch.ones(rows, rows, dtype=torch.bool).triu_(1).repeat_interleave(n, 0)
-    for first in range(0, B * G, heads):
-        some = slice(first, min(first + heads, B * G))
-        for a in range(0, T, rows):
-            b = min(a + rows, T)
-            shape = (some.stop - some.start, (b - a) * n, b)
-            buffers = [m[: math.prod(shape)].view(shape) for m in memory]
-            yield some, a, b, hidden[: (b - a) * n, : b - a], buffers
+    heads = max(1, SCORES // (block_rows(T, n) * n * T))
+    rows, heads = max(1, heads // G), min(G, heads)
+    for b in range(0, B, rows):
+        for g in range(0, G, heads):
+            end = min(g + heads, G)
+            yield slice(b, b + rows), slice(g * n, end * n), slice(g, end)
+
+
+def block_rows(T: int, n: int) -> int:
+    """Positions of a block: a power of 2, n times of which ROWS has room for."""
+    return min(T, 1 << (max(1, ROWS // n).bit_length() - 1))
+
+
+def blocks(q, T: int, buffers: int):
+    """Yield of q (N, T n, .), block by block: begin, end, its rows in q as a slice, 0 where its own
+    part of the scores is seen and -inf elsewhere, and buffers of the scores' shape."""
+    N, n = len(q), q.shape[1] // T
+    rows = block_rows(T, n)
+    memory = q.new_empty(buffers, N * rows * n * T)
+    hidden = q.new_full((rows, rows), -torch.inf).triu_(1).repeat_interleave(n, 0)
+    for a in range(0, T, rows):
+        b = min(a + rows, T)
+        shape = (N, (b - a) * n, b)
+        found = [m[: math.prod(shape)].view(shape) for m in memory]
+        yield a, b, slice(a * n, b * n), hidden[: (b - a) * n, : b - a], *found
 
 
 def product(x, y, alpha: float, out):
@@ -265,63 +281,58 @@ def product(x, y, alpha: float, out):
     return torch.baddbmm(out, x, y, beta=0, alpha=alpha, out=out)
 
 
-def forward_blocks(q, k, v):
-    """-> out (B, T, H, D) and the logsumexp of the scores in powers of 2 (B G, T n), in fp32 or
-    wider."""
-    G, n, D = k.shape[2], q.shape[2] // k.shape[2], q.shape[3]
+def forward_heads(q, k, v):
+    """q (B, T, H, D), k and v (B, T, G, D), a few rows and heads -> y (B G, T n, D) and in fp32 or
+    wider the logsumexp of the scores, in powers of 2 (B G, T n)."""
+    T, G, D = q.shape[1], k.shape[2], q.shape[3]
     alpha = D**-0.5 * math.log2(math.e)
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_, k_, v_ = by_heads(q, G, 2), by_heads(k, G, 2), by_heads(v, G)
-    norms = [t[..., :D].norm(dim=-1, dtype=wide).max() for t in (q_, k_)]
-    # |a score| is at most the product of the norms; so written that a NaN is not plain
-    plain = bool(alpha * norms[0] * norms[1] <= PLAIN.get(q.dtype, 0.0))
-    k_[..., D:] = 1
-    used = D if plain else D + 2
-    y = torch.empty_like(q_[..., :D], memory_format=torch.contiguous_format)
-    total = q.new_empty(q_.shape[:2], dtype=wide)
+    largest = [t.norm(dim=-1, dtype=wide).max() for t in (q, k)]
+    # no score is above the product of the norms; so written that a NaN is not plain
+    plain = bool(alpha * largest[0] * largest[1] <= PLAIN.get(q.dtype, 0.0))
+    more = 0 if plain else 2
+    q, k, v = by_heads(q, G, more), by_heads(k, G, more), by_heads(v, G)
+    y = q.new_empty(*q.shape[:2], D)
+    total = q.new_empty(q.shape[:2], dtype=wide)
     top = torch.zeros_like(total)
-    for some, a, b, hidden, (scores, _) in work(q, G):
-        own = slice(a * n, b * n)
-        rows, keys = q_[some, own], k_[some, :b].transpose(1, 2)
+    for a, b, own, hidden, scores in blocks(q, T, 1):
+        rows, keys = q[:, own], k[:, :b].transpose(1, 2)
         if not plain:
-            product(rows[..., :D], keys[:, :D], alpha, scores)
-            scores[..., a:].masked_fill_(hidden, -torch.inf)
-            top[some, own] = scores.amax(-1)
-            put_beside(rows, top[some, own] / -alpha)
-        product(rows[..., :used], keys[:, :used], alpha, scores).exp2_()
-        scores[..., a:].masked_fill_(hidden, 0)
-        torch.sum(scores, -1, dtype=wide, out=total[some, own])
-        torch.bmm(scores, v_[some, :b], out=y[some, own])
-    y.mul_(total.reciprocal()[..., None])
-    return from_heads(y, q.shape), total.log2_().add_(top)
+            product(rows[..., :D], keys[:, :D], alpha, scores)[..., a:].add_(hidden)
+            top[:, own] = scores.to(wide).amax(-1)
+            put_beside(rows, top[:, own] / -alpha)
+        product(rows, keys, alpha, scores)[..., a:].add_(hidden)
+        scores.exp2_()
+        total[:, own] = scores.sum(-1, dtype=wide)
+        torch.bmm(scores, v[:, :b], out=y[:, own])
+        y[:, own] *= total[:, own, None].reciprocal()
+    return y, total.log2_().add_(top)
 
 
-def backward_blocks(dout, q, k, v, out, lse):
-    """-> dq, dk, dv. With P = exp2(scores - lse) and delta = <dout, out>: dv = P^T dout, dP = dout
-    v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q (FlashAttention, arXiv 2205.14135)."""
-    G, n, D = k.shape[2], q.shape[2] // k.shape[2], q.shape[3]
+def backward_heads(dout, q, k, v, out, lse):
+    """-> dq, dk, dv (B G, T n, D), of as much as forward_heads has. With P = exp2(scores - lse) and
+    delta = <dout, out>: dv = P^T dout, dP = dout v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q
+    (FlashAttention, arXiv 2205.14135)."""
+    T, G, D = q.shape[1], k.shape[2], q.shape[3]
     scale = D**-0.5
     alpha = scale * math.log2(math.e)
-    q_, k_, v_, dy = (by_heads(t, G, 2) for t in (q, k, v, dout))
     delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)  # (B, T, H, 1)
-    put_beside(q_, lse / -alpha)
-    put_beside(dy, by_heads(delta, G)[..., 0].neg_())
-    k_[..., D:] = 1
-    v_[..., D:] = 1
-    dq = torch.empty_like(q_[..., :D], memory_format=torch.contiguous_format)
-    dk, dv = (lse.new_zeros(*k_.shape[:2], D) for _ in range(2))  # sums of many blocks
-    memory = q.new_empty(k_.shape[0] * k_.shape[1] * D)
-    for some, a, b, hidden, (P, dS) in work(q, G):
-        own = slice(a * n, b * n)
-        rows, keys, values, drows = q_[some, own], k_[some, :b], v_[some, :b], dy[some, own]
-        part = memory[: len(rows) * b * D].view(len(rows), b, D)
-        product(rows, keys.transpose(1, 2), alpha, P).exp2_()
-        P[..., a:].masked_fill_(hidden, 0)
-        dv[some, :b] += torch.bmm(P.transpose(1, 2), drows[..., :D], out=part)
-        torch.bmm(drows, values.transpose(1, 2), out=dS).mul_(P)
-        product(dS, keys[..., :D], scale, dq[some, own])
-        dk[some, :b] += product(dS.transpose(1, 2), rows[..., :D], scale, part)
-    return from_heads(dq, q.shape), *(from_heads(t.to(q.dtype), k.shape) for t in (dk, dv))
+    q, k, v, dout = (by_heads(t, G, 2) for t in (q, k, v, dout))
+    put_beside(q, lse / -alpha)
+    put_beside(dout, by_heads(delta, G)[..., 0].neg_())
+    dq = q.new_empty(*q.shape[:2], D)
+    dk, dv = (lse.new_zeros(*k.shape[:2], D) for _ in range(2))  # sums over blocks
+    memory = q.new_empty(k.shape[0] * T * D)
+    for a, b, own, hidden, P, dS in blocks(q, T, 2):
+        rows, keys, drows = q[:, own], k[:, :b], dout[:, own]
+        part = memory[: len(rows) * b * D].view(-1, b, D)
+        product(rows, keys.transpose(1, 2), alpha, P)[..., a:].add_(hidden)
+        P.exp2_()
+        dv[:, :b] += torch.bmm(P.transpose(1, 2), drows[..., :D], out=part)
+        torch.bmm(drows, v[:, :b].transpose(1, 2), out=dS).mul_(P)
+        product(dS, keys[..., :D], scale, dq[:, own])
+        dk[:, :b] += product(dS.transpose(1, 2), rows[..., :D], scale, part)
+    return dq, dk, dv
 
 
 def register_blocks():
@@ -331,22 +342,36 @@ def register_blocks():
     given = "Tensor q, Tensor k, Tensor v"
     back = f"(Tensor dout, {given}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)"
 
-    @torch.library.custom_op(name, mutates_args=(), schema=f"({given}) -> (Tensor, Tensor)")
-    def blocks(q, k, v):
-        return forward_blocks(q, k, v)
-
-    @blocks.register_fake
-    def _(q, k, v):
+    def empty(q, k):
+        wide = torch.promote_types(q.dtype, torch.float32)
         B, T, H, _ = q.shape
         G = k.shape[2]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return q.new_empty(q.shape), q.new_empty(B * G, T * (H // G), dtype=wide)
+        return q.new_empty(q.shape), q.new_empty(B, G, T * (H // G), dtype=wide)
+
+    @torch.library.custom_op(name, mutates_args=(), schema=f"({given}) -> (Tensor, Tensor)")
+    def attend(q, k, v):
+        out, lse = empty(q, k)
+        for r, h, g in portions(q, k):
+            y, found = forward_heads(q[r, :, h], k[r, :, g], v[r, :, g])
+            put_back(y, out[r, :, h])
+            lse[r, g] = found.view(lse[r, g].shape)
+        return out, lse
+
+    @attend.register_fake
+    def _(q, k, v):
+        return empty(q, k)
 
     @torch.library.custom_op(f"{name}_backward", mutates_args=(), schema=back)
-    def blocks_backward(dout, q, k, v, out, lse):
-        return backward_blocks(dout, q, k, v, out, lse)
+    def attend_backward(dout, q, k, v, out, lse):
+        grads = [t.new_empty(t.shape) for t in (q, k, v)]
+        for r, h, g in portions(q, k):
+            given = (dout[r, :, h], q[r, :, h], k[r, :, g], v[r, :, g], out[r, :, h])
+            found = backward_heads(*given, lse[r, g].flatten(0, 1))
+            for some, grad, heads in zip(found, grads, (h, g, g)):
+                put_back(some, grad[r, :, heads])
+        return tuple(grads)
 
-    @blocks_backward.register_fake
+    @attend_backward.register_fake
     def _(dout, q, k, v, out, lse):
         return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
@@ -357,14 +382,14 @@ def register_blocks():
     def gradients(ctx, dout, _):
         return torch.ops.lumen.scaled_dot_product_blocks_backward(dout, *ctx.saved_tensors)
 
-    blocks.register_autograd(gradients, setup_context=setup_context)
+    attend.register_autograd(gradients, setup_context=setup_context)
 
 
 if not hasattr(torch.ops.lumen, "scaled_dot_product_blocks"):
     register_blocks()
 
 # ---------------------------------------------------------------- attention
-# lumen/attention.py chooses among these by trying them; model.py has "sdpa": torch decides.
+# lumen/attention.py chooses among these by trying them; "sdpa", torch decides, is in model.py too.
 
 TORCH_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -389,6 +414,10 @@ def attention(q, k, v, backend: str, docs: Documents | None = None, alone=False)
 
         same_bits = torch.are_deterministic_algorithms_enabled()
         return flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
+    if backend == "sdpa":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        options = {"is_causal": True, "enable_gqa": k.shape[1] != q.shape[1]}
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     if backend == "blocks":
         if q.device.type != "cpu":
             raise ValueError("blocks is for CPUs")
