@@ -23,7 +23,7 @@ import kernels
 import kernels_attention
 from lumen import machine as machines
 from lumen import tryout
-from lumen.attention import Shape, pick_attention
+from lumen.attention import Shape, pick_attention, shape_of
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.experts import update_balance
@@ -93,6 +93,8 @@ class Ours:
         self.model.compute_dtype = machine.compute_dtype
         loss, _ = tryout.pick_loss(machine.device, machine.compute_dtype, model.vocab_size)
         self.model.fused_loss = loss == "fused"
+        where = (shape_of(self.model, rows), machine.device, machine.compute_dtype)
+        self.model.backend = pick_attention("auto", *where, self.deterministic)[0]
         self.moe = list(self.model.sparse_layers("moe").values())
         self.name = "compiled" if compiled else "eager"
         self.tokens = rows * model.max_seq_len
