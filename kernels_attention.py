@@ -281,15 +281,18 @@ def product(x, y, alpha: float, out):
     return torch.baddbmm(out, x, y, beta=0, alpha=alpha, out=out)
 
 
-def forward_heads(q, k, v):
+def forward_heads(q, k, v, apart: bool):
     """q (B, T, H, D), k and v (B, T, G, D), a few rows and heads -> y (B G, T n, D) and in fp32 or
-    wider the logsumexp of the scores, in powers of 2 (B G, T n)."""
+    wider the logsumexp of the scores, in powers of 2 (B G, T n). apart: no row has a say in how
+    another one is rounded."""
     T, G, D = q.shape[1], k.shape[2], q.shape[3]
     alpha = D**-0.5 * math.log2(math.e)
     wide = torch.promote_types(q.dtype, torch.float32)
-    largest = [t.norm(dim=-1, dtype=wide).max() for t in (q, k)]
-    # no score is above the product of the norms; so written that a NaN is not plain
-    plain = bool(alpha * largest[0] * largest[1] <= PLAIN.get(q.dtype, 0.0))
+    plain = not apart
+    if plain:
+        largest = [t.norm(dim=-1, dtype=wide).max() for t in (q, k)]
+        # no score is above the product of the norms; so written that a NaN is not plain
+        plain = bool(alpha * largest[0] * largest[1] <= PLAIN.get(q.dtype, 0.0))
     more = 0 if plain else 2
     q, k, v = by_heads(q, G, more), by_heads(k, G, more), by_heads(v, G)
     y = q.new_empty(*q.shape[:2], D)
@@ -342,6 +345,7 @@ def register_blocks():
     selective recomputation that it is attention."""
     name = "lumen::scaled_dot_product_blocks"
     given = "Tensor q, Tensor k, Tensor v"
+    front = f"({given}, bool apart=False) -> (Tensor, Tensor)"
     back = f"(Tensor dout, {given}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)"
 
     def empty(q, k):
@@ -350,17 +354,17 @@ def register_blocks():
         G = k.shape[2]
         return q.new_empty(q.shape), q.new_empty(B, G, T * (H // G), dtype=wide)
 
-    @torch.library.custom_op(name, mutates_args=(), schema=f"({given}) -> (Tensor, Tensor)")
-    def attend(q, k, v):
+    @torch.library.custom_op(name, mutates_args=(), schema=front)
+    def attend(q, k, v, apart=False):
         out, lse = empty(q, k)
         for r, h, g in portions(q, k):
-            y, found = forward_heads(q[r, :, h], k[r, :, g], v[r, :, g])
+            y, found = forward_heads(q[r, :, h], k[r, :, g], v[r, :, g], apart)
             put_back(y, out[r, :, h])
             lse[r, g] = found.view(lse[r, g].shape)
         return out, lse
 
     @attend.register_fake
-    def _(q, k, v):
+    def _(q, k, v, apart=False):
         return empty(q, k)
 
     @torch.library.custom_op(f"{name}_backward", mutates_args=(), schema=back)
@@ -378,11 +382,12 @@ def register_blocks():
         return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
+        ctx.save_for_backward(*inputs[:3], *output)
         ctx.set_materialize_grads(False)
 
     def gradients(ctx, dout, _):
-        return torch.ops.lumen.scaled_dot_product_blocks_backward(dout, *ctx.saved_tensors)
+        grads = torch.ops.lumen.scaled_dot_product_blocks_backward(dout, *ctx.saved_tensors)
+        return *grads, None
 
     attend.register_autograd(gradients, setup_context=setup_context)
 
@@ -423,7 +428,9 @@ def attention(q, k, v, backend: str, docs: Documents | None = None, alone=False)
     if backend == "blocks":
         if q.device.type != "cpu":
             raise ValueError("blocks is for CPUs")
-        return torch.ops.lumen.scaled_dot_product_blocks(q, k, v)[0]
+        # a question's score in evaluation must not depend on its neighbours
+        apart = not torch.is_grad_enabled()
+        return torch.ops.lumen.scaled_dot_product_blocks(q, k, v, apart)[0]
     allowed = [TORCH_KERNELS[backend]]
     if not alone:
         allowed.append(SDPBackend.MATH)

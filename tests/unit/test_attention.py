@@ -138,7 +138,16 @@ def test_blocks_equal_the_formula(shape, scores, monkeypatch):
         for g, w in zip(got, want):
             assert torch.allclose(g, w, rtol=1e-9, atol=1e-9) and g.dtype == w.dtype
         with torch.no_grad():
-            assert torch.equal(by_blocks(*inputs), got[0])
+            assert torch.allclose(by_blocks(*inputs), want[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_gradients_a_row_does_not_depend_on_its_neighbours(dtype):
+    inputs, _ = random_qkv(3, 70, 4, 2, 16, dtype)
+    with torch.no_grad():
+        inputs[0][1] *= 0.1  # alone its scores would be taken as they are
+        alone = by_blocks(*(t[1:2] for t in inputs))
+        assert torch.equal(by_blocks(*inputs)[1:2], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -217,7 +226,7 @@ def test_blocks_train_what_mod_lets_through_and_decode_by_torch(monkeypatch):
 def test_selective_recomputation_keeps_what_blocks_gave(monkeypatch):
     calls, real = [], kernels_attention.forward_heads
     monkeypatch.setattr(
-        kernels_attention, "forward_heads", lambda *qkv: (calls.append(1), real(*qkv))[1]
+        kernels_attention, "forward_heads", lambda *given: (calls.append(1), real(*given))[1]
     )
     model = Transformer(ModelConfig(**SMALL))
     model.init_weights(0)
