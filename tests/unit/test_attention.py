@@ -597,6 +597,9 @@ def test_the_choice_is_made_for_the_runs_shape_and_kept_on_resume(monkeypatch):
     assert (run.attention, run.attention_why) == ("cudnn", "it is fast")
     assert saved["config"]["attention"] == "cudnn"
     calls.clear()
+    resolved_run(batch_size=4, max_steps=10**8)
+    assert calls[0][-1] is False, "long enough to be worth trying"
+    calls.clear()
     run, _ = resolved_run(saved, batch_size=4, learning_rate=1e-5)
     assert (run.attention, run.attention_why) == ("cudnn", "as in the checkpoint")
     assert [choice for choice, *_ in calls] == ["cudnn"], (
