@@ -1,6 +1,6 @@
 """The whole transformer, top to bottom: ModelConfig, RMSNorm, RoPE, KV cache, attention, SwiGLU,
 Block, head and loss, Transformer (init, forward, generate, counts, FLOPs). The sparse layers, MoE
-and MoD, are in model_moe.py. The two files work by themselves; beside kernels.py they are faster.
+and MoD, are in model_moe.py. The two files work by themselves; beside kernels*.py they are faster.
 
 Qwen3-shaped by default: pre-norm RMSNorm, RoPE in the half-rotation convention, GQA with fused QKV,
 QK-norm per head before RoPE, SwiGLU with fused gate and up, no biases. `qk_norm: false` is Llama.
@@ -343,12 +343,12 @@ class AttentionInputs(NamedTuple):
     pos and slots by those of the tokens that it lets through."""
 
     rope: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, 1, D) or (B, T, 1, D)
-    backend: str = "sdpa"  # or one of kernels.ATTENTION
+    backend: str = "sdpa"  # or one of kernels_attention.ATTENTION
     cache: KVCache | None = None  # decoding
     pos: torch.Tensor | None = None  # (T,) or with a cache (B, T)
     slots: torch.Tensor | None = None  # (B, T), where the cache stores them
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
-    docs: tuple | None = None  # kernels.Documents, which do not see each other
+    docs: tuple | None = None  # kernels_attention.Documents, which do not see each other
 
 
 class Attention(nn.Module):
@@ -379,7 +379,7 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
         q, k = self.norm_and_rotate(q, k, inputs)
         if inputs.docs is not None or (inputs.backend != "sdpa" and inputs.cache is None):
-            from kernels import attention  # optional; lumen/attention.py has tried it
+            from kernels_attention import attention  # optional; lumen/attention.py has tried it
 
             y = attention(q, k, v, inputs.backend, inputs.docs)
         else:
@@ -716,8 +716,8 @@ class Transformer(nn.Module):
         sum over the valid targets. sums are tensors by name: ce, z (z-loss), count (valid targets)
         and in training the sparse layers' (model_moe.SUMS and MOD_SUMS); without gradients correct;
         in evaluation of MoD depth (layers, 2): valid tokens kept, and those the rules agree on.
-        docs, kernels.Documents or a tensor (B, T) like its `of`, do not see each other. Positions
-        run on: to RoPE only distances count.
+        docs, Documents or a tensor (B, T) like its `of`, do not see each other. Positions run on:
+        to RoPE only distances count.
         """
         if cache is None:
             pos, slots = torch.arange(idx.shape[1], device=idx.device), None  # (T,)
@@ -726,7 +726,7 @@ class Transformer(nn.Module):
             idx = idx.clamp(min=0)
         rope = rope_tables(self.cfg, pos)
         if docs is not None:
-            from kernels import documents  # optional, too
+            from kernels_attention import documents  # optional, too
 
             docs = documents(docs, self.backend, self.compute_dtype)
         inputs = AttentionInputs(rope, self.backend, cache, pos, slots, self.causal, docs)

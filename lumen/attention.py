@@ -1,25 +1,31 @@
 """Which attention is the fastest here, of those that are right: found by trying them at the shape
 that the run has.
 
-Each is held against softmax in fp32 and timed, forward and backward. By reading, and tested on a
-CPU with stand-ins: no GPU has run it.
+Each is held against softmax in fp32 and timed, forward and backward; on a CPU at a part of the
+shape, in turns. CUDA by reading, and tested on a CPU with stand-ins: no GPU has run it.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import time
 import warnings
 from typing import NamedTuple
 
 import torch
 
-import kernels
+import kernels_attention as kernels
 from lumen.tryout import TOLERANCE, as_in_the_run, best_time, fwd_bwd
 from model import Transformer
 
 MOST_TOKENS = 2**15  # of a trial: enough to fill a GPU, a small part of a layer's memory
 MOST_SCORES = 2**26  # of the formula at a time: 256 MiB each of about five tensors
+# on a CPU: of forward and backward once, about 0.1 s of one core; and of all turns
+TRIAL_FLOPS = 3e9
+TRIAL_SECONDS = 0.6
+MARGIN = 0.95  # of sdpa's time: noise shall not decide
+BRIEF = 20.0  # seconds at the machine's peak: a shorter run does not win back what trying takes
 
 
 class Shape(NamedTuple):
@@ -47,27 +53,38 @@ def shape_of(model: Transformer, rows: int, documents: bool = False) -> Shape:
     return Shape(rows, dict(lengths), *heads, varies, documents)
 
 
-def pick_attention(
-    choice: str, shape: Shape, device, dtype=torch.float32, deterministic: bool = False
+def pick_attention(  # noqa: PLR0913 - the last three have their usual values
+    choice: str,
+    shape: Shape,
+    device,
+    dtype=torch.float32,
+    deterministic: bool = False,
+    brief: bool = False,
 ) -> tuple[str, str]:
-    """The attention backend and why: sdpa (torch decides) or one of kernels.ATTENTION; where
-    documents do not see each other, of kernels.WITHIN.
+    """The attention backend and why: sdpa (torch decides) or one of kernels.ATTENTION or ON_CPU;
+    where documents do not see each other, of kernels.WITHIN.
 
-    auto takes the fastest on CUDA. What is asked for is tried too: sdpa takes its place where it
-    raises or is wrong, and the reason says so. ValueError on an unknown choice.
+    auto takes the fastest on CUDA; on a CPU too, unless the run is `brief`. What is asked for is
+    tried too: sdpa takes its place where it raises or is wrong, and the reason says so. ValueError
+    on an unknown choice.
     """
-    known = ("auto", "sdpa", *dict.fromkeys(kernels.ATTENTION + kernels.WITHIN))
+    everywhere = kernels.ATTENTION + kernels.ON_CPU
+    known = ("auto", "sdpa", *dict.fromkeys(everywhere + kernels.WITHIN))
     if choice not in known:
         raise ValueError(f"attention: {choice!r} is not one of {', '.join(known)}")
-    auto = choice == "auto"
-    able = kernels.WITHIN if shape.documents else kernels.ATTENTION
-    if choice == "sdpa" or (auto and torch.device(device).type != "cuda"):
+    auto, kind = choice == "auto", torch.device(device).type
+    able = kernels.WITHIN if shape.documents else everywhere
+    if kind == "cpu":
+        shape = part_of(shape)
+    if auto and kind == "cpu" and not shape.documents and not brief:
+        return fastest_on_cpu(shape, device, dtype, deterministic)
+    if choice == "sdpa" or (auto and kind != "cuda"):
         return "sdpa", f"torch picks its fastest kernel for this device{how_within(shape, device)}"
     if not auto and choice not in able:
         asked = "document_mask: true" if shape.documents else "document_mask: false"
         others = ", ".join(able)
         return "sdpa", f"{choice} does not go with {asked} (that has {others})"
-    names = list(able) if auto else [choice]
+    names = list(kernels.WITHIN if shape.documents else kernels.ATTENTION) if auto else [choice]
     refused = {}
     if auto and shape.varies:  # by reading: its cache of plans has the length in its key
         names.remove("cudnn")
@@ -77,11 +94,49 @@ def pick_attention(
         return choice, "as asked; agrees with fp32 math"
     if not auto:
         return "sdpa", f"{choice} does not work here ({refused[choice]})"
+    return min(seconds, key=seconds.get, default="sdpa"), reasons(seconds, refused, shape)
+
+
+def reasons(seconds: dict[str, float], refused: dict, shape: Shape) -> str:
+    """What was found, as one line: times of one layer, and why the others are not taken."""
     layers = sum(shape.lengths.values())
     times = [f"{name} {1e3 * s / layers:.2f} ms" for name, s in seconds.items()]
-    reasons = [", ".join(times) or "torch decides, since nothing else works"]
-    reasons += [f"no {name}: {why}" for name, why in refused.items()]
-    return min(seconds, key=seconds.get, default="sdpa"), "; ".join(reasons)
+    found = [", ".join(times) or "torch decides, since nothing else works"]
+    found += [f"no {name}: {why}" for name, why in refused.items()]
+    return "; ".join(found)
+
+
+def fastest_on_cpu(shape: Shape, device, dtype, deterministic: bool) -> tuple[str, str]:
+    """sdpa, or one of kernels.ON_CPU that is right and faster by MARGIN; shape as of part_of."""
+    refused = {}
+    seconds = compare(["sdpa", *kernels.ON_CPU], shape, device, dtype, deterministic, refused)
+    best = min(seconds, key=seconds.get, default="sdpa")
+    if "sdpa" in seconds and seconds[best] > MARGIN * seconds["sdpa"]:
+        best = "sdpa"
+    rows = "row" if shape.rows == 1 else "rows"
+    return best, f"{reasons(seconds, refused, shape)}, for {shape.rows} {rows}"
+
+
+def part_of(shape: Shape) -> Shape:
+    """So much of it that forward and backward of all lengths take TRIAL_FLOPS: fewer rows, then
+    fewer heads, in the end shorter rows."""
+
+    def flops(T: int, shape: Shape) -> float:
+        return 7 * T**2 * shape.heads * shape.head_dim  # of a row: seven matmuls, half of it unseen
+
+    def rows(shape: Shape) -> int:
+        return int(TRIAL_FLOPS / sum(flops(T, shape) for T in shape.lengths))
+
+    while shape.kv_heads > 1 and not rows(shape):
+        siblings = shape.heads // shape.kv_heads
+        fewer = shape.kv_heads // 2
+        shape = shape._replace(heads=fewer * siblings, kv_heads=fewer)
+    while not rows(shape):
+        lengths = collections.Counter()
+        for T, layers in shape.lengths.items():
+            lengths[max(1, T // 2)] += layers
+        shape = shape._replace(lengths=dict(lengths))
+    return shape._replace(rows=max(1, min(shape.rows, rows(shape))))
 
 
 def how_within(shape: Shape, device) -> str:
@@ -95,8 +150,10 @@ def how_within(shape: Shape, device) -> str:
 
 def compare(names, shape: Shape, device, dtype, deterministic, refused: dict) -> dict[str, float]:
     """{backend: seconds of all layers, forward and backward} of those that are right at every
-    length; why the others are not goes to `refused`."""
+    length, on a CPU 0 where there is nothing to compare; why the others are not goes to
+    `refused`."""
     seconds = dict.fromkeys(names, 0.0)
+    on_cpu = torch.device(device).type == "cpu"
     for T, layers in shape.lengths.items():
         inputs, dout = sample(shape, T, device, dtype)
         docs = None
@@ -105,13 +162,20 @@ def compare(names, shape: Shape, device, dtype, deterministic, refused: dict) ->
         want = softmax_attention(*inputs, dout, None if docs is None else docs.of[0])
         with as_in_the_run(deterministic), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            steps = {}
             for name in list(seconds):
                 said.clear()
                 try:
-                    seconds[name] += layers * trial(name, inputs, dout, want, docs)
+                    steps[name] = checked(name, inputs, dout, want, docs)
+                    if not on_cpu:
+                        seconds[name] += layers * best_time(steps[name], dout.device)
                 except Exception as error:  # a kernel can fail in any way, and must stop no run
                     refused[name] = reason(error, [str(warning.message) for warning in said])
                     del seconds[name]
+            if on_cpu and len(names) > 1:
+                limit = TRIAL_SECONDS / len(shape.lengths)
+                for name, taken in in_turns({name: steps[name] for name in seconds}, limit).items():
+                    seconds[name] += layers * taken
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     return seconds
@@ -167,14 +231,28 @@ def softmax_attention(q, k, v, dout, of=None) -> list:
     return [t.transpose(0, 1) for t in (torch.cat(ys, 1), torch.cat(dqs, 1), dk, dv)]
 
 
-def trial(name: str, inputs, dout, want, docs=None) -> float:
-    """Seconds of forward and backward. ArithmeticError where output or gradients are wrong."""
-    step = functools.partial(kernels.attention, backend=name, docs=docs, alone=True)
-    got = fwd_bwd(step, inputs, dout)
-    error = max_error(got, want)
+def checked(name: str, inputs, dout, want, docs=None):
+    """-> a function: forward and backward. ArithmeticError where output or gradients are wrong."""
+    attend = functools.partial(kernels.attention, backend=name, docs=docs, alone=True)
+    step = functools.partial(fwd_bwd, attend, inputs, dout)
+    error = max_error(step(), want)
     if not error <= TOLERANCE[dout.dtype]:  # so written that a NaN fails too
         raise ArithmeticError(f"differs from fp32 math by {error:.1e}")
-    return best_time(lambda: fwd_bwd(step, inputs, dout), dout.device)
+    return step
+
+
+def in_turns(steps: dict, limit: float) -> dict[str, float]:
+    """Seconds of the shortest call of each, in so many in all: in turns, for other programs come
+    and go on a CPU."""
+    begin, best = time.perf_counter(), dict.fromkeys(steps, float("inf"))
+    for turn in range(5):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            best[name] = min(best[name], time.perf_counter() - start)
+        if turn and time.perf_counter() - begin > limit:
+            break
+    return best
 
 
 def max_error(got, want) -> float:

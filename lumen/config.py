@@ -125,7 +125,7 @@ class Config:
     precision: str = "auto"  # of computing; master weights and moments are fp32 in all
     compile_model: bool | str = "auto"  # auto: on for CUDA, on CPU for runs over ten minutes
     deterministic: bool | str = "auto"  # equal bits run to run; auto: on CPU, not on CUDA (slower)
-    attention: str = "auto"  # on CUDA the fastest that passes its check; else sdpa: torch decides
+    attention: str = "auto"  # the fastest that passes its check; in brief CPU runs sdpa (torch)
     expert_backend: str = "auto"  # auto: the fastest that passes its check here
     activation_checkpointing: str = "none"  # recompute: selective: all but matmuls; block: all
     # several processes
@@ -203,7 +203,7 @@ RANGES = {
     " | fp8_e4m3_emulated | fp8_e4m3_rowwise_emulated",
     "compile_model": "auto | true | false",
     "deterministic": "auto | true | false",
-    "attention": "auto | sdpa | cudnn | flash_sdpa | efficient | flash | varlen",
+    "attention": "auto | sdpa | blocks | cudnn | flash_sdpa | efficient | flash | varlen",
     "expert_backend": "auto | slices | grouped_mm | triton",
     "activation_checkpointing": "none | selective | block",
     "comm_timeout": "[1, 1e8]",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels import Documents
+from kernels_attention import Documents
 
 
 class Pairs(NamedTuple):
@@ -71,7 +71,7 @@ class Feed:
         return tuple(sent)
 
     def batch(self, x, y, docs=None, reference=None) -> tuple:
-        """What lumen.windows.Batch holds, on the device: ids, targets, kernels.Documents or None;
+        """What lumen.windows.Batch holds, on the device: ids, targets, Documents or None;
         and of preferences Pairs. Of docs the host says how many there are, in steps of powers of
         two, so that few shapes are compiled."""
         if docs is None:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import kernels
+import kernels_attention
 from lumen.cards import data_sheet
 from lumen.errors import UserError
 from lumen.feed import synchronize
@@ -439,7 +440,9 @@ def print_backends(m: Machine) -> None:
     from lumen.attention import Shape, pick_attention
 
     shape = Shape(rows=1, lengths={128: 1}, heads=2, kv_heads=2, head_dim=64)
-    others = kernels.ATTENTION if m.device.type == "cuda" else ("flash",)
+    others = (*kernels_attention.ON_CPU, "flash")
+    if m.device.type == "cuda":
+        others = kernels_attention.ATTENTION
     for choice in ("sdpa", *others):
         name, why = pick_attention(choice, shape, m.device, m.compute_dtype)
         print(f"attention    {choice}: {'works' if name == choice else why}")

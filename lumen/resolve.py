@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lumen import files, mixture, plan
 from lumen import machine as machines
-from lumen.attention import pick_attention, shape_of
+from lumen.attention import BRIEF, pick_attention, shape_of
 from lumen.config import SHARDING, Config
 from lumen.errors import UserError
 from lumen.launch import environment
@@ -343,9 +343,11 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     compiled = kept.get_here("compile_model")
     if compiled is None or machine.compile is False:  # there may be no compiler any more
         compiled = machine.compile
+    tokens = run["rows_per_step"] * cfg.model.max_seq_len * run["max_steps"]
+    # of the whole run, were there nothing but matmuls at their peak
+    seconds = facts.model.flops_per_token() * tokens / (found.peak * facts.readers)
     if compiled is None:  # on a CPU it pays in runs of more than ten minutes
-        tokens = run["rows_per_step"] * cfg.model.max_seq_len * run["max_steps"]
-        compiled = facts.model.flops_per_token() * tokens / (found.peak * facts.readers) > 600
+        compiled = seconds > 600
     deterministic = kept.get_here("deterministic")
     if deterministic is None:
         deterministic = cfg.deterministic
@@ -353,7 +355,8 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
         deterministic = machine.device.type == "cpu"
     where = (machine.device, machine.compute_dtype)
     shape = shape_of(facts.model, run["micro_batch"], facts.layout.documents)
-    attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic))
+    brief = seconds < BRIEF
+    attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic, brief))
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
     experts, experts_why = cfg.expert_backend, ""
     if cfg.model.n_experts:

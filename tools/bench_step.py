@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import kernels
+import kernels_attention
 from lumen import machine as machines
 from lumen import tryout
-from lumen.attention import Shape, pick_attention
+from lumen.attention import Shape, pick_attention, shape_of
 from lumen.config import Config
 from lumen.errors import UserError
 from lumen.experts import update_balance
@@ -92,6 +93,8 @@ class Ours:
         self.model.compute_dtype = machine.compute_dtype
         loss, _ = tryout.pick_loss(machine.device, machine.compute_dtype, model.vocab_size)
         self.model.fused_loss = loss == "fused"
+        where = (shape_of(self.model, rows), machine.device, machine.compute_dtype)
+        self.model.backend = pick_attention("auto", *where, self.deterministic)[0]
         self.moe = list(self.model.sparse_layers("moe").values())
         self.name = "compiled" if compiled else "eager"
         self.tokens = rows * model.max_seq_len
@@ -420,8 +423,8 @@ def disagreeing(layers: dict, inputs: dict, dout) -> list[str]:
 def attention_backends(dtype) -> dict:
     """name -> function of q (B, T, H, D), k and v (B, T, G, D): causal attention."""
     ways = {"torch's choice": attend}
-    for name in kernels.ATTENTION:
-        ways[name] = functools.partial(kernels.attention, backend=name, alone=True)
+    for name in kernels_attention.ATTENTION:
+        ways[name] = functools.partial(kernels_attention.attention, backend=name, alone=True)
     if dtype == torch.float32 or not importlib.util.find_spec("flash_attn"):
         del ways["flash"]
     return ways

@@ -15,7 +15,7 @@ import torch
 
 import finetune
 import prepare_data
-from kernels import Documents
+from kernels_attention import Documents
 from lumen import lora
 from lumen.attention import pick_attention, shape_of
 from lumen.base import cast

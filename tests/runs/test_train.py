@@ -264,6 +264,21 @@ def test_resumed_equals_never_stopped(tiny, reference, dropout):
     assert Trainer(parts).step == 12
 
 
+def test_what_attention_auto_measured_is_kept_and_resuming_is_exact(tiny, monkeypatch):
+    monkeypatch.setattr("lumen.resolve.BRIEF", 0.0)
+    measured = {"sdpa": 2.0, "blocks": 1.0}
+    monkeypatch.setattr("lumen.attention.in_turns", lambda steps, limit: dict(measured))
+    model = {"n_heads": 4, "n_kv_heads": 2}
+    whole, parts = tiny("whole", model), tiny("parts", model)
+    assert finish(whole).run.attention == "blocks"
+    assert stop_at(Trainer(parts), 5).fit() == 0
+    measured["sdpa"] = 0.5
+    trainer = finish(parts)
+    assert trainer.model.backend == "blocks" and same_run(whole, parts)
+    assert finish(tiny("anew", model)).run.attention == "sdpa"
+    assert not same_run(whole, tiny("anew", model))
+
+
 def test_finished_run_says_so(tiny, capsys):
     keys = tiny(max_steps=2)
     finish(keys)

@@ -1,6 +1,7 @@
 """The attention backends and the choice among them. No test has a GPU: stand-ins on the CPU take the
 place of its kernels, and what stands around them is real."""
 
+import functools
 import sys
 import time
 import types
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from test_resolve import CPU, T, configured, facts_of, state_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+import kernels_attention
 from lumen import attention, resolve, tryout
 from lumen.attention import Shape, pick_attention, shape_of
 from lumen.errors import UserError
@@ -54,15 +55,15 @@ def record(monkeypatch) -> list:
     return calls
 
 
-@pytest.mark.parametrize("backend", kernels.TORCH_KERNELS)
+@pytest.mark.parametrize("backend", kernels_attention.TORCH_KERNELS)
 def test_every_backend_equals_keys_that_are_repeated(backend, monkeypatch):
     inputs, dout = qkv()
     want = tryout.fwd_bwd(by_math, inputs, dout)
     before = torch._C._get_sdp_priority_order()
     calls = record(monkeypatch)
-    got = tryout.fwd_bwd(lambda *a: kernels.attention(*a, backend), inputs, dout)
+    got = tryout.fwd_bwd(lambda *a: kernels_attention.attention(*a, backend), inputs, dout)
     assert all(torch.allclose(g, w, atol=1e-5) for g, w in zip(got, want))
-    own = [kernels.TORCH_KERNELS[backend], SDPBackend.MATH]
+    own = [kernels_attention.TORCH_KERNELS[backend], SDPBackend.MATH]
     repeated = backend == "efficient"
     assert calls == [(4 if repeated else 2, not repeated, own)]
     assert torch._C._get_sdp_priority_order() == before
@@ -72,12 +73,12 @@ def test_alone_a_kernel_that_refuses_raises_and_else_math_serves(monkeypatch):
     inputs, _ = qkv()
     want, calls = by_math(*inputs), record(monkeypatch)
     with pytest.raises(RuntimeError, match="No (viable|available)"):
-        kernels.attention(*inputs, "cudnn", alone=True)
+        kernels_attention.attention(*inputs, "cudnn", alone=True)
     assert calls[0][2] == [SDPBackend.CUDNN_ATTENTION]
-    assert torch.allclose(kernels.attention(*inputs, "cudnn"), want, atol=1e-6)
+    assert torch.allclose(kernels_attention.attention(*inputs, "cudnn"), want, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", kernels.TORCH_KERNELS)
+@pytest.mark.parametrize("backend", [*kernels_attention.TORCH_KERNELS, "blocks"])
 def test_a_model_on_a_backend_equals_torchs_choice_and_compiles_whole(backend):
     model = Transformer(ModelConfig(**SMALL, n_kv_heads=2))
     model.init_weights(0)
@@ -97,6 +98,148 @@ def test_a_model_on_a_backend_equals_torchs_choice_and_compiles_whole(backend):
     model.zero_grad()
     model(x, targets=x)[0].backward()
     assert all(torch.allclose(p.grad, g, atol=1e-4) for p, g in zip(model.parameters(), grads))
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def random_qkv(B, T, H, G, D, dtype=torch.float64, spread=1.0):
+    """-> [q, k, v], v a part of a larger tensor, and the output's gradient, not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, T, 2 * H + 2 * G, D, generator=generator).to(dtype)
+    q, k, v, _ = x.split((H, G, G, H), 2)
+    inputs = [t.detach().requires_grad_() for t in (q.mul(spread).contiguous(), k.clone(), v)]
+    return inputs, torch.randn(B, H, T, D, generator=generator).to(dtype).transpose(1, 2)
+
+
+def by_blocks(q, k, v):
+    return kernels_attention.attention(q, k, v, "blocks")
+
+
+SHAPES = {  # B, T, H, G, D
+    "gqa": (3, 70, 6, 2, 16),
+    "mha": (2, 40, 3, 3, 8),
+    "mqa": (2, 33, 4, 1, 24),
+    "one token": (2, 1, 4, 2, 8),
+    "one row": (1, 64, 2, 2, 8),
+    "many siblings": (1, 19, 8, 1, 5),
+}
+
+
+@pytest.mark.parametrize("scores", [1, 5000, 2**20])  # a head, some heads, all at a time
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_blocks_equal_the_formula(shape, scores, monkeypatch):
+    monkeypatch.setattr(kernels_attention, "ROWS", 24)  # several blocks, the last one shorter
+    monkeypatch.setattr(kernels_attention, "SCORES", scores)
+    for spread in (1.0, 100.0):  # scores as they are, and less the largest of their row
+        inputs, dout = random_qkv(*shape, spread=spread)
+        want = tryout.fwd_bwd(by_math, inputs, dout)
+        got = tryout.fwd_bwd(by_blocks, inputs, dout)
+        for g, w in zip(got, want):
+            assert torch.allclose(g, w, rtol=1e-9, atol=1e-9) and g.dtype == w.dtype
+        with torch.no_grad():
+            assert torch.allclose(by_blocks(*inputs), want[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_without_gradients_a_row_does_not_depend_on_its_neighbours(dtype):
+    inputs, _ = random_qkv(3, 70, 4, 2, 16, dtype)
+    with torch.no_grad():
+        inputs[0][1] *= 0.1  # alone its scores would be taken as they are
+        alone = by_blocks(*(t[1:2] for t in inputs))
+        assert torch.equal(by_blocks(*inputs)[1:2], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spread, times", [(0.3, 3), (4.0, 3), (64.0, 3), (1000.0, 9)])
+def test_blocks_are_as_near_as_the_dtype_lets_them(dtype, spread, times):
+    """Scores of hundreds and thousands neither overflow nor lose their digits: torch's own kernel
+    is at most so many `times` as near to the formula in fp64."""
+    inputs, dout = random_qkv(2, 150, 4, 2, 64, dtype, spread)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    want = tryout.fwd_bwd(by_math, wide, dout.double())
+    torchs = functools.partial(kernels_attention.attention, backend="sdpa")
+    errors = []
+    for attend in (by_blocks, torchs):
+        got = tryout.fwd_bwd(attend, inputs, dout)
+        errors.append([((g - w).norm() / w.norm()).item() for g, w in zip(got, want)])
+    for ours, theirs in zip(*errors):
+        assert ours <= times * theirs + torch.finfo(dtype).eps
+
+
+def test_blocks_see_nothing_of_what_follows_and_pass_on_what_is_not_finite():
+    inputs, _ = random_qkv(1, 70, 4, 2, 8, torch.float32)
+    with torch.no_grad():
+        want = by_blocks(*inputs)
+        for value in (300.0, torch.nan, torch.inf):
+            for t in inputs:
+                t[:, 50:] = value
+            got = by_blocks(*inputs)
+            if value == 300:
+                assert torch.allclose(got[:, :50], want[:, :50], atol=1e-6)
+                assert got.isfinite().all()
+            else:  # the loss is not finite either, and the step is skipped
+                assert not got[:, 50:].isfinite().any()
+
+
+def test_blocks_give_the_same_bits_again_whatever_memory_holds():
+    inputs, dout = random_qkv(2, 200, 6, 2, 32, torch.bfloat16)
+    want = [t.detach().clone() for t in tryout.fwd_bwd(by_blocks, inputs, dout)]
+    step = functools.partial(tryout.fwd_bwd, by_blocks, inputs, dout)
+    assert all(torch.equal(g, w) for g, w in zip(tryout.on_used_memory(step), want))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(g, w) for g, w in zip(step(), want))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_blocks_are_an_operator_by_torchs_rules():
+    inputs, _ = random_qkv(2, 20, 4, 2, 8, torch.float32)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = torch.ops.lumen.scaled_dot_product_blocks
+    torch.library.opcheck(op, tuple(inputs), test_utils=checks)
+    with pytest.raises(ValueError, match="blocks is for CPUs"):
+        kernels_attention.attention(*(t.to("meta") for t in inputs), "blocks")
+
+
+def test_blocks_train_what_mod_lets_through_and_decode_by_torch(monkeypatch):
+    model = Transformer(ModelConfig(**SMALL, n_kv_heads=2, mod_capacity=0.5))
+    model.init_weights(0)
+    x = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for backend in ("sdpa", "blocks"):
+        model.backend = backend
+        model.zero_grad()
+        total = model(x, targets=x)[0]
+        total.backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            model.eval()
+            found[backend] = [total.detach(), *grads, model(x, targets=x)[0]]
+            model.train()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found.values()))
+    monkeypatch.setattr(kernels_attention, "portions", None)
+    assert len(list(model.generate([[1, 2, 3]], 4, seeds=[0]))) > 1
+
+
+def test_selective_recomputation_keeps_what_blocks_gave(monkeypatch):
+    calls, real = [], kernels_attention.forward_heads
+    monkeypatch.setattr(
+        kernels_attention, "forward_heads", lambda *given: (calls.append(1), real(*given))[1]
+    )
+    model = Transformer(ModelConfig(**SMALL))
+    model.init_weights(0)
+    model.backend = "blocks"
+    x = torch.arange(24).view(2, 12)
+    for recompute, times in (("none", 1), ("selective", 1), ("block", 2)):
+        calls.clear()
+        model.recompute = recompute
+        model(x, targets=x)[0].backward()
+        assert len(calls) == times * len(model.blocks)
+
+
+# ---------------------------------------------------------------- a package
 
 
 def fake_flash(monkeypatch, function):
@@ -149,7 +292,7 @@ def test_the_sample_looks_as_what_the_model_gives(monkeypatch):
         seen.append([(t.shape, t.stride(), t.dtype) for t in (q, k, v)])
         return by_math(q, k, v)
 
-    monkeypatch.setattr(kernels, "attention", look)
+    monkeypatch.setattr(kernels_attention, "attention", look)
     model = Transformer(ModelConfig(**SMALL, n_kv_heads=2))
     model.init_weights(0)
     model.compute_dtype, model.backend = torch.bfloat16, "cudnn"
@@ -249,7 +392,7 @@ def on_cuda(monkeypatch):
             assert alone, "math must not stand in for it here"
             return functions.get(backend, misbuilt)(q, k, v)
 
-        monkeypatch.setattr(kernels, "attention", stands)
+        monkeypatch.setattr(kernels_attention, "attention", stands)
 
     return stand_in
 
@@ -265,7 +408,7 @@ def slow(seconds):
 def test_elsewhere_torch_decides_and_nothing_is_tried(on_cuda):
     on_cuda()
     text = "torch picks its fastest kernel for this device"
-    assert pick_attention("auto", SHAPE, "cpu") == ("sdpa", text)
+    assert pick_attention("auto", SHAPE, "cpu", brief=True) == ("sdpa", text)
     assert pick_attention("auto", SHAPE, torch.device("mps")) == ("sdpa", text)
     assert pick_attention("sdpa", SHAPE, CUDA) == ("sdpa", text)
     for unknown in ("xformers", "flex"):
@@ -273,6 +416,48 @@ def test_elsewhere_torch_decides_and_nothing_is_tried(on_cuda):
             ValueError, match=f"'{unknown}' is not one of auto, sdpa, cudnn, .*flash"
         ):
             pick_attention(unknown, SHAPE, "cpu")
+
+
+def test_on_a_cpu_blocks_are_taken_where_they_are_clearly_faster(on_cuda):
+    on_cuda(sdpa=slow(0.02), blocks=slow(0.002))
+    name, why = pick_attention("auto", SHAPE, "cpu")
+    assert name == "blocks"
+    times, rows = why.rsplit(", ", 1)
+    first, second = (text.split() for text in times.split(", "))
+    assert (first[0], second[0], rows) == ("sdpa", "blocks", "for 3 rows")
+    assert float(first[1]) >= 20 > float(second[1]) >= 2
+    on_cuda(sdpa=slow(0.02), blocks=slow(0.0198))
+    assert pick_attention("auto", SHAPE, "cpu")[0] == "sdpa", "not by what noise may be"
+    on_cuda(sdpa=slow(0.002), blocks=slow(0.02))
+    assert pick_attention("auto", SHAPE, "cpu")[0] == "sdpa"
+    on_cuda(sdpa=slow(0.02), blocks=slow(0.002))
+    assert pick_attention("auto", SHAPE._replace(documents=True), "cpu")[0] == "sdpa"
+
+
+@pytest.mark.parametrize("function", WRONG)
+def test_on_a_cpu_what_is_wrong_or_raises_is_not_taken(function, on_cuda):
+    on_cuda(sdpa=slow(0.01), blocks=function)
+    name, why = pick_attention("auto", SHAPE, "cpu")
+    assert name == "sdpa" and f"; no blocks: {WRONG[function]}" in why
+    name, why = pick_attention("blocks", SHAPE, "cpu")
+    assert name == "sdpa" and why.startswith(f"blocks does not work here ({WRONG[function]}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_blocks_pass_their_check_and_are_for_cpus_only(dtype):
+    for shape in (SHAPE, SHAPE._replace(lengths={5: 1, 200: 2})):
+        found = pick_attention("blocks", shape, "cpu", dtype)
+        assert found == ("blocks", "as asked; agrees with fp32 math")
+
+
+def test_a_part_of_the_shape_is_tried_on_a_cpu():
+    part = attention.part_of
+    assert part(SHAPE) == SHAPE
+    large = Shape(rows=64, lengths={512: 6}, heads=6, kv_heads=2, head_dim=64)
+    assert part(large) == large._replace(rows=4)
+    long = Shape(rows=8, lengths={8192: 12, 4096: 2}, heads=32, kv_heads=8, head_dim=128)
+    shorter = {512: 12, 256: 2}
+    assert part(long) == Shape(2, shorter, heads=4, kv_heads=1, head_dim=128)
 
 
 def test_the_fastest_that_is_right_is_taken_and_the_reason_names_all(on_cuda):
@@ -408,9 +593,12 @@ def test_the_choice_is_made_for_the_runs_shape_and_kept_on_resume(monkeypatch):
     monkeypatch.setattr(resolve, "pick_attention", picks)
     run, saved = resolved_run(batch_size=4)
     shape = Shape(4, {T: 1}, 2, 2, 16)
-    assert calls == [("auto", shape, CPU.device, torch.float32, True)]
+    assert calls == [("auto", shape, CPU.device, torch.float32, True, True)]
     assert (run.attention, run.attention_why) == ("cudnn", "it is fast")
     assert saved["config"]["attention"] == "cudnn"
+    calls.clear()
+    resolved_run(batch_size=4, max_steps=10**8)
+    assert calls[0][-1] is False, "long enough to be worth trying"
     calls.clear()
     run, _ = resolved_run(saved, batch_size=4, learning_rate=1e-5)
     assert (run.attention, run.attention_why) == ("cudnn", "as in the checkpoint")
@@ -474,7 +662,7 @@ def test_kernels_that_know_documents_are_given_them_and_held_against_the_formula
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen)
     fake_flash(monkeypatch, None)
     sys.modules["flash_attn"].flash_attn_varlen_func = flash
-    for name in kernels.WITHIN:
+    for name in kernels_attention.WITHIN:
         assert pick_attention(name, PACKED, "cpu") == (name, "as asked; agrees with fp32 math")
     assert set(asked) == {(4, 4, 40, 40, (-1, 0), torch.int32), (4, 2, 40, True, False)}
     # one that looks across, and one that sees half of the row

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_models import KINDS, ids, make
 
-import kernels
+import kernels_attention
 import lumen.windows
-from kernels import Documents, bias_of, documents
+from kernels_attention import Documents, bias_of, documents
 from lumen import plan
 from lumen.config import Config
 from lumen.errors import UserError
@@ -160,17 +160,17 @@ def test_recomputation_gives_the_same_bits(kind, how):
     model, x, y, of = make(**KINDS[kind]), ids(B, T), targets(), numbers([{3, 4}, {30}])
     want = passed(model, x, y, True, of)[2]
     model.recompute = how
-    calls, real = [], kernels.parts
+    calls, real = [], kernels_attention.parts
 
     def counted(*tensors):
         calls.append(len(tensors))
         return real(*tensors)
 
-    kernels.parts = counted
+    kernels_attention.parts = counted
     try:
         got = passed(model, x, y, True, of)[2]
     finally:
-        kernels.parts = real
+        kernels_attention.parts = real
     assert all(torch.equal(got[name], want[name]) for name in want)
     forward = [n for n in calls if n == 6]
     layers = len(model.blocks)
@@ -248,7 +248,7 @@ def test_attention_document_by_document_equals_the_formula(dtype):
     (q, k, v), dout = qkv(dtype)
     of = numbers([{1, 2, 12, T - 1}, set()])
     docs = documents(of, "sdpa", dtype)
-    got = kernels.attention(q, k, v, "sdpa", docs)
+    got = kernels_attention.attention(q, k, v, "sdpa", docs)
     want = by_bias(q.double(), k.double(), v.double(), of)
     error = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     assert torch.allclose(got.double(), want, atol=error)
@@ -271,7 +271,7 @@ def test_with_a_bias_it_is_the_formula_too():
     (q, k, v), _ = qkv()
     of = numbers([{1, 2, 12, T - 1}, {16}])
     docs = documents(of, "sdpa", q.dtype)._replace(bias=bias_of(of, q.dtype))
-    got = kernels.attention(q, k, v, "sdpa", docs)
+    got = kernels_attention.attention(q, k, v, "sdpa", docs)
     assert torch.allclose(got, by_bias(q, k, v, of), atol=1e-12)
 
 
@@ -508,14 +508,14 @@ def test_half_precision_short_and_long():
     """A short document attends in fp32 on a CPU, a long one in bf16: both are right, and the
     gradients have the dtype of what they are of."""
     generator = torch.Generator().manual_seed(0)
-    T = kernels.SHORT + 100
+    T = kernels_attention.SHORT + 100
     of = numbers_of(100, T)
     wide = [torch.randn(1, T, 2, 8, generator=generator).bfloat16().float() for _ in range(3)]
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         qkv = [t.clone().to(dtype).requires_grad_() for t in wide]
-        docs = kernels.documents(of, "sdpa", dtype)
-        y = kernels.attention(*qkv, "sdpa", docs)
+        docs = kernels_attention.documents(of, "sdpa", dtype)
+        y = kernels_attention.attention(*qkv, "sdpa", docs)
         y.float().square().sum().backward()
         found[dtype] = [y, *(t.grad for t in qkv)]
     for want, got in zip(*found.values()):

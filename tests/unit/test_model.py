@@ -794,13 +794,15 @@ def test_roles():
 # ---------------------------------------------------------------- copied out of the house
 
 ALONE = """
-import sys, torch
+import importlib.util, sys, torch
 sys.path.insert(0, sys.argv[1])
 from model import ModelConfig, Transformer
 sizes = dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, multiple_of=16, max_seq_len=32)
 cfg = ModelConfig(**sizes, n_experts=4, d_expert=16, n_shared_experts=1, mod_capacity=0.5)
 model = Transformer(cfg)
 model.init_weights(0)
+if importlib.util.find_spec("kernels_attention"):
+    model.backend = "blocks"
 x = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(0))
 optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
 for step in range(4):
@@ -813,15 +815,17 @@ text = [row[0] for row in model.generate([[1, 2, 3]], 4, [0], temperature=0)]
 drawn = list(model.generate([[1, 2, 3], [4]], 4, [0, 1], temperature=0.8, top_k=5))
 assert len(drawn) == 4 and all(0 <= i < 97 for row in drawn for i in row)
 print(model.blocks[0].ffn.backend, *losses, *text)
-print(*sorted(m for m in sys.modules if m in ("kernels", "lumen", "yaml")))
+print(*sorted(m for m in sys.modules if m in ("kernels", "kernels_attention", "lumen", "yaml")))
 """
 
 
 def test_the_model_trains_outside_of_the_house(tmp_path):
     """model.py and model_moe.py in a folder by themselves, with the plain formula of the experts;
-    with kernels.py beside them by its operator, and the losses are the same."""
+    with kernels.py and kernels_attention.py beside them by their operators, and the losses are the
+    same."""
     said = {}
-    for files in (("model.py", "model_moe.py"), ("model.py", "model_moe.py", "kernels.py")):
+    alone = ("model.py", "model_moe.py")
+    for files in (alone, (*alone, "kernels.py", "kernels_attention.py")):
         folder = tmp_path / str(len(files))
         folder.mkdir()
         for name in files:
@@ -830,7 +834,7 @@ def test_the_model_trains_outside_of_the_house(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         assert done.returncode == 0, done.stderr
         said[len(files)], modules = done.stdout.splitlines()
-        assert modules == ("kernels" if len(files) == 3 else "")
+        assert modules == ("kernels kernels_attention" if len(files) == 4 else "")
     backends, numbers = zip(*(text.split(maxsplit=1) for text in said.values()))
     assert backends == ("plain", "slices")
     plain, slices = ([float(x) for x in text.split()] for text in numbers)
