@@ -130,6 +130,16 @@ def test_peer_has_the_same_size_and_both_bf16_forms_step():
     )
 
 
+def test_threads_are_timed_alone_and_beside_a_busy_process(capsys):
+    toy = ["--size", "toy", "--rounds", "2", "--steps", "1"]
+    assert bench.main(["threads", *toy, "--only", "one thread"]) == 0
+    said = capsys.readouterr().out
+    assert "beside 0 busy processes" in said and "beside 1 busy processes" in said
+    assert said.count("one thread") == 3 and "(n 2, 1 to 1)" in said
+    with pytest.raises(UserError, match="no two threads"):
+        bench.main(["threads", "--only", "two threads"])
+
+
 def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeypatch):
     """--max_steps 10 ran 40 steps, evaluated and saved; an option that it would overrule is
     refused."""
