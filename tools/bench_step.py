@@ -486,7 +486,9 @@ def time_steps(words: list[str]) -> int:
                 tries = peer_variants(cfg, m, rows)
                 built[f"peer {kind}"] = fastest(f"peer {kind}", tries, o.limit, m.device)
         built = {name: made for name, made in built.items() if made is not None}
-        times = timing.interleaved(built, o.rounds, m.device)
+        with timing.Company() as company:
+            times = timing.interleaved(built, o.rounds, m.device)
+        print(f"  {company.said()}")
         for name, made in built.items():
             print(f"  {name:<10} {step_text(made, times[name])}")
         for a, b in PAIRS:
