@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 import kernels
+from lumen import heap, tryout
 from lumen import machine as machines
-from lumen import tryout
 from lumen.attention import Shape, pick_attention
 from lumen.config import Config
 from lumen.errors import UserError
@@ -86,6 +86,8 @@ class Ours:
         self.machine = machine
         self.deterministic = machine.device.type == "cpu"  # what `deterministic: auto` means
         self.parallel = Parallel(cfg)
+        if self.deterministic:  # a CPU
+            heap.keep_pages(machines.own_memory("cpu"))
         with torch.device(machine.device):
             self.model = Transformer(model)
         fill_quickly(self.model)
