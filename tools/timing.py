@@ -161,6 +161,12 @@ def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
     return f"{100 * rates[0] / peak:.1f} %"
 
 
+def percent_of_peak(rate: float, m: machines.Machine) -> float | None:
+    """FLOP/s against the data sheet's or what is measured; None above that: it is wrong."""
+    percent = 100 * rate / machines.peak_flops(m)
+    return percent if percent <= 100 else None
+
+
 def said(error: BaseException) -> str:
     """An error of somebody's code on one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"

@@ -217,6 +217,7 @@ def test_mfu_is_never_above_the_peak(monkeypatch):
     assert timing.mfu([50.0], m, 100.0) == "50.0 %"
     assert timing.mfu([50.0, 120.0], m, 100.0).startswith("median 0.425")
     assert timing.mfu([50.0, 220.0], m, 100.0).startswith("- (")
+    assert timing.percent_of_peak(50.0, m) == 25.0 and timing.percent_of_peak(201.0, m) is None
 
 
 def test_time_limit_and_variants_that_fail(capsys):
