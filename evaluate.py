@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import lumen.waiting  # noqa: F401 - before torch
 from tqdm import tqdm
 
 from lumen import chat, comparing, core_bundle, harness, scoreboard, scores

@@ -26,6 +26,7 @@ import platform
 import shutil
 from pathlib import Path
 
+import lumen.waiting  # noqa: F401 - before torch
 import numpy as np
 import torch
 import yaml

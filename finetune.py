@@ -21,6 +21,7 @@ import os
 import time
 from pathlib import Path
 
+import lumen.waiting  # noqa: F401 - before torch
 import torch
 
 import train

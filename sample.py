@@ -14,6 +14,8 @@ import argparse
 import functools
 import sys
 
+import lumen.waiting  # noqa: F401 - before torch
+
 from lumen import chat, kv_int8
 from lumen.engine import Engine, Row, run
 from lumen.errors import UserError, a_path

@@ -18,6 +18,8 @@ import socket
 import sys
 import time
 
+import lumen.waiting  # noqa: F401 - before torch
+
 from lumen import kv_int8, web_page
 from lumen.answering import Answering, House
 from lumen.engine import Engine

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import lumen.waiting  # noqa: F401 - before torch
 import torch
 
 from lumen import checkpoint, failure, forecast, owner, plan, setup

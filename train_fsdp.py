@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 
+import lumen.waiting  # noqa: F401 - before torch
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

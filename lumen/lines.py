@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import yaml
 
-from lumen import fp8, model_keys, muon, plan
+from lumen import fp8, model_keys, muon, plan, waiting
 from lumen import machine as machines
 from lumen.buckets import undivided
 from lumen.config import Config
@@ -308,7 +308,7 @@ def machine_lines(start: Start) -> list[str]:
     text = f"{machine.device} {machine.name}"
     if machine.device.type == "cpu":
         text += f" ({' '.join(machines.cpu_flags())})"
-    text += f", {torch.get_num_threads()} threads: {run.precision}"
+    text += f", {torch.get_num_threads()} threads{waiting.words()}: {run.precision}"
     lines.append(
         f"device     {text}, compile {run.compile_model}, deterministic {run.deterministic}"
     )

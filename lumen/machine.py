@@ -248,14 +248,20 @@ def find_compilation(compile_model: bool | str, kind: str, notes: list[str]) -> 
 
 
 def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
-    """FLOP/s of a square matmul, measured for about `seconds` s; without a data sheet MFU is
-    counted against it."""
-    cuda = torch.device(device).type == "cuda"
-    n = 1024
-    if cuda:
-        n = 8192
+    """FLOP/s of a square matmul, the best of about `seconds` s; without a data sheet MFU is counted
+    against it."""
+    # The smaller one fits between two turns of a busy machine's other processes, which are some
+    # milliseconds long: with load 8 a width of 1024 was seen at a seventh of its speed, 512 at all.
+    sizes = (512, 1024)
+    if torch.device(device).type == "cuda":
+        sizes = (8192,)
     elif dtype != torch.float32 and not cpu_has_bf16():
-        n = 256  # emulated: a larger one would take minutes
+        sizes = (256,)  # emulated: a larger one would take minutes
+    return max(matmul_speed(n, device, dtype, seconds / len(sizes)) for n in sizes)
+
+
+def matmul_speed(n: int, device, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s at the best of n x n by n x n."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best, until = 0.0, time.perf_counter() + seconds
     while True:

@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from lumen import files, fp8, lines
+from lumen import files, fp8, heap, lines
+from lumen import machine as machines
 from lumen.differences import differences, versions
 from lumen.errors import UserError
 from lumen.probe import largest_batch
@@ -58,7 +59,10 @@ def use_deterministic(wanted: bool) -> None:
 
 
 def prepare_model(model, cfg, run: Run, compute_dtype: torch.dtype) -> None:
-    """What a model is told beside its ModelConfig; and its blocks are compiled."""
+    """What a model is told beside its ModelConfig; and its blocks are compiled. A CPU's malloc is
+    told to keep what each step asks for anew."""
+    if run.device == "cpu":
+        heap.keep_pages(machines.own_memory("cpu"))
     model.compute_dtype = compute_dtype
     model.z_loss = cfg.z_loss
     model.fused_loss = run.loss == "fused"

@@ -23,6 +23,7 @@ class Teller:
     def __init__(self, trainer):
         self.trainer = trainer
         self.forecast: dict = {}  # what the last look ahead found, for the next row
+        self.peak_tries = 3  # how often the peak may still be measured again
 
     def facts(self, notes: list[str] | None = None) -> lines.Start:
         """What the start lines and suggested.yaml are made of."""
@@ -61,8 +62,8 @@ class Teller:
         row |= lines.step_row(numbers)
         # MoD's capacity may be annealed, and the FLOPs with it
         flops = t.model.flops_per_token() if t.mod else t.flops_per_token
-        peak = t.found.peak * t.parallel.world
-        row |= lines.speed_row(interval, t.targets_per_step, flops, peak)
+        rate = interval.speed() * t.targets_per_step * flops
+        row |= lines.speed_row(interval, t.targets_per_step, flops, self.peak(rate))
         row["dropped"] = t.orchestrator.dropped
         row |= lines.health_row(t.orchestrator.health.status, t.orchestrator.health.causes)
         row |= self.forecast
@@ -89,6 +90,16 @@ class Teller:
         for line in lines.routing_lines(numbers.experts, numbers.depth, cfg.model.n_layers):
             t.say(line)
         t.watch.restart(done, interval)
+
+    def peak(self, rate: float) -> float:
+        """FLOP/s of all ranks' matrices together. A step at a higher `rate` shows that it was
+        measured while the machine was busy: again, on this rank, a few times at most."""
+        t = self.trainer
+        sheet = machines.sheet_flops(t.machine)  # nothing that is measured
+        if rate > t.found.peak * t.parallel.world and self.peak_tries and not sheet:
+            self.peak_tries -= 1
+            t.found.peak = max(t.found.peak, machines.peak_flops(t.machine))
+        return t.found.peak * t.parallel.world
 
     def evaluation(self, found, new_best: bool, took: float) -> dict:
         """Lines on the console and a row of metrics.jsonl, which is returned. found: of

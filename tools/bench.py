@@ -11,6 +11,9 @@ kernels [--rounds N]
 step [--rounds N] [--no-peer] [--limit S]
     One training step of whole models: our MoE, our dense model of equal active size, and
     transformers' Qwen3Moe and Qwen3 in their fastest variant. --limit: seconds to compile one.
+threads [--rounds N] [--steps N] [--threads N] [--busy N] [--only "A;B"]
+    The quickstart's step by how the threads of a CPU wait for one another, alone and beside busy
+    processes.
 learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]
     Dense, MoE, MoD and hybrid at equal active parameters and tokens, from configs/quickstart.yaml.
     A run that --out holds already is not repeated.
@@ -53,6 +56,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import lumen.waiting  # noqa: F401 - before torch
 import torch
 
 from lumen import checkpoint, files, plan
@@ -70,6 +74,7 @@ from tools import (
     bench_finetune,
     bench_generate,
     bench_step,
+    bench_threads,
     faults,
     simulate,
     timing,
@@ -657,6 +662,7 @@ COMMANDS = {
     "decode": decode,
     "kernels": bench_step.time_kernels,
     "step": bench_step.time_steps,
+    "threads": bench_threads.time_threads,
     "learn": learn,
     "layouts": layouts,
     "data": bench_data.preparing,

@@ -21,8 +21,8 @@ from torch.nn.attention import sdpa_kernel
 
 import kernels
 import kernels_attention
+from lumen import heap, tryout
 from lumen import machine as machines
-from lumen import tryout
 from lumen.attention import Shape, pick_attention, shape_of
 from lumen.config import Config
 from lumen.errors import UserError
@@ -87,6 +87,8 @@ class Ours:
         self.machine = machine
         self.deterministic = machine.device.type == "cpu"  # what `deterministic: auto` means
         self.parallel = Parallel(cfg)
+        if self.deterministic:  # a CPU
+            heap.keep_pages(machines.own_memory("cpu"))
         with torch.device(machine.device):
             self.model = Transformer(model)
         fill_quickly(self.model)
@@ -491,7 +493,9 @@ def time_steps(words: list[str]) -> int:
                 tries = peer_variants(cfg, m, rows)
                 built[f"peer {kind}"] = fastest(f"peer {kind}", tries, o.limit, m.device)
         built = {name: made for name, made in built.items() if made is not None}
-        times = timing.interleaved(built, o.rounds, m.device)
+        with timing.Company() as company:
+            times = timing.interleaved(built, o.rounds, m.device)
+        print(f"  {company.said()}")
         for name, made in built.items():
             print(f"  {name:<10} {step_text(made, times[name])}")
         for a, b in PAIRS:

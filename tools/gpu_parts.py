@@ -351,7 +351,7 @@ def step_row(here: Here, keys: dict, rows: int, compiled=True, **more) -> dict:
     m, cfg = run.machine, run.model.cfg
     row = {"value": speed, "ms": 1e3 * min(times), "median ms": 1e3 * statistics.median(times)}
     if here.cuda:
-        row["MFU %"] = 100 * speed * run.model.flops_per_token() / machines.peak_flops(m)
+        row["MFU %"] = timing.percent_of_peak(speed * run.model.flops_per_token(), m)
         row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     size = (run.cfg.batch_size, m.precision, run.model.recompute, here.cuda)
     row["plan GiB"] = plan.memory(cfg, n["total"], *size)["total"] / 2**30

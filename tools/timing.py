@@ -10,6 +10,7 @@ import contextlib
 import signal
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,8 +37,9 @@ def options(words: list[str], **known) -> argparse.Namespace:
 # ---------------------------------------------------------------- to take times
 
 
-def seconds_of(run, device) -> float:
-    """Of one run(); one in which something was compiled does not count and is done again."""
+def seconds_of(run, device, name: str = "") -> float:
+    """Of one run(); one in which something was compiled does not count and is done again, which is
+    said of a run with a name."""
     for _ in range(8):
         synchronize(device)
         before = compiled_so_far()
@@ -47,6 +49,8 @@ def seconds_of(run, device) -> float:
         seconds = time.perf_counter() - began
         if compiled_so_far() == before:
             return seconds
+        if name:
+            print(f"  {name}: something was compiled meanwhile; timed again", flush=True)
     raise RuntimeError("something was compiled in each of 8 runs: there is no time to tell")
 
 
@@ -56,10 +60,45 @@ def interleaved(runs: dict, rounds: int, device, warm_up: int = 1) -> dict[str, 
     times = {name: [] for name in runs}
     for i in range(warm_up + rounds):
         for name, run in runs.items():
-            seconds = seconds_of(run, device)
+            seconds = seconds_of(run, device, name if i >= warm_up else "")
             if i >= warm_up:
                 times[name].append(seconds)
     return times
+
+
+class Company:
+    """What other processes take of the cores while this one works; Linux only, else it says
+    nothing.
+
+    with Company() as company: ...; company.said() -> a line.
+    """
+
+    def __enter__(self) -> Company:
+        self.began = time.perf_counter(), waited()
+        return self
+
+    def __exit__(self, *_) -> None:
+        began, before = self.began
+        self.share = (waited() - before) / (time.perf_counter() - began)
+
+    def said(self) -> str:
+        """How long a thread had to wait for a core, for each second of the clock."""
+        text = f"its threads waited {self.share:.2f} s for a core in each second"
+        return f"{text}: the machine was busy, so these are no speeds" if self.busy else text
+
+    @property
+    def busy(self) -> bool:
+        return self.share > 0.1
+
+
+def waited() -> float:
+    """Seconds for which threads of this process were ready and had no core; 0 where the system does
+    not say."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # that thread has ended
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
 
 
 @contextlib.contextmanager
@@ -120,6 +159,12 @@ def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
     if len(rates) > 1:
         return spread([rate / peak for rate in rates])
     return f"{100 * rates[0] / peak:.1f} %"
+
+
+def percent_of_peak(rate: float, m: machines.Machine) -> float | None:
+    """FLOP/s against the data sheet's or what is measured; None above that: it is wrong."""
+    percent = 100 * rate / machines.peak_flops(m)
+    return percent if percent <= 100 else None
 
 
 def said(error: BaseException) -> str:

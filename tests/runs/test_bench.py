@@ -130,6 +130,16 @@ def test_peer_has_the_same_size_and_both_bf16_forms_step():
     )
 
 
+def test_threads_are_timed_alone_and_beside_a_busy_process(capsys):
+    toy = ["--size", "toy", "--rounds", "2", "--steps", "1"]
+    assert bench.main(["threads", *toy, "--only", "one thread"]) == 0
+    said = capsys.readouterr().out
+    assert "beside 0 busy processes" in said and "beside 1 busy processes" in said
+    assert said.count("one thread") == 3 and "(n 2, 1 to 1)" in said
+    with pytest.raises(UserError, match="no two threads"):
+        bench.main(["threads", "--only", "two threads"])
+
+
 def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeypatch):
     """--max_steps 10 ran 40 steps, evaluated and saved; an option that it would overrule is
     refused."""
@@ -154,7 +164,7 @@ def test_speed_takes_as_many_steps_as_it_is_told(tiny, tmp_path, capsys, monkeyp
     assert "tokens/s  - (something was compiled in all of them" in capsys.readouterr().out
 
 
-def test_no_time_of_a_run_that_compiled(monkeypatch):
+def test_no_time_of_a_run_that_compiled(monkeypatch, capsys):
     """The second run of a new shape compiles again (dynamic sizes), forward and backward: neither
     is timed. What compiles for ever has no time."""
     now, size = [0.0], [3]
@@ -167,11 +177,37 @@ def test_no_time_of_a_run_that_compiled(monkeypatch):
         now[0] += 60.0 if timing.compiled_so_far() > before else 1.0
         size[0] = 4
 
-    assert timing.interleaved({"": run}, 3, "cpu", warm_up=0) == {"": [1.0] * 3}
+    assert timing.interleaved({"ours": run}, 3, "cpu", warm_up=0) == {"ours": [1.0] * 3}
+    # two in the first round: said, for a number that somebody waits for comes late
+    assert capsys.readouterr().out.count("ours: something was compiled meanwhile; timed again") == 2
     counts = iter(range(1000))
     monkeypatch.setattr(timing, "compiled_so_far", lambda: next(counts))
     with pytest.raises(RuntimeError, match="compiled in each"):
         timing.interleaved({"": lambda: None}, 1, "cpu")
+
+
+def test_company_is_seen(monkeypatch):
+    """What others take of the cores shows in how long threads wait for one."""
+    clock, waits = iter([10.0, 14.0, 20.0, 24.0]), iter([1.0, 1.2, 2.0, 14.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing, "waited", lambda: next(waits))
+    with timing.Company() as quiet:
+        pass
+    with timing.Company() as busy:
+        pass
+    assert quiet.said() == "its threads waited 0.05 s for a core in each second"
+    assert busy.said().endswith(
+        "3.00 s for a core in each second: the machine was busy, so these are no speeds"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the scheduler's numbers are Linux'")
+def test_what_the_scheduler_says_grows():
+    before = timing.waited()
+    until = timing.time.perf_counter() + 0.05
+    while timing.time.perf_counter() < until:
+        pass
+    assert 0 <= before <= timing.waited()
 
 
 def test_mfu_is_never_above_the_peak(monkeypatch):
@@ -181,6 +217,7 @@ def test_mfu_is_never_above_the_peak(monkeypatch):
     assert timing.mfu([50.0], m, 100.0) == "50.0 %"
     assert timing.mfu([50.0, 120.0], m, 100.0).startswith("median 0.425")
     assert timing.mfu([50.0, 220.0], m, 100.0).startswith("- (")
+    assert timing.percent_of_peak(50.0, m) == 25.0 and timing.percent_of_peak(201.0, m) is None
 
 
 def test_time_limit_and_variants_that_fail(capsys):
