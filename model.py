@@ -35,6 +35,7 @@ AT_LEAST_ONE += ("moe_every", "mod_every")
 # and names that something is chosen by: a misspelt one would quietly be another model
 NAMES = {
     "norm_order": ("pre", "lunaris"),
+    "init_outputs": ("scaled", "same", "zero"),
     "router": ("softmax", "sigmoid"),
     "mod_routing": ("learned", "static", "random"),
 }
@@ -59,6 +60,9 @@ class ModelConfig:
     dropout: float = 0.0  # on the embedding and on what attention and FFN add, 0 to 1
     norm_eps: float = 1e-6  # RMSNorm's epsilon
     init_std: float | None = None  # of the initial weights; null: 0.02 sqrt(512 / d_model)
+    init_outputs: str = "scaled"  # of wo and w2, which add to the stream; or same | zero
+    init_embedding: float | None = None  # std of the embedding, tied: of the head too; null: as all
+    init_head: float | None = None  # std of an untied head; null: as all
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
     norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over whole vectors)
@@ -237,37 +241,16 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     """cos and sin of the rotary angles, (..., T, 1, D) fp32, for positions (..., T); see rotate().
 
     Su et al. 2021. Computed anew in each forward pass: a table kept in the model would be cast
-    along with it. The scalings are those of transformers: linear (divide by factor), llama3
-    (Llama 3.1's smooth cut), yarn (Peng et al. 2023).
+    along with it.
     """
     D = cfg.head_dim
     # D/2 frequencies, from one radian a token down to about one in rope_theta tokens
     pair = torch.arange(D // 2, device=pos.device, dtype=torch.float32)
-    freq = 1.0 / cfg.rope_theta ** (2 * pair / D)
-    gain = 1.0  # on cos and sin, so on queries and keys alike
-    scaling = cfg.rope_scaling or {}
-    kind = rope_kind(scaling)
-    if kind == "linear":
-        freq = freq / scaling["factor"]
-    elif kind == "llama3":
-        # turns that a frequency makes over the original context: many stay, few are slowed
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: slowed by factor
-        freq = freq * (keep + (1 - keep) / scaling["factor"])
-    elif kind == "yarn":
-        # what turns often over the context it was trained on stays, what turns less than once is
-        # slowed by factor, a ramp lies between
-        context = scaling.get("original_max_position_embeddings") or cfg.max_seq_len
+    freq, gain = 1.0 / cfg.rope_theta ** (2 * pair / D), 1.0
+    if rope_kind(cfg.rope_scaling or {}) not in (None, "default"):
+        from lumen.rope_scaling import scaled  # upward, so not where this file is copied out
 
-        def dimension(turns):  # the one whose frequency makes so many turns over the context
-            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
-
-        low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
-        high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), D - 1)
-        keep = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / scaling["factor"])
-        gain = scaling.get("attention_factor") or 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
+        freq, gain = scaled(cfg, freq)
     # in fp32: bf16 knows position 4,000 only to the next multiple of 16
     angle = pos[..., None, None].float() * torch.cat((-freq, freq))
     return angle.cos() * gain, angle.sin() * gain
@@ -667,12 +650,14 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter; each has a generator of its own, so any sharding starts alike.
 
-        | parameter                       | initial value                          |
-        |---------------------------------|----------------------------------------|
-        | norms                           | 1                                      |
-        | embed, head, wqkv, w13, routers | normal(0, init_std)                    |
-        | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
-        | MoD's predictor                 | 0: at first it is the router           |
+        | parameter                       | initial value                                     |
+        |---------------------------------|---------------------------------------------------|
+        | norms                           | 1                                                 |
+        | wqkv, w13, routers              | normal(0, init_std)                               |
+        | embed, head                     | the same, or init_embedding, init_head as the std |
+        | wo, w2 (they add to the stream) | init_outputs scaled: std init_std / sqrt(2        |
+        |                                 | n_layers); same: init_std; zero: 0                |
+        | MoD's predictor                 | 0: at first it is the router                      |
 
         By default init_std follows the width: with 0.02 at width 128, three matrices in a row leave
         next to nothing (EXPERIMENTS.md). Each expert has a generator of its own too, so spare slots
@@ -690,10 +675,7 @@ class Transformer(nn.Module):
         if role(name) == "norm":
             p.fill_(1.0)
             return
-        std = self.cfg.init_std
-        # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
-        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
-            std /= math.sqrt(2 * self.cfg.n_layers)
+        std = self.initial_std(name)
         parts = p if role(name) == "expert" else [p]
         for e, part in enumerate(parts, first):
             key = f"{seed}:{name}:{e}" if e else f"{seed}:{name}"
@@ -702,6 +684,15 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             # drawn on the CPU in fp32 whatever the device, so every device starts from the same
             part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
+
+    def initial_std(self, name: str) -> float:
+        cfg = self.cfg
+        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
+            # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
+            scaled = cfg.init_std / math.sqrt(2 * cfg.n_layers)
+            return {"scaled": scaled, "same": cfg.init_std, "zero": 0.0}[cfg.init_outputs]
+        own = {"embedding": cfg.init_embedding, "head": cfg.init_head}.get(role(name))
+        return cfg.init_std if own is None else own
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""

@@ -14,7 +14,7 @@ from lumen.model_keys import model_from_keys
 from model import ModelConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What rope_tables() in model.py reads of rope_scaling; transformers would act on other keys too.
+# What lumen/rope_scaling.py reads; transformers would act on other keys too.
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 YARN_KEYS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
 ROPE_KEYS = {

@@ -27,7 +27,8 @@ RANGES = {
 }
 RANGES |= dict.fromkeys(("multiple_of", "max_seq_len", "moe_every", "mod_every"), ">= 1")
 RANGES |= dict.fromkeys(("vocab_size", "d_ff", "ffn_hidden_multiplier"), ">= 0")
-RANGES |= dict.fromkeys(("norm_eps", "init_std", "mod_anneal_steps", "d_expert"), ">= 0")
+RANGES |= dict.fromkeys(("norm_eps", "init_std", "init_embedding", "init_head"), ">= 0")
+RANGES |= dict.fromkeys(("mod_anneal_steps", "d_expert"), ">= 0")
 RANGES |= dict.fromkeys(("n_experts", "n_experts_max", "n_shared_experts"), ">= 0")
 RANGES |= dict.fromkeys(("n_dense_layers", "n_null_experts", "aux_loss_weight"), ">= 0")
 RANGES |= dict.fromkeys(("router_z_loss_weight", "bias_update_rate"), ">= 0")
@@ -58,6 +59,8 @@ def model_from_keys(keys: dict) -> ModelConfig:
         refuse(cfg, "n_null_experts", "needs n_experts; they are choices beside real ones")
     check_mod(cfg)
     check_layers(cfg)
+    if cfg.init_head is not None and cfg.tie_embeddings:
+        refuse(cfg, "init_head", "needs tie_embeddings: false; tied, init_embedding says it")
     return cfg
 
 

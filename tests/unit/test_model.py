@@ -565,6 +565,25 @@ def test_init_is_seeded_per_name_with_the_stds_of_the_table():
         assert p.dim() == 1 or not torch.equal(p, other[name])
 
 
+@pytest.mark.parametrize("outputs", ("scaled", "same", "zero"))
+def test_initial_scale_by_role(outputs):
+    """Experts' outputs too; what is not named keeps init_std, and the draws are the same."""
+    own = dict(init_std=0.05, init_embedding=0.5, init_head=0.0, init_outputs=outputs)
+    keys = dict(vocab_size=512, d_model=128, n_layers=4, tie_embeddings=False)
+    keys |= dict(n_experts=4, moe_every=2, d_expert=64, n_shared_experts=1)
+    plain, model = make(init_std=0.05, **keys), make(**keys | own)
+    share = {"scaled": 8**-0.5, "same": 1.0, "zero": 0.0}[outputs]
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        if role(name) == "norm":
+            continue
+        of = {"embedding": 0.5, "head": 0.0}.get(role(name), 0.05)
+        out = re.search(r"wo\.weight|w2\.weight|experts\.w2", name)
+        want = 0.05 * share if out else of
+        assert p.std().item() == pytest.approx(want, rel=0.03), name
+        unscaled = q * (8**0.5 if out else 1.0) / 0.05  # the draw itself
+        torch.testing.assert_close(p, unscaled * want, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("d_model", (64, 128, 512, 768))
 def test_initial_weights_follow_the_width(d_model):
     """A matrix of fan-in d_model passes on the same share of its input at any width."""
@@ -705,6 +724,8 @@ def test_flops_per_token_equals_the_measured_ones(kind, recompute):
 
 REFUSALS = [
     (dict(n_layers=0), ("model.n_layers", "0", "[1, ")),
+    (dict(init_outputs="small"), ("model.init_outputs", "'small'", "scaled, same, zero")),
+    (dict(init_head=0.01), ("model.init_head", "0.01", "tie_embeddings: false")),
     (dict(max_seq_len=0), ("model.max_seq_len", "0", ">= 1")),
     (dict(n_heads=0), ("model.n_heads", "0", "[1, ")),
     (dict(multiple_of=0), ("model.multiple_of", "0", ">= 1")),
@@ -758,7 +779,8 @@ def test_ranges(interval, inside, outside):
 
 def test_every_number_of_the_configuration_is_finite_and_in_its_range():
     for key, interval in RANGES.items():
-        assert check_range(key, getattr(ModelConfig(**SMALL), key), interval) is None
+        value = getattr(ModelConfig(**SMALL), key)
+        assert value is None or check_range(key, value, interval) is None
         with pytest.raises(ValueError, match=f"model.{key}"):
             model_from_keys(SMALL | {key: -1 if interval != "(0, 1]" else 0})
     for value in (math.nan, math.inf, 10**12):
