@@ -109,6 +109,8 @@ def check_keys(cfg) -> None:
                 wrong.append(f"{key} is of preferences, not of method sft")
     else:
         preferences.check_method(cfg)
+        if "softcap" in (cfg.model.extras or []):
+            wrong.append(f"model.extras: softcap: method {cfg.method} measures logits without it")
     if cfg.lora.r:
         if cfg.freeze:
             wrong.append("freeze: under lora only adapters are trained")

@@ -66,6 +66,7 @@ class ModelConfig:
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
     norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over whole vectors)
+    extras: list | None = None  # of value_residual, x0, relu2, softcap, which do not export
     # Mixture of Experts (n_experts: 0 is a dense model)
     n_experts: int = 0  # routed experts per MoE layer
     n_experts_per_token: int = 2  # K, experts that each token visits
@@ -148,8 +149,10 @@ class ModelConfig:
         # as many as query heads is ordinary attention, 1 is multi-query, between them GQA
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if not self.d_ff:
-            # two thirds, since SwiGLU has three matrices where an ordinary FFN has two
-            hidden = int(2 * int(self.ffn_hidden_multiplier * self.d_model) / 3)
+            hidden = int(self.ffn_hidden_multiplier * self.d_model)
+            if "relu2" not in (self.extras or []):
+                # SwiGLU has three matrices where an ordinary FFN has two
+                hidden = int(2 * hidden / 3)
             self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
         self.d_expert = self.d_expert or self.d_ff
         if self.init_std is None:
@@ -200,7 +203,7 @@ def role(name: str) -> str:
         return "expert"
     if "router" in modules or "predictor" in modules:
         return "router"
-    if modules[-1].endswith("norm"):
+    if modules[-1].endswith(("norm", "mix")):  # mix: of lumen/extras.py
         return "norm"
     return {"embed": "embedding", "head": "head"}.get(modules[0], "matrix")
 
@@ -332,6 +335,7 @@ class AttentionInputs(NamedTuple):
     slots: torch.Tensor | None = None  # (B, T), where the cache stores them
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
     docs: tuple | None = None  # kernels.Documents, which do not see each other
+    first: tuple | None = None  # what the first block gives the others: lumen/extras.py
 
 
 class Attention(nn.Module):
@@ -356,10 +360,14 @@ class Attention(nn.Module):
         return rotate(q, inputs.rope), rotate(k, inputs.rope)
 
     def forward(self, x, inputs: AttentionInputs):
-        B, T, _ = x.shape
-        # one matmul for all three: queries, keys, values
-        q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
-        q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
+        return self.attended(*self.project(x), inputs)
+
+    def project(self, x):
+        """Queries (B, T, H, D), keys and values (B, T, G, D), by one matmul for all three."""
+        parts = self.wqkv(x).split(self.sizes, dim=-1)
+        return [part.view(*x.shape[:2], -1, self.cfg.head_dim) for part in parts]
+
+    def attended(self, q, k, v, inputs: AttentionInputs):
         q, k = self.norm_and_rotate(q, k, inputs)
         if inputs.docs is not None or (inputs.backend != "sdpa" and inputs.cache is None):
             from kernels import attention  # optional; lumen/attention.py has tried it
@@ -367,7 +375,7 @@ class Attention(nn.Module):
             y = attention(q, k, v, inputs.backend, inputs.docs)
         else:
             y = self.attend(q, k, v, inputs)
-        return self.wo(y.reshape(B, T, -1))
+        return self.wo(y.flatten(2))
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """softmax(q k^T / sqrt(D)) v, causal, (B, T, H, D); torch picks its fastest kernel."""
@@ -469,19 +477,6 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
 
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::topk")
-MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
-
-
-def keep_matmuls(ctx, op, *args, **kwargs):
-    """Selective recomputation: keep the outputs of matmuls, attention and topk (which decides the
-    routing: recomputed, it could differ), make the rest anew."""
-    name = op.name() if hasattr(op, "name") else ""
-    keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
-    policy = remat.CheckpointPolicy
-    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE
-
-
 def recomputed(run, how: str, random: bool, *args):
     """run(*args), of which backward makes anew everything (how: block) or all but the matmuls
     (selective).
@@ -493,6 +488,8 @@ def recomputed(run, how: str, random: bool, *args):
     # keeping the random state costs a copy from the device, so only where something is drawn
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
+        from lumen.activations import keep_matmuls  # upward, so not where this file is copied out
+
         make = functools.partial(remat.create_selective_checkpoint_contexts, keep_matmuls)
         options["context_fn"] = make
     return remat.checkpoint(run, *args, **options)
@@ -542,7 +539,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool, fused=False):
         of_chunk = cross_entropy
-        if fused:
+        if fused == "capped":
+            from lumen.extras import cross_entropy as of_chunk
+        elif fused:
             from kernels_triton import cross_entropy as of_chunk
         W = weight.to(x.dtype)  # (V, C)
         # at 50,000 ids the full logits would be 200 kB a token
@@ -633,7 +632,14 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is not set and no tokenizer says it")
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        block, self.cap = Block, None
+        if cfg.extras:
+            # upward, so they do not go where this file is copied out
+            from lumen.extras import ExtraBlock as block
+            from lumen.extras import cap
+
+            self.cap = cap if "softcap" in cfg.extras else None
+        self.blocks = nn.ModuleList(block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         # tied: there is no second parameter, forward takes the embedding's
         if not cfg.tie_embeddings:
@@ -726,6 +732,8 @@ class Transformer(nn.Module):
         found = []  # statistics of the sparse layers, block by block
         for block in self.blocks:
             change, stats = self.run_block(block, x, inputs)
+            if "first" in stats:
+                inputs = inputs._replace(first=stats.pop("first"))
             x = x + change
             found.append(stats)  # empty where the block is dense
         if cache is not None:
@@ -733,7 +741,8 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             head = getattr(self, "head", None)  # where untied, or made ready by lumen/onednn.py
-            return head(x) if head else F.linear(x, self.head_weight().to(x.dtype))
+            y = head(x) if head else F.linear(x, self.head_weight().to(x.dtype))
+            return self.cap(y) if self.cap else y
         return self.loss(x, targets, found)
 
     def run_block(self, block: Block, x, inputs: AttentionInputs):
@@ -750,7 +759,7 @@ class Transformer(nn.Module):
         x, asked, of = x.flatten(0, 1), valid.flatten(), targets.flatten()
         if self.skip_masked and not asked.all():
             x, of = x[asked], of[asked]  # masked places need no logits
-        how = (self.z_loss, grad, self.fused_loss)
+        how = (self.z_loss, grad, "capped" if self.cap else self.fused_loss)
         total, ce, z, correct = HeadLoss.apply(x, self.head_weight(), of, *how)
         sums = {"ce": ce, "z": z, "count": valid.sum().float()}
         if not grad:

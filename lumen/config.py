@@ -252,6 +252,7 @@ INSIDE = {
     "freeze": [str],
     "lora.targets": [str],
     "evaluate.tasks": [str],
+    "model.extras": [str],
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],

@@ -201,6 +201,7 @@ def refusals(cfg: ModelConfig) -> list[str]:
         if wrong:
             why.append(f"model.{text}")
 
+    refuse(cfg.extras, f"extras: {', '.join(cfg.extras or [])} has no class")
     order = f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention)"
     refuse(cfg.norm_order != "pre", f"{order} has no class")
     refuse(

@@ -374,6 +374,8 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     shape = shape_of(facts.model, run["micro_batch"], facts.layout.documents)
     attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic))
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
+    if "softcap" in (cfg.model.extras or []):
+        loss, loss_why = "plain", "Triton's kernel knows no softcap"
     experts, experts_why = cfg.expert_backend, ""
     if cfg.model.n_experts:
         with as_in_the_run(deterministic):

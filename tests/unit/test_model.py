@@ -40,6 +40,8 @@ KINDS = {
     "lunaris": dict(norm_order="lunaris", n_kv_heads=2),
     "rope first, wide heads": dict(rope_first=True, head_dim=16),
     "yarn": dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+    "extras": dict(extras=["value_residual", "x0", "relu2", "softcap"], n_kv_heads=2),
+    "extras lunaris": dict(extras=["value_residual", "softcap"], norm_order="lunaris"),
 }
 
 
@@ -683,13 +685,15 @@ def test_counts(kind, device):
         cfg.n_layers,
         cfg.vocab_size,
     )
-    layer = C * (H + 2 * G) * D + H * D * C + 3 * C * cfg.d_ff
+    extras = cfg.extras or []
+    layer = C * (H + 2 * G) * D + H * D * C + (2 if "relu2" in extras else 3) * C * cfg.d_ff
     if cfg.norm_order == "lunaris":
         layer += C + (H + G) * D
     else:
         layer += 2 * C + (2 * D if cfg.qk_norm else 0)
     tables = V * C * (1 if cfg.tie_embeddings else 2)
-    total = L * layer + C + tables
+    mixes = 2 * (L - 1) * len({"value_residual", "x0"} & {*extras})
+    total = L * layer + mixes + C + tables
     assert model.n_params() == {"total": total, "active": total, "non_embedding": total - tables}
     assert total == sum(p.numel() for p in model.parameters())
     assert all(p.device.type == device for p in model.parameters())

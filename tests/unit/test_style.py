@@ -40,7 +40,7 @@ PROMISES = {
 }
 LARGEST_CLASS = 460
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
-    "model.py": 875,
+    "model.py": 884,
     "model_moe.py": 465,
 }
 
@@ -56,6 +56,8 @@ UPWARD = {  # (file, module imported inside a function) -> why it must go up
     ("export.py", "tools.import_lunaris"): "its command from_lunaris is a foreign format's",
     ("train.py", "tools.simulate"): "the dry run",
     ("model.py", "lumen.lunaris"): "attention of foreign checkpoints, where somebody asks for it",
+    ("model.py", "lumen.extras"): "what does not export, where somebody asks for it",
+    ("model.py", "lumen.activations"): "activation_checkpointing: selective",
     ("model.py", "lumen.rope_scaling"): "contexts of imported models, where somebody asks for it",
     ("lumen/adapters.py", "export"): "runs of ours and foreign folders are read and written there",
     ("lumen/data.py", "prepare_data"): "makes the data on a first start",
