@@ -47,6 +47,8 @@ KINDS["documents"] = KINDS["hybrid"]  # on rows whose documents do not see each 
 KINDS["few"] = MOE | {
     "n_experts_max": 6
 }  # neither 6 nor 3 experts divide evenly: cut along the next dimension
+# two numbers a mix: of four ranks two hold none of it
+KINDS["extras"] = {"extras": ["value_residual", "x0", "relu2", "softcap"]}
 BF16 = {"precision": "mixed_bf16"}
 LAYOUTS = {  # ranks, kind of model, keys
     "fsdp 2": (2, "dense", {}),
@@ -74,6 +76,7 @@ LAYOUTS = {  # ranks, kind of model, keys
         {"expert_parallel": 2, "activation_checkpointing": "selective"},
     ),
     "documents, zero 0": (2, "documents", {"zero_stage": 0}),
+    "extras": (4, "extras", {"activation_checkpointing": "block"}),
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
 }
@@ -89,6 +92,7 @@ NIGHTLY = {
     "reduce bf16",
     "fsdp 2 moe",
     "fsdp 2 hybrid",
+    "extras",
 }
 ROUGH = {"bf16", "bf16 ep 2", "reduce bf16"}
 STEPS = 7

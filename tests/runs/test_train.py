@@ -280,6 +280,17 @@ def test_resumed_equals_never_stopped(tiny, reference, dropout):
     assert Trainer(parts).step == 12
 
 
+@pytest.mark.nightly
+def test_resumed_equals_never_stopped_with_extras(tiny):
+    names = {"extras": ["value_residual", "x0", "relu2", "softcap"]}
+    whole = finish(tiny("whole", names, activation_checkpointing="selective"))
+    parts = tiny("parts", names, activation_checkpointing="selective")
+    stop_at(Trainer(parts), 5).fit()
+    assert fingerprint(finish(parts).out, 12) == fingerprint(whole.out, 12)
+    with pytest.raises(UserError, match="E305.*extras"):
+        Trainer(tiny("parts", {"extras": ["softcap"]}))
+
+
 def test_finished_run_says_so(tiny, capsys):
     keys = tiny(max_steps=2)
     finish(keys)
