@@ -93,7 +93,7 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     with_lora = bool(tree["lora"].get("r"))
     if tree["lora"] and not with_lora:
         raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
-    if "learning_rate" not in tree:
+    if tree.get("learning_rate", "auto") == "auto":
         tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)
         notes.append(f"learning_rate {tree['learning_rate']:g}: {why}")
     if not any(tree.get(key) for key in ("max_steps", "num_epochs", "tokens_per_parameter")):
@@ -111,6 +111,8 @@ def check_keys(cfg) -> None:
                 wrong.append(f"{key} is of preferences, not of method sft")
     else:
         preferences.check_method(cfg)
+        if "softcap" in (cfg.model.extras or []):
+            wrong.append(f"model.extras: softcap: method {cfg.method} measures logits without it")
     if cfg.lora.r:
         if cfg.freeze:
             wrong.append("freeze: under lora only adapters are trained")

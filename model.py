@@ -35,6 +35,7 @@ AT_LEAST_ONE += ("moe_every", "mod_every")
 # and names that something is chosen by: a misspelt one would quietly be another model
 NAMES = {
     "norm_order": ("pre", "lunaris"),
+    "init_outputs": ("scaled", "same", "zero"),
     "router": ("softmax", "sigmoid"),
     "mod_routing": ("learned", "static", "random"),
 }
@@ -59,9 +60,13 @@ class ModelConfig:
     dropout: float = 0.0  # on the embedding and on what attention and FFN add, 0 to 1
     norm_eps: float = 1e-6  # RMSNorm's epsilon
     init_std: float | None = None  # of the initial weights; null: 0.02 sqrt(512 / d_model)
+    init_outputs: str = "scaled"  # of wo and w2, which add to the stream; or same | zero
+    init_embedding: float | None = None  # std of the embedding, tied: of the head too; null: as all
+    init_head: float | None = None  # std of an untied head; null: as all
     qk_norm: bool = True  # RMSNorm on queries and keys; false with norm_order pre: Llama
     tie_embeddings: bool = True  # the head is the embedding, no second parameter
     norm_order: str = "pre"  # pre | lunaris (no pre-attention norm, QK-norm over whole vectors)
+    extras: list | None = None  # of value_residual, x0, relu2, softcap, which do not export
     # Mixture of Experts (n_experts: 0 is a dense model)
     n_experts: int = 0  # routed experts per MoE layer
     n_experts_per_token: int = 2  # K, experts that each token visits
@@ -144,8 +149,10 @@ class ModelConfig:
         # as many as query heads is ordinary attention, 1 is multi-query, between them GQA
         self.n_kv_heads = self.n_kv_heads or self.n_heads
         if not self.d_ff:
-            # two thirds, since SwiGLU has three matrices where an ordinary FFN has two
-            hidden = int(2 * int(self.ffn_hidden_multiplier * self.d_model) / 3)
+            hidden = int(self.ffn_hidden_multiplier * self.d_model)
+            if "relu2" not in (self.extras or []):
+                # SwiGLU has three matrices where an ordinary FFN has two
+                hidden = int(2 * hidden / 3)
             self.d_ff = self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
         self.d_expert = self.d_expert or self.d_ff
         if self.init_std is None:
@@ -196,7 +203,7 @@ def role(name: str) -> str:
         return "expert"
     if "router" in modules or "predictor" in modules:
         return "router"
-    if modules[-1].endswith("norm"):
+    if modules[-1].endswith(("norm", "mix")):  # mix: of lumen/extras.py
         return "norm"
     return {"embed": "embedding", "head": "head"}.get(modules[0], "matrix")
 
@@ -237,37 +244,16 @@ def rope_tables(cfg: ModelConfig, pos: torch.Tensor) -> tuple[torch.Tensor, torc
     """cos and sin of the rotary angles, (..., T, 1, D) fp32, for positions (..., T); see rotate().
 
     Su et al. 2021. Computed anew in each forward pass: a table kept in the model would be cast
-    along with it. The scalings are those of transformers: linear (divide by factor), llama3
-    (Llama 3.1's smooth cut), yarn (Peng et al. 2023).
+    along with it.
     """
     D = cfg.head_dim
     # D/2 frequencies, from one radian a token down to about one in rope_theta tokens
     pair = torch.arange(D // 2, device=pos.device, dtype=torch.float32)
-    freq = 1.0 / cfg.rope_theta ** (2 * pair / D)
-    gain = 1.0  # on cos and sin, so on queries and keys alike
-    scaling = cfg.rope_scaling or {}
-    kind = rope_kind(scaling)
-    if kind == "linear":
-        freq = freq / scaling["factor"]
-    elif kind == "llama3":
-        # turns that a frequency makes over the original context: many stay, few are slowed
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: slowed by factor
-        freq = freq * (keep + (1 - keep) / scaling["factor"])
-    elif kind == "yarn":
-        # what turns often over the context it was trained on stays, what turns less than once is
-        # slowed by factor, a ramp lies between
-        context = scaling.get("original_max_position_embeddings") or cfg.max_seq_len
+    freq, gain = 1.0 / cfg.rope_theta ** (2 * pair / D), 1.0
+    if rope_kind(cfg.rope_scaling or {}) not in (None, "default"):
+        from lumen.rope_scaling import scaled  # upward, so not where this file is copied out
 
-        def dimension(turns):  # the one whose frequency makes so many turns over the context
-            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
-
-        low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
-        high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), D - 1)
-        keep = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / scaling["factor"])
-        gain = scaling.get("attention_factor") or 0.1 * math.log(max(scaling["factor"], 1.0)) + 1.0
+        freq, gain = scaled(cfg, freq)
     # in fp32: bf16 knows position 4,000 only to the next multiple of 16
     angle = pos[..., None, None].float() * torch.cat((-freq, freq))
     return angle.cos() * gain, angle.sin() * gain
@@ -349,6 +335,7 @@ class AttentionInputs(NamedTuple):
     slots: torch.Tensor | None = None  # (B, T), where the cache stores them
     causal: bool = True  # in evaluation MoD chooses by its causal rule; False: as in training
     docs: tuple | None = None  # kernels_attention.Documents, which do not see each other
+    first: tuple | None = None  # what the first block gives the others: lumen/extras.py
 
 
 class Attention(nn.Module):
@@ -373,10 +360,14 @@ class Attention(nn.Module):
         return rotate(q, inputs.rope), rotate(k, inputs.rope)
 
     def forward(self, x, inputs: AttentionInputs):
-        B, T, _ = x.shape
-        # one matmul for all three: queries, keys, values
-        q, k, v = self.wqkv(x).split(self.sizes, dim=-1)
-        q, k, v = (t.view(B, T, -1, self.cfg.head_dim) for t in (q, k, v))  # (B, T, H or G, D)
+        return self.attended(*self.project(x), inputs)
+
+    def project(self, x):
+        """Queries (B, T, H, D), keys and values (B, T, G, D), by one matmul for all three."""
+        parts = self.wqkv(x).split(self.sizes, dim=-1)
+        return [part.view(*x.shape[:2], -1, self.cfg.head_dim) for part in parts]
+
+    def attended(self, q, k, v, inputs: AttentionInputs):
         q, k = self.norm_and_rotate(q, k, inputs)
         if inputs.docs is not None or (inputs.backend != "sdpa" and inputs.cache is None):
             from kernels_attention import attention  # optional; lumen/attention.py has tried it
@@ -384,7 +375,7 @@ class Attention(nn.Module):
             y = attention(q, k, v, inputs.backend, inputs.docs)
         else:
             y = self.attend(q, k, v, inputs)
-        return self.wo(y.reshape(B, T, -1))
+        return self.wo(y.flatten(2))
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """softmax(q k^T / sqrt(D)) v, causal, (B, T, H, D); torch picks its fastest kernel."""
@@ -486,19 +477,6 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training), stats
 
 
-MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::topk")
-MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
-
-
-def keep_matmuls(ctx, op, *args, **kwargs):
-    """Selective recomputation: keep the outputs of matmuls, attention and topk (which decides the
-    routing: recomputed, it could differ), make the rest anew."""
-    name = op.name() if hasattr(op, "name") else ""
-    keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
-    policy = remat.CheckpointPolicy
-    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE
-
-
 def recomputed(run, how: str, random: bool, *args):
     """run(*args), of which backward makes anew everything (how: block) or all but the matmuls
     (selective).
@@ -510,6 +488,8 @@ def recomputed(run, how: str, random: bool, *args):
     # keeping the random state costs a copy from the device, so only where something is drawn
     options = {"use_reentrant": False, "preserve_rng_state": random}
     if how == "selective":
+        from lumen.activations import keep_matmuls  # upward, so not where this file is copied out
+
         make = functools.partial(remat.create_selective_checkpoint_contexts, keep_matmuls)
         options["context_fn"] = make
     return remat.checkpoint(run, *args, **options)
@@ -559,7 +539,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, z_loss: float, need_grad: bool, fused=False):
         of_chunk = cross_entropy
-        if fused:
+        if fused == "capped":
+            from lumen.extras import cross_entropy as of_chunk
+        elif fused:
             from kernels_triton import cross_entropy as of_chunk
         W = weight.to(x.dtype)  # (V, C)
         # at 50,000 ids the full logits would be 200 kB a token
@@ -650,7 +632,14 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is not set and no tokenizer says it")
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        block, self.cap = Block, None
+        if cfg.extras:
+            # upward, so they do not go where this file is copied out
+            from lumen.extras import ExtraBlock as block
+            from lumen.extras import cap
+
+            self.cap = cap if "softcap" in cfg.extras else None
+        self.blocks = nn.ModuleList(block(cfg, i) for i in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         # tied: there is no second parameter, forward takes the embedding's
         if not cfg.tie_embeddings:
@@ -667,12 +656,14 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter; each has a generator of its own, so any sharding starts alike.
 
-        | parameter                       | initial value                          |
-        |---------------------------------|----------------------------------------|
-        | norms                           | 1                                      |
-        | embed, head, wqkv, w13, routers | normal(0, init_std)                    |
-        | wo, w2 (they add to the stream) | normal(0, init_std / sqrt(2 n_layers)) |
-        | MoD's predictor                 | 0: at first it is the router           |
+        | parameter                       | initial value                                     |
+        |---------------------------------|---------------------------------------------------|
+        | norms                           | 1                                                 |
+        | wqkv, w13, routers              | normal(0, init_std)                               |
+        | embed, head                     | the same, or init_embedding, init_head as the std |
+        | wo, w2 (they add to the stream) | init_outputs scaled: std init_std / sqrt(2        |
+        |                                 | n_layers); same: init_std; zero: 0                |
+        | MoD's predictor                 | 0: at first it is the router                      |
 
         By default init_std follows the width: with 0.02 at width 128, three matrices in a row leave
         next to nothing (EXPERIMENTS.md). Each expert has a generator of its own too, so spare slots
@@ -690,10 +681,7 @@ class Transformer(nn.Module):
         if role(name) == "norm":
             p.fill_(1.0)
             return
-        std = self.cfg.init_std
-        # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
-        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
-            std /= math.sqrt(2 * self.cfg.n_layers)
+        std = self.initial_std(name)
         parts = p if role(name) == "expert" else [p]
         for e, part in enumerate(parts, first):
             key = f"{seed}:{name}:{e}" if e else f"{seed}:{name}"
@@ -702,6 +690,15 @@ class Transformer(nn.Module):
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             # drawn on the CPU in fp32 whatever the device, so every device starts from the same
             part.copy_(torch.randn(part.shape, generator=generator).mul_(std))
+
+    def initial_std(self, name: str) -> float:
+        cfg = self.cfg
+        if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
+            # 2 n_layers of these add to the stream, so each adds that much less (GPT-2)
+            scaled = cfg.init_std / math.sqrt(2 * cfg.n_layers)
+            return {"scaled": scaled, "same": cfg.init_std, "zero": 0.0}[cfg.init_outputs]
+        own = {"embedding": cfg.init_embedding, "head": cfg.init_head}.get(role(name))
+        return cfg.init_std if own is None else own
 
     def head_weight(self) -> torch.Tensor:
         """(V, C)."""
@@ -735,6 +732,8 @@ class Transformer(nn.Module):
         found = []  # statistics of the sparse layers, block by block
         for block in self.blocks:
             change, stats = self.run_block(block, x, inputs)
+            if "first" in stats:
+                inputs = inputs._replace(first=stats.pop("first"))
             x = x + change
             found.append(stats)  # empty where the block is dense
         if cache is not None:
@@ -742,7 +741,8 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             head = getattr(self, "head", None)  # where untied, or made ready by lumen/onednn.py
-            return head(x) if head else F.linear(x, self.head_weight().to(x.dtype))
+            y = head(x) if head else F.linear(x, self.head_weight().to(x.dtype))
+            return self.cap(y) if self.cap else y
         return self.loss(x, targets, found)
 
     def run_block(self, block: Block, x, inputs: AttentionInputs):
@@ -759,7 +759,7 @@ class Transformer(nn.Module):
         x, asked, of = x.flatten(0, 1), valid.flatten(), targets.flatten()
         if self.skip_masked and not asked.all():
             x, of = x[asked], of[asked]  # masked places need no logits
-        how = (self.z_loss, grad, self.fused_loss)
+        how = (self.z_loss, grad, "capped" if self.cap else self.fused_loss)
         total, ce, z, correct = HeadLoss.apply(x, self.head_weight(), of, *how)
         sums = {"ce": ce, "z": z, "count": valid.sum().float()}
         if not grad:

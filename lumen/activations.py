@@ -7,6 +7,8 @@ for what selective recomputation keeps: what matmuls, attention and topk gave.
 
 from __future__ import annotations
 
+from torch.utils import checkpoint as remat
+
 from lumen.tuning import PRETRAINING, Tuning, kept_less
 from model import ModelConfig
 
@@ -24,6 +26,21 @@ def swiglu(d_model: int, d_ff: int, b: int, selective: bool) -> float:
     if selective:
         return b * (2 * d_ff + d_model)
     return b * 4 * d_ff  # gate and up; silu(gate); their product
+
+
+def relu2(d_model: int, d_ff: int, b: int, selective: bool) -> float:
+    if selective:
+        return b * (d_ff + d_model)
+    return b * 2 * d_ff  # relu; its square
+
+
+def extras(cfg: ModelConfig, layer: int, b: int, selective: bool) -> float:
+    """What the mixes of lumen/extras.py keep of each token: both parts, and the sum."""
+    names = cfg.extras or []
+    width = (cfg.d_model if "x0" in names else 0) if layer else 0
+    if "value_residual" in names and layer:
+        width += cfg.n_kv_heads * cfg.head_dim
+    return b * width * (0 if selective else 1)
 
 
 def moe(cfg: ModelConfig, b: int, selective: bool, arrive: float = 0.0) -> float:
@@ -54,11 +71,13 @@ def block(
     """A token of the batch: (attention's half, the FFN's half). arrive: see moe."""
     C = cfg.d_model
     less_attn, less_ffn = kept_less(cfg, layer, b, selective, tuning)
-    attn = attention(cfg, b, selective)
+    attn = attention(cfg, b, selective) + extras(cfg, layer, b, selective)
     if cfg.is_moe(layer):
         ffn = moe(cfg, b, selective, arrive)
         if cfg.n_shared_experts:
             ffn += swiglu(C, cfg.n_shared_experts * cfg.d_expert, b, selective)
+    elif "relu2" in (cfg.extras or []):
+        ffn = relu2(C, cfg.d_ff, b, selective)
     else:
         ffn = swiglu(C, cfg.d_ff, b, selective)
     # a capacity that is annealed begins with all tokens
@@ -76,3 +95,18 @@ def block(
         trains = tuning.trains(f"blocks.{layer}.mod.router.weight")
         return deep * attn, share * (ffn + b * C) + (8 if trains else 4) * C
     return deep * attn, share * ffn
+
+
+# ---------------------------------------------------------------- selective recomputation
+
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "aten::topk")
+MATMULS += ("lumen::experts", "lumen::frozen_experts", "lumen::attend", "torch_attn::_varlen_attn")
+
+
+def keep_matmuls(ctx, op, *args, **kwargs):
+    """Selective recomputation: keep the outputs of matmuls, attention and topk (which decides the
+    routing: recomputed, it could differ), make the rest anew."""
+    name = op.name() if hasattr(op, "name") else ""
+    keep = name.partition(".")[0] in MATMULS or "scaled_dot_product" in name
+    policy = remat.CheckpointPolicy
+    return policy.MUST_SAVE if keep else policy.PREFER_RECOMPUTE

@@ -77,7 +77,7 @@ class Config:
     batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows
     target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
     # optimizer and schedule
-    learning_rate: float = 3e-4  # the peak, absolute
+    learning_rate: float | str = 3e-4  # the peak, absolute; auto: by model and batch, said at start
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
     lr_schedule: str = "cosine"  # after the warm-up; onecycle: up to 30 %, from a 25th
     decay_frac: float = 0.2  # wsd: the last part of max_steps, which decays linearly
@@ -166,7 +166,7 @@ RANGES = {
     "gradient_accumulation_steps": "[1, 16777216]",
     "batch_tokens": "[1, 1e12]",
     "target_memory": "(0, 1]",
-    "learning_rate": ">= 0",
+    "learning_rate": ">= 0 | auto",
     "min_lr": ">= 0",
     "lr_schedule": "cosine | linear | wsd | constant | onecycle",
     "decay_frac": "(0, 1]",
@@ -252,6 +252,7 @@ INSIDE = {
     "freeze": [str],
     "lora.targets": [str],
     "evaluate.tasks": [str],
+    "model.extras": [str],
     "model.moe_layers": [int],
     "model.mod_layers": [int],
     "model.mod_capacity": [float],

@@ -47,6 +47,7 @@ def refusals(cfg: ModelConfig) -> list[str]:
         if wrong:
             why.append(f"model.{text}")
 
+    refuse(cfg.extras, f"extras: {', '.join(cfg.extras or [])}: llama.cpp computes no such block")
     order = f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention)"
     refuse(cfg.norm_order != "pre", order)
     refuse(cfg.rope_first, "rope_first: true: QK-norm comes before RoPE there")

@@ -157,13 +157,13 @@ def quantize(
     model.eval()
     stream = F.embedding(rows, model.embed.weight)  # (B, T, C)
     pos = torch.arange(rows.shape[1])
-    inputs = AttentionInputs(rope_tables(model.cfg, pos), pos=pos)
+    inputs = [AttentionInputs(rope_tables(model.cfg, pos), pos=pos) for _ in stream]
     paths = convertible(model)
     for number, block in enumerate(model.blocks):
         own = [path for path in paths if path.startswith(f"blocks.{number}.")]
         watch = Watch({path: model.get_submodule(path) for path in own})
-        for row in stream:
-            block(row[None], inputs)
+        for row, told in zip(stream, inputs):
+            block(row[None], told)
         watch.close()
         for path in own:
             layer = model.get_submodule(path)
@@ -174,8 +174,11 @@ def quantize(
                 seen = watch.linear.pop(path)
                 packed = matrix(path, layer.weight.detach(), seen, kind, act_order, report)
                 put(model, path, QuantLinear(layer.weight, kind, packed))
-        for row in stream:
-            row += block(row[None], inputs)[0][0]
+        for i, row in enumerate(stream):
+            change, stats = block(row[None], inputs[i])
+            if "first" in stats:  # of lumen/extras.py; a copy, for the row is added to in place
+                inputs[i] = inputs[i]._replace(first=tuple(t.clone() for t in stats["first"]))
+            row += change[0]
         say(f"gptq       block {number + 1} of {len(model.blocks)}")
     return report
 

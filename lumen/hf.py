@@ -14,7 +14,7 @@ from lumen.model_keys import model_from_keys
 from model import ModelConfig
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What rope_tables() in model.py reads of rope_scaling; transformers would act on other keys too.
+# What lumen/rope_scaling.py reads; transformers would act on other keys too.
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 YARN_KEYS = ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
 ROPE_KEYS = {
@@ -201,6 +201,7 @@ def refusals(cfg: ModelConfig) -> list[str]:
         if wrong:
             why.append(f"model.{text}")
 
+    refuse(cfg.extras, f"extras: {', '.join(cfg.extras or [])} has no class")
     order = f"norm_order: {cfg.norm_order} (QK-norm over whole vectors, no norm before attention)"
     refuse(cfg.norm_order != "pre", f"{order} has no class")
     refuse(

@@ -97,7 +97,7 @@ def model_line(m: ModelConfig, n: dict[str, int]) -> str:
 
 
 def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list[str]:
-    """On MoE and MoD layers; `backend` is that of the experts, `why` the reason for it."""
+    """On MoE, MoD and extras; `backend` is that of the experts, `why` the reason for it."""
     moe = [i for i in range(m.n_layers) if m.is_moe(i)]
     mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
     lines = []
@@ -108,10 +108,12 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
         if m.mod_anneal_steps > max_steps:
             text = f"mod_anneal_steps {m.mod_anneal_steps}: the run ends before capacity has fallen"
             lines.append(f"advice     {text}")
+    if m.extras:
+        lines.append(f"extras     {', '.join(m.extras)}")
     if idle := model_keys.idle(m):
         text = "without effect, for n_experts or mod_capacity is not set"
         lines.append(f"advice     {text}: {', '.join(idle)}")
-    if moe or mod:
+    if moe or mod or m.extras:
         for reason in refusals(m)[:3]:
             lines.append(f"advice     will not export to Hugging Face: {reason}")
     return lines

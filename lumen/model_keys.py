@@ -27,7 +27,8 @@ RANGES = {
 }
 RANGES |= dict.fromkeys(("multiple_of", "max_seq_len", "moe_every", "mod_every"), ">= 1")
 RANGES |= dict.fromkeys(("vocab_size", "d_ff", "ffn_hidden_multiplier"), ">= 0")
-RANGES |= dict.fromkeys(("norm_eps", "init_std", "mod_anneal_steps", "d_expert"), ">= 0")
+RANGES |= dict.fromkeys(("norm_eps", "init_std", "init_embedding", "init_head"), ">= 0")
+RANGES |= dict.fromkeys(("mod_anneal_steps", "d_expert"), ">= 0")
 RANGES |= dict.fromkeys(("n_experts", "n_experts_max", "n_shared_experts"), ">= 0")
 RANGES |= dict.fromkeys(("n_dense_layers", "n_null_experts", "aux_loss_weight"), ">= 0")
 RANGES |= dict.fromkeys(("router_z_loss_weight", "bias_update_rate"), ">= 0")
@@ -35,6 +36,7 @@ RANGES |= dict.fromkeys(("dropout", "router_jitter", "expert_dropout"), "[0, 1)"
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_NEEDS = {"default": (), "linear": ("factor",), "yarn": ("factor",), "llama3": LLAMA3}
+EXTRAS = ("value_residual", "x0", "relu2", "softcap")  # see lumen/extras.py
 ROPE_NUMBERS = {"attention_factor", "beta_fast", "beta_slow", *LLAMA3}
 
 
@@ -58,6 +60,9 @@ def model_from_keys(keys: dict) -> ModelConfig:
         refuse(cfg, "n_null_experts", "needs n_experts; they are choices beside real ones")
     check_mod(cfg)
     check_layers(cfg)
+    check_extras(cfg)
+    if cfg.init_head is not None and cfg.tie_embeddings:
+        refuse(cfg, "init_head", "needs tie_embeddings: false; tied, init_embedding says it")
     return cfg
 
 
@@ -187,6 +192,19 @@ def check_mod(cfg) -> None:
         refuse(cfg, "mod_start_layer", f"must be from 0 to {L - 1}")
     if last is not None and not start <= last < L:
         refuse(cfg, "mod_end_layer", f"must be from mod_start_layer {start} to {L - 1}")
+
+
+def check_extras(cfg) -> None:
+    """What speed runs have, and what it does not go with."""
+    names = cfg.extras or []
+    if set(names) - set(EXTRAS) or len(set(names)) < len(names):
+        refuse(cfg, "extras", f"must be different ones of {', '.join(EXTRAS)}")
+    if "relu2" in names and cfg.n_experts:
+        refuse(cfg, "extras", "relu2 is of dense models: the experts' kernels are SwiGLU's")
+    routed = any(cfg.capacity(i) < 1 for i in range(cfg.n_layers))
+    if routed and {"value_residual", "x0"} & {*names}:
+        text = "value_residual and x0 need every token in every block, mod_capacity skips some"
+        refuse(cfg, "extras", text)
 
 
 def check_layers(cfg) -> None:

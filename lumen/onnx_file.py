@@ -102,6 +102,9 @@ def refuse(opened: models.Opened) -> None:
         text = f"Mixture of Depths in layers {list(layers)}: how many tokens a layer computes is "
         text += "known only while it computes. sample.py and serve.py make text with this model"
         raise UserError("E404", f"{folder}: {text}")
+    if extras := opened.model.cfg.extras:
+        text = f"model.extras: {', '.join(extras)}: its graph was never compared with the model"
+        raise UserError("E404", f"{folder}: {text}. sample.py and serve.py make text with it")
     for name, tensor in opened.model.state_dict().items():
         if tensor.is_floating_point():
             checkpoint.refuse_nonfinite(f"{folder}: {name}", tensor)

@@ -22,7 +22,7 @@ from lumen.errors import UserError
 from lumen.launch import environment
 from lumen.machine import Machine
 from lumen.optim import state_bytes
-from lumen.schedule import phase_ends, resolve_order, resolve_phases, rise, stretch
+from lumen.schedule import auto_rate, phase_ends, resolve_order, resolve_phases, rise, stretch
 from lumen.tryout import as_in_the_run, pick_backend, pick_loss
 from lumen.tuning import tuning_of
 from model import ModelConfig, Transformer
@@ -48,6 +48,7 @@ class Run:
     accumulation: int  # micro-steps a step
     # length and schedule
     max_steps: int
+    learning_rate: float  # the peak
     min_lr: float  # where the decay ends
     warmup_steps: int
     peak_step: int  # steps until the learning rate is at its peak
@@ -242,8 +243,8 @@ def rows_that_fit(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findi
 
 
 def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Findings) -> dict:
-    """max_steps, min_lr, warmup_steps, peak_step, phases. E114 where the data are less than one
-    step."""
+    """max_steps, learning_rate, min_lr, warmup_steps, peak_step, phases. E114 where the data are
+    less than one step."""
     steps = kept_length(cfg, kept)
     if steps is None:
         steps = cfg.max_steps
@@ -272,13 +273,31 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
     warmup = min(2000, first // 20) if cfg.warmup_steps is None else cfg.warmup_steps
     if 0 < warmup < 1:
         warmup = round(warmup * first)
+    rate = resolve_rate(cfg, facts, kept, rows * T, found)
     return {
         "max_steps": steps,
-        "min_lr": cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr,
+        "learning_rate": rate,
+        "min_lr": rate / 10 if cfg.min_lr is None else cfg.min_lr,
         "warmup_steps": int(warmup),
         "peak_step": rise(cfg.lr_schedule, first, int(warmup)),
         "phases": phases,
     }
+
+
+def resolve_rate(cfg: Config, facts: Facts, kept: Kept, batch: int, found: Findings) -> float:
+    """The peak of the learning rate; a number is never touched. batch: tokens of a step."""
+    if cfg.learning_rate != "auto":
+        return cfg.learning_rate
+    rate = kept.get("learning_rate", "learning_rate", *BATCH_KEYS)
+    if rate is None:
+        rate, why = auto_rate(facts.model, batch)
+        found.changes.append(why)
+    return rate
+
+
+def with_rate(cfg: Config, run: Run) -> Config:
+    """cfg with a number where `auto` stood, for all who ask after the start."""
+    return dataclasses.replace(cfg, learning_rate=run.learning_rate)
 
 
 def kept_length(cfg: Config, kept: Kept) -> int | None:
@@ -358,6 +377,8 @@ def resolve_machine(cfg: Config, facts: Facts, kept: Kept, run: dict, found: Fin
     brief = seconds < BRIEF
     attention, attention_why = find_attention(cfg, kept, (shape, *where, deterministic, brief))
     loss, loss_why = pick_loss(*where, cfg.model.vocab_size)
+    if "softcap" in (cfg.model.extras or []):
+        loss, loss_why = "plain", "Triton's kernel knows no softcap"
     experts, experts_why = cfg.expert_backend, ""
     if cfg.model.n_experts:
         with as_in_the_run(deterministic):
@@ -520,7 +541,8 @@ def check_states(cfg: Config, layout: plan.Layout) -> None:
 
 
 def resolved(cfg: Config, run: Run) -> dict:
-    """The configuration with all that `run` has found: config.yaml, and `config` in state.json."""
+    """The configuration, after with_rate, with all that `run` has found: config.yaml, and `config`
+    in state.json."""
     keys = dataclasses.asdict(cfg)
     for name in ("max_steps", "min_lr", "warmup_steps", "precision", "compile_model", "attention"):
         keys[name] = getattr(run, name)

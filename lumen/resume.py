@@ -29,7 +29,8 @@ OURS = ("metrics.jsonl", "decisions.jsonl", "control.jsonl", "oom_hint.json", "s
 OURS += ("best.json", "status.json", "train.log", "tokenizer.json", "token_bytes.npy")
 OURS += ("resumed.json", "verified.jsonl", "training.png")
 # keys of a model that its weights do not depend on
-FREE = ("dropout", "max_seq_len", "init_std", "rope_scaling", "rope_theta")
+INITIAL = ("init_std", "init_outputs", "init_embedding", "init_head")
+FREE = ("dropout", "max_seq_len", *INITIAL, "rope_scaling", "rope_theta")
 FREE += ("ffn_hidden_multiplier", "multiple_of", "mod_anneal_steps")
 
 
@@ -201,8 +202,8 @@ class StartingPoint:
         model = dataclasses.asdict(saved.model_config(written=True))
         differ = []
         for key, value in self.model.items():
-            # training has long changed what init_std was of
-            if key != "init_std" and model.get(key) != value:
+            # training has long changed what these were of
+            if key not in INITIAL and model.get(key) != value:
                 differ.append(f"{key}: {model.get(key)} there, {value} here")
         if differ:
             text = f"{saved.path}: {'; '.join(differ)}. {self.out} holds a run of another model"

@@ -11,8 +11,33 @@ import math
 from lumen import mixture
 from lumen.config import Config
 from lumen.errors import UserError
+from model import Transformer
+
+# `learning_rate: auto`. Step Law (Li et al. 2025, 2503.04715) has rate ~ N^-0.713 D^0.307 for N
+# parameters and D tokens and a best batch ~ D^0.571; at that batch D^0.307 is about its square
+# root. Its constant is of 60 M parameters and more, and six times too high for 1 M: ours is what
+# the sweeps of EXPERIMENTS.md found best for the quickstart.
+BEST_RATE = 1.5e-3  # AdamW
+OF_PARAMETERS = 804_480  # active, without embedding and head
+OF_BATCH = 2048  # tokens a step
+RATE_BY_PARAMETERS = -0.713
+RATE_BY_BATCH = 0.5
+LARGEST_RATE = 5e-3  # nothing smaller or with a larger batch was measured
 
 # ---------------------------------------------------------------- the learning rate
+
+
+def auto_rate(model: Transformer, batch_tokens: int) -> tuple[float, str]:
+    """(the peak of the learning rate, why) for who asks for `auto`; model: on the meta device."""
+    counts = model.n_params()
+    n = counts["active"] - (counts["total"] - counts["non_embedding"])
+    rate = BEST_RATE * (n / OF_PARAMETERS) ** RATE_BY_PARAMETERS
+    rate *= (batch_tokens / OF_BATCH) ** RATE_BY_BATCH
+    rate = float(f"{min(rate, LARGEST_RATE):.2g}")
+    text = f"learning_rate auto is {rate:g}: {BEST_RATE:g}"
+    text += f" x ({n / 1e6:.3g} M active parameters / {OF_PARAMETERS / 1e6:.3g} M)"
+    text += f"^{RATE_BY_PARAMETERS} x ({batch_tokens:,} tokens a step / {OF_BATCH:,})"
+    return rate, f"{text}^{RATE_BY_BATCH}, at most {LARGEST_RATE:g} (docs/recipe.md)"
 
 
 def lr_at(cfg: Config, run, step: int) -> float:

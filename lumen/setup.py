@@ -12,7 +12,7 @@ from lumen import machine as machines
 from lumen.differences import differences, versions
 from lumen.errors import UserError
 from lumen.probe import largest_batch
-from lumen.resolve import Findings, Run, gather_facts, resolve_on_all
+from lumen.resolve import Findings, Run, gather_facts, resolve_on_all, with_rate
 from lumen.resume import take_weights
 
 
@@ -44,6 +44,7 @@ def resolve(trainer, saved) -> None:
     t.flops_per_token = t.counted.flops_per_token()
     found = t.found = Findings(t.start.changes)
     t.run = resolve_on_all(cfg, facts, state, found, par)
+    cfg = t.cfg = with_rate(cfg, t.run)
     t.machine = found.machine
     par.run_or_raise_on_all(fp8.check, t.counted, t.run.precision, par.device)
     t.versions = versions(t.machine, par.world)

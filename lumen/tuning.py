@@ -117,6 +117,17 @@ def loading(tuning: Tuning, named: list) -> int:
 # ---------------------------------------------------------------- activations
 
 
+def ffn_matrices(cfg: ModelConfig, layer: int) -> list[tuple[str, str, int, int]]:
+    """Of a layer's FFN without its routed experts: names of the first matrix and of the second,
+    outputs of the first, inputs of the second."""
+    if cfg.is_moe(layer):
+        width = cfg.n_shared_experts * cfg.d_expert
+        return [("ffn.shared.w13", "ffn.shared.w2", 2 * width, width)] if width else []
+    if "relu2" in (cfg.extras or []):  # of lumen/extras.py
+        return [("ffn.w1", "ffn.w2", cfg.d_ff, cfg.d_ff)]
+    return [("ffn.w13", "ffn.w2", 2 * cfg.d_ff, cfg.d_ff)]
+
+
 def kept_less(
     cfg: ModelConfig, layer: int, b: int, selective: bool, tuning: Tuning
 ) -> tuple[float, float]:
@@ -142,14 +153,9 @@ def kept_less(
     attention = of("attn.wqkv", C, q + 2 * kv) + of("attn.wo", q, C)
     if tuning.dropout and tuning.adapts(f"{block}.attn.wo"):
         attention -= b * q  # what is left of attention's output, which itself is kept too
-    ffn = 0.0
-    if cfg.is_moe(layer):
-        parts = [("ffn.shared.w13", "ffn.shared.w2", cfg.n_shared_experts * cfg.d_expert)]
-        parts = parts if cfg.n_shared_experts else []
-    else:
-        parts = [("ffn.w13", "ffn.w2", cfg.d_ff)]
-    for w13, w2, width in parts:
-        ffn += of(w13, C, 2 * width) + of(w2, width, C)
+    ffn, parts = 0.0, ffn_matrices(cfg, layer)
+    for w13, w2, wide, width in parts:
+        ffn += of(w13, C, wide) + of(w2, width, C)
     if selective:
         return attention, ffn
     if cfg.norm_order == "pre":
@@ -157,7 +163,7 @@ def kept_less(
     if cfg.qk_norm:
         attention += b * (q + kv) * norm("attn.q_norm")
     ffn += b * C * norm("ffn_norm")
-    for w13, w2, width in parts:
+    for w13, w2, _, width in parts:
         # a router keeps the same input
         ffn += b * (width * idle(w2) + (0 if cfg.is_moe(layer) else C * idle(w13)))
     return attention, ffn

@@ -68,6 +68,7 @@ from lumen.resolve import (
     resolve,
     resolve_batch,
     resolve_length,
+    with_rate,
     without_effect,
 )
 from lumen.schedule import lr_at, resolve_order
@@ -661,6 +662,7 @@ class DryRun:
         self.model = meta_model(self.cfg.model)
         self.found = Findings(machine=self.machine)
         self.run = self.resolve(written)
+        self.cfg = with_rate(self.cfg, self.run)
 
     def resolve(self, written: dict) -> Run:
         """As a start of today would, but nothing that is elsewhere is tried here."""

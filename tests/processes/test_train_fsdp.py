@@ -49,6 +49,8 @@ KINDS["few"] = MOE | {
 }  # neither 6 nor 3 experts divide evenly: cut along the next dimension
 KINDS["muon"] = KINDS["hybrid"]  # with that optimizer
 KINDS["muon, few"] = KINDS["few"]
+# two numbers a mix: of four ranks two hold none of it
+KINDS["extras"] = {"extras": ["value_residual", "x0", "relu2", "softcap"]}
 BF16 = {"precision": "mixed_bf16"}
 LAYOUTS = {  # ranks, kind of model, keys
     "fsdp 2": (2, "dense", {}),
@@ -76,6 +78,7 @@ LAYOUTS = {  # ranks, kind of model, keys
         {"expert_parallel": 2, "activation_checkpointing": "selective"},
     ),
     "documents, zero 0": (2, "documents", {"zero_stage": 0}),
+    "extras": (4, "extras", {"activation_checkpointing": "block"}),
     "few experts": (4, "few", {}),
     "few experts, ep 2": (4, "few", {"expert_parallel": 2}),
     "muon": (2, "muon", {}),
@@ -105,6 +108,7 @@ NIGHTLY = {
     "muon, bf16",
     "muon, hsdp 2 x 2",
     "muon, few experts, ep 2",
+    "extras",
 }
 ROUGH = {"bf16", "bf16 ep 2", "reduce bf16", "muon, bf16"}
 STEPS = 7

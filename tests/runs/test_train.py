@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from forks import run_forked
 from rig import Halves, fake_fp16, faulty, finish, stop_at
 
 import train
-from lumen import checkpoint
+from lumen import checkpoint, schedule
 from lumen import machine as machines
 from lumen.cli import read_config
 from lumen.config import RANGES, Config
@@ -57,6 +58,21 @@ def test_schedules(name):
         assert lr[80] == 1.0 and abs(lr[90] - 0.55) < 1e-9
     if name != "onecycle":
         assert abs(lr[0] - 0.1) < 1e-9
+
+
+def test_an_automatic_learning_rate_is_said_saved_and_taken_over(tiny, capsys, monkeypatch):
+    keys = tiny(learning_rate="auto", max_steps=6, save_interval=3)
+    stop_at(Trainer(keys), 2).fit()
+    said = re.search(r"learning_rate auto is (\S+): .* tokens a step", capsys.readouterr().out)
+    rate = float(said[1])
+    written = yaml.safe_load((Path(keys["out_dir"]) / "config.yaml").read_text())
+    assert (written["learning_rate"], written["min_lr"]) == (rate, rate / 10)
+    monkeypatch.setattr(schedule, "LARGEST_RATE", 1e-5)  # a later Lumen knows better
+    trainer = finish(keys)
+    assert trainer.started_at == 3 and trainer.cfg.learning_rate == rate
+    assert "learning_rate auto" not in capsys.readouterr().out
+    number = finish(tiny("number", learning_rate=rate, max_steps=6, save_interval=3))
+    assert fingerprint(trainer.out, 6) == fingerprint(number.out, 6)
 
 
 def test_optimizer_groups_cover_every_parameter_once_and_decay_matrices_only():
@@ -277,6 +293,17 @@ def test_what_attention_auto_measured_is_kept_and_resuming_is_exact(tiny, monkey
     assert trainer.model.backend == "blocks" and same_run(whole, parts)
     assert finish(tiny("anew", model)).run.attention == "sdpa"
     assert not same_run(whole, tiny("anew", model))
+
+
+@pytest.mark.nightly
+def test_resumed_equals_never_stopped_with_extras(tiny):
+    names = {"extras": ["value_residual", "x0", "relu2", "softcap"]}
+    whole = finish(tiny("whole", names, activation_checkpointing="selective"))
+    parts = tiny("parts", names, activation_checkpointing="selective")
+    stop_at(Trainer(parts), 5).fit()
+    assert fingerprint(finish(parts).out, 12) == fingerprint(whole.out, 12)
+    with pytest.raises(UserError, match="E305.*extras"):
+        Trainer(tiny("parts", {"extras": ["softcap"]}))
 
 
 def test_finished_run_says_so(tiny, capsys):

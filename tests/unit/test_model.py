@@ -40,6 +40,8 @@ KINDS = {
     "lunaris": dict(norm_order="lunaris", n_kv_heads=2),
     "rope first, wide heads": dict(rope_first=True, head_dim=16),
     "yarn": dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+    "extras": dict(extras=["value_residual", "x0", "relu2", "softcap"], n_kv_heads=2),
+    "extras lunaris": dict(extras=["value_residual", "softcap"], norm_order="lunaris"),
 }
 
 
@@ -565,6 +567,25 @@ def test_init_is_seeded_per_name_with_the_stds_of_the_table():
         assert p.dim() == 1 or not torch.equal(p, other[name])
 
 
+@pytest.mark.parametrize("outputs", ("scaled", "same", "zero"))
+def test_initial_scale_by_role(outputs):
+    """Experts' outputs too; what is not named keeps init_std, and the draws are the same."""
+    own = dict(init_std=0.05, init_embedding=0.5, init_head=0.0, init_outputs=outputs)
+    keys = dict(vocab_size=512, d_model=128, n_layers=4, tie_embeddings=False)
+    keys |= dict(n_experts=4, moe_every=2, d_expert=64, n_shared_experts=1)
+    plain, model = make(init_std=0.05, **keys), make(**keys | own)
+    share = {"scaled": 8**-0.5, "same": 1.0, "zero": 0.0}[outputs]
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        if role(name) == "norm":
+            continue
+        of = {"embedding": 0.5, "head": 0.0}.get(role(name), 0.05)
+        out = re.search(r"wo\.weight|w2\.weight|experts\.w2", name)
+        want = 0.05 * share if out else of
+        assert p.std().item() == pytest.approx(want, rel=0.03), name
+        unscaled = q * (8**0.5 if out else 1.0) / 0.05  # the draw itself
+        torch.testing.assert_close(p, unscaled * want, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("d_model", (64, 128, 512, 768))
 def test_initial_weights_follow_the_width(d_model):
     """A matrix of fan-in d_model passes on the same share of its input at any width."""
@@ -664,13 +685,15 @@ def test_counts(kind, device):
         cfg.n_layers,
         cfg.vocab_size,
     )
-    layer = C * (H + 2 * G) * D + H * D * C + 3 * C * cfg.d_ff
+    extras = cfg.extras or []
+    layer = C * (H + 2 * G) * D + H * D * C + (2 if "relu2" in extras else 3) * C * cfg.d_ff
     if cfg.norm_order == "lunaris":
         layer += C + (H + G) * D
     else:
         layer += 2 * C + (2 * D if cfg.qk_norm else 0)
     tables = V * C * (1 if cfg.tie_embeddings else 2)
-    total = L * layer + C + tables
+    mixes = 2 * (L - 1) * len({"value_residual", "x0"} & {*extras})
+    total = L * layer + mixes + C + tables
     assert model.n_params() == {"total": total, "active": total, "non_embedding": total - tables}
     assert total == sum(p.numel() for p in model.parameters())
     assert all(p.device.type == device for p in model.parameters())
@@ -705,6 +728,8 @@ def test_flops_per_token_equals_the_measured_ones(kind, recompute):
 
 REFUSALS = [
     (dict(n_layers=0), ("model.n_layers", "0", "[1, ")),
+    (dict(init_outputs="small"), ("model.init_outputs", "'small'", "scaled, same, zero")),
+    (dict(init_head=0.01), ("model.init_head", "0.01", "tie_embeddings: false")),
     (dict(max_seq_len=0), ("model.max_seq_len", "0", ">= 1")),
     (dict(n_heads=0), ("model.n_heads", "0", "[1, ")),
     (dict(multiple_of=0), ("model.multiple_of", "0", ">= 1")),
@@ -758,7 +783,8 @@ def test_ranges(interval, inside, outside):
 
 def test_every_number_of_the_configuration_is_finite_and_in_its_range():
     for key, interval in RANGES.items():
-        assert check_range(key, getattr(ModelConfig(**SMALL), key), interval) is None
+        value = getattr(ModelConfig(**SMALL), key)
+        assert value is None or check_range(key, value, interval) is None
         with pytest.raises(ValueError, match=f"model.{key}"):
             model_from_keys(SMALL | {key: -1 if interval != "(0, 1]" else 0})
     for value in (math.nan, math.inf, 10**12):

@@ -56,6 +56,7 @@ SPARSE = [
     {"mod_capacity": 0.5, "mod_routing": "static", "mod_every": 2},
 ]
 SPARSE += [SIGMOID | {"mod_capacity": 0.5, "mod_ffn_only": True}]
+EXTRAS = {"extras": ["value_residual", "x0", "relu2", "softcap"]}
 
 
 def saved_bytes(cfg, rows, dtype, recompute) -> int:
@@ -88,7 +89,8 @@ def saved_bytes(cfg, rows, dtype, recompute) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "changes", [{}, {"qk_norm": False}, {"n_kv_heads": 4, "d_ff": 512}, {"dropout": 0.1}, *SPARSE]
+    "changes",
+    [{}, {"qk_norm": False}, {"n_kv_heads": 4, "d_ff": 512}, {"dropout": 0.1}, EXTRAS, *SPARSE],
 )
 def test_activation_estimate_is_what_autograd_keeps(changes, dtype):
     cfg = ModelConfig(

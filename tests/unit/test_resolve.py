@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lumen import plan
+from lumen import plan, schedule
 from lumen import resolve as resolving
 from lumen.config import build_config
 from lumen.differences import compare, other_bits
@@ -21,9 +21,11 @@ from lumen.resolve import (
     resolve_length,
     resolved,
     with_length,
+    with_rate,
     write_hint,
 )
 from lumen.schedule import resolve_order, resolve_phases
+from model import ModelConfig
 
 T = 32
 MODEL = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": T}
@@ -206,6 +208,45 @@ def test_warm_up_in_steps_and_in_fractions(keys, warmup, peak):
 def test_the_lowest_rate_is_a_tenth_unless_it_is_written():
     assert length(learning_rate=0.5)["min_lr"] == 0.05
     assert length(learning_rate=0.5, min_lr=0.0)["min_lr"] == 0.0
+
+
+def test_the_rate_by_model_and_batch():
+    """At the quickstart's size the rate that was found best there; by the square root of the batch;
+    lower for more parameters, of experts by those that work; its reason is said."""
+    sizes = dict(vocab_size=2048, d_model=128, n_layers=4, n_heads=2, d_ff=352, max_seq_len=256)
+    rate, why = schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), 2048)
+    assert rate == 1.5e-3 and "0.804 M" in why and "2,048" in why
+    rates = [schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), n)[0] for n in (8192, 512)]
+    assert rates == [3e-3, 0.75e-3]
+    wide = sizes | dict(d_model=256, d_ff=704)
+    lower, _ = schedule.auto_rate(plan.on_meta(ModelConfig(**wide)), 2048)
+    assert lower == pytest.approx(1.5e-3 * 4**-0.713, rel=0.02)
+    experts = dict(n_experts=8, d_expert=176, moe_every=1)  # two of them are as wide as the FFN
+    active, _ = schedule.auto_rate(plan.on_meta(ModelConfig(**sizes | experts)), 2048)
+    assert active == pytest.approx(1.5e-3, rel=0.02)
+    tiny = plan.on_meta(ModelConfig(**MODEL))
+    assert schedule.auto_rate(tiny, 1 << 20)[0] == schedule.LARGEST_RATE
+
+
+def test_an_automatic_rate_is_resolved_once_and_a_number_never():
+    found = Findings()
+    cfg, written = configured(max_steps=9, learning_rate="auto", batch_size=4)
+    facts = facts_of(cfg, written)
+    run = resolve(cfg, facts, None, found)
+    want, why = schedule.auto_rate(facts.model, 4 * T)
+    assert (run.learning_rate, run.min_lr) == (want, want / 10) and found.changes == [why]
+    assert with_rate(cfg, run) == dataclasses.replace(cfg, learning_rate=want)
+    state = state_of(run, with_rate(cfg, run), written)
+    # kept, without a word, although the rule has another constant by now
+    state["run"]["learning_rate"] = 0.007
+    again = Findings()
+    assert resolve(cfg, facts, state, again).learning_rate == 0.007 and not again.changes
+    # another batch size: by its square root
+    other = configured(max_steps=9, learning_rate="auto", batch_size=1)
+    run = resolve(other[0], facts_of(*other), state, again)
+    assert run.learning_rate == pytest.approx(want / 2, rel=0.02)
+    number = configured(max_steps=9, learning_rate=0.01)
+    assert resolve(number[0], facts_of(*number), state, Findings()).learning_rate == 0.01
 
 
 def test_another_length_is_one_fact():
