@@ -164,12 +164,11 @@ class Sharded(Parallel):
     def __init__(self, cfg: Config, layout: plan.Layout | None = None):
         layout = layout or layout_of(cfg, environment("WORLD_SIZE", 1))
         super().__init__(cfg)
-        kind = self.device.type
         self.stage = cfg.zero_stage
         own = self.layout  # what the model and the machine say, however it is cut
         known = {"cuda": own.cuda, "state_bytes": own.state_bytes, "tuning": own.tuning}
         self.layout = dataclasses.replace(layout, **known)
-        self.dense, self.sparse = meshes(kind, layout)
+        self.dense, self.sparse = meshes(self.device.type, layout)
         # their groups begin with torch's own half an hour
         set_collective_timeout(max(self.STARTUP_TIMEOUT, cfg.comm_timeout))
         self.replicas = 1  # copies of the dense weights
