@@ -245,12 +245,12 @@ def in_turns(steps: dict, limit: float) -> dict[str, float]:
     """Seconds of the shortest call of each, in so many in all: in turns, for other programs come
     and go on a CPU."""
     begin, best = time.perf_counter(), dict.fromkeys(steps, float("inf"))
-    for turn in range(5):
+    for _ in range(5):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             best[name] = min(best[name], time.perf_counter() - start)
-        if turn and time.perf_counter() - begin > limit:
+        if time.perf_counter() - begin > limit:
             break
     return best
 

@@ -450,6 +450,21 @@ def test_blocks_pass_their_check_and_are_for_cpus_only(dtype):
         assert found == ("blocks", "as asked; agrees with fp32 math")
 
 
+def test_turns_end_when_their_time_is_over_and_the_shortest_call_counts():
+    calls = []
+    rests = [0.05, 0.001, 0.05, 0.05, 0.05]
+
+    def step():
+        time.sleep(rests[len(calls) // 2])
+        calls.append(1)
+
+    found = attention.in_turns({"a": step, "b": step}, 10.0)
+    assert len(calls) == 10 and all(0.001 <= seconds < 0.05 for seconds in found.values())
+    calls.clear()
+    attention.in_turns({"a": step, "b": step}, 0.01)
+    assert len(calls) == 2
+
+
 def test_a_part_of_the_shape_is_tried_on_a_cpu():
     part = attention.part_of
     assert part(SHAPE) == SHAPE
