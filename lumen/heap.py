@@ -13,6 +13,7 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MOST = (1 << 31) - 1  # mallopt takes an int
+OLD_LIMIT = 1 << 25  # half an arena: what older glibcs refuse to go beyond (by reading)
 NAMES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 
@@ -29,4 +30,8 @@ def keep_pages(memory: float, environment=os.environ) -> bool:
     if mallopt is None:
         return False
     limit = min(MOST, int(memory / 8))
-    return all(mallopt(which, limit) == 1 for which in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    for most in (limit, OLD_LIMIT):
+        # first this one: where only the other is heard, the rule that adapts both is gone
+        if mallopt(M_MMAP_THRESHOLD, most) == 1:
+            return mallopt(M_TRIM_THRESHOLD, limit) == 1
+    return False

@@ -251,7 +251,7 @@ def matrix_peak(device, dtype=torch.float32, seconds: float = 0.2) -> float:
     """FLOP/s of a square matmul, the best of about `seconds` s; without a data sheet MFU is counted
     against it."""
     # The smaller one fits between two turns of a busy machine's other processes, which are some
-    # milliseconds long: with load 8 a width of 1024 was seen at a seventh of its speed, 512 at all.
+    # milliseconds long: with load 8 a width of 1024 came out at a seventh of its speed.
     sizes = (512, 1024)
     if torch.device(device).type == "cuda":
         sizes = (8192,)

@@ -56,6 +56,22 @@ def test_the_user_is_heard_first():
     assert not heap.keep_pages(8e9, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"})
 
 
+@LINUX
+def test_an_old_glibc_gets_what_it_takes(monkeypatch):
+    said = {}
+
+    def mallopt(which, value):
+        taken = which != heap.M_MMAP_THRESHOLD or value <= heap.OLD_LIMIT
+        said.update({which: value} if taken else {})
+        return int(taken)
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert heap.keep_pages(8e9, {})
+    assert said == {heap.M_MMAP_THRESHOLD: 1 << 25, heap.M_TRIM_THRESHOLD: 10**9}
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: SimpleNamespace())  # musl
+    assert not heap.keep_pages(8e9, {})
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_on_a_cpu_keeps_its_pages(device, monkeypatch):
     asked = []
