@@ -290,7 +290,7 @@ def resolve_rate(cfg: Config, facts: Facts, kept: Kept, batch: int, found: Findi
         return cfg.learning_rate
     rate = kept.get("learning_rate", "learning_rate", *BATCH_KEYS)
     if rate is None:
-        rate, why = auto_rate(facts.model, batch)
+        rate, why = auto_rate(facts.model, batch, cfg.optimizer)
         found.changes.append(why)
     return rate
 

@@ -18,6 +18,7 @@ from model import Transformer
 # root. Its constant is of 60 M parameters and more, and twice too high for 1 M: ours is what a
 # sweep of the quickstart found best (EXPERIMENTS.md: between 3e-3 and 6e-3).
 BEST_RATE = 4.5e-3  # AdamW
+MUON = 2.2  # times that, by the same sweep
 OF_PARAMETERS = 804_480  # active, without embedding and head
 OF_BATCH = 2048  # tokens a step
 RATE_BY_PARAMETERS = -0.713
@@ -27,17 +28,20 @@ LARGEST_RATE = 6e-3  # 1e-2 was worse; nothing smaller or with a larger batch wa
 # ---------------------------------------------------------------- the learning rate
 
 
-def auto_rate(model: Transformer, batch_tokens: int) -> tuple[float, str]:
+def auto_rate(model: Transformer, batch_tokens: int, optimizer="adamw") -> tuple[float, str]:
     """(the peak of the learning rate, why) for who asks for `auto`; model: on the meta device."""
+    best, most = BEST_RATE, LARGEST_RATE
+    if optimizer == "muon":
+        best, most = MUON * best, MUON * most
     counts = model.n_params()
     n = counts["active"] - (counts["total"] - counts["non_embedding"])
-    rate = BEST_RATE * (n / OF_PARAMETERS) ** RATE_BY_PARAMETERS
+    rate = best * (n / OF_PARAMETERS) ** RATE_BY_PARAMETERS
     rate *= (batch_tokens / OF_BATCH) ** RATE_BY_BATCH
-    rate = float(f"{min(rate, LARGEST_RATE):.2g}")
-    text = f"learning_rate auto is {rate:g}: {BEST_RATE:g}"
+    rate = float(f"{min(rate, most):.2g}")
+    text = f"learning_rate auto is {rate:g}: {best:.2g}"
     text += f" x ({n / 1e6:.3g} M active parameters / {OF_PARAMETERS / 1e6:.3g} M)"
     text += f"^{RATE_BY_PARAMETERS} x ({batch_tokens:,} tokens a step / {OF_BATCH:,})"
-    return rate, f"{text}^{RATE_BY_BATCH}, at most {LARGEST_RATE:g} (docs/recipe.md)"
+    return rate, f"{text}^{RATE_BY_BATCH}, at most {most:.2g} (docs/recipe.md)"
 
 
 def lr_at(cfg: Config, run, step: int) -> float:

@@ -227,6 +227,8 @@ def test_the_rate_by_model_and_batch():
     assert active == pytest.approx(best, rel=0.02)
     tiny = plan.on_meta(ModelConfig(**MODEL))
     assert schedule.auto_rate(tiny, 1 << 20)[0] == schedule.LARGEST_RATE
+    muon, why = schedule.auto_rate(tiny, 2048, "muon")
+    assert muon > schedule.auto_rate(tiny, 2048)[0] and f"{muon:g}" in why
 
 
 def test_an_automatic_rate_is_resolved_once_and_a_number_never(monkeypatch):
