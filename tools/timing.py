@@ -125,3 +125,8 @@ def mfu(rates: list[float], m: machines.Machine, peak: float) -> str:
 def said(error: BaseException) -> str:
     """An error of somebody's code on one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def markdown(titles: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
