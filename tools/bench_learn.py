@@ -385,9 +385,9 @@ def against(words: list[str]) -> int:
     tables."""
     known = {"against": "", "sizes": "source,4x128", "kinds": ",".join(EXPERTS), "data": ""}
     o = timing.options(words, **known, seeds=3, steps=0, threads=1, out="out/learn")
-    sizes = chosen("--sizes", o.sizes, SIZES)
-    kinds = chosen("--kinds", o.kinds, EXPERTS)
-    chosen("--against", o.against, ["transformers"])
+    sizes = listed("--sizes", o.sizes, SIZES)
+    kinds = listed("--kinds", o.kinds, EXPERTS)
+    listed("--against", o.against, ["transformers"])
     torch.set_num_threads(o.threads)
     file = Path(o.out) / "against.jsonl"
     try:
@@ -397,11 +397,7 @@ def against(words: list[str]) -> int:
     rows = read_rows(file)
     wanted = []
     for size in sizes:
-        data = (
-            text_data(o.data)
-            if SIZES[size].text
-            else {"data_dir": str(order2(file.parent / "order2"))}
-        )
+        data = data_of(size, o.data, file.parent)
         for seed in range(1, 1 + o.seeds):
             for kind in kinds:
                 tree = keys(size, kind, seed, o.steps)
@@ -412,7 +408,7 @@ def against(words: list[str]) -> int:
     return 0
 
 
-def chosen(option: str, names: str, known) -> list[str]:
+def listed(option: str, names: str, known) -> list[str]:
     """The names of a comma-separated list. E002."""
     names = names.split(",")
     if unknown := [name for name in names if name not in known]:
@@ -421,10 +417,13 @@ def chosen(option: str, names: str, known) -> list[str]:
     return names
 
 
-def text_data(folder: str) -> dict:
-    """The keys of a configuration that name its text: this folder, or the quickstart's."""
-    if folder:
-        return {"data_dir": folder}
+def data_of(size: str, text: str, out: Path) -> dict:
+    """The keys of a configuration that name its data: the source, which is made in `out`, or the
+    folder `text`, or the quickstart's text."""
+    if not SIZES[size].text:
+        return {"data_dir": str(order2(out / "order2"))}
+    if text:
+        return {"data_dir": text}
     return {"prepare": load_yaml(find_yaml("quickstart"))[0]["prepare"]}
 
 

@@ -108,20 +108,40 @@ def test_of_which_runs_the_gap_is():
     assert bench_learn.mean_and_error([-0.2, 0.2]) == "+0.000 (0.200)"
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Shards of the quickstart's text."""
+    import prepare_data
+
+    out = tmp_path_factory.mktemp("stdlib")
+    prepare_data.prepare(["stdlib"], str(out), "bpe:2048", quiet=True)
+    return out
+
+
+# nats by which Lumen's curve may lie above transformers' (a mean of three seeds). On the order-2
+# source, where experts of which each sees a part of the tokens have little to win, those of Lumen
+# fall short, by 0.02 to 0.13, with the initial weights that serve all else: EXPERIMENTS.md
+MAY_LACK = {"source": 0.15, "4x128": 0.0}
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", bench_learn.EXPERTS)
-def test_learns_as_fast_as_transformers(kind, source, tmp_path):
-    """240 steps, three seeds, each with its own initial weights; transformers has the balance loss
-    of its own formula. Runs differ by some hundredths of a nat by chance alone: when a model finds
-    out that the symbol before the last matters too depends on the draw."""
+@pytest.mark.parametrize("size, steps", [("source", 240), ("4x128", 80)])
+def test_learns_as_fast_as_transformers(size, steps, kind, request, tmp_path):
+    """At every point of the curve after warm-up, each from its own initial weights; transformers
+    has the balance loss of its own formula. Runs differ by some hundredths of a nat by chance
+    alone: when a model of the source finds out that the symbol before the last matters too depends
+    on the draw."""
     pytest.importorskip("transformers")
-    gaps, data = [], {"data_dir": str(source)}
+    shards = request.getfixturevalue("text" if bench_learn.SIZES[size].text else "source")
+    rows = []
     for seed in (1, 2, 3):
-        tree = bench_learn.keys("source", kind, seed) | data
-        ends = [bench_learn.curve_of(who, tree)[-1][1] for who in ("Lumen", "transformers")]
-        gaps.append(ends[0] - ends[1])
-        print(f"{kind}, seed {seed}: Lumen {ends[0]:.4f}, transformers {ends[1]:.4f}", flush=True)
-    print(f"{kind}: mean gap {bench_learn.mean_and_error(gaps)}")
-    # top-1 falls short, by 0.02 to 0.13 on this source, with the initial weights that serve all
-    # else: EXPERIMENTS.md
-    assert np.mean(gaps) < (0.15 if kind == "top-1" else 0.02)
+        tree = bench_learn.keys(size, kind, seed, steps) | {"data_dir": str(shards)}
+        for who in ("Lumen", "transformers"):
+            row = {"who": who, "size": size, "kind": kind, "seed": seed}
+            rows.append(row | {"curve": bench_learn.curve_of(who, tree)})
+    print("\n".join(bench_learn.gap_table(rows)))
+    limit = 0.02 if (size, kind) == ("source", "dense") else MAY_LACK[size]
+    found = bench_learn.gaps(rows, ("Lumen", size, kind), ("transformers", size, kind))
+    late = {step: np.mean(x) for step, x in found.items() if step > tree["warmup_steps"]}
+    assert len(late) == 4 and max(late.values()) < limit, late
