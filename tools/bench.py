@@ -17,6 +17,9 @@ threads [--rounds N] [--steps N] [--threads N] [--busy N] [--only "A;B"]
 learn [--steps N] [--seeds N] [--threads N] [--only A,B] [--out DIR]
     Dense, MoE, MoD and hybrid at equal active parameters and tokens, from configs/quickstart.yaml.
     A run that --out holds already is not repeated.
+learn --against transformers [--sizes A,B] [--kinds A,B] [--seeds N] [--steps N] [--data DIR]
+    The same rows, order, optimizer, schedule and clip, each from its own initial weights: the gap
+    between the validation curves. --sizes: source, 4x128, 4x256, 6x384, 12x768 (layers x width).
 layouts [--ranks N] [--rounds N] [--steps N] [--only A,B]
     What each key of train_fsdp.py costs and spares on the processes of this machine, and one
     process beside them: tokens/s, communication, bytes, memory.
@@ -59,39 +62,30 @@ from pathlib import Path
 import lumen.waiting  # noqa: F401 - before torch
 import torch
 
-from lumen import checkpoint, files, plan
+from lumen import checkpoint, plan
 from lumen import machine as machines
 from lumen.cards import data_sheet
-from lumen.cli import find_yaml, load_yaml
 from lumen.errors import UserError, nearest
 from lumen.launch import Words, command
 from lumen.machine import compiled_so_far, human_number
-from model import KVCache, ModelConfig, Transformer, role
+from model import KVCache, ModelConfig, Transformer
 from tools import (
     bench_chat,
     bench_data,
     bench_evaluate,
     bench_finetune,
     bench_generate,
+    bench_learn,
     bench_step,
     bench_threads,
     faults,
     simulate,
     timing,
 )
-from tools.bench_step import HALF
 from train import Trainer
 
 # ---------------------------------------------------------------- what is measured
 
-MOE = {"n_experts": 8, "n_experts_per_token": 2, "d_expert": 176}  # 2 x 176 is quickstart's d_ff
-LEARN = {  # what each changes of quickstart's model
-    "dense": {},
-    "moe": MOE,
-    "mod-ffn": {**HALF, "mod_ffn_only": True},
-    "mod-block": HALF,
-    "hybrid": {**MOE, **HALF, "mod_ffn_only": True},
-}
 # a model of which the layouts of train_fsdp.py hold parts; 4 rows a process and micro-step
 SPREAD = {
     "device": "cpu",
@@ -298,142 +292,6 @@ def last_token_seconds(model: Transformer, ids: list[int], total: int) -> tuple[
     return recomputed, cached
 
 
-# ---------------------------------------------------------------- learning
-
-
-def learn(words: list[str]) -> int:
-    """One file per run in --out (two processes may share it, --only says who does what); then the
-    table, with the time of a step measured for all variants in turns."""
-    o = timing.options(words, steps=0, seeds=3, threads=1, rounds=9, only="", out="out/learn")
-    out = Path(o.out)
-    only = o.only.split(",") if o.only else list(LEARN)
-    if unknown := [name for name in only if name not in LEARN]:
-        raise UserError("E002", f"--only: no {', '.join(unknown)}; there are: {', '.join(LEARN)}")
-    torch.set_num_threads(o.threads)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("E108", f"--out {out}: {error.strerror}") from error
-    line = timing.machine_line()
-    for seed in range(1337, 1337 + o.seeds):
-        for name in only:
-            learn_once(name, seed, o.steps, out, {"threads": o.threads, "machine": line})
-    rows = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    if set(LEARN) <= {row["variant"] for row in rows}:
-        add_speeds(rows, o.rounds)
-    print(line)
-    print("\n".join(learn_table(rows)))
-    return 0
-
-
-def learn_once(name: str, seed: int, steps: int, out: Path, where: dict) -> None:
-    """One run of a variant, unless its file is there already."""
-    tree = load_yaml(find_yaml("quickstart"))[0]
-    tree |= {
-        "seed": seed,
-        "max_steps": steps or tree["max_steps"],
-        "save_interval": 0,
-        "sample_prompt": None,
-        "compile_model": False,
-        "resume": "none",
-        "expert_backend": "slices",
-    }
-    tree["model"] |= LEARN[name]
-    keys = json.loads(json.dumps(tree))
-    path = out / f"{name}-{seed}.json"
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(path.read_text())["keys"] == keys:
-            return
-    row = train_once(tree, path.with_suffix(".log"))
-    row |= {"variant": name, "seed": seed, "keys": keys}
-    files.write_json(path, row | where)
-    print(f"{time.strftime('%T')} {path}: val_loss {row['val_loss']:.4f}", flush=True)
-
-
-def add_speeds(rows: list[dict], rounds: int) -> None:
-    """A step of every variant, in turns: prints the times and puts tokens/s into the rows."""
-    tree = load_yaml(find_yaml("quickstart"))[0]
-    m = machines.detect("cpu", tree.get("precision", "auto"))
-    built = {}
-    for name, changes in LEARN.items():
-        model = ModelConfig(**{"vocab_size": 2048} | tree["model"] | changes)
-        built[name] = bench_step.Ours(model, m, tree["batch_size"], backend="slices")
-    times = timing.interleaved(built, rounds, "cpu")
-    for name, seconds in times.items():
-        print(f"step of {name}, time against dense: {timing.ratio(seconds, times['dense'])}")
-    for row in rows:
-        if row["variant"] in times:
-            row["tokens_per_second"] = built["dense"].tokens / min(times[row["variant"]])
-
-
-def train_once(tree: dict, log: Path) -> dict:
-    """Train the configuration into a temporary folder; the numbers of its end."""
-    rows, began = [], time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, open(log, "w", encoding="utf-8") as f:
-        with contextlib.redirect_stdout(f):
-            trainer = Trainer(tree | {"out_dir": folder})
-            trainer.report.record = rows.append
-            trainer.fit()
-        if trainer.step < trainer.run.max_steps:  # a signal: what it asked to stop is all of it
-            raise KeyboardInterrupt
-    last = next(row for row in reversed(rows) if "val_loss" in row)
-    names = ("val_loss", "val_bpb", "val_loss_as_trained", "mod_gap", "mod_agreement", "mod_depth")
-    n, speeds = trainer.model.n_params(), [row.get("tokens_per_second") for row in rows]
-    named = trainer.model.named_parameters()
-    return {name: last.get(name) for name in names} | {
-        "total": n["total"],
-        "active": n["active"],
-        "flops_per_token": trainer.flops_per_token,
-        "router": sum(p.numel() for name, p in named if role(name) == "router"),
-        "steps": trainer.step,
-        "tokens": trainer.tokens,
-        "tokens_per_second": statistics.median(filter(None, speeds)),
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def markdown(titles: list[str]) -> list[str]:
-    """The first two lines of a table."""
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-
-
-def learn_table(rows: list[dict]) -> list[str]:
-    """A markdown table, a line per variant; runs of another length than most are left out."""
-    if not rows:
-        return ["no runs"]
-    steps = statistics.mode(row["steps"] for row in rows)
-    same = [row for row in rows if row["steps"] == steps]
-    text = f"{steps} steps, {same[0]['tokens']:,} tokens each. Val loss: mean (lowest to highest)"
-    text += " over seeds, for MoD by the causal rule; gap: what the rule of training, which looks"
-    titles = ["variant", "n", "val loss", "bits per byte", "gap", "total", "active"]
-    titles += ["of it routers", "FLOP a token", "tokens/s"]
-    lines = [f"{text} ahead, would gain.", "", *markdown(titles)]
-    for name in dict.fromkeys([*LEARN, *(row["variant"] for row in rows)]):
-        mine = [row for row in same if row["variant"] == name]
-        if mine:
-            lines.append(learn_row(name, mine))
-    others = [row for row in rows if row["steps"] != steps]
-    if others:
-        names = [f"{row['variant']} {row['seed']} ({row['steps']} steps)" for row in others]
-        lines.append(f"left out: {', '.join(names)}")
-    return lines
-
-
-def learn_row(name: str, mine: list[dict]) -> str:
-    def mean(key, form):
-        if mine[0][key] is None:
-            return "-"
-        return format(statistics.mean(row[key] for row in mine), form)
-
-    first, loss = mine[0], [row["val_loss"] for row in mine]
-    speed = statistics.median(row["tokens_per_second"] for row in mine)
-    cells = [name, len(mine), f"{mean('val_loss', '.4f')} ({min(loss):.4f} to {max(loss):.4f})"]
-    cells += [mean("val_bpb", ".4f"), mean("mod_gap", "+.4f")]
-    cells += [f"{first[key]:,}" for key in ("total", "active", "router")]
-    cells += [human_number(first["flops_per_token"]), human_number(speed)]
-    return f"| {' | '.join(map(str, cells))} |"
-
-
 # ---------------------------------------------------------------- faults
 
 
@@ -526,7 +384,7 @@ def layout_table(runs: dict[str, list], ranks: int, rounds: int) -> list[str]:
     base = next((name for name in runs if name != ONE_PROCESS), "-")
     titles = ["layout", "tokens/s", f"time a step against {base}", "communicating"]
     titles += ["MB gathered, reduced, sent (plan)", "MB while building", "MB at the peak (plan)"]
-    lines = [text, *markdown(titles)]
+    lines = [text, *timing.markdown(titles)]
     for name, (memory, *timed) in runs.items():
         rate = statistics.median(row["tokens"] / row["seconds"] for row in timed)
         against = "-"
@@ -663,7 +521,7 @@ COMMANDS = {
     "kernels": bench_step.time_kernels,
     "step": bench_step.time_steps,
     "threads": bench_threads.time_threads,
-    "learn": learn,
+    "learn": bench_learn.learn,
     "layouts": layouts,
     "data": bench_data.preparing,
     "documents": bench_data.documents,

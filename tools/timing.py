@@ -170,3 +170,8 @@ def percent_of_peak(rate: float, m: machines.Machine) -> float | None:
 def said(error: BaseException) -> str:
     """An error of somebody's code on one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:150]}"
+
+
+def markdown(titles: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -26,6 +26,7 @@ from tools import (
     bench_data,
     bench_evaluate,
     bench_finetune,
+    bench_learn,
     bench_step,
     faults,
     timing,
@@ -58,7 +59,13 @@ def test_options_are_typed_and_unknown_ones_refused():
         with pytest.raises(UserError) as error:
             timing.options(words, rounds=7)
         assert error.value.code == "E002"
-    for words in (["fly"], ["kernels", "--rond", "1"], ["gpu"], ["learn", "--only", "sparse"]):
+    for words in (
+        ["fly"],
+        ["kernels", "--rond", "1"],
+        ["gpu"],
+        ["learn", "--only", "sparse"],
+        ["learn", "--against", "litgpt"],
+    ):
         with pytest.raises(UserError) as error:
             bench.main(words)
         assert error.value.code == "E002"
@@ -96,7 +103,7 @@ def test_drawn_documents_are_about_as_long_as_asked():
         assert mean / 2 < found < 2 * mean and (numbers.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("keys", [{}, MOE, bench.HALF])
+@pytest.mark.parametrize("keys", [{}, MOE, bench_step.HALF])
 def test_our_step_clips_and_feeds_adam_the_gradient_of_the_mean_loss(keys):
     cfg = ModelConfig(**bench_step.TOY | keys)
     run = bench_step.Ours(cfg, machines.detect("cpu", "fp32"), 2)
@@ -237,8 +244,8 @@ def test_time_limit_and_variants_that_fail(capsys):
 def test_learn_keeps_what_is_there_and_tells_it(tiny, tmp_path, monkeypatch, capsys):
     keys = tiny("x", max_steps=4)
     keys.pop("out_dir")
-    monkeypatch.setattr(bench, "load_yaml", lambda path: (json.loads(json.dumps(keys)), {}))
-    monkeypatch.setattr(bench, "LEARN", {"dense": {}, "both": {**MOE, **bench.HALF}})
+    monkeypatch.setattr(bench_learn, "load_yaml", lambda path: (json.loads(json.dumps(keys)), {}))
+    monkeypatch.setattr(bench_learn, "LEARN", {"dense": {}, "both": {**MOE, **bench_step.HALF}})
     out = tmp_path / "learn"
     words = ["learn", "--steps", "3", "--seeds", "1", "--out", str(out)]
     assert bench.main([*words, "--only", "both"]) == 0
