@@ -5,6 +5,7 @@ This file is also what torchrun starts: `torchrun tests/processes/test_train_fsd
 `main` at its end."""
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 import export
 import sample
 import train
-from lumen import checkpoint
+from lumen import checkpoint, heap
 from lumen.config import build_config
 from lumen.errors import UserError
 from lumen.launch import command
@@ -591,6 +592,9 @@ def build(config) -> None:
     """The memory that a rank needs to make its part of the model: no more than that and one unit,
     and it is half."""
     parallel = kept(build_config(config, lambda key: "config", []))
+    # a run tells malloc to keep what is freed once its model stands (lumen/heap.py), and this
+    # process has had runs: as at the start of one, large blocks are mapped and given back again
+    ctypes.CDLL(None).mallopt(heap.M_MMAP_THRESHOLD, 1 << 17)
     for _ in range(2):  # the first time modules are loaded, too
         before = high_water(reset=True)
         model = parallel.build(build_config(config, lambda key: "config", []), "fp32")
