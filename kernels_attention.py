@@ -10,6 +10,7 @@ Names: B rows, T positions, H heads of queries, G of keys and values, D numbers 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -421,25 +422,24 @@ def attention(q, k, v, backend: str, docs: Documents | None = None, alone=False)
 
         same_bits = torch.are_deterministic_algorithms_enabled()
         return flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
-    if backend == "sdpa":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        options = {"is_causal": True, "enable_gqa": k.shape[1] != q.shape[1]}
-        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     if backend == "blocks":
         if q.device.type != "cpu":
             raise ValueError("blocks is for CPUs")
         # a question's score in evaluation must not depend on its neighbours
         apart = not torch.is_grad_enabled()
         return torch.ops.lumen.scaled_dot_product_blocks(q, k, v, apart)[0]
-    allowed = [TORCH_KERNELS[backend]]
-    if not alone:
-        allowed.append(SDPBackend.MATH)
+    # in this order: by torch's own, math comes before cuDNN on most cards
+    which = contextlib.nullcontext()
+    if backend != "sdpa":
+        allowed = [TORCH_KERNELS[backend]]
+        if not alone:
+            allowed.append(SDPBackend.MATH)
+        which = sdpa_kernel(allowed, set_priority=True)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     siblings = q.shape[1] // k.shape[1]  # query heads that share a key head
     if siblings > 1 and backend == "efficient":  # torch 2.11's cannot share
         k, v = (t.repeat_interleave(siblings, 1) for t in (k, v))
-    # in this order: by torch's own, math comes before cuDNN on most cards
-    with sdpa_kernel(allowed, set_priority=True):
+    with which:
         options = {"is_causal": True, "enable_gqa": k.shape[1] != q.shape[1]}
         y = F.scaled_dot_product_attention(q, k, v, **options)
     return y.transpose(1, 2)

@@ -193,6 +193,12 @@ def test_no_time_of_a_run_that_compiled(monkeypatch, capsys):
         timing.interleaved({"": lambda: None}, 1, "cpu")
 
 
+def test_no_share_above_the_peak(monkeypatch):
+    monkeypatch.setattr(timing.machines, "peak_flops", lambda m: 200.0)
+    assert timing.percent_of_peak(50.0, None) == 25
+    assert timing.percent_of_peak(200.5, None) is None
+
+
 def test_company_is_seen(monkeypatch):
     """What others take of the cores shows in how long threads wait for one."""
     clock, waits = iter([10.0, 14.0, 20.0, 24.0]), iter([1.0, 1.2, 2.0, 14.0])

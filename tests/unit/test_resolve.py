@@ -217,6 +217,8 @@ def test_the_rate_by_model_and_batch():
     rate, why = schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), 2048)
     best = schedule.BEST_RATE
     assert rate == best and "0.804 M" in why and "2,048" in why
+    muon, why = schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), 2048, "muon")
+    assert muon == pytest.approx(schedule.MUON * best, rel=0.01) and f"{muon:g}" in why
     rates = [schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), n)[0] for n in (512, 128)]
     assert rates == pytest.approx([best / 2, best / 4], rel=0.03)
     wide = sizes | dict(d_model=256, d_ff=704)
@@ -227,8 +229,8 @@ def test_the_rate_by_model_and_batch():
     assert active == pytest.approx(best, rel=0.02)
     tiny = plan.on_meta(ModelConfig(**MODEL))
     assert schedule.auto_rate(tiny, 1 << 20)[0] == schedule.LARGEST_RATE
-    muon, why = schedule.auto_rate(tiny, 2048, "muon")
-    assert muon > schedule.auto_rate(tiny, 2048)[0] and f"{muon:g}" in why
+    most, _ = schedule.auto_rate(tiny, 1 << 20, "muon")
+    assert most == pytest.approx(schedule.MUON * schedule.LARGEST_RATE, rel=0.02)
 
 
 def test_an_automatic_rate_is_resolved_once_and_a_number_never(monkeypatch):
