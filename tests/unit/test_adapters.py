@@ -44,7 +44,7 @@ def write_adapters(folder, model, base, cfg=LoraConfig(r=4), fresh=(), kind=None
     lora.add(model, cfg, 1, fresh)
     generator = torch.Generator().manual_seed(2)
     names = set(lora.adapter_names(model))
-    for name in names:
+    for name in sorted(names):  # the same draws in every process: a set's order is not
         if ".lora_a" not in name:
             p = model.get_parameter(name)
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
