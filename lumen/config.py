@@ -77,7 +77,7 @@ class Config:
     batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows
     target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
     # optimizer and schedule
-    learning_rate: float | str = 3e-4  # the peak, absolute; auto: by model and batch, said at start
+    learning_rate: float | str = "auto"  # the peak, absolute; auto: by model and batch, is said
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
     lr_schedule: str = "cosine"  # after the warm-up; onecycle: up to 30 %, from a 25th
     decay_frac: float = 0.2  # wsd: the last part of max_steps, which decays linearly

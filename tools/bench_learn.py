@@ -214,7 +214,7 @@ SIZES = {
         {"learning_rate": 2e-3, "warmup_steps": 50, "max_steps": 240, "batch_size": 32},
         text=False,
     ),
-    "4x128": on_text(4, 128, 384, 2, 425),
+    "4x128": on_text(4, 128, 384, 2, 425, learning_rate=4.5e-3),
     "4x256": on_text(4, 256, 768, 4, 425),
     "6x384": on_text(6, 384, 1024, 6, 300, learning_rate=1e-3),
     "12x768": on_text(12, 768, 2048, 12, 40, learning_rate=6e-4, eval_tokens=8192),

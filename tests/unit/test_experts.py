@@ -63,7 +63,7 @@ def test_a_split_hardly_moves_the_output_and_halves_the_load(E, K, limit, router
 
 def surgery_layer(E=4, K=2, spare=2, optimizer="adamw", **changes):
     moe = layer(E=E, K=K, n_experts_max=E + spare, **changes)
-    cfg = Config(data_dir="x", optimizer=optimizer)
+    cfg = Config(data_dir="x", learning_rate=3e-4, optimizer=optimizer)
     holder = torch.nn.Module()
     holder.ffn = moe
     optimizer = build_optimizer(cfg, dict(holder.named_parameters()))
@@ -252,7 +252,9 @@ def test_no_recompilation_after_surgery():
     model = make(**KINDS["slots"])
     block, x = model.blocks[0], normal(2, 32, 32)
     inputs = AttentionInputs(rope_tables(model.cfg, torch.arange(32)))
-    optimizer = build_optimizer(Config(data_dir="x"), dict(model.named_parameters()))
+    optimizer = build_optimizer(
+        Config(data_dir="x", learning_rate=3e-4), dict(model.named_parameters())
+    )
     run = torch.compile(block, backend=counter, fullgraph=True)
     run(x, inputs)[0].sum().backward()
     graphs = counter.frame_count

@@ -132,7 +132,7 @@ def test_roles_decay_and_where_they_begin():
     assert {role(name) for name in mixes} == {"norm"}
     assert all(p.tolist() == [1.0, 1.0] for p in mixes.values())
     for optimizer in ("adamw", "muon"):
-        cfg = Config(data_dir="x", model=model.cfg, optimizer=optimizer)
+        cfg = Config(data_dir="x", model=model.cfg, learning_rate=3e-4, optimizer=optimizer)
         for group in build_optimizer(cfg, named).param_groups:
             if any(p is mix for p in group["params"] for mix in mixes.values()):
                 assert group["weight_decay"] == 0

@@ -19,7 +19,8 @@ MODEL = {"vocab_size": 100, "d_model": 64, "n_layers": 4, "n_heads": 2, "max_seq
 
 
 def config(model=None, **keys):
-    tree = {"model": MODEL | (model or {}), "data_dir": "d", "out_dir": "out/x"} | keys
+    tree = {"model": MODEL | (model or {}), "data_dir": "d", "out_dir": "out/x"}
+    tree |= {"learning_rate": 3e-4} | keys  # a number, as after the start
     return build_config(tree, lambda key: "test", [])
 
 

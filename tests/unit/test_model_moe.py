@@ -358,7 +358,7 @@ def test_routing_is_fp32_under_bf16():
 def test_matrices_decay_and_nothing_else(kind):
     model = make(**KINDS[kind])
     groups = build_optimizer(
-        Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())
+        Config(data_dir="x", learning_rate=3e-4, weight_decay=0.3), dict(model.named_parameters())
     ).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     wrong = [

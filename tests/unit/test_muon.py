@@ -17,7 +17,8 @@ MOE = SHAPE | {"n_experts": 4, "n_experts_per_token": 2, "d_expert": 24, "n_shar
 
 
 def config(model=SHAPE, **keys):
-    keys = {"data_dir": "x", "optimizer": "muon", "model": dict(model)} | keys
+    fixed = {"data_dir": "x", "optimizer": "muon", "learning_rate": 3e-4}
+    keys = fixed | {"model": dict(model)} | keys
     return build_config(keys, lambda key: "test", [])
 
 

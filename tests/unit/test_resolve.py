@@ -182,7 +182,8 @@ def test_data_that_are_less_than_a_step_are_refused_unless_no_step_was_asked_for
 
 def test_tokens_per_parameter_sets_the_length_within_its_passes():
     found = Findings()
-    assert length(found=found, tokens_per_parameter=20)["max_steps"] > 100
+    keys = {"tokens_per_parameter": 20, "learning_rate": 1e-3}
+    assert length(found=found, **keys)["max_steps"] > 100
     assert length(tokens_per_parameter=20, num_epochs=2)["max_steps"] == 200, "at most two passes"
     assert len(found.changes) == 1
 
