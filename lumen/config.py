@@ -81,7 +81,7 @@ class Config:
     min_lr: float | None = None  # where the decay ends; null: a tenth of learning_rate
     lr_schedule: str = "cosine"  # after the warm-up; onecycle: up to 30 %, from a 25th
     decay_frac: float = 0.2  # wsd: the last part of max_steps, which decays linearly
-    warmup_steps: float | None = None  # below 1: a share of max_steps; null: 5 %, at most 2000
+    warmup_steps: float | None = None  # below 1: a share of max_steps; null: 10 %, at most 2000
     optimizer: str = "adamw"  # muon: on hidden matrices and experts, AdamW on the rest
     beta1: float = 0.9  # decay of the mean of gradients
     beta2: float = 0.95  # decay of the mean of squares

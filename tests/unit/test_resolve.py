@@ -191,13 +191,13 @@ def test_tokens_per_parameter_sets_the_length_within_its_passes():
 @pytest.mark.parametrize(
     "keys, warmup, peak",
     [
-        ({"max_steps": 100}, 5, 5),  # a twentieth
+        ({"max_steps": 100}, 10, 10),  # a tenth
         ({"max_steps": 100_000}, 2000, 2000),
         ({"max_steps": 100, "warmup_steps": 0}, 0, 0),
         ({"max_steps": 100, "warmup_steps": 0.1}, 10, 10),
         ({"max_steps": 100, "warmup_steps": 1}, 1, 1),
         ({"max_steps": 100, "warmup_steps": 7.0}, 7, 7),
-        ({"max_steps": 100, "lr_schedule": "onecycle"}, 5, 30),
+        ({"max_steps": 100, "lr_schedule": "onecycle"}, 10, 30),
         ({"max_steps": 1, "lr_schedule": "onecycle"}, 0, 1),
     ],
 )
@@ -374,7 +374,7 @@ ONCE = {"epochs": 1, "weights": {"b": 1}, "lr_scale": 0.5, "warmup_steps": 0.4}
 
 def test_phases_that_all_have_a_length_make_that_of_the_run():
     run = resolve(*phased(TWICE, ONCE)[::2], None, Findings())
-    assert (run.max_steps, run.warmup_steps) == (25, 1)  # a twentieth of the first schedule
+    assert (run.max_steps, run.warmup_steps) == (25, 2)  # a tenth of the first schedule
     assert run.segments == [[0, {"a": 1.0}], [200, {"b": 1.0}]]
     assert run.phases == [
         {"step": 0, "name": None, "lr_scale": 1.0, "warmup_steps": None},
