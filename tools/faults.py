@@ -42,6 +42,7 @@ FAULT_RUN = {
     "max_steps": 600,
     "batch_size": 16,
     "learning_rate": 5e-3,
+    "warmup_steps": 0.05,  # as when the table was made
     "device": "cpu",
     "precision": "fp32",
     "compile_model": False,
