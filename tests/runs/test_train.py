@@ -78,7 +78,7 @@ def test_an_automatic_learning_rate_is_said_saved_and_taken_over(tiny, capsys, m
 def test_optimizer_groups_cover_every_parameter_once_and_decay_matrices_only():
     model = Transformer(ModelConfig(vocab_size=50, d_model=32, n_layers=2, n_heads=2))
     groups = build_optimizer(
-        Config(data_dir="x", weight_decay=0.3), dict(model.named_parameters())
+        Config(data_dir="x", learning_rate=3e-4, weight_decay=0.3), dict(model.named_parameters())
     ).param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert all((p.dim() >= 2) == (g["weight_decay"] == 0.3) for g in groups for p in g["params"])

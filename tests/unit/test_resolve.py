@@ -237,7 +237,8 @@ def test_the_rate_by_model_and_batch():
 def test_an_automatic_rate_is_resolved_once_and_a_number_never(monkeypatch):
     monkeypatch.setattr(schedule, "LARGEST_RATE", 1.0)  # or a model this small always had that
     found = Findings()
-    cfg, written = configured(max_steps=9, learning_rate="auto", batch_size=4)
+    cfg, written = configured(max_steps=9, batch_size=4)
+    assert cfg.learning_rate == "auto", "what a run has that names no rate"
     facts = facts_of(cfg, written)
     run = resolve(cfg, facts, None, found)
     want, why = schedule.auto_rate(facts.model, 4 * T)
