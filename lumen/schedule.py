@@ -13,11 +13,12 @@ from lumen.config import Config
 from lumen.errors import UserError
 from model import Transformer
 
-# `learning_rate: auto`, the default. Step Law (Li et al. 2025, 2503.04715) has rate ~ N^-0.713 D^0.307 for N
-# parameters and D tokens and a best batch ~ D^0.571; at that batch D^0.307 is about its square
-# root. Its constant is of 60 M parameters and more, and twice too high for 1 M: ours is what a
-# sweep of the quickstart found best. Sweeps at 2 and 10 M parameters confirm the exponent: the rule
-# is within 1.2 % of their best loss (EXPERIMENTS.md). Nothing larger, no larger batch, was swept.
+# `learning_rate: auto`, the default. Step Law (Li et al. 2025, 2503.04715) has rate ~ N^-0.713
+# D^0.307 for N parameters and D tokens and a best batch ~ D^0.571; at that batch D^0.307 is about
+# its square root. Its constant is of 60 M parameters and more, and twice too high for 1 M: ours is
+# what a sweep of the quickstart found best. Sweeps at 2 and 10 M parameters confirm the exponent:
+# there the rule is within 1.2 % of the best loss (EXPERIMENTS.md). Nothing larger, and no larger
+# batch, was swept.
 BEST_RATE = 4.5e-3  # AdamW
 MUON = 2.2  # times that, by the same sweep
 OF_PARAMETERS = 804_480  # active, without embedding and head
