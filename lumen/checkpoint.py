@@ -258,6 +258,8 @@ def modernised(state: dict) -> dict:
         run["accumulation"] = state["config"]["gradient_accumulation_steps"]
         for name in ("min_lr", "warmup_steps"):
             run[name] = state["config"][name]
+    if "run" in state and "config" in state:  # before `auto` a rate was a number from the start
+        state["run"].setdefault("learning_rate", state["config"].get("learning_rate"))
     return state
 
 

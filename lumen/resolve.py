@@ -270,7 +270,9 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
         phases = resolve_phases(cfg, facts.held, rows, steps)
     anew = [phase["step"] for phase in phases if phase["warmup_steps"] is not None]
     first = min([steps, *anew])  # steps of the schedule that the run begins with
-    warmup = min(2000, first // 10) if cfg.warmup_steps is None else cfg.warmup_steps
+    warmup = kept.get("warmup_steps", "warmup_steps", "data", *LENGTH_KEYS, *BATCH_KEYS)
+    if warmup is None:
+        warmup = min(2000, first // 10) if cfg.warmup_steps is None else cfg.warmup_steps
     if 0 < warmup < 1:
         warmup = round(warmup * first)
     rate = resolve_rate(cfg, facts, kept, rows * T, found)

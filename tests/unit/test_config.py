@@ -357,12 +357,14 @@ def test_what_lumen_wrote_before_nine_keys_went_is_read(tmp_path):
 def test_checkpoints_from_before_are_read_under_the_names_of_today():
     old = {"auto_epoch_scaling": True, "chinchilla_multiplier": 25, "max_auto_epochs": 4}
     resolved = {"gradient_accumulation_steps": 2, "min_lr": 0.0, "warmup_steps": 5}
+    resolved["learning_rate"] = 3e-4
     gone = {"attention": "flex", "picture": True, "use_adaptive_training": True}
     state = {"config": old | resolved | gone, "written": dict(old), "segments": [], "step": 5}
     state |= {"auto": {"expert_back_end": "slices", "rows": 8}}
     now = checkpoint.modernised(state)
     length = {"tokens_per_parameter": 25, "num_epochs": 4}
     assert now["written"] == length and now["run"]["expert_backend"] == "slices"
+    assert now["run"]["learning_rate"] == 3e-4, "the default of then, before it was auto"
     assert now["config"] == resolved | length | {"orchestrator": {"mode": "act"}}
     assert checkpoint.modernised({"step": 5}) == {"step": 5}
 

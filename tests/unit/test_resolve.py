@@ -65,6 +65,16 @@ def length(windows=1000, rows=10, found=None, **keys) -> dict:
     return resolve_length(cfg, facts, Kept(None, written, "cpu"), rows, found or Findings())
 
 
+def test_a_default_that_has_changed_since_does_not_change_a_run_that_goes_on():
+    cfg, written = configured(max_steps=100)
+    facts = facts_of(cfg, written)
+    now = resolve(cfg, facts, None, Findings())
+    then = dataclasses.replace(now, learning_rate=3e-4, min_lr=3e-4 / 10)
+    then = dataclasses.replace(then, warmup_steps=5, peak_step=5)
+    assert now != then, "a rate and a warm-up of older versions"
+    assert resolve(cfg, facts, state_of(then, cfg, written), Findings()) == then
+
+
 # ---------------------------------------------------------------- batch
 
 
