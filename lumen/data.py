@@ -139,8 +139,11 @@ def take_tokenizer(data: Data) -> None:
 
 
 def not_prepared(cfg: Config) -> bool:
-    """Whether `prepare` would have to make the data first."""
-    return bool(cfg.prepare) and not (Path(cfg.data_dir) / "manifest.json").exists()
+    """Whether the data would have to be made first: by `prepare`, or by a command of yours, where
+    the folder is not there and the vocabulary is written."""
+    if cfg.prepare:
+        return not (Path(cfg.data_dir) / "manifest.json").exists()
+    return bool(cfg.data_dir and cfg.model.vocab_size) and not Path(cfg.data_dir).exists()
 
 
 def planned_data(cfg: Config) -> Data:

@@ -797,6 +797,8 @@ def dry_run(cfg: Config, written: dict, notes: list[str], flags: dict, check=Non
     if cfg.precision in machines.FP8:
         text = f"precision: {cfg.precision} is counted as mixed_bf16 here"
         notes = [*notes, f"{text}; how much faster it is has not been measured"]
+    if not run.data.sources and not cfg.prepare:
+        notes = [*notes, f"data_dir {cfg.data_dir} is not there yet"]
     if layout.shard == 1:  # zero_stage: 0 is what this is
         notes = [*notes, *without_effect(cfg, written)]
     report = Report(cfg.out_dir, environment("RANK", 0) == 0)

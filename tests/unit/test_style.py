@@ -35,6 +35,7 @@ PROMISES = {
     "finetune.py": 450,
     "evaluate.py": 400,
     "serve.py": 400,
+    "journey.py": 250,
     "export.py": 700,
     "lumen/": 600,
     "tools/": 900,

@@ -1,0 +1,130 @@
+"""What is told of a journey: a stage's last words, and report.md.
+
+Nothing here knows what a stage does. It looks at what stands in its folder: metrics.jsonl (it
+trained), results.json (it evaluated), compare.md; of a stage that left none of these, its log is
+what it has to say.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+from lumen import files, machine
+from lumen.launch import clock
+
+SHOWN = 40  # lines of a log in the report, at most
+
+
+def tail(path: Path, n: int) -> list[str]:
+    """The last lines of a file that may still grow, each with its end; [] where there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 20_000))
+            return file.read().decode("utf-8", "replace").splitlines(keepends=True)[-n:]
+    except OSError:
+        return []
+
+
+def trained(folder: Path) -> dict:
+    """The last evaluation that a run has written down; {}: it is none."""
+    rows = files.read_lines(folder / "metrics.jsonl")
+    held_out = [row for row in rows if row.get("val_loss") is not None]
+    return held_out[-1] if held_out else {}
+
+
+def said(folder: Path) -> str:
+    """A stage's result in a few words."""
+    row = trained(folder)
+    if not row:
+        return ""
+    bits = f", {row['val_bpb']:.3f} bits per byte" if row.get("val_bpb") else ""
+    return f", val_loss {row['val_loss']:.4f}{bits}"
+
+
+# ---------------------------------------------------------------- report.md
+
+
+def write(journey) -> None:
+    """OUT/report.md of a Journey whose stages are done."""
+    sections = [stages_table(journey), losses(journey), scores(journey), texts(journey)]
+    sections.append(onward(journey))
+    lines = [line for section in sections if section for line in (*section, "")]
+    with files.replacing(journey.out / "report.md") as file:
+        file.write("\n".join(lines).encode())
+
+
+def stages_table(journey) -> list[str]:
+    total = sum(row["seconds"] for row in journey.rows.values())
+    when = time.strftime("%Y-%m-%d %H:%M")
+    where = f"CPU flags {' '.join(machine.cpu_flags())}; commit {machine.git_commit()}, {when}"
+    lines = [f"# {journey.path.stem}: {clock(total)}", "", where, ""]
+    lines += ["| stage | time | MB | command |", "|---|---|---|---|"]
+    for s in journey.stages:
+        row = journey.rows[s.name]
+        mb = f"{row['bytes'] / 1e6:,.1f}"
+        words = shlex.join(s.words).replace("|", "\\|")
+        lines.append(f"| {s.name} | {clock(row['seconds'])} | {mb} | `{words}` |")
+    return lines
+
+
+def losses(journey) -> list[str]:
+    lines = ["## Training", "", "| stage | steps | tokens | val loss | bits per byte | tokens/s |"]
+    lines.append("|---|---|---|---|---|---|")
+    for s in journey.stages:
+        if row := trained(s.folder):
+            bits = f"{row['val_bpb']:.4f}" if row.get("val_bpb") else "-"
+            rows = files.read_lines(s.folder / "metrics.jsonl")
+            speeds = sorted(r["tokens_per_second"] for r in rows if r.get("tokens_per_second"))
+            speed = f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-"
+            cells = [s.name, row["step"], f"{row['tokens']:,}", f"{row['val_loss']:.4f}"]
+            lines.append(f"| {' | '.join(map(str, [*cells, bits, speed]))} |")
+    return lines if len(lines) > 4 else []
+
+
+def scores(journey) -> list[str]:
+    """The headlines of every evaluation, a column for each; comparisons below."""
+    found = {}
+    for s in journey.stages:
+        results = files.read_json(s.folder / "results.json")
+        if results:
+            found[s.name] = results
+    if not found:
+        return []
+    from lumen.scoreboard import from_row, markdown_table, number, scores_in, with_error
+
+    cells, chance = {}, {}
+    for name, results in found.items():
+        for score in map(from_row, scores_in(results)):
+            if score.headline:
+                what = (score.task, score.metric)
+                cells.setdefault(what, {})[name] = with_error(score.value, score.stderr)
+                chance[what] = [number(score.chance), number(score.majority)]
+    rows = [["task", "metric", *found, "chance", "majority"]]
+    for what, by_stage in cells.items():
+        rows.append([*what, *(by_stage.get(name, "-") for name in found), *chance[what]])
+    lines = ["## Scores", "", *markdown_table(rows)]
+    for s in journey.stages:
+        compared = s.folder / "compare.md"
+        if compared.exists():
+            text = compared.read_text(encoding="utf-8").rstrip()
+            lines += ["", text.replace("\n#", "\n##").replace("# ", "### ", 1)]
+    return lines
+
+
+def texts(journey) -> list[str]:
+    """The words of stages that left nothing else: samples, replies."""
+    lines = []
+    for s in journey.stages:
+        if s.folder.exists() and not any(s.folder.iterdir()):
+            said = tail(journey.out / f"{s.name}.log", SHOWN)
+            lines += [f"### {s.name}", "", "~~~text", "".join(said).rstrip(), "~~~", ""]
+    return ["## What the models write", "", *lines[:-1]] if lines else []
+
+
+def onward(journey) -> list[str]:
+    lines = [f"python {line}" for line in journey.tree["next"]]
+    lines.append(f"python journey.py {journey.path}   # again: what has changed runs anew")
+    return ["## To go on", "", "```sh", *lines, "```"]
