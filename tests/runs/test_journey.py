@@ -113,7 +113,7 @@ def test_a_dry_run_runs_nothing_and_says_what_it_knows(at, capsys):
     capsys.readouterr()
     at(stages, "--dry_run")
     lines = capsys.readouterr().out.splitlines()
-    assert all("done" in line for line in lines[:4])
+    assert all("done" in line for line in lines[1:5])
 
 
 def test_times_of_the_yaml_are_scaled_by_what_was_seen_here(at):
@@ -127,6 +127,16 @@ def test_times_of_the_yaml_are_scaled_by_what_was_seen_here(at):
     one, two, three_, other = j.stages
     assert (j.seconds(two), j.seconds(three_), j.seconds(other)) == (40.0, 80.0, 0.0)
     assert j.left(one) == 80.0, "what is done takes no time"
+
+
+def test_a_stage_whose_package_is_not_there_is_left_out_and_can_come_later(at, capsys):
+    stages = three()
+    stages["other"]["package"] = "no_such_package"
+    assert at(stages) == 0 and at.ran() == ["a", "b", "c"]
+    assert "pip install no_such_package" in capsys.readouterr().out
+    assert "| other |" in (at.folder / "out/report.md").read_text()
+    stages["other"]["package"] = "numpy"
+    assert at(stages) == 0 and at.ran() == ["a", "b", "c", "d"]
 
 
 WRONG = [
