@@ -213,10 +213,14 @@ def arguments(words: list[str]) -> list[str]:
     return [sys.executable, *rest]
 
 
+# before there are threads: a child between fork and exec may not look for it
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def end_with_us() -> None:
-    """In the child: it is told to end when we are killed, where the system can do that (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """In the child: it is told to end when we are killed. PR_SET_PDEATHSIG, Linux only."""
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)
 
 
 def follow(words: list[str], log, show) -> int:
