@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lumen import report
+from lumen import report, story
 from lumen.report import Report
 
 
@@ -137,7 +137,7 @@ def test_decisions_are_told_as_a_story(tmp_path, capsys):
 
 def test_what_was_rolled_back_is_apart():
     steps = [{"step": s} for s in (1, 2, 3, 4, 3, 4, 5)]
-    kept, lost = report.without_rolled_back(steps)
+    kept, lost = story.without_rolled_back(steps)
     assert [r["step"] for r in kept] == [1, 2, 3, 3, 4, 5] and [r["step"] for r in lost] == [4]
 
 
