@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -27,6 +26,7 @@ from lumen import files, owner, story
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError, a_path
+from lumen.files import finite
 from lumen.launch import Words, command, print_now, speak
 from lumen.sampling import Sampling
 
@@ -303,15 +303,6 @@ def may_replace(file: Path) -> bool:
     # early versions of Lumen wrote no sum on top
     early = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "
     return head.startswith("data_dir: ") and early in text
-
-
-def finite(x):
-    """With null for what JSON has no word for: NaN, infinity."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 # ---------------------------------------------------------------- wandb
