@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lumen import files, owner, story
+from lumen import files, follow, owner, story
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError, a_path
@@ -356,11 +356,26 @@ def start_wandb(cfg: Config, say, run_id: str | None = None):
 
 
 def main(argv: list[str]) -> int:
-    words = Words(prog="python -m lumen.report", description="What a run decided, as a story.")
-    words.add_argument("run", type=a_path, help="the out_dir of a run")
-    words.add_argument("--picture", action="store_true", help="write training.png into it instead")
+    about = "What runs decided, as a story; or a page that follows them."
+    words = Words(prog="python -m lumen.report", description=about)
+    words.add_argument("run", nargs="+", type=a_path, help="the out_dir of a run")
+    instead = words.add_mutually_exclusive_group()
+    instead.add_argument("--picture", action="store_true", help="write training.png into it")
+    instead.add_argument("--serve", action="store_true", help="a page, as long as this runs")
+    instead.add_argument("--html", type=a_path, metavar="FILE", help="that page as a file")
+    words.add_argument("--port", type=int, default=6006, help="of --serve; 0: any that is free")
+    words.add_argument("--host", default="127.0.0.1", help="of --serve (default 127.0.0.1)")
     args = words.parse_args(argv)
-    return story.picture(args.run) if args.picture else story.decisions(args.run)
+    if args.serve:
+        return follow.serve(args.run, args.host, args.port)
+    if args.html:
+        return follow.write(args.run, args.html)
+    for run in args.run:
+        if args.picture:
+            story.picture(run)
+        else:
+            story.decisions(run)
+    return 0
 
 
 if __name__ == "__main__":
