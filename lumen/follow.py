@@ -31,13 +31,10 @@ from lumen.refused import Refused, to_json
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_POINTS = 2000  # of a curve
-MOST_DECISIONS = 300  # the newest
 HEAD = 1024  # bytes by which a file is known again
 CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second")
 NEWEST = ("tokens", "loss", "val_loss", "best_val_loss", "best_step", "tokens_per_second", "mfu")
 NEWEST += ("health", "health_causes", "experts/dead")
-TOLD = {"id", "time", "step", "turn", "attempt", "trigger", "action", "level", "executed"}
-TOLD |= {"reason", "confidence", "basis", "blocked_by"}  # what story.decision_lines needs
 DATA_HEADERS = {
     "Content-Type": "application/json",
     "Cache-Control": "no-store",
@@ -173,7 +170,7 @@ class Run:
             self.experts = {"step": step, "layers": layers}
 
     def describe(self, status: dict, times: list) -> dict:
-        decisions = told(self.decided)
+        decisions = story.told(self.decided)
         curves = {}
         for name, curve in self.curves.items():
             curves[name] = {"kept": thin(*curve.kept), "lost": thin(*curve.lost)}
@@ -187,20 +184,9 @@ class Run:
             "newest": self.newest,
             "curves": curves,
             "experts": self.experts,
-            "decisions": decisions[-MOST_DECISIONS:],
-            "earlier": max(0, len(decisions) - MOST_DECISIONS),
+            "decisions": decisions[-story.MOST_TOLD :],
+            "earlier": max(0, len(decisions) - story.MOST_TOLD),
         }
-
-
-def told(rows: list[dict]) -> list[dict]:
-    """Decisions as `python -m lumen.report` tells them."""
-    outcomes = {row.get("id"): row for row in rows if row.get("kind") == "outcome"}
-    found = []
-    for first, last in story.series([row for row in rows if TOLD <= set(row)], outcomes):
-        lines = story.decision_lines(first, last["step"], outcomes.get(first["id"]))
-        made = {name: first[name] for name in ("step", "time", "level", "executed")}
-        found.append(made | {"text": "\n".join(line[2:] for line in lines)})
-    return found
 
 
 def modified(path: Path) -> float | None:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from lumen import files, follow, owner, story
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError, a_path
-from lumen.files import finite
+from lumen.experts import DEAD
+from lumen.files import finite, read_lines
 from lumen.launch import Words, command, print_now, speak
 from lumen.sampling import Sampling
 
@@ -53,6 +55,8 @@ class Report:
         self.bar = None  # tqdm's, on a terminal
         self.wandb = self.wandb_id = None
         self.board = None  # TensorBoard's writer
+        self.pictures = find_spec("PIL") is not None  # what both draw with; neither brings it
+        self.decided = False  # since wandb last got the table of decisions
         self._unwritten: dict[str, bytes] = {}  # file: lines that it did not take
 
     # ---- the console
@@ -116,7 +120,7 @@ class Report:
             # the step is one number among others: after a rollback it comes again, and wandb would
             # refuse that of its own step
             with self.chart("wandb"):
-                self.wandb.log(numbers | {"step": step})
+                self.wandb.log(numbers | self.decisions_table() | {"step": step})
         if self.board:
             with self.chart("board"):
                 for key, value in numbers.items():
@@ -138,6 +142,43 @@ class Report:
             with self.chart("board"):
                 bars = (edges[1:].tolist(), values.tolist())
                 self.board.add_histogram_raw(name, *about, *bars, step)
+
+    def record_experts(self, layers: list[list], step: int) -> None:
+        """Shares of the choices as a picture, a row a layer, to wandb and TensorBoard."""
+        if not self.pictures or not (self.wandb or self.board):
+            return
+        picture = heat_map(layers)
+        if self.wandb:
+            import wandb
+
+            with self.chart("wandb"):
+                self.wandb.log({"experts/by_layer": wandb.Image(picture), "step": step})
+        if self.board:
+            with self.chart("board"):
+                self.board.add_image("experts/by_layer", picture, step, dataformats="HWC")
+
+    def record_decision(self, row: dict) -> None:
+        """One line of decisions.jsonl: a decision, or an outcome; TensorBoard gets it as a text."""
+        self.append("decisions.jsonl", row)
+        self.decided = True
+        if self.board:
+            words = (f"    {name}: {value}" for name, value in row.items())  # code, to Markdown
+            with self.chart("board"):
+                self.board.add_text("decisions", "\n".join(words), row["step"])
+
+    def decisions_table(self) -> dict:
+        """All decisions as a table for wandb, if there is a new one: wandb replaces tables whole,
+        so it goes with the next row."""
+        if not self.decided:
+            return {}
+        import wandb
+
+        self.decided = False
+        with self.optional("the table of decisions"):
+            told = story.told(read_lines(self.out / "decisions.jsonl"))[-story.MOST_TOLD :]
+            rows = [list(row.values()) for row in told]
+            return {"decisions": wandb.Table(columns=list(told[0]), data=rows)} if told else {}
+        return {}
 
     @contextlib.contextmanager
     def chart(self, name: str):
@@ -169,6 +210,8 @@ class Report:
             self.wandb = start_wandb(cfg, self.say, self.wandb_id)
             if self.wandb:
                 self.wandb_id = self.wandb.id
+        if (cfg.wandb_project or cfg.tensorboard) and cfg.model.n_experts and not self.pictures:
+            self.say("note       experts are charted as bars only: pip install pillow draws them")
         if cfg.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -273,6 +316,8 @@ class Report:
         """Charts and train.log; what was still to be written may fail."""
         with self.chart("wandb"):
             if self.wandb:
+                if last := self.decisions_table():
+                    self.wandb.log(last)
                 self.wandb.finish()
         with self.chart("board"):  # what was still to be written may not fit on the disk
             if self.board:
@@ -303,6 +348,22 @@ def may_replace(file: Path) -> bool:
     # early versions of Lumen wrote no sum on top
     early = "\nnum_epochs: null\nauto_epoch_scaling: false\nchinchilla_multiplier: "
     return head.startswith("data_dir: ") and early in text
+
+
+WIDTH = 1200  # pixels of a heat map, at most where its experts are fewer
+
+
+def heat_map(layers: list[list]) -> np.ndarray:
+    """(H, W, 3) uint8 of each expert's share of the choices, a row a layer: darker blue for more,
+    white for none; red: dead, below a tenth of a fair share; grey: a slot without an expert."""
+    shares = np.array([[np.nan if x is None else x for x in layer] for layer in layers], float)
+    load = shares * (~np.isnan(shares)).sum(1, keepdims=True)  # 1: a fair share
+    dark = np.clip(np.nan_to_num(load) / 2, 0, 1)[..., None]
+    cells = 255 - dark * (255 - np.array([8.0, 48.0, 107.0]))
+    cells[load < DEAD] = (210, 59, 59)
+    cells[np.isnan(load)] = 160
+    pixels = max(1, min(12, WIDTH // cells.shape[1]))
+    return cells.astype(np.uint8).repeat(pixels, 0).repeat(pixels, 1)
 
 
 # ---------------------------------------------------------------- wandb

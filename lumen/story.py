@@ -91,6 +91,26 @@ def decision_lines(row: dict, until: int, outcome: dict | None) -> list[str]:
     return lines
 
 
+MOST_TOLD = 300  # decisions that a page or a table shows: the newest
+NEEDED = {"id", "time", "step", "turn", "attempt", "trigger", "action", "level", "executed"}
+NEEDED |= {"reason", "confidence", "basis", "blocked_by"}
+
+
+def told(rows: list[dict]) -> list[dict]:
+    """The same as rows of a table, from those of decisions.jsonl. A row without what belongs to a
+    decision is passed over."""
+    outcomes = {row.get("id"): row for row in rows if row.get("kind") == "outcome"}
+    found = []
+    for first, last in series([row for row in rows if NEEDED <= set(row)], outcomes):
+        outcome = outcomes.get(first["id"])
+        lines = decision_lines(first, last["step"], outcome)
+        names = ("step", "time", "attempt", "level", "trigger", "action", "executed", "reason")
+        made = {name: first[name] for name in names}
+        made["outcome"] = outcome["verdict"] if outcome else None
+        found.append(made | {"text": "\n".join(line[2:] for line in lines)})
+    return found
+
+
 LEVEL_COLOURS = ("0.8", "tab:orange", "tab:red", "tab:red", "black")
 
 
