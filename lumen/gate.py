@@ -37,6 +37,8 @@ def is_loopback(host: str) -> bool:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket of its own, before anything long is read: a port in use is said at once. E002."""
+    if not 0 <= port <= 65535:  # the system would take it modulo 65536
+        raise UserError("E002", f"--port {port} is out of range; it must be 0 to 65535")
     try:
         family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)

@@ -263,6 +263,9 @@ def test_a_port_in_use_is_said(tmp_path):
         with pytest.raises(UserError, match="--port 0 takes any that is free") as error:
             follow.Server(runs, "127.0.0.1", server.socket.getsockname()[1])
     assert error.value.code == "E002"
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match="out of range"):
+            follow.Server(runs, "127.0.0.1", port)
 
 
 # ---------------------------------------------------------------- the page, and as a file
