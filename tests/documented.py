@@ -121,14 +121,13 @@ WAYS = {
     # ---- not ours, or not here
     r"(llama/bin/)?pip install|python -m venv|apt-get": Way(OUTSIDE, "needs the network"),
     r"sbatch": Way(CHECKED, "no Slurm here: tests/processes/test_hosts.py has stand-ins"),
-    r"curl": Way(OUTSIDE, "sent to the server by test_a_server_answers_what_is_documented"),
     r"llama-server": Way(OUTSIDE, "another program; the page says: never run"),
     r"python -m onnxruntime_genai": Way(OUTSIDE, "pip install onnxruntime-genai needs the network"),
     r"ruff|python -m pytest": Way(OUTSIDE, "what runs this test; .ci/run runs it whole"),
     r"export ": Way(OUTSIDE, "sets a variable of torch's"),
     r"LLAMA_PYTHON=": Way(CHECKED, "compiles llama.cpp; tests/unit/test_llama_cpp.py has it"),
     # ---- GPUs, or too large
-    r"torchrun .*configs/": Way(CHECKED, "8 GPUs; laid out by --dry_run --world_size=8"),
+    r"torchrun .*configs/": Way(CHECKED, "8 GPUs; whether the layout fits so many ranks is asked"),
     r"torchrun .*--rdzv_endpoint": Way(CHECKED, "several hosts: test_hosts.py has two"),
     r"python -m tools.gpu --toy": Way(CHECKED, "tests/runs/test_gpu_tool.py runs it"),
     r"python -m tools.gpu": Way(CHECKED, "needs a GPU"),
@@ -150,6 +149,7 @@ WAYS = {
     r"python train.py": Way(RUN, "", SMALL),
     r"python finetune.py merge": Way(RUN),
     r"python finetune.py": Way(RUN, "", TUNED),
+    r"(LUMEN_API_KEY=\S+ )?python serve.py": Way(RUN, "", "--port 0"),
     r"python evaluate.py --compare": Way(RUN),
     r"python evaluate.py": Way(RUN, "", ASKED),
 }

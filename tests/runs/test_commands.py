@@ -369,7 +369,7 @@ class Reader:
         assert httpx.get(f"{shifts[0].where}/health", timeout=30).json() == {"status": "ok"}
 
     def ask(self, words: list[str]) -> None:
-        """What curl would send, to the server that this block has started."""
+        """What curl would send, to the server that this block has started: on a free port."""
         parser = argparse.ArgumentParser()
         for option in ("url", "-H", "-d"):
             parser.add_argument(option)
