@@ -439,6 +439,12 @@ def test_a_long_command_runs(command, here, monkeypatch):
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.parametrize("page", ["api.md", "api-model.md"])
+def test_the_example_of_a_page_runs(page, here):
+    shutil.rmtree("out")
+    exec(compile(block_of(f"docs/{page}", "python", "import"), page, "exec"), {})
+
+
 def test_every_row_of_the_table_is_needed():
     used = {way_of(command)[0] for command in COMMANDS}
     assert set(WAYS) <= used, f"no command needs {sorted(set(WAYS) - used)}"
