@@ -105,6 +105,7 @@ class Way(NamedTuple):
 
 # what a command calls by another name than the test's, whose runs are 6 steps long
 ALIASES = {"CONFIG": "configs/quickstart.yaml", "[NAMES]": "dense", "425": "3"}
+ALIASES |= {"--nproc_per_node=auto": "--nproc_per_node=2"}  # however many cores there are
 ALIASES |= {"out/eval/quickstart-425": "out/eval/quickstart-3"}
 ALIASES |= {"out/eval/quickstart-850": "out/eval/quickstart-6"}
 
@@ -138,7 +139,7 @@ WAYS = {
     r"python -m tools.bench faults": Way(CHECKED, ".ci/run has --quick, docs/faults.md the rest"),
     r"python -m tools.bench learn_chat": Way(CHECKED, "minutes a row: docs/measured.md has them"),
     r"python tools/golden.py": Way(CHECKED, "tests/runs/test_golden.py runs it"),
-    r"torchrun .*train.py": Way(NIGHTLY, "processes of their own", SMALL),
+    r"torchrun .*train(_fsdp)?.py": Way(NIGHTLY, "processes of their own", SMALL),
     r"torchrun .*finetune.py": Way(NIGHTLY, "processes of their own", TUNED),
     r"torchrun .*evaluate.py": Way(NIGHTLY, "processes of their own", ASKED),
     # ---- run here, shorter

@@ -119,7 +119,7 @@ def check_launch(words: list[str]) -> None:
     typed = re.sub(r"\$(\w+)", lambda match: job[match[1]], " ".join(words[1:]))
     given = get_args_parser().parse_args(typed.split())
     module, rest = program_of(words)
-    if module == "train_fsdp":
+    if module == "train_fsdp" and given.nproc_per_node.isdigit():
         cfg = train.read_config(rest)[0]
         hosts = given.nnodes.partition(":")[0]
         train_fsdp.layout_of(cfg, int(given.nproc_per_node) * int(hosts))
