@@ -118,7 +118,7 @@ def pages() -> dict[str, list[str]]:
     run += [entries("lumen/control.py", *METHODS, owners=("Control.", "ByHand."))]
     run += ["## Plans", entries("lumen/plan.py", "memory", "chinchilla", "auto_steps")]
     run += ["## Afterwards"]
-    run += ["`python -m lumen.report RUN`: " + about("lumen/report.py", "decisions")]
+    run += ["`python -m lumen.report RUN`: " + about("lumen/story.py", "decisions")]
     run += ["`python -m lumen.checkpoint RUN`: " + about("lumen/checkpoint.py", "main")]
     model = [MODEL, "## Transformer(cfg)", entries("model.py", *ASKED, owners=("Transformer.",))]
     model += ["## ModelConfig", keys()]
