@@ -1,5 +1,5 @@
-"""The commands that README.md and docs/*.md tell a reader to type: all lines of their ```bash
-blocks, and what a test does with each."""
+"""The commands that README.md, CONTRIBUTING.md and docs/*.md tell a reader to type: all lines of
+their ```bash blocks, and what a test does with each."""
 
 import re
 import shlex
@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 # what other blocks may hold: nobody types it
 OTHER_KINDS = {"", "json", "python", "text", "yaml"}
-PROGRAMS = "python|torchrun|sbatch|pip|apt-get|curl|ruff|echo|export|llama-server|llama/bin/pip"
+PROGRAMS = (
+    "python|torchrun|pre-commit|sbatch|pip|apt-get|curl|ruff|echo|export|llama-server|llama/bin/pip"
+)
 
 
 class Command(NamedTuple):
@@ -120,7 +122,8 @@ ASKED = "--limit 4"
 # as it stands. A row that no command needs fails.
 WAYS = {
     # ---- not ours, or not here
-    r"(llama/bin/)?pip install|python -m venv|apt-get": Way(OUTSIDE, "needs the network"),
+    r"(llama/bin/)?pip install|apt-get": Way(OUTSIDE, "needs the network"),
+    r"python3? -m venv|\. |pre-commit": Way(OUTSIDE, "of the shell that the reader works in"),
     r"sbatch": Way(CHECKED, "no Slurm here: tests/processes/test_hosts.py has stand-ins"),
     r"llama-server": Way(OUTSIDE, "another program; the page says: never run"),
     r"python -m onnxruntime_genai": Way(OUTSIDE, "pip install onnxruntime-genai needs the network"),
@@ -138,6 +141,7 @@ WAYS = {
     # ---- long
     r"python -m tools.bench faults": Way(CHECKED, ".ci/run has --quick, docs/faults.md the rest"),
     r"python -m tools.bench learn_chat": Way(CHECKED, "minutes a row: docs/measured.md has them"),
+    r"python journey.py configs/journey_cpu.yaml$": Way(CHECKED, ".ci/run runs it"),
     r"python tools/golden.py": Way(CHECKED, "tests/runs/test_golden.py runs it"),
     r"torchrun .*train(_fsdp)?.py": Way(NIGHTLY, "processes of their own", SMALL),
     r"torchrun .*finetune.py": Way(NIGHTLY, "processes of their own", TUNED),
@@ -151,6 +155,7 @@ WAYS = {
     r"python finetune.py merge": Way(RUN),
     r"python finetune.py": Way(RUN, "", TUNED),
     r"(LUMEN_API_KEY=\S+ )?python serve.py": Way(RUN, "", "--port 0"),
+    r"python -m lumen.report .*--serve": Way(RUN, "", "--port 0"),
     r"python evaluate.py --compare": Way(RUN),
     r"python evaluate.py": Way(RUN, "", ASKED),
 }

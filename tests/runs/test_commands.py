@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -42,6 +43,7 @@ from documented import (
 import serve
 import train
 import train_fsdp
+from lumen import follow, report
 from lumen.commands import METHODS, parse_command
 from lumen.control import Control
 from train import Trainer
@@ -49,6 +51,7 @@ from train import Trainer
 BLOCKS = all_blocks()
 COMMANDS = [command for block in BLOCKS for command in block]
 TRAINERS = ("train", "train_fsdp", "finetune")
+LIMIT = 300  # seconds of a command that runs here: what a reader stops by hand has a row
 LARGE = {".safetensors", ".npy", ".pt"}  # never written to where they are: links do for copies
 
 # ---------------------------------------------------------------- a command as it is typed here
@@ -184,6 +187,7 @@ def make_conversations() -> None:
         ({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in asked
     ]
     write("chats.jsonl", [{"messages": messages} for messages in roles])
+    write("my_lumina.yaml", ["training_params: {num_epochs: 1}", "data_dir: data/mine"])
     write("chat.yaml", ["init_from: out/base", "prepare: {sources: [chats.jsonl]}"])
 
 
@@ -245,6 +249,7 @@ def make_runs(patch) -> None:
         if step == 2:
             assert trainer.adjust_weight_decay(0.05)["executed"]
     trainer.end()
+    shutil.copytree("out/x", "out/y")
     from test_export import save_lunaris
 
     save_lunaris("latest_checkpoint.pt", "main")
@@ -337,6 +342,9 @@ class Reader:
         if module == "serve":
             self.serve(words)
             return
+        if "--serve" in words:
+            self.follow(words)
+            return
         run(module, words, self.patch)
         target = made_by(module, words)
         assert target is None or Path(target).exists(), target
@@ -362,11 +370,34 @@ class Reader:
                 ready.set()
 
         self.patch.setattr(serve, "Shift", Kept)
-        thread = threading.Thread(target=serve.main, args=(words,))
+        thread = threading.Thread(target=serve.main, args=(words,), daemon=True)
         thread.start()
         assert ready.wait(60), "the server does not begin"
         self.server = shifts[0], thread
         assert httpx.get(f"{shifts[0].where}/health", timeout=30).json() == {"status": "ok"}
+
+    def follow(self, words: list[str]) -> None:
+        """The page that follows runs, until it can be read."""
+        servers, ready = [], threading.Event()
+
+        class Kept(follow.Server):
+            def serve_forever(self):
+                servers.append(self)
+                ready.set()
+                super().serve_forever()
+
+        self.patch.setattr(follow, "Server", Kept)
+        thread = threading.Thread(target=report.main, args=(words,), daemon=True)
+        thread.start()
+        assert ready.wait(60), "the server does not begin"
+        host, port = servers[0].socket.getsockname()
+        try:
+            page = httpx.get(f"http://{host}:{port}/", timeout=30)
+            assert page.status_code == 200 and "<html" in page.text
+        finally:
+            servers[0].shutdown()
+            thread.join(30)
+        assert not thread.is_alive()
 
     def ask(self, words: list[str]) -> None:
         """What curl would send, to the server that this block has started: on a free port."""
@@ -407,7 +438,13 @@ def test_a_block_does_what_it_says(block, here, monkeypatch):
         reader.end()
 
 
+def too_long(number, frame):
+    raise TimeoutError(f"it does not end within {LIMIT} seconds: see tests/documented.py")
+
+
 def try_out(command, reader) -> None:
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LIMIT)
     try:
         if way_of(command)[1].how == RUN:
             reader.type(command)
@@ -415,6 +452,8 @@ def try_out(command, reader) -> None:
             look(command)
     except (Exception, SystemExit) as error:
         raise AssertionError(f"{command.page}:{command.line}: {command}: {error}") from error
+    finally:
+        signal.alarm(0)
 
 
 LONG = {c.words: c for c in COMMANDS if way_of(c)[1].how == NIGHTLY}
