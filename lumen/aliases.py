@@ -86,9 +86,8 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
         if row is None:
             continue
         said = claim(name, value, row)
-        switch = row.get("with")
-        if switch and not plain(given.get(switch)) and get(under, row["to"]) is None:
-            said = {"ignore": f"{switch} is not true"}
+        if why := switched_off(row, given, under):
+            said = {"ignore": why}
         if isinstance(said, Claim):
             claims.setdefault(said.key, []).append(said)
         elif "refuse" in said:
@@ -103,19 +102,31 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
     return done
 
 
+def switched_off(row: dict, given: dict, under: dict) -> str:
+    """Why a row does not count, by the switch that it names; "" where it does."""
+    needs, of = row.get("with"), row.get("of")
+    if needs and not plain(given.get(needs)) and get(under, row["to"]) is None:
+        return f"{needs} is not true"
+    return f"{of} is false" if of in given and not plain(given[of]) else ""
+
+
 def lift_sections(tree: dict, done: Renaming, where) -> None:
-    """What a `training_params:` holds is read as if it stood at the top level."""
+    """What a `training_params:` holds is read as if it stood at the top level, or in one of our
+    blocks."""
     for section in [name for name in tree if table().get(name, {}).get("section")]:
-        inner = tree.pop(section)
-        if not isinstance(inner, dict):
+        inner, block = tree.pop(section), table()[section]["section"]
+        if inner is not None and not isinstance(inner, dict):
             done.wrong.append(f"{where(section)}: {section}: a mapping of keys is expected")
             continue
-        for name, value in inner.items():
-            if name in tree:
-                text = f"{section}.{name} stands at the top level too; drop one"
+        for name, value in (inner or {}).items():
+            key, home = name, "at the top level"
+            if block is not True:
+                key, home = f"{block}.{name}", f"under {block}:"
+            if name in (tree if block is True else tree.get(block) or {}):
+                text = f"{section}.{name} stands {home} too; drop one"
                 done.wrong.append(f"{where(f'{section}.{name}')}: {text}")
-            tree[name] = value
-            done.moved[name] = f"{section}.{name}"
+            put(tree, key, value)
+            done.moved[key] = f"{section}.{name}"
 
 
 def blocks_of(own: dict) -> list[str]:
@@ -194,7 +205,7 @@ def as_list(value) -> list:
 
 def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) -> None:
     """Give one of our keys the value that foreign names say; refuse what contradicts another."""
-    best = max(several, key=lambda said: said.weight)
+    best = max(several, key=lambda said: (said.weight, not said.agrees))
     key, ours = best.key, get(tree, best.key)
     if best.weight == 0:  # on: how much of it, our key may say
         of_file = get(under, key)
@@ -204,7 +215,8 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
             done.notes.append(f"{best.name} {as_yaml(best.given)}: {key} {as_yaml(ours)} says it")
             return
     for other in several:
-        if other.weight == best.weight and not same(key, best.value, other.value, own):
+        values = (other.value, *other.agrees)
+        if other.weight == best.weight and not any(same(key, best.value, v, own) for v in values):
             text = f"{other.name}: {as_yaml(other.given)} and {best.name}: {as_yaml(best.given)}"
             done.wrong.append(f"{place(best.name)}: {text} are both {key} here; drop one")
     if ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
