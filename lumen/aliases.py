@@ -18,7 +18,8 @@ from lumen.errors import UserError
 from lumen.values import allowed, as_number, convert, in_words, short
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
-APART = ("evaluate.py", "export.py quantize")  # sections of the table that are of other commands
+# sections of the table that are of commands
+APART = ("train.py", "evaluate.py", "export.py quantize")
 
 
 @functools.cache
