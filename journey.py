@@ -16,6 +16,7 @@ journey, and its report.md, lumen/journal.py.
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import shutil
 import subprocess
@@ -39,9 +40,9 @@ class Journey:
     """What stands in `out`: journal.json, a row for each stage that was begun; NAME/ and NAME.log
     of each; report.md."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, out: str | None = None):
         self.path = path
-        self.tree, self.stages = read(path)
+        self.tree, self.stages = read(path, out)
         self.out = self.tree["out"]
         fill_sums(self.stages, self.out)
         self.rows = files.read_json(self.out / "journal.json", "E108", must_exist=False)
@@ -82,24 +83,27 @@ class Journey:
 
     def plan(self) -> int:
         """--dry_run: a line a stage, and what training stages say of themselves."""
+        rows = [["stage", "time", "MB", "", "command"]]
         total, disk = 0.0, 0.0
         for s in self.stages:
-            row, what = self.rows.get(s.name, {}), self.state(s)
+            what = self.state(s)
             seconds = 0.0 if what == "done" else self.seconds(s)
-            mb = row.get("bytes", 0) / MB or s.mb
+            mb = self.rows.get(s.name, {}).get("bytes", 0) / MB or s.mb
             total, disk = total + seconds, disk + mb
-            time_text = clock(seconds) if seconds or what == "done" else "?"
-            print_now(f"{s.name:10} {time_text:>7} {mb:8,.0f} MB  {what:8} {shlex.join(s.words)}")
-        print_now(f"{'all':10} {clock(total):>7} {disk:8,.0f} MB  in {self.out}")
-        if any(s.minutes for s in self.stages):
-            print_now("times and sizes: as seen here, or else as the YAML has them")
+            known = clock(seconds) if seconds or what == "done" else "?"
+            rows.append([s.name, known, f"{mb:,.0f}" if mb else "?", what, shlex.join(s.words)])
+        rows.append(["known", clock(total), f"{disk:,.0f}", "", f"in {self.out}"])
+        for row in rows:
+            print_now("  ".join([row[0].ljust(12), row[1].rjust(7), row[2].rjust(7), *row[3:]]))
+        print_now("times and sizes: as seen here, or else as the YAML has them from elsewhere")
         more = [f"--{k}={v}" for k, v in (self.tree.get("plan") or {}).items()]
         for s in self.stages:
             if s.script in PLANNED and self.state(s) != "done":
                 words = [s.script, *s.words[s.words.index(s.script) + 1 :], "--dry_run", *more]
                 print_now(f"\n{s.name}: python {shlex.join(words)}")
                 found = subprocess.run(arguments(words), capture_output=True, text=True)
-                print_now((found.stdout or found.stderr).rstrip())
+                error = (found.stderr.splitlines() or [""])[0]
+                print_now(found.stdout.rstrip() or f"not known before the stages above: {error}")
         return 0
 
     # ---- running
@@ -110,6 +114,9 @@ class Journey:
             what, title = self.state(s), self.title(s)
             if what == "done":
                 print_now(f"{title} done, in {clock(self.rows[s.name]['seconds'])}")
+                continue
+            if s.package and importlib.util.find_spec(s.package) is None:
+                print_now(f"{title} left out: it needs pip install {s.package}")
                 continue
             if code := self.run(s, what, title):
                 return code
@@ -193,9 +200,10 @@ def main(argv: list[str]) -> int:
     words.add_argument("config", type=a_path, help="a YAML file, or the name of one in configs/")
     words.add_argument("--dry_run", action="store_true", help="time and disk of each stage")
     words.add_argument("--from", dest="start", metavar="STAGE", help="anew from that stage on")
+    words.add_argument("--out", type=a_path, help="where all of it goes, instead of the YAML's out")
     words.add_argument("--no_chat", action="store_true", help="no chat at the end")
     args = words.parse_args(argv)
-    journey = Journey(find_yaml(args.config))
+    journey = Journey(find_yaml(args.config), args.out)
     if args.start:
         journey.forget(args.start)
     if args.dry_run:

@@ -102,6 +102,8 @@ class Config:
     save_async: bool = False  # write checkpoints beside training, which only waits for a copy
     save_total_limit: int = 3  # newest checkpoints kept, besides best and milestones; 0: all
     keep_every: int = 0  # milestones, in steps, are never deleted; 0: none
+    backup_dir: str | None = None  # a folder on another disk: verified copies of checkpoints
+    backup_interval_hours: float = 6.0  # between two copies; the newest two are kept
     log_interval: int = 20  # steps
     expert_log_interval: int = 0  # of MoE's and MoD's statistics; 0: log_interval, or a multiple
     wandb_project: str | None = None  # log to Weights & Biases, offline without key or network
@@ -188,6 +190,7 @@ RANGES = {
     "save_interval": ">= 0",
     "save_total_limit": ">= 0",
     "keep_every": ">= 0",
+    "backup_interval_hours": ">= 0",
     "log_interval": ">= 1",
     "expert_log_interval": ">= 0",
     "method": "sft | dpo | cdpo | ipo | hinge | simpo | orpo",

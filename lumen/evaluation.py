@@ -27,7 +27,8 @@ class Evaluation:
 
     def row(self) -> dict:
         """As metrics.jsonl says it."""
-        row = {"val_loss": self.loss, "val_accuracy": self.accuracy}
+        row = {"val_loss": self.loss, "val_ppl": math.exp(min(self.loss, 50.0))}
+        row |= {"val_accuracy": self.accuracy}
         row |= {"val_bpb": self.bits_per_byte} | self.mod
         return row | {f"val_loss/{name}": loss for name, loss in self.by_source.items()}
 

@@ -63,7 +63,7 @@ def stages_table(journey) -> list[str]:
     lines = [f"# {journey.path.stem}: {clock(total)}", "", where, ""]
     lines += ["| stage | time | MB | command |", "|---|---|---|---|"]
     for s in journey.stages:
-        row = journey.rows[s.name]
+        row = journey.rows.get(s.name, {"seconds": 0.0, "bytes": 0})  # left out
         mb = f"{row['bytes'] / 1e6:,.1f}"
         words = shlex.join(s.words).replace("|", "\\|")
         lines.append(f"| {s.name} | {clock(row['seconds'])} | {mb} | `{words}` |")

@@ -505,6 +505,8 @@ def depth_row(depth: dict) -> dict:
 def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig) -> list[str]:
     """An evaluation for the console, from its row of metrics.jsonl; took: seconds."""
     text = f"step {row['step']}: val_loss {row['val_loss']:.4f}"
+    if "val_ppl" in row:
+        text += f" (ppl {row['val_ppl']:.4g})"
     if row["val_bpb"] is not None:
         text += f", {row['val_bpb']:.4f} bits per byte"
     text += f", {100 * row['val_accuracy']:.1f} % right"

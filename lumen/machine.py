@@ -25,6 +25,7 @@ import torch
 
 import kernels
 import kernels_attention
+from lumen import optional
 from lumen.cards import data_sheet
 from lumen.errors import UserError
 from lumen.feed import synchronize
@@ -454,12 +455,8 @@ def print_backends(m: Machine) -> None:
         print(f"attention    {choice}: {'works' if name == choice else why}")
     for name, why in kernels.backends(m.device, m.compute_dtype, 128, 128).items():
         print(f"experts      {name}: {why or 'can work'}")
-    uses = {"wandb": "wandb_project", "tensorboard": "tensorboard: true", "transformers": "--check"}
-    for package, use in uses.items():
-        there = "there"
-        if importlib.util.find_spec(package) is None:
-            there = f"not there (pip install {package}), for {use}"
-        print(f"optional     {package}: {there}")
+    for line in optional.lines():
+        print(line)
 
 
 def find_problems() -> list[str]:

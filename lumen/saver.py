@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lumen import checkpoint, files
+from lumen.backup import Backup
 from lumen.errors import UserError
 
 
@@ -94,6 +95,9 @@ class Saver:
         self.timeout = self.saving_timeout
         self.writing: Writing | None = None
         self.unsaved = False  # the last save failed: to be tried again
+        self.backup = None
+        if cfg.backup_dir and self.main:
+            self.backup = Backup(cfg, report.say)
 
     @property
     def busy(self) -> bool:
@@ -231,3 +235,6 @@ class Saver:
                 # The best step as of this checkpoint: a newer one may not be on the disk yet.
                 kept = (self.cfg.save_total_limit, self.cfg.keep_every, state["best_step"])
                 checkpoint.prune(self.out, *kept, saved=checkpoint.step_of(writing.final))
+        if self.backup:
+            with report.optional("backup"):
+                self.backup.after_save(writing.final)

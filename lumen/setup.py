@@ -157,6 +157,9 @@ def finish(trainer, state: str, code: int) -> None:
             trainer.tell.suggest()
     trainer.write_status(state, code, reason)
     trainer.close()
+    if state == "finished" and trainer.saver.backup:  # nobody waits for rank 0 any more
+        with trainer.report.optional("backup"):
+            trainer.saver.backup.finish()
 
 
 def nothing_left(trainer) -> int:

@@ -27,7 +27,7 @@ from lumen.errors import UserError, nearest
 
 HERE = Path(__file__).resolve().parent.parent
 KEYS = ("out", "stages", "chat", "next", "plan")
-OURS = ("run", "minutes", "mb")  # of a stage; all else is its command's
+OURS = ("run", "package", "minutes", "mb")  # of a stage; all else is its command's
 # where the command writes; such a stage, when killed, goes on in its folder
 OUT_OPTION = dict.fromkeys(("train.py", "train_fsdp.py", "finetune.py"), "out_dir")
 OUT_OPTION |= dict.fromkeys(("prepare_data.py", "evaluate.py"), "out")
@@ -49,6 +49,7 @@ class Stage:
     needs: list[str]
     folder: Path
     in_place: bool
+    package: str  # without which it is left out
     minutes: float  # and MB on disk that were seen where the YAML was written; 0: not known
     mb: float
     sums: dict = field(default_factory=dict)  # what it is made of; see `fill_sums`
@@ -96,8 +97,9 @@ class Filler:
         return text
 
 
-def read(path: Path) -> tuple[dict, list[Stage]]:
-    """The YAML of a journey: (all of it, its stages). E002 with what is wrong."""
+def read(path: Path, out: str | None = None) -> tuple[dict, list[Stage]]:
+    """The YAML of a journey, and where it goes instead: (all of it, its stages). E002 with what is
+    wrong."""
     tree, _ = load_yaml(path)
     for key in tree:
         if key not in KEYS:
@@ -105,7 +107,7 @@ def read(path: Path) -> tuple[dict, list[Stage]]:
     asked = tree.get("stages")
     if not isinstance(asked, dict) or not asked:
         raise UserError("E002", f"{path}: stages: names of stages and what they run are expected")
-    out = Path(str(tree.get("out") or f"out/{path.stem}"))
+    out = Path(out or str(tree.get("out") or f"out/{path.stem}"))
     folders, stages = {}, []
     for name, spec in asked.items():
         where = f"{path}: stage {name}"
@@ -136,8 +138,8 @@ def stage(name: str, spec: dict, filler: Filler) -> Stage:
     numbers = [spec.get(key) or 0 for key in ("minutes", "mb")]
     if not all(isinstance(x, (int, float)) for x in numbers):
         raise UserError("E002", f"{filler.where}: minutes and mb are numbers")
-    needs = sorted(filler.seen - {name})
-    return Stage(name, script, words, filler.texts, needs, folder, in_place, *numbers)
+    needs, more = sorted(filler.seen - {name}), (spec.get("package") or "", *numbers)
+    return Stage(name, script, words, filler.texts, needs, folder, in_place, *more)
 
 
 def option(key: str, value, takes_all: bool, where: str) -> list[str]:

@@ -154,11 +154,11 @@ def test_sparse_layers_in_a_log_step():
 
 
 def test_an_evaluation():
-    row = {"step": 5, "val_loss": 2.5, "val_accuracy": 0.25, "val_bpb": None}
+    row = {"step": 5, "val_loss": 2.5, "val_ppl": 12.18, "val_accuracy": 0.25, "val_bpb": None}
     row |= {"best_val_loss": 2.0, "best_step": 3}
     m = ModelConfig(**MODEL)
     assert lines.evaluation_lines(row, False, 1.25, m) == [
-        "eval       step 5: val_loss 2.5000, 25.0 % right (best 2.0000 at step 3), 1.2 s"
+        "eval       step 5: val_loss 2.5000 (ppl 12.18), 25.0 % right (best 2.0000 at step 3), 1.2 s"
     ]
     row |= {"val_loss": 9.0, "val_bpb": 1.5, "val_loss_as_trained": 8.0, "mod_gap": 1.0}
     row |= {"mod_agreement": 0.9, "mod_depth": 3.5}

@@ -54,7 +54,7 @@ class Listener:
 @pytest.fixture
 def saver(tmp_path):
     cfg = types.SimpleNamespace(out_dir=str(tmp_path), comm_timeout=60, save_async=False)
-    cfg.save_total_limit, cfg.keep_every = 1, 0
+    cfg.save_total_limit, cfg.keep_every, cfg.backup_dir = 1, 0, None
     owner = types.SimpleNamespace(keep=lambda: None)
     return Saver(cfg, OneRank(), owner, Listener(), Stopwatch())
 
