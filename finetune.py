@@ -67,7 +67,7 @@ def as_keys(argv: list[str]) -> list[str]:
             if (Path(folder) / "manifest.json").exists():
                 text = f"--data {folder} is prepared, and goes alone"
                 raise UserError("E002", f"{text}; or several by data: {{sources}} in a YAML")
-        words += ["--prepare", json.dumps({"sources": sources})]
+        words += ["--prepare.sources", json.dumps(sources)]
     return words
 
 
@@ -92,7 +92,7 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         notes.append("model.dropout 0: it would be noise between two replies, and the reference")
     tree["model"] = base.model_keys(found, tree["model"])
     with_lora = bool(tree["lora"].get("r"))
-    if tree["lora"] and not with_lora:
+    if tree["lora"] and tree["lora"].get("r") is None:
         raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
     if tree.get("learning_rate", "auto") == "auto":
         tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)

@@ -29,7 +29,8 @@ def table(command: str = "") -> dict[str, dict]:
     command: one of APART, whose options have a table of their own.
     """
     rows = {}
-    tree = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    quick = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    tree = yaml.load(TABLE.read_text(encoding="utf-8"), quick)
     apart = {name: tree.pop(name) for name in APART}
     for names, row in apart.get(command, tree).items():
         row = row if isinstance(row, dict) else {"to": row}
@@ -195,6 +196,8 @@ def claim(name: str, value, row: dict) -> Claim | dict:
         return {"ignore": "it is null"}
     if "range" in row and not allowed(as_number(value, float), row["range"]):
         return {"refuse": f"must be {in_words(row['range'])}"}
+    if "one_minus" in row and (number := as_number(value, float)) is not None:
+        return Claim(name, value, key, round(1 - number, 9))
     if "form" in row:
         return Claim(name, value, key, row["form"].replace("NAME", str(value)))
     return Claim(name, value, key, value)

@@ -53,6 +53,7 @@ INSTEAD = {
     "model.mod_layers": ("model.mod_every", "model.mod_start_layer", "model.mod_end_layer"),
     "model.mod_every": ("model.mod_layers",),
 }
+OTHER_DATA = {"data_dir", "data", *modes.PATHS}
 
 
 # ---------------------------------------------------------------- YAML
@@ -336,10 +337,7 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
     place = Places(path, lines)
     open_blocks(tree, place)
     tree, wrong = over_preset(tree, place, notes)
-    wrong += type_over(tree, line, place, notes)
-    if path and CONFIGS in path.resolve().parents:
-        leave_out_prompt(tree, line.typed, place, notes)
-    typed_wins(tree, line.typed, place, notes)
+    wrong += type_over(tree, line, place, notes, is_preset(path))
     if complete and wrong:
         build_config(tree, place, notes, wrong)  # raises: what is refused is said first
     if complete:
@@ -396,13 +394,10 @@ def over_preset(tree: dict, place: Places, notes: list[str]) -> tuple[dict, list
     typed = set(aliases.written(tree, own_keys()))
     line = CommandLine(str(choice), tree, typed, where=of_file)
     notes.append(f"config_choice {choice} -> {CONFIG} {path}")
-    wrong = type_over(preset, line, place, notes)
-    leave_out_prompt(preset, line.typed, place, notes)
-    typed_wins(preset, line.typed, place, notes)
-    return preset, wrong
+    return preset, type_over(preset, line, place, notes, is_preset(path))
 
 
-def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) -> list[str]:
+def type_over(tree: dict, line: CommandLine, place: Places, notes, of_preset: bool) -> list[str]:
     """Put what was typed over the file's keys, both under our names first -> what is refused."""
     own = own_keys()
     of_file = aliases.rename(tree, own, place)
@@ -411,7 +406,7 @@ def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) ->
     place.names |= of_file.moved | of_words.moved
     line.typed = (line.typed - set(of_words.moved.values())) | set(of_words.moved)
     if any(key.startswith("prepare.") for key in line.typed):
-        join_prepare(tree, line)
+        join_prepare(tree, line, of_preset)
     notes += of_file.notes + of_words.notes
     for block in BLOCKS:
         if block in line.typed:  # a whole block was typed: it replaces the file's
@@ -420,22 +415,32 @@ def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) ->
     tree |= line.tree
     for key in line.typed:
         place.type_over(key, of_words.moved.get(key, key), line.where)
+    if of_preset:
+        leave_out_prompt(tree, line.typed, place, notes)
+    typed_wins(tree, line.typed, place, notes)
     return of_file.wrong + of_words.wrong
 
 
-def join_prepare(tree: dict, line: CommandLine) -> None:
-    """Typed options of `prepare` join the file's, unless what is trained on was typed too."""
+def join_prepare(tree: dict, line: CommandLine, of_preset: bool) -> None:
+    """Typed options of `prepare` join the file's. Where what is trained on was typed too, the
+    file's sources go, and a preset's options with them: they are of its own text."""
     of_file, typed = tree.get("prepare"), line.tree["prepare"]
-    other_data = line.typed & {"prepare", "data_dir", "data", *modes.PATHS}
-    if other_data or not isinstance(typed, dict) or typed.get("sources"):
-        line.typed.add("prepare")  # it replaces the file's
-    elif isinstance(of_file, dict) and of_file.get("sources"):
-        line.tree["prepare"] = prepare_key.join(of_file, typed)
+    if not isinstance(of_file, dict):
+        of_file = {}
+    if "prepare" in line.typed or not isinstance(typed, dict):
+        return  # all of it was typed
+    if typed.get("sources") and not of_preset:
+        of_file = {key: v for key, v in of_file.items() if key not in prepare_key.PLACES}
+    elif of_file.get("sources") and (typed.get("sources") or line.typed & OTHER_DATA):
+        of_file = {}
+    if typed.get("sources") or line.typed & OTHER_DATA:
+        line.typed.add("prepare")
+    line.tree["prepare"] = prepare_key.join(of_file, typed)
 
 
 def leave_out_prompt(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
     """A preset's sample_prompt continues the preset's own text, no other data."""
-    own = next((key for key in ("prepare", "data_dir", "data") if key in typed), None)
+    own = next((key for key in ("data_dir", "data", *modes.PATHS, "prepare") if key in typed), None)
     if own and "sample_prompt" in tree and "sample_prompt" not in typed:
         tree.pop("sample_prompt")
         text = "the preset's sample_prompt goes with its own data, not with"
@@ -457,11 +462,16 @@ def typed_wins(tree: dict, typed: set[str], place: Places, notes: list[str]) -> 
             theirs = aliases.get(tree, other)
             if theirs is None or theirs is False or other in typed:
                 continue
-            if other == "prepare" and isinstance(theirs, dict) and theirs.get("out") == ours:
-                continue  # data_dir is what the file prepares
+            if other == "prepare" and isinstance(theirs, dict):
+                if theirs.get("out") == ours or not theirs.get("sources"):
+                    continue  # data_dir is what the file prepares, or is held against its options
             aliases.drop(tree, other)
             name = as_typed(key, place)
             notes.append(f"{name} was typed: {other}: {short(theirs)} of the file is left out")
+
+
+def is_preset(path: Path | None) -> bool:
+    return path is not None and CONFIGS in path.resolve().parents
 
 
 def presets() -> dict[str, Path]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from lumen.errors import UserError, expand
 from lumen.files import read_json
 
+PLACES = ("sources", "val_sources", "out")  # which text; the rest says how
+
 
 def written_as(key: str, where) -> str:
     """The name under which one of our keys was written, by a place that knows it."""
@@ -24,7 +26,7 @@ def join(of_file: dict, typed: dict) -> dict:
     """Typed options over the file's: the data goes into a folder of its own, so that what another
     start has made is not in the way."""
     joined = of_file | typed
-    if joined != of_file and "out" not in typed:
+    if of_file.get("sources") and joined != of_file and "out" not in typed:
         facts = json.dumps(joined, sort_keys=True, default=str)
         tail = hashlib.sha256(facts.encode()).hexdigest()[:6]
         joined["out"] = f"{folder_of(of_file)}-{tail}"

@@ -43,7 +43,7 @@ class Teller:
             peak=t.found.peak,
             world=t.parallel.world,
             lr_at_peak=t.scheduled_lr(t.run.peak_step),
-            last_lr=t.scheduled_lr(t.run.max_steps - 1),
+            last_lr=t.scheduled_lr(max(0, t.run.max_steps - 1)),
             misfit=t.found.misfit,
             fine_tunes=t.fine_tunes,
             notes=[*(notes or []), *t.machine.notes, *hint, *t.found.changes],
