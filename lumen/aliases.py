@@ -19,7 +19,8 @@ from lumen.values import allowed, as_number, convert, in_words, short
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
 # sections of the table that are of commands
-APART = ("train.py", "evaluate.py", "export.py quantize")
+APART = ("train.py", "prepare_data.py", "evaluate.py", "export.py quantize", "sample.py")
+APART += ("serve.py",)
 
 
 @functools.cache

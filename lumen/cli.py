@@ -29,7 +29,7 @@ from lumen.config import (
     refuse_unknown,
 )
 from lumen.errors import UserError, expand, nearest
-from lumen.values import convert, short
+from lumen.values import convert, short, without_comments
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TYPED = "command line"  # where a key stands that is in no file
@@ -99,12 +99,6 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         PIPES[str(path)] = text
     return text
-
-
-def without_comments(text: str) -> str:
-    """JSON as YAML reads it: no `//` comments, no tabs between values."""
-    kept = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|\t')
-    return kept.sub(lambda match: match[1] or " ", text)
 
 
 def key_lines(node, path: Path) -> dict[str, int]:
