@@ -109,7 +109,7 @@ def check_keys(cfg) -> None:
     if cfg.method == "sft":
         for key in ("beta", "gamma", "label_smoothing", "sft_coef"):
             if getattr(cfg, key):
-                wrong.append(f"{key} is of preferences, not of method sft")
+                wrong.append(f"{key} is of preferences, not of method sft; --method dpo?")
     else:
         preferences.check_method(cfg)
         if "softcap" in (cfg.model.extras or []):

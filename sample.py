@@ -174,7 +174,7 @@ class Parser(Words):
         self.add_argument(f"--{name}", action="store_true", help=help)
 
 
-def parse(argv: list[str], say=print) -> argparse.Namespace:
+def arguments() -> Parser:
     p = Parser(prog="sample.py", description="Generate text from a trained model.")
     places = "a run, a step of it, a Hugging Face or quantised folder"
     p.add_argument("run", type=a_path, help=places)
@@ -204,7 +204,11 @@ def parse(argv: list[str], say=print) -> argparse.Namespace:
     p.option("precision", "auto, fp32, bf16, fp16", default="auto")
     halves = "keys and values as the model computes them, or in int8: half the memory of bf16"
     p.option("kv", halves, choices=kv_int8.CACHES, default="full")
-    return option_names.parse(p, argv, say)
+    return p
+
+
+def parse(argv: list[str], say=print) -> argparse.Namespace:
+    return option_names.parse(arguments(), argv, say)
 
 
 def main(argv: list[str]) -> int:

@@ -56,8 +56,9 @@ class Claim:
     key: str  # ours
     value: object  # ours
     agrees: tuple = ()  # other values of ours that it does not contradict
-    weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names
+    weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names, ...
     off: object = None  # of a switch: what ours is when it is off
+    beats: bool = False  # ... and some beat ours too
 
 
 @dataclass
@@ -201,7 +202,8 @@ def claim(name: str, value, row: dict) -> Claim | dict:
         return Claim(name, value, key, round(1 - number, 9))
     if "form" in row:
         return Claim(name, value, key, row["form"].replace("NAME", str(value)))
-    return Claim(name, value, key, value)
+    beats = "beats" in row
+    return Claim(name, value, key, value, weight=2 if beats else 1, beats=beats)
 
 
 def as_list(value) -> list:
@@ -210,6 +212,7 @@ def as_list(value) -> list:
 
 def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) -> None:
     """Give one of our keys the value that foreign names say; refuse what contradicts another."""
+    told = ""
     best = max(several, key=lambda said: (said.weight, not said.agrees))
     key, ours = best.key, get(tree, best.key)
     if best.weight == 0:  # on: how much of it, our key may say
@@ -224,7 +227,10 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
         if other.weight == best.weight and not any(same(key, best.value, v, own) for v in values):
             text = f"{other.name}: {as_yaml(other.given)} and {best.name}: {as_yaml(best.given)}"
             done.wrong.append(f"{place(best.name)}: {text} are both {key} here; drop one")
-    if ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
+    if ours is not None and best.beats:
+        told = f", {key} {as_yaml(ours)} gives way"
+        put(tree, key, best.value)
+    elif ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
         text = f"{best.name}: {as_yaml(best.given)} is {key}: {as_yaml(best.value)} here"
         done.wrong.append(f"{place(best.name)}: {text}, and {key}: {as_yaml(ours)}; drop one")
     if ours is None:
@@ -234,7 +240,18 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
     if (best.name, given) == (key, meant):
         return  # n_experts: 0, which a table cannot tell from its false
     short_name = best.name if given == meant else f"{best.name} {given}"
-    done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}")
+    told += beside(best, several)
+    done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}{told}")
+
+
+def beside(best: Claim, several: list[Claim]) -> str:
+    """What other names said of the same key."""
+    told = ""
+    for other in several:
+        if other is not best:
+            loses = best.weight == 2 and other.weight == 1
+            told += f", {other.name} {as_yaml(other.given)} {'gives way' if loses else 'too'}"
+    return told
 
 
 def same(key: str, a, b, own: dict) -> bool:

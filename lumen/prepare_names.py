@@ -140,9 +140,9 @@ def pairs(words: list[str]) -> tuple[list[str], dict, list[str]]:
             words = without(words, "vocab_size")
             notes.append(f"vocab_size has no effect: {path} has its own")
         else:
-            words = without(words, "tokenizer_path", "force_tokenizer_training")
-            why = "a tokenizer is trained anew" if anew else "it is not there: one is trained"
-            notes.append(f"tokenizer_path has no effect: {why}, into the data's folder")
+            words = without(words, "tokenizer_path", *(SWITCHES[1:] if anew else ()))
+            why = "force_tokenizer_training is true" if anew else "it is not there"
+            notes.append(f"tokenizer_path has no effect: {why}, and one is trained with the data")
     likeness, wanted = value_of(words, "minhash_threshold"), value_of(words, "use_minhash")
     if likeness and plain(wanted) is False:
         words = without(words, "minhash_threshold")
@@ -151,7 +151,8 @@ def pairs(words: list[str]) -> tuple[list[str], dict, list[str]]:
         bands, rows = BANDS[plain(likeness)]
         words = without(words, "minhash_threshold", "use_minhash")
         options["minhash"] = {"bands": bands, "rows": rows}
-        notes.append(f"minhash_threshold {likeness} -> minhash {{bands: {bands}, rows: {rows}}}")
+        said = "minhash_threshold, use_minhash" if wanted else "minhash_threshold"
+        notes.append(f"{said} {likeness} -> minhash {{bands: {bands}, rows: {rows}}}")
     return words, options, notes
 
 
