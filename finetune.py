@@ -92,8 +92,10 @@ def complete(tree: dict, place, notes: list[str]) -> None:
         notes.append("model.dropout 0: it would be noise between two replies, and the reference")
     tree["model"] = base.model_keys(found, tree["model"])
     with_lora = bool(tree["lora"].get("r"))
-    if tree["lora"] and tree["lora"].get("r") is None:
+    if tree["lora"] and "r" not in tree["lora"]:
         raise UserError("E002", f"{place('lora')}: lora needs r, the rank of the adapters")
+    if not with_lora:  # r: 0 is no adapters
+        tree["lora"] = {}
     if tree.get("learning_rate", "auto") == "auto":
         tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)
         notes.append(f"learning_rate {tree['learning_rate']:g}: {why}")

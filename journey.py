@@ -218,6 +218,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print_now(f"stopped    the same command goes on: python journey.py {args.config}")
         return 130
+    except OSError as error:
+        raise UserError("E119", f"{journey.out}: {error}") from error
     finally:
         owner.release()
 

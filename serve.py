@@ -14,7 +14,6 @@ import contextlib
 import functools
 import math
 import os
-import socket
 import sys
 import time
 
@@ -24,7 +23,7 @@ from lumen import kv_int8, option_names, web_page
 from lumen.answering import Answering, House
 from lumen.engine import Engine
 from lumen.errors import UserError, a_path
-from lumen.gate import Gate, check_key, is_loopback
+from lumen.gate import Gate, address, bind, check_key, is_loopback
 from lumen.kv_int8 import CACHES
 from lumen.launch import Words, command
 from lumen.machine import resident_bytes
@@ -257,26 +256,6 @@ def is_quiet(connection) -> bool:
     """Nothing is asked, or the answer is complete but not read."""
     closing = connection.transport.is_closing()
     return closing or connection.cycle is None or connection.cycle.response_complete
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Before the model is read: a port in use is said at once. E002."""
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
-        if os.name == "posix":  # elsewhere it would let two servers have one port
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(place)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "this is no name of a machine"
-        text = f"--host {host} --port {port}: {reason}; --port 0 takes any that is free"
-        raise UserError("E002", text) from None
-    return found
-
-
-def address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # ---------------------------------------------------------------- the command

@@ -55,8 +55,8 @@ class Judgement:
 class Decisions:
     """Writes decisions.jsonl and says what it writes.
 
-    report: has say and append; cfg: OrchestratorConfig; run: what identifies it; now: returns step,
-    cursor, turn, tokens and attempt; level: the loss of now.
+    report: has say, append and record_decision; cfg: OrchestratorConfig; run: what identifies it;
+    now: returns step, cursor, turn, tokens and attempt; level: the loss of now.
     """
 
     def __init__(self, report, cfg, run: str, world: int, now: Callable, level: Callable):
@@ -97,7 +97,7 @@ class Decisions:
                 row |= {"refused": error.code, "reason": error.text}
         if "refused" in row:
             row["executed"] = False
-        self.report.append("decisions.jsonl", row)
+        self.report.record_decision(row)
         if row["executed"]:
             self.judge_later(row, now["turn"] + JUDGE_AFTER)
         self.say(row, d.confidence)
@@ -126,7 +126,7 @@ class Decisions:
     def outcome(self, id: int, verdict: str, step: int, stat: dict) -> None:
         """What came of a decision."""
         row = {"id": id, "attempt": self.now()["attempt"], "kind": "outcome", "step": step}
-        self.report.append("decisions.jsonl", row | {"verdict": verdict} | stat)
+        self.report.record_decision(row | {"verdict": verdict} | stat)
         self.report.say(f"outcome    of #{id}: {verdict}")
 
     def take_due(self, iteration: int) -> list[Judgement]:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -88,6 +89,15 @@ def read_json(path, code: str = "", must_exist: bool = True) -> dict:
     if code:
         raise UserError(code, f"{path} cannot be read: it holds no JSON object")
     return {}
+
+
+def finite(x):
+    """With null for what JSON has no word for: NaN, infinity."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def read_lines(path: Path) -> list[dict]:

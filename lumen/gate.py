@@ -1,4 +1,4 @@
-"""Who may speak to the server: the key, and what browsers are kept from.
+"""Where a server listens, and who may speak to it: the key, and what browsers are kept from.
 
 A server without a key is the user's own, on 127.0.0.1. But every page that the user's browser
 shows may send requests there. Two things stop it: a request with the Origin of another page is
@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
+import socket
 from urllib.parse import urlsplit
 
 from lumen.errors import UserError
@@ -31,6 +33,28 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of its own, before anything long is read: a port in use is said at once. E002."""
+    if not 0 <= port <= 65535:  # the system would take it modulo 65536
+        raise UserError("E002", f"--port {port} is out of range; it must be 0 to 65535")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(place)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "this is no name of a machine"
+        text = f"--host {host} --port {port}: {reason}; --port 0 takes any that is free"
+        raise UserError("E002", text) from None
+    return found
+
+
+def address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def check_key(key: str | None, host: str, cors: list[str]) -> None:
@@ -69,7 +93,7 @@ class Gate:
         self.app = app
         self.gauges = gauges
         self.digest = hashlib.sha256(key.encode()).digest() if key else None
-        self.host = host.strip("[]").lower()
+        self.host = host
         self.any_origin = "*" in cors
         self.origins = {origin_of(origin) for origin in cors}
         self.connections = connections or (lambda: 0)
@@ -115,8 +139,7 @@ class Gate:
             self.check_key(headers.get(b"authorization", b""))
 
     def check_host(self, given: str) -> None:
-        host = urlsplit("//" + given).hostname if valid(given) else None
-        if host and (is_loopback(host) or host == self.host):
+        if is_our_host(given, self.host):
             return
         text = f"Host {given[:80]!r} is not this machine, and this server has no key: a page may"
         text += " be behind it (DNS rebinding); use http://127.0.0.1, or start it with --api_key"
@@ -163,6 +186,12 @@ class Gate:
         if headers.get(b"access-control-request-private-network"):
             found[b"access-control-allow-private-network"] = b"true"
         return found
+
+
+def is_our_host(given: str, host: str) -> bool:
+    """Whether the Host of a request is this machine, or what the server was bound to."""
+    name = urlsplit("//" + given).hostname if valid(given) else None
+    return bool(name) and (is_loopback(name) or name == host.strip("[]").lower())
 
 
 def valid(host: str) -> bool:

@@ -286,6 +286,8 @@ def what_it_is(name: str) -> tuple[str, tuple]:
         return "a word or a list of words (in quotes, if YAML takes it for another thing)", (str,)
     if name == "minhash":
         return "true, false or a mapping", (bool, dict)
+    if name == "template":
+        return "a word or {role: format}", (str, dict)
     if isinstance(default, bool) or name in SWITCHES:
         return "true or false", (bool,)
     if isinstance(default, str):

@@ -13,21 +13,22 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lumen import files, owner
+from lumen import files, follow, owner, story
 from lumen import tokenizer as tokenizers
 from lumen.config import Config
 from lumen.errors import UserError, a_path
-from lumen.files import read_lines
+from lumen.experts import DEAD
+from lumen.files import finite, read_lines
 from lumen.launch import Words, command, print_now, speak
 from lumen.sampling import Sampling
 
@@ -54,6 +55,8 @@ class Report:
         self.bar = None  # tqdm's, on a terminal
         self.wandb = self.wandb_id = None
         self.board = None  # TensorBoard's writer
+        self.pictures = find_spec("PIL") is not None  # what both draw with; neither brings it
+        self.decided = False  # since wandb last got the table of decisions
         self._unwritten: dict[str, bytes] = {}  # file: lines that it did not take
 
     # ---- the console
@@ -117,7 +120,7 @@ class Report:
             # the step is one number among others: after a rollback it comes again, and wandb would
             # refuse that of its own step
             with self.chart("wandb"):
-                self.wandb.log(numbers | {"step": step})
+                self.wandb.log(numbers | self.decisions_table() | {"step": step})
         if self.board:
             with self.chart("board"):
                 for key, value in numbers.items():
@@ -139,6 +142,43 @@ class Report:
             with self.chart("board"):
                 bars = (edges[1:].tolist(), values.tolist())
                 self.board.add_histogram_raw(name, *about, *bars, step)
+
+    def record_experts(self, layers: list[list], step: int) -> None:
+        """Shares of the choices as a picture, a row a layer, to wandb and TensorBoard."""
+        if not self.pictures or not (self.wandb or self.board):
+            return
+        picture = heat_map(layers)
+        if self.wandb:
+            import wandb
+
+            with self.chart("wandb"):
+                self.wandb.log({"experts/by_layer": wandb.Image(picture), "step": step})
+        if self.board:
+            with self.chart("board"):
+                self.board.add_image("experts/by_layer", picture, step, dataformats="HWC")
+
+    def record_decision(self, row: dict) -> None:
+        """One line of decisions.jsonl: a decision, or an outcome; TensorBoard gets it as a text."""
+        self.append("decisions.jsonl", row)
+        self.decided = True
+        if self.board:
+            words = (f"    {name}: {value}" for name, value in row.items())  # code, to Markdown
+            with self.chart("board"):
+                self.board.add_text("decisions", "\n".join(words), row["step"])
+
+    def decisions_table(self) -> dict:
+        """All decisions as a table for wandb, if there is a new one: wandb replaces tables whole,
+        so it goes with the next row."""
+        if not self.decided:
+            return {}
+        import wandb
+
+        self.decided = False
+        with self.optional("the table of decisions"):
+            told = story.told(read_lines(self.out / "decisions.jsonl"))[-story.MOST_TOLD :]
+            rows = [list(row.values()) for row in told]
+            return {"decisions": wandb.Table(columns=list(told[0]), data=rows)} if told else {}
+        return {}
 
     @contextlib.contextmanager
     def chart(self, name: str):
@@ -170,6 +210,8 @@ class Report:
             self.wandb = start_wandb(cfg, self.say, self.wandb_id)
             if self.wandb:
                 self.wandb_id = self.wandb.id
+        if (cfg.wandb_project or cfg.tensorboard) and cfg.model.n_experts and not self.pictures:
+            self.say("note       experts are charted as bars only: pip install pillow draws them")
         if cfg.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -274,6 +316,8 @@ class Report:
         """Charts and train.log; what was still to be written may fail."""
         with self.chart("wandb"):
             if self.wandb:
+                if last := self.decisions_table():
+                    self.wandb.log(last)
                 self.wandb.finish()
         with self.chart("board"):  # what was still to be written may not fit on the disk
             if self.board:
@@ -306,13 +350,20 @@ def may_replace(file: Path) -> bool:
     return head.startswith("data_dir: ") and early in text
 
 
-def finite(x):
-    """With null for what JSON has no word for: NaN, infinity."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+WIDTH = 1200  # pixels of a heat map, at most where its experts are fewer
+
+
+def heat_map(layers: list[list]) -> np.ndarray:
+    """(H, W, 3) uint8 of each expert's share of the choices, a row a layer: darker blue for more,
+    white for none; red: dead, below a tenth of a fair share; grey: a slot without an expert."""
+    shares = np.array([[np.nan if x is None else x for x in layer] for layer in layers], float)
+    load = shares * (~np.isnan(shares)).sum(1, keepdims=True)  # 1: a fair share
+    dark = np.clip(np.nan_to_num(load) / 2, 0, 1)[..., None]
+    cells = 255 - dark * (255 - np.array([8.0, 48.0, 107.0]))
+    cells[load < DEAD] = (210, 59, 59)
+    cells[np.isnan(load)] = 160
+    pixels = max(1, min(12, WIDTH // cells.shape[1]))
+    return cells.astype(np.uint8).repeat(pixels, 0).repeat(pixels, 1)
 
 
 # ---------------------------------------------------------------- wandb
@@ -365,160 +416,27 @@ def start_wandb(cfg: Config, say, run_id: str | None = None):
 # ---------------------------------------------------------------- the command
 
 
-def of_run(folder: str, name: str) -> tuple[Path, list[dict]]:
-    """(out_dir, rows) of a run's jsonl file. E108 where there is none or it cannot be read, E104
-    where it is empty; a run without decisions.jsonl has decided nothing."""
-    path = Path(folder, name)
-    if not path.is_file():
-        if name == "decisions.jsonl" and (path.parent / "config.yaml").exists():
-            return path.parent, []
-        raise UserError("E108", f"there is no {path}")
-    try:
-        rows = read_lines(path)
-    except ValueError as error:
-        raise UserError("E108", f"{path}: {error}") from error
-    if not rows:
-        raise UserError("E104", f"{path} is empty")
-    return path.parent, rows
-
-
-HEADING_GAP = 100  # iterations: what lies nearer together is told under one heading
-
-
-def decisions(folder: str) -> int:
-    """decisions.jsonl as a story: what happened, why, what was done, how it turned out."""
-    out, rows = of_run(folder, "decisions.jsonl")
-    if not rows:
-        print(f"{out}: nothing had to be decided")
-        return 0
-    outcomes = {row["id"]: row for row in rows if row.get("kind") == "outcome"}
-    print(f"{out}: {len(rows) - len(outcomes)} decisions")
-    last = None
-    for first, final in series([row for row in rows if "trigger" in row], outcomes):
-        if begins_a_heading(first, last):
-            print(f"\n{first['time']}, attempt {first['attempt']}, mode {first['mode']}")
-        for line in decision_lines(first, final["step"], outcomes.get(first["id"])):
-            print(line)
-        last = final
-    return 0
-
-
-def series(rows: list[dict], outcomes: dict) -> list[tuple[dict, dict]]:
-    """(first, last) of decisions that are the same in iterations on end, to be told once."""
-    told = []
-    for row in rows:
-        if told and row["id"] not in outcomes and goes_on(row, *told[-1]):
-            told[-1] = told[-1][0], row
-        else:
-            told.append((row, row))
-    return told
-
-
-def goes_on(row: dict, first: dict, last: dict) -> bool:
-    same = all(row[k] == first[k] for k in ("trigger", "action", "executed", "attempt"))
-    return same and row["turn"] - last["turn"] <= 1
-
-
-def begins_a_heading(row: dict, last: dict | None) -> bool:
-    if last is None or row["attempt"] != last["attempt"]:
-        return True
-    return row["turn"] - last["turn"] > HEADING_GAP
-
-
-def decision_lines(row: dict, until: int, outcome: dict | None) -> list[str]:
-    """A decision that was made at row["step"], and again at each step until `until`."""
-    state = "done"
-    if not row["executed"]:
-        state = f"NOT done: {row.get('refused') or row['blocked_by']}"
-    state = f"level {row['level']}, {state}" if row["level"] else "a note"
-    steps = f"step {row['step']}"
-    if until != row["step"]:
-        steps += f" to {until}"
-    lines = [f"  {steps}: {row['trigger']}: {row['action']} (#{row['id']}, {state})"]
-    why = f"{row['reason']}; confidence {row['confidence']:.2f} ({row['basis']})"
-    lines.append(f"    why     {why}")
-    args = row.get("args")
-    if args and isinstance(args, dict):
-        text = ", ".join(f"{key} {value}" for key, value in args.items() if value is not None)
-        lines.append(f"    how     {text}")
-    if outcome:
-        lines.append(f"    outcome {outcome['verdict']}, seen at step {outcome['step']}")
-    return lines
-
-
-LEVEL_COLOURS = ("0.8", "tab:orange", "tab:red", "tab:red", "black")
-
-
-def picture(folder: str) -> int:
-    """RUN/training.png: loss, rate, gradient norm, expert shares, and what was decided where."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("E003", "a picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    out, rows = of_run(folder, "metrics.jsonl")
-    decided = read_lines(out / "decisions.jsonl")
-    done = [row for row in decided if "trigger" in row and row["executed"]]
-    kept, lost = without_rolled_back(rows)
-    shares = sorted({key for row in kept for key in row if key.startswith("experts/share/")})
-    panels = ["loss", "lr", "grad_norm", *shares]
-    size = (10, 2.2 * len(panels))
-    figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=size, squeeze=False)
-    axes = dict(zip(panels, axes[:, 0]))
-    for name, ax in axes.items():
-        if name in shares:
-            draw_shares(ax, kept, name)
-        else:
-            draw_line(ax, kept, name, "-", label="training")
-            draw_line(ax, lost, name, ".", color="0.7", label="rolled back")
-        for row in done:
-            ax.axvline(row["step"], color=LEVEL_COLOURS[row["level"]], linewidth=0.8)
-        ax.set_ylabel(name.removeprefix("experts/"))
-        ax.set_xlabel("step" if name == panels[-1] else "")
-    draw_line(axes["loss"], kept, "val_loss", "o-", markersize=3, label="validation")
-    axes["loss"].legend(fontsize=8)
-    axes["grad_norm"].set_yscale("log")
-    for row in done:
-        if row["level"] > 1 or row["trigger"] == "user":
-            place = {"xy": (row["step"], 1.02), "xycoords": ("data", "axes fraction")}
-            axes["loss"].annotate(row["action"], **place, rotation=30, fontsize=7)
-    figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
-    print(out / "training.png")
-    return 0
-
-
-def without_rolled_back(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(what the run is made of, what was rolled back): rows beyond a step that comes again."""
-    kept, lost = [], []
-    for row in rows:
-        while kept and kept[-1]["step"] > row["step"]:
-            lost.append(kept.pop())
-        kept.append(row)
-    return kept, lost
-
-
-def draw_line(ax, rows: list[dict], name: str, style: str, **options) -> None:
-    """What rows say under `name`; nothing, in the legend either, where none says it."""
-    said = [row for row in rows if row.get(name) is not None]
-    if said:
-        ax.plot([row["step"] for row in said], [row[name] for row in said], style, **options)
-
-
-def draw_shares(ax, rows: list[dict], name: str) -> None:
-    """Shares of experts, stacked; a slot without an expert has none."""
-    said = [row for row in rows if name in row]
-    shares = np.array([[share or 0.0 for share in row[name]] for row in said])
-    ax.stackplot([row["step"] for row in said], shares.T)
-
-
 def main(argv: list[str]) -> int:
-    words = Words(prog="python -m lumen.report", description="What a run decided, as a story.")
-    words.add_argument("run", type=a_path, help="the out_dir of a run")
-    words.add_argument("--picture", action="store_true", help="write training.png into it instead")
+    about = "What runs decided, as a story; or a page that follows them."
+    words = Words(prog="python -m lumen.report", description=about)
+    words.add_argument("run", nargs="+", type=a_path, help="the out_dir of a run")
+    instead = words.add_mutually_exclusive_group()
+    instead.add_argument("--picture", action="store_true", help="write training.png into it")
+    instead.add_argument("--serve", action="store_true", help="a page, as long as this runs")
+    instead.add_argument("--html", type=a_path, metavar="FILE", help="that page as a file")
+    words.add_argument("--port", type=int, default=6006, help="of --serve; 0: any that is free")
+    words.add_argument("--host", default="127.0.0.1", help="of --serve (default 127.0.0.1)")
     args = words.parse_args(argv)
-    return picture(args.run) if args.picture else decisions(args.run)
+    if args.serve:
+        return follow.serve(args.run, args.host, args.port)
+    if args.html:
+        return follow.write(args.run, args.html)
+    for run in args.run:
+        if args.picture:
+            story.picture(run)
+        else:
+            story.decisions(run)
+    return 0
 
 
 if __name__ == "__main__":

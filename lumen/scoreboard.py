@@ -17,9 +17,8 @@ import torch
 
 from lumen import machine
 from lumen.errors import UserError
-from lumen.files import read_json, replacing, write_json
+from lumen.files import finite, read_json, replacing, write_json
 from lumen.launch import print_now
-from lumen.report import finite
 from lumen.scores import Score, from_row, in_order
 
 COLUMNS = 100  # of a console

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lumen import files
 from lumen.cli import load_yaml
+from lumen.config import BLOCKS
 from lumen.errors import UserError, nearest
 
 HERE = Path(__file__).resolve().parent.parent
@@ -145,6 +146,8 @@ def stage(name: str, spec: dict, filler: Filler) -> Stage:
 def option(key: str, value, takes_all: bool, where: str) -> list[str]:
     """A key of a stage as words of its command. takes_all: any value is a word, as train.py has it;
     other commands have switches, and nothing for null. E002."""
+    if takes_all and key in BLOCKS and isinstance(value, dict):  # its other keys stay
+        return [word for k, v in value.items() for word in option(f"{key}.{k}", v, True, where)]
     if takes_all:
         return [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     if isinstance(value, (list, dict)):
@@ -210,10 +213,14 @@ def arguments(words: list[str]) -> list[str]:
     return [sys.executable, *rest]
 
 
+# before there are threads: a child between fork and exec may not look for it
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def end_with_us() -> None:
-    """In the child: it is told to end when we are killed, where the system can do that (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """In the child: it is told to end when we are killed. PR_SET_PDEATHSIG, Linux only."""
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)
 
 
 def follow(words: list[str], log, show) -> int:

@@ -84,6 +84,8 @@ class Teller:
         t.report.record(row)
         for name, values in lines.routing_bars(numbers.experts, numbers.depth).items():
             t.report.record_bars(name, values, done)
+        if numbers.experts is not None:
+            t.report.record_experts(list(lines.share_bars(numbers.experts).values()), done)
         gone = sum(t.watch.spent.values())
         left = (t.run.max_steps - done) / interval.speed()
         t.say(lines.step_line(row, t.run.max_steps, gone, left))

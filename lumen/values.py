@@ -83,8 +83,11 @@ def inside(value, kind, place, key: str):
     """`value` with all that stands in it converted; E002 with the line of the innermost key.
 
     `kind` is a type, [what each item is], or {name: what it is}, "*" any name. A word is a list of
-    one; null in a mapping is not given. `place(key)` names file and line.
+    one; null in a mapping is not given. (a, b): a, but b of a mapping. `place(key)` names file and
+    line.
     """
+    if isinstance(kind, tuple):
+        kind = kind[isinstance(value, dict)]
     if isinstance(kind, list):
         items = [value] if isinstance(value, (str, int, float)) else value
         if not isinstance(items, list):

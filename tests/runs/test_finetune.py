@@ -501,6 +501,14 @@ def test_adapters_go_on_with_their_own_base_only(school, words, tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 MESSAGES = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "RED"}]
+
+
+def test_adapters_of_rank_0_are_none(words):
+    trainer = tuner(words("run", "dense", "full", "--lora.r", "0"))
+    assert not trainer.cfg.lora.r and all(p.requires_grad for p in trainer.model.parameters())
+    trainer.close()
+
+
 BAD = {  # words behind those of a run of full fine-tuning on chats: code, what is said
     "no such target": (["--lora.r", 4, "--lora.targets", "[wqv]"], "E002.*wqv.*wqkv"),
     "lora without r": (["--lora.alpha", 4], "E002.*lora needs r"),

@@ -164,7 +164,7 @@ def test_values_of_a_stage_become_words_of_its_command(at):
     tree["stages"]["e"] = {"run": "evaluate.py $t", "limit": 5, "detailed": True, "seed": None}
     (at.folder / "w.yaml").write_text(json.dumps(tree))
     t, e = read(at.folder / "w.yaml")[1]
-    assert t.words[2:] == ["--model", '{"d_model": 8}', "--prepare", "null", "--out_dir", "out/w/t"]
+    assert t.words[2:] == ["--model.d_model", "8", "--prepare", "null", "--out_dir", "out/w/t"]
     assert e.words == "evaluate.py out/w/t --limit 5 --detailed --out out/w/e".split()
     assert t.in_place and e.needs == ["t"]
 

@@ -359,6 +359,11 @@ def test_all_damaged_does_not_silently_start_anew(tiny):
         Trainer(tiny(max_steps=3))
 
 
+def test_no_step_at_all_is_an_evaluation(tiny):
+    trainer = finish(tiny(max_steps=0, warmup_steps=0))
+    assert trainer.step == 0 and trainer.progress.val_loss > 4
+
+
 def test_retention(tiny):
     trainer = finish(tiny(max_steps=14, save_interval=2, save_total_limit=2, keep_every=6))
     assert set(checkpoint.list_steps(trainer.out)) == {6, 12, 14, trainer.progress.best_step}

@@ -55,6 +55,9 @@ class Log:
     def append(self, name, row):
         self.rows.append(row)
 
+    def record_decision(self, row):
+        self.append("decisions.jsonl", row)
+
     def say(self, line):
         self.lines.append(line)
 

@@ -8,11 +8,12 @@ import random
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_yaml
 
 import prepare_data as P
 from lumen import chat, datacard, inputs, passes, pool, shards
 from lumen import tokenizer as T
+from lumen.cli import read_config
 from lumen.config import INSIDE
 from lumen.conversations import to_messages, to_pair
 from lumen.errors import UserError
@@ -179,6 +180,26 @@ def test_another_template_is_another_dataset(chats, tmp_path):
     assert len(prints) == len(ways)
     with pytest.raises(UserError, match="E117.*template"):
         P.prepare([chats], str(tmp_path / "0"), "bpe:400", **QUIET, seq_len=100, template="chat")
+
+
+def test_a_template_of_your_own_in_yaml(tmp_path):
+    """As docs/conversations.md has it: prepare_data.py's data.yaml, and `prepare` of a run."""
+    talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "RED"}]
+    path = write_jsonl(tmp_path / "c.jsonl", [{"messages": talk}] * 2)
+    own = {"user": "Q: {content}\n", "assistant": "A: {content}{end}\n"}
+    tree = {"template": own, "seq_len": 90, "tokenizer": "bytes", "out": str(tmp_path / "out")}
+    tree |= {"sources": {"chats": {"path": path}}, "quiet": True, "val_fraction": 0}
+    file = tmp_path / "data.yaml"
+    file.write_text(json.dumps(tree))
+    P.main([str(file)])
+    manifest = json.loads((tmp_path / "out/chats/manifest.json").read_text())
+    assert manifest["template"]["formats"] == own
+    prepare = {"sources": [path], "template": own, "minhash": {"bands": 8, "rows": 10}}
+    cfg, *_ = read_config([str(write_yaml(tmp_path / "run.yaml", {"prepare": prepare}))])
+    assert cfg.prepare["template"] == own and cfg.prepare["minhash"] == {"bands": 8, "rows": 10}
+    prepare["template"] = {"user": 5}
+    with pytest.raises(UserError, match="E002.*template"):
+        P.prepare([path], str(tmp_path / "no"), "bytes", template=prepare["template"], **QUIET)
 
 
 def test_show_prints_what_is_supervised(chats, tmp_path, capsys, monkeypatch):
@@ -690,6 +711,7 @@ def test_the_prepare_key_of_a_run_has_the_options():
         if name not in known:
             default = OPTIONS[name][0]
             own = type(default) if isinstance(default, (str, bool)) else P.kind_of(name)
+            kind = kind[0] if isinstance(kind, tuple) else kind  # else a mapping
             assert kind in (own, [str], bool if name in SWITCHES else own), name
     left = set(OPTIONS) - set(INSIDE["prepare"])
     assert left == {

@@ -2,10 +2,13 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 
-from lumen import report
+from lumen import report, story
+from lumen.config import Config
 from lumen.report import Report
 
 
@@ -110,10 +113,80 @@ def test_a_chart_that_fails_is_given_up_and_the_rows_are_not(tmp_path, capsys):
     assert capsys.readouterr().out.count("nothing more is written to it") == 2
 
 
+class Kept:
+    """What a chart service was given; as wandb, as a run of it and as TensorBoard's writer."""
+
+    def __init__(self, **options):
+        self.options, self.rows, self.calls = options, [], []
+        self.id, self.dir, self.url = options.get("id") or "made", "w/offline-run/files", None
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def __getattr__(self, name):
+        return lambda *args, **more: self.calls.append((name, *args))
+
+
+@pytest.fixture
+def charts(tmp_path, monkeypatch):
+    """A Report with both, and what wandb.init was asked."""
+    fake = types.SimpleNamespace(Image=lambda x: x, Table=lambda **x: x, Settings=dict, init=Kept)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    one = Report(tmp_path)
+    one.wandb, one.board, one.pictures = Kept(), Kept(), True
+    return one
+
+
+def test_experts_are_charted_as_a_picture_with_the_dead_ones_in_red(charts):
+    charts.record_experts([[0.5, 0.499, 0.001, None], [0.25, 0.25, 0.25, 0.25]], 7)
+    [row], [call] = charts.wandb.rows, charts.board.calls
+    assert row["step"] == call[3] == 7 and call[:2] == ("add_image", "experts/by_layer")
+    picture = row["experts/by_layer"]
+    assert picture.dtype == "uint8" and (picture == call[2]).all()
+    size = picture.shape[0] // 2
+    cells = picture[::size, ::size].tolist()
+    assert len(cells) == 2 and len(cells[0]) == 4
+    assert cells[0][2] == [210, 59, 59] and cells[0][3] == [160] * 3
+    assert sum(cells[0][0]) < sum(cells[1][0]), "1.5 of a fair share is darker than 1"
+    charts.pictures = False  # no Pillow: neither is asked for what it could not do
+    charts.record_experts([[1.0]], 8)
+    assert len(charts.wandb.rows) == len(charts.board.calls) == 1
+
+
+def test_decisions_are_charted_as_a_table_and_as_texts(charts):
+    charts.record_decision(decision(1, 5))
+    assert not charts.wandb.rows, "a table is sent whole: with the next row"
+    assert charts.board.calls[0][:2] == ("add_text", "decisions")
+    assert "    reason: why" in charts.board.calls[0][2].split("\n")
+    for step in (6, 7):
+        charts.record({"step": step, "loss": 1.0})
+    table = charts.wandb.rows[0]["decisions"]
+    assert dict(zip(table["columns"], table["data"][0]))["trigger"] == "nonfinite"
+    assert "decisions" not in charts.wandb.rows[1], "nothing new"
+    charts.record_decision({"kind": "outcome", "id": 1, "verdict": "better", "step": 9})
+    wandb = charts.wandb
+    charts.close()
+    table = wandb.rows[-1]["decisions"]
+    assert dict(zip(table["columns"], table["data"][0]))["outcome"] == "better"
+    assert [row["id"] for row in rows(charts.out / "decisions.jsonl")] == [1, 1]
+
+
+def test_a_run_of_wandb_goes_on_where_the_run_does(charts, monkeypatch):
+    """What state.json keeps: tests/runs/test_messages.py."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = Config(data_dir="d", out_dir=str(charts.out), wandb_project="p")
+    for before, after in ((None, "made"), ("kept", "kept")):
+        charts.wandb_id = before
+        charts.open_charts(cfg)
+        assert (charts.wandb.options["id"], charts.wandb.options["resume"]) == (before, "allow")
+        assert charts.wandb_id == after
+
+
 def decision(number, turn, **changes):
     row = {"id": number, "turn": turn, "step": turn, "attempt": 1, "mode": "act", "level": 1}
     row |= {"time": "12:00", "trigger": "nonfinite", "action": "drop", "executed": True}
     row |= {"reason": "why", "confidence": 1.0, "basis": "observed", "args": None}
+    row |= {"blocked_by": None}
     return row | changes
 
 
@@ -137,7 +210,7 @@ def test_decisions_are_told_as_a_story(tmp_path, capsys):
 
 def test_what_was_rolled_back_is_apart():
     steps = [{"step": s} for s in (1, 2, 3, 4, 3, 4, 5)]
-    kept, lost = report.without_rolled_back(steps)
+    kept, lost = story.without_rolled_back(steps)
     assert [r["step"] for r in kept] == [1, 2, 3, 3, 4, 5] and [r["step"] for r in lost] == [4]
 
 
