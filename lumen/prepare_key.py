@@ -11,15 +11,11 @@ import hashlib
 import json
 from pathlib import Path
 
+from lumen.aliases import as_yaml
 from lumen.errors import UserError, expand
 from lumen.files import read_json
 
 PLACES = ("sources", "val_sources", "out")  # which text; the rest says how
-
-
-def written_as(key: str, where) -> str:
-    """The name under which one of our keys was written, by a place that knows it."""
-    return getattr(where, "names", {}).get(key, key)
 
 
 def join(of_file: dict, typed: dict) -> dict:
@@ -96,8 +92,9 @@ def check_option(folders: list[str], option: str, value, where: str) -> None:
         manifest = read_json(Path(folder) / "manifest.json", must_exist=False)
         there = manifest.get("loss_on")
         if option == "template":
-            there = manifest.get("template", {}).get("name")
+            part = "formats" if isinstance(value, dict) else "name"
+            there = manifest.get("template", {}).get(part)
         if there not in (None, value):
-            text = f"{option} {value} is asked for, and {folder} was prepared with {there}"
+            text = f"{option} {as_yaml(value)} is asked for, and {folder} was prepared with"
             fix = "prepare the conversations themselves anew"
-            raise UserError("E002", f"{where}: {text}; {fix}")
+            raise UserError("E002", f"{where}: {text} {as_yaml(there)}; {fix}")

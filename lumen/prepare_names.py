@@ -95,7 +95,7 @@ def holds_options(path: str) -> bool:
     if isinstance(tree.get("sources"), dict):
         return True
     named = [key for key, row in table("prepare_data.py").items() if row.get("to") in FIRST]
-    return isinstance(tree.get("sources"), (str, list)) or bool(tree.keys() & {*named})
+    return bool(tree.keys() & {*named})
 
 
 def is_mixture(source: str) -> bool:

@@ -378,7 +378,6 @@ def test_files_of_options_and_files_of_data_are_told_apart(tmp_path):
         return prepare_names.holds_options(str(path))
 
     assert is_options({"input_path": "a.txt"}) and is_options({"sources": {"a": {"path": "x"}}})
-    assert is_options({"sources": ["a.txt"], "out": "o"})
     for data in ([{"text": "a"}], {"text": "a"}, {"prompt": "a", "response": "b"}, "text", {}):
         assert not is_options(data)
     assert not prepare_names.holds_options(str(tmp_path / "none.json"))
