@@ -32,6 +32,7 @@ from lumen.errors import UserError, expand, nearest
 from lumen.values import convert, short, without_comments
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+JOURNEYS = ("journey_cpu", "speedrun_8xh100")  # of journey.py
 TYPED = "command line"  # where a key stands that is in no file
 PIPES: dict[str, str] = {}  # what can be read only once: main() and the Trainer both ask for it
 # Typed, a key replaces these of the file, which say the same in another way.
@@ -320,7 +321,7 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
     """
     line = read_words(argv)
     notes = line.notes
-    path = find_yaml(line.config) if line.config is not None else config_of_run(line, notes)
+    path = config_file(line, notes)
     tree, lines = load_yaml(path) if path else ({}, {})
     home = run_of(path) if path else None
     moved_from = str(tree.get("out_dir")) if home else None
@@ -351,6 +352,16 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
         name = path.stem if path and path.is_file() else "run"
         cfg = dataclasses.replace(cfg, out_dir=f"out/{name}")
     return cfg, tree, notes, line.flags
+
+
+def config_file(line: CommandLine, notes: list[str]) -> Path | None:
+    """That of CONFIG, or of the run that is gone on with. E001, E304."""
+    if line.config is None:
+        return config_of_run(line, notes)
+    path = find_yaml(line.config)
+    if is_preset(path) and path.stem in JOURNEYS:
+        raise UserError("E001", f"{line.config} is a journey: python journey.py {path.stem}")
+    return path
 
 
 def config_of_run(line: CommandLine, notes: list[str]) -> Path | None:
@@ -471,18 +482,20 @@ def is_preset(path: Path | None) -> bool:
 def presets() -> dict[str, Path]:
     """Name -> file of every preset."""
     files = sorted(CONFIGS.rglob("*.yaml"))
-    others = (aliases.TABLE, CONFIGS / "smoke.yaml")  # tables that are no configurations
-    return {path.stem: path for path in files if path not in others}
+    # tables that are no configurations, and journeys
+    others = ("aliases", "smoke", *JOURNEYS)
+    return {path.stem: path for path in files if path.stem not in others}
 
 
 def find_yaml(name: str) -> Path:
     """A path, or the name of a preset in configs/. E001 with what may be meant."""
     path, known = Path(expand(name)), presets()
+    files = known | {journey: CONFIGS / f"{journey}.yaml" for journey in JOURNEYS}
     try:
         if path.exists() and not path.is_dir():  # a pipe is right too
             return path
-        if name in known:
-            return known[name]
+        if name in files:
+            return files[name]
         hint = elsewhere(name, path, known)
     except (OSError, ValueError) as error:  # too long for a name, a NUL in it
         reason = getattr(error, "strerror", None) or error

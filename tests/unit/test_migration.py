@@ -449,6 +449,7 @@ def test_a_command_line_of_theirs_is_understood(line, values, flags, there):
 @pytest.mark.parametrize(("line", "code", "part"), [
     ("debug --config b1", "E002", "--config b1: debug is the file or preset; drop one"),
     ("--config b77", "E001", "b77 does not exist"),
+    ("journey_cpu", "E001", "is a journey: python journey.py journey_cpu"),
     ("--config", "E002", "--config needs a value"),
     ("b7 --hardware-profile a100-80gb", "E002", "with --dry_run only"),
     ("--check-environment", "E002", "python -m lumen.machine shows it"),  # no list of presets
