@@ -24,11 +24,10 @@ from pathlib import Path
 import lumen.waiting  # noqa: F401 - before torch
 from tqdm import tqdm
 
-from lumen import chat, comparing, core_bundle, harness, scoreboard, scores
+from lumen import chat, comparing, core_bundle, harness, option_names, scoreboard, scores
 from lumen.answers import Answers, ask, code_sum, key_of
 from lumen.config import Config
 from lumen.errors import UserError, a_path, expand
-from lumen.evaluate_names import translate
 from lumen.files import replacing
 from lumen.launch import Words, check_launch, check_tasks, command
 from lumen.overlap import overlap
@@ -301,7 +300,7 @@ class Progress:
 
 def main(argv: list[str]) -> int:
     words = parser()
-    argv, notes = translate(argv, words.names(), TASKS)
+    argv, notes = option_names.translate(words.prog, argv, words.names(), TASKS)
     args = words.parse_args(argv)
     if not (args.model or args.compare):
         text = "which model? python evaluate.py MODEL: a run, a step, a Hugging Face folder"

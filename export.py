@@ -573,8 +573,8 @@ def main(argv: list[str]) -> None:
     p = commands.add_parser("from_hf", help=folder)
     p.add_argument("folder", type=a_path)
     p.add_argument("out_dir", type=a_path)
-    p = commands.add_parser("quantize", help="a model in few bits, for sample, evaluate, serve")
-    quantise_names.options(p)
+    few = commands.add_parser("quantize", help="a model in few bits, for sample, evaluate, serve")
+    quantise_names.options(few)
     gguf_file.options(commands.add_parser("to_gguf", help="a run to a GGUF file, for llama.cpp"))
     onnx_file.options(commands.add_parser("to_onnx", help="a run to an ONNX graph that scores"))
     p = commands.add_parser("from_lunaris", help="a Lunaris Codex .pt to a run")
@@ -585,7 +585,9 @@ def main(argv: list[str]) -> None:
         p.add_argument(f"--{key}", type=int)
     for key in ("rope_theta", "dropout"):
         p.add_argument(f"--{key}", type=float)
-    args = vars(parser.parse_args(quantise_names.translate(argv, print)))
+    if argv[:1] == ["quantize"]:
+        argv = quantise_names.translate(argv, few.names(), print)
+    args = vars(parser.parse_args(argv))
     for key in ("run", "folder", "out_dir", "file", "calibrate", "val_data"):
         if args.get(key):
             args[key] = expand(args[key])

@@ -25,7 +25,7 @@ import lumen.waiting  # noqa: F401 - before torch
 import torch
 
 import train
-from lumen import base, chat, fp8, lora, preferences, quantize, shown
+from lumen import base, chat, fp8, lora, modes, preferences, quantize, shown
 from lumen import tokenizer as tokenizers
 from lumen.checkpoint import Checkpoint
 from lumen.cli import TYPED, read_config
@@ -67,7 +67,7 @@ def as_keys(argv: list[str]) -> list[str]:
             if (Path(folder) / "manifest.json").exists():
                 text = f"--data {folder} is prepared, and goes alone"
                 raise UserError("E002", f"{text}; or several by data: {{sources}} in a YAML")
-        words += ["--prepare", json.dumps({"sources": sources})]
+        words += ["--prepare.sources", json.dumps(sources)]
     return words
 
 
@@ -77,7 +77,8 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if not path:
         text = "which model? python finetune.py BASE --data FILE, or init_from: BASE in the YAML"
         raise UserError("E125", text)
-    if not any(tree.get(key) for key in ("data_dir", "data", "prepare")):
+    modes.finetuning_paths(tree, place, notes)
+    if not any(tree.get(key) for key in ("data_dir", "data", "prepare", "finetuning_paths")):
         text = "which data? --data FILE: conversations or pairs, or a folder of prepare_data.py"
         raise UserError("E125", text)
     name = Path(path).resolve().name
@@ -110,7 +111,7 @@ def check_keys(cfg) -> None:
     if cfg.method == "sft":
         for key in ("beta", "gamma", "label_smoothing", "sft_coef"):
             if getattr(cfg, key):
-                wrong.append(f"{key} is of preferences, not of method sft")
+                wrong.append(f"{key} is of preferences, not of method sft; --method dpo?")
     else:
         preferences.check_method(cfg)
         if "softcap" in (cfg.model.extras or []):
@@ -143,10 +144,7 @@ def read(argv: list[str]):
 def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:
     """How the data are prepared: with the base's tokenizer, its template, rows of its length."""
     prepare = tree.get("prepare")
-    if isinstance(prepare, dict) and tree.get("data_dir") and not prepare.get("sources"):
-        check_prepared(Path(str(tree["data_dir"])), tree.pop("prepare"))
-        prepare = None
-    if isinstance(prepare, dict):
+    if isinstance(prepare, dict) and prepare.get("sources"):
         if found.tokenizer is None and not prepare.get("tokenizer"):
             text = f"{found.path} has no tokenizer.json: name one by prepare: {{tokenizer: FILE}}"
             raise UserError("E125", text)
@@ -172,17 +170,6 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
             if T > then:
                 text = f"model.max_seq_len {T}: rows of {folder}; {found.path} has seen {then} at"
                 notes.append(f"{text} most, and places beyond that are new to it (rope_scaling)")
-
-
-def check_prepared(folder: Path, wanted: dict) -> None:
-    """E002 where a prepared folder is not what prompt_template and loss_on ask for."""
-    manifest = read_json(folder / "manifest.json")
-    there = {"template": manifest.get("template", {}).get("name")}
-    there["loss_on"] = manifest.get("loss_on")
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            text = f"{key}: {value} is asked for, and {folder} was prepared with {there.get(key)}"
-            raise UserError("E002", f"{text}; give the conversations themselves as --data")
 
 
 # ---------------------------------------------------------------- the trainer

@@ -51,7 +51,7 @@ import tiktoken
 import yaml
 from tqdm import tqdm
 
-from lumen import chat, near
+from lumen import chat, near, prepare_names
 from lumen.datacard import draw_lengths, make_report, meaning_of, write_card
 from lumen.decontaminate import Contaminated
 from lumen.encode import Cleaner, Encoder
@@ -660,7 +660,7 @@ def arguments() -> Words:
     sources = "file, folder, 'glob', hf:NAME, stdlib, packages, docstrings, synthetic:N; or a .yaml"
     tokenizers = "bpe:N (trained, N ids in all), bytes, a tokenizer.json, hf:NAME, "
     val = "validation text, instead of a share"
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help=sources)
     parser.add_argument("--out", help="folder of the dataset")
     parser.add_argument("--tokenizer", help=tokenizers + ", ".join(NAMED))
     parser.add_argument("--val", nargs="+", dest="val_sources", metavar="FILE", help=val)
@@ -681,10 +681,16 @@ def main(argv: list[str]) -> None:
     """The command line; an option's name may be written with - or _."""
     if argv[:1] == ["--verify"] and len(argv) == 2:
         return verify(expand(argv[1]))
-    options = vars(arguments().parse_args(argv))
-    sources, shown = options.pop("sources"), options.pop("show", 0)
+    options, notes = prepare_names.read(argv, arguments())
+    if not options.get("quiet"):
+        for note in notes:
+            speak(note)
+    sources, shown = options.pop("sources", []), options.pop("show", 0)
     validate_only, dry = options.pop("validate_only", False), options.pop("dry_run", False)
-    if len(sources) == 1 and sources[0].endswith((".yaml", ".yml")):
+    if not sources:
+        text = "which text? python prepare_data.py SOURCE --out data/NAME, or a data.yaml"
+        raise UserError("E002", text)
+    if len(sources) == 1 and prepare_names.is_mixture(sources[0]):
         if validate_only or dry or shown or "val_sources" in options:
             text = "--validate_only, --dry_run, --show and --val are for sources, not for a YAML"
             raise UserError("E002", text)

@@ -16,7 +16,7 @@ import sys
 
 import lumen.waiting  # noqa: F401 - before torch
 
-from lumen import chat, kv_int8
+from lumen import chat, kv_int8, option_names
 from lumen.engine import Engine, Row, run
 from lumen.errors import UserError, a_path
 from lumen.launch import Words, command
@@ -174,7 +174,7 @@ class Parser(Words):
         self.add_argument(f"--{name}", action="store_true", help=help)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def arguments() -> Parser:
     p = Parser(prog="sample.py", description="Generate text from a trained model.")
     places = "a run, a step of it, a Hugging Face or quantised folder"
     p.add_argument("run", type=a_path, help=places)
@@ -204,12 +204,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.option("precision", "auto, fp32, bf16, fp16", default="auto")
     halves = "keys and values as the model computes them, or in int8: half the memory of bf16"
     p.option("kv", halves, choices=kv_int8.CACHES, default="full")
-    return p.parse_args(argv)
+    return p
+
+
+def parse(argv: list[str], say=print) -> argparse.Namespace:
+    return option_names.parse(arguments(), argv, say)
 
 
 def main(argv: list[str]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
-    args = parse(argv)
+    args = parse(argv, say)
     check(args.stop, **{name: getattr(args, name) for name in RANGES})
     asked = args.prompt or args.prompt_file or args.ids
     talking = args.chat and not asked and sys.stdin and sys.stdin.isatty()

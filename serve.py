@@ -19,7 +19,7 @@ import time
 
 import lumen.waiting  # noqa: F401 - before torch
 
-from lumen import kv_int8, web_page
+from lumen import kv_int8, option_names, web_page
 from lumen.answering import Answering, House
 from lumen.engine import Engine
 from lumen.errors import UserError, a_path
@@ -275,7 +275,7 @@ def within(kind, low, high=math.inf):
     return number
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def arguments() -> Words:
     p = Words(prog="serve.py", description="Serve a model: OpenAI's API and a web chat.")
     places = "a run, a step of it, a Hugging Face or quantised folder"
 
@@ -303,7 +303,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("device", str, "auto", "auto, cpu, cuda, mps")
     option("precision", str, "auto", "auto, fp32, bf16, fp16")
     option("kv", str, "full", "int8: keys and values in half of bf16's memory", choices=CACHES)
-    return p.parse_args(argv)
+    return p
 
 
 def open_house(args: argparse.Namespace, say) -> House:
@@ -342,7 +342,7 @@ def template_for(opened: Opened, asked: str | None, say):
 
 def main(argv: list[str]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
-    args = parse(argv)
+    args = option_names.parse(arguments(), argv, say)
     key = args.api_key if args.api_key is not None else os.environ.get("LUMEN_API_KEY")
     cors = args.cors or []
     check_key(key, args.host, cors)

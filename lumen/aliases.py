@@ -18,7 +18,9 @@ from lumen.errors import UserError
 from lumen.values import allowed, as_number, convert, in_words, short
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "aliases.yaml"
-APART = ("evaluate.py", "export.py quantize")  # sections of the table that are of other commands
+# sections of the table that are of commands
+APART = ("train.py", "prepare_data.py", "evaluate.py", "export.py quantize", "sample.py")
+APART += ("serve.py",)
 
 
 @functools.cache
@@ -28,7 +30,8 @@ def table(command: str = "") -> dict[str, dict]:
     command: one of APART, whose options have a table of their own.
     """
     rows = {}
-    tree = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    quick = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    tree = yaml.load(TABLE.read_text(encoding="utf-8"), quick)
     apart = {name: tree.pop(name) for name in APART}
     for names, row in apart.get(command, tree).items():
         row = row if isinstance(row, dict) else {"to": row}
@@ -53,8 +56,9 @@ class Claim:
     key: str  # ours
     value: object  # ours
     agrees: tuple = ()  # other values of ours that it does not contradict
-    weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names
+    weight: int = 1  # 0: a switch that is on gives way; 2: one that is off beats foreign names, ...
     off: object = None  # of a switch: what ours is when it is off
+    beats: bool = False  # ... and some beat ours too
 
 
 @dataclass
@@ -86,9 +90,8 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
         if row is None:
             continue
         said = claim(name, value, row)
-        switch = row.get("with")
-        if switch and not plain(given.get(switch)) and get(under, row["to"]) is None:
-            said = {"ignore": f"{switch} is not true"}
+        if why := switched_off(row, given, under):
+            said = {"ignore": why}
         if isinstance(said, Claim):
             claims.setdefault(said.key, []).append(said)
         elif "refuse" in said:
@@ -103,19 +106,31 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
     return done
 
 
+def switched_off(row: dict, given: dict, under: dict) -> str:
+    """Why a row does not count, by the switch that it names; "" where it does."""
+    needs, of = row.get("with"), row.get("of")
+    if needs and not plain(given.get(needs)) and get(under, row["to"]) is None:
+        return f"{needs} is not true"
+    return f"{of} is false" if of in given and not plain(given[of]) else ""
+
+
 def lift_sections(tree: dict, done: Renaming, where) -> None:
-    """What a `training_params:` holds is read as if it stood at the top level."""
+    """What a `training_params:` holds is read as if it stood at the top level, or in one of our
+    blocks."""
     for section in [name for name in tree if table().get(name, {}).get("section")]:
-        inner = tree.pop(section)
-        if not isinstance(inner, dict):
+        inner, block = tree.pop(section), table()[section]["section"]
+        if inner is not None and not isinstance(inner, dict):
             done.wrong.append(f"{where(section)}: {section}: a mapping of keys is expected")
             continue
-        for name, value in inner.items():
-            if name in tree:
-                text = f"{section}.{name} stands at the top level too; drop one"
+        for name, value in (inner or {}).items():
+            key, home = name, "at the top level"
+            if block is not True:
+                key, home = f"{block}.{name}", f"under {block}:"
+            if name in (tree if block is True else tree.get(block) or {}):
+                text = f"{section}.{name} stands {home} too; drop one"
                 done.wrong.append(f"{where(f'{section}.{name}')}: {text}")
-            tree[name] = value
-            done.moved[name] = f"{section}.{name}"
+            put(tree, key, value)
+            done.moved[key] = f"{section}.{name}"
 
 
 def blocks_of(own: dict) -> list[str]:
@@ -183,9 +198,12 @@ def claim(name: str, value, row: dict) -> Claim | dict:
         return {"ignore": "it is null"}
     if "range" in row and not allowed(as_number(value, float), row["range"]):
         return {"refuse": f"must be {in_words(row['range'])}"}
+    if "one_minus" in row and (number := as_number(value, float)) is not None:
+        return Claim(name, value, key, round(1 - number, 9))
     if "form" in row:
         return Claim(name, value, key, row["form"].replace("NAME", str(value)))
-    return Claim(name, value, key, value)
+    beats = "beats" in row
+    return Claim(name, value, key, value, weight=2 if beats else 1, beats=beats)
 
 
 def as_list(value) -> list:
@@ -194,7 +212,8 @@ def as_list(value) -> list:
 
 def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) -> None:
     """Give one of our keys the value that foreign names say; refuse what contradicts another."""
-    best = max(several, key=lambda said: said.weight)
+    told = ""
+    best = max(several, key=lambda said: (said.weight, not said.agrees))
     key, ours = best.key, get(tree, best.key)
     if best.weight == 0:  # on: how much of it, our key may say
         of_file = get(under, key)
@@ -204,10 +223,14 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
             done.notes.append(f"{best.name} {as_yaml(best.given)}: {key} {as_yaml(ours)} says it")
             return
     for other in several:
-        if other.weight == best.weight and not same(key, best.value, other.value, own):
+        values = (other.value, *other.agrees)
+        if other.weight == best.weight and not any(same(key, best.value, v, own) for v in values):
             text = f"{other.name}: {as_yaml(other.given)} and {best.name}: {as_yaml(best.given)}"
             done.wrong.append(f"{place(best.name)}: {text} are both {key} here; drop one")
-    if ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
+    if ours is not None and best.beats:
+        told = f", {key} {as_yaml(ours)} gives way"
+        put(tree, key, best.value)
+    elif ours is not None and not any(same(key, ours, v, own) for v in (best.value, *best.agrees)):
         text = f"{best.name}: {as_yaml(best.given)} is {key}: {as_yaml(best.value)} here"
         done.wrong.append(f"{place(best.name)}: {text}, and {key}: {as_yaml(ours)}; drop one")
     if ours is None:
@@ -217,7 +240,18 @@ def settle(tree, several: list[Claim], own, place, under: dict, done: Renaming) 
     if (best.name, given) == (key, meant):
         return  # n_experts: 0, which a table cannot tell from its false
     short_name = best.name if given == meant else f"{best.name} {given}"
-    done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}")
+    told += beside(best, several)
+    done.notes.append(f"{short_name} -> {key} {as_yaml(get(tree, key))}{told}")
+
+
+def beside(best: Claim, several: list[Claim]) -> str:
+    """What other names said of the same key."""
+    told = ""
+    for other in several:
+        if other is not best:
+            loses = best.weight == 2 and other.weight == 1
+            told += f", {other.name} {as_yaml(other.given)} {'gives way' if loses else 'too'}"
+    return told
 
 
 def same(key: str, a, b, own: dict) -> bool:

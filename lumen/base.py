@@ -120,7 +120,8 @@ def folder_for(prepare: dict, name: str, seq_len: int) -> str:
     """Where conversations are prepared for the base `name`: a folder of its own for other files, a
     file that has changed, other options or rows of another length, so that none is in the way."""
     files = []
-    for source in prepare.get("sources") or ["data"]:
+    sources = prepare.get("sources") or "data"
+    for source in [sources] if isinstance(sources, str) else sources:
         stamp = None
         with contextlib.suppress(OSError):
             stat = os.stat(source)

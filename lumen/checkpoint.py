@@ -405,7 +405,9 @@ def folders(path, best: bool = False) -> list[Path]:
     path = Path(path)
     try:
         os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise UserError("E304", f"{path} {what_file(path)}") from None
+    except FileNotFoundError:
         raise UserError("E304", f"{path} does not exist") from None
     except OSError as error:
         raise UserError("E108", f"{path} cannot be read: {error.strerror}") from error
@@ -421,6 +423,17 @@ def folders(path, best: bool = False) -> list[Path]:
     if not steps:
         raise UserError("E304", f"{path} holds no checkpoint{of_few_bits(path)}")
     return [step_dir(path, s) for s in reversed(steps)]
+
+
+def what_file(path: Path) -> str:
+    """Of a path that is no folder, in the place of a run."""
+    if not path.is_file():
+        return "does not exist"  # something above it is a file
+    text = "is a file; a run, or a step of it, is a folder"
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        text += ". Of Lunaris Codex: python export.py from_lunaris FILE OUT_DIR makes a run of it;"
+        text += " other trainers' files are not read, their Hugging Face folders are"
+    return text
 
 
 def of_few_bits(path: Path) -> str:

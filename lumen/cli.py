@@ -11,17 +11,28 @@ import json
 import os
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from lumen import aliases, modes
-from lumen.config import BLOCKS, FLAGS, SIMULATED, Config, build_config, open_blocks, own_keys
+from lumen import aliases, checkpoint, modes, prepare_key
+from lumen.config import (
+    BLOCKS,
+    FLAGS,
+    SIMULATED,
+    Config,
+    build_config,
+    open_blocks,
+    own_keys,
+    refuse_unknown,
+)
 from lumen.errors import UserError, expand, nearest
-from lumen.values import convert, short
+from lumen.values import convert, short, without_comments
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+JOURNEYS = ("journey_cpu", "speedrun_8xh100")  # of journey.py
 TYPED = "command line"  # where a key stands that is in no file
 PIPES: dict[str, str] = {}  # what can be read only once: main() and the Trainer both ask for it
 # Typed, a key replaces these of the file, which say the same in another way.
@@ -35,12 +46,15 @@ INSTEAD = {
     "data": ("data_dir", "prepare", *modes.PATHS),
     "prepare": ("data_dir", "data", *modes.PATHS),
     "training_mode": ("data_dir", "data", "prepare"),
+    "base_paths": ("data_dir", "data", "prepare"),
+    "finetuning_paths": ("data_dir", "data", "prepare"),
     "model.ffn_hidden_multiplier": ("model.d_ff",),
     "model.moe_layers": ("model.moe_every", "model.n_dense_layers"),
     "model.moe_every": ("model.moe_layers",),
     "model.mod_layers": ("model.mod_every", "model.mod_start_layer", "model.mod_end_layer"),
     "model.mod_every": ("model.mod_layers",),
 }
+OTHER_DATA = {"data_dir", "data", *modes.PATHS}
 
 
 # ---------------------------------------------------------------- YAML
@@ -86,12 +100,6 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         PIPES[str(path)] = text
     return text
-
-
-def without_comments(text: str) -> str:
-    """JSON as YAML reads it: no `//` comments, no tabs between values."""
-    kept = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|\t')
-    return kept.sub(lambda match: match[1] or " ", text)
 
 
 def key_lines(node, path: Path) -> dict[str, int]:
@@ -161,14 +169,39 @@ def typed_value(text: str):
 # ---------------------------------------------------------------- file and command line
 
 
+CONFIG = "CONFIG"  # train.py's first word, which has no name
+
+
 @dataclass
 class CommandLine:
-    """The words behind `train.py`: CONFIG, keys over it, flags."""
+    """The words behind `train.py`: CONFIG, keys over it, flags. Or keys of a file over a preset."""
 
     config: str | None = None
     tree: dict = field(default_factory=dict)  # keys as typed, in the blocks of a YAML
     typed: set[str] = field(default_factory=set)  # their names, "model.d_model"
     flags: dict = field(default_factory=dict)  # FLAGS and SIMULATED
+    notes: list[str] = field(default_factory=list)  # names of others that are no keys
+    where: Callable[[str], str] = lambda key: TYPED  # its place
+
+    def take(self, theirs: str, value: str | None) -> None:
+        """An option and its value, None where nothing stands behind it. E002."""
+        key = aliases.table("train.py").get(theirs, {}).get("to", theirs)
+        if key != theirs:
+            self.notes.append(f"{theirs} -> {key} {value or ''}".rstrip())
+        if key == CONFIG:
+            if self.config is not None:
+                text = f"--{theirs} {value}: {self.config} is the file or preset; drop one"
+                raise UserError("E002", f"{TYPED}: {text}")
+            self.config = value
+        elif key in FLAGS:
+            self.flags[key] = value is None or convert(value, bool, f"{TYPED}: --{theirs}")
+        elif key in SIMULATED:
+            self.flags[key] = simulated(key, value)
+        else:
+            target, name = slot(self.tree, key)
+            target[name] = typed_value(value)
+            self.typed.add(key)
+            open_blocks(self.tree, self.where)
 
 
 def read_words(argv: list[str]) -> CommandLine:
@@ -176,31 +209,9 @@ def read_words(argv: list[str]) -> CommandLine:
     words, line = list(argv), CommandLine()
     if words and not words[0].startswith("-"):
         line.config = words.pop(0)
-    open_blocks(line.tree, lambda key: TYPED)
+    open_blocks(line.tree, line.where)
     while words:
-        word = words.pop(0)
-        if word == "-h":
-            word = "--help"
-        if not word.startswith("--"):
-            text = "options look like --key value or --key=value"
-            raise UserError("E002", f"{TYPED}: {short(word)}: {text}")
-        key, has_value, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if key in FLAGS:
-            line.flags[key] = not has_value or convert(value, bool, f"{TYPED}: --{key}")
-            continue
-        if not has_value:
-            follows = words and not words[0].startswith("--")
-            if not follows and not may_stand_alone(key):
-                raise UserError("E002", f"{TYPED}: --{key} needs a value")
-            value = words.pop(0) if follows else "true"
-        if key in SIMULATED:
-            line.flags[key] = simulated(key, value)
-        else:
-            target, name = slot(line.tree, key)
-            target[name] = typed_value(value)
-            line.typed.add(key)
-            open_blocks(line.tree, lambda key: TYPED)
+        line.take(*take_option(words))
     asked = [key for key in line.flags if key in SIMULATED]
     if asked and not line.flags.get("dry_run"):
         text = "goes with --dry_run only; torchrun sets the real number"
@@ -208,9 +219,37 @@ def read_words(argv: list[str]) -> CommandLine:
     return line
 
 
+def take_option(words: list[str]) -> tuple[str, str | None]:
+    """Takes the first option, and its value, from `words`. E002."""
+    word = words.pop(0)
+    if word == "-h":
+        word = "--help"
+    if not word.startswith("--"):
+        text = "options look like --key value or --key=value"
+        raise UserError("E002", f"{TYPED}: {short(word)}: {text}")
+    name, has_value, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    if has_value:
+        return name, value
+    if aliases.table("train.py").get(name, {}).get("to", name) in FLAGS:
+        return name, None
+    values = []
+    while words and not words[0].startswith("--") and (not values or goes_nowhere(name)):
+        values.append(words.pop(0))
+    if not values and not may_stand_alone(name):
+        raise UserError("E002", f"{TYPED}: --{name} needs a value")
+    return name, " ".join(values) if values else "true"
+
+
+def goes_nowhere(name: str) -> bool:
+    """Whether it is refused or ignored anyway: of these, several values are no other mistake."""
+    row = aliases.table().get(name, {})
+    return name not in own_keys() and "to" not in row and bool(row.keys() & {"refuse", "ignore"})
+
+
 def may_stand_alone(key: str) -> bool:
     """Whether --key without a value means true; unknown keys are refused later."""
-    if key in SIMULATED:
+    if key in SIMULATED or key in aliases.table("train.py"):
         return False
     own = own_keys()
     row = aliases.table().get(key, {})
@@ -231,15 +270,18 @@ def simulated(key: str, value: str):
 def slot(tree: dict, key: str) -> tuple[dict, str]:
     """The mapping in which a key stands, and its name there."""
     block, _, name = key.partition(".")
-    return (tree[block], name) if name and block in BLOCKS else (tree, key)
+    if name and block == "prepare" and not isinstance(tree.get(block), dict):
+        tree[block] = {}
+    return (tree[block], name) if name and block in (*BLOCKS, "prepare") else (tree, key)
 
 
 class Places:
     """Where each key stands: file and line, or the command line."""
 
-    def __init__(self, path: Path | None, lines: dict[str, int]):
+    def __init__(self, path: Path | None, lines: dict[str, int], otherwise: str = TYPED):
         self.known = {key: f"{path}:{line}" for key, line in lines.items()}
-        self.otherwise = str(path or TYPED)
+        self.otherwise = str(path or otherwise)
+        self.names: dict[str, str] = {}  # our key: the name it was written under
 
     def __call__(self, key: str) -> str:
         """Its place, or that of the innermost mapping around it that was written."""
@@ -247,11 +289,13 @@ class Places:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return self.known.get(key, self.otherwise)
 
-    def type_over(self, key: str) -> None:
-        """It is typed, with all that stands inside it."""
+    def type_over(self, key: str, name: str, where) -> None:
+        """It stands at where(name) now, with all that stands inside it."""
         inner = (f"{key}.", f"{key}[")
         self.known = {k: place for k, place in self.known.items() if not k.startswith(inner)}
-        self.known[key] = TYPED
+        self.known[key] = where(name)
+        theirs = getattr(where, "known", {})
+        self.known |= {k: place for k, place in theirs.items() if k.startswith(inner)}
 
 
 def read_any(config) -> tuple[Config, dict, list[str]]:
@@ -259,7 +303,10 @@ def read_any(config) -> tuple[Config, dict, list[str]]:
     if isinstance(config, dict):
         notes: list[str] = []
         written = json.loads(json.dumps(config, default=str))  # a copy, of plain values
-        cfg = build_config(written, lambda key: "config", notes)
+        place = Places(None, {}, "config")
+        open_blocks(written, place)
+        written, wrong = over_preset(written, place, notes)
+        cfg = build_config(written, place, notes, wrong)
         return dataclasses.replace(cfg, out_dir=cfg.out_dir or "out/run"), written, notes
     if not isinstance(config, tuple):
         config = read_config(config if isinstance(config, list) else [str(config)])
@@ -272,8 +319,9 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
 
     complete(tree, place, notes) may add keys, under our names, before they are checked.
     """
-    line, notes = read_words(argv), []
-    path = find_yaml(line.config) if line.config is not None else None
+    line = read_words(argv)
+    notes = line.notes
+    path = config_file(line, notes)
     tree, lines = load_yaml(path) if path else ({}, {})
     home = run_of(path) if path else None
     moved_from = str(tree.get("out_dir")) if home else None
@@ -283,16 +331,15 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
         moved_from = None
     place = Places(path, lines)
     open_blocks(tree, place)
-    wrong = type_over(tree, line, place, notes)
-    if path and CONFIGS in path.resolve().parents:
-        leave_out_prompt(tree, line.typed, notes)
-    typed_wins(tree, line.typed, notes)
+    tree, wrong = over_preset(tree, place, notes)
+    wrong += type_over(tree, line, place, notes, is_preset(path))
     if complete and wrong:
         build_config(tree, place, notes, wrong)  # raises: what is refused is said first
     if complete:
         complete(tree, place, notes)
     data_keys = ("data_dir", "data", "prepare", *modes.PATHS)
     if path is None and not any(tree.get(key) for key in data_keys):
+        refuse_unknown(tree, place, wrong)  # what was typed is answered first
         usage = "python train.py CONFIG [--key value ...]; CONFIG is your YAML file or a preset"
         raise UserError("E001", f"which configuration? {usage}: {', '.join(presets())}")
     cfg = build_config(tree, place, notes, wrong)
@@ -307,15 +354,64 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
     return cfg, tree, notes, line.flags
 
 
-def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) -> list[str]:
+def config_file(line: CommandLine, notes: list[str]) -> Path | None:
+    """That of CONFIG, or of the run that is gone on with. E001, E304."""
+    if line.config is None:
+        return config_of_run(line, notes)
+    path = find_yaml(line.config)
+    if is_preset(path) and path.stem in JOURNEYS:
+        raise UserError("E001", f"{line.config} is a journey: python journey.py {path.stem}")
+    return path
+
+
+def config_of_run(line: CommandLine, notes: list[str]) -> Path | None:
+    """`train.py --resume RUN_OR_STEP` without CONFIG: the config.yaml of that run. E304: there is
+    no run."""
+    names = [key for key, row in aliases.table().items() if row.get("to") == "resume"]
+    asked = [line.tree[key] for key in ("resume", *names) if isinstance(line.tree.get(key), str)]
+    if not asked or asked[0] in ("auto", "none"):
+        return None
+    folder = Path(expand(asked[0]))
+    for home in (folder, folder.parent):
+        if folder.is_dir() and (home / "config.yaml").is_file():
+            notes.append(f"resume {asked[0]} -> {CONFIG} {home / 'config.yaml'}")
+            return home / "config.yaml"
+    checkpoint.folders(folder)
+    raise UserError("E304", f"{folder} lies in no run with a config.yaml: python train.py CONFIG")
+
+
+def over_preset(tree: dict, place: Places, notes: list[str]) -> tuple[dict, list[str]]:
+    """A file's keys over those of its `config_choice`, as if they were typed -> (keys, what is
+    refused). E001: no such preset."""
+    choice = tree.pop("config_choice", None)
+    if choice is None:
+        return tree, []
+    try:
+        path = find_yaml(str(choice))
+    except UserError as error:
+        text = f"{place('config_choice')}: config_choice: {error.text}"
+        raise UserError(error.code, text) from error
+    preset, lines = load_yaml(path)
+    of_preset, of_file = Places(path, lines), Places(None, {}, place.otherwise)
+    of_file.known = dict(place.known)
+    place.known = of_preset.known
+    open_blocks(preset, of_preset)
+    typed = set(aliases.written(tree, own_keys()))
+    line = CommandLine(str(choice), tree, typed, where=of_file)
+    notes.append(f"config_choice {choice} -> {CONFIG} {path}")
+    return preset, type_over(preset, line, place, notes, is_preset(path))
+
+
+def type_over(tree: dict, line: CommandLine, place: Places, notes, of_preset: bool) -> list[str]:
     """Put what was typed over the file's keys, both under our names first -> what is refused."""
     own = own_keys()
     of_file = aliases.rename(tree, own, place)
     place.known |= {key: place(name) for key, name in of_file.moved.items()}
-    of_words = aliases.rename(line.tree, own, lambda key: TYPED, tree)
+    of_words = aliases.rename(line.tree, own, line.where, tree)
+    place.names |= of_file.moved | of_words.moved
     line.typed = (line.typed - set(of_words.moved.values())) | set(of_words.moved)
     if any(key.startswith("prepare.") for key in line.typed):
-        line.typed.add("prepare")
+        join_prepare(tree, line, of_preset)
     notes += of_file.notes + of_words.notes
     for block in BLOCKS:
         if block in line.typed:  # a whole block was typed: it replaces the file's
@@ -323,20 +419,45 @@ def type_over(tree: dict, line: CommandLine, place: Places, notes: list[str]) ->
         tree[block] |= line.tree.pop(block)
     tree |= line.tree
     for key in line.typed:
-        place.type_over(key)
+        place.type_over(key, of_words.moved.get(key, key), line.where)
+    if of_preset:
+        leave_out_prompt(tree, line.typed, place, notes)
+    typed_wins(tree, line.typed, place, notes)
     return of_file.wrong + of_words.wrong
 
 
-def leave_out_prompt(tree: dict, typed: set[str], notes: list[str]) -> None:
+def join_prepare(tree: dict, line: CommandLine, of_preset: bool) -> None:
+    """Typed options of `prepare` join the file's. Where what is trained on was typed too, the
+    file's sources go, and a preset's options with them: they are of its own text."""
+    of_file, typed = tree.get("prepare"), line.tree["prepare"]
+    if not isinstance(of_file, dict):
+        of_file = {}
+    if "prepare" in line.typed or not isinstance(typed, dict):
+        return  # all of it was typed
+    if typed.get("sources") and not of_preset:
+        of_file = {key: v for key, v in of_file.items() if key not in prepare_key.PLACES}
+    elif of_file.get("sources") and (typed.get("sources") or line.typed & OTHER_DATA):
+        of_file = {}
+    if typed.get("sources") or line.typed & OTHER_DATA:
+        line.typed.add("prepare")
+    line.tree["prepare"] = prepare_key.join(of_file, typed)
+
+
+def leave_out_prompt(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
     """A preset's sample_prompt continues the preset's own text, no other data."""
-    own = next((key for key in ("prepare", "data_dir", "data") if key in typed), None)
+    own = next((key for key in ("data_dir", "data", *modes.PATHS, "prepare") if key in typed), None)
     if own and "sample_prompt" in tree and "sample_prompt" not in typed:
         tree.pop("sample_prompt")
         text = "the preset's sample_prompt goes with its own data, not with"
-        notes.append(f"{text} --{own}: no sample")
+        notes.append(f"{text} --{as_typed(own, place)}: no sample")
 
 
-def typed_wins(tree: dict, typed: set[str], notes: list[str]) -> None:
+def as_typed(key: str, place: Places) -> str:
+    """What the user wrote that became this key: train_data is `prepare` here."""
+    return place.names.get("prepare.sources", key) if key == "prepare" else key
+
+
+def typed_wins(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
     """What is typed beats what the file says in another way, with a note."""
     for key in [key for key in INSTEAD if key in typed]:
         ours = aliases.get(tree, key)
@@ -346,27 +467,35 @@ def typed_wins(tree: dict, typed: set[str], notes: list[str]) -> None:
             theirs = aliases.get(tree, other)
             if theirs is None or theirs is False or other in typed:
                 continue
-            if other == "prepare" and isinstance(theirs, dict) and theirs.get("out") == ours:
-                continue  # data_dir is what the file prepares
+            if other == "prepare" and isinstance(theirs, dict):
+                if theirs.get("out") == ours or not theirs.get("sources"):
+                    continue  # data_dir is what the file prepares, or is held against its options
             aliases.drop(tree, other)
-            notes.append(f"{key} was typed: {other}: {short(theirs)} of the file is left out")
+            name = as_typed(key, place)
+            notes.append(f"{name} was typed: {other}: {short(theirs)} of the file is left out")
+
+
+def is_preset(path: Path | None) -> bool:
+    return path is not None and CONFIGS in path.resolve().parents
 
 
 def presets() -> dict[str, Path]:
     """Name -> file of every preset."""
     files = sorted(CONFIGS.rglob("*.yaml"))
-    others = (aliases.TABLE, CONFIGS / "smoke.yaml")  # tables that are no configurations
-    return {path.stem: path for path in files if path not in others}
+    # tables that are no configurations, and journeys
+    others = ("aliases", "smoke", *JOURNEYS)
+    return {path.stem: path for path in files if path.stem not in others}
 
 
 def find_yaml(name: str) -> Path:
     """A path, or the name of a preset in configs/. E001 with what may be meant."""
     path, known = Path(expand(name)), presets()
+    files = known | {journey: CONFIGS / f"{journey}.yaml" for journey in JOURNEYS}
     try:
         if path.exists() and not path.is_dir():  # a pipe is right too
             return path
-        if name in known:
-            return known[name]
+        if name in files:
+            return files[name]
         hint = elsewhere(name, path, known)
     except (OSError, ValueError) as error:  # too long for a name, a NUL in it
         reason = getattr(error, "strerror", None) or error

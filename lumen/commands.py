@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -35,6 +36,36 @@ METHODS = (
     "save",
     "stop",
 )
+
+# what LuminaAI calls an argument of a method -> what it is here
+ARGUMENTS = {
+    "adjust_routing_temperature": {"temperature": "temp"},
+    "enable_expert_dropout": {"dropout_prob": "prob"},
+    "adjust_capacity_factor": {"capacity_factor": "factor"},
+    "adjust_mod_capacity": {"capacity_factor": "factor"},
+    "adjust_batch_size": {"new_batch_size": "new_size"},
+    "emergency_lr_reduction": {"reduction_factor": "factor"},
+    "adjust_weight_decay": {"weight_decay": "value"},
+}
+
+
+def our_arguments(method: str, named: dict) -> dict:
+    """Arguments under our names. TypeError where one is given under both."""
+    theirs = ARGUMENTS.get(method, {})
+    for name in theirs:
+        if name in named and theirs[name] in named:
+            raise TypeError(f"{method}: {name} is {theirs[name]}, which is given too")
+    return {theirs.get(name, name): value for name, value in named.items()}
+
+
+def either_name(method):
+    """A method whose arguments may also have the names of ARGUMENTS."""
+
+    @functools.wraps(method)
+    def call(self, *args, **named):
+        return method(self, *args, **our_arguments(method.__name__, named))
+
+    return call
 
 
 @dataclass

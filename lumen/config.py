@@ -13,11 +13,10 @@ import os
 import re
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
-from lumen import aliases, mixture, modes
+from lumen import aliases, mixture, modes, prepare_key
 from lumen.aliases import rename
 from lumen.errors import UserError, expand, nearest
 from lumen.model_keys import model_from_keys
@@ -334,6 +333,8 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
         return where(renamed.moved.get(top, key))
 
     convert_keys(tree, place)
+    names = getattr(where, "names", {}) | renamed.moved
+    prepare_key.settle(tree, place, names, notes)
     check_evaluate(tree["evaluate"], place)
     drop_one_epoch(tree, place, notes)
     experts = tree["model"]
@@ -341,7 +342,7 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
         notes.append("model.n_experts_per_token is not given: 2 here (Lunaris Codex: 1)")
     if tree.get("data"):
         tree["data"] = mixture.with_curriculum(tree["data"], place, notes)
-    values = expand_paths(with_prepare(tree, place), place)
+    values = expand_paths(prepare_key.with_prepare(tree, place), place)
     if values.get("data_dir") and not values.get("prepare"):
         several = mixture.of_folder(values["data_dir"], notes)
         if several and values.get("data") is None:
@@ -447,20 +448,6 @@ def lunaris_rope(model: dict, where, notes: list[str]) -> None:
         theta = number("rope_theta", ModelConfig.rope_theta) * length / base
         model["rope_theta"] = theta
         notes.append(f"model.rope_ntk_scale_base {base:g} is applied: rope_theta {theta:g}")
-
-
-def with_prepare(tree: dict, place) -> dict:
-    """The values of a Config: `prepare` says where its data goes, and data_dir is that place."""
-    values = dict(tree)
-    prepare = values.get("prepare")
-    if prepare is None:
-        return values
-    if not prepare.get("sources"):
-        refuse(place, "prepare", "needs sources: [...]; may have val_sources, tokenizer, out")
-    name = values.get("data_dir") or f"data/{Path(prepare['sources'][0]).stem}"
-    values["prepare"] = {"out": name} | prepare
-    values["data_dir"] = values.get("data_dir") or values["prepare"]["out"]
-    return values
 
 
 def expand_paths(values: dict, place) -> dict:

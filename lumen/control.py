@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lumen import machine as machines
-from lumen.commands import METHODS, CommandFile, Commands, parse_command
+from lumen.commands import METHODS, CommandFile, Commands, either_name, our_arguments, parse_command
 from lumen.decisions import Decision
 from lumen.errors import UserError
 from lumen.experts import Routing, add_expert, prune_expert, recycle_expert, restore_expert
@@ -461,6 +461,7 @@ class Control:
         owner = self if hasattr(self, name) else self.trainer
         method = getattr(owner, name)
         try:
+            kwargs = our_arguments(name, kwargs)
             inspect.signature(method).bind(*args, **kwargs)
         except TypeError as error:
             raise UserError("E309", f"{name}{inspect.signature(method)}: {error}") from error
@@ -499,30 +500,37 @@ class ByHand:
     def _initialize_new_expert(self, new_expert: list, existing_experts: list) -> dict:
         return self.control._initialize_new_expert(new_expert, existing_experts)
 
+    @either_name
     def adjust_capacity_factor(self, factor: float) -> dict:
         return self.control.adjust_capacity_factor(factor)
 
+    @either_name
     def adjust_routing_temperature(self, temp: float) -> dict:
         return self.control.adjust_routing_temperature(temp)
 
+    @either_name
     def enable_expert_dropout(self, prob: float) -> dict:
         return self.control.enable_expert_dropout(prob)
 
+    @either_name
     def adjust_mod_capacity(self, factor: float) -> dict:
         return self.control.adjust_mod_capacity(factor)
 
+    @either_name
     def adjust_batch_size(self, new_size: int) -> dict:
         return self.control.adjust_batch_size(new_size)
 
     def _recreate_dataloader(self, dataset: dict | None = None) -> dict:
         return self.control._recreate_dataloader(dataset)
 
+    @either_name
     def emergency_lr_reduction(self, factor: float = 10.0) -> dict:
         return self.control.emergency_lr_reduction(factor)
 
     def rollback_steps(self, num_steps: int = 100) -> dict:
         return self.control.rollback_steps(num_steps)
 
+    @either_name
     def adjust_weight_decay(self, value: float) -> dict:
         return self.control.adjust_weight_decay(value)
 

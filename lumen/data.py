@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lumen import aliases, files, mixture
+from lumen import machine as machines
 from lumen import tokenizer as tokenizers
 from lumen.buckets import Bucket, cut
 from lumen.config import Config
@@ -163,6 +164,7 @@ def prepare_first(cfg: Config) -> None:
     it or for its error."""
     if cfg.prepare is None:
         return
+    machines.detect(cfg.device, cfg.precision, False, environment("LOCAL_RANK", 0))  # E003 first
     began = time.time()
     out = Path(cfg.prepare["out"])
     failure = Path(f"{out}.error.json")  # beside the folder, which may not exist yet

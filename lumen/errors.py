@@ -54,7 +54,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E116": ("a tokenizer that Lumen cannot run",
              "see what the message names; bpe:8192 trains one here"),
     "E117": ("the output folder holds something else",
-             "choose another folder with --out, or prepare: {out: ...}"),
+             "choose another: --out of prepare_data.py, --prepare.out of a run"),
     "E118": ("the data is not what the checkpoint was trained on",
              "restore it, allow_data_change, or a new out_dir"),
     "E119": ("data could not be written",
@@ -177,7 +177,7 @@ def nearest(word: str, names) -> str | None:
         for name in names:
             if name.startswith(word):
                 return name
-    near = difflib.get_close_matches(word, list(names), 1, 0.75)
+    near = difflib.get_close_matches(word, list(names), 1, 0.79)  # at 0.75 steps is near to eps
     return near[0] if near else None
 
 

@@ -119,6 +119,10 @@ class Words(argparse.ArgumentParser):
             words.append(name + equals + value)
         return super().parse_known_args(words, namespace)
 
+    def action(self, name: str) -> argparse.Action | None:
+        """What stands behind an option, "--limit"."""
+        return self._option_string_actions.get(name)
+
     def names(self) -> list[str]:
         """Of all options, "--limit"."""
         return list(self._option_string_actions)  # private, and as old as argparse

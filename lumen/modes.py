@@ -136,10 +136,9 @@ class Expansion:
         """Into the tree. E002; E110 where there is text and no tokens."""
         mode = self.mode()
         for key in ("data", "data_dir", "prepare"):
-            if self.tree.get(key):
-                self.refuse(
-                    "training_mode", f"says what is trained on, and so does {key}; drop one"
-                )
+            if names_data(self.tree, key):
+                text = f"says what is trained on, and so does {key}; drop one"
+                self.refuse("training_mode", text)
         paths = {group: self.paths(group) for group in MODES[mode]}
         if mode == "base_only" and all(is_raw(path) for path in paths["base"]):
             made = {"prepare": self.prepare(paths["base"])}
@@ -154,8 +153,10 @@ class Expansion:
 
     def prepare(self, paths: list[str]) -> dict:
         """Text is prepared on the first start, as the key `prepare` does it."""
-        spec = {"sources": paths}
+        spec = {"sources": paths} | (self.tree.get("prepare") or {})
         held_out = self.get("base_eval_paths")
+        if held_out and "val_sources" in spec:
+            self.refuse("base_eval_paths", "prepare has val_sources too; drop one")
         if held_out:
             spec["val_sources"] = inside(held_out, [str], self.place, "base_eval_paths")
         return spec
@@ -164,7 +165,7 @@ class Expansion:
         for group in paths:
             if self.get(f"{group}_eval_paths"):
                 text = "a prepared folder holds its own val split: prepare_data.py makes it of"
-                self.refuse(f"{group}_eval_paths", f"{text} --val_sources FILE; drop this key")
+                self.refuse(f"{group}_eval_paths", f"{text} --val FILE; drop this key")
         share = {"base": 1.0, "finetuning": 1.0}
         if mode == "hybrid_interleaved":
             base = self.base_share()
@@ -204,7 +205,10 @@ class Expansion:
         key = f"{group}_paths"
         if is_raw(folder):
             text = f"{self.place(key)}: {folder} is text, not tokens: {self.command(group, folder)}"
-            raise UserError("E110", f"{text}, then {key}: [data/{group}]")
+            text = f"{text}, then {key}: [data/{group}]"
+            if group == "finetuning":
+                text += f"; or python finetune.py BASE --data {folder}, on a model that there is"
+            raise UserError("E110", text)
         if os.path.exists(os.path.join(folder, mixture.FILE)):
             text = f"{folder} holds several datasets; name each of them, or drop all of these keys"
             self.refuse(key, f"{text} and write data_dir: {folder}")
@@ -222,10 +226,42 @@ class Expansion:
         made = f"python prepare_data.py {folder} --out data/{group} --tokenizer"
         if group == "base":
             return f"{made} bpe:8192"
-        base = inside(self.given.get("base_paths") or "data/base", [str], self.place, "base_paths")
-        tokenizer = os.path.join("data/base" if is_raw(base[0]) else base[0], "tokenizer.json")
+        tokenizer = "bpe:8192"
+        if self.given.get("base_paths"):
+            base = inside(self.given["base_paths"], [str], self.place, "base_paths")[0]
+            tokenizer = os.path.join("data/base" if is_raw(base) else base, "tokenizer.json")
         T = self.tree["model"].get("max_seq_len", ModelConfig.max_seq_len)
         return f"{made} {tokenizer} (conversations: --seq_len {T})"
+
+
+def names_data(tree: dict, key: str) -> bool:
+    """Whether data, data_dir or prepare says what is trained on; prepare may hold options only."""
+    value = tree.get(key)
+    return bool(value and (key != "prepare" or not isinstance(value, dict) or value.get("sources")))
+
+
+def finetuning_paths(tree: dict, place, notes: list[str]) -> None:
+    """Of finetune.py, in place: the paths of finetuning_only are its data, where they are no
+    folders of prepare_data.py. E002 for a mode that trains on a base's text too."""
+    mode = tree.get("training_mode")
+    paths = tree.get("finetuning_paths")
+    if mode is not None and OTHER_NAMES.get(mode, mode) != "finetuning_only":
+        text = f"training_mode: {short(mode)} is train.py's; finetune.py trains a BASE on"
+        raise UserError("E002", f"{place('training_mode')}: {text} conversations: finetuning_only")
+    if not paths or any(names_data(tree, key) for key in ("data", "data_dir", "prepare")):
+        return
+    paths = inside(paths, [str], place, "finetuning_paths")
+    paths = [expand(path, f"{place('finetuning_paths')}: finetuning_paths") for path in paths]
+    if not any(is_raw(path) for path in paths):
+        return  # as in train.py
+    spec = {"sources": paths}
+    notes.append(f"finetuning_paths -> prepare.sources {short(paths)}")
+    if held_out := tree.get("finetuning_eval_paths"):
+        spec["val_sources"] = held_out
+        notes.append(f"finetuning_eval_paths -> prepare.val_sources {short(held_out)}")
+    for key in ("training_mode", "finetuning_paths", "finetuning_eval_paths"):
+        tree.pop(key, None)
+    tree["prepare"] = (tree.get("prepare") or {}) | spec
 
 
 def is_raw(path: str) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from lumen.aliases import Claim, as_yaml, claim, table
+from lumen import option_names
 from lumen.errors import UserError, a_path
 from lumen.quantised import KINDS, MAX_LOSS, METHODS
 
@@ -70,41 +70,12 @@ def a_bits(text: str) -> int:
     return int(text)
 
 
-def translate(argv: list[str], say) -> list[str]:
-    """The command line under our names; what was another's is said. Another command's stays.
-    E002."""
-    if "quantize" not in argv[:1]:
-        return argv
-    words, rest = [], list(argv)
-    claims: dict[str, Claim] = {}
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        row = table(COMMAND).get(name) if word.startswith("--") else None
-        if row is None:
-            words.append(word)
-            continue
-        if not equals:
-            if not rest:
-                raise UserError("E002", f"command line: --{name} needs a value")
-            value = rest.pop(0)
-        said = claim(name, value, row)
-        if isinstance(said, dict) and "refuse" in said:
-            raise UserError("E002", f"command line: --{name} {value}: {said['refuse']}")
-        if isinstance(said, dict):
-            say(f"{name} has no effect: {said['ignore']}")
-            continue
-        other = claims.setdefault(said.key, said)
-        if str(other.value) != str(said.value) or f"--{said.key}" in argv:
-            text = (
-                f"--{name} {value} is --{said.key} {said.value} here, which is said otherwise too"
-            )
-            raise UserError("E002", f"command line: {text}; drop one")
-        if other is said:
-            say(f"{name} {value} -> {said.key} {as_yaml(said.value)}")
-            words += [f"--{said.key}"] + ([] if said.value is True else [str(said.value)])
-    return words
+def translate(argv: list[str], own, say) -> list[str]:
+    """`quantize ...` under our names; what was another's is said. E002."""
+    words, notes = option_names.translate(COMMAND, argv[1:], own)
+    for note in notes:
+        say(note)
+    return [argv[0], *words]
 
 
 def check(how: dict, run) -> None:

@@ -19,7 +19,7 @@ from lumen.near import minhash_settings
 from lumen.rules import chosen_rules, complete
 from lumen.sources import SPEC_KEYS, SourceSpec, label, read_spec
 from lumen.tokenizer import NAMED
-from lumen.values import short
+from lumen.values import short, without_comments
 
 # ---------------------------------------------------------------- options
 
@@ -211,7 +211,8 @@ def read_mixture(file: str, typed: dict) -> Mixture:
     """`typed`: options of the command line, which beat the file's. E002, E108."""
     try:
         with open(file, encoding="utf-8") as opened:
-            tree = yaml.safe_load(opened)
+            text = opened.read()
+        tree = yaml.safe_load(without_comments(text) if file.endswith(".json") else text)
     except OSError as error:
         raise UserError("E108", f"{file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -28,7 +28,7 @@ EXACT = ("exact_match", "strict_match", "flexible_extract")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task (DESIGN 12). None: there is no such thing; NaN: it was computed."""
+    """One metric of one task. None: there is no such thing; NaN: it was computed."""
 
     task: str
     metric: str

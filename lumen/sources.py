@@ -198,7 +198,10 @@ def find_path(spec: str, source: int, split: str, out: str, unread: dict) -> lis
         folder = fixed_part(spec)
         paths = matching(spec, folder, out, unread)
     elif not os.path.exists(spec):
-        raise UserError("E108", f"source {spec}: there is no such file or folder")
+        text = f"source {spec}: there is no such file or folder"
+        if re.fullmatch(r"[\w-]+(/[\w-]+)?", spec):
+            text += f"; a dataset of the hub is hf:{spec}"
+        raise UserError("E108", text)
     elif os.path.isdir(spec):
         folder = spec
         paths = walk(spec, out, unread)

@@ -22,6 +22,12 @@ shortened.maxstring = shortened.maxother = 100
 short = shortened.repr
 
 
+def without_comments(text: str) -> str:
+    """JSON as YAML reads it: no `//` comments, no tabs between values."""
+    kept = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|\t')
+    return kept.sub(lambda match: match[1] or " ", text)
+
+
 # ---------------------------------------------------------------- types
 
 

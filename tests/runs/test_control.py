@@ -8,7 +8,7 @@ from conftest import losses, read_lines
 from rig import KINDS, LONG, MOE, at_iteration, decisions, equal, finish, glitch, tensors
 
 from lumen import checkpoint, forecast
-from lumen.commands import METHODS
+from lumen.commands import ARGUMENTS, METHODS
 from lumen.errors import UserError
 from train import Parallel, Trainer
 
@@ -153,6 +153,41 @@ def test_commands_in_control_jsonl(tiny):
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.03, "and a resumed run remembers"
     done = [d for d in decisions(again) if d.get("kind") != "start"] if again.fit() == 0 else None
     assert len(done) == len(rows), "no command is carried out twice"
+
+
+def test_arguments_by_the_names_they_have_in_luminaai(tiny):
+    """In Python and in control.jsonl, either name does the same; both at once are refused."""
+    values = {"temperature": 1.5, "dropout_prob": 0.25, "capacity_factor": 0.75}
+    values |= {"new_batch_size": 1, "reduction_factor": 4.0, "weight_decay": 0.03}
+    asked = [(method, *pair) for method, names in ARGUMENTS.items() for pair in names.items()]
+    lines = []
+    for method, theirs, ours in asked:
+        value = values[theirs]
+        lines += [{"method": method, "args": {name: value}} for name in (theirs, ours)]
+    both = {"value": 0.1, "weight_decay": 0.2}
+    lines.append({"method": "adjust_weight_decay", "args": both})
+    answers = []
+
+    def write(trainer):
+        (trainer.out / "control.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    def call(trainer):
+        for method, theirs, ours in asked:
+            for name in (theirs, ours):
+                answers.append(getattr(trainer, method)(**{name: values[theirs]}))
+        with pytest.raises(TypeError, match="weight_decay is value"):
+            trainer.adjust_weight_decay(**both)
+
+    model = MOE | {"mod_capacity": 0.5}
+    keys = tiny(model=model, max_steps=8, save_interval=0)
+    trainer = finish(keys, iterations={3: write, 6: call})
+    rows = [row for row in decisions(trainer) if row["trigger"] == "user"]
+    assert rows[len(asked) * 2]["refused"] == "E309"
+    for found in (rows[: len(asked) * 2], answers):
+        for i, (method, theirs, ours) in enumerate(asked):
+            for row in found[2 * i : 2 * i + 2]:
+                assert (row["action"], row["args"]) == (method, {ours: values[theirs]})
+                assert "refused" not in row, row
 
 
 def test_no_argument_ends_a_run(tiny):

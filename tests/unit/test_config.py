@@ -216,6 +216,7 @@ def test_every_row_of_the_table_does_what_it_says(name, value):
         new = new[0]
     if new is row:
         new = row["form"].replace("NAME", "0.25") if "form" in row else value
+        new = 1 - value if "one_minus" in row else new
     assert aliases.get(tree, key) == new
     assert any(f"-> {key} {aliases.as_yaml(new)}" in note for note in done.notes)
     if value in row["values"] and key in own_keys() and new is not None:

@@ -1,4 +1,4 @@
-"""lumen/evaluate_names.py: what users of other evaluators type does what it does there, or is
+"""lumen/option_names.py: what users of other evaluators type does what it does there, or is
 refused, or is told to have no effect; nothing is passed over in silence."""
 
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from evaluate import TASKS, parser
 from lumen.aliases import table
 from lumen.errors import UserError
-from lumen.evaluate_names import translate
+from lumen.option_names import translate
 
 OWN = parser().names()
 
 
 def read(line: str):
     """(what evaluate.py makes of it, the notes)"""
-    words, notes = translate(line.split(), OWN, TASKS)
+    words, notes = translate("evaluate.py", line.split(), OWN, TASKS)
     return parser().parse_args(words), notes
 
 

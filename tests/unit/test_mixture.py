@@ -165,7 +165,8 @@ def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders
     assert cfg.prepare == {"out": "data/raw", "sources": [raw], "val_sources": [raw]}
     text = fails("E110", data_of, folders, finetuning_paths=["raw"])
     assert text.startswith(f"at finetuning_paths: {raw} is text, not tokens: python prepare_data.")
-    assert "--tokenizer data/base/tokenizer.json (conversations: --seq_len 8)" in text
+    assert "--tokenizer bpe:8192 (conversations: --seq_len 8)" in text
+    assert f"or python finetune.py BASE --data {raw}" in text
     both = {"training_mode": "hybrid", "base_paths": ["web"], "finetuning_paths": ["raw"]}
     assert f"--tokenizer {folders['web']}/tokenizer.json" in fails("E110", data_of, folders, **both)
     fails("E110", data_of, folders, base_paths=["raw", "web"])

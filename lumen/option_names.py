@@ -1,6 +1,6 @@
-"""What users of other evaluators type, as options of evaluate.py: `max_boolq_samples -> limit 100`.
+"""What users of other tools type, as options of a command: `max_boolq_samples -> limit 100`.
 
-The table is the section evaluate.py of configs/aliases.yaml. Where a name means something else here
+The table is the command's section of configs/aliases.yaml. Where a name means something else here
 it is refused, or has no effect, with the reason.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 from lumen.aliases import Claim, as_yaml, claim, plain, table
 from lumen.errors import UserError, nearest
 
-MODEL = "MODEL"  # evaluate.py's first word, which has no name
+FIRST = ("MODEL", "SOURCE")  # a command's first words, which have no name
 
 
-def translate(argv: list[str], own, tasks: list[str]) -> tuple[list[str], list[str]]:
+def translate(command: str, argv: list[str], own, tasks=()) -> tuple[list[str], list[str]]:
     """(the words under our names, notes for the user). E002 where a name cannot be taken.
 
-    own: evaluate.py's options, "--limit"; tasks: what it asks without --tasks.
+    command: a section of the table; own: its options, "--limit"; tasks: what evaluate.py asks
+    without --tasks.
     """
-    found = Names({name.lstrip("-") for name in own}, tasks)
+    found = Names(command, {name.lstrip("-") for name in own}, tasks)
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -30,6 +31,15 @@ def translate(argv: list[str], own, tasks: list[str]) -> tuple[list[str], list[s
         else:
             found.keep(name, word, words)
     return found.words(), found.notes
+
+
+def parse(parser, argv: list[str], say):
+    """What the parser of a command makes of words of any tool; says what became of them. E002."""
+    words, notes = translate(parser.prog, argv, parser.names())
+    found = parser.parse_args(words)
+    for note in notes:
+        say(note)
+    return found
 
 
 def take_values(words: list[str], name: str, row: dict) -> list[str]:
@@ -48,28 +58,28 @@ def take_values(words: list[str], name: str, row: dict) -> list[str]:
 class Names:
     """What has been read of a command line."""
 
-    def __init__(self, own: set[str], tasks: list[str]):
-        self.own, self.tasks = own, list(tasks)
-        self.kept: list[str] = []  # words that are evaluate.py's own
+    def __init__(self, command: str, own: set[str], tasks):
+        self.table, self.own, self.tasks = table(command), own, list(tasks)
+        self.kept: list[str] = []  # words that are the command's own
         self.typed: set[str] = set()  # the options among them
         self.claims: dict[str, Claim] = {}  # our name: what was said of it under which name
+        self.each: dict[str, list[str]] = {}  # our name, which may come several times: its values
         self.wishes: list[tuple[str, list[str], dict]] = []  # (name, values, row): for the end
         self.notes: list[str] = []
 
     def row_of(self, name: str) -> dict | None:
         """The table's row of a name; None: it is ours, or nobody's."""
-        row = table("evaluate.py").get(name)
+        row = self.table.get(name)
         return None if row and name in self.own and not row["values"] else row
 
     def keep(self, name: str, word: str, words: list[str]) -> None:
-        """A word that is evaluate.py's to read, but for --tasks, which may grow or shrink. E002 for
+        """A word that is the command's to read, but for --tasks, which may grow or shrink. E002 for
         what is nearer to a name of the table than to any of ours."""
-        foreign = table("evaluate.py")
-        near = nearest(name, [*self.own, *foreign])
-        if name not in self.own and near in foreign:
+        near = name if name in self.own else nearest(name, [*self.own, *self.table])
+        if near not in self.own and near in self.table:
             raise UserError("E002", f"command line: unknown --{name}; did you mean --{near}?")
         value = word.partition("=")[2]
-        if name == "tasks" and (value or words):
+        if name == "tasks" and self.tasks and (value or words):
             value = value or words.pop(0)
             self.claim(Claim(name, value, name, value))
             return
@@ -80,12 +90,17 @@ class Names:
 
     def hear(self, name: str, values: list[str], row: dict) -> None:
         value = ",".join(values)
+        if "flag" in row and not isinstance(plain(value), bool):
+            raise UserError("E002", f"command line: --{name} takes no value, {value} is one")
         if "flag" in row and plain(value) is False:
             self.notes.append(f"{name} has no effect: it is off")
         elif row.keys() & {"sets", "skips", "adds"}:
             self.wishes.append((name, values, row))
         elif "pairs" in row:
             self.hear_pairs(name, value, row["pairs"])
+        elif "each" in row:
+            self.each.setdefault(row["to"], []).extend(values)
+            self.notes += [f"{name} -> {row['to']} {as_yaml(value)}" for value in values]
         else:
             self.take(name, value, row)
 
@@ -97,14 +112,15 @@ class Names:
                 known_are = ", ".join(f"{other}=..." for other in known)
                 text = f"--{name}: {pair!r} has no meaning here; there are {known_are}"
                 raise UserError("E002", f"command line: {text}")
-            self.take(key, value, table("evaluate.py").get(key, {"to": key, "values": {}}))
+            self.take(key, value, self.table.get(key, {"to": key, "values": {}}))
 
     def take(self, name: str, value: str, row: dict) -> None:
         """A name that is one of ours, or none, whatever else is typed."""
         said = claim(name, value, row)
         if isinstance(said, Claim):
-            items = [row.get("items", {}).get(item, item) for item in said.value.split(",")]
-            said.value = ",".join(items)
+            if "items" in row:
+                items = [row["items"].get(item, item) for item in said.value.split(",")]
+                said.value = ",".join(items)
             self.claim(said)
         elif "refuse" in said:
             raise UserError("E002", f"command line: --{name} {value}: {said['refuse']}")
@@ -114,7 +130,7 @@ class Names:
     def claim(self, said: Claim) -> None:
         """E002 where another name says something else of the same."""
         other = self.claims.setdefault(said.key, said)
-        if other.value != said.value:
+        if str(other.value) != str(said.value):
             text = f"--{other.name} {other.given} and --{said.name} {said.given}"
             raise UserError("E002", f"command line: {text} are both {said.key} here; drop one")
         if (said.name, said.given) != (said.key, said.value):
@@ -137,15 +153,20 @@ class Names:
                 self.set(name, row["sets"])
             else:
                 self.change_tasks(name, values, row)
-        words = list(self.kept)
+        first, words = [], list(self.kept)
         for key, said in self.claims.items():
-            if key == MODEL:
-                words.insert(0, said.value)
+            if key in FIRST:
+                first.append(said.value)
             elif said.value is True:
                 words.append(f"--{key}")
             else:
-                words += [f"--{key}", str(said.value)]
-        return words
+                words += option(key, said.value)
+        for key, values in self.each.items():
+            if key in FIRST:
+                first += values
+            else:
+                words += [word for value in values for word in option(key, value)]
+        return first + words
 
     def set(self, name: str, keys: dict) -> None:
         for key, value in keys.items():
@@ -173,3 +194,9 @@ class Names:
         value = ",".join(tasks)
         self.claims["tasks"] = Claim(name, True, "tasks", value)
         self.note(self.claims["tasks"])
+
+
+def option(key: str, value) -> list[str]:
+    """An option as argparse reads it, also where its value begins with -."""
+    text = str(value)
+    return [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
