@@ -127,14 +127,14 @@ WAYS = {
     r"sbatch": Way(CHECKED, "no Slurm here: tests/processes/test_hosts.py has stand-ins"),
     r"llama-server": Way(OUTSIDE, "another program; the page says: never run"),
     r"python -m onnxruntime_genai": Way(OUTSIDE, "pip install onnxruntime-genai needs the network"),
-    r"ruff|python -m pytest": Way(OUTSIDE, "what runs this test; .ci/run runs it whole"),
+    r"ruff|python -m pytest": Way(OUTSIDE, "what runs this test; .ci/run runs all but nightly"),
     r"export ": Way(OUTSIDE, "sets a variable of torch's"),
     r"LLAMA_PYTHON=": Way(CHECKED, "compiles llama.cpp; tests/unit/test_llama_cpp.py has it"),
     # ---- GPUs, or too large
-    r"torchrun .*configs/": Way(CHECKED, "8 GPUs; whether the layout fits so many ranks is asked"),
+    r"torchrun .*configs/": Way(CHECKED, "8 GPUs; of train_fsdp.py, does the layout fit 8"),
     r"torchrun .*--rdzv_endpoint": Way(CHECKED, "several hosts: test_hosts.py has two"),
     r"python -m tools.gpu --toy": Way(CHECKED, "tests/runs/test_gpu_tool.py runs it"),
-    r"python -m tools.gpu": Way(CHECKED, "needs a GPU"),
+    r"python -m tools.gpu": Way(CHECKED, "needs a GPU, or what it left"),
     r"python train.py configs/gpt2_124m": Way(
         NIGHTLY, "124 M parameters", f"{STEPS} --max_steps 1 --batch_size 1 --batch_tokens 1024"
     ),
