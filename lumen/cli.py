@@ -155,7 +155,8 @@ def load_yaml(path: Path) -> tuple[dict, dict[str, int]]:
         tree = {}
     if not isinstance(tree, dict):
         text = f"{path}: a mapping of keys is expected, this is a {type(tree).__name__}"
-        raise UserError("E002", text)
+        hint = "; in YAML a line is key: value" if path.suffix == ".py" else ""
+        raise UserError("E002", f"{text}{hint}")
     return tree, lines
 
 

@@ -108,7 +108,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E312": ("the reference log-probabilities are of other data, another base or precision",
              "go on with what the run began with, or a new out_dir computes them anew"),
     "E400": ("this model has no Hugging Face architecture",
-             "norm_order: pre, and no option the message names"),
+             "change the keys that the message names; norm_order: pre"),
     "E401": ("the folder or file cannot be imported",
              "Llama, Qwen3, Mixtral, Qwen3Moe, Dots1 folders; a Lunaris .pt"),
     "E402": ("exported and original model disagree",

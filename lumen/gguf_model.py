@@ -82,13 +82,26 @@ class Weights:
         return self.state[name.removeprefix("model.")]
 
 
+class Read(dict):
+    """Tensors by name, which remembers what was asked for."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__(state)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+
 @dataclass
 class Plan:
     """What is written of a model, and as what."""
 
     cfg: ModelConfig
     arch: str
-    state: dict[str, torch.Tensor]  # fp32
+    state: Read  # fp32
+    parameters: list[str]
     kept: dict[int, list[int]]  # layer -> slots whose experts there are
     n_dense: int  # layers before the first with experts, all of them in a dense model
     notes: list[str] = field(default_factory=list)  # what is larger than in the run, and why
@@ -116,7 +129,9 @@ def plan(source) -> Plan:
         kept, ready, more = routers(Weights(state), cfg)
     if why or more:
         raise UserError("E404", f"{source.folder}: llama.cpp has no {'; '.join(why + more)}")
-    made = Plan(cfg, architecture(cfg), state | ready, kept, cfg.n_layers - len(kept))
+    own = [name for name, _ in source.model.named_parameters()]
+    state = Read(state | ready)
+    made = Plan(cfg, architecture(cfg), state, own, kept, cfg.n_layers - len(kept))
     if made.arch == "dots1":
         made.notes = dots1_notes(cfg)
     return made
@@ -138,7 +153,8 @@ def dots1_notes(cfg: ModelConfig) -> list[str]:
 
 
 def tensors(plan: Plan) -> dict[str, torch.Tensor]:
-    """{GGUF's name: fp32}, in the order of the model; views where the values are ours."""
+    """{GGUF's name: fp32}, in the order of the model; views where the values are ours. E404:
+    parameters that a change of model.py has brought have no place there."""
     cfg, state = plan.cfg, plan.state
     table = {"token_embd.weight": state["embed.weight"]}
     for i in range(cfg.n_layers):
@@ -155,6 +171,9 @@ def tensors(plan: Plan) -> dict[str, torch.Tensor]:
         table["output.weight"] = state["embed.weight"]
     if rope_kind(cfg.rope_scaling or {}) == "llama3":
         table["rope_freqs.weight"] = rope_factors(cfg)
+    if left := [name for name in plan.parameters if name not in state.seen]:
+        text = f"llama.cpp has no place for parameters {', '.join(left[:3])}"
+        raise UserError("E404", f"{text}; see `refusals` in lumen/gguf_model.py")
     return table
 
 

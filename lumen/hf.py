@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from lumen.errors import UserError
 from lumen.model_keys import model_from_keys
-from model import ModelConfig
+from model import ModelConfig, Transformer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What lumen/rope_scaling.py reads; transformers would act on other keys too.
@@ -135,6 +137,19 @@ def stacked(ours: str, *parts) -> list[Part]:
     return table
 
 
+def unclaimed(cfg: ModelConfig) -> list[str]:
+    """Why a model of ours would lose something: parameters that `layout` gives no place, which a
+    change of model.py has brought."""
+    with torch.device("meta"):
+        own = [name for name, _ in Transformer(cfg).named_parameters()]
+    placed = {part.ours for part in layout(cfg)}
+    left = [name for name in own if name not in placed]
+    if not left:
+        return []
+    shown = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
+    return [f"parameters {shown}: they have no place there"]
+
+
 def swiglu_layout(ours: str, theirs: str, width: int, d: int) -> list[Part]:
     gate, up = (f"{theirs}.gate_proj", width, d), (f"{theirs}.up_proj", width, d)
     return [
@@ -235,7 +250,8 @@ def refusals(cfg: ModelConfig) -> list[str]:
     if kind in ("mixtral", "qwen3_moe"):
         shared = f"n_shared_experts: {cfg.n_shared_experts} with router softmax"
         refuse(cfg.n_shared_experts, f"{shared} has no class, only with sigmoid (Dots1)")
-    return why + [f"model.{reason}" for reason in odd_rope(cfg.rope_scaling or {})]
+    why += [f"model.{reason}" for reason in odd_rope(cfg.rope_scaling or {})]
+    return why or unclaimed(cfg)
 
 
 def hf_config(cfg: ModelConfig, dtype: str, ids: dict, n_experts: int = 0) -> dict:

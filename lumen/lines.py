@@ -113,9 +113,8 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
     if idle := model_keys.idle(m):
         text = "without effect, for n_experts or mod_capacity is not set"
         lines.append(f"advice     {text}: {', '.join(idle)}")
-    if moe or mod or m.extras:
-        for reason in refusals(m)[:3]:
-            lines.append(f"advice     will not export to Hugging Face: {reason}")
+    for reason in refusals(m)[:3]:
+        lines.append(f"advice     will not export to Hugging Face: {reason}")
     return lines
 
 

@@ -120,8 +120,8 @@ class Teller:
         worse = "; ".join(orch.worse_than_guessing() or ())
         text = f"{state} at step {t.step}: {t.tokens:,} tokens, {orch.dropped} steps dropped"
         text += f", {clock(time.monotonic() - t.started)}"
-        share = orch.seconds / max(1e-9, sum(t.watch.spent.values()))
-        text += f", the orchestrator took {100 * share:.2f} %"
+        if spent := sum(t.watch.spent.values()):
+            text += f", the orchestrator took {100 * orch.seconds / spent:.2f} %"
         if worse:
             text += f"; {worse}"
         if code:

@@ -22,7 +22,8 @@ disk](api-text.md). [Every key](configuration.md). [A run that breaks and heals]
 ```python
 from train import Trainer
 
-trainer = Trainer(["quickstart", "--max_steps", "20"])  # or a preset's name, a path, a dict of keys
+# in Lumen's folder; elsewhere: PYTHONPATH=/path/to/lumen
+trainer = Trainer(["quickstart", "--max_steps", "40"])  # or a preset's name, a path, a dict of keys
 for step in trainer.iterations():  # or trainer.fit()
     if step == 10:
         print(trainer.get_current_metrics())

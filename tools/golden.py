@@ -283,7 +283,7 @@ def run_commit(commit: str, names: list[str]) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="*", help=f"of {', '.join(RUNS)}; without any: all")
-    parser.add_argument("--write", action="store_true", help="write the sums of this commit")
+    parser.add_argument("--write", action="store_true", help="write the sums of this commit, all")
     parser.add_argument("--keep", type=Path, help="leave the runs in this folder, to look at")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--top", type=Path, help=argparse.SUPPRESS)
@@ -291,12 +291,17 @@ def main() -> int:
     if args.one:
         train_once(args.one, args.top)
     names = args.runs or list(RUNS)
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f"no run {', '.join(unknown)}; there are {', '.join(RUNS)}")
     if "replay" in names and "rollback" not in names:  # it repeats what that one decided
         names.insert(0, "rollback")
     if args.write:
         git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        rows = {"commit": commit, "machine": this_machine(), "runs": run_all(ROOT, names)}
+        rows = {"commit": commit, "machine": this_machine(), "runs": run_all(ROOT, list(RUNS))}
+        if failed := [name for name, sums in rows["runs"].items() if "failed" in sums]:
+            print(f"nothing is written: {', '.join(failed)} failed")
+            return 1
         FILE.write_text(json.dumps(rows, indent=1) + "\n")
         return 0
     golden = json.loads(FILE.read_text())
@@ -304,7 +309,7 @@ def main() -> int:
         print(f"another machine than {golden['machine']}: {golden['commit'][:9]} runs here first")
         golden["runs"] = run_commit(golden["commit"], names)
     now = run_all(ROOT, names, args.keep)
-    wrong = [n for n in names if now[n] != golden["runs"][n]]
+    wrong = [n for n in names if now[n] != golden["runs"][n] or "failed" in now[n]]
     for name in wrong:
         pairs = zip(golden["runs"][name].items(), now[name].values())
         print(f"DIFFERS {name}:", *(f"{k} {a} -> {b}" for (k, a), b in pairs if a != b))

@@ -93,7 +93,7 @@ def test_the_loss_is_the_mean_over_all_targets(model, batch_size):
 def test_one_source_of_bare_shards(model):
     found = evaluate_loss(model, ROWS[:5], {"a": SOURCES["a"]}, OneRank(), 2)
     assert found.bits_per_byte is None and len(found.batch_losses) == 3
-    assert list(found.row()) == ["val_loss", "val_accuracy", "val_bpb"]
+    assert list(found.row()) == ["val_loss", "val_ppl", "val_accuracy", "val_bpb"]
 
 
 def test_a_signal_leaves_it(model):

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import export
+import model
 from lumen import chat, checkpoint
 from lumen.errors import UserError
 from lumen.files import write_json
@@ -1317,3 +1318,20 @@ def test_lunaris_files_that_are_refused(tmp_path):
     with refused("E401", "none.pt"):
         import_lunaris.from_lunaris(tmp_path / "none.pt", tmp_path / "run", say=str)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize("write", ["to_hf", "to_gguf"])
+def test_a_parameter_without_a_place_is_refused_not_lost(write, tmp_path, monkeypatch):
+    """As a fork's own change of model.py brings it, whose author forgot `refusals`."""
+    real = model.Attention.__init__
+
+    def with_scale(self, cfg, *args, **options):
+        real(self, cfg, *args, **options)
+        self.head_scale_norm = model.RMSNorm(cfg.n_heads, 1e-6)
+
+    monkeypatch.setattr(model.Attention, "__init__", with_scale)
+    save_run(tmp_path / "run", config(**SMALL | {"n_experts": 0}))
+    code, word = {"to_hf": ("E400", "parameters"), "to_gguf": ("E404", "place")}[write]
+    with pytest.raises(UserError, match=f"(?s){code}.*{word}.*head_scale_norm"):
+        export.main([write, str(tmp_path / "run"), str(tmp_path / "made")])
+    assert not (tmp_path / "made").exists()
