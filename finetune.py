@@ -32,7 +32,7 @@ from lumen.cli import TYPED, read_config
 from lumen.config import help_text
 from lumen.errors import UserError
 from lumen.files import read_json
-from lumen.launch import command, environment
+from lumen.launch import command, environment, fitted
 from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
@@ -219,7 +219,8 @@ class FineTuner(Trainer):
         found = self.parallel.broadcast(base.base_sha256(path) if self.main else None)
         if then and then["sha256"] != found:
             text = f"{saved.path} began with {then['path']} (sha256 {then['sha256']})"
-            raise UserError("E311", f"{text}; {path} is another model ({found})")
+            fix = "give another --out_dir"
+            raise UserError("E311", f"{text}; {path} is another model ({found}): {fix}")
         if not saved:
             self.fresh = self.fresh_ids()
             self.began_with = {"path": path, "sha256": found, "fresh": self.fresh}
@@ -380,7 +381,7 @@ class FineTuner(Trainer):
             self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
         if answers and not ended and self.step >= self.run.max_steps:
             text = f"no reply stopped within {REPLY} tokens: where replies are shorter than that,"
-            self.say(f"advice     {text} their end was not learned (template, loss_on)")
+            self.say(f"advice     {text} their end was not learned yet: more steps, a higher rate")
         row = {"step": self.step, "attempt": self.report.attempt}
         self.report.record(row | {"replies": len(answers), "replies_stopped": ended})
 
@@ -388,6 +389,11 @@ class FineTuner(Trainer):
         """One row, what of it is learned in green; and how much of all rows that is. By rank 0."""
         if not self.main:
             return
+        run, windows = self.run, sum(s.windows for s in self.data.sources.values())
+        if few := shown.few_steps(
+            run.max_steps, run.rows_per_step, windows, self.parallel.rows()[1]
+        ):
+            self.say(f"advice     {few}")
         if self.fresh:
             names = f"{len(self.fresh)} control tokens are new to the base"
             self.say(f"template   {self.template.name}: {names}: their rows begin at the mean")
@@ -412,7 +418,8 @@ def main(argv: list[str]) -> int:
 
         return adapters.main(argv)
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{help_text()}")
+        words = "finetune.py BASE --data FILE"
+        print(f"{__doc__.partition('`FineTuner`')[0]}{fitted(help_text(words))}")
         return 0
     if environment("WORLD_SIZE", 1) > 1:
         cfg, written, *_ = read(argv)

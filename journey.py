@@ -102,8 +102,8 @@ class Journey:
                 words = [s.script, *s.words[s.words.index(s.script) + 1 :], "--dry_run", *more]
                 print_now(f"\n{s.name}: python {shlex.join(words)}")
                 found = subprocess.run(arguments(words), capture_output=True, text=True)
-                error = (found.stderr.splitlines() or [""])[0]
-                print_now(found.stdout.rstrip() or f"not known before the stages above: {error}")
+                why = (found.stderr.splitlines() or [""])[0].removeprefix("error ")
+                print_now(found.stdout.rstrip() or f"known once the stages above are done: {why}")
         return 0
 
     # ---- running
@@ -145,9 +145,10 @@ class Journey:
             s.folder.mkdir(parents=True, exist_ok=True)
         print_now(f"{title} {shlex.join(s.words)}")
         log, before, began = self.out / f"{s.name}.log", row["seconds"], time.monotonic()
+        self.noted = 0.0
         try:
             with open(log, "a" if what == "begun" and s.in_place else "w", encoding="utf-8") as f:
-                code = follow(s.words, f, lambda seconds: self.show(s, title, log, seconds))
+                code = follow(s.words, f, lambda seconds: self.show(s, title, log, seconds, row))
         finally:
             self.clear()
             row["seconds"] = before + time.monotonic() - began
@@ -169,8 +170,15 @@ class Journey:
         self.rows[s.name] = row
         files.write_json(self.out / "journal.json", self.rows)
 
-    def show(self, s: Stage, title: str, log: Path, seconds: float) -> None:
-        """On a terminal: the time, and the last line that the stage has said."""
+    def show(self, s: Stage, title: str, log: Path, seconds: float, row: dict) -> None:
+        """On a terminal: the time, and the last line that the stage has said. The time is noted
+        now and then, for a kill -9 leaves no time to."""
+        if seconds - self.noted > 5:
+            self.noted = seconds
+            files.write_json(
+                self.out / "journal.json",
+                self.rows | {s.name: row | {"seconds": row["seconds"] + seconds}},
+            )
         if not self.terminal:
             return
         takes = self.seconds(s)

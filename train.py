@@ -33,7 +33,7 @@ from lumen.evaluation import evaluate_loss, evaluate_run
 from lumen.experts import Routing, anneal_depth, draw_dropout, release_parted, update_balance
 from lumen.feed import to_host
 from lumen.in_training import InTraining
-from lumen.launch import check_launch, check_tasks, command, environment
+from lumen.launch import check_launch, check_tasks, command, environment, fitted
 from lumen.loader import Loader, mix
 from lumen.machine import free_memory
 from lumen.optim import LossScale, build_optimizer, clip_factor, step_optimizer
@@ -751,7 +751,7 @@ def main(argv: list[str], parallel=Parallel, layout_of=None, make=Trainer, read=
     and `parallel` takes what it returns; None: every rank holds a replica. read: see read_config.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text())
+        print(fitted(help_text()))
         return 0
     check_launch()  # torchrun, srun, mpirun, or none of them
     found = read(argv)

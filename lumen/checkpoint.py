@@ -408,7 +408,9 @@ def folders(path, best: bool = False) -> list[Path]:
     except NotADirectoryError:
         raise UserError("E304", f"{path} {what_file(path)}") from None
     except FileNotFoundError:
-        raise UserError("E304", f"{path} does not exist") from None
+        steps = list_steps(path.parent) if STEP.fullmatch(path.name) else []
+        there = f"; there are {', '.join(map(str, steps[-8:]))}" if steps else ""
+        raise UserError("E304", f"{path} does not exist{there}") from None
     except OSError as error:
         raise UserError("E108", f"{path} cannot be read: {error.strerror}") from error
     if STEP.fullmatch(path.name):

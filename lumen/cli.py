@@ -438,7 +438,9 @@ def join_prepare(tree: dict, line: CommandLine, of_preset: bool) -> None:
     if typed.get("sources") and not of_preset:
         of_file = {key: v for key, v in of_file.items() if key not in prepare_key.PLACES}
     elif of_file.get("sources") and (typed.get("sources") or line.typed & OTHER_DATA):
-        of_file = {}
+        # a model too small for the default tokenizer, bpe:8192, keeps its own
+        small = 0 < (tree["model"].get("vocab_size") or 0) < 8192
+        of_file = {key: v for key, v in of_file.items() if small and key == "tokenizer"}
     if typed.get("sources") or line.typed & OTHER_DATA:
         line.typed.add("prepare")
     line.tree["prepare"] = prepare_key.join(of_file, typed)

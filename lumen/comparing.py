@@ -149,8 +149,8 @@ def row_of(name: str, a: Side, b: Side, say) -> Row:
     n = len(lines[0])
     scores = x.value(x.top), y.value(y.top)
     words = verdict(found, x.better, paired, n)
-    if x.name == "heuristic" and words == "regression":  # a better model may have a lower one
-        words = "lower, of a heuristic"
+    if x.name == "heuristic" and words in ("better", "regression"):  # neither follows from it
+        words = f"{'higher' if found.value > 0 else 'lower'}, of a heuristic"
     return Row(name, x.name, b.letter, scores, found, n, words)
 
 

@@ -546,9 +546,9 @@ def printed(cfg: Config, sharded: bool, notes: list[str] = ()) -> str:
     return comments + yaml.safe_dump(tree, sort_keys=False)
 
 
-def help_text() -> str:
+def help_text(words: str = "train.py CONFIG") -> str:
     """Every key with its meaning, default and range, read from the dataclasses above."""
-    rows = ["usage: python train.py CONFIG [--key value | --key=value | --model.key value ...]"]
+    rows = [f"usage: python {words} [--key value | --key=value | --model.key value ...]"]
     rows.append("       --dry_run: sizes, memory, time and length, no training")
     rows.append("       --print_config: what a run would use; --help")
     rows += help_rows(Config, "")

@@ -41,7 +41,13 @@ def said(folder: Path) -> str:
     if not row:
         return ""
     bits = f", {row['val_bpb']:.3f} bits per byte" if row.get("val_bpb") else ""
-    return f", val_loss {row['val_loss']:.4f}{bits}"
+    return f", val_loss {row['val_loss']:.4f}{bits}{warning(folder)}"
+
+
+def warning(folder: Path) -> str:
+    """What a run's last words say against it."""
+    reason = files.read_json(folder / "status.json").get("reason")
+    return f"; {reason}" if reason else ""
 
 
 # ---------------------------------------------------------------- report.md
@@ -79,7 +85,12 @@ def losses(journey) -> list[str]:
             rows = files.read_lines(s.folder / "metrics.jsonl")
             speeds = sorted(r["tokens_per_second"] for r in rows if r.get("tokens_per_second"))
             speed = f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-"
-            cells = [s.name, row["step"], f"{row['tokens']:,}", f"{row['val_loss']:.4f}"]
+            cells = [
+                s.name + warning(s.folder),
+                row["step"],
+                f"{row['tokens']:,}",
+                f"{row['val_loss']:.4f}",
+            ]
             lines.append(f"| {' | '.join(map(str, [*cells, bits, speed]))} |")
     return lines if len(lines) > 4 else []
 
@@ -95,16 +106,16 @@ def scores(journey) -> list[str]:
         return []
     from lumen.scoreboard import from_row, markdown_table, number, scores_in, with_error
 
-    cells, chance = {}, {}
+    cells, about = {}, {}
     for name, results in found.items():
         for score in map(from_row, scores_in(results)):
             if score.headline:
                 what = (score.task, score.metric)
                 cells.setdefault(what, {})[name] = with_error(score.value, score.stderr)
-                chance[what] = [number(score.chance), number(score.majority)]
-    rows = [["task", "metric", *found, "chance", "majority"]]
+                about[what] = [str(score.n), number(score.chance), number(score.majority)]
+    rows = [["task", "metric", *found, "n", "chance", "majority"]]
     for what, by_stage in cells.items():
-        rows.append([*what, *(by_stage.get(name, "-") for name in found), *chance[what]])
+        rows.append([*what, *(by_stage.get(name, "-") for name in found), *about[what]])
     lines = ["## Scores", "", *markdown_table(rows)]
     for s in journey.stages:
         compared = s.folder / "compare.md"

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -235,6 +237,18 @@ def tell(error: UserError, rank: int) -> None:
     local = os.environ.get("LOCAL_RANK", "")
     time.sleep(5 + (int(local) if local.isdigit() else 0))
     print(f"rank {rank}: error {error}", file=sys.stderr)  # nobody has ended us: only we know
+
+
+def fitted(text: str) -> str:
+    """A table of keys, its long lines wrapped to the width of a terminal, if it is one."""
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return text
+    width, lines = max(40, shutil.get_terminal_size().columns), []
+    for line in text.splitlines():
+        indent = min(37, width // 2) if line.startswith("  ") else 0
+        how = {"subsequent_indent": "".ljust(indent), "break_on_hyphens": False}
+        lines += textwrap.wrap(line, width, **how) or [""]
+    return "\n".join(lines)
 
 
 def clock(seconds: float) -> str:

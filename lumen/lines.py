@@ -218,7 +218,9 @@ def plan_lines(p: dict) -> list[str]:
 
 
 def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
-    text = f"{cfg.lr_schedule} {cfg.learning_rate:g} -> {min_lr:g}"
+    text = f"{cfg.lr_schedule} {cfg.learning_rate:g}"
+    if cfg.lr_schedule != "constant":
+        text += f" -> {min_lr:g}"
     if cfg.lr_schedule == "onecycle":
         return f"schedule   {text}, 30 % of it upwards: {peak_step} warm-up steps"
     return f"schedule   {text}, {peak_step} warm-up steps"
@@ -255,7 +257,7 @@ def rate_advice(
         text = f"learning_rate {peak:g} is far above what {cfg.optimizer} bears at this width"
         text += f", {min(1e-2, 2 * usual):.1g} is usual"
         lines.append(f"{text}: the loss may explode in the first steps")
-    if max_steps and peak_step >= max_steps:
+    if max_steps and peak_step >= max_steps and last_lr < 0.99 * peak:
         text = f"warmup_steps {peak_step} of {max_steps} steps: the rate never comes above"
         lines.append(f"{text} {last_lr:.2g} of {peak:g}; lower warmup_steps")
     elif cfg.lr_schedule == "wsd" and lr_at_peak < peak / 1.5:

@@ -128,9 +128,12 @@ def read_run(folder: Path, best: bool, step: int | None, tokenizer, say) -> Open
     model = adapters.load_model(found)
     anneal_depth(model, found.step)  # where MoD's capacity was
     file = tokenizers.of_run(found.path.parent, found.state.get("tokenizer"))
+    reads = load_tokenizer(tokenizer, file)
+    if tokenizer and file and not reads.same_ids(tokenizers.load(str(file))):
+        say(f"note: {tokenizer} is not the tokenizer that the run was trained with, {file}")
     return Opened(
         model=model,
-        tokenizer=load_tokenizer(tokenizer, file),
+        tokenizer=reads,
         name=name_of(found.path.parent),
         step=found.step,
         sha256=bases.base_sha256(found.path),

@@ -263,7 +263,9 @@ def resolve_length(cfg: Config, facts: Facts, kept: Kept, rows: int, found: Find
     asked = "max_steps" in facts.written or cfg.num_epochs == 0  # for no step at all
     if steps < 1 and facts.windows is not None and not asked:
         text = f"{facts.windows} rows of {T} tokens are less than one step of {rows}"
-        raise UserError("E114", f"{text}; lower the batch")
+        most = facts.windows * T
+        key = f"batch_tokens: {most}" if cfg.batch_tokens else "batch_size: 1"
+        raise UserError("E114", f"{text}; bring more text, or lower the batch: {key}")
     # kept: a run that was cut short on its way must not move the phases that have been
     phases = kept.get("phases", "data", *LENGTH_KEYS, *BATCH_KEYS)
     if phases is None:

@@ -136,7 +136,8 @@ class StartingPoint:
         steps = checkpoint.list_steps(out)
         used = steps or (out / "metrics.jsonl").exists()
         if self.anew and used and not cfg.overwrite:
-            raise UserError("E300", f"{out} holds a run at step {max(steps, default=0)}")
+            text = f"{out} holds a run at step {max(steps, default=0)}"
+            raise UserError("E300", f"{text}; overwrite: true beside resume: none deletes it")
         if self.anew and used:
             return []
         folders = [checkpoint.step_dir(out, step) for step in reversed(steps)]
@@ -245,7 +246,8 @@ class StartingPoint:
             said += f" (sha256 {mine}), so that an id means another text"
             if not self.cfg.allow_tokenizer_change:
                 fix = f"prepare the data with --tokenizer {file or 'of that run'}"
-                text = f"{said}; {fix}, or allow_tokenizer_change: true if it is meant"
+                text = f"{said}; give another --out_dir if it is another run, {fix}, or"
+                text += " allow_tokenizer_change: true if it is meant"
                 raise UserError("E113", text)
         if said not in self.changes:
             self.changes.append(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lumen.files import read_json
 
 LOOKED_AT = 256  # rows, of which the share that is learned is told
 SHOWN = 192  # tokens of the row that is shown
+FEW_STEPS = 30  # below that a fine-tuning has hardly begun
 DONE = {  # of report.json's done_to_rows
     "merged": "with turns of one role merged",
     "tail_dropped": "with turns left out after the last reply",
@@ -63,3 +65,14 @@ def first_row(source, tokenizer) -> str:
         n = SHOWN // source.sides
         parts.append(chat.show(ids[:n], mask[:n], tokenizer))
     return "\n--- rejected ---\n".join(parts)
+
+
+def few_steps(steps: int, rows_per_step: int, windows: int, readers: int) -> str:
+    """Advice where a fine-tuning ends before it has learned much: little data, many rows a step.
+    "": it does not. windows: rows of the data, which `readers` ranks share."""
+    one_row = windows // readers  # steps of an epoch with a row each
+    if steps >= FEW_STEPS or not one_row:
+        return ""
+    epochs = math.ceil(4 * FEW_STEPS / one_row)
+    smaller = "--batch_size 1 " if rows_per_step > readers else ""
+    return f"{steps} steps teach little; {smaller}--num_epochs {epochs} makes {one_row * epochs:,}"

@@ -126,6 +126,8 @@ def read(path: Path, out: str | None = None) -> tuple[dict, list[Stage]]:
 def stage(name: str, spec: dict, filler: Filler) -> Stage:
     """E002."""
     words = [filler.fill(word) for word in shlex.split(spec["run"])]
+    if words and re.fullmatch(r"python3?", words[0]):
+        words.pop(0)  # as a shell has it
     script = next((word for word in words if word.endswith(".py")), "")
     if not script or not (HERE / script).exists() and not Path(script).exists():
         raise UserError("E002", f"{filler.where}: run: {spec['run']}: names no script that is here")

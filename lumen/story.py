@@ -37,7 +37,7 @@ def decisions(folder: str) -> int:
         print(f"{out}: nothing had to be decided")
         return 0
     outcomes = {row["id"]: row for row in rows if row.get("kind") == "outcome"}
-    print(f"{out}: {len(rows) - len(outcomes)} decisions")
+    print(f"{out}: {sum('trigger' in row for row in rows)} decisions")
     last = None
     for first, final in series([row for row in rows if "trigger" in row], outcomes):
         if begins_a_heading(first, last):

@@ -626,3 +626,12 @@ def test_options_of_chats_and_servers():
     for module, mode, part in ((sample, "api", "serve.py RUN"), (serve, "interactive", "--chat")):
         with pytest.raises(UserError, match=part):
             option_names.parse(module.arguments(), ["a", "--mode", mode], said.append)
+
+
+def test_a_small_preset_keeps_its_tokenizer_with_other_text(tmp_path):
+    (tmp_path / "my.txt").write_text("words")
+    text = ["--train-data", str(tmp_path / "my.txt")]
+    assert read_config(["debug", *text])[0].prepare["tokenizer"] == "bpe:512"
+    assert "tokenizer" not in read_config(["gpt2_124m", *text])[0].prepare
+    typed = read_config(["debug", *text, "--tokenizer", "bytes"])[0]
+    assert typed.prepare["tokenizer"] == "bytes"

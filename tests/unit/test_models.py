@@ -15,6 +15,7 @@ from test_sample import T, code, command, make, save
 import export
 import sample
 from lumen import chat, checkpoint, lora, models, quantised
+from lumen import tokenizer as tokenizers
 from lumen.base import base_sha256
 from lumen.config import LoraConfig
 from lumen.experts import anneal_depth
@@ -267,6 +268,18 @@ def test_an_end_of_document_that_is_named_beside_the_tokenizer_is_kept(home, tmp
     for name in ("hf", "q", "run"):
         tokenizer = open_model(tmp_path / name, **CPU).tokenizer
         assert tokenizer.eot_id == tokenizer.controls["<finis>"] == T.eot_id
+
+
+def test_a_run_read_with_another_tokenizer_says_so(home, tmp_path):
+    said = []
+    other = tmp_path / "bytes.json"
+    other.write_text(tokenizers.load("bytes").to_json())
+    open_model(home / "run", tokenizer=str(other), **CPU | {"say": said.append})
+    assert any("is not the tokenizer that the run was trained with" in line for line in said)
+    said.clear()
+    mine = next(home.glob("run/tokenizer.json"))
+    open_model(home / "run", tokenizer=str(mine), **CPU | {"say": said.append})
+    assert not any("not the tokenizer" in line for line in said)
 
 
 # ---------------------------------------------------------------- the commands
