@@ -16,6 +16,7 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumen.branches import Branches
 from lumen.model_keys import RANGES, check_range, model_from_keys
 from lumen.sampling import Sampling
 from model import (
@@ -105,6 +106,31 @@ def test_cached_decoding_equals_full_forward(kind):
     assert cache.filled[2] == 20
     feed([[5, 6, 8], [4], []])
     feed([[1, 2, 3], [4], []])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_branches_equal_full_forward(kind):
+    """What evaluate.py scores by: several trees in one pass behind a trunk that was computed
+    before; the branches of each see their own past alone, over the trunks' whole length."""
+    model = make(std=0.2, **KINDS[kind]).eval()
+    head, one, other = (ids(n, seed=n).tolist() for n in (9, 8, 3))
+    tails = [ids(n, seed=20 + n).tolist() for n in (7, 1, 4)]
+    texts = [head + one + tails[0], head + one + tails[1], head + other + tails[2]]
+    before = Branches([(len(head), [])], "cpu")
+    before.ask([len(head) - 1])
+    first = model(torch.tensor([head]), cache=before)
+    assert close(first[0], model(torch.tensor([head]))[0, -1], 1e-5)
+    row = Branches([(len(one), [7, 1]), (len(other), [4])], "cpu", before)
+    idx = one + tails[0] + tails[1] + other + tails[2]
+    row.ask(range(len(idx)))
+    logits = model(torch.tensor([idx]), cache=row)
+    want = [model(torch.tensor([text]))[0, len(head) :] for text in texts]
+    want[1] = want[1][len(one) :]  # their trunk is there once
+    for at, (got, full) in enumerate(zip(logits, torch.cat(want), strict=True)):
+        assert close(got, full, 1e-5), (
+            f"{kind}, slot {at}: the mask of lumen/branches.py is another"
+        )
 
 
 @torch.no_grad()
@@ -808,13 +834,19 @@ ROLES = {
 }
 
 
-def test_roles():
+SPARSE = dict(n_experts=4, n_shared_experts=1, mod_capacity=0.5, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sparse"])
+def test_roles(kind):
     assert {name: role(name) for name in ROLES} == ROLES
-    sparse = dict(n_experts=4, n_shared_experts=1, mod_capacity=0.5, tie_embeddings=False)
-    for name, p in make(**sparse).named_parameters():
-        assert role(re.sub(r"\d+", "3", name)) == ROLES.get(re.sub(r"\d+", "3", name), role(name))
-        assert (role(name) == "norm") == (p.dim() == 1 and "predictor" not in name), name
-        assert (role(name) == "expert") == (p.dim() == 3), name
+    remedy = "by the name of its module: model.py, role; ...norm and ...mix begin at 1"
+    for name, p in make(**KINDS.get(kind, SPARSE)).named_parameters():
+        found = role(name)
+        assert found == ROLES.get(re.sub(r"\d+", "3", name), found)
+        vector = p.dim() == 1 and "predictor" not in name
+        assert (found == "norm") == vector, f"{name} {tuple(p.shape)} is a {found}, {remedy}"
+        assert (found == "expert") == (p.dim() == 3), f"{name} {tuple(p.shape)}: {found}, {remedy}"
 
 
 # ---------------------------------------------------------------- copied out of the house
