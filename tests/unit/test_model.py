@@ -16,9 +16,11 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumen.branches import Branches
+from lumen import tokenizer as tokenizers
+from lumen.branches import tree_of
 from lumen.model_keys import RANGES, check_range, model_from_keys
 from lumen.sampling import Sampling
+from lumen.scorer import Scorer
 from model import (
     Attention,
     AttentionInputs,
@@ -110,27 +112,22 @@ def test_cached_decoding_equals_full_forward(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_branches_equal_full_forward(kind):
-    """What evaluate.py scores by: several trees in one pass behind a trunk that was computed
-    before; the branches of each see their own past alone, over the trunks' whole length."""
+def test_scoring_by_branches_equals_full_forward(kind):
+    """What evaluate.py does: several trees in one pass, behind a trunk that was computed before;
+    each branch sees its own past alone. Other kinds of layers: test_scorer.py."""
     model = make(std=0.2, **KINDS[kind]).eval()
     head, one, other = (ids(n, seed=n).tolist() for n in (9, 8, 3))
-    tails = [ids(n, seed=20 + n).tolist() for n in (7, 1, 4)]
+    tails = [ids(n, seed=20 + n).tolist() for n in (7, 2, 4)]
     texts = [head + one + tails[0], head + one + tails[1], head + other + tails[2]]
-    before = Branches([(len(head), [])], "cpu")
-    before.ask([len(head) - 1])
-    first = model(torch.tensor([head]), cache=before)
-    assert close(first[0], model(torch.tensor([head]))[0, -1], 1e-5)
-    row = Branches([(len(one), [7, 1]), (len(other), [4])], "cpu", before)
-    idx = one + tails[0] + tails[1] + other + tails[2]
-    row.ask(range(len(idx)))
-    logits = model(torch.tensor([idx]), cache=row)
-    want = [model(torch.tensor([text]))[0, len(head) :] for text in texts]
-    want[1] = want[1][len(one) :]  # their trunk is there once
-    for at, (got, full) in enumerate(zip(logits, torch.cat(want), strict=True)):
-        assert close(got, full, 1e-5), (
-            f"{kind}, slot {at}: the mask of lumen/branches.py is another"
-        )
+    trees = [[(text, len(head)) for text in texts[:2]], [(texts[2], len(head))]]
+    scorer = Scorer(model, tokenizers.load("bytes"), 97)
+    found = scorer.run([tree_of(tree, len(head) - 1) for tree in trees])
+    assert scorer.header[1].length == len(head) - 1
+    for scored, text in zip([*found[0], *found[1]], texts, strict=True):
+        logits = model(torch.tensor([text[:-1]]))[0, len(head) - 1 :]
+        targets = torch.tensor(text[len(head) :])
+        want = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+        assert scored.logprob == pytest.approx(want, abs=1e-4), f"{kind}: see lumen/branches.py"
 
 
 @torch.no_grad()
