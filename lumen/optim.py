@@ -2,16 +2,21 @@
 
 Whoever adds an optimizer (a recipe stands in docs/hacking.md) keeps five promises:
 
-1. All of its state exists after __init__, as tensors of the parameter's shape or 0-d, so that a
-   checkpoint can name it before the first step.
+1. All of its state exists after __init__, in `self.state[p]` of each parameter, as tensors of the
+   parameter's shape or 0-d, so that a checkpoint can name it before the first step. The names are
+   its own; a count of steps is 0-d and of each parameter.
 2. `step()` honours the attribute `found_inf` (a 0-d fp32 tensor): at 1.0 the weights, the state and
    the count of steps stay exactly as they are. The host is never asked. torch's fused AdamW does
    that in its kernel; others need torch.where, for 0 x NaN is NaN: multiplying is not skipping.
 3. FRESH names the state with which a split expert starts from zero: the first moments, so that
-   siblings part.
+   siblings part. Each parameter has one of them; a name that is not there counts for nothing.
 4. STATE_BYTES is what it holds for a parameter, for lumen/plan.py; HIDDEN_BYTES for a hidden
-   matrix's (lumen/muon.py: is_hidden).
-5. Its groups carry `lr_factor`, by which the schedule's rate is multiplied.
+   matrix's (lumen/muon.py: is_hidden). RATE: its best learning rate, times AdamW's, for
+   `learning_rate: auto`.
+5. Its groups carry `lr_factor`, by which the schedule's rate is multiplied; it reads `lr` and
+   `weight_decay` there in each step, and has `betas` and `eps` there if those knobs shall turn.
+
+All but what a step computes is held by tests/unit/test_optim.py over every class of OPTIMIZERS.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ class AdamW(torch.optim.AdamW):
 
     FRESH = ("exp_avg",)
     STATE_BYTES = HIDDEN_BYTES = 8  # two moments in fp32
+    RATE = 1.0
 
     def __init__(self, groups: list[dict], cfg: Config, precision="fp32", owners=None):
         betas = (cfg.beta1, cfg.beta2)
@@ -66,6 +72,7 @@ class Muon(torch.optim.Optimizer):
     FRESH = ("momentum", "exp_avg")
     STATE_BYTES = 8  # of AdamW's part
     HIDDEN_BYTES = 4
+    RATE = 2.2  # by the sweep that lumen/schedule.py tells of
     FIRST = 0.85  # the momentum of the first step, from which it rises ...
     WARM_UP = 300  # ... in so many
     polynomials, margin = POLAR_EXPRESS, MARGIN

@@ -11,6 +11,7 @@ import math
 from lumen import mixture
 from lumen.config import Config
 from lumen.errors import UserError
+from lumen.optim import OPTIMIZERS
 from model import Transformer
 
 # `learning_rate: auto`, the default. Step Law (Li et al. 2025, 2503.04715) has rate ~ N^-0.713
@@ -19,8 +20,7 @@ from model import Transformer
 # what a sweep of the quickstart found best. Sweeps at 2 and 10 M parameters confirm the exponent:
 # there the rule is within 1.2 % of the best loss (EXPERIMENTS.md). Nothing larger, and no larger
 # batch, was swept.
-BEST_RATE = 4.5e-3  # AdamW
-MUON = 2.2  # times that, by the same sweep
+BEST_RATE = 4.5e-3  # AdamW; another optimizer's is RATE times that
 OF_PARAMETERS = 804_480  # active, without embedding and head
 OF_BATCH = 2048  # tokens a step
 RATE_BY_PARAMETERS = -0.713
@@ -32,9 +32,8 @@ LARGEST_RATE = 6e-3  # 1e-2 was worse with a short warm-up
 
 def auto_rate(model: Transformer, batch_tokens: int, optimizer="adamw") -> tuple[float, str]:
     """(the peak of the learning rate, why) for who asks for `auto`; model: on the meta device."""
-    best, most = BEST_RATE, LARGEST_RATE
-    if optimizer == "muon":
-        best, most = MUON * best, MUON * most
+    times = OPTIMIZERS[optimizer].RATE
+    best, most = times * BEST_RATE, times * LARGEST_RATE
     counts = model.n_params()
     n = counts["active"] - (counts["total"] - counts["non_embedding"])
     rate = best * (n / OF_PARAMETERS) ** RATE_BY_PARAMETERS

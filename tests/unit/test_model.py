@@ -16,8 +16,11 @@ from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumen import tokenizer as tokenizers
+from lumen.branches import tree_of
 from lumen.model_keys import RANGES, check_range, model_from_keys
 from lumen.sampling import Sampling
+from lumen.scorer import Scorer
 from model import (
     Attention,
     AttentionInputs,
@@ -105,6 +108,26 @@ def test_cached_decoding_equals_full_forward(kind):
     assert cache.filled[2] == 20
     feed([[5, 6, 8], [4], []])
     feed([[1, 2, 3], [4], []])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_scoring_by_branches_equals_full_forward(kind):
+    """What evaluate.py does: several trees in one pass, behind a trunk that was computed before;
+    each branch sees its own past alone. Other kinds of layers: test_scorer.py."""
+    model = make(std=0.2, **KINDS[kind]).eval()
+    head, one, other = (ids(n, seed=n).tolist() for n in (9, 8, 3))
+    tails = [ids(n, seed=20 + n).tolist() for n in (7, 2, 4)]
+    texts = [head + one + tails[0], head + one + tails[1], head + other + tails[2]]
+    trees = [[(text, len(head)) for text in texts[:2]], [(texts[2], len(head))]]
+    scorer = Scorer(model, tokenizers.load("bytes"), 97)
+    found = scorer.run([tree_of(tree, len(head) - 1) for tree in trees])
+    assert scorer.header[1].length == len(head) - 1
+    for scored, text in zip([*found[0], *found[1]], texts, strict=True):
+        logits = model(torch.tensor([text[:-1]]))[0, len(head) - 1 :]
+        targets = torch.tensor(text[len(head) :])
+        want = logits.log_softmax(-1).gather(1, targets[:, None]).sum().item()
+        assert scored.logprob == pytest.approx(want, abs=1e-4), f"{kind}: see lumen/branches.py"
 
 
 @torch.no_grad()
@@ -808,13 +831,19 @@ ROLES = {
 }
 
 
-def test_roles():
+SPARSE = dict(n_experts=4, n_shared_experts=1, mod_capacity=0.5, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sparse"])
+def test_roles(kind):
     assert {name: role(name) for name in ROLES} == ROLES
-    sparse = dict(n_experts=4, n_shared_experts=1, mod_capacity=0.5, tie_embeddings=False)
-    for name, p in make(**sparse).named_parameters():
-        assert role(re.sub(r"\d+", "3", name)) == ROLES.get(re.sub(r"\d+", "3", name), role(name))
-        assert (role(name) == "norm") == (p.dim() == 1 and "predictor" not in name), name
-        assert (role(name) == "expert") == (p.dim() == 3), name
+    remedy = "by the name of its module: model.py, role; ...norm and ...mix begin at 1"
+    for name, p in make(**KINDS.get(kind, SPARSE)).named_parameters():
+        found = role(name)
+        assert found == ROLES.get(re.sub(r"\d+", "3", name), found)
+        vector = p.dim() == 1 and "predictor" not in name
+        assert (found == "norm") == vector, f"{name} {tuple(p.shape)} is a {found}, {remedy}"
+        assert (found == "expert") == (p.dim() == 3), f"{name} {tuple(p.shape)}: {found}, {remedy}"
 
 
 # ---------------------------------------------------------------- copied out of the house

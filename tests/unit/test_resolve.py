@@ -11,6 +11,7 @@ from lumen.config import build_config
 from lumen.differences import compare, other_bits
 from lumen.errors import UserError
 from lumen.machine import Machine
+from lumen.optim import Muon
 from lumen.resolve import (
     Facts,
     Findings,
@@ -229,7 +230,7 @@ def test_the_rate_by_model_and_batch():
     best = schedule.BEST_RATE
     assert rate == best and "0.804 M" in why and "2,048" in why
     muon, why = schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), 2048, "muon")
-    assert muon == pytest.approx(schedule.MUON * best, rel=0.01) and f"{muon:g}" in why
+    assert muon == pytest.approx(Muon.RATE * best, rel=0.01) and f"{muon:g}" in why
     rates = [schedule.auto_rate(plan.on_meta(ModelConfig(**sizes)), n)[0] for n in (512, 128)]
     assert rates == pytest.approx([best / 2, best / 4], rel=0.03)
     wide = sizes | dict(d_model=256, d_ff=704)
@@ -241,7 +242,7 @@ def test_the_rate_by_model_and_batch():
     tiny = plan.on_meta(ModelConfig(**MODEL))
     assert schedule.auto_rate(tiny, 1 << 20)[0] == schedule.LARGEST_RATE
     most, _ = schedule.auto_rate(tiny, 1 << 20, "muon")
-    assert most == pytest.approx(schedule.MUON * schedule.LARGEST_RATE, rel=0.02)
+    assert most == pytest.approx(Muon.RATE * schedule.LARGEST_RATE, rel=0.02)
 
 
 def test_an_automatic_rate_is_resolved_once_and_a_number_never(monkeypatch):

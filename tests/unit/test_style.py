@@ -41,6 +41,7 @@ PROMISES = {
     "tools/": 900,
 }
 LARGEST_CLASS = 460
+# The wall is upstream's: a fork that adds lines to these files raises the number here.
 TOO_LONG = {  # file -> lines that it may have until it keeps its promise
     "model.py": 884,
     "model_moe.py": 465,
@@ -214,7 +215,8 @@ def test_a_file_keeps_its_line_promise(file):
     lines = len(source(file).splitlines())
     promise = PROMISES.get(file) or PROMISES[file.partition("/")[0] + "/"]
     most = TOO_LONG.get(file, promise)
-    assert lines <= most, f"{file} has {lines} lines; promised: {promise}, for now: {most}"
+    text = f"{file} has {lines} lines; promised: {promise}, for now: {most}"
+    assert lines <= most, f"{text}. In a fork raise TOO_LONG (or PROMISES) in {Path(__file__).name}"
     assert file not in TOO_LONG or lines > promise, f"{file} is short now: take it out of TOO_LONG"
 
 
