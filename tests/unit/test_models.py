@@ -15,7 +15,6 @@ from test_sample import T, code, command, make, save
 import export
 import sample
 from lumen import chat, checkpoint, lora, models, quantised
-from lumen import tokenizer as tokenizers
 from lumen.base import base_sha256
 from lumen.config import LoraConfig
 from lumen.experts import anneal_depth
@@ -273,9 +272,9 @@ def test_an_end_of_document_that_is_named_beside_the_tokenizer_is_kept(home, tmp
 def test_a_run_read_with_another_tokenizer_says_so(home, tmp_path):
     said = []
     other = tmp_path / "bytes.json"
-    other.write_text(tokenizers.load("bytes").to_json())
+    other.write_text((home / "run" / "tokenizer.json").read_text().replace("<|im_s", "<|m_s"))
     open_model(home / "run", tokenizer=str(other), **CPU | {"say": said.append})
-    assert any("is not the tokenizer that the run was trained with" in line for line in said)
+    assert any("is not the tokenizer that the run was trained with" in line for line in said), said
     said.clear()
     mine = next(home.glob("run/tokenizer.json"))
     open_model(home / "run", tokenizer=str(mine), **CPU | {"say": said.append})
