@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -263,8 +264,12 @@ def this_machine() -> dict:
     """What the bits depend on besides the code."""
     import torch
 
+    about = Path("/proc/cpuinfo")  # Intel's and AMD's kernels of one capability round differently
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()} | {
-        "matmul": bool(torch.cpu._is_avx512_bf16_supported())
+        "matmul": bool(torch.cpu._is_avx512_bf16_supported()),
+        "name": (names or [platform.processor()])[0],
     }
 
 
