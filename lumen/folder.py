@@ -107,7 +107,8 @@ def look_into(
                 change = difference(key, before.get(key), value)
                 raise UserError("E117", f"{out} was made with {change}")
         if inputs is not None and (change := changed_input(old["provenance"], inputs)):
-            raise UserError("E117", f"{out} was made from other text: {change}")
+            fix = "to make it anew, delete that folder, which prepare_data.py made"
+            raise UserError("E117", f"{out} was made from other text: {change}; {fix}")
     else:
         others = []
         for name in sorted(os.listdir(out)):
