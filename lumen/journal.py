@@ -63,7 +63,7 @@ def write(journey) -> None:
 
 
 def stages_table(journey) -> list[str]:
-    total = sum(row["seconds"] for row in journey.rows.values())
+    total = sum(journey.rows[s.name]["seconds"] for s in journey.stages if s.name in journey.rows)
     when = time.strftime("%Y-%m-%d %H:%M")
     where = f"CPU flags {' '.join(machine.cpu_flags())}; commit {machine.git_commit()}, {when}"
     lines = [f"# {journey.path.stem}: {clock(total)}", "", where, ""]

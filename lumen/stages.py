@@ -105,6 +105,9 @@ def read(path: Path, out: str | None = None) -> tuple[dict, list[Stage]]:
     for key in tree:
         if key not in KEYS:
             raise UserError("E002", f"{path}: {key} is none of {', '.join(KEYS)}")
+    for key, kind in {"chat": str, "next": list, "plan": dict}.items():
+        if not isinstance(tree.get(key) or kind(), kind):
+            raise UserError("E002", f"{path}: {key}: {tree[key]!r} is no {kind.__name__}")
     asked = tree.get("stages")
     if not isinstance(asked, dict) or not asked:
         raise UserError("E002", f"{path}: stages: names of stages and what they run are expected")
@@ -125,7 +128,10 @@ def read(path: Path, out: str | None = None) -> tuple[dict, list[Stage]]:
 
 def stage(name: str, spec: dict, filler: Filler) -> Stage:
     """E002."""
-    words = [filler.fill(word) for word in shlex.split(spec["run"])]
+    try:
+        words = [filler.fill(word) for word in shlex.split(spec["run"])]
+    except ValueError as error:
+        raise UserError("E002", f"{filler.where}: run: {spec['run']}: {error}") from error
     if words and re.fullmatch(r"python3?", words[0]):
         words.pop(0)  # as a shell has it
     script = next((word for word in words if word.endswith(".py")), "")
@@ -170,7 +176,9 @@ def fill_sums(stages: list[Stage], out: Path) -> None:
             for part in {text, *re.split("[,:=]", text)} - {"", s.script}:
                 with contextlib.suppress(OSError):  # a prompt is too long for a name
                     path = Path(part)
-                    if path.exists() and out not in (path, *path.parents):
+                    inside = out in (path, *path.parents)
+                    around = path.resolve() in out.resolve().parents  # `.`, or a prompt of "/"
+                    if path.exists() and not inside and not around:
                         s.sums[part] = content(path)
         s.sums |= {f"stage {other.name}": other.key for other in stages if other.name in s.needs}
 

@@ -83,6 +83,26 @@ def test_a_file_that_a_stage_names_counts_wherever_it_is_named(at):
     assert "text.txt" in found.sums
 
 
+def test_a_folder_that_holds_the_journey_is_no_input_of_it(at):
+    """It would change with every stage; and a prompt of "/" is not the whole disk."""
+    stages = {"one": {"run": "write.py $one / 0"}, "two": {"run": "write.py $two . 0"}}
+    assert at(stages) == at(stages) == 0 and at.ran() == ["/", "."]
+
+
+@pytest.mark.parametrize("more", [{"chat": ["x"]}, {"next": "x"}, {"plan": "x"}])
+def test_other_keys_have_their_kinds(at, more):
+    with pytest.raises(UserError, match=f"E002: .*{next(iter(more))}: .* is no"):
+        at(three(), **more)
+
+
+def test_the_time_of_a_stage_that_is_killed_is_noted_now_and_then(at, monkeypatch):
+    at(three())
+    j = journey.Journey(at.folder / "j.yaml")
+    j.noted = 0.0
+    j.show(j.stages[1], "", at.folder / "log", 7.0, {"seconds": 10.0})
+    assert json.loads((at.folder / "out/journal.json").read_text())["two"]["seconds"] == 17.0
+
+
 def test_from_a_stage_on(at):
     at(three())
     assert at(three(), "--from", "two") == 0
@@ -148,6 +168,7 @@ WRONG = [
     ({"one": {"run": "write.py $one 5$"}}, "a dollar is written"),
     ({"one": {"run": "write.py $one", "word": ["a"]}}, "takes no list"),
     ({"one": {"run": "write.py $one", "minutes": "long"}}, "minutes and mb are numbers"),
+    ({"one": {"run": "write.py 'a"}}, "No closing quotation"),
     ({}, "names of stages and what they run"),
 ]
 
@@ -198,6 +219,7 @@ def test_a_signal_ends_the_stage_too_and_the_same_command_goes_on(at, number):
     assert ("the same command goes on" in said) == (number != signal.SIGKILL)
     wait_for(lambda: not of_stage("60"))
     row = json.loads((at.folder / "out/journal.json").read_text())["two"]
+    assert row["seconds"] > 0 or number == signal.SIGKILL  # which leaves what was noted last
     assert row["done"] is False and not (at.folder / "out/two/made.txt").exists()
     assert at(three()) == 0 and at.ran() == ["a", "b", "b", "c", "d"]
 

@@ -310,3 +310,4 @@ def test_a_lower_heuristic_is_no_regression(tmp_path):
         folder(tmp_path / name, smoke=("reply", "heuristic", lines))
     n, said = compare(tmp_path / "A", tmp_path / "B")
     assert n == 0 and said[3].endswith("lower, of a heuristic")
+    assert compare(tmp_path / "B", tmp_path / "A")[1][3].endswith("higher, of a heuristic")

@@ -14,8 +14,9 @@ from conftest import ROOT, run_python, write_yaml
 import prepare_data
 import train
 import train_fsdp
+from lumen import checkpoint, launch, shown
 from lumen.cli import read_config
-from lumen.config import Config, OrchestratorConfig, build_config
+from lumen.config import Config, OrchestratorConfig, build_config, help_text
 from lumen.errors import UserError
 from lumen.model_keys import model_from_keys
 from model import ModelConfig
@@ -384,3 +385,26 @@ def test_help_names_no_file_that_is_not_here():
     """Help and comments send nobody to a page that is not in the repository."""
     for path in (*ROOT.glob("*.py"), ROOT / "README.md", *ROOT.glob("docs/*.md")):
         assert not re.search(r"research/|DESIGN", path.read_text(encoding="utf-8")), path
+
+
+def test_a_table_of_keys_fits_the_terminal_and_loses_no_word(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    made = launch.fitted(help_text())
+    assert max(map(len, made.splitlines())) <= 60
+    assert made.split() == help_text().split()
+    monkeypatch.delenv("COLUMNS")
+    assert launch.fitted(help_text()) == help_text(), "a file gets whole lines"
+
+
+def test_a_fine_tuning_of_few_steps_is_told_what_makes_more():
+    told = shown.few_steps(1, rows_per_step=16, windows=6, readers=1)
+    assert told == "1 steps teach little; --batch_size 1 --num_epochs 20 makes 120"
+    assert "--batch_size" not in shown.few_steps(6, rows_per_step=1, windows=6, readers=1)
+    assert not shown.few_steps(30, rows_per_step=16, windows=480, readers=1)
+
+
+def test_a_step_that_is_not_there_says_which_are(tmp_path):
+    for step in (100, 200):
+        checkpoint.step_dir(tmp_path, step).mkdir()
+    with pytest.raises(UserError, match="E304: .*does not exist; there are 100, 200"):
+        checkpoint.find(checkpoint.step_dir(tmp_path, 50))
