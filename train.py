@@ -664,6 +664,8 @@ class Trainer(ByHand):
             forecast.advise(self)  # there may be a reason to cut the run short
         if every(self.cfg.log_interval, following) or following == end:
             self.tell.step(numbers)
+        elif pending.step == self.started_at:
+            self.tell.first_step(numbers)
         self.report.progress(following, numbers.loss)
         return numbers
 

@@ -262,10 +262,7 @@ def look_ahead(forecast: Forecast, planned: float, unique: float, lr_of) -> tupl
     text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
     if "final" in found:
         interval = f"{found['final_low']:.3f} to {found['final_high']:.3f}"
-        text += f"; loss {found['now']:.3f}, at the end {found['final']:.3f} (90 %: {interval}),"
-        text += f" {100 * found['gained']:.0f} % of the way there"
-        slope, low, high = (math.log(2) * found[k] for k in ("slope", "slope_low", "slope_high"))
-        text += f"; {slope:.3f} ({low:.3f} to {high:.3f}) nats per doubling of compute"
+        text += f"; loss at the end {found['final']:.3f} (90 %: {interval})"
     return found, f"{text}; {found['recommendation']}"
 
 

@@ -16,7 +16,6 @@ from lumen import fp8, model_keys, muon, plan, waiting
 from lumen import machine as machines
 from lumen.buckets import undivided
 from lumen.config import Config
-from lumen.course import above_chance
 from lumen.forecast import BAND
 from lumen.hf import refusals
 from lumen.launch import clock
@@ -28,6 +27,8 @@ from lumen.sums import StepNumbers
 from model import ModelConfig, Transformer
 from model_moe import MoD
 
+# of the block at a start what only train.log gets, and --dry_run: the reasons and the arithmetic
+DETAILS = ("plan", "backend", "compute", "settings", "attention", "loss", "parts")
 FEW_ROWS = 16  # below that differences of val_loss are mostly noise
 
 
@@ -69,7 +70,7 @@ def start_lines(start: Start) -> list[str]:
     """The whole block."""
     cfg, run = start.cfg, start.run
     lines = [f"note       {note}" for note in start.notes]
-    lines += [model_line(cfg.model, start.model.n_params())]
+    lines += model_lines(cfg.model, start.model.n_params(), start.flops_per_token)
     lines += sparse_lines(cfg.model, run.expert_backend, run.experts_why, run.max_steps)
     lines += data_lines(start.sources, start.val_sources)
     lines += length_lines(start)
@@ -86,14 +87,17 @@ def start_lines(start: Start) -> list[str]:
 # ---------------------------------------------------------------- a start: model and data
 
 
-def model_line(m: ModelConfig, n: dict[str, int]) -> str:
-    """n: the counts of Transformer.n_params."""
-    text = f"{n['total']:,} parameters"
+def model_lines(m: ModelConfig, n: dict[str, int], flops: float) -> list[str]:
+    """n: the counts of Transformer.n_params; flops: of a token, forward and backward."""
+    heads = f"{m.n_heads} heads"
+    if m.n_kv_heads != m.n_heads:
+        heads += f", {m.n_kv_heads} of keys and values"
+    shape = f"{m.n_layers} layers x {m.d_model}, {heads}, d_ff {m.d_ff}, vocab {m.vocab_size}"
+    text = f"{n['total']:,}, {n['non_embedding']:,} without embeddings"
     if n["active"] != n["total"]:
         text += f", {n['active']:,} active"
-    text += f", {n['non_embedding']:,} of them no embeddings"
-    shape = f"{m.n_layers} x {m.d_model}, {m.n_heads}/{m.n_kv_heads} heads"
-    return f"model      {text}: {shape}, d_ff {m.d_ff}, vocab {m.vocab_size}"
+    text += f"; {machines.human_number(flops, 'FLOP')} a token"
+    return [f"model      {shape}", f"parameters {text}"]
 
 
 def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list[str]:
@@ -102,7 +106,8 @@ def sparse_lines(m: ModelConfig, backend: str, why: str, max_steps: int) -> list
     mod = [i for i in range(m.n_layers) if m.capacity(i) < 1]
     lines = []
     if moe:
-        lines.append(f"experts    {moe_text(m, len(moe))}; {backend}: {why}")
+        lines.append(f"experts    {moe_text(m, len(moe))}")
+        lines.append(f"backend    {backend}: {why}")
     if mod:
         lines.append(f"depth      {mod_text(m, mod)}")
         if m.mod_anneal_steps > max_steps:
@@ -150,11 +155,15 @@ def data_lines(sources: dict, val_sources: dict) -> list[str]:
     lines = []
     for name, source in undivided(sources).items():
         held_out = val_sources[name].tokens if name in val_sources else 0
-        text = f"{name}: {source.tokens:,} train tokens, {held_out:,} val"
+        text = f"{source.tokens:,} train tokens, {held_out:,} val"
         if source.bare and held_out:
             text += " (tail held out)"
         unused = 100 * source.unused / max(1, source.tokens)
-        lines.append(f"data       {text}; {unused:.3f} % unused; {source.path}")
+        if unused >= 0.1:  # what is left of each file behind its last whole row
+            text += f", {unused:.1f} % unused"
+        if len(sources) > 1:
+            text = f"{name}: {text}"
+        lines.append(f"data       {text}; {source.path}")
     return lines
 
 
@@ -164,28 +173,34 @@ def data_lines(sources: dict, val_sources: dict) -> list[str]:
 def length_lines(start: Start) -> list[str]:
     """A step's tokens and the run's, and how they compare with Chinchilla's."""
     cfg, run, T = start.cfg, start.run, start.cfg.model.max_seq_len
-    step = f"{run.rows_per_step * T:,} tokens a step: {run.micro_batch} rows x {T} tokens"
-    lines = [f"batch      {step} x {run.accumulation} micro-steps x {start.readers} ranks"]
+    batch = f"{run.rows_per_step * T:,} tokens a step: {run.micro_batch} rows x {T} tokens"
+    if run.accumulation > 1:
+        batch += f" x {run.accumulation} micro-steps"
+    if start.readers > 1:
+        batch += f" x {start.readers} ranks"
+    lines = [f"batch      {batch}"]
     length = f"length     {run.max_steps:,} steps, {start.tokens:,} tokens"
     if not run.max_steps:
         return [*lines, "length     unknown: it follows from data that are not prepared yet"]
     if not start.windows:
         return [*lines, length]
     epochs = run.rows_per_step * run.max_steps / start.windows
-    lines.append(f"{length}, {epochs:.2f} epochs")
+    length += f", {epochs:.2f} epochs"
     if start.fine_tunes:
-        return lines
+        return [*lines, length]
     counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
     moe = bool(cfg.model.n_experts)
     ratio = cfg.tokens_per_parameter or 20.0
-    return lines + plan_lines(plan.chinchilla(*counts, ratio, moe=moe))
+    found = plan.chinchilla(*counts, ratio, moe=moe)
+    target = machines.human_number(found["target_tokens"])
+    length += f", {100 * found['coverage']:.3g} % of the {target} tokens of Chinchilla's rule"
+    return [*lines, length, *plan_lines(found)]
 
 
 def plan_lines(p: dict) -> list[str]:
     """The start-up lines on `p`, a plan of plan.chinchilla, advice last."""
     numbers = {k: machines.human_number(v) for k, v in p.items() if isinstance(v, (int, float))}
-    per_token = machines.human_number(p["flops_per_token"], "FLOP")
-    text = f"{numbers['n_params_active']} active parameters, {per_token} a token;"
+    text = f"{numbers['n_params_active']} active parameters;"
     text += f" {numbers['planned_tokens']} tokens planned, {numbers['unique_tokens']} unique:"
     lines = [f"plan       {text} {p['epochs']:.2f} epochs"]
     text = f"target {numbers['target_tokens']} tokens, {p['multiplier']:g} a parameter: coverage"
@@ -240,8 +255,8 @@ def muon_lines(start: Start) -> list[str]:
     tokens = start.run.rows_per_step * cfg.model.max_seq_len
     share = copies * sum(map(muon.flops, matrices)) / (start.flops_per_token * tokens)
     if share > 0.05:
-        text = f"orthogonalising takes {100 * share:.0f} % of the FLOPs of a step's other work"
-        lines.append(f"muon       {text}: more tokens a step would make that less")
+        text = f"Muon's own work is {100 * share:.0f} % of the FLOPs of a step's other work"
+        lines.append(f"plan       {text}: more tokens a step would make that less")
     return lines
 
 
@@ -300,32 +315,30 @@ def no_validation(cfg: Config) -> str:
 def machine_lines(start: Start) -> list[str]:
     """How long it would take here at least, on what it runs, and the memory that it needs."""
     run, machine = start.run, start.machine
-    per_token = machines.human_number(start.flops_per_token, "FLOP")
     flops = start.flops_per_token * start.tokens
     least = machines.human_time(flops / start.peak / start.world)
     peak = machines.human_number(start.peak, "FLOP/s")
     if start.peak != machines.sheet_flops(machine):
         peak += " measured here"
-    text = f"{per_token} a token, {machines.human_number(flops, 'FLOP')} in all"
+    text = f"{machines.human_number(flops, 'FLOP')} in all"
     lines = [f"compute    {text}: {least} if every FLOP ran at the matrix peak, {peak}"]
     text = f"{machine.device} {machine.name}"
     if machine.device.type == "cpu":
         text += f" ({' '.join(machines.cpu_flags())})"
-    text += f", {torch.get_num_threads()} threads{waiting.words()}: {run.precision}"
-    lines.append(
-        f"device     {text}, compile {run.compile_model}, deterministic {run.deterministic}"
-    )
+    text += f", {torch.get_num_threads()} threads: {run.precision}, {run.attention} attention"
+    lines.append(f"device     {text}{', compiled' if run.compile_model else ''}")
+    text = f"compile {run.compile_model}, deterministic {run.deterministic}{waiting.words()}"
+    lines.append(f"settings   {text}")
     if run.precision in machines.FP8:
         lines.append(f"fp8        {fp8.describe(start.model, run.precision)}")
     lines.append(f"attention  {run.attention}: {run.attention_why}")
     if machine.device.type == "cuda":
         lines.append(f"loss       {run.loss}: {run.loss_why}")
-    lines.append(memory_line(start))
-    return lines
+    return lines + memory_lines(start)
 
 
-def memory_line(start: Start) -> str:
-    """The estimate for a process, and what it has."""
+def memory_lines(start: Start) -> list[str]:
+    """The estimate for a process, and what it has; what the estimate is made of."""
     cfg, run, layout = start.cfg, start.run, start.layout
     how = (run.precision, cfg.activation_checkpointing)
     plain = layout.tuning == plan.PRETRAINING and not layout.state_bytes.orthogonal
@@ -336,10 +349,10 @@ def memory_line(start: Start) -> str:
     else:
         batch = (run.micro_batch, run.accumulation)
         need = plan.rank_memory(start.model, layout, *batch, *how, plan.IMBALANCE)
-    parts = [f"{k} {v / 2**30:.2f}" for k, v in need.items() if k not in ("total", "peak")]
+    parts = [f"{k} {v / 2**20:,.1f}" for k, v in need.items() if k not in ("total", "peak")]
     have = machines.own_memory(start.machine.device) / 2**30
-    text = f"about {need['total'] / 2**30:.2f} of {have:.1f} GiB a process"
-    return f"memory     {text} ({', '.join(parts)} GiB)"
+    text = f"about {need['total'] / 2**20:,.0f} MiB of {have:.1f} GiB a process"
+    return [f"memory     {text}", f"parts      of the memory, MiB: {', '.join(parts)}"]
 
 
 def machine_advice(start: Start) -> list[str]:
@@ -406,6 +419,13 @@ def epoch_row(epochs: dict[str, float], rows: dict[str, int], T: int) -> dict:
     return row | {f"tokens/{name}": count * T for name, count in rows.items()}
 
 
+def first_line(step: int, max_steps: int, loss: float, n_vocab: int) -> str:
+    """Of the first step of a start. n_vocab: of fresh weights, which should be near guessing; 0 of
+    weights that have learned."""
+    text = f"step {step:>6}/{max_steps}  loss {loss:.4f}"
+    return f"{text}  (guessing: {math.log(n_vocab):.2f})" if n_vocab else text
+
+
 def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
     """A row of metrics.jsonl for the console; seconds since the start, and to the end."""
     text = f"step {row['step']:>6}/{max_steps}  loss {row['loss']:.4f}"
@@ -418,20 +438,11 @@ def step_line(row: dict, max_steps: int, gone: float, left: float) -> str:
     text += f"  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}"
     text += f"  {machines.human_number(row['tokens_per_second'])} tok/s"
     text += "  mfu -" if row["mfu"] is None else f"  mfu {100 * row['mfu']:.0f} %"
-    text += f", data {100 * row['data_wait']:.1f} %, epoch {epoch_text(row)}"
+    if row["data_wait"] >= 0.05:
+        text += f"  waits for data {100 * row['data_wait']:.0f} %"
     if row["mem_reserved"] is not None:
         text += f"  {row['mem_reserved'] / 2**30:.1f} GiB"
     return f"{text}  {clock(gone)} gone, {clock(left)} left"
-
-
-def epoch_text(row: dict, most: int = 4) -> str:
-    """How often the data were read, source by source; of more than `most` only the extremes."""
-    if "epoch" in row:
-        return f"{row['epoch']:.2f}"
-    epochs = {key[6:]: count for key, count in row.items() if key.startswith("epoch/")}
-    if len(epochs) > most:
-        return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f}"
-    return ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
 
 
 # ---------------------------------------------------------------- sparse layers
@@ -443,11 +454,9 @@ def routing_lines(experts: dict | None, depth: dict | None, n_layers: int) -> li
     if experts is not None:
         layers = experts["layers"]
         worst = max(layers, key=lambda i: layers[i]["max_violation"])
-        low, high = experts["bias_range"]
         text = f"hottest {1 + experts['max_violation']:.2f} x fair (layer {worst})"
         text += f", entropy {experts['routing_entropy']:.3f} of {experts['max_entropy']:.3f} nats"
         text += f", dead {experts['dead']}, dropped {experts['tokens_dropped']}"
-        text += f", bias {low:+.3f} to {high:+.3f}, confidence {experts['confidence']:.2f}"
         lines.append(f"experts    {text}")
     if depth is not None:
         text = f"{depth['average_depth']:.2f} of {n_layers} layers a token"
@@ -518,8 +527,6 @@ def evaluation_lines(row: dict, new_best: bool, took: float, model: ModelConfig)
         text += f" (best {best:.4f} at step {row['best_step']})"
     if "val_margin" in row:
         text += f", margin {row['val_margin']:+.3f}"
-    elif above_chance(row["val_loss"], model.vocab_size):
-        text += f", worse than guessing ({math.log(model.vocab_size):.2f})"
     lines = [f"eval       {text}, {took:.1f} s"]
     by_source = {key[9:]: loss for key, loss in row.items() if key.startswith("val_loss/")}
     if by_source:

@@ -66,6 +66,12 @@ class Report:
         if not self.main:
             return
         speak(text, tqdm.write if self.bar else print_now)
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """One line to train.log alone."""
+        if not self.main:
+            return
         if not self.log_file:
             self.early.append(text)
         else:

@@ -139,7 +139,7 @@ def open_run(trainer) -> None:
     t.report.attempt = t.parallel.broadcast(t.report.attempt)
     t.orchestrator.begin_attempt()
     begun = f"from step {t.step}" if t.step else "new"
-    t.say(f"run        {t.out}, attempt {t.report.attempt}, {begun}")
+    t.say(f"run        {t.out}, attempt {t.report.attempt}, {begun}; details in its train.log")
     t.signals.listen()
 
 

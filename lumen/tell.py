@@ -50,9 +50,18 @@ class Teller:
         )
 
     def start(self, notes: list[str]) -> None:
-        """What will run."""
+        """What will run; the console gets what everybody wants to know."""
         for line in lines.start_lines(self.facts(notes)):
-            self.trainer.say(line)
+            detail = line.split()[0] in lines.DETAILS
+            say = self.trainer.report.log if detail else self.trainer.say
+            say(line)
+
+    def first_step(self, numbers: StepNumbers) -> None:
+        """A line at once: the first log step of a large model is far away."""
+        t, done = self.trainer, numbers.step + 1
+        fresh = done == 1 and not (t.fine_tunes or t.cfg.init_from)
+        n_vocab = t.cfg.model.vocab_size if fresh else 0
+        t.say(lines.first_line(done, t.run.max_steps, numbers.loss, n_vocab))
 
     def step(self, numbers: StepNumbers) -> None:
         """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""

@@ -323,7 +323,7 @@ def test_the_peak_was_measured_while_the_machine_was_busy(tiny, monkeypatch):
     trainer.found.peak = 1.0
     monkeypatch.setattr(machines, "peak_flops", peak)
     trainer.fit()
-    assert told(trainer).count("mfu -, data") == 1
+    assert told(trainer).count("  mfu -  ") == 1
     mfu = [r["mfu"] for r in read_lines(trainer.out / "metrics.jsonl") if "loss" in r]
     assert mfu[0] is None and 0 < mfu[1] < 1 and 0 < mfu[2] < 1
     assert list(measured) == [] and trainer.tell.peak_tries == 1
@@ -400,3 +400,21 @@ def test_the_picture_names_only_what_happened(tmp_path, monkeypatch):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         assert report.main([str(tmp_path), "--picture"]) == 0
     assert legends == [["training"], ["training", "rolled back", "validation"]]
+
+
+def test_the_console_is_short_and_train_log_is_whole(tiny, capsys):
+    """The reasons and the arithmetic of a start are in train.log alone; all of the console is there
+    too. The first step is told at once, also of a run that goes on."""
+    keys = tiny(model={"n_experts": 4, "d_expert": 16}, log_interval=8, save_interval=6)
+    trainer = steps_of(keys, "stop", at=6)
+    out, log = capsys.readouterr().out, told(trainer)
+    for head in ("plan", "backend", "compute", "settings", "attention", "parts"):
+        assert f"\n{head} " not in out and f"\n{head} " in log, head
+    assert set(out.splitlines()) <= set(log.splitlines())
+    assert f"step      1/{trainer.run.max_steps}  loss" in out and "(guessing: 4.57)" in out
+    trainer = Trainer(keys)
+    first = trainer.step + 1
+    assert 1 < first < 8
+    trainer.fit()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert said[0].startswith(f"step {first:>6}/") and "guessing" not in said[0]
