@@ -45,7 +45,7 @@ from lumen.report import Report
 from lumen.resolve import check_states, with_micro_batch, without_effect
 from lumen.resume import StartingPoint, check_paths
 from lumen.saver import Saver, live_tensors
-from lumen.schedule import lr_at
+from lumen.schedule import every, lr_at
 from lumen.signals import Signals
 from lumen.snapshots import Snapshot
 from lumen.state import State
@@ -63,12 +63,6 @@ from lumen.sums import (
 from lumen.tell import Teller
 from lumen.windows import Sums, dummy_batch
 from model import Transformer
-
-
-def every(interval: int, step: int) -> bool:
-    """Whether `step` is one of every `interval` steps; never with interval 0."""
-    return interval > 0 and step % interval == 0
-
 
 # ---------------------------------------------------------------- orchestrator
 
@@ -662,11 +656,7 @@ class Trainer(ByHand):
         end = self.run.max_steps
         if every(self.cfg.orchestrator.check_interval, following) and following < end:
             forecast.advise(self)  # there may be a reason to cut the run short
-        if every(self.cfg.log_interval, following) or following == end:
-            self.tell.step(numbers)
-        elif pending.step == self.started_at:
-            self.tell.first_step(numbers)
-        self.report.progress(following, numbers.loss)
+        self.tell.step(numbers)
         return numbers
 
     def may_lag(self) -> bool:

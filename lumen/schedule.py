@@ -45,6 +45,11 @@ def auto_rate(model: Transformer, batch_tokens: int, optimizer="adamw") -> tuple
     return rate, f"{text}^{RATE_BY_BATCH}, at most {most:.2g} (docs/recipe.md)"
 
 
+def every(interval: int, step: int) -> bool:
+    """Whether `step` is one of every `interval` steps; never with interval 0."""
+    return interval > 0 and step % interval == 0
+
+
 def lr_at(cfg: Config, run, step: int) -> float:
     """The learning rate of a step (from 0) of run.max_steps, before the orchestrator's factor.
 

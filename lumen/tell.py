@@ -16,6 +16,7 @@ from lumen.launch import clock
 from lumen.machine import resident_bytes
 from lumen.orchestrate import LR_CUT
 from lumen.resolve import n_working
+from lumen.schedule import every
 from lumen.sums import StepNumbers
 
 
@@ -56,14 +57,23 @@ class Teller:
             say = self.trainer.report.log if detail else self.trainer.say
             say(line)
 
+    def step(self, numbers: StepNumbers) -> None:
+        """Each one moves the bar. The first of a start has a line, for the first log step of a
+        large model is far away."""
+        t, done = self.trainer, numbers.step + 1
+        if every(t.cfg.log_interval, done) or done == t.run.max_steps:
+            self.log_step(numbers)
+        elif numbers.step == t.started_at:
+            self.first_step(numbers)
+        t.report.progress(done, numbers.loss)
+
     def first_step(self, numbers: StepNumbers) -> None:
-        """A line at once: the first log step of a large model is far away."""
         t, done = self.trainer, numbers.step + 1
         fresh = done == 1 and not (t.fine_tunes or t.cfg.init_from)
         n_vocab = t.cfg.model.vocab_size if fresh else 0
         t.say(lines.first_line(done, t.run.max_steps, numbers.loss, n_vocab))
 
-    def step(self, numbers: StepNumbers) -> None:
+    def log_step(self, numbers: StepNumbers) -> None:
         """A line on the console and a row of metrics.jsonl; speeds are means since the last one."""
         t, cfg, done = self.trainer, self.trainer.cfg, numbers.step + 1
         interval = t.watch.interval(done)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lumen.progress import Progress
+from lumen.schedule import every
 from lumen.sums import FLAGS, flatten, unflatten
-from train import Due, Trainer, every
+from train import Due, Trainer
 
 FRESH = {  # a run of 20 steps in the midst of its life
     "step": 7,
