@@ -3,7 +3,8 @@
     python evaluate.py MODEL                  MODEL: a run, a step, adapters, a Hugging Face folder
     python evaluate.py MODEL --tasks docstrings,my.jsonl,boolq:DIR [--shots 5] [--limit 500]
     torchrun --nproc_per_node=N evaluate.py MODEL ...        the questions are shared
-    python evaluate.py --compare out/eval/A out/eval/B       paired differences
+    python evaluate.py --compare out/A out/B   paired differences of two that were evaluated
+    python evaluate.py MODEL --tasks val:DIR   for both, if they were scored on different texts
 
 Every score stands beside what chance, the majority's answer and a swapped question would have had;
 docs/evaluation.md has the tasks, their files and the report. In this order: the options, `Run`,
@@ -46,7 +47,8 @@ def parser() -> Words:
     p = Words(prog="evaluate.py", description=__doc__)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("model", nargs="?", type=a_path, help="a run, a step or a model's folder")
-    names = f"names or files, with commas between (default {','.join(TASKS)})"
+    names = f"names or files, with commas between (default {','.join(TASKS)}); val:DIR: held-out"
+    names += " text of a prepared folder, the same one for all models that are compared"
     p.add_argument("--tasks", default="", help=names)
     p.add_argument("--data", metavar="DIR", help="where files of public tasks lie, by name")
     p.add_argument("--out", metavar="DIR", help="default: out/eval/NAME-STEP")
@@ -75,7 +77,8 @@ def parser() -> Words:
     p.add_argument("--tokenizer", metavar="FILE", help="default: the model's")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", default="auto", help="auto, fp32, bf16, fp16")
-    p.add_argument("--compare", nargs="+", metavar="OUT", help="results, against the first")
+    text = "runs that were evaluated, or folders of results: differences from the first"
+    p.add_argument("--compare", nargs="+", metavar="RUN", help=text)
     return p
 
 

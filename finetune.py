@@ -36,7 +36,7 @@ from lumen.launch import command, environment, fitted
 from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
-from lumen.tuning import tuning_of
+from lumen.tuning import tuning_of, without_batch
 from train import Trainer
 
 # ---------------------------------------------------------------- keys
@@ -129,7 +129,7 @@ def check_keys(cfg) -> None:
     if cfg.optimizer == "muon" and (cfg.lora.r or hidden <= set(tuning_of(cfg).freeze)):
         who = "lora freezes; adapters are AdamW's" if cfg.lora.r else "freeze names"
         wrong.append(f"optimizer: muon is for hidden matrices, which {who}: write adamw")
-    wrong += fp8.unfit(cfg)
+    wrong += fp8.unfit(cfg) + without_batch(cfg)
     if wrong:
         raise UserError("E002", "; ".join(wrong))
 

@@ -7,11 +7,13 @@ the drawn ones. That of two scores by themselves is wider, for a hard question i
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lumen import checkpoint
 from lumen.answers import Answers
 from lumen.errors import UserError
 from lumen.files import read_json, read_lines, replacing
@@ -23,6 +25,8 @@ from lumen.scores import INTERVAL, SEED, TIE, Metric, in_order, metrics_of, resa
 # does not reach 5 % even if all speak for one of them (2 / 2**6 = 0.03).
 FEWEST = 6
 KINDS = ("choice", "text", "reply")
+WIDER = "they are not paired: the interval is wider"
+EVALUATED = Path("out/eval")  # where evaluate.py writes to by itself
 PER_TOKEN = ("loss", "token_ppl", "token_acc")  # of one tokenizer only
 NOTES = """\
 - A difference is that model's score less A's; its 95 % interval comes from drawing questions with
@@ -38,6 +42,7 @@ class Side(NamedTuple):
     letter: str
     folder: Path
     results: dict  # results.json
+    of: str = ""  # the run that was named, where its results were found
 
 
 class Difference(NamedTuple):
@@ -64,39 +69,73 @@ class Row(NamedTuple):
 
 
 def compare(paths: list, say=print_now, out=None) -> int:
-    """Two or three folders of results (or their results.json) against the first: a table, and
-    compare.md in folder `out`. Returns how many regressions were seen.
+    """Two or three against the first: runs that were evaluated, folders of results, or their
+    results.json. A table for each, and compare.md in folder `out`. Returns how many regressions
+    were seen.
 
     E128 where they cannot be compared, E119 where compare.md cannot be written.
     """
     if len(paths) not in (2, 3):
         raise UserError("E128", f"compare takes two or three results, not {len(paths)}")
-    first, *others = sides = [load(path, letter) for path, letter in zip(paths, "ABC")]
+    first, *others = sides = [load(path, letter, say) for path, letter in zip(paths, "ABC")]
     for side in sides:
-        say(f"{side.letter}          {side.folder}")
-    rows = [row for other in others for row in against(first, other, say)]
-    rows.sort(key=lambda row: list(first.results["tasks"]).index(row.task))
-    for line in aligned(cells(rows)):
-        say(line)
-    regressions = sum(row.verdict == "regression" for row in rows)
+        say(legend(side))
+    tables = [against(first, other, say) for other in others]
+    for rows in filter(None, tables):
+        for line in aligned(cells(rows)):
+            say(line)
+    regressions = sum(row.verdict == "regression" for rows in tables for row in rows)
     say(f"regressions {regressions}")
     if out is not None:
         try:
-            write(Path(out), sides, rows)
+            write(Path(out), sides, tables)
         except OSError as error:
             raise UserError("E119", f"{out}: {error.strerror}") from error
     return regressions
 
 
-def load(path, letter: str) -> Side:
-    """results.json of a folder, or a results.json. E128."""
-    file = Path(path)
-    if file.is_dir():
+def load(path, letter: str, say=print_now) -> Side:
+    """The results in a folder, in a results.json, or the newest of a model's folder. E128."""
+    file, of = Path(path), ""
+    if file.is_dir() and not (file / "results.json").exists():
+        file, of = newest(file, say), str(path)
+    elif file.is_dir():
         file = file / "results.json"
     results = read_json(file, "E128")
     if not isinstance(results.get("tasks"), dict):
         raise UserError("E128", f"{file} is no results.json of evaluate.py: it has no tasks")
-    return Side(letter, file.parent, results)
+    return Side(letter, file.parent, results, of)
+
+
+def newest(model: Path, say) -> Path:
+    """results.json of the latest step of a run, or of a model's folder, that was evaluated into
+    out/eval. E128."""
+    home, found = model.resolve(), []
+    for file in sorted(EVALUATED.glob("*/results.json")):
+        asked = read_json(file).get("checkpoint") or {}
+        place = Path(asked.get("path") or "").resolve()
+        if home in (place, place.parent) and unchanged(place, asked.get("sha256")):
+            found.append((asked.get("step") or 0, file.stat().st_mtime, file))
+    command = f"python evaluate.py {shlex.quote(str(model))}"
+    if not found:
+        text = f"{model} was not evaluated: no results.json in it, none of it in {EVALUATED}"
+        raise UserError("E128", f"{text}; first: {command}")
+    step, _, file = max(found)
+    last = max(checkpoint.list_steps(model), default=step)
+    if last > step:
+        say(f"note       step {last} of {model} was not evaluated, step {step} was; {command}")
+    return file
+
+
+def unchanged(place: Path, sum_then: str) -> bool:
+    """Whether a step still holds what was evaluated: another run may have begun in its out_dir."""
+    manifest = read_json(place / "manifest.json") if checkpoint.STEP.fullmatch(place.name) else {}
+    return not manifest or checkpoint.manifest_sha256(manifest) == sum_then
+
+
+def legend(side: Side) -> str:
+    text = f"{side.letter} = {side.folder}"
+    return f"{text}, the newest results of {side.of}" if side.of else text
 
 
 def against(a: Side, b: Side, say) -> list[Row]:
@@ -123,14 +162,14 @@ def against(a: Side, b: Side, say) -> list[Row]:
 def row_of(name: str, a: Side, b: Side, say) -> Row:
     """The headline of a task. E128 where they were not asked the same."""
     one, other = (side.results["tasks"][name] for side in (a, b))
-    for key, values in {
-        "kind": [task.get("kind") for task in (one, other)],
-        "metric": [task.get("metric") for task in (one, other)],
-        "sha256": [(task.get("about") or {}).get("sha256") for task in (one, other)],
-    }.items():
-        if values[0] != values[1]:
-            text = f"{name}: its {key} is {values[0]} in {a.folder} and {values[1]} in {b.folder}"
+    for key in ("kind", "metric"):
+        if one.get(key) != other.get(key):
+            text = f"{name}: its {key} is {one.get(key)} in {a.folder}"
+            text += f" and {other.get(key)} in {b.folder}"
             raise UserError("E128", f"{text}: evaluate both on the same file")
+    sums = [(task.get("about") or {}).get("sha256") for task in (one, other)]
+    if sums[0] != sums[1]:
+        raise UserError("E128", other_text(name, a, b))
     for key, value in (one.get("options") or {}).items():
         theirs = (other.get("options") or {}).get(key)
         if theirs != value and key != "limit":  # which questions were asked is looked at below
@@ -141,7 +180,7 @@ def row_of(name: str, a: Side, b: Side, say) -> Row:
     if paired:
         lines = in_common(name, lines, (a, b), say)
     else:
-        say(f"note       {name}: its texts are cut at other places, so they are not paired")
+        say(f"note       {name}: its texts are cut at other places, so {WIDER}")
     x, y = (
         pick(name, metrics_of(one["kind"], part), metric, side) for part, side in zip(lines, (a, b))
     )
@@ -154,10 +193,31 @@ def row_of(name: str, a: Side, b: Side, say) -> Row:
     return Row(name, x.name, b.letter, scores, found, n, words)
 
 
+def other_text(name: str, a: Side, b: Side) -> str:
+    """What to do where the two were asked a task of one name on different files."""
+    if name != "val" and not name.startswith("val-"):  # val:DIR
+        text = f"{name}: {a.letter} and {b.letter} were asked on different files of that name"
+        return f"{text}; evaluate both on the same one"
+    text = f"{name}: {a.letter} and {b.letter} were scored on different held-out texts.\n"
+    text += "           For both on the same one: python evaluate.py MODEL --tasks "
+    # rows are of max_seq_len tokens
+    lengths = [(side.results.get("model") or {}).get("max_seq_len") for side in (a, b)]
+    if not same_tokenizer(a, b) or lengths[0] != lengths[1]:
+        why = "(val:DIR is for models of one tokenizer and one max_seq_len)"
+        return f"{text}FILE.txt\n           {why}"
+    path = (a.results["tasks"][name].get("about") or {}).get("path") or ""
+    return f"{text}val:{path if path and ', ' not in path else 'DIR'}"
+
+
+def same_tokenizer(a: Side, b: Side) -> bool:
+    sums = [(side.results.get("tokenizer") or {}).get("sha256") for side in (a, b)]
+    return sums[0] == sums[1]
+
+
 def comparable(name: str, task: dict, a: Side, b: Side) -> str:
     """The task's headline, or bits per byte where tokenizers differ and it is per token."""
-    sums = [(side.results.get("tokenizer") or {}).get("sha256") for side in (a, b)]
-    if sums[0] != sums[1] and task["kind"] == "text" and task["metric"] in PER_TOKEN:
+    per_token = task["kind"] == "text" and task["metric"] in PER_TOKEN
+    if per_token and not same_tokenizer(a, b):
         return "bits_per_byte"
     return task["metric"]
 
@@ -252,28 +312,34 @@ def difference(a: Metric, b: Metric, paired: bool = True) -> Difference:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """For the console."""
-    lines = [["task metric", "", "A", "it", "difference", "95 % interval", "verdict"]]
+    """For the console: of the same two models."""
+    other = rows[0].letter
+    words = {"better": f"{other} is better", "regression": f"{other} is worse: regression"}
+    lines = [["task metric", "A", other, f"{other} - A", "95 % interval", "verdict"]]
     for row in rows:
         ends = f"{number(row.found.low, '+')} to {number(row.found.high, '+')}"
-        line = [f"{row.task} {row.metric}", row.letter, *map(number, row.scores)]
-        lines.append([*line, number(row.found.value, "+"), ends, row.verdict])
+        line = [f"{row.task} {row.metric}", *map(number, row.scores)]
+        verdict = words.get(row.verdict, row.verdict)
+        lines.append([*line, number(row.found.value, "+"), ends, verdict])
     return lines
 
 
-def write(out: Path, sides: list[Side], rows: list[Row]) -> None:
+def write(out: Path, sides: list[Side], tables: list[list[Row]]) -> None:
     """compare.md. OSError."""
-    head = ["task", "metric", "model", "A", "it", "difference", "95 % interval"]
-    table = [[*head, "wins / losses / ties", "n", "verdict"]]
-    for row in rows:
-        found = row.found
-        ends = f"{number(found.low, '+')} to {number(found.high, '+')}"
-        counts = f"{found.wins} / {found.losses} / {found.ties}"
-        line = [row.task, row.metric, row.letter, *map(number, row.scores)]
-        line += [number(found.value, "+"), ends, counts, str(row.n), row.verdict]
-        table.append(line)
-    lines = ["# Comparison", "", *(f"- {side.letter}: {side.folder}" for side in sides), ""]
-    lines += [*markdown_table(table), "", NOTES, ""]
+    lines = ["# Comparison", "", *(f"- {legend(side)}" for side in sides), ""]
+    for rows in filter(None, tables):
+        other = rows[0].letter
+        head = ["task", "metric", "A", other, f"{other} - A", "95 % interval"]
+        table = [[*head, "wins / losses / ties", "n", "verdict"]]
+        for row in rows:
+            found = row.found
+            ends = f"{number(found.low, '+')} to {number(found.high, '+')}"
+            counts = f"{found.wins} / {found.losses} / {found.ties}"
+            line = [row.task, row.metric, *map(number, row.scores)]
+            line += [number(found.value, "+"), ends, counts, str(row.n), row.verdict]
+            table.append(line)
+        lines += [*markdown_table(table), ""]
+    lines += [NOTES, ""]
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "compare.md") as file:
         file.write("\n".join(lines).encode())

@@ -71,7 +71,8 @@ class Config:
     num_epochs: float | None = None  # passes over the data, instead of max_steps
     tokens_per_parameter: float | None = None  # length by the active model (20: Chinchilla) ...
     # ... in at most num_epochs passes, 50 where that is null; the optimum is flat from 10 to 40
-    batch_size: int | str = 16  # sequences per process and micro-step; auto: as many as fit
+    batch_size: int | str = 16  # sequences per process and micro-step; auto: as many as fit ...
+    # ... of batch_tokens; without that, of a step that the rule of docs/recipe.md finds
     gradient_accumulation_steps: int = 1  # micro-steps per step
     batch_tokens: int | None = None  # tokens per step over all processes; accumulation follows
     target_memory: float = 0.92  # share of the memory that batch_size: auto may plan with
@@ -495,8 +496,6 @@ def check_together(cfg: Config, place) -> None:
         refuse(place, "orchestrator.replay", text)
     if cfg.tokens_per_parameter is not None and cfg.max_steps is not None:
         refuse(place, "tokens_per_parameter", "sets the length, and so does max_steps; drop one")
-    if cfg.batch_size == "auto" and not cfg.batch_tokens:
-        refuse(place, "batch_size", "'auto' needs batch_tokens, the size of the whole batch")
     if cfg.expert_log_interval % cfg.log_interval:
         text = f"{cfg.expert_log_interval} is not a multiple of log_interval {cfg.log_interval}"
         refuse(place, "expert_log_interval", text)

@@ -74,7 +74,7 @@ ERRORS = {  # code: (meaning, remedy)
     "E126": ("preference data: no pairs, no difference, or none that fits a row",
              "see the message; prepare the pairs anew, or raise model.max_seq_len"),
     "E127": ("an evaluation's task or its file: unknown, missing, or a row that cannot be asked",
-             "see the message; docs/evaluation.md has every task's name and the form of its file"),
+             "see the message; docs/evaluation.md has all tasks (val:DIR too), their files' forms"),
     "E128": ("results of evaluations that cannot be compared, or not gone on with",
              "see the message; another --out begins anew"),
     "E200": ("the run does not fit into memory",

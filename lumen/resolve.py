@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lumen import files, mixture, plan
+from lumen import files, mixture, plan, schedule
 from lumen import machine as machines
 from lumen.attention import BRIEF, pick_attention, shape_of
 from lumen.config import SHARDING, Config
@@ -175,7 +175,7 @@ def resolve(cfg: Config, facts: Facts, saved: dict | None, found: Findings) -> R
 def resolve_batch(cfg: Config, facts: Facts, kept: Kept, found: Findings) -> dict:
     """rows_per_step, micro_batch, accumulation. Rows per step stay what they were on any number of
     ranks: accumulation gives way."""
-    rows = kept.get("rows_per_step", *BATCH_KEYS) or rows_of_a_step(cfg, facts)
+    rows = kept.get("rows_per_step", *BATCH_KEYS) or rows_of_a_step(cfg, facts, found)
     asked = rows_that_fit(cfg, facts, kept, rows // facts.readers, found)
     sizes = [n for n in range(1, min(asked, rows) + 1) if rows % (n * facts.readers) == 0]
     if not sizes:
@@ -191,9 +191,13 @@ def resolve_batch(cfg: Config, facts: Facts, kept: Kept, found: Findings) -> dic
     return {"rows_per_step": rows, "micro_batch": micro, "accumulation": accumulation}
 
 
-def rows_of_a_step(cfg: Config, facts: Facts) -> int:
+def rows_of_a_step(cfg: Config, facts: Facts, found: Findings) -> int:
     """As written: batch_tokens, or batch_size x accumulation x ranks. E002 where the two differ."""
     T, readers = cfg.model.max_seq_len, facts.readers
+    if not cfg.batch_tokens and cfg.batch_size == "auto":
+        rows, why = schedule.auto_rows(cfg, facts, n_working(facts.model))
+        found.changes.append(why)
+        return rows
     if not cfg.batch_tokens:
         return cfg.batch_size * cfg.gradient_accumulation_steps * readers
     unit = T * readers

@@ -1,7 +1,8 @@
 """What a step is of a run: which phase of its data it belongs to, and its learning rate.
 
 Both are functions of the configuration, the resolved run and the step, and of nothing else: there
-is no state to save, and a resumed run needs no scheduler that is wound forward.
+is no state to save, and a resumed run needs no scheduler that is wound forward. The two rules for
+who writes `auto`, of the rate and of the tokens a step, stand here too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,55 @@ OF_BATCH = 2048  # tokens a step
 RATE_BY_PARAMETERS = -0.713
 RATE_BY_BATCH = 0.5
 LARGEST_RATE = 6e-3  # 1e-2 was worse with a short warm-up
+# `batch_size: auto` without batch_tokens: Step Law's best batch of a run that reads D tokens, which
+# hardly depends on the model. Where it says 2,160 and 1,630 (1.8 and 1.1 M tokens), 2,048 and 1,024
+# were the best tried (EXPERIMENTS.md, the size of the quickstart). Nothing larger was tried here.
+BATCH = 0.58  # tokens
+BATCH_BY_TOKENS = 0.571
+USUAL_LENGTH = 20  # tokens a parameter (Hoffmann et al. 2022)
+
+# ---------------------------------------------------------------- tokens a step
+
+
+def auto_rows(cfg: Config, facts, n_working: int) -> tuple[int, str]:
+    """(rows of a step, why) for who asks for `batch_size: auto` alone: the law's batch, in such
+    rows a rank that many micro-batches divide them: 1, 2, 3, 4, 6, 8, 12 ... facts: a resolve.Facts
+
+    E002 where the data are not known yet.
+    """
+    if facts.windows is None:
+        text = "batch_size: auto goes by the run's tokens, and its data are not prepared yet"
+        raise UserError("E002", f"{text}; give batch_tokens")
+    tokens, what = tokens_to_read(cfg, facts, n_working)
+    unit = cfg.model.max_seq_len * facts.readers
+    best = BATCH * tokens**BATCH_BY_TOKENS
+    sizes = sorted({1, *(n * 2**k for k in range(40) for n in (2, 3))})
+    rows = facts.readers * min(sizes, key=lambda n: abs(math.log(n * unit / max(1.0, best))))
+    text = f"batch_size auto: {rows * cfg.model.max_seq_len:,} tokens a step, near {BATCH} x"
+    text += f" D^{BATCH_BY_TOKENS} = {best:,.0f}, Step Law's best"
+    text += f" for D = {tokens:,.0f} tokens: {what}"
+    if "gradient_accumulation_steps" in facts.written:
+        text += "; gradient_accumulation_steps follows from it"
+    return rows, f"{text}; batch_tokens sets another (docs/recipe.md)"
+
+
+def tokens_to_read(cfg: Config, facts, n_working: int) -> tuple[float, str]:
+    """(how many tokens a run will read, before its batch is known; what they are).
+
+    max_steps says nothing of them: then it is the length that suggested.yaml would name.
+    """
+    data = facts.windows * cfg.model.max_seq_len
+    if cfg.max_steps is not None:
+        what = f"{USUAL_LENGTH} a parameter, in one pass over the data at most"
+        return min(USUAL_LENGTH * n_working, data), what
+    if cfg.tokens_per_parameter:
+        most = 50 if cfg.num_epochs is None else cfg.num_epochs
+        return min(cfg.tokens_per_parameter * n_working, most * data), "by tokens_per_parameter"
+    if cfg.num_epochs is None and mixture.sets_length(cfg.data):
+        return phase_ends(cfg, facts.held, 1, None)[-1] * cfg.model.max_seq_len, "by data.phases"
+    epochs = 1 if cfg.num_epochs is None else cfg.num_epochs
+    return epochs * data, f"{epochs:g} x the data"
+
 
 # ---------------------------------------------------------------- the learning rate
 

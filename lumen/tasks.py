@@ -27,6 +27,7 @@ LETTERS = string.ascii_uppercase
 # name: of a path, options
 READERS = benchmarks.READERS | replying.READERS | {"core": core_bundle.read_core}
 NO_NAMES = {*files.SPLIT_WORDS, "raw"}  # what may stand beside a benchmark's name in a file's
+HELD_OUT = "val:DIR (held-out text of a prepared folder)"
 BUILT_IN = ("docstrings", "val", "smoke", "samples")
 
 
@@ -79,7 +80,8 @@ def tasks_of(spec: str, data: Path | None, options: Options) -> list[Task]:
         return own_file(Path(expand(spec)), options)
     known = [*BUILT_IN, *READERS]
     hint = nearest(name, known)
-    text = f"did you mean {hint}?" if hint else f"there are {', '.join(known)}, and your own files"
+    there_are = f"there are {', '.join(known)}, {HELD_OUT}, and your own files"
+    text = f"did you mean {hint}?" if hint else there_are
     raise UserError("E127", f"no task is called {spec}, and no file: {text}")
 
 
@@ -126,6 +128,8 @@ def published(entry: Path) -> str:
 
 def own_file(path: Path, options: Options) -> list[Task]:
     """By what its first row holds."""
+    if (path / "manifest.json").exists():
+        raise UserError("E127", f"{path} is a prepared folder; its held-out text is val:{path}")
     if path.is_dir() or kind_of(str(path)) in ("", "text"):
         return texts.read_texts(path, options)
     rows = [record.row | {"line": record.line} for record in files.records([path])]

@@ -51,6 +51,14 @@ class Tuning:
 PRETRAINING = Tuning()
 
 
+def without_batch(cfg: Config) -> list[str]:
+    """`batch_size: auto` alone: the rule for a step's tokens is of training from scratch."""
+    if cfg.batch_size != "auto" or cfg.batch_tokens:
+        return []
+    usual = f"the usual 16 rows are batch_tokens: {16 * cfg.model.max_seq_len}"
+    return [f"batch_size: auto needs batch_tokens in fine-tuning; {usual}"]
+
+
 def tuning_of(cfg: Config, fresh: bool = False) -> Tuning:
     """What cfg says of it; `fresh`: the base lacks some control tokens."""
     lora, sides = cfg.lora, 1 if cfg.method == "sft" else 2

@@ -111,7 +111,10 @@ def test_one_command_two_processes_and_a_stop(place, run, tmp_path, capsys):
     assert "book: contamination" not in said.err and "next: contamination" in said.err
     assert evaluate.main(["--compare", str(two), str(tmp_path / "three")]) == 0
     said = capsys.readouterr().out
-    assert "not compared: book: its sha256" in said and "next acc_bytes" in said
+    assert (
+        "not compared: book: A and B were asked on different files" in said
+        and "next acc_bytes" in said
+    )
     words[2] = names
     # other options are other answers
     assert evaluate.main([str(word) for word in (*words, "--out", two, "--shots", 2)]) == 0
@@ -134,12 +137,30 @@ def test_not_a_number_is_no_score(place, run, tmp_path):
     assert "NaN" in (out / "report.md").read_text()
 
 
+def test_two_runs_on_one_held_out_text(place, run, tmp_path, monkeypatch, capsys):
+    """A run is compared by its name, once it was evaluated; val:DIR is for both the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to(run.parent)
+    short = [f"out/{run.name}", "--tasks", f"val:{place / 'data'}", "--limit", "3"]
+    with pytest.raises(UserError, match=f"was not evaluated.*first: python evaluate.py {short[0]}"):
+        evaluate.main(["--compare", short[0], short[0]])
+    assert evaluate.main(short) == 0
+    capsys.readouterr()
+    assert evaluate.main(["--compare", short[0], str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"A = out/eval/{run.name}-40, the newest results of {short[0]}" in said
+    assert "val-data bits_per_byte" in said and "not compared" not in said
+    with pytest.raises(UserError, match=f"E127.*its held-out text is val:{place / 'data'}"):
+        evaluate.main([short[0], "--tasks", str(place / "data")])
+
+
 @pytest.mark.parametrize(
     "words, code, text",
     [
         ([], "E304", "which model"),
         (["/nowhere"], "E304", "nowhere"),
         (["RUN", "--tasks", "boolqq"], "E127", "did you mean boolq"),
+        (["RUN", "--tasks", "held"], "E127", "val:DIR"),
         (["RUN", "--limits", "3"], "E002", "--limit"),
         (["RUN", "--limit", "0"], "E002", "limit"),
         (["RUN", "--shots", "-1"], "E002", "shots"),

@@ -512,6 +512,7 @@ def test_adapters_of_rank_0_are_none(words):
 BAD = {  # words behind those of a run of full fine-tuning on chats: code, what is said
     "no such target": (["--lora.r", 4, "--lora.targets", "[wqv]"], "E002.*wqv.*wqkv"),
     "lora without r": (["--lora.alpha", 4], "E002.*lora needs r"),
+    "auto alone": (["--batch_size", "auto"], "E002.*the usual 16 rows are batch_tokens: "),
     "few bits without lora": (["--quantize_base", "int8"], "E002.*quantize_base"),
     "no bitsandbytes": (["--lora.r", 4, "--quantize_base", "nf4"], "E003.*bitsandbytes"),
     "no such role": (["--freeze", "[rooter]"], "E002.*rooter is none of"),

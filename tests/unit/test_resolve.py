@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+import yaml
 
 from lumen import plan, schedule
 from lumen import resolve as resolving
 from lumen.config import build_config
 from lumen.differences import compare, other_bits
 from lumen.errors import UserError
+from lumen.lines import config_yaml
 from lumen.machine import Machine
 from lumen.optim import Muon
 from lumen.resolve import (
@@ -25,7 +27,7 @@ from lumen.resolve import (
     with_rate,
     write_hint,
 )
-from lumen.schedule import resolve_order, resolve_phases
+from lumen.schedule import auto_rows, resolve_order, resolve_phases
 from model import ModelConfig
 
 T = 32
@@ -151,6 +153,83 @@ def test_auto_takes_what_fits_and_says_so():
     size = resolve_batch(cfg, facts, Kept(None, written, "cpu"), found)
     assert size["micro_batch"] == 6
     assert found.estimated and found.hint.startswith("batch_size: auto is 6: about ")
+
+
+N = 30_848  # parameters of the model above
+ONE_PASS = 100_000  # rows
+
+
+def rows_by_rule(windows=1000, ranks=1, found=None, **keys) -> int:
+    """Of a step, for `batch_size: auto` alone."""
+    cfg, written = configured(batch_size="auto", **keys)
+    held = {"a": 60_000, "b": 40_000}
+    facts = facts_of(cfg, written, ranks, windows=windows, held=held)
+    size = resolve_batch(cfg, facts, Kept(None, written, "cpu"), found or Findings())
+    return size["rows_per_step"]
+
+
+def laws_best(rows: float) -> float:
+    """Rows of Step Law's best batch for a run that reads so many (Li et al. 2025, 2503.04715)."""
+    return 0.58 * (rows * T) ** 0.571 / T
+
+
+@pytest.mark.parametrize(
+    "keys, rows",
+    [
+        ({}, ONE_PASS),
+        ({"num_epochs": 40}, 40 * ONE_PASS),
+        ({"tokens_per_parameter": 500, "num_epochs": 1}, ONE_PASS),  # at most so many passes
+        ({"tokens_per_parameter": 20}, 20 * N / T),
+        ({"max_steps": 3}, 20 * N / T),
+        ({"max_steps": 3_000_000}, 20 * N / T),
+        ({"data": {"phases": [{"tokens": 5000 * T, "weights": {"a": 1}}]}}, 5000),
+        ({"data": {"phases": [{"epochs": 7, "weights": {"a": 1, "b": 1}}]}}, 7 * ONE_PASS),
+    ],
+)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_auto_alone_takes_step_laws_batch_for_what_the_run_reads(keys, rows, ranks):
+    sources = {name: {"dir": "d", "weight": 1} for name in "ab"}
+    assert plan.on_meta(ModelConfig(**MODEL)).n_params()["active"] == N
+    if "data" in keys:
+        keys = {"data": keys["data"] | {"sources": sources}, "data_dir": None}
+    found = rows_by_rule(ONE_PASS, ranks, **keys)
+    assert found % ranks == 0
+    # the nearest of 1, 2, 3, 4, 6, 8 ... is at most the root of 1.5 away; one row is the least
+    assert found == ranks or 1.5**-0.501 < found / laws_best(rows) < 1.5**0.501
+
+
+def test_the_rule_for_a_batch_is_the_quickstarts_trial():
+    """1.8 M tokens at T = 256: 2,048 was better than 1,024 and than 4,096."""
+    cfg, written = configured(batch_size="auto", model=MODEL | {"max_seq_len": 256})
+    rows, why = auto_rows(cfg, facts_of(cfg, written, windows=7031), 1_066_624)
+    assert rows == 8 and "2,048 tokens a step" in why and "tokens: 1 x the data" in why
+    assert "for D = 1,799,936 tokens" in why and "gradient_accumulation_steps" not in why
+
+
+def test_auto_alone_is_said_kept_and_written_down():
+    found = Findings()
+    cfg, written = configured(batch_size="auto", gradient_accumulation_steps=4, num_epochs=2)
+    facts = facts_of(cfg, written, windows=8000)
+    run = resolve(cfg, facts, None, found)
+    (line,) = [text for text in found.changes if text.startswith("batch_size auto")]
+    assert "Step Law" in line and "gradient_accumulation_steps follows from it" in line
+    assert run.rows_per_step == run.micro_batch * run.accumulation == rows_by_rule(16000)
+    # longer, on more data, on other ranks: a step stays what it was
+    longer, now = configured(batch_size="auto", gradient_accumulation_steps=4, num_epochs=9)
+    saved, again = state_of(run, cfg, written), Findings()
+    on = resolve(longer, facts_of(longer, now, 2, windows=99999), saved, again)
+    assert on.rows_per_step == run.rows_per_step and on.learning_rate == run.learning_rate
+    assert not [text for text in again.changes if text.startswith("batch_size auto")]
+    # config.yaml repeats it
+    keys = yaml.safe_load(config_yaml(with_rate(cfg, run), run))
+    assert keys["batch_tokens"] == run.rows_per_step * T and keys["batch_size"] == run.micro_batch
+    cfg, written = configured(**{k: v for k, v in keys.items() if k != "model"})
+    assert resolve(cfg, facts_of(cfg, written, windows=8000), None, Findings()) == run
+
+
+def test_auto_alone_needs_data_to_go_by():
+    with pytest.raises(UserError, match="E002: batch_size: auto .* not prepared yet; give batch_t"):
+        rows_by_rule(windows=None, max_steps=10)
 
 
 def test_a_hint_of_an_earlier_start_makes_the_micro_batch_smaller(tmp_path):

@@ -3,12 +3,13 @@ differences are found where there are some, and only there."""
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
-from lumen import comparing, scoreboard
+from lumen import checkpoint, comparing, scoreboard
 from lumen.errors import UserError
 from lumen.questions import Question
 from lumen.scores import Score, from_row, scores_of
@@ -201,14 +202,19 @@ def test_five_points_are_seen_and_none_where_there_are_none(tmp_path):
         folder(tmp_path / name, boolq=("choice", "acc", choices(right)))
     n, said = compare(tmp_path / "A", tmp_path / "B", tmp_path / "C/results.json", out=tmp_path)
     assert n == 1 and said[-1] == "regressions 1" and max(map(len, said[3:])) <= 100
-    row, same = said[4].split(), said[5].split()
-    assert row[:6] == ["boolq", "acc", "B", "0.7000", "0.6500", "-0.0500"]
-    assert row[-1] == "regression" and -0.067 < float(row[6]) < float(row[8]) < -0.034
-    assert same[2] == "C" and same[-3:] == ["no", "difference", "seen"]
+    assert said[:3] == [f"{name} = {tmp_path / name}" for name in "ABC"]
+    head = ["task", "metric", "A", "B", "B", "-", "A"]
+    assert said[3].split()[:7] == head and said[5].split()[3:7] == ["C", "C", "-", "A"]
+    row, same = said[4].split(), said[6].split()
+    assert row[:5] == ["boolq", "acc", "0.7000", "0.6500", "-0.0500"]
+    assert said[4].endswith("B is worse: regression")
+    assert -0.067 < float(row[5]) < float(row[7]) < -0.034
+    assert same[-3:] == ["no", "difference", "seen"]
     text = (tmp_path / "compare.md").read_text()
     assert "0 / 50 / 950" in text and "25 / 25 / 950" in text
+    assert "| A | B | B - A |" in text and "| A | C | C - A |" in text
     n, said = compare(tmp_path / "B", tmp_path / "A")
-    assert n == 0 and said[3].split()[-1] == "better"
+    assert n == 0 and said[3].endswith("B is better")
 
 
 def test_lower_is_better_the_other_way_round(tmp_path):
@@ -220,7 +226,7 @@ def test_lower_is_better_the_other_way_round(tmp_path):
     # another tokenizer cuts the text at other places: nothing to pair, and 2 % is not seen
     folder(tmp_path / "C", "u", wiki=("text", "bits_per_byte", texts(nats * 1.02, 401)))
     n, said = compare(tmp_path / "A", tmp_path / "C")
-    assert n == 0 and "not paired" in said[2] and "no difference" in said[-2]
+    assert n == 0 and "not paired" in said[2] and "wider" in said[2] and "no difference" in said[-2]
 
 
 def test_losses_of_two_tokenizers_are_compared_per_byte(tmp_path):
@@ -257,13 +263,15 @@ def test_questions_of_only_one_are_left_and_said(tmp_path):
     said = compare(tmp_path / "A", tmp_path / "B")[1]
     assert "shots 0 in A, 5 in B" in said[2]
     assert "60 questions in A, 40 in B; compared are the 40 of both" in said[3]
-    assert said[5].split()[3:5] == ["0.7500", "0.7500"], "both of the same questions"
+    assert said[5].split()[2:4] == ["0.7500", "0.7500"], "both of the same questions"
 
 
 CHANGED = choices([True] * 20)
 CHANGED[7] = CHANGED[7] | {"label": "other"}
 REFUSED = {
-    "sha256": {"t": ("choice", "acc", choices([True] * 20), {"about": {"sha256": "g"}})},
+    "different files of that name": {
+        "t": ("choice", "acc", choices([True] * 20), {"about": {"sha256": "g"}})
+    },
     "metric": {"t": ("choice", "acc_bytes", choices([True] * 20))},
     "question 7: its label": {"t": ("choice", "acc", CHANGED)},
     "no task in common": {"other": ("choice", "acc", choices([True] * 20))},
@@ -295,6 +303,71 @@ def test_results_that_are_none(tmp_path):
     folder(tmp_path / "L", t=("choice", "acc", choices([True]), {"kind": "lm-eval"}))
     n, said = compare(tmp_path / "L", tmp_path / "L")
     assert n == 0 and "t: its answers are not kept" in said[2]
+
+
+def evaluated(top, name: str, step: int, **tasks) -> None:
+    """A run with that step, and out/eval/NAME-STEP of it."""
+    place = top / f"out/{name}/step_{step:08}"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text(json.dumps({"of": name, "step": step}))
+    sha256 = checkpoint.manifest_sha256({"of": name, "step": step})
+    out = top / f"out/eval/{name}-{step}"
+    about = {"path": f"out/{name}/{place.name}", "step": step, "sha256": sha256}
+    results = folder(out, **tasks) | {"checkpoint": about}
+    (out / "results.json").write_text(json.dumps(scoreboard.plain(results)))
+
+
+def test_a_run_stands_for_its_newest_results(tmp_path, monkeypatch):
+    """What a user types first is the run; the message names what it takes."""
+    monkeypatch.chdir(tmp_path)
+    some = {"t": ("choice", "acc", choices([True] * 20))}
+    for name, step in (("one", 100), ("one", 1000), ("one", 900), ("other", 50), ("one-b", 5000)):
+        evaluated(tmp_path, name, step, **some)
+    n, said = compare("out/one", "out/other")
+    assert n == 0 and said[0] == "A = out/eval/one-1000, the newest results of out/one"
+    assert said[1] == "B = out/eval/other-50, the newest results of out/other"
+    # a step, a folder of results and a run go together
+    _, said = compare("out/one/step_00000900", "out/eval/other-50", "out/one-b")
+    assert [line.split(",")[0][4:] for line in said[:3]] == [
+        "out/eval/one-900",
+        "out/eval/other-50",
+        "out/eval/one-b-5000",
+    ]
+    # it went on since
+    shutil.copytree("out/other/step_00000050", "out/other/step_00000090")
+    said = compare("out/one", "out/other")[1]
+    assert "step 90 of out/other was not evaluated, step 50 was; python evaluate.py" in said[0]
+    # not evaluated, or other weights lie there now: what to type stands in the message
+    shutil.copytree("out/one", "out/a new one")
+    (tmp_path / "out/other/step_00000050/manifest.json").write_text('{"of": "another run"}')
+    for name, command in (("out/a new one", "'out/a new one'"), ("out/other", "out/other")):
+        with pytest.raises(UserError, match="E128.*was not evaluated") as caught:
+            compare("out/one", name)
+        assert caught.value.text.endswith(f"python evaluate.py {command}")
+
+
+@pytest.mark.parametrize(
+    ("other", "command"),
+    [
+        ({}, "--tasks val:data/one"),
+        ({"tokenizer": {"sha256": "u"}}, "--tasks FILE.txt"),
+        ({"model": {"max_seq_len": 64}}, "--tasks FILE.txt"),
+    ],
+)
+def test_other_held_out_texts_are_said_in_words(tmp_path, other, command):
+    """And how both are scored on one: val:DIR where that can be, which one tokenizer reads."""
+    some = {"t": ("choice", "acc", choices([True] * 20))}
+    for name in ("A", "B"):
+        about = {"about": {"sha256": name * 64, "path": "data/one" if name == "A" else "data/b"}}
+        val = ("text", "bits_per_byte", texts([300.0] * 9), about)
+        results = folder(tmp_path / name, val=val, **some) | {"model": {"max_seq_len": 32}}
+        results |= other if name == "B" else {}
+        (tmp_path / name / "results.json").write_text(json.dumps(scoreboard.plain(results)))
+    _, said = compare(tmp_path / "A", tmp_path / "B")
+    note = said[2].splitlines()
+    assert "not compared: val: A and B were scored on different held-out texts." in note[0]
+    assert note[1].endswith(f"python evaluate.py MODEL {command}") and "AAAA" not in said[2]
+    assert len(note) == (2 if not other else 3) and max(map(len, note)) <= 100
 
 
 def test_a_lower_heuristic_is_no_regression(tmp_path):
