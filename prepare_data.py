@@ -46,6 +46,7 @@ from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
+import lumen.early  # noqa: F401 - before what takes time
 import numpy as np
 import tiktoken
 import yaml

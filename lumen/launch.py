@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from lumen import early
 from lumen.errors import UserError, nearest
 
 # ---------------------------------------------------------------- what the environment says
@@ -203,6 +204,7 @@ def command(main, lasting: bool = False) -> None:
     open_console(lasting)
     rank = 0
     try:
+        early.listen()
         rank = environment("RANK", 0)
         code = main(sys.argv[1:]) or 0
     except UserError as error:
