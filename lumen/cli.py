@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from lumen import aliases, checkpoint, modes, prepare_key
+from lumen import aliases, checkpoint, modes, nearby, prepare_key
 from lumen.config import (
     BLOCKS,
     FLAGS,
@@ -509,9 +509,11 @@ def find_yaml(name: str) -> Path:
 def elsewhere(name: str, path: Path, known: dict[str, Path]) -> str:
     """Why there is no configuration at `path`, and which file may be meant."""
     if path.is_dir():
-        if (path / "config.yaml").is_file():
-            return f"is a folder; did you mean {path / 'config.yaml'}?"
-        return "is a folder; a YAML file, or the name of a preset, is expected"
+        for home in (path, path.parent):  # of a run, or of one of its steps
+            if (home / "config.yaml").is_file():
+                return f"is a folder; did you mean {home / 'config.yaml'}? It goes on with that run"
+        text = "is a folder; a YAML file, or the name of a preset, is expected"
+        return text + nearby.hint(path)
     ours = CONFIGS.parent / name
     if ours.is_file():
         hint = f": {path.stem} alone names that preset" if known.get(path.stem) == ours else ""
