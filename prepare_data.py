@@ -56,7 +56,7 @@ from lumen import chat, near, prepare_names
 from lumen.datacard import draw_lengths, make_report, meaning_of, write_card
 from lumen.decontaminate import Contaminated
 from lumen.encode import Cleaner, Encoder
-from lumen.errors import UserError, expand
+from lumen.errors import ERRORS, UserError, expand
 from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
 from lumen.launch import Words, command, speak
@@ -535,16 +535,20 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
         most = max(output.examples, key=lambda code: output.counts[code])
         why = f"{most} {meaning_of(most)}: {output.counts[most]:,}, as {output.examples[most][0]}"
         raise UserError("E109", f"nothing is left to train on of {rows:,} rows; {why}")
-    first = "no text at all"
+    first, shapes = "no text at all", ""
     for code, lines in sorted(output.examples.items(), reverse=True):
         if is_bad(code):
             first = lines[0]
+            shapes = f"\n  {ERRORS[code][1]}" if code == "E102" else ""
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
+    text += shapes
     if tokens:
         share = 1 if lost else math.ceil(100 * bad / rows) / 100
         text += f"\n  --max_bad {share:g} does without them"
         text += f" (now {max_bad:g} of the rows may be bad)"
+    if bad:
+        text += f"\n  all of them: {os.path.join(job.out, 'rejected.jsonl')}"
     raise UserError("E109", text)
 
 
@@ -612,7 +616,11 @@ def validate(sources: list[str], options: dict) -> None:
     """Prepares into a folder that is removed, and prints its card. E109 and as prepare."""
     with tempfile.TemporaryDirectory(prefix="validate_") as folder:
         out = os.path.join(folder, "data")
-        prepare(sources, **options | {"out": out})
+        try:
+            prepare(sources, **options | {"out": out})
+        except UserError as error:  # its last line may name a file there
+            lines = [line for line in error.text.split("\n") if folder not in line]
+            raise UserError(error.code, "\n".join(lines)) from None
         with open(os.path.join(out, "DATA_CARD.md"), encoding="utf-8") as file:
             speak(file.read())
 

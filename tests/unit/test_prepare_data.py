@@ -621,6 +621,22 @@ def test_nothing_left(tmp_path):
             P.prepare([str(tmp_path / name)], str(tmp_path / f"out {name}"), "bpe:300", quiet=True)
 
 
+def test_too_many_bad_rows_name_the_first_the_shapes_and_where_all_of_them_are(tmp_path):
+    file, out = tmp_path / "a.jsonl", str(tmp_path / "out")
+    file.write_text('{"txt": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(UserError) as error:
+        P.prepare([str(file)], out, "bytes", quiet=True)
+    first, shapes, where = error.value.text.split("\n")
+    assert first.endswith(
+        "first: " + f'{file}:1: no "text" field; the fields are txt: {{"txt": "a"}}'
+    )
+    assert '{"question", "answer"}' in shapes and where == f"  all of them: {out}/rejected.jsonl"
+    assert len(rejected(tmp_path / "out")) == 2
+    with pytest.raises(UserError) as error:
+        P.main([str(file), "--validate_only", "--tokenizer", "bytes", "--quiet"])
+    assert error.value.text.split("\n") == [first, shapes]  # what was made is removed
+
+
 def test_json_files(tmp_path):
     path = tmp_path / "a.json"
 
