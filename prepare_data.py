@@ -59,7 +59,7 @@ from lumen.encode import Cleaner, Encoder
 from lumen.errors import ERRORS, UserError, expand
 from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
-from lumen.launch import Words, command, speak
+from lumen.launch import Words, command, in_bytes, speak
 from lumen.manifest import make_manifest, read_dataset_json, token_dtype, verify
 from lumen.output import Output, is_bad
 from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
@@ -359,7 +359,7 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     inputs = [given for given in stored if given.source >= 0]
     total = sum(given.size for given in inputs)
     going_on = ", going on where it was" if "state" in progress else ""
-    job.say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{going_on}")
+    job.say(f"{len(inputs):,} inputs, {in_bytes(total)}{going_on}")
     over = plan_pass(job, settings, inputs)
     say_rules(over)
 
@@ -433,7 +433,7 @@ def train_tokenizer(job: Job, passes: list[Pass], path: str) -> Tokenizer:
     n_vocab = int(spec.partition(":")[2])
     total = sum(given.size for over in passes for given in over.inputs if given.split != "val")
     max_chars = TRAIN_CHARS if total > TRAIN_BYTES else None
-    job.say(f"tokenizer {spec}: reading {min(total, TRAIN_BYTES) / 1e6:,.1f} MB to train it")
+    job.say(f"tokenizer {spec}: reading {in_bytes(min(total, TRAIN_BYTES))} to train it")
     texts = (text for over in passes for text in training_texts(over.settings, over.inputs, total))
     tokenizer = train_bpe(texts, n_vocab, spec, max_chars)
     text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
@@ -478,14 +478,11 @@ class Pace(NamedTuple):
         splits = output.splits.values()
         ratio = sum(s.bytes_text for s in splits) / sum(s.tokens for s in splits)
         megabytes = self.done / 1e6
-        stages = []
-        for name, spent in self.stages.items():
-            rate = megabytes / max(spent, 1e-6)
-            stages.append(f"{name} {spent:.1f} s, {rate:,.0f} MB/s")
+        by = f"by {self.workers} processes" if self.workers > 1 else "by 1 process"
         return (
-            f"{ratio:.2f} bytes per token; {megabytes:.1f} MB in {self.seconds:.1f} s with "
-            f"{self.workers} process(es): {megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
-            f"{megabytes / self.seconds:.1f} MB/s of wall time ({'; '.join(stages)})"
+            f"{ratio:.2f} bytes per token; {in_bytes(self.done)} in {self.seconds:.1f} s {by}: "
+            f"{megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
+            f"{megabytes / self.seconds:.1f} of wall time"
         )
 
 
@@ -520,6 +517,9 @@ def encode(over: Pass, output: Output) -> Pace:
 
 def say_rejected(job: Job, output: Output) -> None:
     for code, lines in sorted(output.examples.items()):
+        if code == "E107":  # as in any collection of texts: no mistake of anybody's
+            job.say(f"left out: {output.counts[code]:,} exact duplicates; rejected.jsonl has them")
+            continue
         text = f"{code} {meaning_of(code)}: {output.counts[code]:,}"
         shown = lines[:1] if code.startswith("rule:") else lines  # those are many, and no mistakes
         job.say("\n  ".join([text, *shown]))

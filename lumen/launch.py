@@ -253,6 +253,13 @@ def fitted(text: str) -> str:
     return "\n".join(lines)
 
 
+def in_bytes(n: float) -> str:
+    """ "12 bytes", "3.4 kB", "10.1 MB"."""
+    if n < 1e3:
+        return f"{n:.0f} bytes"
+    return f"{n / 1e3:.1f} kB" if n < 1e6 else f"{n / 1e6:,.1f} MB"
+
+
 def clock(seconds: float) -> str:
     seconds = int(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
