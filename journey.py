@@ -24,6 +24,8 @@ import sys
 import time
 from pathlib import Path
 
+import lumen.early  # noqa: F401 - before torch
+
 from lumen import files, journal
 from lumen.cli import find_yaml
 from lumen.errors import UserError, a_path, nearest

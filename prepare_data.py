@@ -46,6 +46,7 @@ from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
+import lumen.early  # noqa: F401 - before what takes time
 import numpy as np
 import tiktoken
 import yaml
@@ -55,10 +56,10 @@ from lumen import chat, near, prepare_names
 from lumen.datacard import draw_lengths, make_report, meaning_of, write_card
 from lumen.decontaminate import Contaminated
 from lumen.encode import Cleaner, Encoder
-from lumen.errors import UserError, expand
+from lumen.errors import ERRORS, UserError, expand
 from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
-from lumen.launch import Words, command, speak
+from lumen.launch import Words, command, in_bytes, speak
 from lumen.manifest import make_manifest, read_dataset_json, token_dtype, verify
 from lumen.output import Output, is_bad
 from lumen.passes import Pass, dry_run, find_near_duplicates, read_batches, read_keys, text_of
@@ -358,7 +359,7 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
     inputs = [given for given in stored if given.source >= 0]
     total = sum(given.size for given in inputs)
     going_on = ", going on where it was" if "state" in progress else ""
-    job.say(f"{len(inputs):,} inputs, {total / 1e6:,.1f} MB{going_on}")
+    job.say(f"{len(inputs):,} inputs, {in_bytes(total)}{going_on}")
     over = plan_pass(job, settings, inputs)
     say_rules(over)
 
@@ -432,7 +433,7 @@ def train_tokenizer(job: Job, passes: list[Pass], path: str) -> Tokenizer:
     n_vocab = int(spec.partition(":")[2])
     total = sum(given.size for over in passes for given in over.inputs if given.split != "val")
     max_chars = TRAIN_CHARS if total > TRAIN_BYTES else None
-    job.say(f"tokenizer {spec}: reading {min(total, TRAIN_BYTES) / 1e6:,.1f} MB to train it")
+    job.say(f"tokenizer {spec}: reading {in_bytes(min(total, TRAIN_BYTES))} to train it")
     texts = (text for over in passes for text in training_texts(over.settings, over.inputs, total))
     tokenizer = train_bpe(texts, n_vocab, spec, max_chars)
     text = f"tokenizer {tokenizer.name}: trained in {time.monotonic() - began:.1f} s"
@@ -477,14 +478,11 @@ class Pace(NamedTuple):
         splits = output.splits.values()
         ratio = sum(s.bytes_text for s in splits) / sum(s.tokens for s in splits)
         megabytes = self.done / 1e6
-        stages = []
-        for name, spent in self.stages.items():
-            rate = megabytes / max(spent, 1e-6)
-            stages.append(f"{name} {spent:.1f} s, {rate:,.0f} MB/s")
+        by = f"by {self.workers} processes" if self.workers > 1 else "by 1 process"
         return (
-            f"{ratio:.2f} bytes per token; {megabytes:.1f} MB in {self.seconds:.1f} s with "
-            f"{self.workers} process(es): {megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
-            f"{megabytes / self.seconds:.1f} MB/s of wall time ({'; '.join(stages)})"
+            f"{ratio:.2f} bytes per token; {in_bytes(self.done)} in {self.seconds:.1f} s {by}: "
+            f"{megabytes / self.cpu_seconds:.1f} MB/s of CPU time, "
+            f"{megabytes / self.seconds:.1f} of wall time"
         )
 
 
@@ -519,6 +517,9 @@ def encode(over: Pass, output: Output) -> Pace:
 
 def say_rejected(job: Job, output: Output) -> None:
     for code, lines in sorted(output.examples.items()):
+        if code == "E107":  # as in any collection of texts: no mistake of anybody's
+            job.say(f"left out: {output.counts[code]:,} exact duplicates; rejected.jsonl has them")
+            continue
         text = f"{code} {meaning_of(code)}: {output.counts[code]:,}"
         shown = lines[:1] if code.startswith("rule:") else lines  # those are many, and no mistakes
         job.say("\n  ".join([text, *shown]))
@@ -534,16 +535,20 @@ def refuse_bad_rows(job: Job, output: Output) -> None:
         most = max(output.examples, key=lambda code: output.counts[code])
         why = f"{most} {meaning_of(most)}: {output.counts[most]:,}, as {output.examples[most][0]}"
         raise UserError("E109", f"nothing is left to train on of {rows:,} rows; {why}")
-    first = "no text at all"
+    first, shapes = "no text at all", ""
     for code, lines in sorted(output.examples.items(), reverse=True):
         if is_bad(code):
             first = lines[0]
+            shapes = f"\n  {ERRORS[code][1]}" if code == "E102" else ""
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
     text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
+    text += shapes
     if tokens:
         share = 1 if lost else math.ceil(100 * bad / rows) / 100
         text += f"\n  --max_bad {share:g} does without them"
         text += f" (now {max_bad:g} of the rows may be bad)"
+    if bad:
+        text += f"\n  all of them: {os.path.join(job.out, 'rejected.jsonl')}"
     raise UserError("E109", text)
 
 
@@ -611,7 +616,11 @@ def validate(sources: list[str], options: dict) -> None:
     """Prepares into a folder that is removed, and prints its card. E109 and as prepare."""
     with tempfile.TemporaryDirectory(prefix="validate_") as folder:
         out = os.path.join(folder, "data")
-        prepare(sources, **options | {"out": out})
+        try:
+            prepare(sources, **options | {"out": out})
+        except UserError as error:  # its last line may name a file there
+            lines = [line for line in error.text.split("\n") if folder not in line]
+            raise UserError(error.code, "\n".join(lines)) from None
         with open(os.path.join(out, "DATA_CARD.md"), encoding="utf-8") as file:
             speak(file.read())
 

@@ -4,7 +4,7 @@
 Several prompts (--prompt is repeatable) times --num_samples are sequences that share each forward
 pass (lumen/engine.py). Each draws from a generator of its own (sample i of any prompt: seed + i),
 so in fp32 its text does not depend on what else is in the batch. `--chat` without a prompt is a
-conversation in the terminal (lumen/talk.py). A notebook needs two lines:
+conversation in the terminal, or with a pipe (lumen/talk.py). A notebook needs two lines:
 `model, tokenizer, step = load("out/run")`, then `sample(...)`.
 """
 
@@ -21,7 +21,14 @@ from lumen.engine import Engine, Row, run
 from lumen.errors import UserError, a_path
 from lumen.launch import Words, command
 from lumen.models import open_model
-from lumen.prompts import ReplyPrinter, choose_template, heads_of, is_conversation, read_prompts
+from lumen.prompts import (
+    ReplyPrinter,
+    choose_template,
+    heads_of,
+    is_conversation,
+    piped_lines,
+    read_prompts,
+)
 from lumen.sampling import RANGES, Choice, check
 from lumen.stream import Printer, Stream
 from lumen.talk import Talk
@@ -194,7 +201,7 @@ def arguments() -> Parser:
     p.option("num_samples", "of each prompt", int, 1)
     p.texts("stop", "TEXT", "ends a sequence; repeatable; --stop=TEXT if it has a -")
     p.flag("ignore_eot", "go on after <|endoftext|>")
-    p.flag("chat", "prompts are questions; without any, a conversation in the terminal, /help")
+    p.flag("chat", "prompts are questions; without any, a conversation: a line a turn, /help")
     p.option("template", f"of --chat: {', '.join(chat.FORMATS)}; default: the run's")
     p.option("system", "what --chat begins with", metavar="TEXT")
     p.option("tokenizer", "default: the run's tokenizer.json", metavar="FILE")
@@ -216,8 +223,8 @@ def main(argv: list[str]) -> int:
     args = parse(argv, say)
     check(args.stop, **{name: getattr(args, name) for name in RANGES})
     asked = args.prompt or args.prompt_file or args.ids
-    talking = args.chat and not asked and sys.stdin and sys.stdin.isatty()
-    prompts = read_prompts(args)
+    talking = args.chat and not asked
+    prompts = [] if talking else read_prompts(args)
     opened = open_model(
         args.run, args.best, args.step, args.tokenizer, args.device, args.precision, say
     )
@@ -232,8 +239,7 @@ def main(argv: list[str]) -> int:
         printer = ReplyPrinter
         options["template"] = choose_template(opened, args.template, say)
     if talking:
-        sys.stdin.reconfigure(errors="replace")
-        talk(model, tokenizer, options, args.system, say)
+        talk(model, tokenizer, options, args.system, say, piped_lines())
         return 0
     heads = heads_of(prompts, args.num_samples)
     stats = {}
@@ -248,8 +254,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def talk(model: Transformer, tokenizer, options: dict, system: str | None, say) -> None:
-    """A conversation in the terminal, one reply at a time."""
+def talk(model: Transformer, tokenizer, options: dict, system: str | None, say, lines=None) -> None:
+    """A conversation in the terminal, or with `lines`; one reply at a time."""
     # one engine for all of it: what it has read of the conversation it need not read again
     options = options | {"num_samples": 1, "engine": Engine(model, 1, n_vocab=tokenizer.n_vocab)}
 
@@ -265,7 +271,10 @@ def talk(model: Transformer, tokenizer, options: dict, system: str | None, say) 
     most_new = options["max_new_tokens"]
     made = Talk(answer, count, model.cfg.max_seq_len, most_new, say, options["temperature"])
     made.set_system(system or "")
-    made.run(input)
+    if lines is None:
+        made.run(input)
+    else:
+        made.hear(lines)
 
 
 def say_speed(say, what: str, tokens: int, seconds: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import chat, checkpoint, hf, preferences
+from lumen import chat, checkpoint, hf, nearby, preferences
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError
 from lumen.files import read_json, sha256
@@ -40,7 +40,7 @@ def read_base(path: str) -> Base:
     folder = Path(path)
     if not folder.exists():
         text = f"the base {path} does not exist; BASE, or init_from, says where it is now"
-        raise UserError("E304", text)
+        raise UserError("E304", text + nearby.hint(path))
     if (folder / "config.json").is_file():
         return read_hf_base(folder)
     found = checkpoint.find(folder, say=print)

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lumen import aliases
+from lumen import aliases, nearby
 from lumen.config import own_keys
 from lumen.errors import UserError, a_path, expand
 from lumen.files import drop_half_line, read_json, sha256, sync, write_json
@@ -406,10 +406,10 @@ def folders(path, best: bool = False) -> list[Path]:
     try:
         os.listdir(path)
     except NotADirectoryError:
-        raise UserError("E304", f"{path} {what_file(path)}") from None
+        raise UserError("E304", f"{path} {what_file(path)}{nearby.hint(path)}") from None
     except FileNotFoundError:
         steps = list_steps(path.parent) if STEP.fullmatch(path.name) else []
-        there = f"; there are {', '.join(map(str, steps[-8:]))}" if steps else ""
+        there = f"; there are {', '.join(map(str, steps[-8:]))}" if steps else nearby.hint(path)
         raise UserError("E304", f"{path} does not exist{there}") from None
     except OSError as error:
         raise UserError("E108", f"{path} cannot be read: {error.strerror}") from error
@@ -423,7 +423,8 @@ def folders(path, best: bool = False) -> list[Path]:
         return [step_dir(path, step)]
     steps = list_steps(path)
     if not steps:
-        raise UserError("E304", f"{path} holds no checkpoint{of_few_bits(path)}")
+        more = of_few_bits(path) or nearby.hint(path)
+        raise UserError("E304", f"{path} holds no checkpoint{more}")
     return [step_dir(path, s) for s in reversed(steps)]
 
 
@@ -493,8 +494,9 @@ def main(argv: list[str]) -> int:
     run = expand(parser.parse_args(argv).out_dir)
     best = best_step(run)
     damaged = 0
+    steps = list(reversed(folders(run)))
     print(f"{'step':>10} {'MB':>10} {'tokens':>15} {'val_loss':>9}  state")
-    for folder in reversed(folders(run)):
+    for folder in steps:
         step = step_of(folder)
         size = 0
         state = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from lumen import aliases, checkpoint, modes, prepare_key
+from lumen import aliases, checkpoint, modes, nearby, prepare_key
 from lumen.config import (
     BLOCKS,
     FLAGS,
@@ -438,12 +438,17 @@ def join_prepare(tree: dict, line: CommandLine, of_preset: bool) -> None:
     if typed.get("sources") and not of_preset:
         of_file = {key: v for key, v in of_file.items() if key not in prepare_key.PLACES}
     elif of_file.get("sources") and (typed.get("sources") or line.typed & OTHER_DATA):
-        # a model too small for the default tokenizer, bpe:8192, keeps its own
-        small = 0 < (tree["model"].get("vocab_size") or 0) < 8192
-        of_file = {key: v for key, v in of_file.items() if small and key == "tokenizer"}
+        of_file = small_tokenizer(tree, of_file)
     if typed.get("sources") or line.typed & OTHER_DATA:
         line.typed.add("prepare")
     line.tree["prepare"] = prepare_key.join(of_file, typed)
+
+
+def small_tokenizer(tree: dict, prepare: dict) -> dict:
+    """What stays of a preset's `prepare` for other text: a model too small for the default
+    tokenizer, bpe:8192, keeps its own."""
+    small = 0 < (tree["model"].get("vocab_size") or 0) < 8192
+    return {key: v for key, v in prepare.items() if small and key == "tokenizer"}
 
 
 def leave_out_prompt(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
@@ -474,6 +479,8 @@ def typed_wins(tree: dict, typed: set[str], place: Places, notes: list[str]) -> 
                 if theirs.get("out") == ours or not theirs.get("sources"):
                     continue  # data_dir is what the file prepares, or is held against its options
             aliases.drop(tree, other)
+            if other == "prepare" and modes.names_text(tree):
+                tree["prepare"] = small_tokenizer(tree, theirs) or None
             name = as_typed(key, place)
             notes.append(f"{name} was typed: {other}: {short(theirs)} of the file is left out")
 
@@ -509,9 +516,11 @@ def find_yaml(name: str) -> Path:
 def elsewhere(name: str, path: Path, known: dict[str, Path]) -> str:
     """Why there is no configuration at `path`, and which file may be meant."""
     if path.is_dir():
-        if (path / "config.yaml").is_file():
-            return f"is a folder; did you mean {path / 'config.yaml'}?"
-        return "is a folder; a YAML file, or the name of a preset, is expected"
+        for home in (path, path.parent):  # of a run, or of one of its steps
+            if (home / "config.yaml").is_file():
+                return f"is a folder; did you mean {home / 'config.yaml'}? It goes on with that run"
+        text = "is a folder; a YAML file, or the name of a preset, is expected"
+        return text + nearby.hint(path)
     ours = CONFIGS.parent / name
     if ours.is_file():
         hint = f": {path.stem} alone names that preset" if known.get(path.stem) == ours else ""

@@ -2,6 +2,7 @@
 
     {"messages" | "conversation" | "conversations": [{"role", "content"} or {"from", "value"}]}
     {"prompt", "response" | "completion"}   texts, or lists of messages
+    {"question", "answer"}                  the same, where there is no "text"
     {"instruction", "input", "output"}      also with "history": [[question, answer], ...]
     {"prompt", "chosen", "rejected"}        a preference pair; without prompt: whole conversations;
                                             "messages" or "instruction" may stand for prompt
@@ -17,13 +18,14 @@ from collections import Counter
 from collections.abc import Mapping
 
 from lumen.chat import Message
+from lumen.errors import nearest
 
 ROLES = dict.fromkeys(("system", "developer"), "system")
 ROLES |= dict.fromkeys(("user", "human", "prompter", "instruction"), "user")
 ROLES |= dict.fromkeys(("assistant", "ai", "bot", "gpt", "model", "chatgpt"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 LISTS = ("messages", "conversation", "conversations")
-REPLIES = ("response", "completion")
+REPLIES = {"response": "prompt", "completion": "prompt", "answer": "question"}  # to what
 # a conversation as one text, as in hh-rlhf
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
@@ -43,11 +45,22 @@ def row_kind(row: dict) -> str | None:
         return "pairs"
     if any(name in row for name in LISTS):
         return "chat"
-    if "prompt" in row and any(name in row for name in REPLIES):
-        return "chat"
     if "instruction" in row and "output" in row:
         return "chat"
+    reply = reply_of(row)
+    if reply == "answer" and "text" in row:  # the text that both were made from
+        return "text"
+    if reply:
+        return "chat"
     return "text" if "text" in row else None
+
+
+def reply_of(row: dict) -> str | None:
+    """The field with the reply to another field, or None."""
+    for reply, asked in REPLIES.items():
+        if reply in row and asked in row:
+            return reply
+    return None
 
 
 class Reader:
@@ -73,10 +86,11 @@ class Reader:
             turns = self.history(row) + [self.question(row)]
             turns.append(self.message("assistant", row.get("output"), "output"))
         else:
-            name = next((name for name in REPLIES if name in row), None)
-            if name is None or "prompt" not in row:
+            name = reply_of(row)
+            if name is None:
                 raise RowError("E102", f"fields {', '.join(map(str, row))}: no conversation")
-            turns = self.history(row) + self.turns(row["prompt"], "prompt", "user")
+            asked = REPLIES[name]
+            turns = self.history(row) + self.turns(row[asked], asked, "user")
             turns += self.turns(row[name], name, "assistant")
         return self.whole(self.with_system(row, turns))
 
@@ -169,8 +183,11 @@ class Reader:
             raise RowError("E102", f"{where}: its role is {kind_of(said)}, not a text")
         role = self.roles.get(said.strip().lower())
         if role is None:
-            names = ", ".join(sorted(self.roles))
-            raise RowError("E105", f"{where}: role {said[:40]!r} is none of {names}")
+            near = nearest(said.strip().lower(), self.roles)
+            why = f"is none of {', '.join(sorted(self.roles))}"
+            if near:
+                why = f"is unknown; did you mean {near}?"
+            raise RowError("E105", f"{where}: role {said[:40]!r} {why}")
         if role == "tool" and not self.tools:
             raise RowError("E105", f"{where}: a tool's turn, which the template does not have")
         text = text_of(content, where)

@@ -24,7 +24,8 @@ ERRORS = {  # code: (meaning, remedy)
     "E101": ("a row is not a JSON object",
              "one JSON object a line for .jsonl, a list of objects for .json"),
     "E102": ("a row lacks its text field, or the field has another type",
-             'rows look like {"text": "..."}'),
+             'rows are {"text"}, {"messages"}, {"prompt", "response"}, {"instruction", "output"},'
+             ' {"question", "answer"} or {"prompt", "chosen", "rejected"}'),
     "E103": ("text is not valid UTF-8",
              "convert the file to UTF-8, for instance with iconv"),
     "E104": ("a file or a text is empty",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lumen import story, web_page
+from lumen import nearby, story, web_page
 from lumen.errors import UserError
 from lumen.files import finite, read_json, replacing
 from lumen.gate import address, bind, is_loopback, is_our_host
@@ -213,7 +213,7 @@ class Runs:
         for folder in by_path.values():
             if not any(os.path.isfile(f"{folder}/{n}") for n in ("metrics.jsonl", "status.json")):
                 text = f"{folder} is no run, it holds neither metrics.jsonl nor status.json"
-                raise UserError("E108", f"{text}: name the out_dir of one")
+                raise UserError("E108", text + nearby.hint(folder))
         names = [path.name for path in by_path]
         self.runs = []
         for path, folder in by_path.items():

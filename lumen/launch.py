@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from lumen import early
 from lumen.errors import UserError, nearest
 
 # ---------------------------------------------------------------- what the environment says
@@ -203,6 +204,7 @@ def command(main, lasting: bool = False) -> None:
     open_console(lasting)
     rank = 0
     try:
+        early.listen()
         rank = environment("RANK", 0)
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -249,6 +251,13 @@ def fitted(text: str) -> str:
         how = {"subsequent_indent": "".ljust(indent), "break_on_hyphens": False}
         lines += textwrap.wrap(line, width, **how) or [""]
     return "\n".join(lines)
+
+
+def in_bytes(n: float) -> str:
+    """ "12 bytes", "3.4 kB", "10.1 MB"."""
+    if n < 1e3:
+        return f"{n:.0f} bytes"
+    return f"{n / 1e3:.1f} kB" if n < 1e6 else f"{n / 1e6:,.1f} MB"
 
 
 def clock(seconds: float) -> str:

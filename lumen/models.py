@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lumen import adapters, chat, checkpoint, few_rows, onednn, quantised
+from lumen import adapters, chat, checkpoint, few_rows, nearby, onednn, quantised
 from lumen import base as bases
 from lumen import tokenizer as tokenizers
 from lumen.errors import UserError, expand
@@ -123,7 +123,7 @@ def read_run(folder: Path, best: bool, step: int | None, tokenizer, say) -> Open
         found = checkpoint.find(place, best, say)
     except UserError as error:
         if error.code == "E304" and not checkpoint.list_steps(folder):
-            raise UserError("E304", f"{error.text}; {looked_for(folder)}") from None
+            raise UserError("E304", f"{error.text}{looked_for(folder)}") from None
         raise
     model = adapters.load_model(found)
     anneal_depth(model, found.step)  # where MoD's capacity was
@@ -147,9 +147,11 @@ def read_run(folder: Path, best: bool, step: int | None, tokenizer, say) -> Open
 def looked_for(folder: Path) -> str:
     if os.path.isfile(folder / "adapter_config.json"):
         command = f"python finetune.py from_peft {folder} RUN --base BASE"
-        return f"it holds adapters of PEFT: {command} makes a run of them"
+        return f"; it holds adapters of PEFT: {command} makes a run of them"
+    if nearby.hint(folder):
+        return ""  # which says better what to take
     places = "a run (step_* folders), one of its steps, a Hugging Face folder (config.json)"
-    return f"a model is {places} or a quantised one ({quantised.ABOUT})"
+    return f"; a model is {places} or a quantised one ({quantised.ABOUT})"
 
 
 def read_huggingface(folder: Path, tokenizer) -> Opened:

@@ -1,7 +1,7 @@
 """The training modes of LuminaAI, written out as `data`: what they say, in Lumen's own keys.
 
 training_mode: base_only | finetuning_only | hybrid_sequential | hybrid_interleaved
-base_paths, finetuning_paths: folders that prepare_data.py has made (base_only: files too)
+base_paths, finetuning_paths: folders that prepare_data.py has made; one of them alone: files too
 base_ratio: 0.7, the share of rows that are base; mix_strategy: ratio | alternating | random
 base_epochs, finetuning_epochs: of hybrid_sequential's phases, else num_epochs
 curriculum_aggressiveness: 0 to 1, how far easy comes before hard
@@ -19,7 +19,8 @@ from lumen.values import as_number, convert, inside, short
 from lumen.windows import Shard, bare_shards, holds_text
 from model import ModelConfig
 
-# mode: the groups of paths that it reads
+GROUPS = ("base", "finetuning")  # of paths
+# mode: the groups that it reads
 MODES = {
     "base_only": ["base"],
     "finetuning_only": ["finetuning"],
@@ -32,6 +33,7 @@ OTHER_NAMES |= {"interleaved": "hybrid_interleaved"}
 STRATEGIES = ("ratio", "alternating", "random")
 PATHS = ("training_mode", "base_paths", "finetuning_paths", "base_eval_paths")
 PATHS += ("finetuning_eval_paths", "base_ratio", "mix_strategy", "base_epochs", "finetuning_epochs")
+TUNES = "python finetune.py BASE --data FILE"
 CURRICULUM = "curriculum_aggressiveness"
 KEYS = (*PATHS, CURRICULUM)
 BUCKETS = 3  # of every source, for curriculum_aggressiveness
@@ -88,7 +90,7 @@ class Expansion:
     def mode(self) -> str:
         """One of MODES; where it is not written, the one that the paths leave."""
         mode = self.get("training_mode")
-        groups = [group for group in ("base", "finetuning") if self.given.get(f"{group}_paths")]
+        groups = [group for group in GROUPS if self.given.get(f"{group}_paths")]
         if mode is None and len(groups) == 1:
             mode = f"{groups[0]}_only"
         mode = OTHER_NAMES.get(mode, mode)
@@ -140,8 +142,11 @@ class Expansion:
                 text = f"says what is trained on, and so does {key}; drop one"
                 self.refuse("training_mode", text)
         paths = {group: self.paths(group) for group in MODES[mode]}
-        if mode == "base_only" and all(is_raw(path) for path in paths["base"]):
-            made = {"prepare": self.prepare(paths["base"])}
+        group = MODES[mode][0]
+        if len(paths) == 1 and all(is_raw(path) for path in paths[group]):
+            made = {"prepare": self.prepare(group, paths[group])}
+            if group == "finetuning":
+                self.notes.append(f"from scratch; for a model that there is: {TUNES}")
         else:
             made = {"data": self.data(mode, paths)}
         self.tree |= made
@@ -151,14 +156,15 @@ class Expansion:
             text = f"{', '.join(unused)} has no effect: training_mode is {mode}"
             self.notes.append(text)
 
-    def prepare(self, paths: list[str]) -> dict:
+    def prepare(self, group: str, paths: list[str]) -> dict:
         """Text is prepared on the first start, as the key `prepare` does it."""
         spec = {"sources": paths} | (self.tree.get("prepare") or {})
-        held_out = self.get("base_eval_paths")
+        key = f"{group}_eval_paths"
+        held_out = self.get(key)
         if held_out and "val_sources" in spec:
-            self.refuse("base_eval_paths", "prepare has val_sources too; drop one")
+            self.refuse(key, "prepare has val_sources too; drop one")
         if held_out:
-            spec["val_sources"] = inside(held_out, [str], self.place, "base_eval_paths")
+            spec["val_sources"] = inside(held_out, [str], self.place, key)
         return spec
 
     def data(self, mode: str, paths: dict[str, list[str]]) -> dict:
@@ -232,6 +238,16 @@ class Expansion:
             tokenizer = os.path.join("data/base" if is_raw(base) else base, "tokenizer.json")
         T = self.tree["model"].get("max_seq_len", ModelConfig.max_seq_len)
         return f"{made} {tokenizer} (conversations: --seq_len {T})"
+
+
+def names_text(tree: dict) -> bool:
+    """Whether its paths are text of one group, which is prepared on the first start."""
+    groups = [tree[f"{group}_paths"] for group in GROUPS if tree.get(f"{group}_paths")]
+    paths = groups[0] if len(groups) == 1 else []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not paths or not isinstance(paths, list):
+        return False
+    return all(isinstance(path, str) and is_raw(os.path.expanduser(path)) for path in paths)
 
 
 def names_data(tree: dict, key: str) -> bool:

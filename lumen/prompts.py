@@ -4,6 +4,7 @@ question each with --chat; lumen/talk.py is a conversation in the terminal."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from lumen import chat
@@ -45,6 +46,17 @@ def _text(data: bytes, source: str) -> str:
         return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError("E500", f"the prompt from {source} is not UTF-8: {error}") from error
+
+
+def piped_lines() -> Iterator[str] | None:
+    """The lines of stdin, each as soon as it is there, what is not UTF-8 as U+FFFD. None: stdin is
+    a terminal."""
+    if sys.stdin is None:
+        return iter(())
+    if sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="replace")
+        return None
+    return (line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer)
 
 
 def is_conversation(prompt) -> bool:

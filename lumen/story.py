@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lumen import nearby
 from lumen.errors import UserError
 from lumen.files import read_lines
 
@@ -17,7 +18,9 @@ def of_run(folder: str, name: str) -> tuple[Path, list[dict]]:
     if not path.is_file():
         if name == "decisions.jsonl" and (path.parent / "config.yaml").exists():
             return path.parent, []
-        raise UserError("E108", f"there is no {path}")
+        if (path.parent / "config.yaml").exists():
+            raise UserError("E108", f"there is no {path}: the run has logged nothing yet")
+        raise UserError("E108", f"{folder} is no run{nearby.hint(folder)}")
     try:
         rows = read_lines(path)
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""A conversation in the terminal: replies as they come, commands, Ctrl-C, a context that is full.
+"""A conversation in the terminal, or with the lines of a pipe: replies as they come, commands,
+Ctrl-C, a context that is full.
 
 Everything that changes it changes it at once, when nothing can fail any more: what was refused or
 interrupted leaves the conversation as it was.
@@ -68,6 +69,7 @@ class Talk:
         self.system: list[Message] = []  # one turn or none
         self.messages: list[Message] = []
         self.written: set[Path] = set()  # by /save, which may write them again
+        self.interrupted = False  # a Ctrl-C came while a line was answered
 
     def run(self, read: Callable) -> None:
         """Until the end of input, or a second Ctrl-C at an empty prompt. read: input, or like
@@ -97,6 +99,17 @@ class Talk:
             with one_interrupt():
                 self.heard(line)
 
+    def hear(self, lines: Iterator[str]) -> None:
+        """Each line is a turn, to the end of the input. KeyboardInterrupt: Ctrl-C ends all of it,
+        for nobody sits there who could go on."""
+        for line in lines:
+            if line.strip() in LEAVES:
+                return
+            with one_interrupt():
+                self.heard(line)
+            if self.interrupted:
+                raise KeyboardInterrupt
+
     def heard(self, line: str) -> None:
         """A command or a question; neither a UserError nor Ctrl-C ends the conversation."""
         line = mend_surrogates(line)
@@ -108,6 +121,7 @@ class Talk:
         except UserError as error:
             self.say(f"{error.code}: {error.text}")
         except KeyboardInterrupt:
+            self.interrupted = True
             self.say("interrupted; the conversation is as it was")
 
     # ------------------------------------------------------------ a question
@@ -133,6 +147,7 @@ class Talk:
             reason = self.answer(self.system + turns + asked, self.temperature, heard)
         except KeyboardInterrupt:
             reason = "interrupt"
+            self.interrupted = True
             print()  # the line that stands there ends
         reply = heard.text.strip()
         if not reply:

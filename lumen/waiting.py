@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
+import lumen.early  # noqa: F401 - for Ctrl-C while torch is imported
+
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPINS = "1000"
 

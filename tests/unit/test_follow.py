@@ -172,7 +172,7 @@ def test_a_run_that_has_said_nothing_yet_is_one_and_a_folder_is_none(tmp_path):
     assert loss(follow.Runs([str(out)])) == [[], []]
     for folder in ("none", "."):
         for option in (["--serve", "--port", "0"], ["--html", str(tmp_path / "x.html")]):
-            with pytest.raises(UserError, match="name the out_dir of one") as error:
+            with pytest.raises(UserError, match="is no run, it holds neither") as error:
                 report.main([str(out), str(tmp_path / folder), *option])
             assert error.value.code == "E108"
     assert not (tmp_path / "x.html").exists()

@@ -566,8 +566,10 @@ def test_a_base_is_tuned_on_the_paths_of_finetuning_only(there):
     assert read("--data", "sft.json", "--use_lora", "false")[0].lora.r == 0
     with pytest.raises(UserError, match="train.py's; finetune.py trains a BASE on conversations"):
         read("--training_mode", "hybrid_sequential", *words)
-    with pytest.raises(UserError, match="or python finetune.py BASE --data sft.json"):
-        read_config(["debug", "--finetuning_paths", "sft.json"])
+    # without a base: as train_data is, and the way to one is said
+    cfg, _, notes, _ = read_config(["debug", "--finetuning_paths", "sft.json"])
+    assert cfg.prepare == read_config(["debug", "--train-data", "sft.json"])[0].prepare
+    assert "from scratch; for a model that there is: python finetune.py BASE --data FILE" in notes
 
 
 # ---------------------------------------------------------------- every row of the table

@@ -163,7 +163,9 @@ def test_text_is_prepared_on_the_first_start_or_refused_with_the_command(folders
     raw = folders["raw"]
     cfg = configured(base_paths=[raw], base_eval_paths=raw)
     assert cfg.prepare == {"out": "data/raw", "sources": [raw], "val_sources": [raw]}
-    text = fails("E110", data_of, folders, finetuning_paths=["raw"])
+    cfg = configured(finetuning_paths=[raw], finetuning_eval_paths=raw)
+    assert cfg.prepare == {"out": "data/raw", "sources": [raw], "val_sources": [raw]}
+    text = fails("E110", data_of, folders, finetuning_paths=["raw", "web"])
     assert text.startswith(f"at finetuning_paths: {raw} is text, not tokens: python prepare_data.")
     assert "--tokenizer bpe:8192 (conversations: --seq_len 8)" in text
     assert f"or python finetune.py BASE --data {raw}" in text

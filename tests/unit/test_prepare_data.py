@@ -20,6 +20,7 @@ from lumen import inputs, pool, readers, sources
 from lumen import tokenizer as T
 from lumen.clean import clean, cut_text
 from lumen.errors import UserError
+from lumen.launch import in_bytes
 from lumen.synthetic import synthetic_document
 
 HERE = str(ROOT)
@@ -619,6 +620,43 @@ def test_nothing_left(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match="E109"):
             P.prepare([str(tmp_path / name)], str(tmp_path / f"out {name}"), "bpe:300", quiet=True)
+
+
+def test_too_many_bad_rows_name_the_first_the_shapes_and_where_all_of_them_are(tmp_path):
+    file, out = tmp_path / "a.jsonl", str(tmp_path / "out")
+    file.write_text('{"txt": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(UserError) as error:
+        P.prepare([str(file)], out, "bytes", quiet=True)
+    first, shapes, where = error.value.text.split("\n")
+    assert first.endswith(
+        "first: " + f'{file}:1: no "text" field; the fields are txt: {{"txt": "a"}}'
+    )
+    assert '{"question", "answer"}' in shapes and where == f"  all of them: {out}/rejected.jsonl"
+    assert len(rejected(tmp_path / "out")) == 2
+    with pytest.raises(UserError) as error:
+        P.main([str(file), "--validate_only", "--tokenizer", "bytes", "--quiet"])
+    assert error.value.text.split("\n") == [first, shapes]  # what was made is removed
+
+
+def test_what_is_said_of_little_text_with_duplicates_is_short_and_calm(tmp_path, capsys):
+    text = "a text that comes more than once " * 20
+    write_rows(tmp_path / "a.jsonl", [{"text": text}] * 4 + good(3))
+    out = tmp_path / "out"
+    P.prepare([str(tmp_path / "a.jsonl")], str(out), "bytes")
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("1 inputs, ") and said[1].endswith(" kB")
+    assert said[2] == "left out: 3 exact duplicates; rejected.jsonl has them"
+    assert [row["code"] for row in rejected(out)] == ["E107"] * 3
+    (pace,) = [line for line in said if "bytes per token" in line]
+    assert len(pace) <= 100 and " by 1 process: " in pace and "E107" not in "".join(said)
+
+
+@pytest.mark.parametrize(
+    "n, said",
+    [(0, "0 bytes"), (999, "999 bytes"), (3777, "3.8 kB"), (10_123_456_789, "10,123.5 MB")],
+)
+def test_a_size_has_a_unit_in_which_it_is_not_nothing(n, said):
+    assert in_bytes(n) == said
 
 
 def test_json_files(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 from lumen import plan, schedule
 from lumen import resolve as resolving
-from lumen.config import build_config
+from lumen.config import Config, build_config
 from lumen.differences import compare, other_bits
 from lumen.errors import UserError
 from lumen.lines import config_yaml
@@ -97,6 +97,15 @@ def test_a_default_that_has_changed_since_does_not_change_a_run_that_goes_on():
 )
 def test_the_rows_of_a_step_are_shared_by_ranks_and_micro_steps(keys, ranks, expected):
     assert batch(ranks, **keys) == expected
+
+
+def test_keys_of_sharding_are_noted_where_they_ask_for_something():
+    """A run's own config.yaml has them all, at their defaults."""
+    own = dataclasses.asdict(Config())
+    assert resolving.without_effect(Config(), own) == []
+    for key, value, said in (("expert_parallel", 2, 1), ("zero_stage", 0, 0)):
+        notes = resolving.without_effect(Config(**{key: value}), own | {key: value})
+        assert len(notes) == said and all(f"{key}: takes effect" in note for note in notes)
 
 
 def test_a_micro_batch_that_does_not_divide_is_said_to_be_smaller():

@@ -1,6 +1,7 @@
 """Conversations: what a trainer asks of its model, and one in the terminal."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -407,6 +409,33 @@ def test_talk_ends_replies_by_id_and_by_text_and_says_when_the_context_is_full(m
         S.talk(model, T, options, None, said.append)
     assert capsys.readouterr().out.split("\n")[:2] == ["by id", "by text"]
     assert "model's context of 162 tokens is full" in said[-1] and len(said) == 2
+
+
+# ---------------------------------------------------------------- a pipe
+
+
+def test_each_line_of_a_pipe_is_a_turn_and_commands_are_obeyed(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run", 1, model=make(max_seq_len=200))
+    file = tmp_path / "talk.jsonl"
+    lines = f"one\n/help\n\n  \nt\xffo\r\n/save {file}\n/quit\nnever\n".encode("latin-1")
+    piped = SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(lines))
+    monkeypatch.setattr(sys, "stdin", piped)
+    words = "--chat --max_new_tokens 9 --ignore_eot --device cpu --precision fp32"
+    assert S.main([str(tmp_path / "run"), *words.split()]) == 0
+    out, err = capsys.readouterr()
+    assert "> " not in err and "/help lists" not in err and "/reset " in err
+    contents = [m["content"] for m in json.loads(file.read_text())["messages"]]
+    assert contents[::2] == ["one", "t\ufffdo"]
+    shown = [line.strip() for line in out.strip().split("\n")]
+    assert shown == [chat.visible(text) for text in contents[1::2]]
+
+
+def test_ctrl_c_ends_a_pipe_and_an_error_does_not(capsys):
+    here = Terminal()
+    here.answers = [UserError("E500", "NaN"), "re two", "half^C"]
+    with pytest.raises(KeyboardInterrupt):
+        here.talk.hear(iter(["one", "two", "three", "never"]))
+    assert here.contents == ["two", "re two", "three", "half"] and here.said == ["E500: NaN"]
 
 
 # ---------------------------------------------------------------- a real terminal

@@ -2,13 +2,14 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from lumen import waiting
+from lumen import early, waiting
 
 COMMANDS = ("train", "train_fsdp", "finetune", "sample", "serve", "evaluate", "export")
 
@@ -43,6 +44,45 @@ def test_every_command_says_it_before_anything_imports_torch(name):
             imported.append(node.module)
     ours = [n for n in imported if n.partition(".")[0] not in sys.stdlib_module_names]
     assert ours[0] == "lumen.waiting"
+
+
+# ---------------------------------------------------------------- Ctrl-C, in the first seconds
+
+
+def interrupted(folder, command, ignored=False):
+    """That command, to which Ctrl-C comes as it imports numpy or torch."""
+    folder.mkdir()
+    for name in ("numpy", "torch"):
+        text = (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError('alive')\n"
+        )
+        (folder / f"{name}.py").write_text(text)
+    action = signal.SIG_IGN if ignored else signal.default_int_handler
+    return subprocess.run(
+        [sys.executable, command, "--help"],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, action),
+    )
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(tmp_path):
+    """All of them are asked, so that a new one is too."""
+    commands = [p.name for p in ROOT.glob("*.py") if "command(main" in p.read_text()]
+    assert sorted(commands) == sorted(f"{name}.py" for name in early.COMMANDS)
+    for name in commands:
+        done = interrupted(tmp_path / name, name)
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, ""), name  # 130 in a shell
+
+
+def test_ctrl_c_that_is_ignored_stays_so_and_other_programs_keep_theirs(tmp_path):
+    done = interrupted(tmp_path / "ignored", "sample.py", ignored=True)
+    assert done.returncode == 1 and "alive" in done.stderr
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n")
+    assert "KeyboardInterrupt" in interrupted(tmp_path / "mine", mine).stderr
 
 
 def test_what_is_said_and_when_not():

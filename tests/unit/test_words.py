@@ -213,7 +213,10 @@ def test_a_configuration_that_is_not_where_it_was_looked_for(tmp_path, monkeypat
     (tmp_path / "run" / "config.yaml").write_text("data_dir: d\n")
     assert str(ROOT / "configs/quickstart.yaml") in answer(["configs/quickstart.yaml"])
     assert "did you mean mine.yaml?" in answer(["mien.yaml"])
-    assert "did you mean run/config.yaml?" in answer(["run"])
+    (tmp_path / "run" / "step_00000001").mkdir()
+    for folder in ("run", "run/step_00000001"):
+        assert "did you mean run/config.yaml? It goes on with that run" in answer([folder])
+    assert "runs in it: run" in answer(["."])
     assert "did you mean" not in answer(["63"])
     for words in ([], ["--dry_run"], ["--seed", "3"]):
         assert "which configuration?" in answer(words) and "quickstart" in answer(words)
