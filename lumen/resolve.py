@@ -565,8 +565,7 @@ def without_effect(cfg: Config, written: dict) -> list[str]:
     """A note, where ranks hold replicas, on keys that only train_fsdp.py obeys. A run's own
     config.yaml has all of them; at its default a key asks for nothing."""
     default = Config()
-    given = [key for key in SHARDING if key in written]
-    given = [key for key in given if getattr(cfg, key) != getattr(default, key)]
+    given = [k for k in SHARDING if k in written and getattr(cfg, k) != getattr(default, k)]
     if "zero_stage" in given and cfg.zero_stage == 0:  # that is what this is
         given.remove("zero_stage")
     text = "takes effect under train_fsdp.py, on several ranks"
