@@ -286,7 +286,7 @@ SIMULATED = {  # with --dry_run, what it simulates: (type, meaning)
     "link_gb_s": (float, "GB/s to the GPUs of one machine, one way, likewise"),
     "network_gb_s": (float, "GB/s to other machines, one way and GPU, likewise"),
     "gpus_per_node": (int, "GPUs in a machine, likewise"),
-    "mfu": (float, "share of the peak while computing; default: what others published"),
+    "mfu": (float, "share of the peak while computing; default: measured here, or assumed"),
     "imbalance": (float, "rows of expert_parallel's busiest rank, in fair shares; default: 1.25"),
     "disk_gb_s": (float, "GB/s that a machine writes of a checkpoint; default: 2"),
 }

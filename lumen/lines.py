@@ -214,9 +214,10 @@ def plan_lines(p: dict) -> list[str]:
         compute = f"needs {times} the compute that the best size and length would need"
     text = f"{p['tokens_per_param']:.3g} tokens a parameter, {p['band']} the flat band"
     text += f" {BAND[0]} to {BAND[1]}: {compute} for this loss"
-    if p["extrapolated"]:
-        text += f"; extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
     lines.append(f"plan       {text}")
+    if p["extrapolated"]:
+        text = f"extrapolated: {', '.join(p['extrapolated'])} outside the law's data"
+        lines.append(f"plan       {text}")
     if p["moe"]:
         text = "that law is of dense models, on active parameters a lower bound"
         lines.append(f"plan       {text}: MoE usually wants more")

@@ -21,6 +21,7 @@ from torch.nn.attention import sdpa_kernel
 
 import kernels
 import kernels_attention
+from kernels_attention import Documents
 from lumen import heap, tryout
 from lumen import machine as machines
 from lumen.attention import Shape, pick_attention, shape_of
@@ -28,8 +29,9 @@ from lumen.config import Config
 from lumen.errors import UserError
 from lumen.experts import update_balance
 from lumen.machine import human_number
-from lumen.optim import build_optimizer, step_optimizer
+from lumen.optim import build_optimizer, clip_factor, step_optimizer
 from lumen.parallel import trained
+from lumen.sums import sum_dtype
 from model import ModelConfig, Transformer
 from tools import timing
 from train import Parallel
@@ -75,31 +77,70 @@ def size_options(words: list[str], **known):
 # ---------------------------------------------------------------- one step of a model
 
 
-class Ours:
-    """One optimizer step of our model on random ids, a call, from the trainer's own parts.
+class Step:
+    """One optimizer step of a model on random ids, a call, from the trainer's own parts.
 
-    The learning rate is 0: the same work, and the routing of the first step, in all rounds.
+    model: as the run prepares it, on the device. A learning rate of 0 in cfg is the same work, and
+    the routing of the first step in all rounds.
     """
+
+    def __init__(self, cfg: Config, model: Transformer, machine, rows: int, deterministic: bool):
+        self.cfg, self.model, self.machine = cfg, model, machine
+        self.deterministic = deterministic
+        self.parallel = Parallel(cfg)
+        self.tokens = rows * model.cfg.max_seq_len
+        self.moe = list(model.sparse_layers("moe").values())
+        self.optimizer = build_optimizer(cfg, dict(model.named_parameters()), machine.precision)
+        self.x, self.y = batch(model.cfg, rows, machine.device)
+        self.docs = None
+        model.train()
+
+    def __call__(self) -> torch.Tensor:
+        """Returns the mean loss, on the device."""
+        return self.update(self.micro_step())
+
+    def micro_step(self) -> dict[str, torch.Tensor]:
+        """Forward and backward; returns the model's sums."""
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        total, sums = self.model(self.x, targets=self.y, docs=self.docs)
+        (total / self.tokens).backward()
+        return sums
+
+    def update(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The rest of the step; returns the mean loss."""
+        model, parallel = self.model, self.parallel
+        stats = torch.stack([sums["ce"], sums["z"], sums["count"]])
+        stats = stats.to(sum_dtype(self.machine.device))
+        ce, _, count = parallel.reduce(model, stats)
+        factor = (self.tokens / count).float()
+        norm = parallel.grad_norm(model) * factor
+        bad = ~(torch.isfinite(ce) & torch.isfinite(norm))
+        clip = clip_factor(norm, self.cfg.grad_clip)
+        step_optimizer(self.optimizer, trained(model), clip * factor, bad)
+        if self.moe:
+            update_balance(self.moe, sums["moe.counts"], bad)
+        return ce / count
+
+
+class Ours(Step):
+    """A Step of our model as `auto` would have it here."""
 
     def __init__(self, model: ModelConfig, machine, rows: int, compiled=False, backend="auto"):
         cfg = Config(model=model, batch_size=rows, device=str(machine.device), learning_rate=0.0)
-        self.cfg = cfg
-        self.machine = machine
-        self.deterministic = machine.device.type == "cpu"  # what `deterministic: auto` means
-        self.parallel = Parallel(cfg)
-        if self.deterministic:  # a CPU
+        deterministic = machine.device.type == "cpu"  # what `deterministic: auto` means
+        if deterministic:  # a CPU
             heap.keep_pages(machines.own_memory("cpu"))
         with torch.device(machine.device):
-            self.model = Transformer(model)
-        fill_quickly(self.model)
-        self.model.compute_dtype = machine.compute_dtype
+            made = Transformer(model)
+        fill_quickly(made)
+        made.compute_dtype = machine.compute_dtype
         loss, _ = tryout.pick_loss(machine.device, machine.compute_dtype, model.vocab_size)
-        self.model.fused_loss = loss == "fused"
-        where = (shape_of(self.model, rows), machine.device, machine.compute_dtype)
-        self.model.backend = pick_attention("auto", *where, self.deterministic)[0]
-        self.moe = list(self.model.sparse_layers("moe").values())
+        made.fused_loss = loss == "fused"
+        where = (shape_of(made, rows), machine.device, machine.compute_dtype)
+        made.backend = pick_attention("auto", *where, deterministic)[0]
+        super().__init__(cfg, made, machine, rows, deterministic)
         self.name = "compiled" if compiled else "eager"
-        self.tokens = rows * model.max_seq_len
         if self.moe:
             shape = (model.d_model, model.d_expert, model.n_experts, model.n_experts_per_token)
             place = (machine.device, machine.compute_dtype)
@@ -109,32 +150,8 @@ class Ours:
             self.name = f"{picked}, {self.name}"
         if compiled:
             torch.compiler.config.recompile_limit = 64
-            for block in self.model.blocks:
+            for block in made.blocks:
                 block.compile()
-        self.optimizer = build_optimizer(
-            cfg, dict(self.model.named_parameters()), machine.precision
-        )
-        self.x, self.y = batch(model, rows, machine.device)
-        self.docs = None
-        self.model.train()
-
-    def __call__(self) -> torch.Tensor:
-        """Returns the mean loss, on the device."""
-        torch.use_deterministic_algorithms(self.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        model, parallel = self.model, self.parallel
-        total, sums = model(self.x, targets=self.y, docs=self.docs)
-        (total / self.tokens).backward()
-        stats = torch.stack([sums["ce"], sums["z"], sums["count"]]).double()
-        ce, _, count = parallel.reduce(model, stats)
-        factor = (self.tokens / count).float()
-        norm = parallel.grad_norm(model) * factor
-        bad = ~(torch.isfinite(ce) & torch.isfinite(norm))
-        clip = (self.cfg.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        step_optimizer(self.optimizer, trained(model), clip * factor, bad)
-        if self.moe:
-            update_balance(self.moe, sums["moe.counts"], bad)
-        return ce / count
 
 
 @torch.no_grad()
@@ -150,11 +167,18 @@ def fill_quickly(model: Transformer) -> None:
             p.normal_(0, model.cfg.init_std)
 
 
-def batch(model: ModelConfig, rows: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(model: ModelConfig, rows: int, device, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and the ids after them: x, y (rows, T)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocab_size, (rows, model.max_seq_len + 1), generator=generator)
     return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
+def four_documents(x: torch.Tensor) -> Documents:
+    """Of each row of x (rows, T), equally long."""
+    rows, T = x.shape
+    at = torch.arange(T, device=x.device)
+    return Documents((at * 4 // T).expand(rows, T).contiguous(), 4)
 
 
 class Peer:

@@ -1,8 +1,9 @@
 """`--dry_run`: what a run would need, on this machine or on a thousand GPUs that are not here.
 
 In this order: traffic and time of a step, by arithmetic; the cheapest configuration; the lines that
-are printed; a look at a few layers on fake tensors; the dry run itself. Memory is lumen/plan.py's,
-data sheets are lumen/cards.py's. Nothing here trains.
+are printed; the dry run itself. Memory is lumen/plan.py's, data sheets are lumen/cards.py's.
+Nothing here trains: tools/fake_step.py looks at a few layers, and tools/trial.py tries a step of a
+run that would be on this machine.
 """
 
 from __future__ import annotations
@@ -10,21 +11,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from kernels import run_experts
 from lumen import machine as machines
 from lumen.cards import ETHERNET, HARDWARE, NO_BF16, NO_FP8, PCIE, Hardware, hardware_key
 from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
-from lumen.exchange import AllToAll, Combine
 from lumen.feed import synchronize
 from lumen.launch import environment
 from lumen.lines import Start, no_validation, start_lines
@@ -37,7 +36,6 @@ from lumen.plan import (
     RECOMPUTE,
     SIZES,
     Layout,
-    ShardedStep,
     StepShape,
     Unit,
     all_shapes,
@@ -49,7 +47,6 @@ from lumen.plan import (
     kept_bytes,
     layouts,
     number_bytes,
-    on_meta,
     parameter_shapes,
     rank_memory,
     trained_parameters,
@@ -62,6 +59,7 @@ from lumen.resolve import (
     Kept,
     Run,
     meta_model,
+    misfit,
     n_working,
     pick_experts,
     read_hint,
@@ -72,11 +70,13 @@ from lumen.resolve import (
     without_effect,
 )
 from lumen.schedule import lr_at, resolve_order
-from lumen.tuning import states, tuning_of
+from lumen.tuning import PRETRAINING, states, tuning_of
 from model import ModelConfig, Transformer, role
-from train_fsdp import meshes, parallelize
+from tools.fake_step import compared_lines, depths, fake_run
+from tools.trial import Trial, try_step
 
 GB = 1e9
+TRIED = 10.0  # seconds of a micro-step, as assumed, above which none is tried here
 
 # ---------------------------------------------------------------- a step: traffic and time
 
@@ -92,6 +92,7 @@ class Assumed:
     imbalance: float = IMBALANCE  # rows of the busiest rank with expert_parallel
     disk_gb_s: float = 2.0  # that a machine writes of a checkpoint
     share: float = 0.92  # of a GPU's memory that a configuration may take
+    update: float | None = None  # seconds of the optimizer, where they were measured
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,16 @@ def compute_seconds(
     return seconds + max(0, remade) * steps / hw.bandwidth
 
 
+def measured(found: Simulated, model, hw: Hardware, assumed: Assumed, trial: Trial) -> Assumed:
+    """`assumed`, with the mfu by which compute_seconds is what the trial took."""
+    how = (model, found.layout, found.step, hw)
+    # what is written and read again is not computing; a tenth is left for that at least
+    other = compute_seconds(*how, replace(assumed, mfu=math.inf))
+    took = trial.micro_step * found.step.micro_steps
+    at_peak = compute_seconds(*how, replace(assumed, mfu=1.0)) - other
+    return replace(assumed, mfu=at_peak / max(took - other, took / 10), update=trial.update)
+
+
 def muon_seconds(model, layout: Layout, step: StepShape, hw: Hardware, assumed: Assumed) -> float:
     """Of orthogonalising, which the ranks that share a copy, or hold replicas, share."""
     if not layout.state_bytes.orthogonal:
@@ -229,6 +240,8 @@ def simulate_step(
     own = memory["gradients"] if layout.shard == 1 else memory["weights"]
     touched = 2 * (2 * own + memory["moments"])
     seconds["optimizer"] = touched / hw.bandwidth + muon_seconds(model, layout, step, hw, assumed)
+    if assumed.update is not None:
+        seconds["optimizer"] = assumed.update
     reductions = seconds["all-gather"] + seconds["reduce-scatter"] + seconds["all-reduce"]
     every_micro_step = 0.0
     if layout.zero_stage >= 2:
@@ -311,8 +324,9 @@ def kind_of(name: str) -> str:
     return "shared experts" if "shared" in name.split(".") else "dense FFN"
 
 
-def parameter_lines(model: Transformer, layout: Layout) -> list[str]:
-    """Where the parameters are: in all, active for a token, and on the rank that holds most."""
+def parameter_lines(model: Transformer, layout: Layout, alone=False) -> list[str]:
+    """Where the parameters are: in all, active for a token, and on the rank that holds most, unless
+    there is but one (`alone`)."""
     kinds = ("embeddings", "attention", "dense FFN", "shared experts", "experts", "routers, norms")
     total, active, fullest = (dict.fromkeys(kinds, 0) for _ in range(3))
     used = model.experts_used() / max(1, model.cfg.n_experts_max or model.cfg.n_experts)
@@ -326,14 +340,15 @@ def parameter_lines(model: Transformer, layout: Layout) -> list[str]:
         total[kind] += n
         active[kind] += n * used if kind == "experts" else n
         fullest[kind] += unit.local()
+    columns = {"total": total, "active": active}
+    if not alone:
+        columns["on the fullest rank"] = fullest
     rows = []
     for kind in kinds:
         if total[kind]:
-            numbers = (total[kind], round(active[kind]), fullest[kind])
-            rows.append([kind, *(f"{n:,}" for n in numbers)])
-    sums = (round(sum(column.values())) for column in (total, active, fullest))
-    rows.append(["all", *(f"{n:,}" for n in sums)])
-    return table_lines(["parameters", "total", "active", "on the fullest rank"], rows)
+            rows.append([kind, *(f"{round(column[kind]):,}" for column in columns.values())])
+    rows.append(["all", *(f"{round(sum(column.values())):,}" for column in columns.values())])
+    return table_lines(["parameters", *columns], rows)
 
 
 def command_line(layout: Layout, rows: int, recompute: str) -> str:
@@ -406,12 +421,15 @@ class Simulation:
             rows.append([mode, *sizes, " ".join(fits)])
         return [f"memory     {text}", *table_lines(["keep", *names, "fits GB"], rows)]
 
-    def checkpoint_line(self) -> str:
-        # weights in fp32 and the optimizer's state; with adapters only theirs
+    def checkpoint_bytes(self) -> int:
+        """Weights in fp32 and the optimizer's state; with adapters only theirs."""
         tuning = self.layout.tuning
         found = states(tuning, all_shapes(self.model), 4, self.layout.state_bytes)
         saved = found["gradients"] if tuning.r else 4 * count_parameters(self.model)
-        size = saved + found["moments"]
+        return saved + found["moments"]
+
+    def checkpoint_line(self) -> str:
+        size = self.checkpoint_bytes()
         nodes = -(-self.layout.shard // self.hw.per_node)
         speed = self.assumed.disk_gb_s
         seconds = size / nodes / speed / GB
@@ -474,94 +492,87 @@ class Simulation:
         return f"smallest   {text} (powers of two that divide the batch, to 4,096)"
 
 
-# ---------------------------------------------------------------- a few layers on fake tensors
+class Here(Simulation):
+    """A run of one process on this machine: no mesh, no traffic, no GPUs to buy."""
+
+    def __init__(self, simulated: tuple, assumed: Assumed, cfg: Config, source: list[str]):
+        """simulated: Simulation's arguments before `assumed`; source: of the time, lines that begin
+        with measured, given or assumed."""
+        super().__init__(*simulated, assumed)
+        self.cfg, self.source = cfg, source
+
+    def lines(self) -> list[str]:
+        source = self.source[0].split()[0]
+        return [
+            f"on this machine: one process; sizes are arithmetic, the time is {source}",
+            *parameter_lines(self.model, self.layout, alone=True),
+            *self.memory_lines(),
+            self.checkpoint_line(),
+            *self.time_lines(),
+            *self.source,
+        ]
+
+    def memory_lines(self) -> list[str]:
+        """Columns in which there is nothing are left out."""
+        step, room = self.step, self.assumed.share * self.hw.memory
+        text = f"by activation_checkpointing (here: {step.recompute}), {step.rows} rows of"
+        text += f" {self.model.cfg.max_seq_len} tokens; {size_text(room)} may be used"
+        needs = [found.memory for found in self.by_recompute.values()]
+        names = ["weights", "gradients", "moments", "gathered", "activations", "work", "loading"]
+        names = [name for name in names if any(need.get(name) for need in needs)] + ["total"]
+        rows = []
+        for mode, need in zip(self.by_recompute, needs):
+            rows.append([mode, *(size_text(need.get(name, 0)) for name in names)])
+        # what FSDP gathers is here a copy in the compute dtype
+        head = ["copies" if name == "gathered" else name for name in names]
+        return [f"memory     {text}", *table_lines(["keep", *head], rows)]
+
+    def checkpoint_line(self) -> str:
+        cfg, size, steps = self.cfg, self.checkpoint_bytes(), self.max_steps
+        text = f"checkpoint {human_number(size, 'B')} each"
+        if not steps:  # of unknown length
+            return text
+        kept = -(-steps // cfg.save_interval) if cfg.save_interval else 1
+        if cfg.eval_interval:  # each may find a new best
+            kept += steps // cfg.eval_interval
+        if cfg.save_total_limit:  # the newest, the best and milestones
+            milestones = steps // cfg.keep_every if cfg.keep_every else 0
+            kept = min(kept, cfg.save_total_limit + 1 + milestones)
+        return f"{text}, {kept} of them at most: {human_number(kept * size, 'B')}"
+
+    def time_lines(self) -> list[str]:
+        s, tokens, steps = self.as_it_is.seconds, self.tokens, self.max_steps
+        text = f"{plain_time(s['step'])} a step of {tokens:,} tokens,"
+        text += f" {plain_time(s['optimizer'])} of it the optimizer;"
+        lines = [f"time       {text} {human_number(tokens / s['step'])} tokens/s"]
+        if steps:
+            took = s["step"] * steps
+            text = f"{steps:,} steps, {human_number(tokens * steps)} tokens:"
+            text += f" about {plain_time(took)} without evaluations and checkpoints"
+            if took > YEAR:
+                text += ": not on this machine"
+            lines.append(f"length     {text}")
+        return lines
 
 
-def depths(cfg: ModelConfig) -> tuple[int, int]:
-    """Two numbers of layers between which a model grows by a whole period of its pattern.
-    ValueError where none are.
-
-    From three periods on, as the block before and the block behind the one in backward hold memory
-    too.
-    """
-    one_by_one = cfg.moe_layers or cfg.mod_layers or isinstance(cfg.mod_capacity, list)
-    if one_by_one or cfg.mod_end_layer or cfg.mod_start_layer:
-        raise ValueError("layers are listed one by one: no straight line leads from few to all")
-    period = math.lcm(cfg.moe_every, cfg.mod_every if cfg.mod_capacity != 1 else 1)
-    first = cfg.n_dense_layers + 3 * period
-    if first + period > cfg.n_layers:
-        raise ValueError(f"{cfg.n_layers} layers are too few")
-    return first, first + period
+def size_text(n: float) -> str:
+    """Bytes, in the unit in which they are no row of zeros."""
+    return f"{n / GIB:.2f} GiB" if n >= GIB else f"{n / 2**20:.3g} MiB"
 
 
-def compared_lines(
-    seen: dict[int, int], model: Transformer, layout, rows: int, precision: str, recompute: str
-) -> list[str]:
-    """What a fake run saw at two depths (layers -> bytes at the peak) beside the plan's, and both
-    extended to all."""
-    layers = model.cfg.n_layers
-
-    def planned(n):
-        there = model if n == layers else on_meta(replace(model.cfg, n_layers=n))
-        return visible_memory(there, layout, rows, precision, recompute)["total"]
-
-    a, b = sorted(seen)
-    line = seen[b] + (seen[b] - seen[a]) / (b - a) * (layers - b)
-    each = []
-    for n in (a, b):
-        each.append(f"{n} layers {seen[n] / GIB:.2f}, plan {planned(n) / GIB:.2f}")
-    text = f"{command_line(layout, rows, recompute)}, on fake tensors; GiB at the peak, balanced,"
-    text += f" without moments and inside of experts: {'; '.join(each)}"
-    far = f"{layers} layers by a straight line {line / GIB:.2f}, plan {planned(layers) / GIB:.2f}"
-    return [f"checked    {text}", f"checked    {far}: {planned(layers) / line - 1:+.1%}"]
-
-
-def visible_memory(model, layout: Layout, rows: int, precision: str, recompute: str) -> dict:
-    """rank_memory of one balanced micro-step, without what fake_run cannot see:
-    moments, what the experts' operator allocates inside, and logits in chunks larger than a
-    CPU's."""
-    step = StepShape(rows, 1, precision, recompute)
-    return ShardedStep(model, layout, step, imbalance=1.0, all_visible=False).peak()
-
-
-def balanced(group, x, p, ids, w13, w2, backend: str):
-    """exchange() where every rank sends and gets equally many rows: no host looks at data, of which
-    there is none."""
-    ranks, rows = group.size(), ids.numel() // group.size() * group.size()
-    sizes = [rows // ranks] * ranks
-    order = ids.flatten().argsort(stable=True)[:rows]
-    tokens = order // ids.shape[1]
-    came, gates = (AllToAll.apply(t, sizes, sizes, group) for t in (x[tokens], p.flatten()[order]))
-    expert = torch.arange(rows, device=x.device) % len(w2)
-    y = run_experts(came, gates[:, None], expert[:, None], w13, w2, backend)
-    return Combine.apply(AllToAll.apply(y, sizes, sizes, group), order, *ids.shape)
-
-
-def fake_run(cfg: Config, layout: Layout, n_layers: int) -> int:
-    """Bytes of rank 0 at the peak of a forward and backward pass with so many layers of the model.
-
-    The real classes under FSDP2, on tensors without content and a group of processes that are not
-    there, watched by torch's FSDPMemTracker.
-    """
-    small = replace(cfg.model, n_layers=n_layers)
-    mine = not dist.is_initialized()
-    if mine:
-        machines.init_fake_group(layout.world)
-    try:
-        with torch.device("meta"):
-            model = Transformer(small)
-        dtype = machines.DTYPES[cfg.precision]
-        parallelize(model, cfg, *meshes("cpu", layout), dtype, balanced)
-        model.compute_dtype, model.recompute = dtype, cfg.activation_checkpointing
-        with machines.fake_tensors():
-            model.to_empty(device="cpu")
-            # its moments are not counted here
-            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-            ids = torch.zeros(cfg.batch_size, small.max_seq_len, dtype=torch.long)
-            return machines.peak_of_fake_step(model, optimizer, ids)
-    finally:
-        if mine:
-            dist.destroy_process_group()
+def plain_time(seconds: float) -> str:
+    """A length of time as one says it: 47 ms, 8.2 s, 2 min 20 s, 3 h 5 min; from two days on as
+    human_time."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return human_time(seconds)
 
 
 # ---------------------------------------------------------------- python train.py CONFIG --dry_run
@@ -743,8 +754,64 @@ class DryRun:
         assumed = Assumed(**assumed, share=cfg.target_memory)
         how = (self.precision or run.precision, cfg.activation_checkpointing)
         step = StepShape(run.micro_batch, run.accumulation, *how)
-        where = (self.hardware(), given["hardware"], assumed)
-        return Simulation(self.model, self.layout, step, run.max_steps, *where)
+        hw, name = self.hardware(), given["hardware"]
+        simulated = (self.model, self.layout, step, run.max_steps, hw, name)
+        if self.layout.world > 1 or name not in ("measured", "cpu"):
+            return Simulation(*simulated, assumed)
+        found = simulate_step(self.model, self.layout, step, hw, assumed)
+        assumed, source = self.tried(found, hw, assumed)
+        return Here(simulated, assumed, cfg, [*source, *self.remedy(found, hw, assumed)])
+
+    def tried(self, found: Simulated, hw: Hardware, assumed: Assumed) -> tuple[Assumed, list[str]]:
+        """With what a trial on this machine measured, where there can be one; and lines that say
+        where the time comes from."""
+        run, share = self.run, f"{100 * assumed.mfu:.2g} % of the matrix peak (mfu)"
+        if "mfu" in self.flags:
+            return assumed, [f"given      {share} by --mfu; the optimizer's time is assumed"]
+        why = self.no_trial(found, hw, assumed)
+        try:
+            if not why:
+                trial, n = try_step(self.cfg, run, self.machine, self.layout.documents)
+                assumed = measured(found, self.model, hw, assumed, trial)
+                text = f"here, the median of {n} steps after a warm-up:"
+                lines = [f"measured   {text} {100 * assumed.mfu:.2g} % of the matrix peak (mfu)"]
+                if run.compile_model:
+                    lines.append("measured   eager; the run itself compiles, and may be faster")
+                return assumed, lines
+        except Exception as error:  # whatever cannot work here: the arithmetic still can
+            first = (str(error).strip().splitlines() or ["?"])[0]
+            why = f"a trial failed, {type(error).__name__}: {first}"[:76]
+        text = f"{share} is a guess, small models reach less; --mfu gives another"
+        return assumed, [f"assumed    {text}", f"assumed    not measured: {why}"]
+
+    def no_trial(self, found: Simulated, hw: Hardware, assumed: Assumed) -> str:
+        """Why no step can be tried, or nothing."""
+        if self.elsewhere:
+            return "that is done where --hardware is not given"
+        if "peak_flops" in self.flags or environment("WORLD_SIZE", 1) > 1:
+            return "this is another machine, or another number of processes"
+        if self.layout.tuning != PRETRAINING:
+            return "only whole models are tried, not adapters, frozen weights or preferences"
+        room = assumed.share * hw.memory
+        if not self.layout.cuda:
+            room = min(room, machines.available_memory())
+        if found.memory["total"] > room:
+            return f"it needs more memory than the {size_text(room)} that it may have"
+        seconds = found.seconds["compute"] / found.step.micro_steps
+        if seconds > TRIED:
+            text = f"a micro-batch would take about {plain_time(seconds)}"
+            return f"{text}; a smaller --batch_size would be tried"
+        return ""
+
+    def remedy(self, found: Simulated, hw: Hardware, assumed: Assumed) -> list[str]:
+        """What would fit, where the start lines have not said it."""
+        rows, _, precision, recompute = found.step
+        batch = (rows, self.run.rows_per_step, (precision, recompute))
+        room = assumed.share * hw.memory
+        why, _ = misfit(self.model, self.layout, *batch, room, 1.0)
+        if not why or self.found.misfit:
+            return []
+        return [f"advice     {part}" for part in textwrap.wrap(f"this may not fit: {why}", 89)]
 
     def checked_lines(self, best: Simulated) -> list[str]:
         """How near rank_memory comes to a look at a few layers of the configuration `best`, on fake
@@ -760,7 +827,9 @@ class DryRun:
             return [f"checked    not: {error}"]
         try:
             seen = {n: fake_run(cfg, layout, n) for n in few}
-            return compared_lines(seen, self.model, layout, rows, precision, recompute)
+            words = command_line(layout, rows, recompute)
+            how = (layout, rows, precision, recompute)
+            return compared_lines(words, seen, self.model, *how)
         except Exception as error:  # private parts of torch may differ: it goes without
             first = (str(error).strip().splitlines() or ["?"])[0]
             text = f"checked    not: fake tensors failed on torch {torch.__version__}"

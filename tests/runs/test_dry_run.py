@@ -4,7 +4,9 @@ tensors."""
 import dataclasses
 import itertools
 import re
+import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lumen import machine as machines
 from lumen.cli import read_config
 from lumen.errors import UserError
 from model import HeadLoss, ModelConfig, Transformer
-from tools import simulate
+from tools import simulate, trial
 
 SMALL = {
     "vocab_size": 96,
@@ -237,13 +239,11 @@ def test_a_gpu_is_planned_as_a_gpu_from_a_machine_without_one(tiny, tmp_path, ca
     for words in (("--hardware=h100",), ("--hardware=cpu",), ()):
         assert train.main([str(path), "--dry_run", *words]) == 0
         found.append(capsys.readouterr().out)
-    gpu, *cpus = (
-        float(re.search(r"^  none .*  ([\d.]+) +[\d.]+  [\d -]+$", out, re.M)[1]) for out in found
-    )
-    assert gpu > 0.06 and max(cpus) < 0.04, "GiB of work: 64 MB of logits, and 16"
-    assert "GPU-hours" in found[0] and all(
-        "core-hours" in out and "GPU-hours" not in out for out in found[1:]
-    )
+    gpu = float(re.search(r"^  none .*  ([\d.]+) +[\d.]+  [\d -]+$", found[0], re.M)[1])
+    cpus = (re.search(r"^  none .*  ([\d.]+) MiB +[\d.]+ MiB$", out, re.M)[1] for out in found[1:])
+    assert gpu > 0.06, "GiB of work: 64 MB of logits"
+    assert max(map(float, cpus)) < 40, "MiB of work: 16 MB of logits"
+    assert "GPU-hours" in found[0] and all("GPU-hours" not in out for out in found[1:])
 
 
 def test_what_whole_copies_cannot_do_parts_may(tiny, tmp_path, capsys, monkeypatch):
@@ -269,7 +269,8 @@ def test_years_on_a_cpu_are_called_years(tiny, tmp_path, capsys, monkeypatch):
     path = write_yaml(tmp_path / "c.yaml", tiny(max_steps=10**6))
     assert train.main([str(path), "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^length .* years, .* core-hours: not on this machine$", out, re.M)
+    assert re.search(r"^length .* years without .*: not on this machine$", out, re.M)
+    assert re.search(r"^assumed .*not measured: a micro-batch would take about ", out, re.M)
     assert re.search(
         r"^compute .* years if every FLOP ran at the matrix peak, 100 kFLOP/s measured here$",
         out,
@@ -359,4 +360,167 @@ def test_train_py_simulates_copies_and_this_machine(tiny, tmp_path, capsys):
     )
     assert train.main([path, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "SIMULATION of 1 x measured" in out and "traffic" not in out and "measured here" in out
+    assert "on this machine: one process" in out and "traffic" not in out
+    assert re.search("^measured   here, the median of", out, re.M)
+
+
+# ---------------------------------------------------------------- a run on this machine
+
+SPARSE = {
+    "dense": {},
+    "moe": {"n_experts": 4, "d_expert": 32, "n_experts_per_token": 2},
+    "mod": {"mod_capacity": 0.5, "mod_every": 2},
+}
+
+
+def said_here(capsys, path, *words) -> str:
+    """What the dry run says after the start lines."""
+    assert train.main([str(path), "--dry_run", *words]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\non this machine: ") == 1
+    return out[out.index("on this machine: ") :]
+
+
+def tokens_per_second(out: str) -> float:
+    number, unit = re.search(r"; ([\d.]+)([kM]?) tokens/s$", out, re.M).groups()
+    return float(number) * {"": 1, "k": 1e3, "M": 1e6}[unit]
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_a_step_is_as_fast_as_was_said(tiny, tmp_path, capsys, kind):
+    """Beside the real steps, in one process; the assumption would be off twenty times here. And
+    checkpoints: how many are kept, and how large they are."""
+    keys = tiny(
+        model=SPARSE[kind] | {"d_model": 64}, save_total_limit=1, max_steps=30, save_interval=10
+    )
+    out = said_here(capsys, write_yaml(tmp_path / "c.yaml", keys))
+    assert "the time is measured" in out and "assumed" not in out
+    trainer, times = train.Trainer(keys), []
+    for _ in trainer.iterations():
+        times.append(time.perf_counter())
+    trainer.end()
+    capsys.readouterr()
+    real = 2 * 2 * 32 / statistics.median(b - a for a, b in itertools.pairwise(times))
+    print(f"{tokens_per_second(out):.0f} tokens/s said, {real:.0f} real")
+    assert 1 / 4 < tokens_per_second(out) / real < 4
+    size, unit, most = re.search(
+        r"^checkpoint ([\d.]+) ([kM])B each, (\d+) of them", out, re.M
+    ).groups()
+    kept = sorted(Path(keys["out_dir"]).glob("step_*"))
+    assert 1 <= len(kept) <= int(most) == 2
+    real = sum(file.stat().st_size for file in kept[-1].glob("*.safetensors"))
+    assert float(size) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(real, rel=0.1)
+
+
+def test_a_given_mfu_wins(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(simulate, "try_step", lambda *a: pytest.fail("a step was tried"))
+    path = write_yaml(tmp_path / "c.yaml", tiny())
+    slow, fast = (said_here(capsys, path, f"--mfu={mfu}") for mfu in (1e-5, 1e-4))
+    assert "0.001 % of the matrix peak (mfu) by --mfu" in slow and "time is given" in slow
+    assert tokens_per_second(fast) == pytest.approx(10 * tokens_per_second(slow), rel=0.2)
+
+
+@pytest.mark.parametrize("words", [(), ("--hardware=cpu",), ("--mfu=0.3",), ("--memory_gb=1e-3",)])
+def test_a_cpu_is_told_nothing_of_gpus(tiny, tmp_path, capsys, words):
+    path = write_yaml(tmp_path / "c.yaml", tiny(model=SPARSE["moe"]))
+    out = said_here(capsys, path, *words)
+    if "--memory_gb=1e-3" in words:  # there the advice names what would hold it
+        assert "not measured: it needs more memory than the 0.877 MiB" in out
+        out = out[: out.index("advice     this may not fit: ")]
+    for foreign in ("GPU", "H100", "h100", "torchtitan", "SIMULATION", "core-hours", "fits"):
+        assert foreign not in out
+    for foreign in ("cheapest", "smallest", "mesh", "rank", "link", " GB/s", " 0.00"):
+        assert foreign not in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_cluster_is_simulated_as_before(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(simulate, "try_step", lambda *a: pytest.fail("a step was tried"))
+    path = write_yaml(tmp_path / "c.yaml", tiny(batch_size=4))
+    several = ["--world_size=2"]
+    for words in (
+        ["--hardware=h200"],
+        [*several, "--hardware=h200"],
+        several,
+        [*several, "--hardware=measured"],
+    ):
+        assert train.main([str(path), "--dry_run", *words]) == 0
+        out = capsys.readouterr().out
+        assert "SIMULATION of" in out and "nothing below was measured" in out
+        for label in ("mesh", "checkpoint", "time", "assumed", "cheapest", "smallest"):
+            assert f"\n{label} " in out
+        unit = "core-hours" if "--hardware=measured" in words else "GPU-hours"
+        assert "fits GB" in out and unit in out and "on this machine" not in out
+
+
+def test_what_cannot_be_tried_is_assumed_and_says_why(tiny, tmp_path, capsys, monkeypatch):
+    path = write_yaml(tmp_path / "c.yaml", tiny())
+
+    def fails(*a):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setattr(simulate, "try_step", fails)
+    out = said_here(capsys, path)
+    assert "not measured: a trial failed, RuntimeError: no such kernel\n" in out
+    assert "the time is assumed" in out and "38 % of the matrix peak (mfu) is a guess" in out
+    monkeypatch.setattr(simulate, "try_step", lambda *a: pytest.fail("a step was tried"))
+    for key, value in {"freeze": ["embeddings"], "lora": {"r": 2}}.items():
+        found = read_config([str(write_yaml(tmp_path / f"{key}.yaml", tiny(**{key: value})))])
+        assert simulate.dry_run(*found[:3], {}) == 0
+        assert "not measured: only whole models are tried" in capsys.readouterr().out
+    monkeypatch.setattr(machines, "available_memory", lambda: 1000)
+    assert "not measured: it needs more memory than the 0.000954 MiB" in said_here(capsys, path)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_trial_takes_other_ids_each_step_and_changes_nothing(documents, tiny, monkeypatch):
+    """Experts then get other numbers of tokens each time, as in a run."""
+    trainer = train.Trainer(tiny(model=SPARSE["moe"] | {"dropout": 0.0}))
+    seen, micro_step = [], trial.Step.micro_step
+
+    def looked_at(step):
+        seen.append((step.x.clone(), step.docs))
+        assert {moe.backend for moe in step.moe} == {trainer.run.expert_backend}
+        return micro_step(step)
+
+    monkeypatch.setattr(trial.Step, "micro_step", looked_at)
+    monkeypatch.setattr(trial, "ENOUGH", 0.0)
+    assert trainer.run.deterministic
+    torch.use_deterministic_algorithms(False)
+    how = (trainer.cfg, trainer.run, trainer.machine)
+    found, n = trial.try_step(*how, documents)
+    trainer.close()
+    assert n == trial.LEAST and len(seen) == n + 1 and min(found) > 0
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(seen, 2))
+    assert all((docs is not None) == documents for _, docs in seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("recompute", plan.RECOMPUTE)
+def test_the_mfu_is_that_with_which_a_step_takes_what_it_took(recompute):
+    model, layout = plan.on_meta(DENSE), plan.Layout()
+    step = plan.StepShape(2, 3, "fp32", recompute)
+    assumed = simulate.Assumed(mfu=0.4)
+    before = simulate.simulate_step(model, layout, step, H100, assumed)
+    for factor in (0.5, 20):
+        took = trial.Trial(factor * before.seconds["compute"] / 3, 0.125)
+        assumed = simulate.measured(before, model, H100, assumed, took)
+        after = simulate.simulate_step(model, layout, step, H100, assumed)
+        assert after.seconds["compute"] == pytest.approx(factor * before.seconds["compute"])
+        assert after.seconds["optimizer"] == 0.125
+        if recompute == "none":
+            assert assumed.mfu == pytest.approx(0.4 / factor)
+
+
+def test_sizes_and_times_as_one_says_them():
+    sizes = {4266496: "4.07 MiB", 5000: "0.00477 MiB", 3 << 29: "1.50 GiB"}
+    assert {n: simulate.size_text(n) for n in sizes} == sizes
+    times = {
+        0.047: "47 ms",
+        8.21: "8.21 s",
+        140: "2 min 20 s",
+        3599.7: "1 h 0 min",
+        11100: "3 h 5 min",
+        5e6: "57.9 days",
+    }
+    assert {seconds: simulate.plain_time(seconds) for seconds in times} == times

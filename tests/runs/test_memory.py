@@ -136,10 +136,8 @@ def test_a_dry_run_never_refuses(monkeypatch, tiny, tmp_path, capsys):
     assert train.main([str(write_yaml(tmp_path / "c.yaml", keys)), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "slices: nothing tried" in out, "a layer of b300's experts alone is 97 GB"
-    assert (
-        "this will not fit: weights, gradients and moments alone" in out
-        and "cheapest   none" in out
-    )
+    assert "this will not fit: weights, gradients and moments alone" in out
+    assert "not measured: it needs more memory" in out
 
 
 def on_a_gpu(monkeypatch, trainer, memory: float, need) -> None:
