@@ -218,6 +218,9 @@ def test_a_configuration_that_is_not_where_it_was_looked_for(tmp_path, monkeypat
         assert "did you mean run/config.yaml? It goes on with that run" in answer([folder])
     assert "runs in it: run" in answer(["."])
     assert "did you mean" not in answer(["63"])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "smoke.yaml").write_text("data_dir: d\n")
+    assert "did you mean" not in answer(["configs/my.yaml"])  # the folder's name says nothing
     for words in ([], ["--dry_run"], ["--seed", "3"]):
         assert "which configuration?" in answer(words) and "quickstart" in answer(words)
 
