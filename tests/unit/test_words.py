@@ -7,7 +7,9 @@ import math
 import os
 import re
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_python, write_yaml
 
@@ -15,6 +17,7 @@ import prepare_data
 import train
 import train_fsdp
 from lumen import checkpoint, launch, shown
+from lumen import tokenizer as tokenizers
 from lumen.cli import read_config
 from lumen.config import Config, OrchestratorConfig, build_config, help_text
 from lumen.errors import UserError
@@ -407,6 +410,14 @@ def test_a_fine_tuning_of_few_steps_is_told_what_makes_more():
     assert told == "1 steps teach little; --batch_size 1 --num_epochs 20 makes 120"
     assert "--batch_size" not in shown.few_steps(6, rows_per_step=1, windows=6, readers=1)
     assert not shown.few_steps(30, rows_per_step=16, windows=480, readers=1)
+
+
+@pytest.mark.parametrize("length, cut", [(shown.SHOWN, False), (shown.SHOWN + 1, True)])
+def test_a_row_of_which_only_the_beginning_is_shown_ends_with_dots(length, cut):
+    ids = np.full(length, ord("a"))
+    source = SimpleNamespace(row=lambda i: (ids, np.full(length, -1)), sides=1)
+    text = shown.first_row(source, tokenizers.load("bytes"))
+    assert text == "a" * shown.SHOWN + (" ..." if cut else "")
 
 
 def test_a_step_that_is_not_there_says_which_are(tmp_path):
