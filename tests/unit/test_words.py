@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python, write_yaml
 
+import export
 import prepare_data
 import train
 import train_fsdp
@@ -418,6 +419,18 @@ def test_a_row_of_which_only_the_beginning_is_shown_ends_with_dots(length, cut):
     source = SimpleNamespace(row=lambda i: (ids, np.full(length, -1)), sides=1)
     text = shown.first_row(source, tokenizers.load("bytes"))
     assert text == "a" * shown.SHOWN + (" ..." if cut else "")
+
+
+def test_a_command_without_its_word_lists_those_that_there_are():
+    with pytest.raises(UserError) as error:
+        export.main([])
+    first, *lines = str(error.value).split("\n")
+    assert first == "E002: which command? python export.py COMMAND --help, of"
+    names = [line.split()[0] for line in lines]
+    assert names == ["to_hf", "from_hf", "quantize", "to_gguf", "to_onnx", "from_lunaris"]
+    assert "  to_hf         a run to a Hugging Face folder" in lines
+    with pytest.raises(UserError, match="arguments are required: run"):
+        export.main(["to_hf"])
 
 
 def test_a_step_that_is_not_there_says_which_are(tmp_path):
