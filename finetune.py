@@ -153,7 +153,11 @@ def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> 
             spoken = found.template
             if spoken is None:
                 spoken = chat.default_template(tokenizers.load(prepare["tokenizer"]))
-                notes.append(f"template {spoken.name}: {found.path} speaks none of ours")
+                why = "was taught no chat template"
+                if found.foreign_template:
+                    why = "has a chat template that Lumen does not know"
+                fix = "it learns this one, or that of --template NAME"
+                notes.append(f"template {spoken.name}: {found.path} {why}; {fix}")
             if spoken.name not in chat.FORMATS:
                 text = f"{found.path} speaks a template of its own, {spoken.name}"
                 fix = "prepare the data with prepare_data.py and give the folder as --data"

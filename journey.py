@@ -27,7 +27,7 @@ from pathlib import Path
 import lumen.early  # noqa: F401 - before torch
 
 from lumen import files, journal
-from lumen.cli import find_yaml
+from lumen.cli import find_journey
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, clock, command, print_now
 from lumen.owner import Owner
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
     words.add_argument("--out", type=a_path, help="where all of it goes, instead of the YAML's out")
     words.add_argument("--no_chat", action="store_true", help="no chat at the end")
     args = words.parse_args(argv)
-    journey = Journey(find_yaml(args.config), args.out)
+    journey = Journey(find_journey(args.config), args.out)
     if args.start:
         journey.forget(args.start)
     if args.dry_run:

@@ -497,10 +497,16 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in files if path.stem not in others}
 
 
-def find_yaml(name: str) -> Path:
-    """A path, or the name of a preset in configs/. E001 with what may be meant."""
-    path, known = Path(expand(name)), presets()
-    files = known | {journey: CONFIGS / f"{journey}.yaml" for journey in JOURNEYS}
+def find_journey(name: str) -> Path:
+    """As find_yaml, of journey.py."""
+    return find_yaml(name, {journey: CONFIGS / f"{journey}.yaml" for journey in JOURNEYS})
+
+
+def find_yaml(name: str, known: dict[str, Path] | None = None) -> Path:
+    """A path, or the name of a preset in configs/; known: others than train.py's. E001 with what
+    may be meant."""
+    path, known = Path(expand(name)), known or presets()
+    files = presets() | {journey: CONFIGS / f"{journey}.yaml" for journey in JOURNEYS}
     try:
         if path.exists() and not path.is_dir():  # a pipe is right too
             return path
@@ -525,11 +531,12 @@ def elsewhere(name: str, path: Path, known: dict[str, Path]) -> str:
     if ours.is_file():
         hint = f": {path.stem} alone names that preset" if known.get(path.stem) == ours else ""
         return f"does not exist in {Path.cwd()}; {ours} does{hint}"
-    here = [str(p) for p in path.parent.glob("*.y*ml")]
-    near = nearest(str(path), here)
+    here = {p.name: p for p in path.parent.glob("*.y*ml")}
+    near = here.get(nearest(path.name, here))
     if preset := nearest(path.stem, known):
         near = near or f"configs/{preset}.yaml"
-    hint = f"did you mean {near}?" if near else f"presets: {', '.join(known)}"
+    what = "journeys" if set(known) == set(JOURNEYS) else "presets"
+    hint = f"did you mean {near}?" if near else f"{what}: {', '.join(known)}"
     return f"does not exist; {hint}"
 
 

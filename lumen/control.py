@@ -17,7 +17,7 @@ from lumen import machine as machines
 from lumen.commands import METHODS, CommandFile, Commands, either_name, our_arguments, parse_command
 from lumen.decisions import Decision
 from lumen.errors import UserError
-from lumen.experts import Routing, add_expert, prune_expert, recycle_expert, restore_expert
+from lumen.experts import NO_STEP, Routing, add_expert, prune_expert, recycle_expert, restore_expert
 from lumen.loader import Loader, mix
 
 NO_MOE = "layer of experts: set model.n_experts"
@@ -372,7 +372,7 @@ class Control:
         t.finish_pending_step()
         latest = t.latest
         if latest is None:
-            return {"refused": "E308", "reason": "no step has been made yet"}
+            return {"refused": "E308", "reason": NO_STEP}
         if t.parallel.device.type == "cuda":
             used = torch.cuda.max_memory_reserved()
         else:
@@ -538,11 +538,13 @@ class ByHand:
         return self.control._update_optimizer_param_groups(param, value)
 
     def get_expert_statistics(self) -> dict:
-        """Of the last step, over all ranks: see experts.expert_statistics."""
+        """Of the last step, over all ranks: see experts.expert_statistics. `refused` and `reason`
+        before this process has made one, and where the model has no experts."""
         return self.routing.ask("experts")
 
     def get_mod_statistics(self) -> dict:
-        """Of the last step, over all ranks: see experts.mod_statistics."""
+        """Of the last step, over all ranks: see experts.mod_statistics. `refused` and `reason`
+        before this process has made one, and where the model has no MoD."""
         return self.routing.ask("depth")
 
     def get_current_metrics(self) -> dict:

@@ -24,7 +24,7 @@ from lumen.launch import clock, environment
 from lumen.loader import val_rows
 from lumen.pairs import PairSource
 from lumen.preferences import check_method
-from lumen.windows import Source
+from lumen.windows import Source, anew
 
 
 @dataclass
@@ -136,7 +136,9 @@ def take_tokenizer(data: Data) -> None:
     for name in names.values():  # other bytes may still be the same tokenizer
         if not data.same_tokenizer(Path(data.sources[name].path)):
             text = f"data.sources {' and '.join(names.values())} have different tokenizers"
-            raise UserError("E113", text)
+            source = data.sources[name]
+            command = anew(source.path, source.manifest, None, Path(first.path, "tokenizer.json"))
+            raise UserError("E113", f"{text}; prepare {name} with the first's: {command}")
 
 
 def not_prepared(cfg: Config) -> bool:

@@ -139,6 +139,8 @@ ERRORS = {  # code: (meaning, remedy)
 }
 # fmt: on
 
+# in a text: a command to type, what was meant, what there is; or lines of its own
+SAYS_WHAT_TO_DO = re.compile(r"\bpython |\bpip install |did you mean |; runs (there|in it): |\n")
 EXIT_CODES = {"E301": 3, "E201": 75, "E601": 75}  # every other UserError exits with 2
 
 
@@ -155,7 +157,12 @@ class UserError(Exception):
         self.exit_code = EXIT_CODES.get(code, 2)
 
     def __str__(self) -> str:
-        return f"{self.code}: {self.text}\n  {ERRORS[self.code][0]}; {ERRORS[self.code][1]}"
+        """The text, and below it what the table says, where the text does not say more."""
+        line = f"{self.code}: {self.text}"
+        if SAYS_WHAT_TO_DO.search(self.text):
+            return line
+        meaning, remedy = ERRORS[self.code]
+        return f"{line}\n  {meaning}; {remedy.removeprefix('see the message; ')}"
 
 
 def expand(path: str, where: str = "") -> str:

@@ -15,6 +15,8 @@ import torch
 from lumen.resolve import flops_without_mod
 from model_moe import MOD_SUMS, SUMS, MoD, MoE
 
+NO_STEP = "this process has made no step yet; next(trainer.iterations()) makes one"
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -172,7 +174,7 @@ class Routing:
         if not layers:
             return {"refused": "E308", "reason": f"this model has no layer of {remedy}"}
         if self.sums is None:
-            return {"refused": "E308", "reason": "no step has been made yet"}
+            return {"refused": "E308", "reason": NO_STEP}
         return self.statistics(self.numbers())[kind]
 
 

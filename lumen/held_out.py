@@ -18,7 +18,7 @@ from lumen.feed import Feed
 from lumen.model_keys import model_from_keys
 from lumen.questions import Asked, Options, Task, chosen, partner
 from lumen.texts import SPACE, UNIGRAM, Sums, Unigram, with_control
-from lumen.windows import Batch
+from lumen.windows import Batch, anew
 
 
 class Alone:
@@ -119,7 +119,10 @@ def val_task(opened, options: Options, say, folder: Path | None = None) -> ValTa
     there = data.tokenizer_dir
     if there and opened.tokenizer and not opened.tokenizer.same_ids(tokenizers.load(str(there))):
         text = f"{folder or 'the data'} and the model have different tokenizers"
-        raise UserError("E113", text)
+        source = next(iter(data.sources.values()))
+        where = opened.folder.parent if opened.step is not None else opened.folder
+        command = anew(source.path, source.manifest, None, where / "tokenizer.json")
+        raise UserError("E113", f"{text}; prepare it with the model's: {command}")
     about = {"path": ", ".join(sorted({source.path for source in data.val_sources.values()}))}
     about["sha256"] = val_sum(data.val_sources, rows, cfg.model.max_seq_len)
     about["said"] = f"rows of max_seq_len as the trainer evaluates them; {UNIGRAM}"

@@ -137,12 +137,21 @@ class Words(argparse.ArgumentParser):
         known = self.names()
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
+                if message.endswith(f"required: {action.dest}"):
+                    raise UserError("E002", which_command(self.prog, action))
                 for parser in action.choices.values():
                     known += parser._option_string_actions
         near = [nearest(word.partition("=")[0], known) for word in wrong]
         hints = ", ".join(dict.fromkeys(name for name in near if name))
         text = f"{message}; did you mean {hints}?" if hints else message
         raise UserError("E002", f"command line: {self.prog}: {text}")
+
+
+def which_command(prog: str, action: argparse._SubParsersAction) -> str:
+    """Its commands, each with what it does, for who has named none."""
+    lines = [f"which command? python {prog} COMMAND --help, of"]
+    lines += [f"  {choice.dest:14}{choice.help}" for choice in action._choices_actions]
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- console and exit codes

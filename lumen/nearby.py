@@ -55,7 +55,9 @@ def near(path: Path) -> str:
         return f"; did you mean {path.parent}?"
     places = [path.parent, Path("out")] if len(path.parts) == 1 else [path.parent]
     for place in places:
-        names = {Path(name).name: name for name in folders_in(place, MODEL)}
+        # the shortest first: quickstar is the beginning of quickstart-sft too
+        found = sorted(folders_in(place, MODEL), key=len)
+        names = {Path(name).name: name for name in found}
         if name := nearest(path.name, names):
             return f"; did you mean {names[name]}?"
     runs = [name for place in places for name in folders_in(place, RUN)]

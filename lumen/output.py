@@ -26,6 +26,7 @@ from lumen.sources import Input, Reject, Row
 from lumen.tokenizer import Tokenizer
 
 DOCUMENTS_LISTED = 5  # of each code, in report.json and on the console
+EXCERPT = 100  # letters of a bad row in a message
 DROPPED_LISTED = 1000  # of duplicates and of each rule, in rejected.jsonl; all are counted
 SMALL_RESERVE_TOKENS = 4000  # below, the document in reserve is not cut for validation
 NEAR = "rule:near_duplicate"
@@ -204,7 +205,8 @@ class Output:
         code, reject = row.code, row.value
         said = f"{given.path}:{row.line}: {reject.reason}"
         if reject.excerpt:
-            said += f": {reject.excerpt[:100]}"
+            more = "..." if len(reject.excerpt) > EXCERPT else ""
+            said += f": {reject.excerpt[:EXCERPT]}{more}"
         dropped = not is_bad(code)
         harmless = dropped or (code == "E104" and given.kind == "text")  # an empty __init__.py
         if self.strict and not harmless:

@@ -14,9 +14,7 @@ import numpy as np
 
 from lumen.errors import UserError
 from lumen.packing import pack
-from lumen.windows import Source, documents_of
-
-ANEW = "prepare the pairs anew: python prepare_data.py with the same sources and a new --out"
+from lumen.windows import Source, anew, documents_of
 
 
 class PairSource(Source):
@@ -71,7 +69,8 @@ class PairSource(Source):
         self.windows = self.most = 0
         if not self.pairs:
             if self.split == "train":
-                raise UserError("E126", f"{self.path}: no pair is in its training split; {ANEW}")
+                text = f"{self.path}: no pair is in its training split"
+                raise UserError("E126", f"{text}; {self.anew()}")
             return
         lengths = np.diff(self.bounds).reshape(-1, 2)
         self.check_pairs(lengths)
@@ -95,7 +94,7 @@ class PairSource(Source):
             most = int(lengths.max()) - 1
             text = f"{self.path}: {too_long.sum():,} of {self.pairs:,} pairs have a side of more"
             text += f" than max_seq_len {self.seq_len} positions, the longest {most}: set it to"
-            raise UserError("E126", f"{text} {most}, or {ANEW} and --seq_len {self.seq_len}")
+            raise UserError("E126", f"{text} {most}, or {self.anew()}")
         targets = np.concatenate(list(self.targets())).reshape(-1, 2)
         wrong = np.flatnonzero(targets.min(1) == 0)
         self.refuse(wrong, "a side without a token to learn")
@@ -103,6 +102,9 @@ class PairSource(Source):
         alike = np.flatnonzero(lengths[:, 0] == lengths[:, 1])
         wrong = [p for p in alike.tolist() if np.array_equal(*(ids for ids, _ in self.pair(p)))]
         self.refuse(wrong, "chosen and rejected are the same")
+
+    def anew(self) -> str:
+        return f"prepare the pairs anew: {anew(self.path, self.manifest, self.seq_len)}"
 
     def targets(self):
         """How many supervised tokens each document of a shard has, shard by shard. The first token
@@ -119,7 +121,7 @@ class PairSource(Source):
             text = (
                 f"{self.path}: {len(numbers):,} of {self.pairs:,} pairs of its {self.split} split"
             )
-            raise UserError("E126", f"{text}, number {numbers[0]} first: {why}; {ANEW}")
+            raise UserError("E126", f"{text}, number {numbers[0]} first: {why}; {self.anew()}")
 
     # ------------------------------------------------------------ reading
 

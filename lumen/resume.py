@@ -22,6 +22,7 @@ from lumen.checkpoint import Checkpoint, refuse_nonfinite
 from lumen.config import Config
 from lumen.data import Data, what_changed
 from lumen.errors import UserError
+from lumen.windows import anew
 from model import ModelConfig
 
 # what a run leaves in out_dir beside its checkpoints; overwrite: true deletes it
@@ -245,9 +246,10 @@ class StartingPoint:
             said = f"{what}: made with another tokenizer (sha256 {sha256}) than the data"
             said += f" (sha256 {mine}), so that an id means another text"
             if not self.cfg.allow_tokenizer_change:
-                fix = f"prepare the data with --tokenizer {file or 'of that run'}"
-                text = f"{said}; give another --out_dir if it is another run, {fix}, or"
-                text += " allow_tokenizer_change: true if it is meant"
+                source = next(iter(self.data.sources.values()))
+                fix = anew(source.path, source.manifest, None, file or "THAT_TOKENIZER")
+                text = f"{said}. Prepare the data with it: {fix}; or give another --out_dir if it"
+                text += " is another run, or allow_tokenizer_change: true if it is meant"
                 raise UserError("E113", text)
         if said not in self.changes:
             self.changes.append(said)

@@ -63,7 +63,8 @@ def first_row(source, tokenizer) -> str:
     for ids, targets in zip(np.atleast_2d(x), np.atleast_2d(y)):
         mask = np.concatenate([[0], targets[:-1] >= 0])  # x is a token behind its targets
         n = SHOWN // source.sides
-        parts.append(chat.show(ids[:n], mask[:n], tokenizer))
+        more = " ..." if len(ids) > n else ""
+        parts.append(chat.show(ids[:n], mask[:n], tokenizer) + more)
     return "\n--- rejected ---\n".join(parts)
 
 

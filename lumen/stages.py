@@ -102,6 +102,9 @@ def read(path: Path, out: str | None = None) -> tuple[dict, list[Stage]]:
     """The YAML of a journey, and where it goes instead: (all of it, its stages). E002 with what is
     wrong."""
     tree, _ = load_yaml(path)
+    if tree and "stages" not in tree:
+        text = f"{path} has no stages, so it is no journey; python train.py {path} may be meant"
+        raise UserError("E002", text)
     for key in tree:
         if key not in KEYS:
             raise UserError("E002", f"{path}: {key} is none of {', '.join(KEYS)}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ import tiktoken
 
 from lumen import spm, tokenizer_json
 from lumen.bpe import learn
-from lumen.errors import UserError
+from lumen.errors import UserError, nearest
 from lumen.foreign import Foreign
 from lumen.patterns import CL100K_PATTERN, engine_pattern
 from lumen.tokenizer_files import FILES, HUB, NAMED, eos_beside, file_in, hub_folder, tiktoken_file
@@ -168,11 +169,20 @@ def load(spec: str) -> Vocabulary:
         with open(path, encoding="utf-8", newline="") as file:
             text = file.read()
     except OSError as error:
-        names = f"names: {', '.join(('bytes', *NAMED))}, hf:ORG/NAME"
-        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; {names}") from None
+        raise UserError("E115", f"tokenizer {spec}: {error.strerror}; {meant(spec)}") from None
     except ValueError as error:
         raise UserError("E116", f"{path} is not text: {error}") from None
     return from_json(text, path, name)
+
+
+def meant(spec: str) -> str:
+    """Which names there are, and the one that this is near to."""
+    names = ("bytes", *NAMED)
+    near = nearest(spec, names)
+    if found := re.fullmatch(r"bpe\W?(\d*)", spec):
+        near = f"bpe:{found[1] or 8192}"
+    hint = f"did you mean {near}? " if near else ""
+    return f"{hint}names: {', '.join(names)}, hf:ORG/NAME, and bpe:N in prepare_data.py"
 
 
 def from_json(text: str, path: str, name: str) -> Vocabulary:

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import threading
 import time
 from bisect import bisect_right
@@ -298,6 +299,29 @@ def holds_text(path: str) -> bool:
     return False
 
 
+def anew(path: str, manifest: dict | None, seq_len: int | None, tokenizer=None) -> str:
+    """The command that prepares the same sources beside `path`, for rows of seq_len and by another
+    tokenizer; None: as they are there."""
+    words = ["python", "prepare_data.py", *sources_of(manifest or {})]
+    words += ["--out", f"{str(path).rstrip('/')}-anew"]
+    words += ["--tokenizer", str(tokenizer or os.path.join(path, "tokenizer.json"))]
+    if manifest and manifest.get("kind", "text") != "text":
+        words += ["--seq_len", str(seq_len or manifest.get("rows", {}).get("length", 513) - 1)]
+    return f"{shlex.join(words)} (and the other options it was made with)"
+
+
+def sources_of(manifest: dict) -> list[str]:
+    """As they were typed, as far as a manifest can say: it has their names, and their files."""
+    names = manifest.get("settings", {}).get("sources") or ["SOURCE"]
+    found = dict(enumerate(names))
+    for number, _, _, name, path, *_ in manifest.get("provenance", {}).get("inputs", []):
+        if number in found and name.startswith(found[number]):
+            typed = path.removesuffix(name[len(found[number]) :])
+            if os.path.basename(typed) == found[number]:  # else a name like stdlib
+                found[number] = typed
+    return list(found.values())
+
+
 class Source:
     """One split ('train' or 'val') of the dataset in folder `path` as rows of seq_len + 1 tokens.
 
@@ -428,10 +452,8 @@ class Source:
         if length != self.seq_len + 1:
             text = f"{self.path} was packed for rows of {length - 1} positions"
             text += f", model.max_seq_len is {self.seq_len}: set it to {length - 1}, or prepare the"
-            anew = (
-                f"prepare_data.py with the same sources, --seq_len {self.seq_len} and a new --out"
-            )
-            raise UserError("E123", f"{text} data anew: python {anew}")
+            command = anew(self.path, self.manifest, self.seq_len)
+            raise UserError("E123", f"{text} data anew: {command}")
         for shard in shards:
             if shard["tokens"] % length:
                 text = f"{shard['file']} has {shard['tokens']} tokens, no whole rows of {length}"

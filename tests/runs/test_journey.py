@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, fingerprint
 
 import journey
+from lumen import cli
 from lumen.errors import UserError
 from lumen.stages import read
 
@@ -171,6 +172,18 @@ WRONG = [
     ({"one": {"run": "write.py 'a"}}, "No closing quotation"),
     ({}, "names of stages and what they run"),
 ]
+
+
+def test_a_journey_that_is_not_there_names_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    journeys = ", ".join(cli.JOURNEYS)
+    for name, said in (
+        ("my", f"E001: my does not exist; journeys: {journeys}\n"),
+        ("journey_cp", "did you mean configs/journey_cpu.yaml?"),
+        ("quickstart", "is no journey; python train.py .*quickstart.yaml may be meant"),
+    ):
+        with pytest.raises(UserError, match=said):
+            journey.main([name])
 
 
 @pytest.mark.parametrize("stages, text", WRONG)

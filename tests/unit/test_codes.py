@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import prepare_data as P
 from lumen.config import build_config
 from lumen.data import open_data
 from lumen.errors import ERRORS, UserError
-from lumen.windows import Source
+from lumen.windows import Source, anew
 
 GOLDEN = Path(__file__).with_name("codes.txt")
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
@@ -184,3 +185,25 @@ def test_every_code_of_data_has_a_case():
     """Duplicates (E107) are no error; E118 is said by a run: tests/runs/test_mixture.py."""
     codes = {code for code in ERRORS if "E101" <= code <= "E126"} - {"E125"}
     assert codes == {case.split()[0] for case in CASES} | {"E107", "E118"}
+
+
+def test_the_command_that_a_message_names_makes_data_that_fit(tmp_path, capsys):
+    folder = chats(tmp_path, seq_len=40)
+    with pytest.raises(UserError) as error:
+        Source(str(folder), "train", 60)
+    named = error.value.text.partition("data anew: ")[2].partition(" (and the other")[0]
+    words = shlex.split(named)
+    assert words[:2] == ["python", "prepare_data.py"] and P.main(words[2:]) in (0, None)
+    assert Source(f"{folder}-anew", "train", 60).windows
+    inputs = [(0, "hash", "text", "a b.txt", "/x/a b.txt"), (1, "hash", "text", "c/d/e", "~/c/d/e")]
+    inputs += [
+        (2, "hash", "text", "stdlib/os.py", "/lib/os.py"),
+        (-1, "val", "tokenizer", "t", "t"),
+    ]
+    settings = {"sources": ["a b.txt", "c", "stdlib"]}
+    manifest = {"settings": settings, "provenance": {"inputs": inputs}}
+    named = anew("data/x/", manifest, 16, "run/tokenizer.json").partition(" (")[0]
+    there = "--out data/x-anew --tokenizer run/tokenizer.json"
+    assert (
+        named == f"python prepare_data.py '/x/a b.txt' '~/c' stdlib {there}"
+    )  # windows of text fit any length

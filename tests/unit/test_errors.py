@@ -24,6 +24,27 @@ def test_exit_codes_and_who_sees_a_traceback(word, code):
         )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "out/x does not exist; did you mean out/y?",
+        "out/x does not exist; runs there: out/y",
+        "no shards. Make it: python prepare_data.py SOURCE --out DIR",
+        "wandb is not installed: pip install wandb",
+        "2 of 2 rows are bad\n  all of them: out/rejected.jsonl",
+    ],
+)
+def test_what_says_what_to_do_is_not_followed_by_what_the_table_says(text):
+    assert str(UserError("E304", text)) == f"E304: {text}"
+
+
+def test_what_says_no_more_is_followed_by_what_the_table_says():
+    for code, (meaning, remedy) in ERRORS.items():
+        first, second = str(UserError(code, "x.npy:3: 12 tokens")).split("\n")
+        assert second.startswith(f"  {meaning}; ") and remedy.endswith(second[-20:].lstrip())
+        assert first == f"{code}: x.npy:3: 12 tokens" and "see the message; " not in second
+
+
 def test_a_closed_pipe_is_no_error():
     code = "from lumen.launch import command\ndef main(argv):\n    for i in range(100000): print(i)\ncommand(main)"
     words = f"{sys.executable} -c '{code}' | head -n 1"

@@ -566,6 +566,9 @@ def test_a_base_is_tuned_on_the_paths_of_finetuning_only(there):
     assert read("--data", "sft.json", "--use_lora", "false")[0].lora.r == 0
     with pytest.raises(UserError, match="train.py's; finetune.py trains a BASE on conversations"):
         read("--training_mode", "hybrid_sequential", *words)
+    taught = [note for note in read("--data", "sft.json")[2] if "template" in note]
+    fix = "it learns this one, or that of --template NAME"
+    assert taught == [f"template chatml: base was taught no chat template; {fix}"]
     # without a base: as train_data is, and the way to one is said
     cfg, _, notes, _ = read_config(["debug", "--finetuning_paths", "sft.json"])
     assert cfg.prepare == read_config(["debug", "--train-data", "sft.json"])[0].prepare

@@ -33,6 +33,7 @@ def here(tmp_path, monkeypatch):
     """A folder with runs, a journey, data, results and a Hugging Face folder, newest last."""
     monkeypatch.chdir(tmp_path)
     files = ("out/first/config.yaml", "out/quickstart/config.yaml", "out/my/journal.json")
+    files += ("out/quickstart-sft/config.yaml",)
     files += ("out/my/train/config.yaml", "out/my/tune/config.yaml", "data/text/manifest.json")
     files += ("out/eval/first-9/results.json", "hub/llama/config.json", "chats.jsonl")
     for age, file in enumerate(files):
@@ -55,12 +56,12 @@ def test_every_command_that_takes_a_run_names_the_one_that_was_meant(name, here,
 
 
 SAID = {
-    "out/missing": "; runs there: out/quickstart, out/first",
+    "out/missing": "; runs there: out/quickstart-sft, out/quickstart, out/first",
     "out/my": "; it is a journey's folder; runs in it: out/my/tune, out/my/train",
     "out/my/tun": "; did you mean out/my/tune?",
     "out/eval/first-9": "; it holds results of evaluate.py",
     "data/text": "; it holds data, made by prepare_data.py",
-    "out": "; runs in it: out/quickstart, out/first",
+    "out": "; runs in it: out/quickstart-sft, out/quickstart, out/first",
     "out/first": "; it is a run that has saved nothing yet",
     "out/first/config.yaml": "; did you mean out/first?",
     "hub/lama": "; did you mean hub/llama?",

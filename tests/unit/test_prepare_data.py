@@ -659,6 +659,14 @@ def test_a_size_has_a_unit_in_which_it_is_not_nothing(n, said):
     assert in_bytes(n) == said
 
 
+def test_a_bad_row_that_is_cut_in_a_message_ends_with_dots(tmp_path):
+    for n, end in ((20, '"}'), (200, "a...")):
+        file = write_rows(tmp_path / f"{n}.jsonl", [{"txt": "a" * n}])
+        with pytest.raises(UserError) as error:
+            P.prepare([file], str(tmp_path / f"out{n}"), "bytes", quiet=True)
+        assert error.value.text.split("\n")[0].endswith(end)
+
+
 def test_json_files(tmp_path):
     path = tmp_path / "a.json"
 

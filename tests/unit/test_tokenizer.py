@@ -522,3 +522,21 @@ def test_download_is_checked_and_kept(monkeypatch, tmp_path):
     assert not path.exists()
     Answer.content = data
     assert T.load("cl100k_base").ranks == made.ranks and path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("bpe8192", "did you mean bpe:8192? names: "),
+        ("bpe-4096", "did you mean bpe:4096?"),
+        ("bpe", "did you mean bpe:8192?"),
+        ("byte", "did you mean bytes?"),
+        ("o200k", "did you mean o200k_base?"),
+        ("mine.json", "No such file or directory; names: bytes, gpt2, "),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_names_what_may_be_meant(spec, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        T.load(spec)
+    assert said in error.value.text and "hf:ORG/NAME, and bpe:N in prepare" in error.value.text

@@ -7,14 +7,18 @@ import math
 import os
 import re
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_python, write_yaml
 
+import export
 import prepare_data
 import train
 import train_fsdp
 from lumen import checkpoint, launch, shown
+from lumen import tokenizer as tokenizers
 from lumen.cli import read_config
 from lumen.config import Config, OrchestratorConfig, build_config, help_text
 from lumen.errors import UserError
@@ -218,6 +222,9 @@ def test_a_configuration_that_is_not_where_it_was_looked_for(tmp_path, monkeypat
         assert "did you mean run/config.yaml? It goes on with that run" in answer([folder])
     assert "runs in it: run" in answer(["."])
     assert "did you mean" not in answer(["63"])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "smoke.yaml").write_text("data_dir: d\n")
+    assert "did you mean" not in answer(["configs/my.yaml"])  # the folder's name says nothing
     for words in ([], ["--dry_run"], ["--seed", "3"]):
         assert "which configuration?" in answer(words) and "quickstart" in answer(words)
 
@@ -404,6 +411,26 @@ def test_a_fine_tuning_of_few_steps_is_told_what_makes_more():
     assert told == "1 steps teach little; --batch_size 1 --num_epochs 20 makes 120"
     assert "--batch_size" not in shown.few_steps(6, rows_per_step=1, windows=6, readers=1)
     assert not shown.few_steps(30, rows_per_step=16, windows=480, readers=1)
+
+
+@pytest.mark.parametrize("length, cut", [(shown.SHOWN, False), (shown.SHOWN + 1, True)])
+def test_a_row_of_which_only_the_beginning_is_shown_ends_with_dots(length, cut):
+    ids = np.full(length, ord("a"))
+    source = SimpleNamespace(row=lambda i: (ids, np.full(length, -1)), sides=1)
+    text = shown.first_row(source, tokenizers.load("bytes"))
+    assert text == "a" * shown.SHOWN + (" ..." if cut else "")
+
+
+def test_a_command_without_its_word_lists_those_that_there_are():
+    with pytest.raises(UserError) as error:
+        export.main([])
+    first, *lines = str(error.value).split("\n")
+    assert first == "E002: which command? python export.py COMMAND --help, of"
+    names = [line.split()[0] for line in lines]
+    assert names == ["to_hf", "from_hf", "quantize", "to_gguf", "to_onnx", "from_lunaris"]
+    assert "  to_hf         a run to a Hugging Face folder" in lines
+    with pytest.raises(UserError, match="arguments are required: run"):
+        export.main(["to_hf"])
 
 
 def test_a_step_that_is_not_there_says_which_are(tmp_path):
