@@ -88,8 +88,11 @@ def test_ctrl_c_that_is_ignored_stays_so_and_other_programs_keep_theirs(tmp_path
 def test_what_is_said_and_when_not():
     said = {}
     waiting.settle(said, modules={})
-    assert said == {"GOMP_SPINCOUNT": waiting.SPINS}
-    assert waiting.words(said) == f", GOMP_SPINCOUNT {waiting.SPINS}"
+    assert said == {"GOMP_SPINCOUNT": waiting.SPINS, waiting.KERNELS: waiting.REMEMBERED}
+    assert waiting.words(said) == f", GOMP_SPINCOUNT {waiting.SPINS}, {waiting.KERNELS} 4096"
+    theirs = {waiting.KERNELS: "7", "OMP_WAIT_POLICY": "passive"}
+    waiting.settle(theirs, modules={})
+    assert theirs == {waiting.KERNELS: "7", "OMP_WAIT_POLICY": "passive"}, "the user is heard first"
     late = {}
     waiting.settle(late, modules={"torch": None})  # a notebook: libgomp has read all it ever will
     assert late == {} and waiting.words(late) == ""
