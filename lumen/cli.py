@@ -452,12 +452,12 @@ def small_tokenizer(tree: dict, prepare: dict) -> dict:
 
 
 def leave_out_prompt(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
-    """A preset's sample_prompt continues the preset's own text, no other data."""
+    """A preset's sample_prompt continues the preset's own text; of other data a new text is begun."""
     own = next((key for key in ("data_dir", "data", *modes.PATHS, "prepare") if key in typed), None)
     if own and "sample_prompt" in tree and "sample_prompt" not in typed:
-        tree.pop("sample_prompt")
+        tree["sample_prompt"] = ""
         text = "the preset's sample_prompt goes with its own data, not with"
-        notes.append(f"{text} --{as_typed(own, place)}: no sample")
+        notes.append(f"{text} --{as_typed(own, place)}: the sample begins a new text")
 
 
 def as_typed(key: str, place: Places) -> str:

@@ -262,7 +262,7 @@ def look_ahead(forecast: Forecast, planned: float, unique: float, lr_of) -> tupl
     text = f"{100 * found['share']:.0f} % of the tokens, {found['phase']}"
     if "final" in found:
         interval = f"{found['final_low']:.3f} to {found['final_high']:.3f}"
-        text += f"; loss at the end {found['final']:.3f} (90 %: {interval})"
+        text += f"; training loss at the end {found['final']:.3f} (90 %: {interval})"
     return found, f"{text}; {found['recommendation']}"
 
 

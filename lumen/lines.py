@@ -28,7 +28,7 @@ from model import ModelConfig, Transformer
 from model_moe import MoD
 
 # of the block at a start what only train.log gets, and --dry_run: the reasons and the arithmetic
-DETAILS = ("plan", "backend", "compute", "settings", "attention", "loss", "parts")
+DETAILS = ("plan", "muon", "backend", "compute", "settings", "attention", "loss", "parts")
 FEW_ROWS = 16  # below that differences of val_loss are mostly noise
 
 
@@ -181,19 +181,20 @@ def length_lines(start: Start) -> list[str]:
     lines = [f"batch      {batch}"]
     length = f"length     {run.max_steps:,} steps, {start.tokens:,} tokens"
     if not run.max_steps:
-        return [*lines, "length     unknown: it follows from data that are not prepared yet"]
+        return [*lines, "length     unknown: follows from data that are not prepared yet"]
     if not start.windows:
         return [*lines, length]
     epochs = run.rows_per_step * run.max_steps / start.windows
-    length += f", {epochs:.2f} epochs"
+    length += f", {epochs:,.2f} epochs"
     if start.fine_tunes:
         return [*lines, length]
     counts = (start.n_working, start.windows * T, start.tokens, start.flops_per_token)
-    moe = bool(cfg.model.n_experts)
     ratio = cfg.tokens_per_parameter or 20.0
-    found = plan.chinchilla(*counts, ratio, moe=moe)
+    found = plan.chinchilla(*counts, ratio, moe=bool(cfg.model.n_experts))
     target = machines.human_number(found["target_tokens"])
-    length += f", {100 * found['coverage']:.3g} % of the {target} tokens of Chinchilla's rule"
+    if epochs > 1:
+        length += f" that count as {machines.human_number(found['effective_tokens'])} tokens"
+    length += f", {100 * found['coverage']:.3g} % of Chinchilla's {target}"
     return [*lines, length, *plan_lines(found)]
 
 
@@ -234,7 +235,7 @@ def plan_lines(p: dict) -> list[str]:
 
 
 def schedule_line(cfg: Config, min_lr: float, peak_step: int) -> str:
-    text = f"{cfg.lr_schedule} {cfg.learning_rate:g}"
+    text = f"{cfg.optimizer}, {cfg.lr_schedule} {cfg.learning_rate:g}"
     if cfg.lr_schedule != "constant":
         text += f" -> {min_lr:g}"
     if cfg.lr_schedule == "onecycle":
@@ -351,8 +352,8 @@ def memory_lines(start: Start) -> list[str]:
         batch = (run.micro_batch, run.accumulation)
         need = plan.rank_memory(start.model, layout, *batch, *how, plan.IMBALANCE)
     parts = [f"{k} {v / 2**20:,.1f}" for k, v in need.items() if k not in ("total", "peak")]
-    have = machines.own_memory(start.machine.device) / 2**30
-    text = f"about {need['total'] / 2**20:,.0f} MiB of {have:.1f} GiB a process"
+    text = f"about {need['total'] / 2**20:,.0f} MiB of"
+    text += f" {machines.own_memory(start.machine.device) / 2**30:.1f} GiB a process"
     return [f"memory     {text}", f"parts      of the memory, MiB: {', '.join(parts)}"]
 
 
@@ -421,8 +422,7 @@ def epoch_row(epochs: dict[str, float], rows: dict[str, int], T: int) -> dict:
 
 
 def first_line(step: int, max_steps: int, loss: float, n_vocab: int) -> str:
-    """Of the first step of a start. n_vocab: of fresh weights, which should be near guessing; 0 of
-    weights that have learned."""
+    """n_vocab: of fresh weights, whose loss should be near guessing; 0 if they have learned."""
     text = f"step {step:>6}/{max_steps}  loss {loss:.4f}"
     return f"{text}  (guessing: {math.log(n_vocab):.2f})" if n_vocab else text
 

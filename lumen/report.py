@@ -315,7 +315,7 @@ class Report:
         if end in made:
             made = made[: made.index(end)]
         line = "-" * 60
-        text = tokenizer.decode(ids + made)
+        text = tokenizer.decode(ids + made if prompt else made)
         self.say(f"sample     of the trained model, seed {seed}:\n{line}\n{text}\n{line}")
 
     def close(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from lumen import nearby
 from lumen.errors import UserError
-from lumen.files import read_lines
+from lumen.files import read_json, read_lines
 
 
 def of_run(folder: str, name: str) -> tuple[Path, list[dict]]:
@@ -30,12 +31,59 @@ def of_run(folder: str, name: str) -> tuple[Path, list[dict]]:
     return path.parent, rows
 
 
+# of train.log's last start, what a summary repeats
+HEADS = ("model", "parameters", "experts", "depth", "data", "length", "memory")
+
+
+def summary(folder: str) -> list[str]:
+    """A run in a few lines: its state, what it trains on what, its losses, speed, checkpoints."""
+    out, rows = of_run(folder, "metrics.jsonl")
+    status = read_json(out / "status.json")
+    reason = f": {status['reason']}" if status.get("reason") else ""
+    lines = [f"{out}: {status.get('state', 'begun')} at step {rows[-1].get('step', 0)}{reason}"]
+    lines += last_start(out / "train.log")
+    steps = [row for row in rows if "loss" in row]
+    evals = [row for row in rows if "val_loss" in row]
+    if steps:
+        row = steps[-1]
+        text = f"{row['loss']:.4f} at step {row['step']}, rate {row['lr']:.2e}"
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s, {row['tokens']:,} tokens so far"
+        lines += [f"loss       {text}", f"speed      {speed}"]
+    if evals:
+        row = evals[-1]
+        text = f"{row['val_loss']:.4f} at step {row['step']}"
+        if row.get("val_bpb") is not None:
+            text += f", {row['val_bpb']:.4f} bits per byte"
+        if row.get("best_step") is not None:
+            text += f"; best {row['best_val_loss']:.4f} at step {row['best_step']}"
+        lines.append(f"val_loss   {text}")
+    if saved := sorted(path.name for path in out.glob("step_*") if path.is_dir()):
+        more = f"{len(saved) - 3} more, " if len(saved) > 3 else ""
+        lines.append(f"saved      {more}{', '.join(saved[-3:])}")
+    return lines
+
+
+def last_start(log: Path) -> list[str]:
+    """What train.log said of the run as it was last started."""
+    found = []
+    with suppress(OSError):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            head = line.partition(" ")[0]
+            if head == "model":
+                found = []
+            if head in HEADS and len(line) > 11 and line[10] == " ":
+                found.append(line)
+    return found
+
+
 HEADING_GAP = 100  # iterations: what lies nearer together is told under one heading
 
 
 def decisions(folder: str) -> int:
     """decisions.jsonl as a story: what happened, why, what was done, how it turned out."""
     out, rows = of_run(folder, "decisions.jsonl")
+    if (out / "metrics.jsonl").is_file():
+        print("\n".join(summary(folder)))
     if not rows:
         print(f"{out}: nothing had to be decided")
         return 0

@@ -6,6 +6,7 @@ values; the files are Report's.
 
 from __future__ import annotations
 
+import shlex
 import time
 
 import torch
@@ -137,21 +138,35 @@ class Teller:
         """The last line; returns the reason that status.json gives."""
         t, orch = self.trainer, self.trainer.orchestrator
         worse = "; ".join(orch.worse_than_guessing() or ())
-        text = f"{state} at step {t.step}: {t.tokens:,} tokens, {orch.dropped} steps dropped"
+        learned = " learned" if t.fine_tunes else ""  # of a conversation the replies alone
+        text = f"{state} at step {t.step}: {t.tokens:,} tokens{learned}"
+        if orch.dropped:
+            text += f", {orch.dropped} steps dropped"
         text += f", {clock(time.monotonic() - t.started)}"
         if spent := sum(t.watch.spent.values()):
-            text += f", the orchestrator took {100 * orch.seconds / spent:.2f} %"
+            share = 100 * orch.seconds / spent
+            t.report.log(f"settings   the orchestrator took {share:.2f} % of the time")
         if worse:
             text += f"; {worse}"
         if code:
             text += "; E307: the last checkpoint could not be written"
         t.say(text)
+        t.say(f"next       {self.what_next(state)}")
         if code:
             return "the last checkpoint could not be written"
         if state == "finished":
             return worse
         # stopped by a signal: a scheduler may start it again
         return "as asked for" if t.signals.stop == 2 else ""
+
+    def what_next(self, state: str) -> str:
+        """What a user may type now."""
+        t, out = self.trainer, shlex.quote(str(self.trainer.out))
+        if state != "finished":
+            return "the same command goes on from here"
+        if t.fine_tunes:
+            return f"python sample.py {out} --chat"
+        return f'python sample.py {out} --prompt "..."; python evaluate.py {out}'
 
     def suggest(self) -> None:
         """suggested.yaml, from what this run has found."""

@@ -205,7 +205,7 @@ def test_the_clock_is_set_back(tiny, monkeypatch, capsys):
     trainer = Trainer(tiny(max_steps=2))
     monkeypatch.setattr(time, "time", back)
     assert trainer.fit() == 0
-    assert re.search(r"finished at step 2: .*, \d+m\d\ds, the orch", capsys.readouterr().out)
+    assert re.search(r"finished at step 2: .*, \d+m\d\ds", capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- niceties

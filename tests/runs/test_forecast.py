@@ -57,7 +57,7 @@ def test_the_forecast_is_recorded_and_survives_a_resume(tiny):
     last = rows[0][max(rows[0])]
     assert last["forecast/final_low"] < last["forecast/final"] < last["forecast/final_high"]
     assert last["forecast/slope_low"] < last["forecast/slope"] < last["forecast/slope_high"]
-    assert "; loss at the end " in (whole.out / "train.log").read_text()
+    assert "; training loss at the end " in (whole.out / "train.log").read_text()
 
 
 @pytest.mark.parametrize("act", [False, True])

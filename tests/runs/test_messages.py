@@ -58,6 +58,13 @@ def told(trainer) -> str:
     return (trainer.out / "train.log").read_text()
 
 
+def last_words(trainer) -> str:
+    """How the run ended; one line behind it says what to type next."""
+    *_, said, following = told(trainer).splitlines()
+    assert following.startswith("next  ")
+    return said
+
+
 @pytest.mark.parametrize("rate, warmup, steps", [(5, 1, 40), (50, 100, 20)])
 def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
     """The loss explodes before anything could be learned, or rises in a warm-up without an end. It
@@ -80,7 +87,7 @@ def test_a_rate_absurd_from_the_first_step(tiny, capsys, rate, warmup, steps):
     )
     assert "lower learning_rate" in rows[0]["reason"]
     health = [r["health"] for r in read_lines(trainer.out / "metrics.jsonl") if r.get("health")]
-    last = told(trainer).splitlines()[-1]
+    last = last_words(trainer)
     assert "finished" in last and "worse than guessing" in last and set(health) == {"critical"}
     assert "worse than guessing" in json.loads((trainer.out / "status.json").read_text())["reason"]
 
@@ -96,9 +103,7 @@ def test_guessing_is_no_fault_of_a_young_run(tiny):
     ):
         keys = tiny(name, model, max_steps=steps, learning_rate=rate, save_interval=0)
         trainer = steps_of(keys | {"orchestrator": {"check_interval": 20}})
-        assert (
-            decisions(trainer) == [] and "worse than guessing" not in told(trainer).splitlines()[-1]
-        )
+        assert decisions(trainer) == [] and "worse than guessing" not in last_words(trainer)
 
 
 def test_what_was_not_learned_and_what_was_learned_by_heart(tiny):
@@ -277,11 +282,12 @@ def test_the_story_of_a_run_in_which_nothing_happened(tiny, capsys, tmp_path):
 
 
 def test_a_presets_prompt_goes_with_its_data(tmp_path, shards):
-    """quickstart on one's own data: its sample_prompt, a piece of Python, is not continued. One
-    that is typed is, and so is that of one's own YAML, and the preset's on its own data."""
+    """quickstart on one's own data: its sample_prompt, a piece of Python, is not continued, the
+    sample begins a new text. One that is typed is, and so is that of one's own YAML, and the
+    preset's on its own data."""
     own = write_yaml(tmp_path / "own.yaml", {"data_dir": "x", "sample_prompt": "Once"})
     for words, prompt in (
-        (["quickstart", "--prepare", "null", "--data_dir", shards], None),
+        (["quickstart", "--prepare", "null", "--data_dir", shards], ""),
         (
             ["quickstart", "--prepare", "null", "--data_dir", shards, "--sample_prompt", "Once"],
             "Once",

@@ -51,7 +51,10 @@ def test_the_start_lines_name_everything():
     text = "\n".join(said)
     assert "note       of a key" in text
     assert "256 tokens a step: 2 rows x 32 tokens x 4 micro-steps\n" in text
-    assert "100 steps, 25,600 tokens, 2.56 epochs, 124 % of the 20k tokens of" in text
+    assert (
+        "100 steps, 25,600 tokens, 2.56 epochs that count as 24.8k tokens, 124 % of Chinchilla's 20k"
+        in text
+    )
     assert "vocab_size 100 is not a multiple of 64" in text
     there = lines.start_lines(start(config(), elsewhere=True))
     assert not any(line.startswith(("compute", "device", "memory")) for line in there)

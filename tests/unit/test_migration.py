@@ -513,7 +513,7 @@ def test_typed_options_of_prepare_join_those_of_the_file(there, tmp_path):
     # other text: the preset's options go with its own, those of one's own file stay
     prepare, notes = read("quickstart", "--train_data", "data/base_2.txt")
     assert prepare == {"sources": ["data/base_2.txt"], "out": "data/base_2"}
-    assert any("not with --train_data: no sample" in note for note in notes)
+    assert any("not with --train_data: the sample begins a new" in note for note in notes)
     prepare, _ = read(own, "--train_data", "data/base_2.txt")
     assert prepare == {
         "sources": ["data/base_2.txt"], "out": "data/base_2", "tokenizer": "bpe:512",

@@ -208,6 +208,31 @@ def test_decisions_are_told_as_a_story(tmp_path, capsys):
     assert "    outcome better, seen at step 300" in out
 
 
+def test_a_run_is_told_in_a_few_lines(tmp_path, capsys):
+    """Of its last start what it trains on what, its last losses, its checkpoints."""
+    row = {"step": 5, "loss": 2.5, "lr": 1e-3, "tokens_per_second": 1234.5, "tokens": 640}
+    held_out = {"step": 5, "val_loss": 2.75, "val_bpb": 1.25, "best_val_loss": 2.5, "best_step": 3}
+    rows = [row | {"step": 1, "loss": 4.0}, row, held_out]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "status.json").write_text('{"state": "stopped", "reason": "as asked for"}')
+    (tmp_path / "config.yaml").write_text("")
+    start = "model      {}\ndata       {}\nplan       no detail\n"
+    (tmp_path / "train.log").write_text(start.format("old", "old") + start.format("new", "mine"))
+    for step in (1, 2, 3, 4, 5):
+        (tmp_path / f"step_{step:08}").mkdir()
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: stopped at step 5: as asked for",
+        "model      new",
+        "data       mine",
+        "loss       2.5000 at step 5, rate 1.00e-03",
+        "speed      1,234 tokens/s, 640 tokens so far",
+        "val_loss   2.7500 at step 5, 1.2500 bits per byte; best 2.5000 at step 3",
+        "saved      2 more, step_00000003, step_00000004, step_00000005",
+        f"{tmp_path}: nothing had to be decided",
+    ]
+
+
 def test_what_was_rolled_back_is_apart():
     steps = [{"step": s} for s in (1, 2, 3, 4, 3, 4, 5)]
     kept, lost = story.without_rolled_back(steps)
