@@ -452,7 +452,7 @@ def small_tokenizer(tree: dict, prepare: dict) -> dict:
 
 
 def leave_out_prompt(tree: dict, typed: set[str], place: Places, notes: list[str]) -> None:
-    """A preset's sample_prompt continues the preset's own text; of other data a new text is begun."""
+    """A preset's sample_prompt continues its own text; with other data a text is begun."""
     own = next((key for key in ("data_dir", "data", *modes.PATHS, "prepare") if key in typed), None)
     if own and "sample_prompt" in tree and "sample_prompt" not in typed:
         tree["sample_prompt"] = ""
