@@ -235,6 +235,8 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="replace")
     options = {name: getattr(args, name) for name in (*RANGES, "stop", "ignore_eot")}
     printer = Printer
+    if prompts == [""]:
+        say("no --prompt: a new text is begun")
     if args.chat:
         printer = ReplyPrinter
         options["template"] = choose_template(opened, args.template, say)

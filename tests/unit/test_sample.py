@@ -384,9 +384,10 @@ def test_prompts_from_options_files_and_stdin(run, capsys, monkeypatch, tmp_path
     texts = S.sample(model, tokenizer, prompts, **options)
     for prompt, text in zip(prompts, texts):
         assert out.count(f"---\n{prompt}{text}\n") == 2
-    piped, _ = command(capsys, run, *greedy, stdin=b"one\n", monkeypatch=monkeypatch)
-    assert piped == f"one{texts[0]}\n"
-    nothing, _ = command(capsys, run, *greedy, stdin=b"", monkeypatch=monkeypatch)
+    piped, said = command(capsys, run, *greedy, stdin=b"one\n", monkeypatch=monkeypatch)
+    assert piped == f"one{texts[0]}\n" and "a new text is begun" not in said
+    nothing, said = command(capsys, run, *greedy, stdin=b"", monkeypatch=monkeypatch)
+    assert "no --prompt: a new text is begun" in said
     start = S.sample(model, tokenizer, [[T.eot_id]], **options)[0]
     assert nothing == T.decode(list(map(int, start.split()))) + "\n"
     monkeypatch.setattr(
