@@ -242,7 +242,8 @@ def make_runs(patch) -> None:
     do("python prepare_data.py my_texts/ --out data/mine --tokenizer bpe:2048")
     do("python export.py to_hf out/quickstart hf_model")
     for name in ("A", "B"):
-        do(f"python evaluate.py out/run --tasks my.jsonl --limit 4 --out out/eval/{name}")
+        shutil.copytree("out/quickstart", f"out/{name}")
+        do(f"python evaluate.py out/{name} --tasks my.jsonl --limit 4")
     # a run that somebody steered: mode replay repeats its decisions
     trainer = Trainer(["configs/quickstart.yaml", "--out_dir", "out/x", *SMALL.split()])
     for step in trainer.iterations():
