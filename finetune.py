@@ -36,6 +36,7 @@ from lumen.launch import command, environment, fitted
 from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
+from lumen.schedule import LENGTH_KEYS
 from lumen.tuning import tuning_of, without_batch
 from train import Trainer
 
@@ -99,8 +100,6 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if tree.get("learning_rate", "auto") == "auto":
         tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)
         notes.append(f"learning_rate {tree['learning_rate']:g}: {why}")
-    if not any(tree.get(key) for key in ("max_steps", "num_epochs", "tokens_per_parameter")):
-        tree["num_epochs"] = 3 if method == "sft" else 1
     for key, value in {"weight_decay": 0.0, "eval_interval": 50}.items():
         tree.setdefault(key, value)
 
@@ -136,9 +135,12 @@ def check_keys(cfg) -> None:
 
 def read(argv: list[str]):
     """As lumen.cli.read_config, for FineTuner. E002, E125."""
-    found = read_config(as_keys(argv), complete)
-    check_keys(found[0])
-    return found
+    cfg, *rest = read_config(as_keys(argv), complete)
+    if all(getattr(cfg, key) is None for key in LENGTH_KEYS):
+        # not among the written keys: what nobody wrote may grow where data are few (enough_steps)
+        cfg = dataclasses.replace(cfg, num_epochs=3 if cfg.method == "sft" else 1)
+    check_keys(cfg)
+    return cfg, *rest
 
 
 def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ import numpy as np
 from lumen import chat
 from lumen.datacard import meaning_of
 from lumen.files import read_json
+from lumen.schedule import FEW_STEPS, one_row_steps
 
 LOOKED_AT = 256  # rows, of which the share that is learned is told
 SHOWN = 192  # tokens of the row that is shown
-FEW_STEPS = 30  # below that a fine-tuning has hardly begun
 DONE = {  # of report.json's done_to_rows
     "merged": "with turns of one role merged",
     "tail_dropped": "with turns left out after the last reply",
@@ -71,9 +70,8 @@ def first_row(source, tokenizer) -> str:
 def few_steps(steps: int, rows_per_step: int, windows: int, readers: int) -> str:
     """Advice where a fine-tuning ends before it has learned much: little data, many rows a step.
     "": it does not. windows: rows of the data, which `readers` ranks share."""
-    one_row = windows // readers  # steps of an epoch with a row each
-    if steps >= FEW_STEPS or not one_row:
+    epochs, makes = one_row_steps(windows, readers)
+    if steps >= FEW_STEPS or not epochs:
         return ""
-    epochs = math.ceil(4 * FEW_STEPS / one_row)
     smaller = "--batch_size 1 " if rows_per_step > readers else ""
-    return f"{steps} steps teach little; {smaller}--num_epochs {epochs} makes {one_row * epochs:,}"
+    return f"{steps} steps teach little; {smaller}--num_epochs {epochs} makes {makes:,}"
