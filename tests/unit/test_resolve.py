@@ -525,6 +525,13 @@ def test_what_is_not_as_in_the_checkpoint_is_told_once_and_resolved():
         "z_loss: 0.0 in the checkpoint, 0.0001 now",
         "orchestrator.mode: act in the checkpoint, off now",
     ]
+    state["config"]["prepare"] = {"out": "data/x", "sources": ["a"], "max_bad": 0.05}
+    other = dataclasses.replace(cfg, prepare={"out": "data/y", "sources": ["a"], "clean": True})
+    assert compare(other, run, state) == [
+        "prepare.out: data/x in the checkpoint, data/y now",
+        "prepare.clean: nothing in the checkpoint, True now",
+        "prepare.max_bad: 0.05 in the checkpoint, nothing now",
+    ]
     now = {"torch": "2", "threads": 1, "world": 1}
     state["versions"] = now | {"threads": 2}
     assert other_bits(run, now, state) == [
