@@ -383,8 +383,7 @@ class FineTuner(Trainer):
         for ids, (text, _) in zip(prompts, answers):
             # the last part of the question, without its control tokens
             words = [i for i in ids if i not in self.tokenizer.controls.values()]
-            question = " ".join(self.tokenizer.decode(words).split())[-100:]
-            self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
+            self.say(shown.answered(self.tokenizer.decode(words), text))
         if answers and not ended and self.step >= self.run.max_steps:
             text = f"no reply stopped within {REPLY} tokens: where replies are shorter than that,"
             self.say(f"advice     {text} their end was not learned yet: more steps, a higher rate")
@@ -407,7 +406,8 @@ class FineTuner(Trainer):
             for line in lora.describe(self.model):
                 self.say(f"adapters   {line}")
         for name, source in self.data.sources.items():
-            self.say(f"learned    {name}: {shown.shares(source)}")
+            which = f"{name}: " if len(self.data.sources) > 1 else ""
+            self.say(f"learned    {which}{shown.shares(source)}")
             if source.kind == "text":
                 self.say(f"note       {name} is text, no conversations: all of it is learned")
         if self.tokenizer:

@@ -74,7 +74,7 @@ def enough_steps(cfg: Config, facts, saved: dict | None, found) -> Config:
     if steps >= FEW_STEPS or not epochs:
         return cfg
     epochs = max(epochs, cfg.num_epochs)
-    text = f"batch_size 1, num_epochs {epochs:g}: {facts.windows:,} rows of data in steps of {rows}"
+    text = f"batch_size 1, num_epochs {epochs:g}: {facts.windows:,} rows in steps of {rows}"
     found.changes.append(f"{text} are {steps} steps, which teach little")
     return dataclasses.replace(cfg, batch_size=1, num_epochs=epochs)
 

@@ -556,7 +556,7 @@ def tuned(windows, ranks=1, saved=None, epochs=3, **keys):
 def test_a_fine_tuning_on_few_data_gets_enough_steps():
     size, epochs, notes = tuned(19)
     assert (size, epochs) == (1, 7)
-    text = "batch_size 1, num_epochs 7: 19 rows of data in steps of 16 are 3 steps, which teach"
+    text = "batch_size 1, num_epochs 7: 19 rows in steps of 16 are 3 steps, which teach"
     assert notes == [f"{text} little"]
     assert tuned(38, ranks=2)[:2] == (1, 7), "a row a rank"
     assert tuned(1)[:2] == (1, 120)
