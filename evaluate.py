@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -97,6 +98,19 @@ def check_range(args) -> None:
     if args.lm_eval_path and not args.lm_eval:
         text = "--lm_eval_path is where lm-eval looks for tasks; --lm_eval NAME says which"
         raise UserError("E002", f"command line: {text}")
+
+
+def check_data(args) -> None:
+    """E127: --data, where what is evaluated is meant; in other commands that is its meaning."""
+    place = Path(expand(args.data))
+    prepared = (place / "manifest.json").exists()
+    if not prepared and not place.is_file():
+        return
+    what = "a prepared folder" if prepared else "a file"
+    spec = f"val:{args.data}" if prepared else args.data
+    text = f"--data {args.data} is {what}; --data says where files of public tasks lie, by name"
+    words = shlex.join(["python", "evaluate.py", args.model, "--tasks", spec])
+    raise UserError("E127", f"{text}. To evaluate on it: {words}")
 
 
 class Run:
@@ -312,6 +326,8 @@ def main(argv: list[str]) -> int:
     if args.compare:
         comparing.compare(args.compare, print, args.out and Path(expand(args.out)))
         return 0
+    if args.data:
+        check_data(args)
     check_launch()
     check_tasks()
     parallel = Parallel(Config(device=args.device))

@@ -36,6 +36,7 @@ from lumen.launch import command, environment, fitted
 from lumen.reference import Reference, evaluate
 from lumen.replies import replies
 from lumen.resume import take_weights
+from lumen.schedule import LENGTH_KEYS
 from lumen.tuning import tuning_of, without_batch
 from train import Trainer
 
@@ -99,8 +100,6 @@ def complete(tree: dict, place, notes: list[str]) -> None:
     if tree.get("learning_rate", "auto") == "auto":
         tree["learning_rate"], why = base.usual_rate(found.model.d_model, method, with_lora)
         notes.append(f"learning_rate {tree['learning_rate']:g}: {why}")
-    if not any(tree.get(key) for key in ("max_steps", "num_epochs", "tokens_per_parameter")):
-        tree["num_epochs"] = 3 if method == "sft" else 1
     for key, value in {"weight_decay": 0.0, "eval_interval": 50}.items():
         tree.setdefault(key, value)
 
@@ -136,9 +135,12 @@ def check_keys(cfg) -> None:
 
 def read(argv: list[str]):
     """As lumen.cli.read_config, for FineTuner. E002, E125."""
-    found = read_config(as_keys(argv), complete)
-    check_keys(found[0])
-    return found
+    cfg, *rest = read_config(as_keys(argv), complete)
+    if all(getattr(cfg, key) is None for key in LENGTH_KEYS):
+        # not among the written keys: what nobody wrote may grow where data are few (enough_steps)
+        cfg = dataclasses.replace(cfg, num_epochs=3 if cfg.method == "sft" else 1)
+    check_keys(cfg)
+    return cfg, *rest
 
 
 def complete_data(tree: dict, found: base.Base, name: str, notes: list[str]) -> None:
@@ -381,8 +383,7 @@ class FineTuner(Trainer):
         for ids, (text, _) in zip(prompts, answers):
             # the last part of the question, without its control tokens
             words = [i for i in ids if i not in self.tokenizer.controls.values()]
-            question = " ".join(self.tokenizer.decode(words).split())[-100:]
-            self.say(f"           {question} -> {' '.join(text.split())[:160]!r}")
+            self.say(shown.answered(self.tokenizer.decode(words), text))
         if answers and not ended and self.step >= self.run.max_steps:
             text = f"no reply stopped within {REPLY} tokens: where replies are shorter than that,"
             self.say(f"advice     {text} their end was not learned yet: more steps, a higher rate")
@@ -405,7 +406,8 @@ class FineTuner(Trainer):
             for line in lora.describe(self.model):
                 self.say(f"adapters   {line}")
         for name, source in self.data.sources.items():
-            self.say(f"learned    {name}: {shown.shares(source)}")
+            which = f"{name}: " if len(self.data.sources) > 1 else ""
+            self.say(f"learned    {which}{shown.shares(source)}")
             if source.kind == "text":
                 self.say(f"note       {name} is text, no conversations: all of it is learned")
         if self.tokenizer:

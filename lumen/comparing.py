@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lumen import checkpoint
+from lumen import checkpoint, nearby
 from lumen.answers import Answers
 from lumen.errors import UserError
 from lumen.files import read_json, read_lines, replacing
@@ -97,6 +97,8 @@ def compare(paths: list, say=print_now, out=None) -> int:
 def load(path, letter: str, say=print_now) -> Side:
     """The results in a folder, in a results.json, or the newest of a model's folder. E128."""
     file, of = Path(path), ""
+    if not file.exists():
+        raise UserError("E128", f"{path} is not there{nearby.hint(path)}")
     if file.is_dir() and not (file / "results.json").exists():
         file, of = newest(file, say), str(path)
     elif file.is_dir():
@@ -144,7 +146,7 @@ def against(a: Side, b: Side, say) -> list[Row]:
     if not names:
         each = [f"{s.folder}: {', '.join(s.results['tasks']) or 'none'}" for s in (a, b)]
         raise UserError("E128", f"no task in common; {'; '.join(each)}")
-    rows, why = [], None
+    rows, wrong = [], []
     for name in names:
         if a.results["tasks"][name].get("kind") not in KINDS:  # lm-eval keeps its answers to itself
             say(f"note       {name}: its answers are not kept, so it is not compared")
@@ -152,10 +154,12 @@ def against(a: Side, b: Side, say) -> list[Row]:
         try:
             rows.append(row_of(name, a, b, say))
         except UserError as error:  # val of two runs may be other rows; the rest can be compared
-            why = error
-            say(f"note       not compared: {error.text}")
-    if why and not rows:
-        raise why
+            wrong.append(error)
+    refusal = wrong.pop() if wrong and not rows else None
+    for error in wrong:
+        say(f"note       not compared: {error.text}")
+    if refusal:
+        raise refusal
     return rows
 
 

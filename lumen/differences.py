@@ -33,10 +33,28 @@ def compare(cfg: Config, run: Run, saved: dict) -> list[str]:
             there |= {f"{key}.{name}": then.get(name, value[name]) for name in value}
             here |= {f"{key}.{name}": value[name] for name in value}
         else:
-            there[key], here[key] = then, value
-    return [
-        f"{k}: {there[k]} in the checkpoint, {here[k]} now" for k in here if there[k] != here[k]
-    ]
+            there |= leaves(key, then)
+            here |= leaves(key, value)
+    told = []
+    for key in {**here, **there}:
+        then, value = there.get(key), here.get(key)
+        if then != value:
+            told.append(f"{key}: {worded(then)} in the checkpoint, {worded(value)} now")
+    return told
+
+
+def leaves(key: str, value) -> dict:
+    """What stands in a block, prepare.max_bad, or the value of a key that is none."""
+    if not isinstance(value, dict):
+        return {} if value is None else {key: value}
+    found = {}
+    for name, inner in value.items():
+        found |= leaves(f"{key}.{name}", inner)
+    return found
+
+
+def worded(value) -> str:
+    return "nothing" if value is None else str(value)
 
 
 def versions(machine: Machine, world: int) -> dict:

@@ -30,9 +30,7 @@ from model import ModelConfig, Transformer
 GIB = 2**30
 # a run is refused only this far above the memory: measured, the estimate was at most 6.4 % too high
 CERTAIN = 1.1
-# what the rows of a step follow from, and the length of a run
-BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
-LENGTH_KEYS = ("max_steps", "num_epochs", "tokens_per_parameter")
+BATCH_KEYS, LENGTH_KEYS = schedule.BATCH_KEYS, schedule.LENGTH_KEYS
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ who writes `auto`, of the rate and of the tokens a step, stand here too.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from lumen import mixture
@@ -33,6 +34,50 @@ LARGEST_RATE = 6e-3  # 1e-2 was worse with a short warm-up
 BATCH = 0.58  # tokens
 BATCH_BY_TOKENS = 0.571
 USUAL_LENGTH = 20  # tokens a parameter (Hoffmann et al. 2022)
+FEW_STEPS = 30  # below that a fine-tuning has hardly begun
+# what the rows of a step follow from, and the length of a run
+BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "batch_tokens")
+LENGTH_KEYS = ("max_steps", "num_epochs", "tokens_per_parameter")
+
+# ---------------------------------------------------------------- little data
+
+
+def one_row_steps(windows: int, readers: int) -> tuple[int, int]:
+    """(epochs, steps) of a row a rank with which little data become a fine-tuning of four times
+    FEW_STEPS; (0, 0): there is not even one step."""
+    epoch = windows // readers
+    if not epoch:
+        return 0, 0
+    epochs = math.ceil(4 * FEW_STEPS / epoch)
+    return epochs, epochs * epoch
+
+
+def enough_steps(cfg: Config, facts, saved: dict | None, found) -> Config:
+    """A fine-tuning whose batch and length nobody has written, and which would end before it has
+    learned: a row a step, and as many epochs as it takes. facts, found: of lumen.resolve.
+
+    saved: the state to go on from, which keeps its rows and steps; here it keeps its epochs.
+    """
+    keys = (*BATCH_KEYS, *LENGTH_KEYS)
+    if mixture.sets_length(cfg.data) or cfg.num_epochs is None:
+        return cfg
+    if any(facts.written.get(key) is not None for key in keys):
+        return cfg
+    if saved:
+        then = saved["written"]
+        same = all(then.get(key) is None for key in keys)
+        epochs = saved["config"]["num_epochs"] if same else cfg.num_epochs
+        return dataclasses.replace(cfg, num_epochs=epochs)
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * facts.readers
+    steps = int((facts.windows or 0) * cfg.num_epochs) // rows
+    epochs, _ = one_row_steps(facts.windows or 0, facts.readers)
+    if steps >= FEW_STEPS or not epochs:
+        return cfg
+    epochs = max(epochs, cfg.num_epochs)
+    text = f"batch_size 1, num_epochs {epochs:g}: {facts.windows:,} rows in steps of {rows}"
+    found.changes.append(f"{text} are {steps} steps, which teach little")
+    return dataclasses.replace(cfg, batch_size=1, num_epochs=epochs)
+
 
 # ---------------------------------------------------------------- tokens a step
 

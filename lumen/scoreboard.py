@@ -58,6 +58,10 @@ NOTES = """\
 - Choices that tie share the point, so a model that knows nothing has chance, not more."""
 
 
+LEGEND = {  # under the console's table
+    "majority": "the most frequent answer to every question, or a text's own token frequencies",
+    "control": "the same with the questions swapped, which should fall to chance",
+}
 UNKNOWN = "contamination: not looked for: training data of this model are not here or not wanted"
 
 # ---------------------------------------------------------------- files
@@ -186,11 +190,13 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def table(scores: list[Score]) -> list[str]:
-    """The headlines for the console, at most 100 columns; under a score what speaks against it."""
+    """The headlines for the console, at most 100 columns; under a score what speaks against it,
+    under them all what the baselines are."""
     scores = [score for score in scores if score.headline]
     if not scores:
         return []
-    rows = [["task", "metric", "score", "n", "chance", "majority", "control"]]
+    head = "score ± std. error" if any(s.stderr is not None for s in scores) else "score"
+    rows = [["task", "metric", head, "n", "chance", "majority", "control"]]
     for s in scores:
         row = [s.task, s.metric, with_error(s.value, s.stderr), str(s.n)]
         rows.append([*row, number(s.chance), number(s.majority), number(s.control)])
@@ -200,6 +206,9 @@ def table(scores: list[Score]) -> list[str]:
         lines.append(line)
         if score.verdict:
             lines.append(f"  ^ {score.verdict}")
+    for name, text in LEGEND.items():
+        if any(getattr(score, name) is not None for score in scores):
+            lines.append(f"{name}: {text}")
     return lines
 
 

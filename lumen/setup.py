@@ -14,6 +14,7 @@ from lumen.errors import UserError
 from lumen.probe import largest_batch
 from lumen.resolve import Findings, Run, gather_facts, resolve_on_all, with_rate
 from lumen.resume import take_weights
+from lumen.schedule import enough_steps
 
 
 def take_vocabulary(trainer) -> None:
@@ -43,6 +44,8 @@ def resolve(trainer, saved) -> None:
     t.counted = facts.model  # the model's shapes, without weights
     t.flops_per_token = t.counted.flops_per_token()
     found = t.found = Findings(t.start.changes)
+    if t.fine_tunes:
+        cfg = enough_steps(cfg, facts, state, found)
     t.run = resolve_on_all(cfg, facts, state, found, par)
     cfg = t.cfg = with_rate(cfg, t.run)
     t.machine = found.machine

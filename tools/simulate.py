@@ -69,7 +69,7 @@ from lumen.resolve import (
     with_rate,
     without_effect,
 )
-from lumen.schedule import lr_at, resolve_order
+from lumen.schedule import enough_steps, lr_at, resolve_order
 from lumen.tuning import PRETRAINING, states, tuning_of
 from model import ModelConfig, Transformer, role
 from tools.fake_step import compared_lines, depths, fake_run
@@ -690,6 +690,8 @@ class DryRun:
             memory=machines.own_memory(machine.device),
             dry_run=True,
         )
+        if self.flags.get("fine_tunes"):
+            cfg = self.cfg = enough_steps(cfg, facts, None, found)
         if not self.elsewhere:
             out = Path(cfg.out_dir)
             facts.hint = read_hint(out, written.get("batch_size"), machine)

@@ -161,18 +161,21 @@ def test_two_runs_on_one_held_out_text(place, run, tmp_path, monkeypatch, capsys
         (["/nowhere"], "E304", "nowhere"),
         (["RUN", "--tasks", "boolqq"], "E127", "did you mean boolq"),
         (["RUN", "--tasks", "held"], "E127", "val:DIR"),
+        (["RUN", "--data", "DATA"], "E127", "a prepared folder.* --tasks val:.*data$"),
+        (["RUN", "--data", "FILE", "--tasks", "val"], "E127", "a file.* --tasks .*next.jsonl$"),
         (["RUN", "--limits", "3"], "E002", "--limit"),
         (["RUN", "--limit", "0"], "E002", "limit"),
         (["RUN", "--shots", "-1"], "E002", "shots"),
         (["RUN", "--lm_eval_path", "."], "E002", "--lm_eval NAME"),
         (["RUN", "--seed", str(2**64)], "E002", "seed"),
         (["RUN", "--tasks", "humaneval:DIR"], "E002", "allow_code"),
-        (["--compare", "/nowhere", "/nowhere"], "E128", "nowhere"),
+        (["--compare", "/nowhere", "/nowhere"], "E128", "^E128: /nowhere is not there"),
     ],
 )
 def test_what_is_refused(place, run, words, code, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # out/eval is there
     named = {"RUN": str(run), "humaneval:DIR": f"humaneval:{place / 'next.jsonl'}"}
+    named |= {"DATA": str(place / "data"), "FILE": str(place / "next.jsonl")}
     with pytest.raises(UserError, match=text) as caught:
         evaluate.main([named.get(word, word) for word in words])
     assert caught.value.code == code

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import fingerprint, losses, read_lines
 from forks import run_forked
 from rig import (
@@ -29,7 +30,7 @@ from rig import (
 import finetune
 import sample
 from finetune import FineTuner
-from lumen import adapters, base, checkpoint, lora, setup
+from lumen import adapters, base, checkpoint, lora, schedule, setup
 from lumen import machine as machines
 from lumen.errors import UserError
 from train import Parallel, Trainer
@@ -167,6 +168,35 @@ def test_resume_is_exact(words, kind, how, end):
     assert again.started_at == (5 if end == "signal" else 4)
     assert fingerprint(cut, 8) == fingerprint(whole.out, 8)
     assert losses(cut) == losses(whole.out) and again.beside == whole.beside
+
+
+@pytest.mark.parametrize("how", ["full", pytest.param("dpo", marks=SLOW)])
+def test_few_data_get_enough_steps_and_resume_is_exact(words, tmp_path, how, monkeypatch):
+    """Neither batch nor length is written: what was taken at the start stays."""
+    monkeypatch.setattr(schedule, "FEW_STEPS", 3)
+
+    def line(name):
+        line = words(name, "dense", how)
+        at = line.index("--batch_size")
+        return line[:at] + line[at + 6 :]
+
+    whole = tuned(line("whole"))
+    windows = whole.data.windows
+    epochs = whole.cfg.num_epochs
+    assert whole.run.rows_per_step == 1 and whole.step == epochs * windows >= 12
+    text = f"batch_size 1, num_epochs {epochs}: {windows} rows"
+    assert text in (whole.out / "train.log").read_text()
+    found = yaml.safe_load((whole.out / "config.yaml").read_text())
+    assert (found["batch_size"], found["max_steps"]) == (1, whole.step)
+    assert stop_at(tuner(line("cut")), 4).fit() == 0
+    again = tuned(line("cut"))
+    assert again.started_at == 5 and again.cfg.num_epochs == epochs and again.run == whole.run
+    assert fingerprint(again.out, whole.step) == fingerprint(whole.out, whole.step)
+    assert not [text for text in again.found.changes if "num_epochs" in text or "batch" in text]
+    # another who writes a key of them is told, and nothing is taken
+    more = tuner([*line("more"), "--num_epochs", "1", "--batch_size", str(windows)])
+    assert (more.run.max_steps, more.cfg.num_epochs) == (1, 1)
+    more.owner.release()
 
 
 @pytest.mark.parametrize("kind, how", [("moe", "lora"), pytest.param("dense", "full", marks=SLOW)])

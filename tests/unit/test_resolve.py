@@ -27,7 +27,7 @@ from lumen.resolve import (
     with_rate,
     write_hint,
 )
-from lumen.schedule import auto_rows, resolve_order, resolve_phases
+from lumen.schedule import auto_rows, enough_steps, resolve_order, resolve_phases
 from model import ModelConfig
 
 T = 32
@@ -525,9 +525,66 @@ def test_what_is_not_as_in_the_checkpoint_is_told_once_and_resolved():
         "z_loss: 0.0 in the checkpoint, 0.0001 now",
         "orchestrator.mode: act in the checkpoint, off now",
     ]
+    state["config"]["prepare"] = {"out": "data/x", "sources": ["a"], "max_bad": 0.05}
+    other = dataclasses.replace(cfg, prepare={"out": "data/y", "sources": ["a"], "clean": True})
+    assert compare(other, run, state) == [
+        "prepare.out: data/x in the checkpoint, data/y now",
+        "prepare.clean: nothing in the checkpoint, True now",
+        "prepare.max_bad: 0.05 in the checkpoint, nothing now",
+    ]
     now = {"torch": "2", "threads": 1, "world": 1}
     state["versions"] = now | {"threads": 2}
     assert other_bits(run, now, state) == [
         "equal bits to the run so far cannot be promised: threads 2 -> 1"
     ]
     assert other_bits(dataclasses.replace(run, deterministic=False), now, state) == []
+
+
+# ---------------------------------------------------------------- fine-tuning on few data
+
+
+def tuned(windows, ranks=1, saved=None, epochs=3, **keys):
+    """-> (batch_size, num_epochs, notes) of a fine-tuning whose user has written `keys`."""
+    cfg, written = configured(**keys)
+    if cfg.num_epochs is None and cfg.max_steps is None:
+        cfg = dataclasses.replace(cfg, num_epochs=epochs)  # as finetune.read
+    found = Findings()
+    cfg = enough_steps(cfg, facts_of(cfg, written, ranks, windows=windows), saved, found)
+    return cfg.batch_size, cfg.num_epochs, found.changes
+
+
+def test_a_fine_tuning_on_few_data_gets_enough_steps():
+    size, epochs, notes = tuned(19)
+    assert (size, epochs) == (1, 7)
+    text = "batch_size 1, num_epochs 7: 19 rows in steps of 16 are 3 steps, which teach"
+    assert notes == [f"{text} little"]
+    assert tuned(38, ranks=2)[:2] == (1, 7), "a row a rank"
+    assert tuned(1)[:2] == (1, 120)
+    assert tuned(150)[:2] == (1, 3), "never fewer epochs than on many data"
+    assert tuned(150, epochs=1)[:2] == (1, 1), "preferences"
+    assert tuned(160) == (16, 3, []), "30 steps"
+    assert tuned(0) == tuned(1, ranks=2) == tuned(None) == (16, 3, []), "not a step, or not known"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"batch_size": 16},
+        {"batch_tokens": 16 * T},
+        {"gradient_accumulation_steps": 1},
+        {"num_epochs": 3},
+        {"max_steps": 3},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_batch_or_length_that_somebody_wrote_stays(keys):
+    epochs = None if "max_steps" in keys else 3
+    assert tuned(19, **keys) == (16, epochs, [])
+
+
+def test_a_fine_tuning_that_goes_on_keeps_its_epochs():
+    """Its rows and steps are kept by resolve(); one from before there was the rule has 3 epochs
+    among its written keys."""
+    saved = {"written": {}, "config": {"num_epochs": 7}}
+    assert tuned(19, saved=saved) == (16, 7, [])
+    assert tuned(19, saved=saved | {"written": {"num_epochs": 3}}) == (16, 3, [])

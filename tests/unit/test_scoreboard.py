@@ -138,6 +138,11 @@ def test_the_console_has_100_columns():
     lines = scoreboard.table([*SOME, long])
     assert max(map(len, lines)) <= 100
     assert lines[1].split()[:2] == ["boolq", "acc"] and "±" in lines[1]
+    assert "score ± std. error" in lines[0]
+    assert [line.split(":")[0] for line in lines[-2:]] == ["majority", "control"]
+    bare = scores_like(stderr=None, majority=None, control=None, verdict="")
+    head, line = scoreboard.table([bare])
+    assert "±" not in head and line.startswith("boolq"), "no legend of what is not there"
     assert lines[2] == "  ^ worse than the majority answer"
     assert not any("ppl" in line for line in lines), "headlines only"
     assert scoreboard.table([]) == []
@@ -283,8 +288,17 @@ REFUSED = {
 def test_what_cannot_be_compared_says_why(tmp_path, what):
     folder(tmp_path / "A", t=("choice", "acc", choices([True] * 20)))
     folder(tmp_path / "B", **REFUSED[what])
+    said = []
     with pytest.raises(UserError, match=f"E128.*{what}"):
-        compare(tmp_path / "A", tmp_path / "B")
+        comparing.compare([tmp_path / "A", tmp_path / "B"], said.append)
+    assert "not compared" not in " ".join(said), "the refusal says it"
+
+
+def test_a_path_that_is_not_there_names_the_run_that_is_near(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated(tmp_path, "mine", 20, t=("choice", "acc", choices([True] * 20)))
+    with pytest.raises(UserError, match="E128: mine is not there; did you mean out/mine\\?$"):
+        compare("mine", "mine")
 
 
 def test_results_that_are_none(tmp_path):

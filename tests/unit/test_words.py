@@ -3,6 +3,7 @@ with a traceback."""
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 import re
@@ -419,6 +420,46 @@ def test_a_row_of_which_only_the_beginning_is_shown_ends_with_dots(length, cut):
     source = SimpleNamespace(row=lambda i: (ids, np.full(length, -1)), sides=1)
     text = shown.first_row(source, tokenizers.load("bytes"))
     assert text == "a" * shown.SHOWN + (" ..." if cut else "")
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_of_a_row_of_many_lines_eight_are_shown(sides):
+    ids = np.frombuffer(b"a\n" * 60, np.uint8)[:100]
+    rows = (np.stack([ids] * sides), np.full((sides, len(ids)), -1)) if sides > 1 else None
+    rows = rows or (ids, np.full(len(ids), -1))
+    text = shown.first_row(
+        SimpleNamespace(row=lambda i: rows, sides=sides), tokenizers.load("bytes")
+    )
+    lines = [line for line in text.split("\n") if "rejected" not in line]
+    assert lines == (["a"] * (8 // sides - 1) + ["a ..."]) * sides
+
+
+def test_what_is_learned_is_said_in_a_line(tmp_path):
+    done = {"truncated": 260, "merged": 0}
+    (tmp_path / "report.json").write_text(json.dumps({"done_to_rows": done}))
+    targets = np.array([-1, -1, 5, -1])
+    known = {"windows": 3, "row": lambda i: (targets, targets), "path": str(tmp_path)}
+    counts = {"rows": 4399, "dropped": {"E101": 1, "E107": 3}}
+    manifest = {"counts": counts, "loss_on": "assistant"}
+    chat = SimpleNamespace(**known, kind="chat", manifest=manifest)
+    text = "25.0 % of the tokens"
+    rest = "; of 4,399 conversations 260 truncated, 4 left out"
+    assert shown.shares(chat) == f"{text} (replies){rest}"
+    done |= dict.fromkeys(("merged", "tail_dropped", "system_dropped"), 1000)
+    (tmp_path / "report.json").write_text(json.dumps({"done_to_rows": done}))
+    assert len(shown.shares(chat)) == 89 and shown.shares(chat).endswith(" ...")
+    chat.manifest, chat.windows = None, 257
+    assert shown.shares(chat) == f"about {text} (replies)"
+    chat.kind = "text"
+    assert shown.shares(chat) == f"about {text}"
+
+
+def test_a_reply_has_a_line_of_100_columns():
+    line = shown.answered("Who wrote\n it?", "I did.")
+    assert line == f"{' ' * 11}Who wrote it? -> 'I did.'"
+    line = shown.answered("x" * 90 + " the end", "word " * 90)
+    assert len(line) == 100 and line.endswith(" ...")
+    assert line.strip().startswith("... xxx") and "x the end -> 'word word" in line
 
 
 def test_a_command_without_its_word_lists_those_that_there_are():
