@@ -26,7 +26,7 @@ from pathlib import Path
 
 import lumen.early  # noqa: F401 - before torch
 
-from lumen import files, journal
+from lumen import files, journal, understood
 from lumen.cli import find_journey
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, clock, command, print_now
@@ -216,6 +216,7 @@ def main(argv: list[str]) -> int:
     journey = Journey(find_journey(args.config), args.out)
     if args.start:
         journey.forget(args.start)
+    understood.check(journey.path, [s for s in journey.stages if journey.state(s) != "done"])
     if args.dry_run:
         return journey.plan()
     if args.no_chat:

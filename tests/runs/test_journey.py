@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, fingerprint
 
 import journey
-from lumen import cli
+from lumen import cli, understood
 from lumen.errors import UserError
 from lumen.stages import read
 
@@ -191,6 +191,35 @@ def test_a_mistake_is_named_with_its_stage(at, stages, text):
     with pytest.raises(UserError, match=f"E002: .*j.yaml.*{text}"):
         at(stages)
     assert not (at.folder / "out").exists()
+
+
+def test_every_command_is_asked_for_its_words_before_the_first_stage_runs(at):
+    """At a start and in a dry run; bases and data that stages are yet to make are no mistakes."""
+    stages = {
+        "own": {"run": "write.py $own a", "nonsense": 1},
+        "text": {"run": "prepare_data.py synthetic:9", "tokenizer": "bytes"},
+        "train": {"run": "train.py quickstart", "prepare": None, "data_dir": "$text"},
+        "tune": {"run": "finetune.py", "init_from": "$train", "data_dir": "$text"},
+        "merge": {"run": "finetune.py merge $tune $merge/run"},
+        "scores": {"run": "evaluate.py $tune", "limit": 2},
+        "says": {"run": "sample.py $tune --prompt x"},
+        "few": {"run": "export.py quantize $tune $few/model", "bits": 8},
+    }
+    (at.folder / "k.yaml").write_text(json.dumps({"stages": stages}))
+    understood.check("k.yaml", read(at.folder / "k.yaml")[1])
+    stages["tune"]["max_steps"] = "four"
+    (at.folder / "k.yaml").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(UserError, match="E002: k.yaml: stage tune: max_steps: 'four' is not int"):
+        understood.check("k.yaml", read(at.folder / "k.yaml")[1])
+    for name in list(stages)[1:]:
+        stages[name]["tokenizr"] = "x"
+    for words in ([], ["--dry_run"]):
+        with pytest.raises(UserError) as caught:
+            at(stages, *words)
+        told = caught.value.text.splitlines()
+        assert all(f"stage {name}: " in line for name, line in zip(list(stages)[1:], told))
+        assert len(told) == len(stages) - 1 and all("tokenizr" in line for line in told)
+    assert not (at.folder / "ran.txt").exists() and not (at.folder / "out").exists()
 
 
 def test_values_of_a_stage_become_words_of_its_command(at):
