@@ -365,6 +365,8 @@ def check_written(tree: dict, where, wrong: list[str]) -> None:
     lunaris_rope(tree["model"], where, [])
     renamed = rename(tree, own_keys(), where)
     refuse_unknown(tree, where, [*wrong, *renamed.wrong])
+    for key in modes.KEYS:  # they become others, of their own checks
+        tree.pop(key, None)
     convert_keys(tree, lambda key: where(renamed.moved.get(key, key)))
 
 
