@@ -16,7 +16,6 @@ journey, and its report.md, lumen/journal.py.
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import shutil
 import subprocess
@@ -26,14 +25,14 @@ from pathlib import Path
 
 import lumen.early  # noqa: F401 - before torch
 
-from lumen import files, journal
+from lumen import files, journal, understood
 from lumen.cli import find_journey
 from lumen.errors import UserError, a_path, nearest
 from lumen.launch import Words, clock, command, print_now
 from lumen.owner import Owner
-from lumen.stages import PLANNED, Stage, arguments, fill_sums, follow, read, set_aside, state
+from lumen.stages import Stage, arguments, fill_sums, follow, left_out, read, set_aside, state
 
-MB = 1e6
+QUIET = 30  # seconds between two lines of a stage, where there is no terminal
 
 # ---------------------------------------------------------------- a journey
 
@@ -83,31 +82,6 @@ class Journey:
     def state(self, s: Stage) -> str:
         return state(s, self.rows.get(s.name, {}))
 
-    def plan(self) -> int:
-        """--dry_run: a line a stage, and what training stages say of themselves."""
-        rows = [["stage", "time", "MB", "", "command"]]
-        total, disk = 0.0, 0.0
-        for s in self.stages:
-            what = self.state(s)
-            seconds = 0.0 if what == "done" else self.seconds(s)
-            mb = self.rows.get(s.name, {}).get("bytes", 0) / MB or s.mb
-            total, disk = total + seconds, disk + mb
-            known = clock(seconds) if seconds or what == "done" else "?"
-            rows.append([s.name, known, f"{mb:,.0f}" if mb else "?", what, shlex.join(s.words)])
-        rows.append(["known", clock(total), f"{disk:,.0f}", "", f"in {self.out}"])
-        for row in rows:
-            print_now("  ".join([row[0].ljust(12), row[1].rjust(7), row[2].rjust(7), *row[3:]]))
-        print_now("times and sizes: as seen here, or else as the YAML has them from elsewhere")
-        more = [f"--{k}={v}" for k, v in (self.tree.get("plan") or {}).items()]
-        for s in self.stages:
-            if s.script in PLANNED and self.state(s) != "done":
-                words = [s.script, *s.words[s.words.index(s.script) + 1 :], "--dry_run", *more]
-                print_now(f"\n{s.name}: python {shlex.join(words)}")
-                found = subprocess.run(arguments(words), capture_output=True, text=True)
-                why = (found.stderr.splitlines() or [""])[0].removeprefix("error ")
-                print_now(found.stdout.rstrip() or f"known once the stages above are done: {why}")
-        return 0
-
     # ---- running
 
     def go(self) -> int:
@@ -117,8 +91,8 @@ class Journey:
             if what == "done":
                 print_now(f"{title} done, in {clock(self.rows[s.name]['seconds'])}")
                 continue
-            if s.package and importlib.util.find_spec(s.package) is None:
-                print_now(f"{title} left out: it needs pip install {s.package}")
+            if why := left_out(s):
+                print_now(f"{title} left out: {why}")
                 continue
             if code := self.run(s, what, title):
                 return code
@@ -145,9 +119,10 @@ class Journey:
         self.note(s, row)
         if not s.in_place:
             s.folder.mkdir(parents=True, exist_ok=True)
-        print_now(f"{title} {shlex.join(s.words)}")
+        on = "goes on: " if what == "begun" and s.in_place else ""
+        print_now(f"{title} {on}{shlex.join(s.words)}")
         log, before, began = self.out / f"{s.name}.log", row["seconds"], time.monotonic()
-        self.noted = 0.0
+        self.noted = self.told = 0.0
         try:
             with open(log, "a" if what == "begun" and s.in_place else "w", encoding="utf-8") as f:
                 code = follow(s.words, f, lambda seconds: self.show(s, title, log, seconds, row))
@@ -173,21 +148,25 @@ class Journey:
         files.write_json(self.out / "journal.json", self.rows)
 
     def show(self, s: Stage, title: str, log: Path, seconds: float, row: dict) -> None:
-        """On a terminal: the time, and the last line that the stage has said. The time is noted
-        now and then, for a kill -9 leaves no time to."""
+        """The time, and the last line that the stage has said: all the while on a terminal, each
+        half a minute elsewhere. The time is noted now and then, for a kill -9 leaves no time to."""
         if seconds - self.noted > 5:
             self.noted = seconds
             files.write_json(
                 self.out / "journal.json",
                 self.rows | {s.name: row | {"seconds": row["seconds"] + seconds}},
             )
-        if not self.terminal:
+        if not self.terminal and seconds - self.told < QUIET:
             return
+        self.told = seconds
         takes = self.seconds(s)
         text = f"{title} {clock(seconds)}" + (f" of {clock(takes)}" if takes else "")
         if left := self.left(s) + max(0.0, takes - seconds):
             text += f", {clock(left)} left"
         text += f" | {''.join(journal.tail(log, 1)).strip()}"
+        if not self.terminal:
+            print_now(text)
+            return
         print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def clear(self) -> None:
@@ -216,8 +195,10 @@ def main(argv: list[str]) -> int:
     journey = Journey(find_journey(args.config), args.out)
     if args.start:
         journey.forget(args.start)
+    understood.check(journey.path, [s for s in journey.stages if journey.state(s) != "done"])
     if args.dry_run:
-        return journey.plan()
+        journal.plan(journey)
+        return 0
     if args.no_chat:
         journey.tree["chat"] = ""
     owner = Owner(journey.out)

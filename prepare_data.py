@@ -56,7 +56,7 @@ from lumen import chat, near, prepare_names
 from lumen.datacard import draw_lengths, make_report, meaning_of, write_card
 from lumen.decontaminate import Contaminated
 from lumen.encode import Cleaner, Encoder
-from lumen.errors import ERRORS, UserError, expand
+from lumen.errors import ERRORS, UserError, expand, raise_if
 from lumen.files import sha256
 from lumen.folder import DATASET_FILES, JOURNAL_FILES, holding, look_into, remove
 from lumen.launch import Words, command, in_bytes, speak
@@ -378,8 +378,9 @@ def fill(job: Job, progress: dict, tokenizer: Tokenizer | None) -> dict:
         output.resume(progress["state"])
     pace = encode(over, output)
 
-    say_rejected(job, output)
-    refuse_bad_rows(job, output)
+    refused = bad_rows(job, output)
+    say_rejected(job, output, refused.text if refused else "")
+    raise_if(refused)
     say_made(job, output)
     job.say(pace.line(output))
     return finish(job, output, pace)
@@ -515,41 +516,46 @@ def encode(over: Pass, output: Output) -> Pace:
 # ---------------------------------------------------------------- the end of it
 
 
-def say_rejected(job: Job, output: Output) -> None:
+def say_rejected(job: Job, output: Output, told: str) -> None:
+    """A line for each reason, and the first rows; what the error `told` shows is not repeated."""
     for code, lines in sorted(output.examples.items()):
         if code == "E107":  # as in any collection of texts: no mistake of anybody's
             job.say(f"left out: {output.counts[code]:,} exact duplicates; rejected.jsonl has them")
             continue
         text = f"{code} {meaning_of(code)}: {output.counts[code]:,}"
         shown = lines[:1] if code.startswith("rule:") else lines  # those are many, and no mistakes
-        job.say("\n  ".join([text, *shown]))
+        if shown := [line for line in shown if line not in told]:
+            job.say("\n  ".join([text, *shown]))
 
 
-def refuse_bad_rows(job: Job, output: Output) -> None:
+def bad_rows(job: Job, output: Output) -> UserError | None:
     """E109: more bad rows than allowed, a whole file lost, or no text at all."""
     bad, rows = output.counts["bad"], output.counts["rows"]
     max_bad, tokens = job.options["max_bad"], output.splits["train"].tokens
     if bad <= max_bad * rows and tokens and not (output.lost and max_bad < 1):
-        return
+        return None
+    # a text is a file, where no format has rows
+    what = "files" if all(given.kind == "text" for given in output.inputs) else "rows"
     if not bad and not tokens and output.examples:
         most = max(output.examples, key=lambda code: output.counts[code])
         why = f"{most} {meaning_of(most)}: {output.counts[most]:,}, as {output.examples[most][0]}"
-        raise UserError("E109", f"nothing is left to train on of {rows:,} rows; {why}")
+        return UserError("E109", f"nothing is left to train on of {rows:,} {what}; {why}")
     first, shapes = "no text at all", ""
     for code, lines in sorted(output.examples.items(), reverse=True):
         if is_bad(code):
             first = lines[0]
             shapes = f"\n  {ERRORS[code][1]}" if code == "E102" else ""
     lost = f"; whole files lost: {', '.join(output.lost[:3])}" if output.lost else ""
-    text = f"{bad:,} of {rows:,} rows are bad{lost}; {tokens:,} train tokens; first: {first}"
+    verb = "is" if bad == 1 else "are"
+    text = f"{bad:,} of {rows:,} {what} {verb} bad{lost}; {tokens:,} train tokens; first: {first}"
     text += shapes
     if tokens:
         share = 1 if lost else math.ceil(100 * bad / rows) / 100
         text += f"\n  --max_bad {share:g} does without them"
-        text += f" (now {max_bad:g} of the rows may be bad)"
+        text += f" (now {max_bad:g} of the {what} may be bad)"
     if bad:
         text += f"\n  all of them: {os.path.join(job.out, 'rejected.jsonl')}"
-    raise UserError("E109", text)
+    return UserError("E109", text)
 
 
 def say_made(job: Job, output: Output) -> None:

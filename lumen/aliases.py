@@ -85,6 +85,7 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
 
     given = written(tree, own)
     claims: dict[str, list[Claim]] = {}
+    held = []  # what counts only beside a key of ours, which may come of another name
     for name, value in given.items():
         row = row_of(name, value, own)
         if row is None:
@@ -94,16 +95,36 @@ def rename(tree: dict, own: dict, where: Callable[[str], str], under: dict | Non
             said = {"ignore": why}
         if isinstance(said, Claim):
             claims.setdefault(said.key, []).append(said)
+        elif "equals" in said:
+            held.append((name, value, said))
         elif "refuse" in said:
-            done.wrong.append(f"{place(name)}: {name}: {short(value)}: {said['refuse']}")
+            done.wrong.append(refusal(name, value, said, place))
         else:
             done.ignored.setdefault(said["ignore"], []).append(name)
         drop(tree, name)
     for several in claims.values():
         settle(tree, several, own, place, under, done)
+    hold(held, tree, own, place, under, done)
     for why, names in done.ignored.items():
         done.notes.append(f"{', '.join(names)} has no effect: {why}")
     return done
+
+
+def hold(held: list, tree: dict, own: dict, place, under: dict, done: Renaming) -> None:
+    """Names that say nothing new where one of our keys has the same value, and cannot be taken
+    where it has another."""
+    for name, value, said in held:
+        ours = get(tree, said["equals"])
+        ours = get(under, said["equals"]) if ours is None else ours
+        if same(said["equals"], value, ours, own):
+            done.ignored.setdefault(said["ignore"], []).append(name)
+        else:
+            done.wrong.append(refusal(name, value, said, place))
+
+
+def refusal(name: str, value, said: dict, place) -> str:
+    why = said["refuse"].replace("VALUE", str(value))
+    return f"{place(name)}: {name}: {short(value)}: {why}"
 
 
 def switched_off(row: dict, given: dict, under: dict) -> str:
@@ -189,7 +210,8 @@ def claim(name: str, value, row: dict) -> Claim | dict:
         if "switch" not in row:
             return Claim(name, value, key, first, tuple(agrees))
         off = as_list(row["values"][False])[0]
-        return Claim(name, value, key, first, tuple(agrees), 2 if is_off else 0, off)
+        beats = is_off and "beats" in row
+        return Claim(name, value, key, first, tuple(agrees), 2 if is_off else 0, off, beats)
     if "refuse" in row:
         return {"ignore": "it is off"} if is_off else row
     if "ignore" in row:

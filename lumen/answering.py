@@ -268,7 +268,8 @@ def parse_json(data: bytes) -> dict:
         raise Refused("E505", "the body is not UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise Refused("E505", f"the body is no JSON: {error.msg}, {where}") from None
+        said = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise Refused("E505", f"the body is no JSON: {said}, {where}") from None
     except ValueError:
         raise Refused("E505", "the body is no JSON: a number has too many digits") from None
     if not isinstance(value, dict):

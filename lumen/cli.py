@@ -24,6 +24,7 @@ from lumen.config import (
     SIMULATED,
     Config,
     build_config,
+    check_written,
     open_blocks,
     own_keys,
     refuse_unknown,
@@ -334,9 +335,8 @@ def read_config(argv: list[str], complete=None) -> tuple[Config, dict, list[str]
     open_blocks(tree, place)
     tree, wrong = over_preset(tree, place, notes)
     wrong += type_over(tree, line, place, notes, is_preset(path))
-    if complete and wrong:
-        build_config(tree, place, notes, wrong)  # raises: what is refused is said first
     if complete:
+        check_written(tree, place, wrong)  # first: the base may not be there yet
         complete(tree, place, notes)
     data_keys = ("data_dir", "data", "prepare", *modes.PATHS)
     if path is None and not any(tree.get(key) for key in data_keys):

@@ -6,6 +6,7 @@ Every knob is one line of a dataclass with its unit and meaning, and RANGES says
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -355,6 +356,18 @@ def build_config(tree: dict, where, notes: list[str], wrong: list[str] | None = 
     check_ranges(cfg, place)
     check_together(cfg, place)
     return cfg
+
+
+def check_written(tree: dict, where, wrong: list[str]) -> None:
+    """E002 for what no base and no data can make right: unknown keys, values of another kind, and
+    `wrong`. `tree` stays as it is."""
+    tree = copy.deepcopy(tree)
+    lunaris_rope(tree["model"], where, [])
+    renamed = rename(tree, own_keys(), where)
+    refuse_unknown(tree, where, [*wrong, *renamed.wrong])
+    for key in modes.KEYS:  # they become others, of their own checks
+        tree.pop(key, None)
+    convert_keys(tree, lambda key: where(renamed.moved.get(key, key)))
 
 
 def refuse_unknown(tree: dict, where, wrong: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is told of a journey: a stage's last words, and report.md.
+"""What is told of a journey: its plan, a stage's last words, and report.md.
 
 Nothing here knows what a stage does. It looks at what stands in its folder: metrics.jsonl (it
 trained), results.json (it evaluated), compare.md; of a stage that left none of these, its log is
@@ -8,13 +8,18 @@ what it has to say.
 from __future__ import annotations
 
 import shlex
+import subprocess
 import time
 from pathlib import Path
 
 from lumen import files, machine
-from lumen.launch import clock
+from lumen.launch import clock, print_now
+from lumen.stages import PLANNED, arguments, left_out
 
 SHOWN = 40  # lines of a log in the report, at most
+# the first words of what a dry run shows of a training stage
+SHOWN_OF_PLAN = ("SIMULATION", "parameters", "length", "time", "memory     about", "smallest")
+SHOWN_OF_PLAN += ("checkpoint",)
 
 
 def tail(path: Path, n: int) -> list[str]:
@@ -50,6 +55,67 @@ def warning(folder: Path) -> str:
     return f"; {reason}" if reason else ""
 
 
+# ---------------------------------------------------------------- --dry_run
+
+
+def plan(journey) -> None:
+    """A line a stage, and what a planner wants of what the training stages say of themselves."""
+    rows, times, sizes = [["stage", "time", "MB", "", "command"]], [], []
+    for s in journey.stages:
+        what, why, cells = journey.state(s), left_out(s), ["-", "-"]
+        if what != "done" and why:
+            what = f"left out: {why}"
+        else:
+            times.append(0.0 if what == "done" else journey.seconds(s) or None)
+            sizes.append(journey.rows.get(s.name, {}).get("bytes", 0) / 1e6 or s.mb)
+            cells = [a_time(times[-1]), mb(sizes[-1])]
+        rows.append([s.name, *cells, what, shlex.join(s.words)])
+    known = any(times) or any(sizes)
+    if known:
+        total = [clock(sum(x or 0.0 for x in times)), mb(sum(sizes))]
+        rows.append(["known" if None in times else "in all", *total, "", ""])
+    for name, time_, size, *rest in rows:
+        print_now("  ".join([name.ljust(12), time_.rjust(7), size.rjust(7), *rest]).rstrip())
+    if known:
+        print_now("times and sizes: as seen here, or else as the YAML has them from elsewhere")
+    if None in times:
+        print_now("?          not measured yet: a stage's time is known once it has run here")
+    print_now(f"folder     {journey.out}")
+    for s in journey.stages:
+        if s.script in PLANNED and journey.state(s) != "done":
+            plan_training(journey, s)
+
+
+def a_time(seconds: float | None) -> str:
+    return "?" if seconds is None else clock(seconds)
+
+
+def mb(size: float | None) -> str:
+    return f"{size:,.0f}" if size else "?"
+
+
+def plan_training(journey, s) -> None:
+    """Parameters, length, memory and time, as its own --dry_run finds them."""
+    more = [f"--{k}={v}" for k, v in (journey.tree.get("plan") or {}).items()]
+    words = [s.script, *s.words[s.words.index(s.script) + 1 :], "--dry_run", *more]
+    waits = [t.name for t in journey.stages if t.name in s.needs and journey.state(t) != "done"]
+    found = subprocess.run(arguments(words), capture_output=True, text=True)
+    if found.returncode and waits:
+        print_now(f"\n{s.name}: known once {' and '.join(waits)} {be(waits)} done")
+        return
+    print_now(f"\n{s.name}: all of it by python {shlex.join(words)}")
+    if found.returncode:
+        print_now(found.stderr.rstrip())
+    lines = found.stdout.splitlines()
+    for begin in SHOWN_OF_PLAN:
+        for line in [line for line in lines if line.startswith(begin)][-1:]:  # the last is measured
+            print_now(f"  {line}")
+
+
+def be(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
 # ---------------------------------------------------------------- report.md
 
 
@@ -69,11 +135,27 @@ def stages_table(journey) -> list[str]:
     lines = [f"# {journey.path.stem}: {clock(total)}", "", where, ""]
     lines += ["| stage | time | MB | command |", "|---|---|---|---|"]
     for s in journey.stages:
-        row = journey.rows.get(s.name, {"seconds": 0.0, "bytes": 0})  # left out
-        mb = f"{row['bytes'] / 1e6:,.1f}"
         words = shlex.join(s.words).replace("|", "\\|")
-        lines.append(f"| {s.name} | {clock(row['seconds'])} | {mb} | `{words}` |")
-    return lines
+        row = journey.rows.get(s.name)
+        if row is None:
+            lines.append(f"| {s.name} | - | - | left out: {left_out(s)}; `{words}` |")
+            continue
+        size = f"{row['bytes'] / 1e6:,.1f}"
+        lines.append(f"| {s.name} | {clock(row['seconds'])} | {size} | `{words}` |")
+    refused = [line for s in journey.stages if (line := rejected(s))]
+    return [*lines, "", *refused] if refused else lines
+
+
+def rejected(s) -> str:
+    """How many rows a preparation has left out, and where they are; "": none, or it is another."""
+    report = files.read_json(s.folder / "report.json")
+    found = report.get("rejected")
+    if not found:
+        return ""
+    why = "; ".join(f"{row['rows']:,} {code}, {row['meaning']}" for code, row in found.items())
+    n = sum(row["rows"] for row in found.values())
+    rows = f"{n:,} of {report['counts']['rows']:,} rows left out"
+    return f"- {s.name}: {rows}: {s.folder / 'rejected.jsonl'} ({why})"
 
 
 def losses(journey) -> list[str]:

@@ -106,9 +106,15 @@ def parent() -> str:
 # ---------------------------------------------------------------- words of a command line
 
 
+class Understood(Exception):
+    """The words are right, and no more was asked; see Words.only_parse."""
+
+
 class Words(argparse.ArgumentParser):
     """The command line of a command. - and _ in an option's name are the same, nothing is
     abbreviated, and a mistake is E002 with the nearest option instead of a page of usage."""
+
+    only_parse = False  # lumen/understood.py: parse_args() ends in Understood, before any work
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -121,6 +127,12 @@ class Words(argparse.ArgumentParser):
                 name = "--" + name[2:].replace("-", "_")
             words.append(name + equals + value)
         return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        if Words.only_parse:
+            raise Understood
+        return found
 
     def action(self, name: str) -> argparse.Action | None:
         """What stands behind an option, "--limit"."""

@@ -1,4 +1,4 @@
-"""What lies where a run was expected, and which runs are near it: the end of a message."""
+"""What lies where a run or a file was expected, and which are near it: the end of a message."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ def hint(path) -> str:
     path = Path(path)
     with suppress(OSError):  # where we may not look there is nothing to name
         return inside(path) if path.is_dir() else near(path)
+    return ""
+
+
+def file(path) -> str:
+    """ "; did you mean chats.jsonl?", of a file or folder that is not there; "" where none in its
+    folder is near."""
+    path = Path(path)
+    with suppress(OSError):
+        if name := nearest(path.name, sorted(p.name for p in path.parent.iterdir())):
+            return f"; did you mean {path.parent / name}?"
     return ""
 
 

@@ -202,7 +202,8 @@ def json_row(item: Item, raw: bytes, offset: int, line: int) -> Row:
         if re.match(r"\s*[\[{]\s*'", text):
             hint = "; single quotes: this is Python's notation, not JSON"
         at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = f"{getattr(error, 'msg', error)}{at}{hint}"
+        said = getattr(error, "msg", str(error)).removesuffix(" at")  # "starting at"
+        reason = f"{said}{at}{hint}"
         return Row(offset, line, "E101", Reject(reason, excerpt(raw)))
     code, value = value_of(row, item.field, item.shape)
     if code == "E101":

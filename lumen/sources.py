@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from lumen import nearby
 from lumen.columns import hf_input, is_saved, split_name
 from lumen.errors import UserError, expand
 from lumen.files import sha256
@@ -198,7 +199,7 @@ def find_path(spec: str, source: int, split: str, out: str, unread: dict) -> lis
         folder = fixed_part(spec)
         paths = matching(spec, folder, out, unread)
     elif not os.path.exists(spec):
-        text = f"source {spec}: there is no such file or folder"
+        text = f"source {spec}: there is no such file or folder{nearby.file(spec)}"
         if re.fullmatch(r"[\w-]+(/[\w-]+)?", spec):
             text += f"; a dataset of the hub is hf:{spec}"
         raise UserError("E108", text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -204,6 +205,13 @@ def state(s: Stage, row: dict) -> str:
         names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
         return f"changed: {', '.join(names)}"
     return "done" if row["done"] and s.folder.exists() else "begun"
+
+
+def left_out(s: Stage) -> str:
+    """Why the stage cannot run here; "": it can."""
+    if s.package and importlib.util.find_spec(s.package) is None:
+        return f"it needs pip install {s.package}"
+    return ""
 
 
 def set_aside(s: Stage, say) -> None:

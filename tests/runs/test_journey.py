@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, fingerprint
 
 import journey
-from lumen import cli
+from lumen import cli, understood
 from lumen.errors import UserError
 from lumen.stages import read
 
@@ -99,7 +99,7 @@ def test_other_keys_have_their_kinds(at, more):
 def test_the_time_of_a_stage_that_is_killed_is_noted_now_and_then(at, monkeypatch):
     at(three())
     j = journey.Journey(at.folder / "j.yaml")
-    j.noted = 0.0
+    j.noted = j.told = 0.0
     j.show(j.stages[1], "", at.folder / "log", 7.0, {"seconds": 10.0})
     assert json.loads((at.folder / "out/journal.json").read_text())["two"]["seconds"] == 17.0
 
@@ -137,6 +137,43 @@ def test_a_dry_run_runs_nothing_and_says_what_it_knows(at, capsys):
     assert all("done" in line for line in lines[1:5])
 
 
+def test_a_dry_run_of_what_was_never_measured_says_so(at, capsys):
+    """And a stage whose base a stage is yet to make is no failure; of training, what one plans."""
+    real(at, "out")
+    tree = json.loads((at.folder / "j.yaml").read_text())
+    tune = {"run": "finetune.py", "init_from": "$train", "data_dir": "$text"}
+    tree["stages"]["train"]["model"]["vocab_size"] = 320
+    assert at(tree["stages"] | {"tune": tune}, "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert "?          not measured yet" in said and "0m00s" not in said
+    assert "tune: known once text and train are done\n" in said and "E304" not in said
+    begins = ("parameters", "length", "time", "memory", "checkpoint")
+    lines = said.partition("train: all of it by python train.py ")[2].splitlines()[1:6]
+    assert [line.split()[0] for line in lines] == [*begins]
+
+
+def test_without_a_terminal_a_stage_says_each_half_minute_where_it_is(at, capsys):
+    at(three())
+    j = journey.Journey(at.folder / "j.yaml")
+    j.noted = j.told = 0.0
+    del j.rows["two"]
+    (at.folder / "log").write_text("step 50\nstep 60\n")
+    for seconds in (29.0, 31.0, 32.0, 62.0):
+        j.show(j.stages[1], "[2/4] two", at.folder / "log", seconds, {"seconds": 0.0})
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["[2/4] two 0m31s | step 60", "[2/4] two 1m02s | step 60"]
+
+
+def test_the_report_says_which_rows_a_preparation_left_out(at):
+    rows = [{"prompt": f"{i}?", "response": f"{i}."} for i in range(80)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (at.folder / "c.jsonl").write_text(text + '{"prompt": "x"}\n')
+    chats = {"run": "prepare_data.py c.jsonl", "tokenizer": "bytes", "max_bad": 0.1}
+    assert at({"chats": chats}) == 0
+    report = (at.folder / "out/report.md").read_text()
+    assert "- chats: 1 of 81 rows left out: out/chats/rejected.jsonl (1 E102, a row lacks" in report
+
+
 def test_times_of_the_yaml_are_scaled_by_what_was_seen_here(at):
     stages = three()
     for name, minutes in {"one": 1, "two": 2, "three": 4}.items():
@@ -155,7 +192,12 @@ def test_a_stage_whose_package_is_not_there_is_left_out_and_can_come_later(at, c
     stages["other"]["package"] = "no_such_package"
     assert at(stages) == 0 and at.ran() == ["a", "b", "c"]
     assert "pip install no_such_package" in capsys.readouterr().out
-    assert "| other |" in (at.folder / "out/report.md").read_text()
+    report = (at.folder / "out/report.md").read_text()
+    assert "| other | - | - | left out: it needs pip install no_such_package; " in report
+    assert at(stages, "--dry_run") == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("other"))
+    assert line.split()[1:][:5] == ["-", "-", "left", "out:", "it"]
     stages["other"]["package"] = "numpy"
     assert at(stages) == 0 and at.ran() == ["a", "b", "c", "d"]
 
@@ -191,6 +233,35 @@ def test_a_mistake_is_named_with_its_stage(at, stages, text):
     with pytest.raises(UserError, match=f"E002: .*j.yaml.*{text}"):
         at(stages)
     assert not (at.folder / "out").exists()
+
+
+def test_every_command_is_asked_for_its_words_before_the_first_stage_runs(at):
+    """At a start and in a dry run; bases and data that stages are yet to make are no mistakes."""
+    stages = {
+        "own": {"run": "write.py $own a", "nonsense": 1},
+        "text": {"run": "prepare_data.py synthetic:9", "tokenizer": "bytes"},
+        "train": {"run": "train.py quickstart", "prepare": None, "data_dir": "$text"},
+        "tune": {"run": "finetune.py", "init_from": "$train", "data_dir": "$text"},
+        "merge": {"run": "finetune.py merge $tune $merge/run"},
+        "scores": {"run": "evaluate.py $tune", "limit": 2},
+        "says": {"run": "sample.py $tune --prompt x"},
+        "few": {"run": "export.py quantize $tune $few/model", "bits": 8},
+    }
+    (at.folder / "k.yaml").write_text(json.dumps({"stages": stages}))
+    understood.check("k.yaml", read(at.folder / "k.yaml")[1])
+    stages["tune"]["max_steps"] = "four"
+    (at.folder / "k.yaml").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(UserError, match="E002: k.yaml: stage tune: max_steps: 'four' is not int"):
+        understood.check("k.yaml", read(at.folder / "k.yaml")[1])
+    for name in list(stages)[1:]:
+        stages[name]["tokenizr"] = "x"
+    for words in ([], ["--dry_run"]):
+        with pytest.raises(UserError) as caught:
+            at(stages, *words)
+        told = caught.value.text.splitlines()
+        assert all(f"stage {name}: " in line for name, line in zip(list(stages)[1:], told))
+        assert len(told) == len(stages) - 1 and all("tokenizr" in line for line in told)
+    assert not (at.folder / "ran.txt").exists() and not (at.folder / "out").exists()
 
 
 def test_values_of_a_stage_become_words_of_its_command(at):
@@ -290,7 +361,8 @@ def test_a_real_journey_killed_at_every_stage_ends_like_one_that_was_not(at):
         wait_for(lambda: log.exists() and sign in log.read_text())  # noqa: B023
         time.sleep(0.3)
         child.kill()
-        child.communicate()
+        said = child.communicate()[0]
+        assert ("train goes on: train.py" in said) == (stage == "hf")
         time.sleep(1)  # the stage has been told, and ends
     assert start(at.folder, stdout=None).wait(120) == 0
     whole, killed = (at.folder / name for name in ("whole", "killed"))

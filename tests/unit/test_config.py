@@ -204,7 +204,8 @@ def test_every_row_of_the_table_does_what_it_says(name, value):
         tree[row["with"]] = True
     done, new = renamed(tree), row["values"].get(value, row)
     if isinstance(new, dict) and "refuse" in new:
-        assert len(done.wrong) == 1 and done.wrong[0].endswith(new["refuse"])
+        why = new["refuse"].replace("VALUE", str(value))
+        assert len(done.wrong) == 1 and done.wrong[0].endswith(why)
         assert done.wrong[0].startswith(f"at {name}: {name}: ")
         return
     assert not done.wrong

@@ -640,3 +640,64 @@ def test_a_small_preset_keeps_its_tokenizer_with_other_text(tmp_path):
     assert "tokenizer" not in read_config(["gpt2_124m", *text])[0].prepare
     typed = read_config(["debug", *text, "--tokenizer", "bytes"])[0]
     assert typed.prepare["tokenizer"] == "bytes"
+
+
+# ---------------------------------------------------------------- nanoGPT's
+
+NANOGPT = """eval_interval: 250
+eval_iters: 200
+log_interval: 10
+always_save_checkpoint: false
+wandb_log: false
+wandb_project: shakespeare-char
+gradient_accumulation_steps: 1
+batch_size: 64
+block_size: 256
+n_layer: 6
+n_head: 6
+n_embd: 384
+dropout: 0.2
+learning_rate: 1e-3
+max_iters: 5000
+lr_decay_iters: 5000
+min_lr: 1e-4
+beta2: 0.99
+warmup_iters: 100
+device: cpu
+compile: false
+decay_lr: true
+init_from: scratch
+dtype: float16
+bias: false
+weight_decay: 0.1
+grad_clip: 1.0
+"""
+
+
+def test_nanogpts_own_keys_need_nothing_but_data(tmp_path):
+    file = tmp_path / "train_shakespeare_char.yaml"
+    file.write_text(f"{NANOGPT}data_dir: data/mine\n")
+    cfg, _, notes, _ = read_config([str(file)])
+    assert (cfg.max_steps, cfg.warmup_steps, cfg.model.d_model) == (5000, 100, 384)
+    assert cfg.wandb_project is None
+    said = "\n".join(notes)
+    assert "eval_iters has no effect: eval_tokens says" in said
+    assert "lr_decay_iters has no effect: every schedule ends at max_steps" in said
+    assert "wandb_log false -> wandb_project null, wandb_project shakespeare-char gives way" in said
+
+
+def test_what_cannot_be_taken_of_nanogpt_says_what_is_written_instead(tmp_path):
+    """The data in one answer, with the command that makes them."""
+    file = tmp_path / "n.yaml"
+    file.write_text(f"{NANOGPT}dataset: shakespeare_char\n")
+    with pytest.raises(UserError) as caught:
+        read_config([str(file)])
+    command = "python prepare_data.py FILES --out data/shakespeare_char --tokenizer bpe:8192"
+    assert command in caught.value.text and "data_dir: data/shakespeare_char" in caught.value.text
+    assert len(caught.value.text.splitlines()) == 1
+    longer = NANOGPT.replace("lr_decay_iters: 5000", "lr_decay_iters: 600000")
+    file.write_text(f"{longer}data_dir: data/mine\n")
+    with pytest.raises(
+        UserError, match="lr_decay_iters: 600000: every schedule ends at max_steps;"
+    ):
+        read_config([str(file)])

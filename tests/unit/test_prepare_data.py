@@ -841,3 +841,35 @@ def test_command_line(tmp_path, capsys):
     )
     with pytest.raises(UserError, match="E002.*--nonsense"):
         P.main([*arguments, "--nonsense"])
+
+
+# ---------------------------------------------------------------- what is said of mistakes
+
+
+def test_a_source_that_is_not_there_names_the_nearest_file_beside_it(tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"text": "a"}\n')
+    near = f"did you mean {tmp_path / 'chats.jsonl'}\\?"
+    with pytest.raises(UserError, match=f"E108: .*no such file or folder; {near}"):
+        P.main([str(tmp_path / "chats.josnl"), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError) as caught:
+        P.main([str(tmp_path / "other.txt"), "--out", str(tmp_path / "out")])
+    assert "did you mean" not in caught.value.text
+
+
+def test_texts_that_are_not_utf8_are_files_and_each_is_said_once(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"some text {i}")
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="E109: 1 of 4 files is bad; .*first: .*bad.txt:1: ") as e:
+        P.main([str(folder), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
+    assert "of the files may be bad" in e.value.text
+    assert "bad.txt" not in capsys.readouterr().out
+
+
+def test_a_row_that_breaks_off_is_told_in_english(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b\n')
+    with pytest.raises(UserError, match="1 of 2 rows is bad.* Unterminated string starting at col"):
+        P.main([str(file), "--tokenizer", "bytes", "--out", str(tmp_path / "out")])
