@@ -228,7 +228,10 @@ def test_parts_train_as_the_whole(parts, bases, name):
     assert a.keys() == b.keys()
     for tensor in a:
         apart = (a[tensor].double() - b[tensor].double()).abs()
-        if name not in ROUGH:
+        if name not in ROUGH and name.startswith("muon"):
+            # its cautious decay goes by a sign, which a rounding may turn: lr x decay x weight
+            assert apart.max() <= 2e-5 and (apart > 2e-6).float().mean() <= 1e-3, tensor
+        elif name not in ROUGH:
             assert apart.max() <= 2e-6, tensor
         elif (
             tensor.startswith("model.") and a[tensor].dim() > 1
