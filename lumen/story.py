@@ -1,4 +1,5 @@
-"""What `python -m lumen.report RUN` tells of a run: its decisions as a story, training.png."""
+"""What `python -m lumen.report RUN` tells: the run in a few lines, its decisions as a story,
+training.png."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ HEADING_GAP = 100  # iterations: what lies nearer together is told under one hea
 
 
 def decisions(folder: str) -> int:
-    """decisions.jsonl as a story: what happened, why, what was done, how it turned out."""
+    """The run in a few lines, and decisions.jsonl as a story: what happened, why, what was done,
+    how it turned out."""
     out, rows = of_run(folder, "decisions.jsonl")
     if (out / "metrics.jsonl").is_file():
         print("\n".join(summary(folder)))
