@@ -107,7 +107,7 @@ def auto_rows(cfg: Config, facts, n_working: int) -> tuple[int, str]:
 def tokens_to_read(cfg: Config, facts, n_working: int) -> tuple[float, str]:
     """(how many tokens a run will read, before its batch is known; what they are).
 
-    max_steps says nothing of them: then it is the length that suggested.yaml would name.
+    max_steps alone leaves them open: then it is the length that suggested.yaml would name.
     """
     data = facts.windows * cfg.model.max_seq_len
     if cfg.max_steps is not None:

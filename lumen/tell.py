@@ -164,7 +164,7 @@ class Teller:
         t, out = self.trainer, shlex.quote(str(self.trainer.out))
         if state != "finished":
             return "the same command goes on from here"
-        if t.fine_tunes:
+        if t.fine_tunes and t.template:  # of conversations, not of plain text
             return f"python sample.py {out} --chat"
         return f'python sample.py {out} --prompt "..."; python evaluate.py {out}'
 

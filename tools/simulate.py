@@ -25,7 +25,7 @@ from lumen.config import Config
 from lumen.data import not_prepared, open_data, planned_data
 from lumen.errors import UserError
 from lumen.feed import synchronize
-from lumen.launch import environment
+from lumen.launch import clock, environment
 from lumen.lines import Start, no_validation, start_lines
 from lumen.machine import YEAR, Machine, human_number, human_time
 from lumen.muon import hidden_matrices, in_bf16, step_flops
@@ -561,18 +561,12 @@ def size_text(n: float) -> str:
 
 
 def plain_time(seconds: float) -> str:
-    """A length of time as one says it: 47 ms, 8.2 s, 2 min 20 s, 3 h 5 min; from two days on as
-    human_time."""
+    """A length of time as one says it: 47 ms, 8.2 s, 2m20s, 3h05m; from two days on as human_time."""
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 2 * 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return human_time(seconds)
+    return clock(seconds) if seconds < 2 * 86400 else human_time(seconds)
 
 
 # ---------------------------------------------------------------- python train.py CONFIG --dry_run

@@ -418,9 +418,11 @@ def test_the_console_is_short_and_train_log_is_whole(tiny, capsys):
         assert f"\n{head} " not in out and f"\n{head} " in log, head
     assert set(out.splitlines()) <= set(log.splitlines())
     assert f"step      1/{trainer.run.max_steps}  loss" in out and "(guessing: 4.57)" in out
+    assert log.endswith("next       the same command goes on from here\n"), "it was stopped"
     trainer = Trainer(keys)
     first = trainer.step + 1
     assert 1 < first < 8
     trainer.fit()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert said[0].startswith(f"step {first:>6}/") and "guessing" not in said[0]
+    assert f"next       python sample.py {trainer.out} --prompt" in told(trainer).splitlines()[-1]
