@@ -561,7 +561,7 @@ def size_text(n: float) -> str:
 
 
 def plain_time(seconds: float) -> str:
-    """A length of time as one says it: 47 ms, 8.2 s, 2m20s, 3h05m; from two days on as human_time."""
+    """A time as one says it: 47 ms, 8.2 s, 2m20s, 3h05m; from two days on as human_time."""
     if seconds < 1:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 60:
