@@ -350,7 +350,7 @@ def real(at, name: str) -> None:
     (at.folder / "j.yaml").write_text(json.dumps({"out": name, "stages": stages}))
 
 
-def test_a_real_journey_killed_at_every_stage_ends_like_one_that_was_not(at):
+def test_a_real_journey_killed_in_three_stages_ends_like_one_that_was_not(at):
     real(at, "whole")
     assert start(at.folder, stdout=None).wait(120) == 0
     real(at, "killed")
